@@ -1,0 +1,94 @@
+"""Scored samples in, a plan for one train phase out. Pure: the same arguments give the same plan on any machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_rl.c3po.budget import Pick, select, selection_order
+from megatron_rl.c3po.packing import CostModel, pack_micro_batches
+from megatron_rl.records import Group, Plan, Sample, Selected, StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A plan over `samples`, and where the samples that it does not use go.
+
+    samples: carried first, then group by group; `Selected.index` points here.
+    carried: surplus for the next step, in order.
+    num_dropped: surplus that the algorithm throws away.
+    num_cut_tokens: tokens of trained responses that carry no loss.
+    """
+
+    plan: Plan
+    samples: tuple[Sample, ...]
+    carried: tuple[Sample, ...]
+    num_dropped: int
+    num_cut_tokens: int
+
+
+def schedule(
+    groups: Sequence[Group],
+    carried: Sequence[Sample],
+    *,
+    algorithm: Literal["c3po", "grpo"],
+    budgets: Sequence[int],
+    cut: Literal["token", "response"],
+    keep_surplus: bool,
+    policy_version: int,
+    seed: int,
+    num_data_ranks: int,
+    token_cap: int,
+    cost: CostModel,
+) -> Schedule:
+    """Build the plan of one train phase.
+
+    budgets: Phi of each optimizer step; GRPO uses only their number and trains every sample.
+    policy_version: of the weights now being trained; samples of older versions use their recorded log-probs.
+    seed: decides the order of selection.
+    """
+    groups = sorted(groups, key=lambda group: group.prompt_id)
+    samples = (*carried, *(sample for group in groups for sample in group.samples))
+    lengths = [sample.response.num_output_tokens for sample in samples]
+    order = selection_order(len(carried), [len(group.samples) for group in groups], seed)
+    if algorithm == "grpo":
+        per_step = _split([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))
+        left_over: tuple[int, ...] = ()
+        num_cut = 0
+    else:
+        selection = select(lengths, order, budgets, cut)
+        per_step, left_over, num_cut = list(selection.steps), selection.left_over, selection.num_cut_tokens
+
+    steps = []
+    for step, (picks, budget) in enumerate(zip(per_step, budgets, strict=True)):
+        selected = tuple(
+            Selected(
+                index=pick.index,
+                num_prompt_tokens=len(samples[pick.index].response.prompt_ids),
+                num_loss_tokens=pick.num_loss_tokens,
+                loss_scale=1.0 / lengths[pick.index] if algorithm == "grpo" else 1.0,
+                # From the second optimizer step of a phase on, the weights are no longer those that sampled.
+                stale=step > 0 or samples[pick.index].response.policy_version != policy_version,
+            )
+            for pick in picks
+        )
+        steps.append(
+            StepPlan(
+                denominator=float(len(picks) if algorithm == "grpo" else budget),
+                selected=selected,
+                micro_batches=pack_micro_batches([s.num_tokens for s in selected], num_data_ranks, token_cap, cost),
+            )
+        )
+    surplus = tuple(samples[i] for i in left_over)
+    return Schedule(
+        plan=Plan(steps=tuple(steps)),
+        samples=samples,
+        carried=surplus if keep_surplus else (),
+        num_dropped=0 if keep_surplus else len(surplus),
+        num_cut_tokens=num_cut,
+    )
+
+
+def _split(picks: Sequence[Pick], num_steps: int) -> list[tuple[Pick, ...]]:
+    """Consecutive parts of sizes that differ by one at most."""
+    bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
+    return [tuple(picks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]

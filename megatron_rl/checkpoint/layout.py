@@ -1,0 +1,112 @@
+"""Pairs of inverse reshapes between Hugging Face tensors and Megatron's full and sharded tensors.
+
+Every layout has four functions, two pairs of inverses:
+
+    merge(hf tensors)  -> the full Megatron tensor (as at tensor-parallel size 1, vocabulary unpadded)
+    split(full)        -> the Hugging Face tensors
+    shard(full, r, n)  -> what tensor-parallel rank r of n holds
+    unshard(shards)    -> the full Megatron tensor
+
+Legend: H hidden, D head_dim, Nq query heads, Nk key-value heads, I intermediate, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TensorLayout(Protocol):
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor: ...
+    def split(self, full: Tensor) -> tuple[Tensor, ...]: ...
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """One tensor, the same on every tensor-parallel rank (norms, router)."""
+
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        (tensor,) = tensors
+        return tensor
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        return (full,)
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return full
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked(Replicated):
+    """One tensor, cut into equal chunks along `dim` (row-parallel linear layers: 1)."""
+
+    dim: int
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return full.chunk(size, self.dim)[rank]
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(shards), self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQkv(Chunked):
+    """[all Q | all K | all V] rows <-> ([Nq/Nk query heads, K, V] per key-value head) rows; both [(Nq+2Nk)*D, H]."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        (qkv,) = tensors
+        q_rows, kv_rows = self.num_query_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        parts = qkv.split([q_rows, kv_rows, kv_rows])
+        by_group = [part.unflatten(0, (self.num_kv_heads, -1)) for part in parts]
+        return torch.cat(by_group, dim=1).flatten(0, 1)
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        per_group = self.num_query_heads // self.num_kv_heads * self.head_dim
+        groups = full.unflatten(0, (self.num_kv_heads, -1)).split([per_group, self.head_dim, self.head_dim], dim=1)
+        return (torch.cat([part.flatten(0, 1) for part in groups]),)
+
+
+@dataclass(frozen=True, slots=True)
+class GateUp:
+    """gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]; each rank holds [its gate rows; its up rows]."""
+
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        gate, up = tensors
+        return torch.cat([gate, up])
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        return full.chunk(2)
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        gate, up = full.chunk(2)
+        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([*gates, *ups])
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary(Replicated):
+    """[V, H], rows padded with zeros so that every tensor-parallel rank holds equally many."""
+
+    vocab_size: int
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        rows = -(-self.vocab_size // size)
+        mine = full[rank * rows : (rank + 1) * rows]
+        return torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])]) if len(mine) < rows else mine
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(shards))[: self.vocab_size]

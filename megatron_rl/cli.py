@@ -1,0 +1,105 @@
+"""`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_rl import __version__, lifeline
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 finished, 75 stopped cleanly, 2 a mistake to correct, 1 a fault."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron_rl").setLevel(logging.INFO)
+    lifeline.watch_parent()
+    try:
+        return int(arguments.run(arguments))
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, text in (
+        ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),
+        ("sft", _sft, "supervised fine-tuning over packed chats"),
+        ("evaluate", _evaluate, "accuracy of a model directory on held-out prompts"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path, help="TOML file")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+        command.set_defaults(run=run)
+        if name == "evaluate":
+            command.add_argument("--model", type=Path, help="Hugging Face directory, default model.path of the config")
+            command.add_argument("--output", type=Path, help="write the result here as JSON too")
+        else:
+            command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+            command.add_argument("--nproc", type=int, default=0, help="start this many ranks here, through torchrun")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.schema import RlConfig
+
+    return _run_training(arguments, RlConfig)
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.schema import SftConfig
+
+    return _run_training(arguments, SftConfig)
+
+
+def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.schema import RlConfig
+    from megatron_rl.preflight import check_before_start
+
+    config = load_config(kind, arguments.config, arguments.set)
+    world_size = arguments.nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:
+        check_before_start(config, world_size, arguments.resume)
+        if arguments.nproc > 1:
+            _become_torchrun(arguments)
+    if isinstance(config, RlConfig):
+        from megatron_rl.train.driver import run_rl
+
+        return run_rl(config, arguments.resume)
+    from megatron_rl.train.sft import run_sft
+
+    return run_sft(config, arguments.resume)
+
+
+def _become_torchrun(arguments: argparse.Namespace) -> None:
+    """Replace this process by torchrun with the same command: one process less, and its exit code is ours."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.nproc)]
+    command += ["-m", "megatron_rl.cli", arguments.command, str(arguments.config)]
+    for override in arguments.set:
+        command += ["--set", override]
+    if arguments.resume:
+        command.append("--resume")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stderr.flush()
+    os.execv(sys.executable, command)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.schema import RlConfig
+    from megatron_rl.rollout.evaluate import run_evaluation
+
+    return run_evaluation(load_config(RlConfig, arguments.config, arguments.set), arguments.model, arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Configuration: one frozen tree from TOML, checked before anything starts."""

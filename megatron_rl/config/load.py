@@ -1,0 +1,97 @@
+"""TOML and `--set a.b=value` into the frozen configuration tree, with errors that name the key and the remedy."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_rl.config.schema import RunConfig
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Read a TOML file, apply `key.path=value` overrides (TOML values; bare words are strings), validate."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, problem) for problem in error.errors()]
+        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as TOML; `load_config` reads it back to an equal tree."""
+    tables: list[str] = []
+    _dump_table(config.model_dump(mode="json", exclude_none=True), (), tables)
+    return "\n".join(tables).strip() + "\n"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set takes key.path=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {parent} is a value, not a section")
+    values[leaf] = value
+
+
+def _explain(kind: type[BaseModel], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys(kind)
+        leaf = str(problem["loc"][-1])
+        near = difflib.get_close_matches(where, known, n=1) or [
+            k for k in known if k.split(".")[-1] in difflib.get_close_matches(leaf, [k.split(".")[-1] for k in known])
+        ]
+        hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "missing":
+        return f"{where} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {problem['input']!r}" if where else message
+
+
+def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in kind.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            keys += _keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _dump_table(values: dict[str, Any], path: tuple[str, ...], out: list[str]) -> None:
+    plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+    if path and plain:
+        out.append(f"\n[{'.'.join(path)}]")
+    out.extend(f"{key} = {_toml_value(value)}" for key, value in plain.items())
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _dump_table(value, (*path, key), out)
+
+
+def _toml_value(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists of them are TOML too, except NaN and infinities, which no field takes.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,206 @@
+"""The configuration tree. Field descriptions are the reference; `load.py` reads it from TOML.
+
+Nothing here imports torch or megatron, so a wrong configuration is refused in a fraction of a second.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_rl.layout import Layout
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto", description="auto takes Transformer Engine where it is installed and a GPU is used, else local"
+    )
+    recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
+
+
+class ParallelSection(Section):
+    tensor: Positive = Field(default=1, description="tensor parallel size; above 1 sequence parallelism is on")
+    pipeline: Positive = 1
+    expert: Positive = 1
+    expert_tensor: Positive = 1
+    distributed_optimizer: bool = Field(default=True, description="shard optimizer state over data-parallel ranks")
+
+    def layout(self, world_size: int) -> Layout:
+        return Layout(
+            world_size=world_size,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
+        )
+
+
+class OptimizerSection(Section):
+    learning_rate: float = Field(default=3e-6, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
+
+
+class TrainSection(Section):
+    steps: Positive = Field(description="rollout-and-train steps (RL) or optimizer steps (SFT)")
+    micro_batch_tokens: Positive = Field(description="token cap of one micro-batch on one data-parallel rank")
+    save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    keep_last: Positive = Field(default=2, description="checkpoints that are kept")
+    phase_deadline_seconds: float = Field(
+        default=3600.0, gt=0, description="how long a rank waits for a plan or a collective before it gives up"
+    )
+
+
+class MoeSection(Section):
+    load_balance_coefficient: float = Field(default=1e-5, ge=0, description="a_bal of Eq. 6")
+    z_loss_coefficient: float = Field(default=1e-7, ge=0, description="a_z of Eq. 6")
+
+
+class RunConfig(Section):
+    """What SFT and RL runs share."""
+
+    run_dir: Path = Field(description="everything a run writes lands here")
+    seed: int = Field(default=1, ge=0)
+    threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    moe: MoeSection = MoeSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+
+
+class SftData(Section):
+    train: Path = Field(description="JSONL of {messages: [{role, content}, ...]}")
+    batch_tokens: Positive = Field(description="tokens per optimizer step, prompt tokens included")
+
+
+class SftConfig(RunConfig):
+    """`megatron-rl sft`: cross-entropy over packed chats."""
+
+    data: SftData
+
+    @model_validator(mode="after")
+    def _check(self) -> "SftConfig":
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below train.steps {self.train.steps}"
+            )
+        return self
+
+
+class RlData(Section):
+    train: Path = Field(description="JSONL of {domain, prompt, answer}")
+    test: Path | None = Field(default=None, description="held-out prompts for evaluation")
+
+
+class RolloutSection(Section):
+    engine: Literal["embedded"] = Field(default="embedded", description="the CPU server that ships with the package")
+    urls: tuple[str, ...] = Field(default=(), description="attach to running servers instead of starting one")
+    port: int = Field(default=0, ge=0, le=65535, description="port of the server that is started; 0 picks a free one")
+    prompts_per_step: Positive = Field(description="L of the paper: prompts per rollout phase")
+    samples_per_prompt: Positive = Field(description="K of the paper: the group size")
+    max_response_tokens: Positive = 64
+    max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
+    temperature: float = Field(default=1.0, gt=0)
+    max_running_requests: Positive = Field(default=64, description="decoding slots of the embedded server")
+    threads: int = Field(default=0, ge=0, description="torch threads of the embedded server; 0 takes all cores")
+    ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    token_deadline_seconds: float = Field(
+        default=2.0, gt=0, description="time allowed per generated token of the longest response, as a timeout"
+    )
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+class BudgetSection(Section):
+    """The token budget Phi of one optimizer step (Eq. 2)."""
+
+    tokens: Positive = Field(description="Phi: response tokens that carry loss in one optimizer step")
+    scope: Literal["global", "per_gpu"] = Field(default="global", description="per_gpu multiplies by training ranks")
+    cut: Literal["token", "response"] = Field(
+        default="token", description="token: exactly Phi tokens; response: whole responses, overshooting"
+    )
+    under_full: Literal["refill", "short"] = Field(
+        default="refill", description="too few tokens: sample more and carry the surplus, or divide by Phi anyway"
+    )
+    max_staleness: int = Field(default=1, ge=0, description="steps a surplus response may wait before it is dropped")
+    max_waves: Positive = Field(default=8, description="rollout waves per step before the run stops with an error")
+
+
+class AlgorithmSection(Section):
+    name: Literal["c3po", "grpo"] = "c3po"
+    clip_low: Fraction = 0.2
+    clip_high: float = Field(default=0.2, gt=0)
+    entropy_coefficient: float = Field(default=5e-4, ge=0, description="a_ent of Eq. 6; the bonus is subtracted")
+    kl_coefficient: float = Field(default=0.0, ge=0, description="beta of Eq. 2, against the starting weights")
+    optimizer_steps_per_rollout: Positive = 1
+
+
+class RewardSection(Section):
+    kind: Literal["exact", "math"] = "exact"
+    workers: Positive = 2
+    timeout_seconds: float = Field(default=3.0, gt=0)
+
+
+class EvaluateSection(Section):
+    prompts: Positive = 512
+    samples_per_prompt: Positive = 1
+
+
+class RlConfig(RunConfig):
+    """`megatron-rl train` and `evaluate`."""
+
+    data: RlData
+    rollout: RolloutSection
+    budget: BudgetSection
+    algorithm: AlgorithmSection = AlgorithmSection()
+    reward: RewardSection = RewardSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> "RlConfig":
+        longest = self.rollout.max_response_tokens
+        if self.budget.tokens < longest:
+            raise ValueError(
+                f"budget.tokens {self.budget.tokens} is smaller than one response can be "
+                f"(rollout.max_response_tokens {longest}); set budget.tokens to at least {longest}"
+            )
+        if self.train.micro_batch_tokens < self.rollout.max_sequence_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens {self.train.micro_batch_tokens} is smaller than one sequence can be "
+                f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
+                "raise it or shorten the responses"
+            )
+        capacity = self.rollout.prompts_per_step * self.rollout.samples_per_prompt * longest * self.budget.max_waves
+        phase_tokens = self.budget.tokens * self.algorithm.optimizer_steps_per_rollout
+        if self.budget.under_full == "refill" and self.budget.scope == "global" and capacity < phase_tokens:
+            raise ValueError(
+                f"budget: {phase_tokens} tokens per rollout can never be filled by {self.budget.max_waves} waves of "
+                f"prompts_per_step x samples_per_prompt x max_response_tokens; lower budget.tokens"
+            )
+        if self.rollout.samples_per_prompt < 2:
+            raise ValueError("rollout.samples_per_prompt must be at least 2: a group of one has no advantage")
+        return self
+
+    def phase_budgets(self, num_training_ranks: int) -> tuple[int, ...]:
+        """Phi of every optimizer step of one rollout phase, in tokens."""
+        scale = num_training_ranks if self.budget.scope == "per_gpu" else 1
+        return (self.budget.tokens * scale,) * self.algorithm.optimizer_steps_per_rollout

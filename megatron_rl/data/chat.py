@@ -1,0 +1,118 @@
+"""Text to tokens, through the chat template of the checkpoint.
+
+Special tokens that are written out inside a message (`<|endoftext|>`) are encoded as such: filter the data for them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.data.prompts import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face directory, from data only: no code of the directory runs.
+
+    ValueError when it does not load, has no chat template or has no eos token.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(model_dir).is_dir():
+        raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a malformed file led to
+        raise ValueError(
+            f"{model_dir} holds no tokenizer that loads without remote code ({type(error).__name__}: {error}); "
+            "it needs tokenizer.json or tokenizer.model, and tokenizer_config.json"
+        ) from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"{model_dir} has no chat template; put one into tokenizer_config.json or chat_template.jinja")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{model_dir}/tokenizer_config.json names no eos_token; responses could never end")
+    return tokenizer
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None = None) -> list[int]:
+    """Token ids of one user message, generation prompt included: what the server is asked to continue."""
+    messages = [Message(role="user", content=prompt)]
+    if system is not None:
+        messages.insert(0, Message(role="system", content=system))
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
+
+    Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
+    prompt, up to and including its eos token where the template writes one. Template text after that eos carries no
+    loss. A conversation that ends in an assistant message without eos (Ling-lite's template) gets one appended.
+
+    The spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
+    across a boundary, makes a prefix render differently from the whole: such a mask would be a guess.
+    """
+    if not any(message.role == "assistant" for message in messages):
+        raise ValueError("messages hold no assistant message, so there is nothing to learn; drop the conversation")
+    if messages[0].role == "assistant":
+        raise ValueError("messages begin with an assistant message; put the question before it")
+    ids = _render(tokenizer, messages, add_generation_prompt=False)
+    mask = [False] * len(ids)
+    eos = tokenizer.eos_token_id
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        start = _prefix_length(tokenizer, messages, index, ids, add_generation_prompt=True)
+        end = _prefix_length(tokenizer, messages, index + 1, ids, add_generation_prompt=False)
+        if eos in ids[start:end]:
+            end = start + _last_index(ids[start:end], eos) + 1
+        elif end == len(ids):
+            ids, mask = [*ids, eos], [*mask, False]
+            end += 1
+        mask[start:end] = [True] * (end - start)
+    return ids, mask
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], add_generation_prompt: bool
+) -> list[int]:
+    from jinja2 import TemplateError
+
+    rows: list[Mapping[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return list(
+            tokenizer.apply_chat_template(
+                rows, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+            )
+        )
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+
+
+def _prefix_length(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    count: int,
+    ids: Sequence[int],
+    add_generation_prompt: bool,
+) -> int:
+    """Tokens of the first `count` messages, checked to be the beginning of `ids`."""
+    prefix = _render(tokenizer, messages[:count], add_generation_prompt)
+    if prefix != list(ids[: len(prefix)]):
+        what = f"the first {count} of {len(messages)} messages"
+        what += " with the generation prompt" if add_generation_prompt else ""
+        same = next(i for i, token in enumerate(prefix) if i >= len(ids) or token != ids[i])
+        raise ValueError(
+            f"the chat template renders {what} differently from the whole conversation, from token {same} on "
+            f"({tokenizer.decode(prefix[same : same + 8])!r} against {tokenizer.decode(ids[same : same + 8])!r}), "
+            "so the loss mask is undefined; give each assistant turn a row of its own, and begin its content with "
+            "what the generation prompt does not already write"
+        )
+    return len(prefix)
+
+
+def _last_index(values: Sequence[int], value: int) -> int:
+    return max(index for index, item in enumerate(values) if item == value)

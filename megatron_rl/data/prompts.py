@@ -1,0 +1,218 @@
+"""The JSONL row contracts, and the order in which training goes through the prompts.
+
+A prompt row:  {"domain": str, "prompt": str, "answer": str, optional "id": str, "source": str, "meta": {...}}
+A chat row:    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...], optional "id", "meta"}
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One verifiable question. `id` is unique in its file; without one in the row it is a hash of the content."""
+
+    id: str
+    domain: str
+    prompt: str
+    answer: str
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """One conversation to imitate; its assistant messages are the targets."""
+
+    id: str
+    messages: tuple[Message, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def prompt_id(domain: str, prompt: str, answer: str) -> str:
+    """16 hexadecimal digits that depend on the content only, so they survive reordering the file."""
+    return _digest([domain, prompt, answer])
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """All rows of a prompt file; ValueError names file, line, field and value of the first bad row."""
+    prompts = []
+    first_line: dict[str, int] = {}
+    for line, row in _rows(path, allowed=("domain", "prompt", "answer", "id", "source", "meta")):
+        where = f"{path}:{line}"
+        domain, prompt, answer = (_text(row, name, where) for name in ("domain", "prompt", "answer"))
+        identity = _text(row, "id", where) if "id" in row else prompt_id(domain, prompt, answer)
+        source = _text(row, "source", where) if "source" in row else ""
+        meta = _meta(row, where)
+        _claim_id(first_line, identity, line, where)
+        prompts.append(Prompt(id=identity, domain=domain, prompt=prompt, answer=answer, source=source, meta=meta))
+    return _not_empty(prompts, path)
+
+
+def read_chats(path: str | Path) -> list[Chat]:
+    """All rows of a chat file; ValueError names file, line, field and value of the first bad row."""
+    chats = []
+    first_line: dict[str, int] = {}
+    for line, row in _rows(path, allowed=("messages", "id", "meta")):
+        where = f"{path}:{line}"
+        messages = _messages(row, where)
+        content = [part for message in messages for part in (message.role, message.content)]
+        identity = _text(row, "id", where) if "id" in row else _digest(content)
+        meta = _meta(row, where)
+        _claim_id(first_line, identity, line, where)
+        chats.append(Chat(id=identity, messages=messages, meta=meta))
+    return _not_empty(chats, path)
+
+
+class PromptStream:
+    """Prompts in a seeded order: every epoch is a fresh permutation that holds each prompt once.
+
+    A pure function of (prompts, seed, cursor), where the cursor counts prompts from the start of training; it is
+    all that a checkpoint has to keep. A step that crosses the end of an epoch goes on in the next permutation, so
+    only there can one prompt come twice in a step.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
+        if not prompts:
+            raise ValueError("a PromptStream needs at least one prompt, got none; check the data files")
+        if prompts_per_step < 1:
+            raise ValueError(f"prompts_per_step must be at least 1, got {prompts_per_step}")
+        self.prompts = tuple(prompts)
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def take(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
+        """The `count` prompts from `cursor` on, and the cursor after them."""
+        if cursor < 0 or count < 0:
+            raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
+        taken = [self._at(position) for position in range(cursor, cursor + count)]
+        return taken, cursor + count
+
+    def step(self, index: int) -> list[Prompt]:
+        """The prompts of step `index`, from 0, when every step takes prompts_per_step."""
+        return self.take(index * self.prompts_per_step, self.prompts_per_step)[0]
+
+    def _at(self, position: int) -> Prompt:
+        epoch, index = divmod(position, len(self.prompts))
+        if epoch != self._epoch:
+            self._order = list(range(len(self.prompts)))
+            random.Random(f"prompt order {self.seed} {epoch}").shuffle(self._order)
+            self._epoch = epoch
+        return self.prompts[self._order[index]]
+
+
+def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank."""
+    if not Path(path).is_file():
+        raise ValueError(f"data file {path} does not exist")
+    with Path(path).open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: not valid UTF-8 JSON ({error}); write one object per line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{line}: must be a JSON object, got {_shown(row)}; write one object per line")
+            for name in row:
+                if name not in allowed:
+                    raise ValueError(
+                        f"{path}:{line}: unknown field {name!r} = {_shown(row[name])}; "
+                        f"the fields are {', '.join(allowed)}; put anything else into 'meta'"
+                    )
+            yield line, row
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        got = _shown(value) if name in row else "no such field"
+        raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {got}; fill it in or drop the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: field {name!r} holds half of a surrogate pair, got {_shown(value)}; repair its escapes"
+        ) from None
+    return value
+
+
+def _meta(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    meta = row.get("meta", {})
+    if not isinstance(meta, dict):
+        raise ValueError(f"{where}: field 'meta' must be an object, got {_shown(meta)}; write {{}} or leave it out")
+    return meta
+
+
+def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    value = row.get("messages")
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{where}: field 'messages' must be a non-empty list, got {_shown(value)}; "
+            'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+        )
+    messages = []
+    for index, item in enumerate(value):
+        name = f"messages[{index}]"
+        if not isinstance(item, dict) or set(item) != {"role", "content"}:
+            raise ValueError(
+                f"{where}: field {name!r} must be an object of 'role' and 'content', got {_shown(item)}; "
+                "leave out other keys"
+            )
+        if item["role"] not in ROLES:
+            raise ValueError(
+                f"{where}: field '{name}.role' must be one of {', '.join(ROLES)}, got {_shown(item['role'])}; "
+                "rename the role"
+            )
+        messages.append(Message(role=item["role"], content=_text(item, "content", f"{where}: {name}")))
+    if messages[-1].role != "assistant":
+        raise ValueError(
+            f"{where}: field 'messages' must end with an assistant message, got role {messages[-1].role!r} last; "
+            "drop what follows the last answer"
+        )
+    if messages[0].role == "assistant":
+        raise ValueError(
+            f"{where}: field 'messages' must not begin with an assistant message, got role 'assistant' first; "
+            "put the question before it"
+        )
+    return tuple(messages)
+
+
+def _claim_id(first_line: dict[str, int], identity: str, line: int, where: str) -> None:
+    if identity in first_line:
+        raise ValueError(
+            f"{where}: field 'id' must be unique in its file, got {identity!r} as in line {first_line[identity]} "
+            "(without an id it is a hash of the content); drop the duplicate or give it another id"
+        )
+    first_line[identity] = line
+
+
+def _not_empty(records: list[Any], path: str | Path) -> list[Any]:
+    if not records:
+        raise ValueError(f"{path} holds no rows; write one JSON object per line")
+    return records
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

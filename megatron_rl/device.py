@@ -1,0 +1,263 @@
+"""The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
+
+`torch_device()`, `backend()`, `synchronize()` and friends are what the rest of the package calls; no other module says
+"cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
+adapts the following, each because megatron-core 0.19.2 names CUDA unconditionally there:
+
+1.  `torch.cuda.current_device()` answers `torch.device("cpu")`: megatron passes it as `device=` everywhere.
+2.  `Tensor.cuda()` returns the tensor and `Tensor.record_stream()` does nothing: there is one memory and one stream.
+3.  `torch.cuda.synchronize, Stream, Event, stream, current_stream, default_stream` become inert: the token dispatcher,
+    the DDP buckets and the pipeline schedules order work by streams that a CPU does not have.
+4.  `torch.cuda.get_rng_state, set_rng_state, manual_seed` and megatron's own pair of RNG accessors use the CPU
+    generator: the RNG tracker and activation recomputation save and restore through them.
+5.  `maybe_move_tensor_to_cpu(as_numpy=True)` converts to numpy: gloo's all-to-all takes lists as split sizes, and the
+    original converts CUDA tensors only.
+6.  `torch.cuda.FloatTensor` and its kin are the CPU types, and `Tensor.type()` without arguments answers
+    `torch.cuda.X`: the optimizer groups parameters and asserts by these strings.
+7.  Tensor factories called with `device="cuda"` inside `megatron.core` make CPU tensors, through a proxy for the name
+    `torch` in those modules alone. A global TorchFunctionMode would reach everybody's code and costs more.
+8.  `megatron.core.transformer.moe.ops.paged_stash` is an empty stand-in when triton is missing: it is imported
+    unconditionally and used on CUDA alone.
+9.  Uneven all-gather and reduce-scatter (expert-tensor with expert parallelism) go through padded equal-sized
+    collectives: gloo refuses uneven ones.
+10. `torch.compile` is the identity while megatron is imported: its `jit_fuser` decorators would start a C++ compiler at
+    the first step.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import types
+import warnings
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "randint", "linspace")
+
+
+def on_cuda() -> bool:
+    """True when this process trains on a CUDA device. `MEGATRON_RL_DEVICE=cpu` forces the CPU path."""
+    return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and torch.cuda.is_available()
+
+
+def torch_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend of the training process groups."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def set_local_device(local_rank: int) -> None:
+    if on_cuda():
+        torch.cuda.set_device(local_rank)
+
+
+def import_megatron() -> None:
+    """Import megatron-core, adapted to this device. Idempotent. ImportError tells how to install it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Apex is not installed" and the like: the CPU stack is meant to be without
+        try:
+            if on_cuda():
+                importlib.import_module("megatron.core")
+            elif not getattr(torch.cuda, "_megatron_rl_adapted", False):
+                _adapt_torch()
+                _adapt_megatron()
+                torch.cuda._megatron_rl_adapted = True  # type: ignore[attr-defined]
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("megatron"):
+                raise ImportError(
+                    "megatron-core 0.19.2 is not installed; run `make install` (on Python 3.11 it is built from its "
+                    "source distribution)"
+                ) from error
+            raise
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+# -- torch ---------------------------------------------------------------------------------------------------------
+
+
+class _InertStream:
+    """Stands in for a CUDA stream or event: everything is already in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_InertStream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_: Any) -> "_InertStream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _InertStream)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _adapt_torch() -> None:
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    stream = _InertStream()
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda *_, **__: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.Event = _InertStream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.stream = lambda *_, **__: stream
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # torch.manual_seed calls this one
+    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
+    for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Byte", "Bool", "Char"):
+        setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.record_stream = lambda self, *_: None
+    cpu_type = tensor.type
+
+    @functools.wraps(cpu_type)
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return cpu_type(self, *args, **kwargs)
+        return cpu_type(self).replace("torch.", "torch.cuda.", 1)
+
+    tensor.type = type_as_on_cuda
+
+
+# -- megatron ------------------------------------------------------------------------------------------------------
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` as megatron's modules see it: every attribute is torch's, the tensor factories turn cuda into cpu."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    @staticmethod
+    def _on_cpu(factory: Any) -> Any:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if "cuda" in str(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def _without_compile() -> Any:
+    compile_ = torch.compile
+
+    def eager(model: Any = None, **_: Any) -> Any:
+        return model if model is not None else eager
+
+    torch.compile = eager  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+def _adapt_megatron() -> None:
+    if importlib.util.find_spec("triton") is None:
+        stand_in = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        stand_in.__getattr__ = lambda name: None  # type: ignore[method-assign]
+        sys.modules[stand_in.__name__] = stand_in
+
+    with _without_compile():
+        for name in (
+            "distributed",
+            "dist_checkpointing",
+            "dist_checkpointing.serialization",
+            "distributed.finalize_model_grads",
+            "models.gpt.gpt_layer_specs",
+            "models.gpt.gpt_model",
+            "optimizer",
+            "parallel_state",
+            "pipeline_parallel",
+            "tensor_parallel.mappings",
+            "tensor_parallel.random",
+            "transformer.moe.moe_logging",
+            "transformer.moe.token_dispatcher",
+            "transformer.moe.router_replay",
+        ):
+            importlib.import_module(f"megatron.core.{name}")
+
+    proxy = _CpuTorch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = proxy  # type: ignore[attr-defined]
+
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
+
+    mappings = sys.modules["megatron.core.tensor_parallel.mappings"]
+    mappings._gather_along_first_dim = _padded_gather(mappings._gather_along_first_dim)  # type: ignore[attr-defined]
+    mappings._reduce_scatter_along_first_dim = _sliced_reduce_scatter(  # type: ignore[attr-defined]
+        mappings._reduce_scatter_along_first_dim
+    )
+
+
+def _padded_gather(even: Any) -> Any:
+    """All-gather of unequal first dimensions by padding to the longest, for gloo."""
+
+    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even(input_, group, None, use_global_buffer)
+        sizes = [int(n) for n in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    return gather
+
+
+def _sliced_reduce_scatter(even: Any) -> Any:
+    """Reduce-scatter into unequal first dimensions as all-reduce and slice, for gloo."""
+
+    def reduce_scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even(input_, group, None, use_global_buffer)
+        total = input_.contiguous().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return torch.split(total, [int(n) for n in input_split_sizes])[group.rank()]
+
+    return reduce_scatter

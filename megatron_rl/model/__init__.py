@@ -1,0 +1,1 @@
+"""The Megatron border: `config.json` to TransformerConfig, layer specs, building, vocab-parallel log-probs."""

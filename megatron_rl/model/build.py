@@ -1,0 +1,274 @@
+"""Build a BailingMoE of megatron-core modules on this rank, with weights from a Hugging Face directory."""
+
+import datetime
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.checkpoint.hf import HfReader, read_full
+from megatron_rl.checkpoint.names import Mapping, canonical_name, name_table
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.schema import ModelSection, MoeSection, ParallelSection
+from megatron_rl.layout import Layout
+
+device.import_megatron()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
+from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_with_transformer_engine_submodules,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> None:
+    """Join the training world and make megatron's process groups. Alone (no torchrun) it is a world of one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    device.set_local_device(int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(seconds=deadline_seconds)
+    if layout.world_size == 1:
+        # No port, no store over TCP: a single process cannot collide with another run on this machine.
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend(), timeout=timeout)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=max(1, round(deadline_seconds / 60)),
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout) -> TransformerConfig:
+    """BailingMoE's shape as megatron-core's TransformerConfig."""
+    dtype = DTYPES[model.dtype]
+    dense = bailing.first_k_dense_replace
+    return TransformerConfig(
+        num_layers=bailing.num_hidden_layers,
+        hidden_size=bailing.hidden_size,
+        ffn_hidden_size=bailing.intermediate_size,
+        num_attention_heads=bailing.num_attention_heads,
+        num_query_groups=bailing.num_key_value_heads,
+        kv_channels=bailing.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=bailing.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=bailing.initializer_range,
+        num_moe_experts=bailing.num_experts,
+        moe_ffn_hidden_size=bailing.moe_intermediate_size,
+        moe_shared_expert_intermediate_size=bailing.shared_intermediate_size or None,
+        moe_layer_freq=[int(bailing.is_moe_layer(i)) for i in range(bailing.num_hidden_layers)] if dense else 1,
+        moe_router_topk=bailing.num_experts_per_tok,
+        moe_router_score_function="softmax",
+        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
+        moe_router_pre_softmax=not bailing.norm_topk_prob,
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_router_load_balancing_type="aux_loss" if moe.load_balance_coefficient else "none",
+        moe_aux_loss_coeff=moe.load_balance_coefficient,
+        moe_z_loss_coeff=moe.z_loss_coefficient or None,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=layout.pipeline > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not device.on_cuda(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        batch_p2p_comm=device.on_cuda(),
+        # The loss returned to the schedule is already the sum over tokens divided by the constant budget: the schedule
+        # and DDP must only add up (see train/trainer.py).
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+    )
+
+
+def uses_transformer_engine(model: ModelSection) -> bool:
+    """The layers that this machine gets. ValueError when Transformer Engine is asked for and cannot be had."""
+    if model.layers == "local":
+        return False
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if model.layers == "transformer_engine" and not (installed and device.on_cuda()):
+        raise ValueError(
+            "model.layers = 'transformer_engine' needs a CUDA device and the package; install megatron_rl[gpu] "
+            "or set model.layers = 'local'"
+        )
+    return installed and device.on_cuda()
+
+
+def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engine: bool) -> TransformerLayerSubmodules:
+    num_experts = config.num_moe_experts if is_moe else None
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
+    backend = LocalSpecProvider()
+    return TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=backend.column_parallel_linear(),
+                core_attention=PackedAttention,
+                linear_proj=backend.row_parallel_linear(),
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=get_mlp_module_spec_for_backend(backend, num_experts=num_experts),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """This rank's part of the model: `module` is what megatron's schedules run, `gpt` the GPTModel inside it."""
+
+    module: Any
+    gpt: GPTModel
+    config: TransformerConfig
+    bailing: BailingConfig
+    layout: Layout
+    dtype: torch.dtype
+
+    def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's parameters under the names of checkpoint/names.py."""
+        layers = get_transformer_layer_offset(self.config)
+        experts = mpu.get_expert_model_parallel_rank() * (self.bailing.num_experts // self.layout.expert)
+        return {canonical_name(name, layers, experts): p for name, p in self.gpt.named_parameters()}
+
+
+def build_model(bailing: BailingConfig, model: ModelSection, moe: MoeSection, parallel: ParallelSection, layout: Layout) -> Model:
+    """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
+    config = transformer_config(bailing, model, moe, layout)
+    transformer_engine = uses_transformer_engine(model)
+    offset = get_transformer_layer_offset(config)
+    num_local = config.num_layers // layout.pipeline
+    specs = [
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine),
+        )
+        for i in range(num_local)
+    ]
+    layer_norm = RMSNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm as layer_norm
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm),
+        vocab_size=-(-bailing.vocab_size // layout.tensor) * layout.tensor,
+        max_sequence_length=bailing.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope" if transformer_engine else "none",
+        rotary_base=int(bailing.rope_theta),
+    )
+    if bailing.norm_head and gpt.post_process:
+        gpt.output_layer.register_forward_pre_hook(_NormHead(bailing.vocab_size))
+    gpt.to(device.torch_device())
+    dtype = DTYPES[model.dtype]
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=dtype != torch.float64,
+            use_distributed_optimizer=parallel.distributed_optimizer and dtype != torch.float64,
+        ),
+        Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt,
+    )
+    return Model(module=ddp, gpt=gpt, config=config, bailing=bailing, layout=layout, dtype=dtype)
+
+
+class _NormHead:
+    """Forward pre-hook of the output layer for `norm_head`: W / (||W||_2 over the vocabulary axis + 1e-7).
+
+    The norm is one number per hidden column, so dividing the hidden state gives the same logits as dividing the weight,
+    without a second copy of it. The norm is detached and leaves out padded vocabulary rows.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight = layer.weight.detach()
+        first = mpu.get_tensor_model_parallel_rank() * len(weight)
+        rows = weight[: max(0, self.vocab_size - first)]
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        squares = wide.square().sum(dim=0)
+        if mpu.get_tensor_model_parallel_world_size() > 1:
+            dist.all_reduce(squares, group=mpu.get_tensor_model_parallel_group())
+        hidden, *rest = args
+        return (hidden / (squares.sqrt() + 1e-7).to(hidden.dtype), *rest)
+
+
+def load_weights(model: Model, model_dir: Any) -> None:
+    """Fill every parameter of this rank from a Hugging Face directory; ValueError when names or shapes differ."""
+    table = name_table(model.bailing)
+    with HfReader(model_dir, table) as reader, torch.no_grad():
+        for name, parameter in model.parameters_by_canonical_name().items():
+            shard = local_shard(table[name], read_full(table[name], reader.read))
+            if shard.shape != parameter.shape:
+                raise ValueError(f"{name}: {model_dir} gives {tuple(shard.shape)}, the model has {tuple(parameter.shape)}")
+            parameter.copy_(shard)
+
+
+def local_shard(entry: Mapping, full: Tensor) -> Tensor:
+    """This rank's part of a full Megatron tensor."""
+    group = tensor_group(entry)
+    return entry.layout.shard(full, group.rank(), group.size())
+
+
+def tensor_group(entry: Mapping) -> Any:
+    """The group over which a parameter is divided inside one layer."""
+    return mpu.get_expert_tensor_parallel_group() if entry.expert else mpu.get_tensor_model_parallel_group()
+
+
+def owns_export(entry: Mapping) -> bool:
+    """True on the one data-parallel replica that exports this parameter."""
+    return mpu.get_expert_data_parallel_rank() == 0 if entry.expert else mpu.get_data_parallel_rank() == 0

@@ -1,0 +1,71 @@
+"""Layers from plain torch for the layer spec: RMSNorm under sequence parallelism, attention over packed sequences.
+
+Legend: T packed tokens, Nq query heads, Nk key-value heads (per tensor-parallel rank), D head_dim, L padded length.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl.model.packing import PackedSequences
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm with the variance in fp32 (fp64 for fp64 input).
+
+    Its weight is marked for sequence parallelism, where each rank sees a part of the tokens and megatron sums the
+    gradients; megatron's own torch norm refuses that.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        normed = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal grouped-query attention inside each packed sequence, by torch's scaled_dot_product_attention.
+
+    Rotary embedding is applied here and the model is built with `position_embedding_type="none"`: megatron's own rotary
+    for packed sequences loops over them in Python, and takes a table as long as the pack for a different layout.
+    """
+
+    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__()
+        if config.context_parallel_size != 1:
+            raise ValueError(f"PackedAttention runs with parallel.context = 1, got {config.context_parallel_size}")
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any) -> Tensor:
+        """query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
+        packed: PackedSequences = packed_seq_params
+        assert packed.cos is not None and packed.sin is not None and packed.restore is not None
+        query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        outputs = []
+        for index in packed.buckets:
+            q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (query, key, value))
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[2] != k.shape[2],
+            )
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, packed.restore)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

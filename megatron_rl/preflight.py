@@ -1,0 +1,74 @@
+"""What can be known to fail before torch is imported and servers start: directories, layout, memory, ports."""
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
+
+# Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
+_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
+
+
+def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None:
+    """ValueError for the first thing that would fail later. Meant for a run of one machine."""
+    bailing = load_bailing_config(config.model.path)
+    config.parallel.layout(world_size).check(bailing)
+    data = [config.data.train] if isinstance(config, SftConfig | RlConfig) else []
+    if isinstance(config, RlConfig) and config.data.test is not None:
+        data.append(config.data.test)
+    for path in data:
+        if not Path(path).is_file():
+            raise ValueError(f"data file {path} does not exist")
+    checkpoints = config.run_dir / "checkpoints" / "latest"
+    if checkpoints.exists() and not resume:
+        raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
+    if isinstance(config, RlConfig):
+        rollout = config.rollout
+        if rollout.max_sequence_tokens > bailing.max_position_embeddings:
+            raise ValueError(
+                f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
+                f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
+            )
+        if rollout.port and not rollout.urls:
+            _check_port(rollout.port)
+    _check_memory(config, bailing, world_size)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"rollout.port {port} cannot be used ({error.strerror}); set another or 0") from None
+
+
+def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
+    """Host memory of a run on this machine: training state of all ranks, logits of a micro-batch, server and cache."""
+    layout = config.parallel.layout(world_size)
+    copies = layout.data if not config.parallel.distributed_optimizer else 1
+    weights = bailing.num_parameters()
+    state = weights * (8 * layout.data + (_BYTES_PER_PARAMETER[config.model.dtype] - 8) * copies)
+    logits = 3 * 4 * config.train.micro_batch_tokens * bailing.vocab_size * layout.data
+    total = state + logits
+    if isinstance(config, RlConfig) and not config.rollout.urls:
+        per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
+        slots = config.rollout.max_running_requests * config.rollout.max_sequence_tokens
+        total += 4 * weights + per_token * slots
+    return total
+
+
+def _check_memory(config: RunConfig, bailing: BailingConfig, world_size: int) -> None:
+    if "CUDA_VISIBLE_DEVICES" in os.environ or Path("/dev/nvidia0").exists():
+        return  # host memory is not where a GPU run keeps its state
+    needed, free = required_bytes(config, bailing, world_size), psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: "
+            f"{bailing.num_parameters() / 1e9:.2f} B parameters in {config.model.dtype}; lower "
+            "train.micro_batch_tokens or rollout.max_running_requests, use a smaller model, or a larger machine"
+        )

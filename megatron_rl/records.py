@@ -1,0 +1,108 @@
+"""The records that cross the boundaries of the package: frozen, keyword-only, without torch.
+
+Vocabulary: a *prompt* is sampled K times into a *group* of *responses*; a scored response becomes a *sample* once it
+has a reward and an advantage. A *plan* says which samples a train phase uses, how many of each response's tokens carry
+loss, and where they run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One sampled continuation of a prompt.
+
+    prompt_id: the prompt's position in the data, unique in a run.
+    sample_index: 0..K-1 within the group.
+    prompt_ids: int32 [prompt_tokens].
+    output_ids: int32 [output_tokens], the end-of-sequence token included when it was generated.
+    rollout_logprobs: float32 [output_tokens], log-probabilities under the sampling policy at the sampling temperature.
+    policy_version: the weights that generated it.
+    finish_reason: "stop", "length" or "abort".
+    """
+
+    prompt_id: int
+    sample_index: int
+    prompt_ids: np.ndarray
+    output_ids: np.ndarray
+    rollout_logprobs: np.ndarray
+    policy_version: int
+    finish_reason: str
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A response with its verdict. `reward` is in the task's units (0 or 1 for verifiable tasks)."""
+
+    response: Response
+    reward: float
+    reason: str
+    advantage: float
+
+    @property
+    def id(self) -> tuple[int, int]:
+        return self.response.prompt_id, self.response.sample_index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All K samples of one prompt."""
+
+    prompt_id: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """One sample's part in an optimizer step.
+
+    index: position in the step's sample list (the store on rank 0).
+    num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
+        tokens of the response; what was cut behind them influences nothing before it.
+    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean.
+    stale: the weights have moved since this was sampled, so its old log-probs are the recorded rollout log-probs.
+    """
+
+    index: int
+    num_prompt_tokens: int
+    num_loss_tokens: int
+    loss_scale: float
+    stale: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_loss_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One optimizer step.
+
+    denominator: divides the sum over all loss tokens: Phi for C3PO, the number of samples for GRPO.
+    micro_batches: `[dp_rank][i]` lists positions in `selected`; every rank has equally many, some perhaps empty.
+    """
+
+    denominator: float
+    selected: tuple[Selected, ...]
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(s.num_loss_tokens for s in self.selected)
+
+    @property
+    def num_forward_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.selected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one train phase does: its optimizer steps, in order."""
+
+    steps: tuple[StepPlan, ...]

@@ -1,0 +1,168 @@
+"""A pool that judges responses: inline where that is safe and cheap, otherwise in workers that can be killed."""
+
+import asyncio
+import fcntl
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Self
+
+from pebble import ProcessPool
+
+from megatron_rl.reward import math as math_reward
+from megatron_rl.reward.exact import exact_verdict
+from megatron_rl.reward.verdict import Verdict, make_verdict
+
+logger = logging.getLogger(__name__)
+
+WORKER_MEMORY_BYTES = 2 * 1024**3
+# A worker is replaced after this many items, so that sympy's caches do not grow into its memory limit.
+ITEMS_PER_WORKER = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardKind:
+    """How one kind of answer is judged.
+
+    settle: (response text, answer) -> the verdict, or the string that `judge` has to look at. Runs in the caller:
+        linear time, no evaluation of what the response says.
+    judge: (what settle returned, answer) -> verdict, in a worker. None: settle always gives the verdict.
+    warm_up: run once in each new worker. Functions are pickled by name, so they live at the top of a module.
+    """
+
+    settle: Callable[[str, str], Verdict | str]
+    judge: Callable[[str, str], Verdict] | None = None
+    warm_up: Callable[[], None] | None = None
+
+
+REWARD_KINDS: dict[str, RewardKind] = {
+    "exact": RewardKind(settle=exact_verdict),
+    "math": RewardKind(settle=math_reward.settle_math, judge=math_reward.judge_boxed, warm_up=math_reward.warm_up),
+}
+
+
+class RewardPool:
+    """Judges responses of one kind. Owns its worker processes, which start with the first item that needs one.
+
+    Workers come from a forkserver, so they inherit neither CUDA nor threads. They end with `close()`, and also
+    when this process is killed. Their number bounds memory at WORKER_MEMORY_BYTES each.
+    """
+
+    def __init__(self, kind: str, workers: int, timeout_seconds: float) -> None:
+        if kind not in REWARD_KINDS:
+            raise ValueError(f"reward kind must be one of {', '.join(sorted(REWARD_KINDS))}, got {kind!r}")
+        if workers < 1:
+            raise ValueError(f"reward workers must be at least 1, got {workers}")
+        if not timeout_seconds > 0:
+            raise ValueError(f"reward timeout_seconds must be above 0, got {timeout_seconds}")
+        self.kind = kind
+        self.workers = workers
+        self.timeout_seconds = timeout_seconds
+        self._kind = REWARD_KINDS[kind]
+        self._processes: ProcessPool | None = None
+        self._closed = False
+
+    def score(self, items: Iterable[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of (response text, answer) pairs, in their order."""
+        started = [(answer, self._start(text, answer)) for text, answer in items]
+        return [
+            outcome if isinstance(outcome, Verdict) else self._wait(answer, *outcome) for answer, outcome in started
+        ]
+
+    async def score_async(self, response_text: str, answer: str) -> Verdict:
+        """Like `score` for one item; does not block the event loop. Cancelling it ends the worker's item too."""
+        outcome = self._start(response_text, answer)
+        if isinstance(outcome, Verdict):
+            return outcome
+        boxed, future = outcome
+        try:
+            return await asyncio.wrap_future(future)
+        except BrokenProcessPool:
+            future = self._schedule(boxed, answer)
+        except Exception as error:
+            return self._give_up(error)
+        try:
+            return await asyncio.wrap_future(future)
+        except Exception as error:
+            return self._give_up(error)
+
+    def close(self) -> None:
+        """End every worker, also a busy one; items that are still waiting are cancelled. Safe to call twice."""
+        self._closed = True
+        if self._processes is not None:
+            self._processes.stop()
+            self._processes.join()
+            self._processes = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, response_text: str, answer: str) -> Verdict | tuple[str, "Future[Verdict]"]:
+        if self._closed:
+            raise ValueError("this RewardPool is closed; make a new one")
+        settled = self._kind.settle(response_text, answer)
+        return settled if isinstance(settled, Verdict) else (settled, self._schedule(settled, answer))
+
+    def _wait(self, answer: str, boxed: str, future: "Future[Verdict]") -> Verdict:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            future = self._schedule(boxed, answer)
+        except Exception as error:
+            return self._give_up(error)
+        try:
+            return future.result()
+        except Exception as error:
+            return self._give_up(error)
+
+    def _schedule(self, boxed: str, answer: str) -> "Future[Verdict]":
+        assert self._kind.judge is not None, f"kind {self.kind} left an item for a worker but has no judge"
+        # pebble gives up the whole pool when a worker dies while idle (say, to the kernel's OOM killer).
+        if self._processes is not None and not self._processes.active:
+            self._processes.stop()
+            self._processes.join()
+            self._processes = None
+        if self._processes is None:
+            self._processes = ProcessPool(
+                max_workers=self.workers,
+                max_tasks=ITEMS_PER_WORKER,
+                initializer=_initialize_worker,
+                initargs=(self._kind.warm_up,),
+                context=multiprocessing.get_context("forkserver"),
+            )
+        return self._processes.schedule(self._kind.judge, args=(boxed, answer), timeout=self.timeout_seconds)
+
+    def _give_up(self, error: Exception) -> Verdict:
+        """The fault boundary: whatever a hostile item did to its worker costs that item only."""
+        if isinstance(error, BrokenProcessPool):
+            raise RuntimeError(f"reward {self.kind}: workers end before they take an item; see their stderr") from error
+        if isinstance(error, TimeoutError):
+            return make_verdict("timeout", self.timeout_seconds)
+        logger.warning("reward %s: a worker failed: %s: %.200s", self.kind, type(error).__name__, error)
+        return make_verdict("error")
+
+
+def _initialize_worker(warm_up: Callable[[], None] | None) -> None:
+    # SIGTERM and SIGIO keep the default action, which ends a worker also inside a long C call; pebble's Python
+    # handler would not run there. SIGIO comes from the kernel when the owner dies: this pipe's other end is there.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    owner = multiprocessing.parent_process()
+    assert owner is not None, "runs in pool workers only"
+    fcntl.fcntl(owner.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(owner.sentinel, fcntl.F_SETFL, fcntl.fcntl(owner.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not owner.is_alive():
+        os._exit(1)
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if warm_up is not None:
+        warm_up()

@@ -1,0 +1,25 @@
+"""The outcome of judging one response."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a reward says about one response.
+
+    score: 1.0 for "correct", otherwise 0.0.
+    reason: "timeout" and "error" mean that the judge gave up, not that the answer was shown to be wrong.
+    seconds: time spent judging, waiting for a free worker not included; for "timeout" the limit that was hit;
+        0.0 for "error", where it is unknown.
+    """
+
+    score: float
+    reason: Reason
+    seconds: float
+
+
+def make_verdict(reason: Reason, seconds: float = 0.0) -> Verdict:
+    return Verdict(score=1.0 if reason == "correct" else 0.0, reason=reason, seconds=seconds)

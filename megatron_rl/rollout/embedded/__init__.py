@@ -1,0 +1,16 @@
+"""A small generation server for CPUs and tests, behind the same HTTP routes as SGLang.
+
+`python -m megatron_rl.rollout.embedded --model-path DIR --port P` serves a BailingMoE. It is an implementation
+of its own in plain torch: it shares no code with the training side, so that the two check each other.
+
+What a request gets (tokens and log-probs) does not depend, bit for bit, on what else is in the batch, on its slot
+or on arrival order; `invariance.py` proves this on the running machine at every start.
+
+    protocol.py    JSON bodies -> validated records; records -> JSON answers
+    server.py      HTTP routes (starlette); one event loop
+    engine.py      continuous batching in a thread of its own
+    slots.py       per-slot state of the running sequences, as arrays
+    model.py       the network;  cache.py  its KV cache;  sampling.py  log-probs and sampling
+    weights.py     safetensors -> packed weights
+    invariance.py  the start-up self-check
+"""

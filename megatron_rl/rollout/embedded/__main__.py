@@ -1,0 +1,185 @@
+"""`python -m megatron_rl.rollout.embedded`: command line, process life.
+
+Exit codes: 0 ended by a signal or by the lifeline, 1 the engine failed, 2 it could not start (one line on stderr).
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("megatron_rl.rollout.embedded")
+
+GRACEFUL_SHUTDOWN_SECONDS = 3
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_rl.rollout.embedded", description="A generation server for CPUs and tests."
+    )
+    parser.add_argument("--model-path", required=True, help="Hugging Face directory of a BailingMoE")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000, help="0 picks a free one; it is logged on stderr")
+    parser.add_argument("--allow-remote", action="store_true", help="permit a host that is not loopback (no auth!)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--max-running-requests", type=int, default=64)
+    parser.add_argument("--context-length", type=int, help="default: max_position_embeddings of config.json")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--weight-version", default="default")
+    parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser.parse_args(argv)
+
+
+def watch_lifeline() -> None:
+    """Exit at once when the other end of stdin closes, which the kernel does even for a parent that was SIGKILLed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def bind(host: str, port: int, allow_remote: bool) -> socket.socket:
+    """A bound socket that does not listen yet, so that a taken port is known before the model is read."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port must be in [0, 65535], got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"--host {host} cannot be resolved: {error}") from None
+    if not ipaddress.ip_address(address[0]).is_loopback and not allow_remote:
+        raise ValueError(f"--host must be a loopback address, got {host}; --allow-remote permits it")
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"port {port} of {host} cannot be bound: {error.strerror}") from None
+    return bound
+
+
+def check_memory(needed: int, context_length: int, max_running_requests: int) -> None:
+    import psutil
+
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"weights and KV cache need {needed / 2**30:.1f} GiB for --context-length {context_length} and "
+            f"--max-running-requests {max_running_requests}, but {available / 2**30:.1f} GiB are available; lower them"
+        )
+
+
+async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
+    import torch
+    import uvicorn
+
+    from megatron_rl.config.bailing import load_bailing_config
+    from megatron_rl.rollout.embedded.cache import KVCache
+    from megatron_rl.rollout.embedded.engine import EngineOptions, cache_shape
+    from megatron_rl.rollout.embedded.server import App
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
+            yield
+
+    config = load_bailing_config(arguments.model_path)
+    context_length = arguments.context_length or config.max_position_embeddings
+    for name, value, maximum in (
+        ("--context-length", context_length, config.max_position_embeddings),
+        ("--max-running-requests", arguments.max_running_requests, 4096),
+        ("--threads", arguments.threads or 1, 1024),
+    ):
+        if not 1 <= value <= maximum:
+            raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    options = EngineOptions(
+        model_path=str(Path(arguments.model_path)),
+        dtype=getattr(torch, arguments.dtype),
+        max_running_requests=arguments.max_running_requests,
+        context_length=context_length,
+        weight_version=arguments.weight_version,
+    )
+    weight_bytes = config.num_parameters() * options.dtype.itemsize
+    check_memory(
+        KVCache.num_bytes(**cache_shape(config, options)) + 2 * weight_bytes,
+        context_length,
+        arguments.max_running_requests,
+    )
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = App(config, options, on_failure=stop)
+    server = Server(
+        uvicorn.Config(
+            app.starlette(),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+            timeout_keep_alive=120,
+            backlog=4096,
+        )
+    )
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopping.set)
+
+    async def stop_on_signal() -> None:
+        await stopping.wait()
+        # First the engine, so that open requests get their partial answers while connections still live.
+        await asyncio.to_thread(app.close)
+        stop()
+
+    watcher = asyncio.create_task(stop_on_signal())
+    host, port = bound.getsockname()[:2]
+    log.info("serving %s on http://%s:%d", arguments.model_path, f"[{host}]" if ":" in host else host, port)
+    await server.serve(sockets=[bound])
+    watcher.cancel()
+    return 1 if app.engine.failure is not None else 0
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.lifeline:
+        watch_lifeline()
+    logging.basicConfig(
+        level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # The number of threads of a product must not vary with the machine's load.
+    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+    os.environ.setdefault("OMP_DYNAMIC", "FALSE")
+    try:
+        bound = bind(arguments.host, arguments.port, arguments.allow_remote)
+        code = asyncio.run(serve(arguments, bound))
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if code:
+        sys.stderr.write("error: the generation engine failed; see the log above\n")
+    return code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    # Not sys.exit: torch's thread pools can hang at interpreter exit, and there is nothing left to save.
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,165 @@
+"""BailingMoE forward pass in plain torch, over fixed shapes.
+
+Shapes: R rows = B entries x T queries; H hidden; nq, nkv heads; g = nq / nkv; d head_dim; E experts; W expert columns;
+S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; a prefill step has one entry per
+CHUNK prompt tokens, several of which may belong to one prompt (keys are written before any row attends).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
+from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward pass. Rows without a token have position 0 and write to the cache's trash block."""
+
+    tokens: Tensor  # [R] int64
+    positions: Tensor  # [R] int64
+    write_blocks: Tensor  # [R] int64
+    write_slots: Tensor  # [R] int64
+    entry_slots: Tensor | None  # [B] int64; None: entry i reads slot i
+    num_queries: int  # T
+    num_blocks: int  # n: covers every position of the batch
+
+
+class BailingModel:
+    """The network's shape, rotary tables and forward pass; weights and cache are arguments."""
+
+    def __init__(self, config: BailingConfig, *, dtype: torch.dtype, context_length: int) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.cos, self.signed_sin = rotary_tables(config.head_dim, config.rope_theta, context_length)
+        self.block_positions = torch.arange(-(-context_length // BLOCK) * BLOCK).view(-1, 1, 1, 1, 1, BLOCK)
+
+    def hidden(self, weights: ModelWeights, cache: KVCache, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, [R, H]; writes the rows' keys and values into the cache."""
+        rotary = (self.cos[batch.positions].unsqueeze(1), self.signed_sin[batch.positions].unsqueeze(1))
+        hide, keep = self._masks(batch)
+        offsets = batch.positions % BLOCK
+        eps = self.config.rms_norm_eps
+        x = weights.embedding[batch.tokens]
+        for index, layer in enumerate(weights.layers):
+            keys, values = cache.keys[index], cache.values[index]
+            normed = rms_norm(x, layer.input_norm, eps)
+            context = self._attention(layer, normed, keys, values, batch, offsets, rotary, hide, keep)
+            x = torch.addmm(x, context, layer.dense)
+            x = self._mlp(layer, x, rms_norm(x, layer.mlp_norm, eps))
+        return rms_norm(x, weights.final_norm, eps)
+
+    def logits(self, weights: ModelWeights, hidden: Tensor) -> Tensor:
+        """[R, H] -> fp32 [R, V]."""
+        return torch.mm(hidden.float(), weights.head)
+
+    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Causal masks [n, B, 1, T, 1, BLOCK]: what to add to scores (0 or -inf), what to multiply weights by (1 or 0)."""
+        positions = batch.positions.view(1, -1, 1, batch.num_queries, 1, 1)
+        keep = (self.block_positions[: batch.num_blocks] <= positions).float()
+        return keep.log(), keep
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        normed: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        offsets: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        hide: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """[R, H] -> [R, nq d] in the model's dtype."""
+        config = self.config
+        nq, nkv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        queries, group = batch.num_queries, nq // nkv
+        entries = normed.shape[0] // queries
+        qkv = torch.mm(normed, layer.qkv).float().view(-1, nq + 2 * nkv, d)
+        heads = apply_rotary(qkv[:, : nq + nkv], *rotary)
+        keys[batch.write_blocks, batch.write_slots, :, :, offsets] = heads[:, nq:]
+        values[batch.write_blocks, batch.write_slots, :, offsets] = qkv[:, nq + nkv :]
+        q = heads[:, :nq].reshape(entries, queries, nkv, group, d)
+        q = q.transpose(1, 2).reshape(entries * nkv, queries * group, d)
+        out = self._attend(q, keys, values, batch, entries, hide, keep)
+        out = out.view(entries, nkv, queries, group, d).transpose(1, 2).reshape(-1, nq * d)
+        return out.to(self.dtype)
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, entries: int, hide: Tensor, keep: Tensor
+    ) -> Tensor:
+        """softmax(q k / sqrt(d)) v for q [B nkv, T g, d], block after block in order.
+
+        The maximum over all blocks is exact, each block's sums have a fixed shape, and a wholly masked block adds
+        exact zeros: so the bits do not depend on num_blocks, that is on how long the other sequences are.
+        """
+        rows, width, d = q.shape
+        blocks, nkv = batch.num_blocks, self.config.num_key_value_heads
+        scores = torch.empty(blocks, rows, width, BLOCK)
+        for b in range(blocks):
+            torch.baddbmm(scores[b], q, self._block(keys, b, batch, entries), beta=0, alpha=d**-0.5, out=scores[b])
+        grouped = scores.view(blocks, entries, nkv, batch.num_queries, -1, BLOCK)
+        grouped.add_(hide)
+        peak = scores.amax(-1, keepdim=True)
+        if blocks > 1:
+            peak = peak.amax(0, keepdim=True)
+        # The floor keeps exp off its slow path for -inf (tens of times slower); e^-80 is lost beside the peak's 1.
+        weights = scores.sub_(peak).clamp_(min=-80).exp_()
+        grouped.mul_(keep)
+        sums = weights.sum(-1, keepdim=True)
+        out = torch.bmm(weights[0], self._block(values, 0, batch, entries))
+        total = sums[0]
+        for b in range(1, blocks):
+            out.baddbmm_(weights[b], self._block(values, b, batch, entries))
+            total = total + sums[b]
+        return out.div_(total)
+
+    @staticmethod
+    def _block(cache: Tensor, block: int, batch: Batch, entries: int) -> Tensor:
+        """Block `block` of one layer's cache for the batch's entries, [B nkv, d, BLOCK] or [B nkv, BLOCK, d]."""
+        slots = batch.entry_slots
+        chosen = cache[block, :entries] if slots is None else cache[block].index_select(0, slots)
+        return chosen.flatten(0, 1)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
+        """x + MLP(normed), [R, H]: SwiGLU over all experts side by side, scaled by routing weights (0: not chosen)."""
+        gate_up = torch.mm(normed, layer.gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        act = F.silu(gate).mul_(up)
+        if layer.router is not None:
+            weights = self._routing_weights(layer.router, normed)
+            width = self.config.moe_intermediate_size * self.config.num_experts
+            routed = act[:, :width].view(-1, self.config.num_experts, self.config.moe_intermediate_size)
+            routed.mul_(weights.unsqueeze(-1))
+        return torch.addmm(x, act, layer.down)
+
+    def _routing_weights(self, router: Tensor, normed: Tensor) -> Tensor:
+        """[R, E] in the model's dtype: softmax over all experts, top-k kept, renormalised if norm_topk_prob."""
+        probs = torch.mm(normed.float(), router).softmax(-1)
+        top, chosen = probs.topk(self.config.num_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:
+            top = top / top.sum(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter_(1, chosen, top).to(self.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, the variance in fp32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotary_tables(head_dim: int, theta: float, context_length: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, [context, d]; the sign of rotate-half is folded into the first half of sin."""
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(context_length, dtype=torch.float32), inverse)
+    return torch.cat((angles, angles), -1).cos(), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate-half (neox) rotary: (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)

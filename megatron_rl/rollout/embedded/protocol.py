@@ -1,0 +1,267 @@
+"""SGLang's JSON bodies as validated records, and records as SGLang's JSON answers. Imports no torch.
+
+Every refusal is a RequestError that names the field and the value.
+"""
+
+import math
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+MAX_SEQUENCES = 65536
+MAX_STOP_TOKEN_IDS = 15  # the eos token has a place of its own
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class RequestError(ValueError):
+    """The client's fault: answered with status 400."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    n: int
+    max_new_tokens: int
+    temperature: float  # 0 = greedy
+    top_p: float
+    top_k: int  # the vocabulary's size = all
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool  # stop at length only; as in SGLang this covers stop_token_ids too
+    skip_special_tokens: bool
+    no_stop_trim: bool
+    sampling_seed: int | None  # None: random
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRequest:
+    """One prompt of a /generate call, with its n samples still to be drawn."""
+
+    rid: str
+    input_ids: list[int]
+    params: SamplingParams
+    return_logprob: bool
+    logprob_start: int | None  # None: no input log-probs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    prompts: tuple[PromptRequest, ...]
+    single: bool  # the answer is one object, not a list
+    stream: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the served model accepts."""
+
+    vocab_size: int
+    context_length: int
+
+
+_GENERATE_KEYS = {
+    "input_ids",
+    "sampling_params",
+    "return_logprob",
+    "logprob_start_len",
+    "rid",
+    "stream",
+}
+# Accepted with the value that means "off"; refused, not ignored, with any other.
+_OFF_SAMPLING = {
+    "min_p": (0, None),
+    "min_new_tokens": (0, None),
+    "repetition_penalty": (1, None),
+    "frequency_penalty": (0, None),
+    "presence_penalty": (0, None),
+    "spaces_between_special_tokens": (True, None),
+}
+
+
+def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
+    for key in body.keys() - _GENERATE_KEYS:
+        if body[key] not in (None, False, 0, "", [], {}):
+            raise RequestError(f"{key} is not supported by the embedded server, got {body[key]!r}")
+    ids, batched = _input_ids(body.get("input_ids"), limits)
+    count = len(ids)
+    params = _per_prompt("sampling_params", body.get("sampling_params") or {}, count, dict)
+    wants = _per_prompt("return_logprob", body.get("return_logprob") or False, count, bool)
+    starts = _per_prompt("logprob_start_len", _default(body, "logprob_start_len", -1), count, int)
+    rids = _rids(body.get("rid"), count, batched)
+    stream = _boolean("stream", _default(body, "stream", False))
+    prompts = tuple(
+        PromptRequest(
+            rid=rids[i],
+            input_ids=ids[i],
+            params=parse_sampling(params[i], len(ids[i]), limits),
+            return_logprob=wants[i],
+            logprob_start=_logprob_start(starts[i], len(ids[i])) if wants[i] else None,
+        )
+        for i in range(count)
+    )
+    total = sum(p.params.n for p in prompts)
+    if total > MAX_SEQUENCES:
+        raise RequestError(f"a request may ask for at most {MAX_SEQUENCES} sequences, got {total}")
+    return GenerateRequest(prompts=prompts, single=not batched and total == 1, stream=stream)
+
+
+def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> SamplingParams:
+    known = set(SamplingParams.__slots__) | _OFF_SAMPLING.keys() | {"stop"}
+    unknown = sorted(body.keys() - known)
+    if unknown:
+        raise RequestError(f"sampling_params.{unknown[0]} is unknown; known: {', '.join(sorted(known))}")
+    for key, off in _OFF_SAMPLING.items():
+        if key in body and body[key] not in off:
+            raise RequestError(f"sampling_params.{key} must be {off[0]!r} (not supported), got {body[key]!r}")
+    if body.get("stop"):
+        raise RequestError(f"sampling_params.stop is not supported, use stop_token_ids, got {body['stop']!r}")
+
+    room = limits.context_length - prompt_length
+    max_new = body.get("max_new_tokens")
+    max_new = min(DEFAULT_MAX_NEW_TOKENS, room) if max_new is None else _integer("max_new_tokens", max_new, 0)
+    if max_new > room:
+        raise RequestError(
+            f"input_ids ({prompt_length} tokens) + max_new_tokens ({max_new}) exceed the context length of "
+            f"{limits.context_length}"
+        )
+    top_k = _integer("top_k", _default(body, "top_k", -1), -1)
+    if top_k == 0:
+        raise RequestError("top_k must be at least 1, or -1 for all, got 0")
+    top_p = _number("top_p", _default(body, "top_p", 1.0))
+    if not 0 < top_p <= 1:
+        raise RequestError(f"top_p must be in (0, 1], got {top_p!r}")
+    temperature = _number("temperature", _default(body, "temperature", 1.0))
+    if temperature < 0 or 0 < temperature < 1e-6:
+        raise RequestError(f"temperature must be 0 or at least 1e-6, got {temperature!r}")
+    seed = body.get("sampling_seed")
+    return SamplingParams(
+        n=_integer("n", _default(body, "n", 1), 1),
+        max_new_tokens=max_new,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=limits.vocab_size if top_k == -1 else min(top_k, limits.vocab_size),
+        stop_token_ids=_stop_ids(body.get("stop_token_ids") or []),
+        ignore_eos=_boolean("ignore_eos", _default(body, "ignore_eos", False)),
+        skip_special_tokens=_boolean("skip_special_tokens", _default(body, "skip_special_tokens", True)),
+        no_stop_trim=_boolean("no_stop_trim", _default(body, "no_stop_trim", False)),
+        sampling_seed=None if seed is None else _integer("sampling_seed", seed, None),
+    )
+
+
+def meta_info(
+    *,
+    rid: str,
+    prompt_tokens: int,
+    output_ids: list[int],
+    output_logprobs: list[float] | None,
+    input_token_logprobs: list[list[Any]] | None,
+    finish_reason: dict[str, Any] | None,
+    weight_version: str,
+    weight_versions: list[dict[str, Any]],
+    e2e_latency: float,
+) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "id": rid,
+        "finish_reason": finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(output_ids),
+        "cached_tokens": 0,
+        "weight_version": weight_version,
+        "weight_versions": weight_versions,
+        "e2e_latency": e2e_latency,
+    }
+    if output_logprobs is not None:
+        meta["output_token_logprobs"] = [
+            [logprob, token, None] for logprob, token in zip(output_logprobs, output_ids, strict=True)
+        ]
+    if input_token_logprobs is not None:
+        meta["input_token_logprobs"] = input_token_logprobs
+    return meta
+
+
+def _default(body: dict[str, Any], key: str, default: Any) -> Any:
+    """The value of a key; an explicit null means the default, as in SGLang."""
+    value = body.get(key)
+    return default if value is None else value
+
+
+def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
+    """(prompts, batched)."""
+    if not isinstance(value, list) or not value:
+        raise RequestError(f"input_ids must be a list of token ids or a list of such lists, not empty, got {_cut(value)}")
+    batched = isinstance(value[0], list)
+    prompts = value if batched else [value]
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt:
+            raise RequestError(f"input_ids must hold token ids or lists of them, none empty, got {_cut(prompt)}")
+        for token in prompt:
+            if type(token) is not int:
+                raise RequestError(f"input_ids must be integers, got {_cut(token)}")
+            if not 0 <= token < limits.vocab_size:
+                raise RequestError(f"input_ids must be in [0, {limits.vocab_size}), got {token}")
+        if len(prompt) > limits.context_length:
+            raise RequestError(
+                f"input_ids ({len(prompt)} tokens) exceed the context length of {limits.context_length}"
+            )
+    return prompts, batched
+
+
+def _per_prompt(name: str, value: Any, count: int, kind: type) -> list[Any]:
+    """One value of `kind` for each prompt, from one value for all or a list."""
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise RequestError(f"{name} must be one value or a list of {count}, one for each prompt, got {len(values)}")
+    for item in values:
+        if type(item) is not kind:
+            raise RequestError(f"{name} must be of type {kind.__name__}, got {_cut(item)}")
+    return values
+
+
+def _rids(value: Any, count: int, batched: bool) -> list[str]:
+    if value is None:
+        return [uuid.uuid4().hex for _ in range(count)]
+    if isinstance(value, str) and value:
+        return [f"{value}_{i}" for i in range(count)] if batched else [value]
+    if isinstance(value, list) and len(value) == count and all(isinstance(rid, str) and rid for rid in value):
+        if len(set(value)) != count:
+            raise RequestError(f"rid must not repeat within a request, got {_cut(value)}")
+        return value
+    raise RequestError(f"rid must be a string, or a list of {count} strings, none empty, got {_cut(value)}")
+
+
+def _logprob_start(start: int, prompt_length: int) -> int | None:
+    if start == -1:
+        return None
+    if not 0 <= start < prompt_length:
+        raise RequestError(f"logprob_start_len must be -1 or in [0, {prompt_length}), got {start}")
+    return start
+
+
+def _stop_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+        raise RequestError(f"stop_token_ids must be a list of token ids, got {_cut(value)}")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(value)}")
+    return tuple(value)
+
+
+def _integer(name: str, value: Any, minimum: int | None) -> int:
+    if type(value) is not int or (minimum is not None and value < minimum):
+        least = "" if minimum is None else f" of at least {minimum}"
+        raise RequestError(f"{name} must be an integer{least}, got {_cut(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, got {_cut(value)}")
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise RequestError(f"{name} must be true or false, got {_cut(value)}")
+    return value
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

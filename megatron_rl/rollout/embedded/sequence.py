@@ -1,0 +1,38 @@
+"""One sequence being generated, and what the engine tells about it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rl.rollout.embedded.protocol import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A prompt and what was generated for it; owned by the engine thread once submitted."""
+
+    rid: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int  # uint64, of this sample
+    stop_ids: tuple[int, ...]
+    input_logprob_start: int | None = None  # first prompt position whose log-prob is wanted; None: none
+    stream: bool = False
+    listener: Any = None  # the server's; the engine hands it back with every event
+    order: int = 0
+    slot: int | None = None
+    output_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[float] = field(default_factory=list)
+    input_logprobs: list[float] | None = None  # of prompt[start:]; position 0 has none and counts as nan
+    versions: list[tuple[str, int]] = field(default_factory=list)  # (weight version, first output token under it)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """State of a sequence at one moment: progress when `finish_reason` is None (streams only), else its end."""
+
+    sequence: Sequence
+    output_ids: list[int]
+    output_logprobs: list[float]
+    finish_reason: dict[str, Any] | None
+    weight_version: str
+    version_spans: list[dict[str, Any]]

@@ -1,0 +1,431 @@
+"""The HTTP face: SGLang's routes over one Engine, on one event loop."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from megatron_rl import __version__
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
+from megatron_rl.rollout.embedded.protocol import (
+    GenerateRequest,
+    Limits,
+    PromptRequest,
+    RequestError,
+    meta_info,
+    parse_generate,
+)
+from megatron_rl.rollout.embedded.sampling import derive_seed
+from megatron_rl.rollout.embedded.sequence import Event, Sequence
+
+log = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_SECONDS = 20
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Listener:
+    """Receives the events of one sequence on the event loop; a slow reader of a stream sees only the latest."""
+
+    latest: Event | None = None
+    failure: str | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def next(self) -> Event:
+        """The next event, or EngineStopped if none will come."""
+        await self.changed.wait()
+        self.changed.clear()
+        event, self.latest = self.latest, None
+        if event is None:
+            raise EngineStopped(self.failure or "the engine stopped")
+        return event
+
+    def tell(self, event: Event) -> None:
+        self.latest = event
+        self.changed.set()
+
+    def fail(self, message: str) -> None:
+        self.failure = message
+        self.changed.set()
+
+
+class App:
+    """Holds the engine and the requests in flight; `on_failure` is called once if the engine dies."""
+
+    def __init__(self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.config = config
+        self.limits = Limits(vocab_size=config.vocab_size, context_length=options.context_length)
+        self.engine = Engine(config, options, self._deliver)
+        self.texts = Detokenizer(options.model_path)
+        self._on_failure = on_failure
+        self._in_flight: dict[str, int] = {}  # rid -> listeners
+        self._listeners: set[Listener] = set()
+        self._update_lock = asyncio.Lock()
+        self.engine.start()
+
+    def close(self) -> None:
+        self.engine.stop()
+
+    def starlette(self) -> Starlette:
+        def post(path: str, handler: Callable[[dict[str, Any]], Awaitable[Response]]) -> Route:
+            async def endpoint(request: Request) -> Response:
+                return await handler(await _json_body(request))
+
+            return Route(path, _errors_as_json(endpoint), methods=["POST"])
+
+        def get(path: str, handler: Callable[[], Awaitable[Response]], methods: tuple[str, ...] = ("GET",)) -> Route:
+            async def endpoint(_: Request) -> Response:
+                return await handler()
+
+            return Route(path, _errors_as_json(endpoint), methods=list(methods))
+
+        return Starlette(
+            routes=[
+                Route("/generate", _errors_as_json(self.generate), methods=["POST"]),
+                post("/update_weights_from_disk", self.update_weights_from_disk),
+                post("/update_weight_version", self.update_weight_version),
+                post("/pause_generation", self.pause_generation),
+                post("/continue_generation", self.continue_generation),
+                post("/abort_request", self.abort_request),
+                get("/flush_cache", self.flush_cache, ("GET", "POST")),
+                get("/health", self.health),
+                get("/ready", self.health),
+                get("/ping", self.health),
+                get("/health_generate", self.health_generate),
+                get("/server_info", self.server_info),
+                get("/get_server_info", self.server_info),
+                get("/model_info", self.model_info),
+                get("/get_model_info", self.model_info),
+                get("/v1/models", self.models),
+            ]
+        )
+
+    # Generation ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> Response:
+        started = time.perf_counter()
+        asked = parse_generate(await _json_body(request), self.limits)
+        jobs = self._sequences(asked)
+        self._enter(jobs)
+        if asked.stream:
+            return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
+        gone = asyncio.create_task(_client_gone(request))
+        gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
+        try:
+            answers = []
+            for prompt, sequence in jobs:
+                event = await sequence.listener.next()
+                answers.append(self._answer(prompt, event, started))
+        finally:
+            gone.cancel()
+            self._leave(jobs)
+        return _json(answers[0] if asked.single else answers)
+
+    def _sequences(self, asked: GenerateRequest) -> list[tuple[PromptRequest, Sequence]]:
+        """One sequence per sample, all samples of prompt 0 first."""
+        jobs = []
+        for prompt in asked.prompts:
+            params = prompt.params
+            seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
+            stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
+            for index in range(params.n):
+                sequence = Sequence(
+                    rid=prompt.rid if params.n == 1 else f"{prompt.rid}_{index}",
+                    prompt=prompt.input_ids,
+                    params=params,
+                    seed=derive_seed(seed, index),
+                    stop_ids=stops,
+                    input_logprob_start=prompt.logprob_start,
+                    stream=asked.stream,
+                    listener=Listener(),
+                )
+                jobs.append((prompt, sequence))
+        return jobs
+
+    def _enter(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
+        rids = [sequence.rid for _, sequence in jobs]
+        for rid in rids:
+            if rid in self._in_flight:
+                raise RequestError(f"rid {rid!r} is already in flight")
+        self.engine.submit([sequence for _, sequence in jobs])
+        for _, sequence in jobs:
+            self._in_flight[sequence.rid] = 1
+            self._listeners.add(sequence.listener)
+
+    def _leave(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
+        for _, sequence in jobs:
+            self._in_flight.pop(sequence.rid, None)
+            self._listeners.discard(sequence.listener)
+
+    def _abandon(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
+        """The client is gone: do not generate for nobody."""
+        if self.engine.failure is None:
+            self.engine.abort_sequences([sequence for _, sequence in jobs])
+
+    async def _stream(
+        self, asked: GenerateRequest, jobs: list[tuple[PromptRequest, Sequence]], started: float
+    ) -> AsyncIterator[bytes]:
+        """Cumulative answers as server-sent events; those of a list carry their `index`."""
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+
+        async def follow(index: int) -> None:
+            prompt, sequence = jobs[index]
+            finished = False
+            while not finished:
+                try:
+                    event = await sequence.listener.next()
+                    answer, finished = self._answer(prompt, event, started), event.finish_reason is not None
+                except EngineStopped as error:
+                    answer, finished = _error_body(str(error)), True
+                if not asked.single:
+                    answer["index"] = index
+                await queue.put(b"data: " + json.dumps(answer).encode() + b"\n\n")
+            await queue.put(None)
+
+        followers = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        open_streams = len(jobs)
+        try:
+            while open_streams:
+                line = await queue.get()
+                if line is None:
+                    open_streams -= 1
+                else:
+                    yield line
+            yield b"data: [DONE]\n\n"
+        finally:
+            for follower in followers:
+                follower.cancel()
+            if open_streams:
+                self._abandon(jobs)
+            self._leave(jobs)
+
+    def _answer(self, prompt: PromptRequest, event: Event, started: float) -> dict[str, Any]:
+        sequence = event.sequence
+        inputs = None
+        if prompt.return_logprob and prompt.logprob_start is not None:
+            known = sequence.input_logprobs or []
+            inputs = [
+                [None if position == 0 else known[position], prompt.input_ids[position], None]
+                for position in range(prompt.logprob_start, len(known))
+            ]
+        return {
+            "text": self.texts.decode(event.output_ids, prompt, event.finish_reason),
+            "output_ids": event.output_ids,
+            "meta_info": meta_info(
+                rid=sequence.rid,
+                prompt_tokens=len(prompt.input_ids),
+                output_ids=event.output_ids,
+                output_logprobs=event.output_logprobs if prompt.return_logprob else None,
+                input_token_logprobs=inputs,
+                finish_reason=event.finish_reason,
+                weight_version=event.weight_version,
+                weight_versions=event.version_spans,
+                e2e_latency=time.perf_counter() - started,
+            ),
+        }
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Called in the engine thread."""
+        try:
+            self.loop.call_soon_threadsafe(self._receive, events)
+        except RuntimeError:
+            log.info("the event loop is closed; %d results are dropped", len(events))
+
+    def _receive(self, events: list[Event]) -> None:
+        for event in events:
+            event.sequence.listener.tell(event)
+        if self.engine.failure is not None:
+            for listener in self._listeners:
+                listener.fail(f"the engine failed: {self.engine.failure!r}")
+            self._on_failure()
+
+    # Weights and control -------------------------------------------------------------------------------------------
+
+    async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:
+        path = _text(body, "model_path")
+        version = None if body.get("weight_version") is None else _text(body, "weight_version")
+        abort_all = _flag(body, "abort_all_requests", False)
+        _flag(body, "flush_cache", True)  # shared prompts are always forgotten: they belong to the old weights
+        async with self._update_lock:
+            try:
+                weights = await asyncio.to_thread(self.engine.load, path)
+            except ValueError as error:
+                return _json({"success": False, "message": f"weights are unchanged: {error}"}, 400)
+            await _wait(self.engine.swap(weights, path, version, abort_all))
+        return _json({"success": True, "message": "Succeeded to update model weights."})
+
+    async def update_weight_version(self, body: dict[str, Any]) -> Response:
+        version = _text(body, "new_version")
+        await _wait(self.engine.set_version(version, _flag(body, "abort_all_requests", True)))
+        return _json({"success": True, "message": f"Weight version updated to {version}", "new_version": version})
+
+    async def pause_generation(self, body: dict[str, Any]) -> Response:
+        mode = body.get("mode", "abort")
+        if mode not in PAUSE_MODES:
+            raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        await _wait(self.engine.pause(mode))
+        return _json({"status": "ok", "message": f"Generation paused ({mode})."})
+
+    async def continue_generation(self, _: dict[str, Any]) -> Response:
+        await _wait(self.engine.resume())
+        return _json({"status": "ok", "message": "Generation continued."})
+
+    async def abort_request(self, body: dict[str, Any]) -> Response:
+        if _flag(body, "abort_all", False):
+            await _wait(self.engine.abort(None))
+        else:
+            await _wait(self.engine.abort(_text(body, "rid")))
+        return Response(status_code=200)
+
+    async def flush_cache(self) -> Response:
+        if await _wait(self.engine.flush()):
+            return PlainTextResponse("Cache flushed.\n")
+        return PlainTextResponse("The cache is not flushed: requests are running or waiting.\n", 400)
+
+    # Information ---------------------------------------------------------------------------------------------------
+
+    async def health(self) -> Response:
+        return Response(status_code=200 if self.engine.is_alive() else 503)
+
+    async def health_generate(self) -> Response:
+        """Generates one token."""
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        asked = parse_generate(body, self.limits)
+        jobs = self._sequences(asked)
+        self._enter(jobs)
+        try:
+            await asyncio.wait_for(jobs[0][1].listener.next(), HEALTH_TIMEOUT_SECONDS)
+        except (TimeoutError, EngineStopped):
+            self._abandon(jobs)
+            return Response(status_code=503)
+        finally:
+            self._leave(jobs)
+        return Response(status_code=200)
+
+    async def server_info(self) -> Response:
+        engine, options = self.engine, self.engine.options
+        return _json(
+            {
+                "server": "megatron_rl.rollout.embedded",
+                "version": f"embedded-{__version__}",
+                "model_path": engine.model_path,
+                "dtype": str(options.dtype).removeprefix("torch."),
+                "context_length": options.context_length,
+                "max_running_requests": options.max_running_requests,
+                "weight_version": engine.weight_version,
+                "batch_invariant": engine.row_counts.invariant,
+                "decode_rows": list(engine.row_counts.decode),
+                "internal_states": [engine.load_state()],
+            }
+        )
+
+    async def model_info(self) -> Response:
+        return _json(
+            {
+                "model_path": self.engine.model_path,
+                "tokenizer_path": self.engine.options.model_path,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": self.engine.weight_version,
+                "model_type": "bailing_moe",
+                "architectures": ["BailingMoeForCausalLM"],
+            }
+        )
+
+    async def models(self) -> Response:
+        card = {
+            "id": self.engine.options.model_path,
+            "object": "model",
+            "owned_by": "megatron_rl",
+            "max_model_len": self.limits.context_length,
+        }
+        return _json({"object": "list", "data": [card]})
+
+
+class Detokenizer:
+    """Text of output ids when the model directory holds a tokenizer.json, "" otherwise; reads it at the first use."""
+
+    def __init__(self, model_path: str) -> None:
+        self._path = Path(model_path) / "tokenizer.json"
+        self._exists = self._path.is_file()
+        self._tokenizer: Any = None
+
+    def decode(self, ids: list[int], prompt: PromptRequest, finish_reason: dict[str, Any] | None) -> str:
+        if not self._exists:
+            return ""
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer  # 50 ms that a server without a tokenizer saves
+
+            self._tokenizer = Tokenizer.from_file(str(self._path))
+        stopped = finish_reason is not None and finish_reason["type"] == "stop"
+        shown = ids[:-1] if stopped and not prompt.params.no_stop_trim else ids
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=prompt.params.skip_special_tokens)
+        return text
+
+
+def _errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except RequestError as error:
+            return _json(_error_body(str(error)), 400)
+        except EngineStopped as error:
+            return _json(_error_body(str(error)), 500)
+
+    return guarded
+
+
+async def _json_body(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except ValueError as error:
+        raise RequestError(f"the body must be JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+async def _client_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _wait(future: "Future[Any]") -> Any:
+    return await asyncio.wrap_future(future)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content), status, media_type="application/json")
+
+
+def _error_body(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}
+
+
+def _text(body: dict[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{key} must be a string, not empty, got {value!r}")
+    return value
+
+
+def _flag(body: dict[str, Any], key: str, default: bool) -> bool:
+    value = body.get(key)
+    if value is None:
+        return default
+    if type(value) is not bool:
+        raise RequestError(f"{key} must be true or false, got {value!r}")
+    return value

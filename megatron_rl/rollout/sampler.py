@@ -1,0 +1,134 @@
+"""The rollout phase: prompts in, scored groups out, until the token budget is filled."""
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_rl.c3po.advantage import group_advantages
+from megatron_rl.c3po.budget import prompts_to_sample
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.records import Group, Response, Sample
+from megatron_rl.reward.pool import RewardPool
+from megatron_rl.rollout.client import GenerationClient, ServerError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt as the sampler needs it. `prompt_id` is its position in the run's prompt stream."""
+
+    prompt_id: int
+    prompt: Prompt
+    input_ids: tuple[int, ...]
+
+
+def sampling_seed(run_seed: int, prompt_id: int, sample_index: int, retention: int = 0) -> int:
+    """A 31-bit seed that depends on these numbers only, so a resumed run samples what the killed one would have."""
+    key = f"{run_seed}/{prompt_id}/{sample_index}/{retention}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFF_FFFF
+
+
+class Sampler:
+    """Samples groups from one server and scores them while others are generated."""
+
+    def __init__(
+        self,
+        client: GenerationClient,
+        rewards: RewardPool,
+        decode: Callable[[Sequence[int]], str],
+        rollout: RolloutSection,
+        seed: int,
+    ) -> None:
+        self._client, self._rewards, self._decode = client, rewards, decode
+        self._rollout, self._seed = rollout, seed
+
+    async def sample(
+        self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
+    ) -> list[Group]:
+        """A scored group for every question, in their order. ServerError when the server fails or has other weights."""
+        size = samples_per_prompt or self._rollout.samples_per_prompt
+        waves = math.ceil(len(questions) * size / self._rollout.max_running_requests)
+        timeout = 30.0 + waves * self._rollout.max_response_tokens * self._rollout.token_deadline_seconds
+        async with asyncio.TaskGroup() as tasks:
+            pending = [tasks.create_task(self._group(q, policy_version, size, timeout)) for q in questions]
+        return [task.result() for task in pending]
+
+    async def fill(
+        self,
+        take: Callable[[int], list[Question]],
+        policy_version: int,
+        missing_tokens: int,
+        mean_response_tokens: float | None,
+        max_waves: int,
+    ) -> list[Group]:
+        """Groups that hold at least `missing_tokens` response tokens, in waves; none when nothing is missing.
+
+        take: gives the next n questions. mean_response_tokens: the running mean, None at the start of a run, when the
+        first wave is `prompts_per_step` prompts. ValueError after `max_waves` waves.
+        """
+        groups: list[Group] = []
+        for _ in range(max_waves):
+            if missing_tokens <= 0:
+                return groups
+            if mean_response_tokens is None:
+                count = self._rollout.prompts_per_step
+            else:
+                count = prompts_to_sample(missing_tokens, mean_response_tokens, self._rollout.samples_per_prompt)
+            wave = await self.sample(take(count), policy_version)
+            lengths = [s.response.num_output_tokens for group in wave for s in group.samples]
+            groups += wave
+            missing_tokens -= sum(lengths)
+            mean_response_tokens = sum(lengths) / len(lengths)
+        if missing_tokens > 0:
+            raise ValueError(
+                f"the token budget still lacks {missing_tokens} tokens after {max_waves} rollout waves "
+                "(budget.max_waves); lower budget.tokens or raise rollout.prompts_per_step"
+            )
+        return groups
+
+    async def _group(self, question: Question, policy_version: int, size: int, timeout_seconds: float) -> Group:
+        generated = await self._client.generate(
+            question.input_ids,
+            [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
+            max_new_tokens=self._rollout.max_response_tokens,
+            temperature=self._rollout.temperature,
+            timeout_seconds=timeout_seconds,
+        )
+        prompt_ids = np.array(question.input_ids, dtype=np.int32)
+        responses = []
+        for index, one in enumerate(generated):
+            if one.weight_version != str(policy_version):
+                raise ServerError(
+                    f"{self._client.url} answered with weights {one.weight_version!r}, expected {policy_version!r}: "
+                    "the last weight update did not arrive"
+                )
+            responses.append(
+                Response(
+                    prompt_id=question.prompt_id,
+                    sample_index=index,
+                    prompt_ids=prompt_ids,
+                    output_ids=one.output_ids,
+                    rollout_logprobs=one.logprobs,
+                    policy_version=policy_version,
+                    finish_reason=one.finish_reason,
+                )
+            )
+        texts = [self._decode(response.output_ids.tolist()) for response in responses]
+        verdicts = await asyncio.gather(
+            *(self._rewards.score_async(text, question.prompt.answer) for text in texts)
+        )
+        advantages = group_advantages(np.array([verdict.score for verdict in verdicts]))
+        return Group(
+            prompt_id=question.prompt_id,
+            samples=tuple(
+                Sample(response=r, reward=v.score, reason=v.reason, advantage=float(a))
+                for r, v, a in zip(responses, verdicts, advantages, strict=True)
+            ),
+        )

@@ -1,0 +1,57 @@
+"""Megatron shards as Hugging Face-named tensors, and directories of them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_index, write_shard
+from megatron_rl.checkpoint.names import name_table
+from megatron_rl.model.build import Model, owns_export, tensor_group
+
+
+def export_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
+
+    The tensor-parallel shards of a parameter are gathered inside their group; pipeline stages and expert-parallel ranks
+    export what they hold. Every rank must run this to its end: it is collective.
+    """
+    table = name_table(model.bailing)
+    for name, parameter in model.parameters_by_canonical_name().items():
+        entry = table[name]
+        if not owns_export(entry):
+            continue
+        group = tensor_group(entry)
+        shard = parameter.detach()
+        shards = [shard]
+        if group.size() > 1:
+            shards = [torch.empty_like(shard) for _ in range(group.size())]
+            dist.all_gather(shards, shard.contiguous(), group=group)
+        if group.rank() == 0:
+            yield from zip(entry.hf, entry.layout.split(entry.layout.unshard(shards)), strict=True)
+
+
+def export_directory(model: Model, source: Path, destination: Path, control: Any) -> None:
+    """Write a whole Hugging Face directory: one safetensors file per rank that owns tensors, index, companion files.
+
+    source: the directory that config.json, tokenizer and code files are copied from. control: a gloo group of all
+    ranks. The directory appears under its name only when complete. Every rank sees it when this returns.
+    """
+    rank = dist.get_rank()
+    partial = destination.with_name(f".{destination.name}.partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(group=control)
+    names = write_shard(partial, rank, export_tensors(model))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, names, group=control)
+    if rank == 0:
+        write_index(partial, gathered, name_table(model.bailing))
+        copy_companions(source, partial, model.dtype)
+        replace_directory(partial, destination)
+    dist.barrier(group=control)

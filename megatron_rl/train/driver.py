@@ -1,0 +1,166 @@
+"""The loop: synchronous rollout and train phases under a token budget. Every rank runs it; rank 0 leads.
+
+Rank 0 alone talks to the server, scores and plans. The others wait for its plan on gloo, train their part, and take
+part in export and checkpoints. A step's weights travel at its end (export) and at the start of the next (the server
+loads them), so that whatever goes wrong at the server happens where rank 0 can tell the others.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.c3po.packing import cost_model
+from megatron_rl.c3po.plan import Schedule
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.records import Plan
+from megatron_rl.sync.push import WeightFolder
+from megatron_rl.train.collector import Collector
+from megatron_rl.train.exchange import Stop, Work, receive_work, send_stop, send_work
+from megatron_rl.train.metrics import MetricsLog, console
+from megatron_rl.train.objective import PolicyObjective
+from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals
+from megatron_rl.train.session import Session, should_save
+from megatron_rl.train.trainer import StepResult
+
+log = logging.getLogger(__name__)
+
+
+def run_rl(config: RlConfig, resume: bool) -> int:
+    """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code."""
+    signals = StopSignals()
+    session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
+    if config.algorithm.kl_coefficient:
+        session.trainer.keep_reference()
+    restored = session.restore()
+    first = restored[0]["step"] if restored else 0
+    folder = WeightFolder(session.control)
+    leader = None
+    try:
+        folder.write(session.export)
+        if session.is_leader:
+            leader = Leader(config, session, signals, first, restored)
+        for step in range(first, config.train.steps):
+            work = leader.begin(step, folder.path) if leader else _follow(session)
+            if isinstance(work, Stop):
+                if work.save and step > first:
+                    session.save(step, *_driver_state(leader, step))
+                return work.exit_code
+            results = [
+                session.trainer.train_step(
+                    micro_batches, PolicyObjective(config.algorithm), planned.denominator, config.rollout.temperature
+                )
+                for planned, micro_batches in zip(work[0].steps, work[1], strict=True)
+            ]
+            folder.write(session.export)
+            if leader:
+                leader.end(step, results)
+            if should_save(step + 1, config):
+                session.save(step + 1, *_driver_state(leader, step + 1))
+        session.export(config.run_dir / "hf")
+        return 0
+    finally:
+        if leader:
+            leader.close()
+        folder.close()
+        session.close()
+
+
+def _follow(session: Session) -> tuple[Plan, Work] | Stop:
+    return receive_work(session.rank, session.layout, session.control)
+
+
+def _driver_state(leader: "Leader | None", step: int) -> tuple[dict[str, Any], bytes]:
+    if leader is None:
+        return {}, b""
+    state, carried = leader.collector.state()
+    return {"step": step, **state}, carried
+
+
+class Leader:
+    """Rank 0's part of a step, before and after the train phase."""
+
+    def __init__(
+        self, config: RlConfig, session: Session, signals: StopSignals, first: int, restored: tuple[Any, bytes] | None
+    ) -> None:
+        self._config, self._session = config, session
+        self._first = first
+        self._metrics: MetricsLog | None = None
+        self._schedule: Schedule | None = None
+        self._row: dict[str, Any] = {}
+        self._started = self._trained_from = 0.0
+        self._stop: Stop | None = None
+        try:
+            self.collector = Collector(
+                config, session.layout.world_size, session.layout.data, cost_model(session.bailing), signals
+            )
+            if restored:
+                self.collector.restore(*restored)
+            self._metrics = MetricsLog(config.run_dir, first)
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def begin(self, step: int, weights: Path) -> tuple[Plan, Work] | Stop:
+        """Weights to the server, rollout, plan, and everybody's samples on their way."""
+        self._started = time.perf_counter()
+        try:
+            with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
+                self.collector.update_weights(weights, policy_version=step)
+                sync_seconds = time.perf_counter() - self._started
+                self._schedule, self._row = self.collector.collect(policy_version=step)
+        except StopRequested as request:
+            stop = Stop(exit_code=EXIT_STOPPED, reason=str(request), save=True)
+            send_stop(stop, self._session.control)
+            return stop
+        except Exception as error:
+            self._tell(error)
+            raise
+        self._row["update_weights_seconds"] = sync_seconds
+        self._trained_from = time.perf_counter()
+        return send_work(self._schedule.plan, self._schedule.samples, self._session.layout, self._session.control)
+
+    def end(self, step: int, results: list[StepResult]) -> None:
+        """Log the step. The first step is also the gate: the server must have sampled from the weights trained here."""
+        assert self._metrics is not None and self._schedule is not None
+        now = time.perf_counter()
+        last = results[-1]
+        seconds = now - self._started
+        trained = sum(r.num_forward_tokens for r in results)
+        row = {
+            "step": step,
+            **self._row,
+            "num_loss_tokens": last.num_loss_tokens,
+            "num_loss_tokens_by_step": [r.num_loss_tokens for r in results],
+            "num_forward_tokens": trained,
+            "loss": last.means["loss"],
+            "entropy": last.means["entropy"],
+            "kl": last.means["kl"],
+            "clip_share": last.means["clip_share"],
+            "grad_norm": last.grad_norm,
+            "learning_rate": last.learning_rate,
+            "logprob_difference_mean": results[0].means["logprob_difference"],
+            "logprob_difference_p999": results[0].logprob_difference_p999,
+            "logprob_difference_max": results[0].logprob_difference_max,
+            "train_seconds": now - self._trained_from,
+            "step_seconds": seconds,
+            "trained_tokens_per_second": trained / (now - self._trained_from),
+            "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
+        }
+        self._metrics.write(row)
+        console.print(
+            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
+            f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
+            f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
+            f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}"
+        )
+
+    def close(self) -> None:
+        self.collector.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _tell(self, error: Exception) -> None:
+        """Let the other ranks end quietly; this one reports."""
+        code = 2 if isinstance(error, ValueError) else 1
+        send_stop(Stop(exit_code=code, reason=str(error), save=False), self._session.control)

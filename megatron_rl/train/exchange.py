@@ -1,0 +1,133 @@
+"""From rank 0 to the other ranks: the plan to all, token arrays to those that train them, or word to stop.
+
+Everything goes over one gloo group whose timeout is the phase's deadline, so a rank never waits inside NCCL for a
+rollout to end, and never for ever.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rl.layout import Layout
+from megatron_rl.records import Plan, Sample, Selected, StepPlan
+from megatron_rl.train.batch import TrainSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Rank 0's word that the run ends here. save: write a checkpoint first."""
+
+    exit_code: int
+    reason: str
+    save: bool
+
+
+Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence], of one data-parallel rank
+
+
+def send_stop(stop: Stop, control: Any) -> None:
+    _broadcast(json.dumps({"stop": dataclasses.asdict(stop)}).encode(), control)
+
+
+def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: Any) -> tuple[Plan, Work]:
+    """Rank 0: broadcast the plan, give every rank the arrays of its own samples, return rank 0's share."""
+    _broadcast(json.dumps({"plan": dataclasses.asdict(plan)}).encode(), control)
+    shares = [_gather(plan, samples, rank) for rank in range(layout.data)]
+    for rank in range(1, layout.world_size):
+        for array in shares[layout.data_rank(rank)]:
+            dist.send(torch.from_numpy(array), dst=rank, group=control)
+    return plan, _sequences(plan, 0, *shares[0])
+
+
+def receive_work(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Stop:
+    """The other ranks: wait for rank 0's plan and this rank's samples, or for its word to stop."""
+    message = json.loads(_broadcast(None, control))
+    if "stop" in message:
+        return Stop(**message["stop"])
+    plan = _plan_from_json(message["plan"])
+    data_rank = layout.data_rank(rank)
+    mine = list(_placed(plan, data_rank))
+    arrays = (
+        np.empty(sum(s.num_tokens for s in mine), np.int32),
+        np.empty(sum(s.num_loss_tokens for s in mine), np.float32),
+        np.empty(len(mine), np.float64),
+    )
+    for array in arrays:
+        dist.recv(torch.from_numpy(array), src=0, group=control)
+    return plan, _sequences(plan, data_rank, *arrays)
+
+
+def _placed(plan: Plan, data_rank: int) -> list[Selected]:
+    """What a data-parallel rank trains, in the order in which its arrays travel."""
+    return [
+        step.selected[position]
+        for step in plan.steps
+        for micro_batch in step.micro_batches[data_rank]
+        for position in micro_batch
+    ]
+
+
+def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens int32, rollout log-probs float32 and advantages float64 of a rank's samples, end to end."""
+    mine = _placed(plan, data_rank)
+    tokens, logprobs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for selected in mine:
+        response = samples[selected.index].response
+        tokens += [response.prompt_ids, response.output_ids[: selected.num_loss_tokens]]
+        logprobs.append(response.rollout_logprobs[: selected.num_loss_tokens])
+    advantages = np.array([samples[selected.index].advantage for selected in mine], np.float64)
+    return np.concatenate(tokens), np.concatenate(logprobs), advantages
+
+
+def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndarray, advantages: np.ndarray) -> Work:
+    work: Work = []
+    token, logprob, sample = 0, 0, 0
+    for step in plan.steps:
+        work.append([])
+        for micro_batch in step.micro_batches[data_rank]:
+            work[-1].append([])
+            for position in micro_batch:
+                selected = step.selected[position]
+                count = selected.num_loss_tokens
+                recorded = logprobs[logprob : logprob + count]
+                work[-1][-1].append(
+                    TrainSequence(
+                        token_ids=tokens[token : token + selected.num_tokens],
+                        loss_positions=np.arange(selected.num_prompt_tokens, selected.num_tokens, dtype=np.int32),
+                        weight=selected.loss_scale,
+                        advantage=float(advantages[sample]),
+                        old_logprobs=recorded if selected.stale else np.full(count, np.nan, np.float32),
+                        rollout_logprobs=recorded,
+                    )
+                )
+                token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1
+    return work
+
+
+def _plan_from_json(plan: dict[str, Any]) -> Plan:
+    return Plan(
+        steps=tuple(
+            StepPlan(
+                denominator=step["denominator"],
+                selected=tuple(Selected(**selected) for selected in step["selected"]),
+                micro_batches=tuple(tuple(tuple(mb) for mb in rank) for rank in step["micro_batches"]),
+            )
+            for step in plan["steps"]
+        )
+    )
+
+
+def _broadcast(data: bytes | None, control: Any) -> bytes:
+    size = torch.tensor([len(data) if data is not None else 0])
+    dist.broadcast(size, src=0, group=control)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if data is not None:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    dist.broadcast(buffer, src=0, group=control)
+    return buffer.numpy().tobytes()

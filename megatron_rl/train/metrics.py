@@ -1,0 +1,48 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, and one line per step for the person at the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+console = Console(stderr=True, highlight=False)
+
+
+class MetricsLog:
+    """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """row["step"] numbers it; numbers go to TensorBoard as well."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that was cut short by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

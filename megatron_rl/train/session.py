@@ -1,0 +1,86 @@
+"""What SFT and RL share: the training world, the model, the trainer, checkpoints and export."""
+
+import datetime
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.checkpoint import state
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.load import dump_config
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.model.build import build_model, initialize_parallel, load_weights
+from megatron_rl.sync.export import export_directory
+from megatron_rl.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Owns this rank's place in the training world. `close()` leaves it."""
+
+    def __init__(self, config: RunConfig, num_optimizer_steps: int, resume: bool) -> None:
+        """Collective. ValueError when the run directory holds a run and `resume` is false, or holds none and it is true.
+
+        num_optimizer_steps: the length of the learning-rate schedule.
+        """
+        self.config = config
+        self.rank = int(os.environ.get("RANK", "0"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.bailing = load_bailing_config(config.model.path)
+        self.layout = config.parallel.layout(world_size)
+        self.layout.check(self.bailing)
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_world))
+        deadline = config.train.phase_deadline_seconds
+        initialize_parallel(self.layout, deadline, config.seed)
+        self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
+        self.model = build_model(self.bailing, config.model, config.moe, config.parallel, self.layout)
+        load_weights(self.model, config.model.path)
+        self.trainer = Trainer(self.model, config.optimizer, config.parallel, num_optimizer_steps, self.control)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self._found = state.latest(self.checkpoints) if resume else None
+        if self.rank == 0:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.toml").write_text(dump_config(config))
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def restore(self) -> tuple[dict[str, Any], bytes] | None:
+        """Collective: load the newest checkpoint; the driver's state and carried samples, or None in a new run."""
+        if self._found is None:
+            return None
+        log.info("resuming from %s", self._found)
+        return state.load(self._found, self.trainer)
+
+    def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
+        """Collective: a checkpoint after `step` completed steps."""
+        state.save(
+            self.checkpoints, step, self.trainer, driver, carried, self.config.train.keep_last, self.control
+        )
+
+    def any_rank(self, flag: bool) -> bool:
+        """Collective: true on every rank when it is on one."""
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def export(self, destination: Path) -> None:
+        """Collective: a Hugging Face directory of the present weights."""
+        export_directory(self.model, self.config.model.path, destination, self.control)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def should_save(step: int, config: RunConfig) -> bool:
+    """True after `step` completed steps when a checkpoint is due; the last step always is."""
+    every = config.train.save_every
+    return step == config.train.steps or (every > 0 and step % every == 0)

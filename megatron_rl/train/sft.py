@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: the trainer with cross-entropy over packed chats."""
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.c3po.packing import cost_model, pack_micro_batches
+from megatron_rl.config.schema import SftConfig
+from megatron_rl.data.chat import load_tokenizer, render_chat
+from megatron_rl.data.prompts import Chat, read_chats
+from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.metrics import MetricsLog, console
+from megatron_rl.train.objective import CrossEntropy
+from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals
+from megatron_rl.train.session import Session, should_save
+
+log = logging.getLogger(__name__)
+
+
+def run_sft(config: SftConfig, resume: bool) -> int:
+    """Train for `train.steps` optimizer steps and export `run_dir/hf`. Returns the exit code."""
+    signals = StopSignals()
+    chats = read_chats(config.data.train)
+    tokenizer = load_tokenizer(config.model.path)
+    session = Session(config, config.train.steps, resume)
+    restored = session.restore()
+    first = restored[0]["step"] if restored else 0
+    metrics = MetricsLog(config.run_dir, first) if session.is_leader else None
+    batches = chat_batches(chats, tokenizer, config.data.batch_tokens, config.train.micro_batch_tokens, config.seed)
+    for _ in range(first):
+        next(batches)
+    cost = cost_model(session.bailing)
+    data_rank = session.layout.data_rank(session.rank)
+    try:
+        for step in range(first, config.train.steps):
+            if session.any_rank(signals.name is not None):
+                session.save(step, {"step": step})
+                return EXIT_STOPPED
+            started = time.perf_counter()
+            batch = next(batches)
+            placed = pack_micro_batches(
+                [len(s.token_ids) for s in batch], session.layout.data, config.train.micro_batch_tokens, cost
+            )
+            mine = [[batch[i] for i in micro_batch] for micro_batch in placed[data_rank]]
+            num_loss_tokens = sum(len(s.loss_positions) for s in batch)
+            result = session.trainer.train_step(mine, CrossEntropy(), float(num_loss_tokens))
+            seconds = time.perf_counter() - started
+            if metrics is not None:
+                row = {
+                    "step": step,
+                    "loss": result.means["loss"],
+                    "entropy": result.means["entropy"],
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": result.learning_rate,
+                    "num_loss_tokens": result.num_loss_tokens,
+                    "step_seconds": seconds,
+                    "trained_tokens_per_second": result.num_forward_tokens / seconds,
+                }
+                metrics.write(row)
+                if step % 20 == 0 or step + 1 == config.train.steps:
+                    console.print(
+                        f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "
+                        f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s"
+                    )
+            if should_save(step + 1, config):
+                session.save(step + 1, {"step": step + 1})
+        session.export(config.run_dir / "hf")
+        return 0
+    finally:
+        if metrics is not None:
+            metrics.close()
+        session.close()
+
+
+def chat_batches(
+    chats: Sequence[Chat], tokenizer: Any, batch_tokens: int, longest: int, seed: int
+) -> Iterator[list[TrainSequence]]:
+    """Endless batches of whole chats, at most `batch_tokens` tokens each, in a seeded order, one epoch after another.
+
+    ValueError names the first chat that is longer than `longest` tokens or than a batch.
+    """
+    limit = min(longest, batch_tokens)
+    order: list[int] = []
+    epoch = 0
+    batch: list[TrainSequence] = []
+    used = 0
+    rendered: dict[int, TrainSequence] = {}
+    while True:
+        if not order:
+            order = list(range(len(chats)))
+            random.Random(f"sft order {seed} {epoch}").shuffle(order)
+            epoch += 1
+        index = order.pop()
+        if index not in rendered:
+            rendered[index] = _sequence(chats[index], tokenizer, limit)
+        sequence = rendered[index]
+        if used + len(sequence.token_ids) > batch_tokens:
+            yield batch
+            batch, used = [], 0
+        batch.append(sequence)
+        used += len(sequence.token_ids)
+
+
+def _sequence(chat: Chat, tokenizer: Any, limit: int) -> TrainSequence:
+    ids, mask = render_chat(tokenizer, chat.messages)
+    if len(ids) > limit:
+        raise ValueError(
+            f"chat {chat.id} has {len(ids)} tokens; data.batch_tokens and train.micro_batch_tokens allow {limit}: "
+            "raise them or drop the chat"
+        )
+    positions = np.flatnonzero(mask).astype(np.int32)
+    nothing = np.full(len(positions), np.nan, np.float32)
+    return TrainSequence(
+        token_ids=np.array(ids, np.int32),
+        loss_positions=positions,
+        weight=1.0,
+        advantage=0.0,
+        old_logprobs=nothing,
+        rollout_logprobs=nothing,
+    )

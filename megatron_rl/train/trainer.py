@@ -1,0 +1,285 @@
+"""One optimizer step of a megatron-core model: micro-batches in, updated weights and metrics out.
+
+**Gradient scale.** The gradient of an optimizer step is d/dw of (1/D) * sum over all loss tokens of all ranks, with the
+constant D = `denominator` (Phi for C3PO). Step by step:
+
+1. The loss function returns `total / D` for its micro-batch, a plain sum over its tokens.
+2. With `calculate_per_token_loss` the schedule neither divides by the number of micro-batches nor by tokens; gradients
+   add up in `main_grad`.
+3. With the same setting DDP scales by 1, so its reduction over data-parallel ranks is a plain sum, for dense and for
+   expert parameters.
+4. `finalize_model_grads` would divide by the number of tokens; it is called with `num_tokens=None`, so it does not.
+5. Auxiliary losses of the experts: with this setting megatron multiplies each by the tokens of its micro-batch, summed
+   over tensor-parallel ranks. `moe_grad_scale_func` answers 1 / (all tokens of the step), so that they enter as the
+   token-weighted mean over micro-batches, times their coefficient, whatever D is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl import device
+from megatron_rl.config.schema import OptimizerSection, ParallelSection
+from megatron_rl.model.build import Model, tensor_group  # noqa: F401  (imports megatron in the right order)
+from megatron_rl.model.logprobs import vocab_parallel_logprobs
+from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
+from megatron_rl.train.objective import Objective, fresh_logprob_difference
+
+device.import_megatron()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+# |difference of log-probs| is counted in logarithmic bins, so that quantiles of any number of tokens cost the same.
+_BINS_PER_DECADE, _LOWEST_DECADE, _DECADES = 64, -9, 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    means: the objective's metrics per loss token, except "loss", which is divided by the denominator.
+    logprob_difference_p999: 0.999 quantile of |train - rollout log-prob| over fresh tokens, to 4 %.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    num_loss_tokens: int
+    num_forward_tokens: int
+    means: dict[str, float]
+    logprob_difference_p999: float
+    logprob_difference_max: float
+
+
+class Trainer:
+    """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics."""
+
+    def __init__(
+        self, model: Model, optimizer: OptimizerSection, parallel: ParallelSection, num_steps: int, control: Any
+    ) -> None:
+        self.model = model
+        self._control = control
+        self._section = optimizer
+        double = model.dtype == torch.float64
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.learning_rate,
+                min_lr=0.0,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.epsilon,
+                clip_grad=optimizer.clip_grad,
+                bf16=model.dtype == torch.bfloat16,
+                params_dtype=model.dtype,
+                use_distributed_optimizer=parallel.distributed_optimizer and not double,
+            ),
+            [model.module],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optimizer.learning_rate,
+            min_lr=0.0,
+            lr_warmup_steps=optimizer.warmup_steps,
+            lr_decay_steps=max(num_steps, optimizer.warmup_steps + 1),
+            lr_decay_style=optimizer.schedule,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
+        self._num_step_tokens = 1
+        model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / self._num_step_tokens)
+        self._reference: dict[str, Tensor] | None = None
+
+    def keep_reference(self) -> None:
+        """Remember the present weights, off the device, as the reference policy of the KL term."""
+        self._reference = {name: p.detach().cpu().clone() for name, p in self.model.gpt.named_parameters()}
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Sequence[TrainSequence]],
+        objective: Objective,
+        denominator: float,
+        temperature: float = 1.0,
+    ) -> StepResult:
+        """Forward, backward and one optimizer update over this rank's micro-batches.
+
+        Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
+        probabilities are those of logits / temperature.
+        """
+        batches = [self._tensors(sequences) for sequences in micro_batches]
+        counts = torch.tensor([sum(b.packed.restore.numel() for b in batches)])  # type: ignore[union-attr]
+        reports = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+        dist.all_reduce(counts, group=self._control)
+        copies = dist.get_world_size() // mpu.get_data_parallel_world_size()
+        self._num_step_tokens = max(1, int(counts) // copies)
+
+        references: list[Tensor | None] = [None] * len(batches)
+        if self._reference is not None:
+            references = list(self._reference_logprobs(batches, temperature))
+        self.model.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        tally = _Tally(objective.names)
+        self._run(batches, partial(self._loss, objective, denominator, temperature, tally), references)
+        success, grad_norm, _ = self.optimizer.step()
+        if not success:
+            raise RuntimeError("the optimizer skipped the step: gradients are not finite")
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(1)
+        tally.reduce(self._control, reports)
+        return StepResult(
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            num_loss_tokens=tally.num_tokens,
+            num_forward_tokens=self._num_step_tokens,
+            means={
+                name: value / (denominator if name == "loss" else max(1, tally.num_tokens))
+                for name, value in tally.values().items()
+            },
+            logprob_difference_p999=tally.difference_quantile(0.999),
+            logprob_difference_max=float(tally.largest),
+        )
+
+    def logprobs(self, micro_batches: Sequence[Sequence[TrainSequence]], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities [M] of every micro-batch's loss tokens, without a graph; on the last pipeline stage only."""
+        return self._forward_logprobs([self._tensors(sequences) for sequences in micro_batches], temperature)
+
+    # -- one pass through megatron's schedule ----------------------------------------------------------------------
+
+    def _tensors(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+        return make_micro_batch(
+            sequences,
+            multiple_of=self.model.layout.tensor,
+            head_dim=self.model.bailing.head_dim,
+            rope_theta=self.model.bailing.rope_theta,
+            dtype=self.model.dtype,
+            device=device.torch_device(),
+        )
+
+    def _run(self, batches: list[MicroBatch], loss: Any, references: Sequence[Tensor | None], forward_only: bool = False) -> list[Any]:
+        def forward_step(iterator: Any, module: Any) -> Any:
+            batch, reference = next(iterator)
+            output = module(
+                batch.token_ids,
+                batch.packed.positions[None],
+                None,
+                packed_seq_params=batch.packed,
+                padding_mask=batch.padding_mask,
+            )
+            return output, partial(loss, batch, reference)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(list(zip(batches, references, strict=True))),
+            model=[self.model.module],
+            num_microbatches=len(batches),
+            seq_length=batches[0].token_ids.shape[1],
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _token_logprobs(self, batch: MicroBatch, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        chosen = logits[0].index_select(0, batch.loss_index)
+        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+        if temperature != 1.0:
+            chosen = chosen / temperature
+        group = mpu.get_tensor_model_parallel_group()
+        return vocab_parallel_logprobs(chosen, batch.targets, self.model.bailing.vocab_size, group)
+
+    def _loss(
+        self,
+        objective: Objective,
+        denominator: float,
+        temperature: float,
+        tally: "_Tally",
+        batch: MicroBatch,
+        reference: Tensor | None,
+        logits: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        if len(batch.targets) == 0:
+            return logits.sum() * 0.0, torch.ones([], dtype=torch.int), {}
+        logprobs, entropy = self._token_logprobs(batch, logits, temperature)
+        terms = objective(logprobs, entropy, batch, reference)
+        tally.add(terms.sums, fresh_logprob_difference(logprobs, batch))
+        return terms.total / denominator, torch.ones([], dtype=torch.int), {}
+
+    def _forward_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        def keep(batch: MicroBatch, reference: Any, logits: Tensor, non_loss_data: bool = False) -> Any:
+            logprobs, _ = self._token_logprobs(batch, logits, temperature)
+            return logits.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
+
+        with torch.no_grad():
+            kept = self._run(batches, keep, [None] * len(batches), forward_only=True)
+        return [entry["logprobs"] for entry in kept]
+
+    def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor | None]:
+        assert self._reference is not None
+        parameters = dict(self.model.gpt.named_parameters())
+        present = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(self._reference[name])
+            logprobs = self._forward_logprobs(batches, temperature)
+            for name, p in parameters.items():
+                p.copy_(present[name])
+        return [*logprobs] if logprobs else [None] * len(batches)
+
+
+class _Tally:
+    """Sums of metrics over the micro-batches of a step, reduced over ranks once at its end."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        self._bins = torch.zeros(_DECADES * _BINS_PER_DECADE, dtype=torch.float64)
+        self.largest = torch.zeros((), dtype=torch.float64)
+
+    def add(self, sums: dict[str, Tensor], difference: Tensor) -> None:
+        row = torch.stack([sums[name].double() for name in self.names]).cpu()
+        self._sums += torch.cat([row, torch.tensor([float(len(difference))], dtype=torch.float64)])
+        difference = difference.double().cpu()
+        self.largest = torch.maximum(self.largest, difference.max())
+        decades = difference.clamp_min(10.0**_LOWEST_DECADE).log10() - _LOWEST_DECADE
+        bins = (decades * _BINS_PER_DECADE).long().clamp(0, len(self._bins) - 1)
+        self._bins += torch.bincount(bins, minlength=len(self._bins))
+
+    def reduce(self, group: Any, reports: bool) -> None:
+        """Sum over the ranks that report (one per data-parallel rank); afterwards every rank has the same."""
+        flat = torch.cat([self._sums, self._bins])
+        if not reports:
+            flat.zero_()
+            self.largest.zero_()
+        dist.all_reduce(flat, group=group)
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, group=group)
+        self._sums, self._bins = flat[: len(self._sums)], flat[len(self._sums) :]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._sums[-1])
+
+    def values(self) -> dict[str, float]:
+        return dict(zip(self.names, self._sums[:-1].tolist(), strict=True))
+
+    def difference_quantile(self, q: float) -> float:
+        """Upper edge of the bin that holds the quantile, at most the maximum; 0 without tokens."""
+        total = float(self._bins.sum())
+        if total == 0:
+            return 0.0
+        position = int(torch.searchsorted(self._bins.cumsum(0), torch.tensor(math.ceil(q * total), dtype=torch.float64)))
+        edge = 10.0 ** (_LOWEST_DECADE + (min(position, len(self._bins) - 1) + 1) / _BINS_PER_DECADE)
+        return min(edge, float(self.largest))

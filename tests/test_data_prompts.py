@@ -1,0 +1,161 @@
+"""Row contracts and the order of prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rl.data.prompts import Prompt, PromptStream, read_chats, read_prompts
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "math_dev.jsonl"
+GOOD = {"domain": "math", "prompt": "1+1?", "answer": "2"}
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(id=str(i), domain="math", prompt=f"{i}?", answer=str(i)) for i in range(count)]
+
+
+def test_a_prompt_file_gives_its_rows_in_order(tmp_path):
+    second = {"domain": "stem", "prompt": "é?", "answer": "漢", "id": "x1", "source": "s", "meta": {"level": 3}}
+    prompts = read_prompts(write(tmp_path / "p.jsonl", GOOD, "", second))
+    assert [(p.domain, p.prompt, p.answer) for p in prompts] == [("math", "1+1?", "2"), ("stem", "é?", "漢")]
+    assert (prompts[0].meta, prompts[0].source) == ({}, "")
+    assert (prompts[1].id, prompts[1].meta, prompts[1].source) == ("x1", {"level": 3}, "s")
+
+
+def test_ids_that_are_not_given_depend_on_the_content_only(tmp_path):
+    other = {**GOOD, "prompt": "1+2?"}
+    one = read_prompts(write(tmp_path / "a.jsonl", GOOD, other))
+    two = read_prompts(write(tmp_path / "b.jsonl", other, {**GOOD, "source": "elsewhere"}))
+    assert [p.id for p in one] == [p.id for p in two][::-1]
+    assert one[0].id != one[1].id
+
+
+def test_the_real_math_rows_fit_the_contract():
+    if not REAL.is_file():
+        pytest.skip(f"{REAL} is not on this machine")
+    prompts = read_prompts(REAL)
+    assert len(prompts) == 500
+    assert {p.domain for p in prompts} == {"math"}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ("{nope", ["not valid UTF-8 JSON", "one object per line"]),
+        ([1, 2], ["must be a JSON object", "[1, 2]"]),
+        ({"domain": "math", "prompt": "1?"}, ["'answer'", "no such field", "fill it in"]),
+        ({**GOOD, "answer": 4}, ["'answer'", "non-empty string", "got 4"]),
+        ({**GOOD, "prompt": "  "}, ["'prompt'", "non-empty string", "'  '"]),
+        ({**GOOD, "domain": None}, ["'domain'", "None"]),
+        ({**GOOD, "id": 7}, ["'id'", "got 7"]),
+        ({**GOOD, "meta": "x"}, ["'meta'", "must be an object", "'x'"]),
+        ({**GOOD, "anser": "4"}, ["'anser'", "'4'", "domain, prompt, answer", "put anything else into 'meta'"]),
+        ({**GOOD, "prompt": "\ud800"}, ["'prompt'", "surrogate"]),
+        ({**GOOD}, ["'id'", "line 1", "drop the duplicate"]),
+    ],
+)
+def test_a_bad_prompt_row_is_named_by_file_line_field_and_value(tmp_path, row, parts):
+    path = write(tmp_path / "p.jsonl", GOOD, "", row)
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: ") as error:
+        read_prompts(path)
+    assert str(path) in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_long_value_is_shortened_in_the_message(tmp_path):
+    with pytest.raises(ValueError, match="'meta'") as error:
+        read_prompts(write(tmp_path / "p.jsonl", {**GOOD, "meta": "x" * 10_000}))
+    assert len(str(error.value)) < 400
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        read_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no rows"):
+        read_chats(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_a_chat_file_gives_its_messages_in_order(tmp_path):
+    chats = read_chats(write(tmp_path / "c.jsonl", {"messages": [USER, REPLY], "id": "c"}, {"messages": [USER, REPLY]}))
+    assert [(m.role, m.content) for m in chats[0].messages] == [("user", "hi"), ("assistant", "ho")]
+    assert chats[0].id == "c"
+    assert len(chats[1].id) == 16
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"id": "a"}, ["'messages'", "non-empty list", "None"]),
+        ({"messages": []}, ["'messages'", "non-empty list", "[]"]),
+        ({"messages": [USER, "ho"]}, ["'messages[1]'", "'ho'"]),
+        ({"messages": [{**USER, "name": "n"}, REPLY]}, ["'messages[0]'", "leave out other keys"]),
+        ({"messages": [{"role": "human", "content": "hi"}, REPLY]}, ["'messages[0].role'", "'human'", "user"]),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, ["messages[1]", "'content'", "''"]),
+        ({"messages": [USER, REPLY, USER]}, ["'messages'", "end with an assistant", "'user'"]),
+        ({"messages": [REPLY]}, ["'messages'", "not begin with an assistant"]),
+        ({"messages": [USER, REPLY], "answer": "4"}, ["'answer'", "unknown field"]),
+    ],
+)
+def test_a_bad_chat_row_is_named_by_file_line_field_and_value(tmp_path, row, parts):
+    path = write(tmp_path / "c.jsonl", {"messages": [USER, REPLY]}, row)
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: ") as error:
+        read_chats(path)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 40), seed=st.integers(0, 10**9), epoch=st.integers(0, 50))
+def test_every_epoch_holds_each_prompt_once(count, seed, epoch):
+    stream = PromptStream(make_prompts(count), prompts_per_step=3, seed=seed)
+    taken, cursor = stream.take(epoch * count, count)
+    assert sorted(int(p.id) for p in taken) == list(range(count))
+    assert cursor == (epoch + 1) * count
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 20), seed=st.integers(0, 99), start=st.integers(0, 100), takes=st.lists(st.integers(0, 30)))
+def test_a_stream_resumed_at_any_cursor_continues_the_same_order(count, seed, start, takes):
+    prompts = make_prompts(count)
+    whole, _ = PromptStream(prompts, prompts_per_step=1, seed=seed).take(0, start + sum(takes))
+    cursor, got = start, []
+    for number in takes:
+        # a new stream each time: the cursor alone is the state
+        part, cursor = PromptStream(prompts, prompts_per_step=1, seed=seed).take(cursor, number)
+        got += part
+    assert got == whole[start:]
+    assert cursor == start + sum(takes)
+
+
+def test_steps_are_consecutive_pieces_in_any_order_of_asking():
+    stream = PromptStream(make_prompts(10), prompts_per_step=4, seed=1)
+    steps = [stream.step(index) for index in (2, 0, 1)]
+    assert steps[1] + steps[2] + steps[0] == stream.take(0, 12)[0]
+
+
+def test_epochs_and_seeds_have_different_orders():
+    prompts = make_prompts(50)
+    stream = PromptStream(prompts, prompts_per_step=1, seed=1)
+    first, second = stream.take(0, 50)[0], stream.take(50, 50)[0]
+    assert first != second
+    assert first != prompts
+    assert first != PromptStream(prompts, prompts_per_step=1, seed=2).take(0, 50)[0]
+
+
+def test_a_stream_refuses_what_it_cannot_serve():
+    with pytest.raises(ValueError, match="at least one prompt"):
+        PromptStream([], prompts_per_step=1, seed=0)
+    with pytest.raises(ValueError, match="prompts_per_step must be at least 1, got 0"):
+        PromptStream(make_prompts(1), prompts_per_step=0, seed=0)
+    with pytest.raises(ValueError, match="must not be negative, got -1 and 2"):
+        PromptStream(make_prompts(1), prompts_per_step=1, seed=0).take(-1, 2)

@@ -1,0 +1,58 @@
+"""The last box of a response, and rewards that compare it as a string."""
+
+import time
+
+import pytest
+
+from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.exact import exact_verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so \\boxed{4}.", "4"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed {7}", "7"),
+        ("\\boxed{}", ""),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{a \\\\{b}}", "a \\\\{b}"),
+        ("\\boxed{a \\boxed{b}}", "b"),
+        ("\\boxed{a\nb}", "a\nb"),
+        ("no box here", None),
+        ("", None),
+        ("\\fbox{4}", None),
+        ("\\boxed 4", None),
+        ("\\boxed{4} wait, \\boxed{5", None),
+        ("\\boxed{\\}", None),
+        ("\\boxed{4\\", None),
+    ],
+)
+def test_the_last_box_is_found_with_balanced_braces(text, expected):
+    assert last_boxed(text) == expected
+
+
+def test_a_long_response_of_unclosed_boxes_takes_linear_time():
+    start = time.perf_counter()
+    assert last_boxed("\\boxed{" * 200_000) is None
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score", "reason"),
+    [
+        ("a0b1;\\boxed{4}", "4", 1.0, "correct"),
+        ("\\boxed{ 4 }", "4", 1.0, "correct"),
+        ("\\boxed{4.0}", "4", 0.0, "wrong"),
+        ("\\boxed{AB}", "ab", 0.0, "wrong"),
+        ("\\boxed{4} or \\boxed{5}", "4", 0.0, "wrong"),
+        ("\\boxed{}", "4", 0.0, "wrong"),
+        ("the answer is 4", "4", 0.0, "no_answer"),
+        ("\\boxed{4", "4", 0.0, "no_answer"),
+    ],
+)
+def test_the_exact_reward_is_string_equality_of_the_last_box(response, answer, score, reason):
+    verdict = exact_verdict(response, answer)
+    assert (verdict.score, verdict.reason) == (score, reason)

@@ -1,0 +1,115 @@
+"""Generated tokens per second of the embedded server, end to end over HTTP, on a freshly made demo model.
+
+    python tools/bench_embedded.py [--threads N] [--dtype float32] [--batches 1,8,64] [--repeats 5]
+
+Starts a server on a model of about 1.8M parameters, sends B separate requests at once (one connection each) and takes
+the median over repeats, after one warm-up. Prints one JSON object. Each request has its own random prompt: nothing is
+shared between them.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tiny_model import write_tiny_model  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "num_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 1024,
+}
+
+
+def start_server(model: str, arguments: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
+    command = [sys.executable, "-m", "megatron_rl.rollout.embedded", "--model-path", model, "--port", "0", "--lifeline"]
+    command += ["--dtype", arguments.dtype]
+    if arguments.threads:
+        command += ["--threads", str(arguments.threads)]
+    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert server.stderr is not None
+    for line in server.stderr:
+        if b" on http://" in line:
+            return server, line.split(b" on ")[1].strip().decode()
+    raise SystemExit(f"the server ended with code {server.wait()}")
+
+
+async def measure(client: httpx.AsyncClient, batch: int, prompt_tokens: int, new_tokens: int) -> float:
+    """Tokens per second of one round of `batch` concurrent requests."""
+    bodies = [
+        {
+            "input_ids": [random.randrange(SHAPE["vocab_size"]) for _ in range(prompt_tokens)],
+            "sampling_params": {"max_new_tokens": new_tokens, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": True,
+        }
+        for _ in range(batch)
+    ]
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+    elapsed = time.perf_counter() - started
+    generated = sum(answer.json()["meta_info"]["completion_tokens"] for answer in answers)
+    assert generated == batch * new_tokens, generated
+    return generated / elapsed
+
+
+async def bench(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    results = {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as client:
+        for batch in arguments.batches:
+            await measure(client, batch, arguments.prompt_tokens, arguments.new_tokens)
+            rates = [
+                await measure(client, batch, arguments.prompt_tokens, arguments.new_tokens)
+                for _ in range(arguments.repeats)
+            ]
+            results[str(batch)] = {
+                "tokens_per_second": round(statistics.median(rates)),
+                "min": round(min(rates)),
+                "max": round(max(rates)),
+            }
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 64])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        write_tiny_model(directory, **SHAPE)
+        started = time.perf_counter()
+        server, url = start_server(directory, arguments)
+        startup = time.perf_counter() - started
+        try:
+            batches = asyncio.run(bench(url, arguments))
+        finally:
+            server.terminate()
+            server.wait()
+    print(json.dumps({"startup_seconds": round(startup, 2), **vars(arguments), "batches": batches}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

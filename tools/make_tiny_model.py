@@ -1,0 +1,368 @@
+"""Write a Hugging Face directory that holds a small, randomly initialised BailingMoE (version 1).
+
+    python tools/make_tiny_model.py /tmp/tiny --layers 2 --hidden-size 64
+
+Tests and the CPU examples train and serve these. The same flags give the same bytes: every tensor is drawn
+from a generator seeded with (--seed, tensor name), so a tensor does not depend on how many others there are.
+The tokenizer has one token per printable ASCII character and newline; anything else becomes `<unk>`.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EOS, UNK = "<|endoftext|>", "<unk>"
+ROLES = ("<role>SYSTEM</role>", "<role>HUMAN</role>", "<role>ASSISTANT</role>")
+CHARACTERS = ("\n", *map(chr, range(32, 127)))
+BOXED = "\\boxed{"
+# As in Ling-lite, the special tokens follow the ordinary ones.
+TOKENS = (*CHARACTERS, BOXED, UNK, *ROLES, EOS)
+
+# Ling-lite's chat template, verbatim: it has no end-of-turn token.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set role = message['role'] | lower %}{% if role == 'user' %}"
+    "{% set role = 'HUMAN' %}{% endif %}{% set role = role | upper %}"
+    "{{ '<role>' + role + '</role>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"
+)
+
+CONFIGURATION_MODULE = '''\
+"""Lets AutoConfig and SGLang open this directory: transformers does not know `bailing_moe`."""
+
+from transformers import PretrainedConfig
+
+
+class BailingMoeConfig(PretrainedConfig):
+    model_type = "bailing_moe"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size=126464,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=None,
+        hidden_act="silu",
+        use_qkv_bias=False,
+        use_bias=False,
+        rms_norm_eps=1e-6,
+        norm_head=False,
+        norm_softmax=False,
+        embedding_dropout=0.0,
+        attention_dropout=0.0,
+        output_dropout=0.0,
+        initializer_range=0.006,
+        max_position_embeddings=16384,
+        rope_theta=600000.0,
+        rope_scaling=None,
+        rope_parameters=None,
+        use_cache=True,
+        num_experts=64,
+        num_shared_experts=0,
+        num_experts_per_tok=6,
+        norm_topk_prob=True,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=0,
+        pretraining_tp=1,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.use_qkv_bias = use_qkv_bias
+        self.use_bias = use_bias
+        self.rms_norm_eps = rms_norm_eps
+        self.norm_head = norm_head
+        self.norm_softmax = norm_softmax
+        self.embedding_dropout = embedding_dropout
+        self.attention_dropout = attention_dropout
+        self.output_dropout = output_dropout
+        self.initializer_range = initializer_range
+        self.max_position_embeddings = max_position_embeddings
+        self.use_cache = use_cache
+        self.num_experts = num_experts
+        self.num_shared_experts = num_shared_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.moe_intermediate_size = moe_intermediate_size
+        self.first_k_dense_replace = first_k_dense_replace
+        self.pretraining_tp = pretraining_tp
+        # transformers 5 reads rope_parameters, transformers 4 and most engines rope_theta and rope_scaling.
+        self.rope_theta = rope_theta
+        scaling = rope_scaling or rope_parameters
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(scaling or {})}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+'''
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyModel:
+    """Sizes of the model; the fields are the command-line flags."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    experts: int = 8
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    moe_intermediate_size: int = 128
+    intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    vocab_size: int = 0
+    max_position_embeddings: int = 512
+    rope_theta: float = 10000.0
+    norm_head: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"--hidden-size must be an even multiple of --heads, got {self.hidden_size} and {self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"--kv-heads must divide --heads, got {self.kv_heads} and {self.heads}")
+        if not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"--experts-per-token must be in 1..--experts, got {self.experts_per_token} of {self.experts}"
+            )
+        if self.vocab_size and self.vocab_size < len(TOKENS):
+            raise ValueError(
+                f"--vocab-size must hold the tokenizer's {len(TOKENS)} tokens, got {self.vocab_size}; "
+                "leave the flag out for the next multiple of 64"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size or math.ceil(len(TOKENS) / 64) * 64
+
+    @property
+    def dense_intermediate_size(self) -> int:
+        return self.intermediate_size or 2 * self.hidden_size
+
+
+def model_config(model: TinyModel) -> dict[str, Any]:
+    """config.json with the fields of Ling-lite's; only what belongs to the modeling file is left out."""
+    return {
+        "architectures": ["BailingMoeForCausalLM"],
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
+        "eos_token_id": TOKENS.index(EOS),
+        "pad_token_id": TOKENS.index(EOS),
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_std,
+        "intermediate_size": model.dense_intermediate_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "model_type": "bailing_moe",
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "num_experts": model.experts,
+        "num_shared_experts": model.shared_experts,
+        "norm_topk_prob": True,
+        "num_attention_heads": model.heads,
+        "num_experts_per_tok": model.experts_per_token,
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": model.kv_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": model.dtype,
+        "transformers_version": "4.36.0",
+        "use_cache": True,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "vocab_size": model.padded_vocab_size,
+        "embedding_dropout": 0.0,
+        "norm_head": model.norm_head,
+        "norm_softmax": False,
+        "output_dropout": 0.0,
+    }
+
+
+def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float]]:
+    """(name, shape, standard deviation) of every tensor; standard deviation 0 means a norm weight of ones.
+
+    Projections that write into the residual stream are scaled by 1/sqrt(2 * layers), as in GPT-2.
+    """
+    h, std = model.hidden_size, model.init_std
+    out_std = std / math.sqrt(2 * model.layers)
+
+    def mlp(prefix: str, width: int) -> Iterator[tuple[str, tuple[int, ...], float]]:
+        yield f"{prefix}.gate_proj.weight", (width, h), std
+        yield f"{prefix}.up_proj.weight", (width, h), std
+        yield f"{prefix}.down_proj.weight", (h, width), out_std
+
+    yield "model.word_embeddings.weight", (model.padded_vocab_size, h), std
+    for index in range(model.layers):
+        layer = f"model.layers.{index}"
+        yield f"{layer}.input_layernorm.weight", (h,), 0.0
+        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+        yield f"{layer}.attention.query_key_value.weight", (rows, h), std
+        yield f"{layer}.attention.dense.weight", (h, model.heads * model.head_dim), out_std
+        yield f"{layer}.post_attention_layernorm.weight", (h,), 0.0
+        if index < model.first_k_dense_replace:
+            yield from mlp(f"{layer}.mlp", model.dense_intermediate_size)
+            continue
+        yield f"{layer}.mlp.gate.weight", (model.experts, h), std
+        for expert in range(model.experts):
+            yield from mlp(f"{layer}.mlp.experts.{expert}", model.moe_intermediate_size)
+        if model.shared_experts:
+            yield from mlp(f"{layer}.mlp.shared_experts", model.shared_experts * model.moe_intermediate_size)
+    yield "model.norm.weight", (h,), 0.0
+    yield "lm_head.weight", (model.padded_vocab_size, h), std
+
+
+def draw_tensor(seed: int, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
+    if std == 0.0:
+        return np.ones(shape, dtype=np.float32)
+    rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+    return (rng.standard_normal(shape) * std).astype(np.float32)
+
+
+def to_bytes(values: np.ndarray, dtype: str) -> bytes:
+    """Little-endian bytes of fp32 values; bfloat16 rounds to nearest even (finite values only)."""
+    if dtype == "bfloat16":
+        bits = values.astype("<f4").view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    return values.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()
+
+
+def write_safetensors(path: Path, model: TinyModel) -> None:
+    """Stream the tensors in table order: 8 bytes of header length, JSON header, data."""
+    code, width = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}[model.dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, _ in tensor_table(model):
+        end = offset + math.prod(shape) * width
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape, std in tensor_table(model):
+            file.write(to_bytes(draw_tensor(model.seed, name, shape, std), model.dtype))
+
+
+def write_tokenizer(out: Path, model: TinyModel) -> None:
+    """A BPE without merges is a character tokenizer; it needs no code of ours to load."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    vocab = {token: index for index, token in enumerate(TOKENS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNK, fuse_unk=False))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(BOXED, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNK, *ROLES, EOS)])
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "unk_token": UNK,
+        "additional_special_tokens": list(ROLES),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.max_position_embeddings,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_json(out / "tokenizer_config.json", config)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> None:
+    """Write the directory beside `out` and move it into place; `force` replaces a model directory that is there."""
+    if out.exists():
+        if not force:
+            raise ValueError(f"{out} already exists; choose another directory or pass --force to replace it")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+            raise ValueError(f"{out} exists and is not a model directory; --force replaces only those")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write_safetensors(partial / "model.safetensors", model)
+        write_tokenizer(partial, model)
+        eos = TOKENS.index(EOS)
+        write_json(partial / "config.json", model_config(model))
+        write_json(partial / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
+        (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE)
+        if out.exists():
+            replaced = partial.with_suffix(".replaced")
+            out.rename(replaced)
+            partial.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def parse_arguments(argv: list[str]) -> tuple[Path, TinyModel, bool]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+    default = TinyModel()
+    for name in TinyModel.__slots__:
+        value, flag = getattr(default, name), "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            choices = ("float32", "bfloat16", "float16") if name == "dtype" else None
+            what = {"intermediate_size": "twice the hidden size", "vocab_size": "tokens, to a multiple of 64"}.get(name)
+            help_text = f"default: {what or value}"
+            parser.add_argument(flag, type=type(value), default=value, choices=choices, help=help_text)
+    options = vars(parser.parse_args(argv))
+    out, force = options.pop("out"), options.pop("force")
+    try:
+        return out, TinyModel(**options), force
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None) -> int:
+    out, model, force = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        write_tiny_model(out, model, force=force)
+    except ValueError as error:
+        print(f"make_tiny_model: {error}", file=sys.stderr)
+        return 2
+    count = sum(math.prod(shape) for _, shape, _ in tensor_table(model))
+    print(f"{out}: {count:,} parameters, {model.dtype}, vocabulary {model.padded_vocab_size} ({len(TOKENS)} used)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
