@@ -35,9 +35,9 @@ def test_the_last_box_is_found_with_balanced_braces(text, expected):
 
 
 def test_a_long_response_of_unclosed_boxes_takes_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert last_boxed("\\boxed{" * 200_000) is None
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_rl.data.prompts import Chat, Prompt
 from megatron_rl.data.tasks import TASK_KINDS, as_chat, as_prompt, make_dataset
+
+
+def as_line(row: Prompt | Chat) -> str:
+    return json.dumps({name: value for name, value in asdict(row).items() if value != ""}) + "\n"
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> int:
         "test.jsonl": [as_prompt(problem) for problem in data.test],
     }
     for name, rows in files.items():
-        (arguments.out / name).write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        (arguments.out / name).write_text("".join(as_line(row) for row in rows))
         print(f"{arguments.out / name}: {len(rows)} rows")
     return 0
 

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
-from megatron_rl.model.build import Model
+from megatron_rl.model.build import mpu  # noqa: F401  (imports megatron in the right order)
 
 device.import_megatron()
 
@@ -24,6 +26,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 
 log = logging.getLogger(__name__)
 
+# The layout-independent format: every optimizer state tensor under its parameter's name and full shape.
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -41,14 +44,26 @@ def latest(directory: Path) -> Path | None:
     return path
 
 
-def _sharded(model: Model, optimizer: Any, scheduler: Any, is_loading: bool) -> dict[str, Any]:
-    state = model.module.module.sharded_state_dict()
-    return {
-        "model": state,
-        "optimizer": optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA),
-        "scheduler": scheduler.state_dict(),
+def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What goes to disk (or the template to load into), and the whole state of each part of the optimizer.
+
+    Megatron chains one optimizer for dense and one for expert parameters, or a single one, depending on the layout. Only
+    their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate and
+    weight decay are the schedule's and the configuration's.
+    """
+    model = trainer.model.module.module.sharded_state_dict()
+    parts = [
+        part.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
+        for part in trainer.optimizer.chained_optimizers
+    ]
+    stored = {
+        "model": model,
+        "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
+        "optimizer_step": max(group["step"] for part in parts for group in part["optimizer"]["param_groups"]),
+        "scheduler": trainer.scheduler.state_dict(),
         "rng": torch.get_rng_state(),
     }
+    return stored, parts
 
 
 def save(
@@ -61,9 +76,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "megatron").mkdir(parents=True)
     dist.barrier(group=control)
-    dist_checkpointing.save(
-        _sharded(trainer.model, trainer.optimizer, trainer.scheduler, is_loading=False), str(partial / "megatron")
-    )
+    dist_checkpointing.save(_sharded(trainer, is_loading=False)[0], str(partial / "megatron"))
     dist.barrier(group=control)
     if dist.get_rank() == 0:
         (partial / "carried.npz").write_bytes(carried)
@@ -78,13 +91,49 @@ def save(
 
 def load(path: Path, trainer: Any) -> tuple[dict[str, Any], bytes]:
     """Collective. Restores model, optimizer, schedule and RNG; returns the driver's state and carried responses."""
-    template = _sharded(trainer.model, trainer.optimizer, trainer.scheduler, is_loading=True)
+    _initialize_adam(trainer.optimizer)
+    template, parts = _sharded(trainer, is_loading=True)
     state = dist_checkpointing.load(template, str(path / "megatron"))
     trainer.model.module.module.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
+        for group in part["optimizer"]["param_groups"]:
+            group["step"] = state["optimizer_step"]
+        optimizer.load_state_dict({name: value for name, value in part.items() if name != "param_state"})
+        with _without_step(optimizer.optimizer):
+            optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"][str(i)])
     trainer.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
     return json.loads((path / "driver.json").read_text()), (path / "carried.npz").read_bytes()
+
+
+def _initialize_adam(optimizer: Any) -> None:
+    """Give torch's Adam its state before the first step: megatron's distributed optimizer reads the step count of a
+    fresh optimizer when it makes the template to load into, and fails without one."""
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+@contextmanager
+def _without_step(adam: Any) -> Iterator[None]:
+    """Hide torch Adam's per-parameter step: megatron skips it in what it read and then misses it in what it fills.
+
+    Each parameter gets a tensor of its own back: megatron hands the same one to all, and Adam would count one step once
+    per parameter.
+    """
+    steps = {parameter: adam.state[parameter].pop("step") for parameter in adam.state if "step" in adam.state[parameter]}
+    yield
+    for parameter, step in steps.items():
+        adam.state[parameter]["step"] = step.clone()
 
 
 def _replace_text(path: Path, text: str) -> None:

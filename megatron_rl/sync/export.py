@@ -1,7 +1,7 @@
 """Megatron shards as Hugging Face-named tensors, and directories of them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from megatron_rl.checkpoint.names import name_table
 from megatron_rl.model.build import Model, owns_export, tensor_group
 
 
-def export_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+def export_tensors(
+    model: Model, read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
     """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
+
+    read: what is exported of each parameter; its value, or something of the same shape such as its gradient.
 
     The tensor-parallel shards of a parameter are gathered inside their group; pipeline stages and expert-parallel ranks
     export what they hold. Every rank must run this to its end: it is collective.
@@ -26,7 +30,7 @@ def export_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
         if not owns_export(entry):
             continue
         group = tensor_group(entry)
-        shard = parameter.detach()
+        shard = read(parameter)
         shards = [shard]
         if group.size() > 1:
             shards = [torch.empty_like(shard) for _ in range(group.size())]

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-running-requests", type=int, default=64)
     parser.add_argument("--context-length", type=int, help="default: max_position_embeddings of config.json")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 pays only on idle cores")
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -101,13 +101,14 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     for name, value, maximum in (
         ("--context-length", context_length, config.max_position_embeddings),
         ("--max-running-requests", arguments.max_running_requests, 4096),
-        ("--threads", arguments.threads or 1, 1024),
+        ("--threads", arguments.threads, 1024),
     ):
         if not 1 <= value <= maximum:
             raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
+    # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
+    sys.setswitchinterval(0.0005)
     options = EngineOptions(
         model_path=str(Path(arguments.model_path)),
         dtype=getattr(torch, arguments.dtype),
@@ -139,8 +140,8 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     )
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stopping.set)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopping.set)
 
     async def stop_on_signal() -> None:
         await stopping.wait()

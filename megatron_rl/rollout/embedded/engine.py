@@ -74,8 +74,10 @@ class Engine:
         self._prefixes: dict[bytes, int] = {}  # prompt -> slot whose cache still starts with it
         self._prefix_of_slot: dict[int, bytes] = {}
         if not self.row_counts.invariant:
-            log.warning("this machine's matrix products are not batch invariant for this model: results may depend "
-                        "on what else is in the batch")
+            log.warning(
+                "this machine's matrix products are not batch invariant for this model: results may depend "
+                "on what else is in the batch"
+            )
 
     # From any thread -----------------------------------------------------------------------------------------------
 

@@ -136,5 +136,8 @@ def _head_is_invariant(model: BailingModel, weights: ModelWeights, generator: to
     hidden = torch.randn(PREFILL_ENTRIES[-1], model.config.hidden_size, generator=generator).to(model.dtype)
     full = model.logits(weights, hidden)
     counts = {max(count, MIN_HEAD_ROWS) for count in PREFILL_ENTRIES}
-    return all(torch.equal(model.logits(weights, hidden[i : i + 1].expand(c, -1)), full[i : i + 1].expand(c, -1))
-               for c in counts for i in (0, 7))
+    return all(
+        torch.equal(model.logits(weights, hidden[i : i + 1].expand(c, -1)), full[i : i + 1].expand(c, -1))
+        for c in counts
+        for i in (0, 7)
+    )

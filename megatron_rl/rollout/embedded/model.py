@@ -5,15 +5,19 @@ S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; 
 CHUNK prompt tokens, several of which may belong to one prompt (keys are written before any row attends).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
+
+# Scores of hidden keys; finite, because exp and log are tens of times slower on infinities.
+MASKED = 1e30
+SCORE_FLOOR = -80.0  # e^-80 is lost beside the peak's weight of 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,7 @@ class BailingModel:
         self.config = config
         self.dtype = dtype
         self.cos, self.signed_sin = rotary_tables(config.head_dim, config.rope_theta, context_length)
+        self._buffers: dict[str, Tensor] = {}
         self.block_positions = torch.arange(-(-context_length // BLOCK) * BLOCK).view(-1, 1, 1, 1, 1, BLOCK)
 
     def hidden(self, weights: ModelWeights, cache: KVCache, batch: Batch) -> Tensor:
@@ -57,11 +62,19 @@ class BailingModel:
         """[R, H] -> fp32 [R, V]."""
         return torch.mm(hidden.float(), weights.head)
 
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised scratch memory, overwritten by the name's next use: touching fresh pages would cost more."""
+        count = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name] = torch.empty(count, dtype=dtype)
+        return buffer[:count].view(shape)
+
     def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Causal masks [n, B, 1, T, 1, BLOCK]: what to add to scores (0 or -inf), what to multiply weights by (1 or 0)."""
+        """Causal masks [n, B, 1, T, 1, BLOCK]: added to scores (0 or MASKED), times weights (1 or 0)."""
         positions = batch.positions.view(1, -1, 1, batch.num_queries, 1, 1)
         keep = (self.block_positions[: batch.num_blocks] <= positions).float()
-        return keep.log(), keep
+        return (keep - 1) * MASKED, keep
 
     def _attention(
         self,
@@ -100,7 +113,7 @@ class BailingModel:
         """
         rows, width, d = q.shape
         blocks, nkv = batch.num_blocks, self.config.num_key_value_heads
-        scores = torch.empty(blocks, rows, width, BLOCK)
+        scores = self._buffer("scores", blocks, rows, width, BLOCK)
         for b in range(blocks):
             torch.baddbmm(scores[b], q, self._block(keys, b, batch, entries), beta=0, alpha=d**-0.5, out=scores[b])
         grouped = scores.view(blocks, entries, nkv, batch.num_queries, -1, BLOCK)
@@ -108,8 +121,7 @@ class BailingModel:
         peak = scores.amax(-1, keepdim=True)
         if blocks > 1:
             peak = peak.amax(0, keepdim=True)
-        # The floor keeps exp off its slow path for -inf (tens of times slower); e^-80 is lost beside the peak's 1.
-        weights = scores.sub_(peak).clamp_(min=-80).exp_()
+        weights = scores.sub_(peak).clamp_(min=SCORE_FLOOR).exp_()
         grouped.mul_(keep)
         sums = weights.sum(-1, keepdim=True)
         out = torch.bmm(weights[0], self._block(values, 0, batch, entries))
@@ -128,13 +140,15 @@ class BailingModel:
 
     def _mlp(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
         """x + MLP(normed), [R, H]: SwiGLU over all experts side by side, scaled by routing weights (0: not chosen)."""
-        gate_up = torch.mm(normed, layer.gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        act = F.silu(gate).mul_(up)
+        rows, width = normed.shape[0], layer.down.shape[0]
+        gate_up = self._buffer("gate_up", rows, 2 * width, dtype=self.dtype)
+        torch.mm(normed, layer.gate_up, out=gate_up)
+        act = torch.ops.aten.silu.out(gate_up[:, :width], out=self._buffer("act", rows, width, dtype=self.dtype))
+        act.mul_(gate_up[:, width:])
         if layer.router is not None:
             weights = self._routing_weights(layer.router, normed)
-            width = self.config.moe_intermediate_size * self.config.num_experts
-            routed = act[:, :width].view(-1, self.config.num_experts, self.config.moe_intermediate_size)
+            columns = self.config.moe_intermediate_size * self.config.num_experts
+            routed = act[:, :columns].view(-1, self.config.num_experts, self.config.moe_intermediate_size)
             routed.mul_(weights.unsqueeze(-1))
         return torch.addmm(x, act, layer.down)
 

@@ -186,7 +186,9 @@ def _default(body: dict[str, Any], key: str, default: Any) -> Any:
 def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
     """(prompts, batched)."""
     if not isinstance(value, list) or not value:
-        raise RequestError(f"input_ids must be a list of token ids or a list of such lists, not empty, got {_cut(value)}")
+        raise RequestError(
+            f"input_ids must be a list of token ids or a list of such lists, not empty, got {_cut(value)}"
+        )
     batched = isinstance(value[0], list)
     prompts = value if batched else [value]
     for prompt in prompts:
@@ -198,9 +200,7 @@ def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
             if not 0 <= token < limits.vocab_size:
                 raise RequestError(f"input_ids must be in [0, {limits.vocab_size}), got {token}")
         if len(prompt) > limits.context_length:
-            raise RequestError(
-                f"input_ids ({len(prompt)} tokens) exceed the context length of {limits.context_length}"
-            )
+            raise RequestError(f"input_ids ({len(prompt)} tokens) exceed the context length of {limits.context_length}")
     return prompts, batched
 
 

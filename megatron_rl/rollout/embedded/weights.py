@@ -184,4 +184,6 @@ def _require_same_architecture(ours: BailingConfig, theirs: BailingConfig, model
     for name, value in ours.model_dump(exclude=_NOT_ARCHITECTURE).items():
         other = getattr(theirs, name)
         if other != value:
-            raise ValueError(f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}")
+            raise ValueError(
+                f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}"
+            )

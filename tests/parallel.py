@@ -1,0 +1,55 @@
+"""Run a test's work on real gloo ranks, each a process of its own, and bring back what they computed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_ranks(num_ranks: int, spec: dict[str, Any], folder: Path, timeout_seconds: float = 240) -> dict[str, Tensor]:
+    """Run tests/parallel_worker.py with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote."""
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "MEGATRON_RL_DEVICE": "cpu",
+    }
+    logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "parallel_worker.py"), str(folder)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout_seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        ends = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+        raise AssertionError(f"ranks ended with {codes}\n{ends}")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("out-*.safetensors")):
+        part = load_file(file)
+        assert not tensors.keys() & part.keys(), f"written by two ranks: {tensors.keys() & part.keys()}"
+        tensors |= part
+    return tensors

@@ -1,0 +1,98 @@
+"""BailingMoE and the C3PO loss written down once more, plainly: one token at a time where that is clearest, fp64, autograd.
+
+Derived from the model's description and the paper's Eq. 2; shares no code with the package.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def load_reference(model_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = json.loads((model_dir / "config.json").read_text())
+    tensors = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return config, {name: t.double().requires_grad_() for name, t in tensors.items()}
+
+
+def forward(config: dict[str, Any], w: dict[str, Tensor], ids: list[int]) -> Tensor:
+    """Logits [n, V] of one sequence."""
+    h = w["model.word_embeddings.weight"][ids]
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        h = h + _attention(config, w, p, _norm(config, h, w[p + "input_layernorm.weight"]))
+        x = _norm(config, h, w[p + "post_attention_layernorm.weight"])
+        if layer < config["first_k_dense_replace"]:
+            h = h + _mlp(w, p + "mlp.", x)
+        else:
+            h = h + _moe(config, w, p + "mlp.", x)
+    head = w["lm_head.weight"]
+    if config["norm_head"]:
+        head = head / (head.detach().norm(dim=0, keepdim=True) + 1e-7)
+    return _norm(config, h, w["model.norm.weight"]) @ head.T
+
+
+def _norm(config: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+
+
+def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+    n, nq, nk = len(x), config["num_attention_heads"], config["num_key_value_heads"]
+    d = config.get("head_dim") or config["hidden_size"] // nq
+    rows = x @ w[p + "attention.query_key_value.weight"].T
+    q, k, v = rows[:, : nq * d], rows[:, nq * d : (nq + nk) * d], rows[:, (nq + nk) * d :]
+    angle = torch.outer(
+        torch.arange(n, dtype=torch.float64),
+        config["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d),
+    )
+    heads = []
+    for i in range(nq):
+        g = i // (nq // nk)
+        qi, ki = (_rotate(y, angle) for y in (q[:, i * d : (i + 1) * d], k[:, g * d : (g + 1) * d]))
+        score = (qi @ ki.T / d**0.5).masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
+        heads.append(score.softmax(-1) @ v[:, g * d : (g + 1) * d])
+    return torch.cat(heads, -1) @ w[p + "attention.dense.weight"].T
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+    gate, up = x @ w[p + "gate_proj.weight"].T, x @ w[p + "up_proj.weight"].T
+    return (gate * torch.sigmoid(gate) * up) @ w[p + "down_proj.weight"].T
+
+
+def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+    probs = (x @ w[p + "gate.weight"].T).softmax(-1)
+    top, chosen = probs.topk(config["num_experts_per_tok"], -1)
+    if config["norm_topk_prob"]:
+        top = top / top.sum(-1, keepdim=True)
+    rows = []
+    for t in range(len(x)):
+        rows.append(sum(top[t, j] * _mlp(w, f"{p}experts.{int(chosen[t, j])}.", x[t]) for j in range(top.shape[1])))
+    out = torch.stack(rows)
+    return out + _mlp(w, p + "shared_experts.", x) if config["num_shared_experts"] else out
+
+
+def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of the tokens behind the prompt, [m] each."""
+    ids, start = row["token_ids"], row["num_prompt_tokens"]
+    logp = forward(config, w, ids).log_softmax(-1)[start - 1 : len(ids) - 1]
+    return logp[range(len(logp)), ids[start:]], -(logp.exp() * logp).sum(-1)
+
+
+def c3po_loss(config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any]) -> Tensor:
+    """Eq. 2 for fresh samples, where every ratio is 1: minimise -(1/Phi) sum_i sum_t (A_i r_it + a_ent H_it)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in spec["sequences"]:
+        logp, entropy = logprobs_and_entropy(config, w, row)
+        ratio = (logp - logp.detach()).exp()
+        total = total - (row["advantage"] * ratio + spec["entropy_coefficient"] * entropy).sum()
+    return total / spec["denominator"]
