@@ -5,22 +5,22 @@ from setuptools import find_packages, setup
 # The set that is tested together; see CONTRIBUTING.md before moving one of them.
 INSTALL = [
     'megatron-core==0.19.2; python_version >= "3.12"',
-    "torch>=2.11",
-    "numpy>=2.0",
-    "pydantic>=2.10",
-    "httpx>=0.28",
-    "starlette>=0.40",
-    "uvicorn>=0.30",
-    "transformers>=5.0",
-    "tokenizers>=0.22",
-    "sentencepiece>=0.2.1",
-    "safetensors>=0.5",
-    "tensorboard>=2.18",
-    "rich>=13.9",
-    "matplotlib>=3.9",
+    "torch>=2.11",  # `make install` takes 2.13.0, the CPU build; a GPU's torch comes with the `gpu` extra
+    "numpy~=2.4",
+    "pydantic~=2.14",
+    "httpx~=0.28",
+    "starlette~=1.10",
+    "uvicorn~=0.54",
+    "transformers~=5.12",
+    "tokenizers~=0.22",
+    "sentencepiece~=0.2",
+    "safetensors~=0.8",
+    "tensorboard~=2.21",
+    "rich~=15.0",
+    "matplotlib~=3.11",
     "math-verify==0.9.0",
-    "pebble>=5.1",
-    "psutil>=6",
+    "pebble~=5.2",
+    "psutil~=7.2",
 ]
 
 setup(
@@ -32,7 +32,7 @@ setup(
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
     install_requires=INSTALL,
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "dev": ["pytest~=9.2", "pytest-timeout~=2.4", "hypothesis~=6.170", "ruff==0.17.6", "mypy==2.4.1", "pre-commit"],
         "gpu": ["transformer-engine[pytorch]", "sglang==0.5.23"],
         "logging": ["wandb"],
     },

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
+    _quieten_libraries()
     lifeline.watch_parent()
     try:
         return int(arguments.run(arguments))
@@ -24,6 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _quieten_libraries() -> None:
+    """Deprecations inside torch, megatron-core and transformers are for their authors; ours still show."""
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|transformers)(\.|$)")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -71,7 +71,7 @@ def import_megatron() -> None:
             elif not getattr(torch.cuda, "_megatron_rl_adapted", False):
                 _adapt_torch()
                 _adapt_megatron()
-                torch.cuda._megatron_rl_adapted = True  # type: ignore[attr-defined]
+                torch.cuda._megatron_rl_adapted = True
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("megatron"):
                 raise ImportError(
@@ -178,7 +178,7 @@ def _without_compile() -> Any:
     def eager(model: Any = None, **_: Any) -> Any:
         return model if model is not None else eager
 
-    torch.compile = eager  # type: ignore[assignment]
+    torch.compile = eager
     try:
         yield
     finally:
@@ -235,7 +235,9 @@ def _adapt_megatron() -> None:
 def _padded_gather(even: Any) -> Any:
     """All-gather of unequal first dimensions by padding to the longest, for gloo."""
 
-    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
         if output_split_sizes is None or group.size() == 1:
             return even(input_, group, None, use_global_buffer)
         sizes = [int(n) for n in output_split_sizes]

@@ -1,4 +1,4 @@
-"""BailingMoE and the C3PO loss written down once more, plainly: one token at a time where that is clearest, fp64, autograd.
+"""BailingMoE and the C3PO loss written down once more, plainly, in fp64 with autograd.
 
 Derived from the model's description and the paper's Eq. 2; shares no code with the package.
 """

@@ -290,7 +290,10 @@ def test_samples_of_one_prompt_have_seeds_of_their_own():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda p: sum(p) > 1e-3), st.floats(0, 1, exclude_max=True))
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda p: sum(p) > 1e-3),
+    st.floats(0, 1, exclude_max=True),
+)
 def test_draw_never_returns_a_token_of_probability_zero(probs, u):
     token = draw(np.array([probs]), np.array([u]))[0]
     assert probs[token] > 0

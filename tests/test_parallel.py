@@ -120,10 +120,10 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(mod
     assert worst(second, whole, "weight/") < (1e-4, "")
 
 
-@pytest.mark.parametrize(("name", "parallel"), [("TP2", {"tensor": 2}), ("PP2-EP1", {"pipeline": 2}), ("EP2", {"expert": 2})])
-def test_hugging_face_to_megatron_and_back_is_bit_exact(
-    name: str, parallel: dict, model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("TP2", {"tensor": 2}), ("PP2-EP1", {"pipeline": 2}), ("EP2", {"expert": 2})]
+)
+def test_hugging_face_to_megatron_and_back_is_bit_exact(name: str, parallel: dict, model: Path, tmp_path: Path) -> None:
     run_ranks(2, make_spec(model, parallel=parallel, export=True), tmp_path / "run")
     exported: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "run" / "hf").glob("*.safetensors"):

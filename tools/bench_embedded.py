@@ -2,9 +2,10 @@
 
     python tools/bench_embedded.py [--threads N] [--dtype float32] [--batches 1,8,64] [--repeats 5]
 
-Starts a server on a model of about 1.8M parameters, sends B separate requests at once (one connection each) and takes
-the median over repeats, after one warm-up. Prints one JSON object. Each request has its own random prompt: nothing is
-shared between them.
+Starts a server on a model of about 1.8M parameters, sends B prompts at once (B separate requests, or with
+--one-request one request that holds them all) and takes the median over repeats, after one warm-up. Prints one JSON
+object. Every prompt is random: nothing is shared between them. With separate requests the client's own work, which
+competes for the same cores, is a good part of the time.
 """
 
 import argparse
@@ -53,21 +54,20 @@ def start_server(model: str, arguments: argparse.Namespace) -> tuple[subprocess.
     raise SystemExit(f"the server ended with code {server.wait()}")
 
 
-async def measure(client: httpx.AsyncClient, batch: int, prompt_tokens: int, new_tokens: int) -> float:
-    """Tokens per second of one round of `batch` concurrent requests."""
+async def measure(client: httpx.AsyncClient, batch: int, arguments: argparse.Namespace) -> float:
+    """Tokens per second of one round of `batch` prompts."""
+    prompts = [[random.randrange(SHAPE["vocab_size"]) for _ in range(arguments.prompt_tokens)] for _ in range(batch)]
+    params = {"max_new_tokens": arguments.new_tokens, "temperature": 1.0, "ignore_eos": True}
     bodies = [
-        {
-            "input_ids": [random.randrange(SHAPE["vocab_size"]) for _ in range(prompt_tokens)],
-            "sampling_params": {"max_new_tokens": new_tokens, "temperature": 1.0, "ignore_eos": True},
-            "return_logprob": True,
-        }
-        for _ in range(batch)
+        {"input_ids": ids, "sampling_params": params, "return_logprob": True}
+        for ids in ([prompts] if arguments.one_request else prompts)
     ]
     started = time.perf_counter()
-    answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+    replies = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
     elapsed = time.perf_counter() - started
-    generated = sum(answer.json()["meta_info"]["completion_tokens"] for answer in answers)
-    assert generated == batch * new_tokens, generated
+    answers = replies[0].json() if arguments.one_request else [reply.json() for reply in replies]
+    generated = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
+    assert generated == batch * arguments.new_tokens, generated
     return generated / elapsed
 
 
@@ -76,11 +76,8 @@ async def bench(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as client:
         for batch in arguments.batches:
-            await measure(client, batch, arguments.prompt_tokens, arguments.new_tokens)
-            rates = [
-                await measure(client, batch, arguments.prompt_tokens, arguments.new_tokens)
-                for _ in range(arguments.repeats)
-            ]
+            await measure(client, batch, arguments)
+            rates = [await measure(client, batch, arguments) for _ in range(arguments.repeats)]
             results[str(batch)] = {
                 "tokens_per_second": round(statistics.median(rates)),
                 "min": round(min(rates)),
@@ -95,6 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one-request", action="store_true")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from megatron_rl.c3po.budget import Pick, select, selection_order
@@ -91,4 +92,4 @@ def schedule(
 def _split(picks: Sequence[Pick], num_steps: int) -> list[tuple[Pick, ...]]:
     """Consecutive parts of sizes that differ by one at most."""
     bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
-    return [tuple(picks[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(picks[a:b]) for a, b in pairwise(bounds)]

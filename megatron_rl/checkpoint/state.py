@@ -8,6 +8,7 @@ atomically after everything in it is on disk. A `step_N/` holds `megatron/` (mod
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,13 @@ from megatron_rl.model.build import mpu  # noqa: F401  (imports megatron in the 
 device.import_megatron()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 log = logging.getLogger(__name__)
+
+# A synchronous save writes in this process, so its queue of results can be a plain one. Megatron would start a
+# multiprocessing manager for it: seconds at every run's first checkpoint, and a process that outlives a SIGKILL.
+filesystem_async._results_queue = queue.Queue()
 
 # The layout-independent format: every optimizer state tensor under its parameter's name and full shape.
 _OPTIMIZER_METADATA = {
@@ -130,7 +136,9 @@ def _without_step(adam: Any) -> Iterator[None]:
     Each parameter gets a tensor of its own back: megatron hands the same one to all, and Adam would count one step once
     per parameter.
     """
-    steps = {parameter: adam.state[parameter].pop("step") for parameter in adam.state if "step" in adam.state[parameter]}
+    steps = {
+        parameter: adam.state[parameter].pop("step") for parameter in adam.state if "step" in adam.state[parameter]
+    }
     yield
     for parameter, step in steps.items():
         adam.state[parameter]["step"] = step.clone()

@@ -72,7 +72,9 @@ def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> N
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def transformer_config(bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout) -> TransformerConfig:
+def transformer_config(
+    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout
+) -> TransformerConfig:
     """BailingMoE's shape as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
     dense = bailing.first_k_dense_replace
@@ -165,6 +167,14 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engin
     )
 
 
+def _layer_norm(transformer_engine: bool) -> Any:
+    if not transformer_engine:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """This rank's part of the model: `module` is what megatron's schedules run, `gpt` the GPTModel inside it."""
@@ -183,7 +193,9 @@ class Model:
         return {canonical_name(name, layers, experts): p for name, p in self.gpt.named_parameters()}
 
 
-def build_model(bailing: BailingConfig, model: ModelSection, moe: MoeSection, parallel: ParallelSection, layout: Layout) -> Model:
+def build_model(
+    bailing: BailingConfig, model: ModelSection, moe: MoeSection, parallel: ParallelSection, layout: Layout
+) -> Model:
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
     config = transformer_config(bailing, model, moe, layout)
     transformer_engine = uses_transformer_engine(model)
@@ -196,12 +208,11 @@ def build_model(bailing: BailingConfig, model: ModelSection, moe: MoeSection, pa
         )
         for i in range(num_local)
     ]
-    layer_norm = RMSNorm
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm as layer_norm
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=specs, layer_norm=_layer_norm(transformer_engine)
+        ),
         vocab_size=-(-bailing.vocab_size // layout.tensor) * layout.tensor,
         max_sequence_length=bailing.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(),
@@ -254,7 +265,9 @@ def load_weights(model: Model, model_dir: Any) -> None:
         for name, parameter in model.parameters_by_canonical_name().items():
             shard = local_shard(table[name], read_full(table[name], reader.read))
             if shard.shape != parameter.shape:
-                raise ValueError(f"{name}: {model_dir} gives {tuple(shard.shape)}, the model has {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{name}: {model_dir} gives {tuple(shard.shape)}, the model has {tuple(parameter.shape)}"
+                )
             parameter.copy_(shard)
 
 

@@ -17,7 +17,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first_id: int, valid: int, group: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, first_id: int, valid: int, group: Any
+    ) -> tuple[Tensor, Tensor]:
         num_tokens, size = logits.shape
         many = group is not None and group.size() > 1
         if valid < size:
@@ -69,5 +71,5 @@ def vocab_parallel_logprobs(
     rank = group.rank() if group is not None else 0
     first_id = rank * logits.shape[-1]
     valid = max(0, min(logits.shape[-1], vocab_size - first_id))
-    logprobs, entropy = _VocabParallelLogProbs.apply(logits, targets, first_id, valid, group)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _VocabParallelLogProbs.apply(logits, targets, first_id, valid, group)
     return logprobs, entropy

@@ -33,7 +33,9 @@ class PackedSequences(PackedSeqParams):
     restore: Tensor | None = None
 
 
-def pack(lengths: list[int], head_dim: int, rope_theta: float, dtype: torch.dtype, device: torch.device) -> PackedSequences:
+def pack(
+    lengths: list[int], head_dim: int, rope_theta: float, dtype: torch.dtype, device: torch.device
+) -> PackedSequences:
     """Describe a pack of sequences of these lengths (tokens, each at least 1)."""
     sizes = torch.tensor(lengths, dtype=torch.int64)
     ends = sizes.cumsum(0)

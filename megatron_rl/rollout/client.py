@@ -33,7 +33,9 @@ class GenerationClient:
         self.url = url.rstrip("/")
         self._control_timeout = control_timeout_seconds
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=control_timeout_seconds, trust_env=False)
+        self._http = httpx.AsyncClient(
+            base_url=self.url, limits=limits, timeout=control_timeout_seconds, trust_env=False
+        )
 
     async def close(self) -> None:
         await self._http.aclose()

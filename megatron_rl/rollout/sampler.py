@@ -121,9 +121,7 @@ class Sampler:
                 )
             )
         texts = [self._decode(response.output_ids.tolist()) for response in responses]
-        verdicts = await asyncio.gather(
-            *(self._rewards.score_async(text, question.prompt.answer) for text in texts)
-        )
+        verdicts = await asyncio.gather(*(self._rewards.score_async(text, question.prompt.answer) for text in texts))
         advantages = group_advantages(np.array([verdict.score for verdict in verdicts]))
         return Group(
             prompt_id=question.prompt_id,

@@ -15,7 +15,9 @@ from megatron_rl.rollout.client import GenerationClient, ServerError
 log = logging.getLogger(__name__)
 
 # What torchrun sets for its own ranks; a server that inherits it would believe to be one of them.
-_TORCHRUN = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_.*)$")
+_TORCHRUN = re.compile(
+    r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_.*)$"
+)
 
 
 class EmbeddedServer:
@@ -74,7 +76,9 @@ class EmbeddedServer:
         give_up = time.monotonic() + deadline_seconds
         while time.monotonic() < give_up:
             if self._process.poll() is not None:
-                raise ValueError(f"the generation server ended with code {self._process.returncode}: {self.last_words()}")
+                raise ValueError(
+                    f"the generation server ended with code {self._process.returncode}: {self.last_words()}"
+                )
             if self.port == 0:
                 self.port = self._announced_port()
             if self.port:

@@ -30,7 +30,9 @@ T = TypeVar("T")
 class Collector:
     """Owns the server, its client, the reward pool and the surplus. `close()` ends them all."""
 
-    def __init__(self, config: RlConfig, num_ranks: int, num_data_ranks: int, cost: CostModel, signals: StopSignals) -> None:
+    def __init__(
+        self, config: RlConfig, num_ranks: int, num_data_ranks: int, cost: CostModel, signals: StopSignals
+    ) -> None:
         """Starts the server and waits until it serves. ValueError for data that cannot be used."""
         self._config, self._signals, self._cost = config, signals, cost
         self._num_data_ranks = num_data_ranks

@@ -24,7 +24,7 @@ class Session:
     """Owns this rank's place in the training world. `close()` leaves it."""
 
     def __init__(self, config: RunConfig, num_optimizer_steps: int, resume: bool) -> None:
-        """Collective. ValueError when the run directory holds a run and `resume` is false, or holds none and it is true.
+        """Collective. With `resume`, `restore` will load the newest checkpoint, if there is one.
 
         num_optimizer_steps: the length of the learning-rate schedule.
         """
@@ -61,9 +61,7 @@ class Session:
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps."""
-        state.save(
-            self.checkpoints, step, self.trainer, driver, carried, self.config.train.keep_last, self.control
-        )
+        state.save(self.checkpoints, step, self.trainer, driver, carried, self.config.train.keep_last, self.control)
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: true on every rank when it is on one."""

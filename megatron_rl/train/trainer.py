@@ -156,7 +156,7 @@ class Trainer:
         )
 
     def logprobs(self, micro_batches: Sequence[Sequence[TrainSequence]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities [M] of every micro-batch's loss tokens, without a graph; on the last pipeline stage only."""
+        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only."""
         return self._forward_logprobs([self._tensors(sequences) for sequences in micro_batches], temperature)
 
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
@@ -171,7 +171,9 @@ class Trainer:
             device=device.torch_device(),
         )
 
-    def _run(self, batches: list[MicroBatch], loss: Any, references: Sequence[Tensor | None], forward_only: bool = False) -> list[Any]:
+    def _run(
+        self, batches: list[MicroBatch], loss: Any, references: Sequence[Tensor | None], forward_only: bool = False
+    ) -> list[Any]:
         def forward_step(iterator: Any, module: Any) -> Any:
             batch, reference = next(iterator)
             output = module(
@@ -280,6 +282,8 @@ class _Tally:
         total = float(self._bins.sum())
         if total == 0:
             return 0.0
-        position = int(torch.searchsorted(self._bins.cumsum(0), torch.tensor(math.ceil(q * total), dtype=torch.float64)))
+        position = int(
+            torch.searchsorted(self._bins.cumsum(0), torch.tensor(math.ceil(q * total), dtype=torch.float64))
+        )
         edge = 10.0 ** (_LOWEST_DECADE + (min(position, len(self._bins) - 1) + 1) / _BINS_PER_DECADE)
         return min(edge, float(self.largest))

@@ -25,11 +25,34 @@ class KVCache:
         shape = (num_layers, self.num_blocks + 1, num_slots, num_kv_heads)
         self.keys = _lazy_zeros((*shape, head_dim, BLOCK))
         self.values = _lazy_zeros((*shape, BLOCK, head_dim))
+        self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @staticmethod
     def num_bytes(*, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, context_length: int) -> int:
         blocks = -(-context_length // BLOCK) + 1
         return 2 * 4 * num_layers * blocks * BLOCK * num_slots * num_kv_heads * head_dim
+
+    def blocks(self, layer: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
+        """Views of the first `num_slots` slots, block by block: keys [slots nkv, d, BLOCK], values [.., BLOCK, d].
+
+        Kept, because making them anew would cost a decode step as much as using them.
+        """
+        views = self._views.get((layer, num_slots))
+        if views is None:
+            views = [
+                (self.keys[layer, b, :num_slots].flatten(0, 1), self.values[layer, b, :num_slots].flatten(0, 1))
+                for b in range(self.num_blocks)
+            ]
+            self._views[layer, num_slots] = views
+        return views
+
+    def gather_blocks(self, layer: int, slots: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the given slots' blocks, shaped as those of `blocks`."""
+        keys, values = self.keys[layer], self.values[layer]
+        return [
+            (keys[b].index_select(0, slots).flatten(0, 1), values[b].index_select(0, slots).flatten(0, 1))
+            for b in range(num_blocks)
+        ]
 
     @property
     def trash_block(self) -> int:

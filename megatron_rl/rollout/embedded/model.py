@@ -33,6 +33,17 @@ class Batch:
     num_blocks: int  # n: covers every position of the batch
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shared:
+    """What all layers of one pass use, worked out once."""
+
+    offsets: Tensor  # [R]: position within the cache block
+    cos: Tensor  # [R, 1, d]
+    signed_sin: Tensor  # [R, 1, d]
+    hide: Tensor  # [n, B, 1, T, 1, BLOCK], added to scores: 0, or -MASKED for keys after the query
+    keep: Tensor  # the same shape, times weights: 1, or 0 for keys after the query
+
+
 class BailingModel:
     """The network's shape, rotary tables and forward pass; weights and cache are arguments."""
 
@@ -45,15 +56,11 @@ class BailingModel:
 
     def hidden(self, weights: ModelWeights, cache: KVCache, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [R, H]; writes the rows' keys and values into the cache."""
-        rotary = (self.cos[batch.positions].unsqueeze(1), self.signed_sin[batch.positions].unsqueeze(1))
-        hide, keep = self._masks(batch)
-        offsets = batch.positions % BLOCK
+        shared = self._shared(batch)
         eps = self.config.rms_norm_eps
         x = weights.embedding[batch.tokens]
         for index, layer in enumerate(weights.layers):
-            keys, values = cache.keys[index], cache.values[index]
-            normed = rms_norm(x, layer.input_norm, eps)
-            context = self._attention(layer, normed, keys, values, batch, offsets, rotary, hide, keep)
+            context = self._attention(layer, rms_norm(x, layer.input_norm, eps), cache, index, batch, shared)
             x = torch.addmm(x, context, layer.dense)
             x = self._mlp(layer, x, rms_norm(x, layer.mlp_norm, eps))
         return rms_norm(x, weights.final_norm, eps)
@@ -70,23 +77,19 @@ class BailingModel:
             buffer = self._buffers[name] = torch.empty(count, dtype=dtype)
         return buffer[:count].view(shape)
 
-    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Causal masks [n, B, 1, T, 1, BLOCK]: added to scores (0 or MASKED), times weights (1 or 0)."""
+    def _shared(self, batch: Batch) -> _Shared:
         positions = batch.positions.view(1, -1, 1, batch.num_queries, 1, 1)
         keep = (self.block_positions[: batch.num_blocks] <= positions).float()
-        return (keep - 1) * MASKED, keep
+        return _Shared(
+            offsets=batch.positions % BLOCK,
+            cos=self.cos[batch.positions].unsqueeze(1),
+            signed_sin=self.signed_sin[batch.positions].unsqueeze(1),
+            hide=(keep - 1) * MASKED,
+            keep=keep,
+        )
 
     def _attention(
-        self,
-        layer: LayerWeights,
-        normed: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: Batch,
-        offsets: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        hide: Tensor,
-        keep: Tensor,
+        self, layer: LayerWeights, normed: Tensor, cache: KVCache, index: int, batch: Batch, shared: _Shared
     ) -> Tensor:
         """[R, H] -> [R, nq d] in the model's dtype."""
         config = self.config
@@ -94,49 +97,44 @@ class BailingModel:
         queries, group = batch.num_queries, nq // nkv
         entries = normed.shape[0] // queries
         qkv = torch.mm(normed, layer.qkv).float().view(-1, nq + 2 * nkv, d)
-        heads = apply_rotary(qkv[:, : nq + nkv], *rotary)
-        keys[batch.write_blocks, batch.write_slots, :, :, offsets] = heads[:, nq:]
-        values[batch.write_blocks, batch.write_slots, :, offsets] = qkv[:, nq + nkv :]
+        heads = apply_rotary(qkv[:, : nq + nkv], shared.cos, shared.signed_sin)
+        cache.keys[index][batch.write_blocks, batch.write_slots, :, :, shared.offsets] = heads[:, nq:]
+        cache.values[index][batch.write_blocks, batch.write_slots, :, shared.offsets] = qkv[:, nq + nkv :]
         q = heads[:, :nq].reshape(entries, queries, nkv, group, d)
         q = q.transpose(1, 2).reshape(entries * nkv, queries * group, d)
-        out = self._attend(q, keys, values, batch, entries, hide, keep)
+        if batch.entry_slots is None:
+            blocks = cache.blocks(index, entries)[: batch.num_blocks]
+        else:
+            blocks = cache.gather_blocks(index, batch.entry_slots, batch.num_blocks)
+        out = self._attend(q, blocks, shared)
         out = out.view(entries, nkv, queries, group, d).transpose(1, 2).reshape(-1, nq * d)
         return out.to(self.dtype)
 
-    def _attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, entries: int, hide: Tensor, keep: Tensor
-    ) -> Tensor:
+    def _attend(self, q: Tensor, blocks: list[tuple[Tensor, Tensor]], shared: _Shared) -> Tensor:
         """softmax(q k / sqrt(d)) v for q [B nkv, T g, d], block after block in order.
 
         The maximum over all blocks is exact, each block's sums have a fixed shape, and a wholly masked block adds
         exact zeros: so the bits do not depend on num_blocks, that is on how long the other sequences are.
         """
         rows, width, d = q.shape
-        blocks, nkv = batch.num_blocks, self.config.num_key_value_heads
-        scores = self._buffer("scores", blocks, rows, width, BLOCK)
-        for b in range(blocks):
-            torch.baddbmm(scores[b], q, self._block(keys, b, batch, entries), beta=0, alpha=d**-0.5, out=scores[b])
-        grouped = scores.view(blocks, entries, nkv, batch.num_queries, -1, BLOCK)
-        grouped.add_(hide)
+        scores = self._buffer("scores", len(blocks), rows, width, BLOCK)
+        for b, (keys, _) in enumerate(blocks):
+            torch.baddbmm(scores[b], q, keys, beta=0, alpha=d**-0.5, out=scores[b])
+        _, entries, _, queries, _, _ = shared.keep.shape
+        grouped = scores.view(len(blocks), entries, rows // entries, queries, width // queries, BLOCK)
+        grouped.add_(shared.hide)
         peak = scores.amax(-1, keepdim=True)
-        if blocks > 1:
+        if len(blocks) > 1:
             peak = peak.amax(0, keepdim=True)
         weights = scores.sub_(peak).clamp_(min=SCORE_FLOOR).exp_()
-        grouped.mul_(keep)
+        grouped.mul_(shared.keep)
         sums = weights.sum(-1, keepdim=True)
-        out = torch.bmm(weights[0], self._block(values, 0, batch, entries))
+        out = torch.bmm(weights[0], blocks[0][1])
         total = sums[0]
-        for b in range(1, blocks):
-            out.baddbmm_(weights[b], self._block(values, b, batch, entries))
+        for b, (_, values) in enumerate(blocks[1:], start=1):
+            out.baddbmm_(weights[b], values)
             total = total + sums[b]
         return out.div_(total)
-
-    @staticmethod
-    def _block(cache: Tensor, block: int, batch: Batch, entries: int) -> Tensor:
-        """Block `block` of one layer's cache for the batch's entries, [B nkv, d, BLOCK] or [B nkv, BLOCK, d]."""
-        slots = batch.entry_slots
-        chosen = cache[block, :entries] if slots is None else cache[block].index_select(0, slots)
-        return chosen.flatten(0, 1)
 
     def _mlp(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
         """x + MLP(normed), [R, H]: SwiGLU over all experts side by side, scaled by routing weights (0: not chosen)."""

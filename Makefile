@@ -1,0 +1,60 @@
+# make help lists the targets. PYTHON picks the interpreter that makes the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_VERSION := 2.13.0
+MCORE_VERSION := 0.19.2
+
+NPROC ?= 1
+TP ?= 1
+EP ?= 1
+PP ?= 1
+SEED ?= 1
+RUN ?= runs/demo
+# Steps of reinforcement learning in the demo; empty keeps the configuration's number.
+STEPS ?=
+
+.PHONY: help install demo test check format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv with everything a CPU machine needs
+
+# torch first: megatron-core's build and the other packages must see this version and not fetch another.
+$(STAMP): setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=70" wheel pybind11 numpy
+	$(BIN)/python -m pip install --quiet torch==$(TORCH_VERSION)
+	@# No wheel of megatron-core for Python 3.11: its pure-Python code runs there, so build the source distribution.
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+	  $(BIN)/python -c 'from importlib.metadata import version; assert version("megatron-core") == "$(MCORE_VERSION)"' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --no-binary megatron-core megatron-core==$(MCORE_VERSION); \
+	fi
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: install  ## warm-start and train a tiny Ling-lite; NPROC=2 TP=2 (or EP, PP) divides it over two processes
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/demo.py --run $(RUN) --seed $(SEED) --nproc $(NPROC) \
+	  --tensor $(TP) --expert $(EP) --pipeline $(PP) $(if $(STEPS),--steps $(STEPS))
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest
+
+check: install  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## apply the formatter and safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## generation and end-to-end throughput, as JSON
+	$(BIN)/python tools/bench_embedded.py
+	$(BIN)/python tools/bench_step.py
+
+clean:  ## remove build leftovers and caches; runs/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,208 @@
+"""The laptop demo: a tiny Ling-lite is warm-started on written-out solutions and trained by C3PO, stage by stage.
+
+    make demo                       or   .venv/bin/python examples/ring_lite/cpu_mini/demo.py --run runs/demo
+    make demo NPROC=2 TP=2          divides training over two processes
+
+Every stage is a command that also works alone. A demo that was killed goes on where it stopped; one that had finished
+is moved aside, never deleted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+# The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
+KINDS = ["count", "sort"]
+DIFFICULTIES = ["1", "2"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--nproc", type=int, default=1, help="training processes")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="steps of reinforcement learning; default: those of rl.toml")
+    parser.add_argument("--sft-steps", type=int, help="steps of the warm start; default: those of sft.toml")
+    arguments = parser.parse_args()
+    demo = Demo(arguments)
+    try:
+        return demo.run()
+    except subprocess.CalledProcessError as error:
+        # The stage has said what is wrong.
+        return error.returncode if 0 < error.returncode < 128 else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class Demo:
+    """Runs the stages in order; each leaves a file by which a later run knows that it is done."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.folder: Path = arguments.run
+        self.started = time.time()
+        self.common = ["--set", f"seed={arguments.seed}"]
+        for name in ("tensor", "expert", "pipeline"):
+            self.common += ["--set", f"parallel.{name}={getattr(arguments, name)}"]
+
+    def run(self) -> int:
+        self.prepare_folder()
+        folder, seed = self.folder, str(self.arguments.seed)
+        if not (folder / "model").exists():
+            self.python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", "--seed", seed)
+        if not (folder / "data/test.jsonl").exists():
+            options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--seed", seed]
+            self.python("a task", ROOT / "tools/make_task_data.py", folder / "data", *options)
+        self.train("warm start", "sft", self.arguments.sft_steps, model=folder / "model")
+        before = self.evaluate("before", folder / "sft/hf")
+        self.train("reinforcement learning", "rl", self.arguments.steps, model=folder / "sft/hf")
+        after = self.evaluate("after", folder / "rl/hf")
+        rows = [json.loads(line) for line in (folder / "rl/metrics.jsonl").read_text().splitlines()]
+        plot(rows, folder / "plot.png")
+        self.publish(before, after, rows)
+        return 0
+
+    def prepare_folder(self) -> None:
+        """A folder for these arguments: a new one, or the one that an unfinished demo left."""
+        wanted = {k: str(v) for k, v in vars(self.arguments).items()}
+        record = self.folder / "demo.json"
+        if self.folder.exists():
+            same = record.exists() and json.loads(record.read_text()) == wanted
+            if same and not (self.folder / "summary.json").exists():
+                print(f"continuing the unfinished demo in {self.folder}")
+                return
+            aside = self.folder.with_name(f"{self.folder.name}-until-{datetime.now():%Y%m%d-%H%M%S}")
+            self.folder.rename(aside)
+            print(f"an earlier demo is now in {aside}")
+        self.folder.mkdir(parents=True)
+        record.write_text(json.dumps(wanted, indent=1))
+
+    def train(self, title: str, stage: str, steps: int | None, model: Path) -> None:
+        run_dir = self.folder / stage
+        if (run_dir / "hf").exists():
+            return
+        command = {"sft": "sft", "rl": "train"}[stage]
+        data = self.folder / "data"
+        paths = {"run_dir": run_dir, "model.path": model}
+        paths |= (
+            {"data.train": data / "sft.jsonl"}
+            if stage == "sft"
+            else {
+                "data.train": data / "train.jsonl",
+                "data.test": data / "test.jsonl",
+            }
+        )
+        options = [part for key, value in paths.items() for part in ("--set", f"{key}={value}")]
+        if steps:
+            options += ["--set", f"train.steps={steps}"]
+        if (run_dir / "checkpoints/latest").exists():
+            options.append("--resume")
+        if self.arguments.nproc > 1:
+            options += ["--nproc", str(self.arguments.nproc)]
+        self.python(title, "-m", "megatron_rl.cli", command, HERE / f"{stage}.toml", *self.common, *options)
+
+    def evaluate(self, when: str, model: Path) -> dict:
+        output = self.folder / f"accuracy_{when}.json"
+        if not output.exists():
+            options = ["--set", f"data.test={self.folder / 'data/test.jsonl'}", "--set", f"run_dir={self.folder}"]
+            options += ["--set", f"seed={self.arguments.seed}", "--model", model, "--output", output]
+            self.python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "rl.toml", *options)
+        return json.loads(output.read_text())
+
+    def python(self, title: str, *command: object) -> None:
+        """Run a stage as a process of its own that ends when this one does."""
+        print(f"[{time.time() - self.started:5.0f} s] {title}", flush=True)
+        environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=Path.cwd(), env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = process.wait()  # the terminal gave the stage its Ctrl-C too: let it save and stop its server
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+
+    def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
+        """The run's files where a reader looks for them, summary.json, and the result in words."""
+        seconds = sum(row["step_seconds"] for row in rows)
+        tokens = [row["num_loss_tokens"] for row in rows]
+        summary = {
+            "accuracy_before": before["accuracy"],
+            "accuracy_before_interval": [before["low"], before["high"]],
+            "accuracy_after": after["accuracy"],
+            "accuracy_after_interval": [after["low"], after["high"]],
+            "accuracy_before_by_kind": before["by_kind"],
+            "accuracy_after_by_kind": after["by_kind"],
+            "num_test_prompts": after["num_prompts"],
+            "rl_steps": len(rows),
+            "rl_seconds": seconds,
+            "generated_tokens_per_second": sum(r["num_generated_tokens"] for r in rows)
+            / sum(r["rollout_seconds"] for r in rows),
+            "trained_tokens_per_second": sum(r["num_forward_tokens"] for r in rows)
+            / sum(r["train_seconds"] for r in rows),
+            "tokens_per_step_cv": statistics.pstdev(tokens) / statistics.mean(tokens),
+            "logprob_difference_p999": max(row["logprob_difference_p999"] for row in rows),
+            "max_logprob_difference": max(row["logprob_difference_max"] for row in rows),
+            "total_seconds": time.time() - self.started,
+            "seed": self.arguments.seed,
+            "git_commit": git_commit(),
+        }
+        for name in ("config.toml", "metrics.jsonl", "tensorboard", "rollouts"):
+            link = self.folder / name
+            if not link.is_symlink():
+                link.symlink_to(Path("rl") / name)
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(
+            f"[{time.time() - self.started:5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
+            f"{len(rows)} steps, on {after['num_prompts']} unseen prompts\n"
+            f"summary {self.folder / 'summary.json'}, plot {self.folder / 'plot.png'}"
+        )
+
+
+def interval(result: dict) -> str:
+    return f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+
+
+def git_commit() -> str:
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Reward, entropy, gradient norm, tokens per step and step time over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "reward": "reward (mean of the rollouts)",
+        "entropy": "policy entropy (nats)",
+        "grad_norm": "gradient norm",
+        "num_loss_tokens": "tokens that carry loss",
+        "response_tokens_mean": "response length (tokens)",
+        "step_seconds": "seconds per step",
+    }
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], color="tab:blue", linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        if name in ("num_loss_tokens", "step_seconds", "reward"):
+            axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
