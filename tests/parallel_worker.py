@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
-from megatron_rl.checkpoint import state
 from megatron_rl.config.schema import AlgorithmSection, SftConfig
 from megatron_rl.model.build import load_weights, mpu
 from megatron_rl.sync.export import export_tensors
+from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.session import Session

@@ -166,8 +166,8 @@ class Collector:
             ids = tuple(render_prompt(self._tokenizer, prompt.prompt))
             if len(ids) > self._config.rollout.max_prompt_tokens:
                 raise ValueError(
-                    f"{self._config.data.train}: prompt {prompt.id} has {len(ids)} tokens, "
-                    f"rollout.max_prompt_tokens is {self._config.rollout.max_prompt_tokens}; raise it or drop the prompt"
+                    f"{self._config.data.train}: prompt {prompt.id} has {len(ids)} tokens, over "
+                    f"rollout.max_prompt_tokens = {self._config.rollout.max_prompt_tokens}; raise it or drop the prompt"
                 )
             self._prompt_by_position[position] = prompt.id
             questions.append(Question(prompt_id=position, prompt=prompt, input_ids=ids))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.checkpoint import state
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights
 from megatron_rl.sync.export import export_directory
+from megatron_rl.train import state
 from megatron_rl.train.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ runs what `call` left for it (aborts, pauses, weight swaps), so those never see 
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,6 +28,10 @@ from megatron_rl.rollout.embedded.slots import SlotTable
 from megatron_rl.rollout.embedded.weights import ModelWeights, load_weights
 
 log = logging.getLogger(__name__)
+
+ARRIVAL_GAP_SECONDS = 0.003
+BUSY_GATHER_SECONDS = 0.006
+IDLE_GATHER_SECONDS = 0.15
 
 PAUSE_MODES = ("abort", "retract", "in_place")
 
@@ -217,11 +222,27 @@ class Engine:
             self._deliver([])
 
     def _read_inbox(self) -> None:
-        idle = self._paused or not (self._slots.num_active or self._waiting)
-        if idle:
+        if self._paused or not (self._slots.num_active or self._waiting):
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
+        if self._waiting and not self._paused:
+            self._gather_arrivals()
+
+    def _gather_arrivals(self) -> None:
+        """Wait a moment for more requests while they keep coming and there is room.
+
+        Clients send a batch one request after the other; taken one by one, each would cost a prefill pass and a
+        partly filled decode step of its own.
+        """
+        limit = BUSY_GATHER_SECONDS if self._slots.num_active else IDLE_GATHER_SECONDS
+        deadline = time.monotonic() + limit
+        room = self.options.max_running_requests - self._slots.num_active
+        while len(self._waiting) < room and not self._paused and time.monotonic() < deadline:
+            try:
+                self._inbox.get(timeout=ARRIVAL_GAP_SECONDS)()
+            except queue.Empty:
+                return
 
     def _admit(self) -> None:
         """Give waiting sequences free slots, fill the cache for their tokens and draw their next token."""

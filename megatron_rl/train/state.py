@@ -53,9 +53,9 @@ def latest(directory: Path) -> Path | None:
 def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What goes to disk (or the template to load into), and the whole state of each part of the optimizer.
 
-    Megatron chains one optimizer for dense and one for expert parameters, or a single one, depending on the layout. Only
-    their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate and
-    weight decay are the schedule's and the configuration's.
+    Megatron chains one optimizer for dense and one for expert parameters, or a single one, depending on the layout.
+    Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
+    and weight decay are the schedule's and the configuration's.
     """
     model = trainer.model.module.module.sharded_state_dict()
     parts = [

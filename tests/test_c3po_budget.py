@@ -1,0 +1,77 @@
+"""The token budget: exact, conserving, deterministic, without a preference for short responses."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.c3po.budget import prompts_to_sample, select, selection_order
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
+
+
+def test_the_crossing_response_is_cut_so_that_exactly_phi_tokens_carry_loss() -> None:
+    selection = select([5, 4, 7, 2], [2, 0, 1, 3], [14])
+    assert [(p.index, p.num_loss_tokens) for p in selection.steps[0]] == [(2, 7), (0, 5), (1, 2)]
+    assert selection.num_cut_tokens == 2
+    assert selection.left_over == (3,)
+
+
+def test_whole_responses_overshoot_when_the_cut_is_by_response() -> None:
+    selection = select([5, 4, 7, 2], [2, 0, 1, 3], [14], cut="response")
+    assert [p.num_loss_tokens for p in selection.steps[0]] == [7, 5, 4]
+    assert selection.num_cut_tokens == 0
+
+
+def test_a_response_that_ends_exactly_at_phi_is_not_cut() -> None:
+    selection = select([6, 4, 3], [0, 1, 2], [10])
+    assert [p.num_loss_tokens for p in selection.steps[0]] == [6, 4]
+    assert selection.num_cut_tokens == 0
+
+
+def test_each_optimizer_step_of_a_phase_has_its_own_budget() -> None:
+    selection = select([4, 4, 4, 4, 4], [0, 1, 2, 3, 4], [6, 6])
+    assert [[(p.index, p.num_loss_tokens) for p in s] for s in selection.steps] == [[(0, 4), (1, 2)], [(2, 4), (3, 2)]]
+    assert selection.left_over == (4,)
+
+
+@given(lengths=LENGTHS, budgets=st.lists(st.integers(1, 80), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_every_response_is_trained_or_left_over_and_every_token_is_accounted_for(
+    lengths: list[int], budgets: list[int], seed: int
+) -> None:
+    order = selection_order(0, [1] * len(lengths), seed)
+    selection = select(lengths, order, budgets)
+    picked = [p.index for step in selection.steps for p in step]
+    assert Counter(picked + list(selection.left_over)) == Counter(range(len(lengths)))
+    trained = sum(p.num_loss_tokens for step in selection.steps for p in step)
+    assert trained + selection.num_cut_tokens + sum(lengths[i] for i in selection.left_over) == sum(lengths)
+    available = sum(lengths)
+    for step, budget in zip(selection.steps, budgets, strict=True):
+        tokens = sum(p.num_loss_tokens for p in step)
+        assert tokens == min(budget, available)
+        available -= sum(lengths[p.index] for p in step)
+
+
+def test_carried_responses_come_first_and_groups_stay_whole() -> None:
+    order = selection_order(2, [3, 3, 3], seed=5)
+    assert order[:2] == [0, 1]
+    blocks = [order[i : i + 3] for i in range(2, 11, 3)]
+    assert sorted(blocks) == [[2, 3, 4], [5, 6, 7], [8, 9, 10]]
+    assert order == selection_order(2, [3, 3, 3], seed=5)
+    assert any(order != selection_order(2, [3, 3, 3], seed) for seed in range(5))
+
+
+def test_selection_has_no_preference_for_length() -> None:
+    # Ten groups of one response, five short and five long: each must be first equally often.
+    firsts = Counter(selection_order(0, [1] * 10, seed)[0] for seed in range(2000))
+    chi_square = sum((firsts[i] - 200) ** 2 / 200 for i in range(10))
+    assert chi_square < 27.9  # 9 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(
+    ("missing", "mean", "expected"),
+    [(0, 10.0, 0), (-5, 10.0, 0), (1000, 10.0, 26), (1, 10.0, 2), (40, 10.0, 2), (41, 10.0, 3)],
+)
+def test_a_wave_launches_the_predicted_shortfall_and_one_group_more(missing: int, mean: float, expected: int) -> None:
+    assert prompts_to_sample(missing, mean, group_size=4) == expected

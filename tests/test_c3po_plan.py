@@ -1,0 +1,73 @@
+"""The plan of a train phase, from scored groups."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rl.c3po.packing import CostModel
+from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.records import Group, Response, Sample
+
+
+def make_sample(prompt_id: int, index: int, length: int, version: int = 3) -> Sample:
+    response = Response(
+        prompt_id=prompt_id,
+        sample_index=index,
+        prompt_ids=np.arange(4, dtype=np.int32),
+        output_ids=np.arange(length, dtype=np.int32),
+        rollout_logprobs=np.zeros(length, np.float32),
+        policy_version=version,
+        finish_reason="stop",
+    )
+    return Sample(response=response, reward=1.0, reason="correct", advantage=0.5)
+
+
+def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:
+    options = {
+        "algorithm": "c3po", "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3, "seed": 1,
+        "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
+    }  # fmt: skip
+    return schedule(groups, carried, **options | changes)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 30), min_size=2, max_size=2), min_size=1, max_size=12),
+    carried=st.lists(st.integers(1, 30), max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_samples_are_conserved_and_the_budget_is_exact(lengths: list[list[int]], carried: list[int], seed: int) -> None:
+    groups = [
+        Group(prompt_id=p, samples=tuple(make_sample(p, i, n) for i, n in enumerate(group)))
+        for p, group in enumerate(lengths)
+    ]
+    old = tuple(make_sample(1000 + i, 0, n, version=2) for i, n in enumerate(carried))
+    result = make_schedule(groups, old, seed=seed)
+    (step,) = result.plan.steps
+    assert step.num_loss_tokens == min(40, sum(map(sum, lengths)) + sum(carried))
+    assert step.denominator == 40
+    trained = {result.samples[s.index].id for s in step.selected}
+    kept = {s.id for s in result.carried}
+    assert trained.isdisjoint(kept)
+    assert trained | kept == {s.id for g in groups for s in g.samples} | {s.id for s in old}
+    placed = sorted(i for rank in step.micro_batches for bin_ in rank for i in bin_)
+    assert placed == list(range(len(step.selected)))
+    for selected in step.selected:
+        assert selected.stale == (result.samples[selected.index].response.policy_version == 2)
+    # the plan does not depend on the order in which groups arrived
+    assert make_schedule(groups[::-1], old, seed=seed).plan == result.plan
+
+
+def test_grpo_trains_every_token_with_the_mean_over_each_response() -> None:
+    groups = [Group(prompt_id=0, samples=(make_sample(0, 0, 10), make_sample(0, 1, 20)))]
+    result = make_schedule(groups, algorithm="grpo", keep_surplus=False)
+    (step,) = result.plan.steps
+    assert step.denominator == 2
+    assert {s.num_loss_tokens: s.loss_scale for s in step.selected} == {10: 1 / 10, 20: 1 / 20}
+
+
+def test_a_second_optimizer_step_of_a_phase_uses_recorded_log_probs() -> None:
+    groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 10), make_sample(p, 1, 10))) for p in range(2)]
+    first, second = make_schedule(groups, budgets=(20, 20)).plan.steps
+    assert [s.stale for s in first.selected] == [False, False]
+    assert [s.stale for s in second.selected] == [True, True]
