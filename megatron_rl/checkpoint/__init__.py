@@ -1,1 +1,1 @@
-"""Ling-lite checkpoints: the one name table, pairs of inverse reshapes, reading and writing Hugging Face directories."""
+"""Ling-lite checkpoints: the one name table, inverse reshapes, reading and writing Hugging Face directories."""

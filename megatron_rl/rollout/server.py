@@ -63,6 +63,8 @@ class EmbeddedServer:
                 start_new_session=True,
             )
 
+        log_path.with_suffix(".pid").write_text(str(self._process.pid))
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"

@@ -96,6 +96,12 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
             """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
             yield
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # Whoever started the server waits for this line: from here on connections are accepted.
+            host, port = bound.getsockname()[:2]
+            log.info("serving %s on http://%s:%d", arguments.model_path, f"[{host}]" if ":" in host else host, port)
+
     config = load_bailing_config(arguments.model_path)
     context_length = arguments.context_length or config.max_position_embeddings
     for name, value, maximum in (
@@ -150,8 +156,6 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
         stop()
 
     watcher = asyncio.create_task(stop_on_signal())
-    host, port = bound.getsockname()[:2]
-    log.info("serving %s on http://%s:%d", arguments.model_path, f"[{host}]" if ":" in host else host, port)
     await server.serve(sockets=[bound])
     watcher.cancel()
     return 1 if app.engine.failure is not None else 0

@@ -1,0 +1,126 @@
+"""Configuration: what is wrong is named, with the remedy, before anything heavy is imported."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.layout import Layout
+
+ROOT = Path(__file__).parents[1]
+RL = """
+run_dir = "run"
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+[rollout]
+prompts_per_step = 4
+samples_per_prompt = 4
+[budget]
+tokens = 200
+[train]
+steps = 2
+micro_batch_tokens = 256
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "c.toml").write_text(text)
+    return tmp_path / "c.toml"
+
+
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    paths = sorted(ROOT.glob("examples/**/*.toml"))
+    assert len(paths) >= 2
+    for path in paths:
+        kind = SftConfig if path.name.startswith("sft") else RlConfig
+        config = load_config(kind, path)
+        assert load_config(kind, write(tmp_path, dump_config(config))) == config
+
+
+def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
+    overrides = ["budget.tokens=300", "optimizer.learning_rate=1e-4", "model.path=other/dir", "train.save_every=3"]
+    config = load_config(RlConfig, write(tmp_path, RL), overrides)
+    assert config.budget.tokens == 300
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.model.path == Path("other/dir")
+    assert config.train.save_every == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("budget.tokns=3", r"unknown key budget.tokns; did you mean budget.tokens\?"),
+        ("rollout.temprature=1.0", r"unknown key rollout.temprature; did you mean rollout.temperature\?"),
+        ("tokens=5", "unknown key tokens; did you mean budget.tokens"),
+        ("budget.tokens=63", r"budget.tokens 63 is smaller than one response can be .*64.*at least 64"),
+        ("train.micro_batch_tokens=100", r"micro_batch_tokens 100 is smaller than one sequence can be .* = 128\)"),
+        ("budget.tokens=100000", r"can never be filled by 8 waves"),
+        ("rollout.samples_per_prompt=1", r"samples_per_prompt must be at least 2"),
+        ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
+        ("algorithm.name=ppo", r"algorithm.name: .*'c3po' or 'grpo', got 'ppo'"),
+        ("steps", r"--set takes key.path=value, got 'steps'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(RlConfig, write(tmp_path, RL), [change])
+
+
+def test_a_missing_section_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="budget is required"):
+        load_config(RlConfig, write(tmp_path, RL.replace("[budget]\ntokens = 200\n", "")))
+    with pytest.raises(ValueError, match="config file nowhere.toml does not exist"):
+        load_config(RlConfig, "nowhere.toml")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_config(RlConfig, write(tmp_path, "a = [1"))
+
+
+def test_budget_per_gpu_is_multiplied_by_the_training_ranks(tmp_path: Path) -> None:
+    options = ["budget.scope=per_gpu", "algorithm.optimizer_steps_per_rollout=2"]
+    assert load_config(RlConfig, write(tmp_path, RL), options).phase_budgets(8) == (1600, 1600)
+    assert load_config(RlConfig, write(tmp_path, RL)).phase_budgets(8) == (200,)
+
+
+def small_model(**changes: object) -> BailingConfig:
+    fields = dict(
+        model_type="bailing_moe", vocab_size=96, hidden_size=64, intermediate_size=80, moe_intermediate_size=32,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
+        max_position_embeddings=64, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return BailingConfig.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"world_size": 4, "tensor": 4}, r"parallel.tensor must divide num_key_value_heads 2, got 4; .*\[1, 2\]"),
+        ({"world_size": 4, "expert": 4}, r"parallel.expert must divide num_experts 6, got 4; .*\[1, 2, 3, 6\]"),
+        ({"world_size": 3, "pipeline": 3}, r"parallel.pipeline must divide num_hidden_layers 4, got 3"),
+        ({"world_size": 3, "tensor": 2}, r"3 training process\(es\) cannot be divided by tensor 2"),
+        ({"world_size": 2, "expert": 3}, r"2 training process\(es\) cannot be divided by expert 3"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(layout: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(**layout).check(small_model())
+
+
+def test_data_ranks_follow_megatrons_order() -> None:
+    layout = Layout(world_size=8, tensor=2, pipeline=2)
+    assert layout.data == 2
+    assert [layout.data_rank(r) for r in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_type must be 'bailing_moe', got 'llama'"):
+        small_model(model_type="llama")
+    with pytest.raises(ValueError, match=r"use_qkv_bias must be False .*, got True"):
+        small_model(use_qkv_bias=True)
+    with pytest.raises(ValueError, match="model directory .*nothing does not exist"):
+        load_bailing_config(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_bailing_config(tmp_path)

@@ -1,0 +1,208 @@
+"""Whole runs of the command line on a tiny model: the loop, resuming, being killed, and mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+CONFIG = """
+run_dir = "{folder}/run"
+threads = 1
+[model]
+path = "{folder}/model"
+[data]
+train = "{folder}/data/train.jsonl"
+test = "{folder}/data/test.jsonl"
+[rollout]
+prompts_per_step = 4
+samples_per_prompt = 4
+max_prompt_tokens = 32
+max_response_tokens = 24
+max_running_requests = 16
+threads = 1
+[budget]
+tokens = 300
+[optimizer]
+learning_rate = 1e-3
+[algorithm]
+kl_coefficient = 1e-3
+[train]
+steps = 4
+save_every = 2
+micro_batch_tokens = 128
+phase_deadline_seconds = 120
+[evaluate]
+prompts = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
+    subprocess.run([PYTHON, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
+    data = ["--num-sft", "200", "--num-train", "100", "--num-test", "8"]
+    subprocess.run([PYTHON, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
+    return folder
+
+
+def command(inputs: Path, folder: Path, name: str, *options: str) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(folder=inputs).replace(f'run_dir = "{inputs}/run"', f'run_dir = "{folder}/run"'))
+    return [PYTHON, "-m", "megatron_rl.cli", name, str(config), *options]
+
+
+def finish(arguments: list[str], code: int = 0, seconds: float = 200) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=seconds, check=False)
+    assert done.returncode == code, done.stderr[-4000:]
+    return done.stderr
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    finish(command(inputs, folder, "train"))
+    return folder
+
+
+def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(whole: Path) -> None:
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["num_loss_tokens"] for row in rows] == [300] * 4
+    for row in rows:
+        assert row["logprob_difference_max"] < 2e-5
+        assert row["grad_norm"] >= 0
+    run = whole / "run"
+    for name in ("config.toml", "tensorboard", "checkpoints/latest", "hf/config.json", "hf/tokenizer.json"):
+        assert (run / name).exists(), name
+    samples = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert sum(sample["num_loss_tokens"] for sample in samples) == 300
+    assert {sample["outcome"] for sample in samples} <= {"trained", "carried", "dropped"}
+    assert {s["policy_version"] for s in samples if s["position"] >= rows[0]["num_prompts"]} == {1}
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_numbers(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    # Stop at step 2 by configuration, then ask for all 4: the run continues from its checkpoint.
+    finish(command(inputs, tmp_path, "train", "--set", "train.steps=2"))
+    finish(command(inputs, tmp_path, "train"), code=2)  # refuses to write over a run
+    finish(command(inputs, tmp_path, "train", "--resume"))
+    same = ("reward", "num_loss_tokens", "loss", "entropy", "kl", "grad_norm", "num_carried", "num_generated_tokens")
+    for found, expected in zip(rows_of(tmp_path), rows_of(whole), strict=True):
+        assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+
+
+def processes_with(marker: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
+
+
+def wait_until(what: str, condition: object, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < give_up, f"still waiting for {what} after {seconds} s"
+        time.sleep(0.2)
+
+
+def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
+    options = ["--set", "train.steps=400", "--set", "train.save_every=1", "--set", "parallel.tensor=2"]
+    arguments = command(inputs, tmp_path, "train", "--nproc", "2", *options)
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(arguments, stderr=log, stdout=log)
+    try:
+        wait_until("a first checkpoint", lambda: (tmp_path / "run/checkpoints/latest").exists(), 120)
+        assert len(processes_with(str(tmp_path))) >= 3  # torchrun and two ranks; the server names the model instead
+        server = int((tmp_path / "run/server.pid").read_text())
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+        wait_until("its processes to end", lambda: not processes_with(str(tmp_path)), 20)
+        wait_until("its server to end", lambda: not psutil.pid_exists(server), 20)
+    finally:
+        for process in processes_with(str(tmp_path)):
+            process.kill()
+    done = len(rows_of(tmp_path))
+    options[1] = f"train.steps={done + 1}"
+    finish(command(inputs, tmp_path, "train", "--nproc", "2", "--resume", *options))
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(done + 1))
+
+
+def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
+    wait_until("two steps", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 2, 120)
+    server = int((tmp_path / "run/server.pid").read_text())
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 75, message[-2000:]
+    assert not psutil.pid_exists(server)
+    saved = json.loads(
+        (tmp_path / "run/checkpoints" / (tmp_path / "run/checkpoints/latest").read_text() / "driver.json").read_text()
+    )
+    assert saved["step"] == len(rows_of(tmp_path))
+
+
+def test_a_dead_server_ends_the_run_with_its_name(inputs: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
+    wait_until("a step", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 1, 120)
+    os.kill(int((tmp_path / "run/server.pid").read_text()), signal.SIGKILL)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"the generation server ended with code -9" in message or b"cannot be reached" in message
+
+
+def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "sft.toml"
+    config.write_text(
+        f'run_dir = "{tmp_path}/sft"\n[model]\npath = "{inputs}/model"\n[optimizer]\nlearning_rate = 3e-3\n'
+        f'[data]\ntrain = "{inputs}/data/sft.jsonl"\nbatch_tokens = 1000\n'
+        "[train]\nsteps = 12\nmicro_batch_tokens = 400\n"
+    )
+    finish([PYTHON, "-m", "megatron_rl.cli", "sft", str(config)])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.3
+    output = tmp_path / "accuracy.json"
+    options = ["--model", f"{tmp_path}/sft/hf", "--output", str(output)]
+    finish(command(inputs, tmp_path, "evaluate", *options))
+    result = json.loads(output.read_text())
+    assert result["num_prompts"] == 8
+    assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "model.path=/nowhere"], "model directory /nowhere does not exist"),
+        (["--set", "parallel.tensor=3", "--nproc", "3"], "parallel.tensor must divide num_attention_heads 4, got 3"),
+        (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
+        (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
+        (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
+        (["--set", "train.micro_batch_tokens=900000000"], "this run needs about"),
+        (["--set", "rollout.max_prompt_tokens=4"], "tokens, over rollout.max_prompt_tokens = 4"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_message_and_exit_code_2(
+    inputs: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    stderr = finish(command(inputs, tmp_path, "train", *options), code=2, seconds=60)
+    assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_port_in_use_is_named(inputs: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        stderr = finish(command(inputs, tmp_path, "train", "--set", f"rollout.port={port}"), code=2, seconds=60)
+    assert f"rollout.port {port} cannot be used" in stderr
