@@ -34,7 +34,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
                 f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
             )
         if rollout.port and not rollout.urls:
-            _check_port(rollout.port)
+            for i in range(rollout.num_servers):
+                _check_port(rollout.port + i)
     _check_memory(config, bailing, world_size)
 
 
@@ -58,7 +59,7 @@ def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -
     if isinstance(config, RlConfig) and not config.rollout.urls:
         per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
         slots = config.rollout.max_running_requests * config.rollout.max_sequence_tokens
-        total += 4 * weights + per_token * slots
+        total += (4 * weights + per_token * slots) * config.rollout.num_servers
     return total
 
 

@@ -124,7 +124,7 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
     try:
         wait_until("a first checkpoint", lambda: (tmp_path / "run/checkpoints/latest").exists(), 120)
         assert len(processes_with(str(tmp_path))) >= 3  # torchrun and two ranks; the server names the model instead
-        server = int((tmp_path / "run/server.pid").read_text())
+        server = int((tmp_path / "run/server_0.pid").read_text())
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
         wait_until("its processes to end", lambda: not processes_with(str(tmp_path)), 20)
@@ -141,7 +141,7 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
 def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
     wait_until("two steps", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 2, 120)
-    server = int((tmp_path / "run/server.pid").read_text())
+    server = int((tmp_path / "run/server_0.pid").read_text())
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75, message[-2000:]
@@ -155,7 +155,7 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
 def test_a_dead_server_ends_the_run_with_its_name(inputs: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
     wait_until("a step", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 1, 120)
-    os.kill(int((tmp_path / "run/server.pid").read_text()), signal.SIGKILL)
+    os.kill(int((tmp_path / "run/server_0.pid").read_text()), signal.SIGKILL)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"the generation server ended with code -9" in message or b"cannot be reached" in message

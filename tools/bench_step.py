@@ -53,7 +53,7 @@ MEASURED = (
 )
 
 
-def measure(steps: int, folder: Path) -> dict[str, float]:
+def measure(steps: int, folder: Path, nproc: int) -> dict[str, float]:
     """Medians of a real `megatron-rl train` run."""
     python = [sys.executable]
     subprocess.run(
@@ -65,7 +65,8 @@ def measure(steps: int, folder: Path) -> dict[str, float]:
     subprocess.run([*data, "--num-test", "1"], check=True, stdout=sys.stderr)
     (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=steps))
     environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
-    subprocess.run([*python, "-m", "megatron_rl.cli", "train", folder / "config.toml"], check=True, env=environment)
+    train = [*python, "-m", "megatron_rl.cli", "train", folder / "config.toml", "--nproc", str(nproc)]
+    subprocess.run(train, check=True, env=environment)
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][2:]
     return {name: round(statistics.median(row[name] for row in rows), 4) for name in MEASURED}
 
@@ -78,12 +79,13 @@ def measure_trl(python: str, script: str, steps: int) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--nproc", type=int, default=min(2, os.cpu_count() or 1), help="data-parallel training ranks")
     parser.add_argument("--trl-python", help="an interpreter with trl 1.16.0")
     parser.add_argument("--trl-script", default=str(ROOT / "../shared/tools/trl_baseline.py"))
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="megatron_rl-bench-") as folder:
         result = {"benchmark": "step", "cpu_count": os.cpu_count(), "load_average": os.getloadavg()}
-        result["megatron_rl"] = ours = measure(arguments.steps, Path(folder))
+        result["megatron_rl"] = ours = measure(arguments.steps, Path(folder), arguments.nproc)
     if arguments.trl_python:
         trl = measure_trl(arguments.trl_python, arguments.trl_script, arguments.steps)
         result["trl"] = trl

@@ -3,6 +3,7 @@
 Nothing here imports torch or megatron, so a wrong configuration is refused in a fraction of a second.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,18 +113,33 @@ class RlData(Section):
 class RolloutSection(Section):
     engine: Literal["embedded"] = Field(default="embedded", description="the CPU server that ships with the package")
     urls: tuple[str, ...] = Field(default=(), description="attach to running servers instead of starting one")
-    port: int = Field(default=0, ge=0, le=65535, description="port of the server that is started; 0 picks a free one")
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="port of the first server that is started, the next ones count up; 0 picks",
+    )
     prompts_per_step: Positive = Field(description="L of the paper: prompts per rollout phase")
     samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     max_response_tokens: Positive = 64
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
     temperature: float = Field(default=1.0, gt=0)
     max_running_requests: Positive = Field(default=64, description="decoding slots of the embedded server")
-    threads: int = Field(default=0, ge=0, description="torch threads of the embedded server; 0 takes all cores")
+    servers: int = Field(
+        default=0,
+        ge=0,
+        description="embedded servers to start; 0 starts one per core, at most 4. One server each core "
+        "beats one with many threads: the operations of a small model are too short to share",
+    )
+    threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
     token_deadline_seconds: float = Field(
         default=2.0, gt=0, description="time allowed per generated token of the longest response, as a timeout"
     )
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.urls) or self.servers or min(4, os.cpu_count() or 1)
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -14,7 +14,7 @@ from megatron_rl.data.prompts import read_prompts
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.client import GenerationClient
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.server import EmbeddedServer
+from megatron_rl.rollout.server import start_servers, stop_servers, wait_all_ready
 
 log = logging.getLogger(__name__)
 
@@ -60,25 +60,20 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
         for i, p in enumerate(prompts)
     ]
     rollout = config.rollout
-    server = EmbeddedServer(
-        model,
-        config.run_dir / "evaluate_server.log",
-        max_running_requests=rollout.max_running_requests,
-        context_length=rollout.max_sequence_tokens,
-        threads=rollout.threads,
-        dtype=config.model.dtype,
-    )
     started = time.perf_counter()
+    servers = start_servers(model, config.run_dir, rollout, config.model.dtype, name="evaluate_server")
+    clients: list[GenerationClient] = []
     try:
-        await server.wait_ready(rollout.ready_deadline_seconds)
-        client = GenerationClient(server.url)
+        await wait_all_ready(servers, rollout.ready_deadline_seconds)
+        clients = [GenerationClient(server.url) for server in servers]
         with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
             # A seed of its own: evaluation must not repeat the random numbers of training.
-            sampler = Sampler(client, rewards, tokenizer.decode, rollout, seed=config.seed + 1_000_000_007)
+            sampler = Sampler(clients, rewards, tokenizer.decode, rollout, seed=config.seed + 1_000_000_007)
             groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
-        await client.close()
     finally:
-        server.stop()
+        for client in clients:
+            await client.close()
+        stop_servers(servers)
     scores = [sum(s.reward for s in group.samples) / len(group.samples) for group in groups]
     kinds: dict[str, list[float]] = {}
     for prompt, score in zip(prompts, scores, strict=True):

@@ -36,17 +36,22 @@ def sampling_seed(run_seed: int, prompt_id: int, sample_index: int, retention: i
 
 
 class Sampler:
-    """Samples groups from one server and scores them while others are generated."""
+    """Samples groups from the servers and scores them while others are generated.
+
+    A group goes as one request to the server with the least outstanding tokens. Which one it is does not matter to
+    what comes back: the seeds decide.
+    """
 
     def __init__(
         self,
-        client: GenerationClient,
+        clients: Sequence[GenerationClient],
         rewards: RewardPool,
         decode: Callable[[Sequence[int]], str],
         rollout: RolloutSection,
         seed: int,
     ) -> None:
-        self._client, self._rewards, self._decode = client, rewards, decode
+        self._clients, self._rewards, self._decode = clients, rewards, decode
+        self._outstanding_tokens = [0] * len(clients)
         self._rollout, self._seed = rollout, seed
 
     async def sample(
@@ -54,7 +59,8 @@ class Sampler:
     ) -> list[Group]:
         """A scored group for every question, in their order. ServerError when the server fails or has other weights."""
         size = samples_per_prompt or self._rollout.samples_per_prompt
-        waves = math.ceil(len(questions) * size / self._rollout.max_running_requests)
+        slots = self._rollout.max_running_requests * len(self._clients)
+        waves = math.ceil(len(questions) * size / slots)
         timeout = 30.0 + waves * self._rollout.max_response_tokens * self._rollout.token_deadline_seconds
         async with asyncio.TaskGroup() as tasks:
             pending = [tasks.create_task(self._group(q, policy_version, size, timeout)) for q in questions]
@@ -94,19 +100,25 @@ class Sampler:
         return groups
 
     async def _group(self, question: Question, policy_version: int, size: int, timeout_seconds: float) -> Group:
-        generated = await self._client.generate(
-            question.input_ids,
-            [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
-            max_new_tokens=self._rollout.max_response_tokens,
-            temperature=self._rollout.temperature,
-            timeout_seconds=timeout_seconds,
-        )
+        chosen = self._outstanding_tokens.index(min(self._outstanding_tokens))
+        client, tokens = self._clients[chosen], size * self._rollout.max_response_tokens
+        self._outstanding_tokens[chosen] += tokens
+        try:
+            generated = await client.generate(
+                question.input_ids,
+                [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
+                max_new_tokens=self._rollout.max_response_tokens,
+                temperature=self._rollout.temperature,
+                timeout_seconds=timeout_seconds,
+            )
+        finally:
+            self._outstanding_tokens[chosen] -= tokens
         prompt_ids = np.array(question.input_ids, dtype=np.int32)
         responses = []
         for index, one in enumerate(generated):
             if one.weight_version != str(policy_version):
                 raise ServerError(
-                    f"{self._client.url} answered with weights {one.weight_version!r}, expected {policy_version!r}: "
+                    f"{client.url} answered with weights {one.weight_version!r}, expected {policy_version!r}: "
                     "the last weight update did not arrive"
                 )
             responses.append(

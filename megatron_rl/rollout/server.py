@@ -1,6 +1,7 @@
 """Starting, watching and stopping the embedded generation server as a process of its own."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -8,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rl.config.schema import RolloutSection
 from megatron_rl.rollout.client import GenerationClient, ServerError
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class EmbeddedServer:
         port: int = 0,
         max_running_requests: int = 64,
         context_length: int,
-        threads: int = 0,
+        threads: int = 1,
         dtype: str = "float32",
         weight_version: str = "0",
     ) -> None:
@@ -47,7 +50,7 @@ class EmbeddedServer:
             "--context-length": context_length,
             "--dtype": dtype,
             "--weight-version": weight_version,
-            "--threads": threads or os.cpu_count() or 1,
+            "--threads": threads,
         }
         command += [str(part) for pair in options.items() for part in pair]
         environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
@@ -125,3 +128,39 @@ class EmbeddedServer:
     def _announced_port(self) -> int:
         match = re.search(r"serving .* on http://\S+:(\d+)", self.log_path.read_text(errors="replace"))
         return int(match[1]) if match else 0
+
+
+def start_servers(
+    model_path: Path, folder: Path, rollout: RolloutSection, dtype: str, name: str = "server"
+) -> list[EmbeddedServer]:
+    """Start `rollout.num_servers` servers; their logs are `folder/NAME_I.log`. They get ready at the same time."""
+    servers: list[EmbeddedServer] = []
+    try:
+        for i in range(rollout.num_servers):
+            servers.append(
+                EmbeddedServer(
+                    model_path,
+                    folder / f"{name}_{i}.log",
+                    port=rollout.port + i if rollout.port else 0,
+                    max_running_requests=rollout.max_running_requests,
+                    context_length=rollout.max_sequence_tokens,
+                    threads=rollout.threads,
+                    dtype=dtype,
+                )
+            )
+    except BaseException:
+        stop_servers(servers)
+        raise
+    return servers
+
+
+async def wait_all_ready(servers: Sequence[EmbeddedServer], deadline_seconds: float) -> None:
+    """Return when all serve; the first one's failure is raised."""
+    for server in servers:
+        await server.wait_ready(deadline_seconds)
+
+
+def stop_servers(servers: Sequence[EmbeddedServer]) -> None:
+    for server in servers:
+        with contextlib.suppress(ProcessLookupError):  # it ended between the look and the signal
+            server.stop()

@@ -20,7 +20,7 @@ from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import pack_samples, unpack_samples
 from megatron_rl.rollout.client import GenerationClient
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.server import EmbeddedServer
+from megatron_rl.rollout.server import EmbeddedServer, start_servers, stop_servers, wait_all_ready
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Owns the server, its client, the reward pool and the surplus. `close()` ends them all."""
+    """Owns the servers, their clients, the reward pool and the surplus. `close()` ends them all."""
 
     def __init__(
         self, config: RlConfig, num_ranks: int, num_data_ranks: int, cost: CostModel, signals: StopSignals
     ) -> None:
-        """Starts the server and waits until it serves. ValueError for data that cannot be used."""
+        """Starts the servers and waits until they serve. ValueError for data that cannot be used."""
         self._config, self._signals, self._cost = config, signals, cost
         self._num_data_ranks = num_data_ranks
         self._budgets = config.phase_budgets(num_ranks)
@@ -45,15 +45,15 @@ class Collector:
         self.mean_response_tokens: float | None = None
         self._prompt_by_position: dict[int, str] = {}
         self._loop = asyncio.Runner()
-        self._server: EmbeddedServer | None = None
-        self._client: GenerationClient | None = None
+        self._servers: list[EmbeddedServer] = []
+        self._clients: list[GenerationClient] = []
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
         try:
-            self._client = self._connect()
+            self._connect()
         except BaseException:
             self.close()
             raise
-        self._sampler = Sampler(self._client, self._rewards, self._decode, config.rollout, config.seed)
+        self._sampler = Sampler(self._clients, self._rewards, self._decode, config.rollout, config.seed)
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON and carried samples. `restore` takes both."""
@@ -65,9 +65,14 @@ class Collector:
         self.carried = unpack_samples(carried)
 
     def update_weights(self, directory: Path, policy_version: int) -> None:
-        """Have the server load the weights in `directory` and answer as `policy_version` from now on."""
-        assert self._client is not None
-        self._loop.run(self._watched(self._client.update_weights_from_disk(directory, str(policy_version))))
+        """Have every server load the weights in `directory` and answer as `policy_version` from now on."""
+
+        async def update_all() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for client in self._clients:
+                    tasks.create_task(client.update_weights_from_disk(directory, str(policy_version)))
+
+        self._loop.run(self._watched(update_all()))
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
@@ -122,28 +127,20 @@ class Collector:
         return plan, metrics
 
     def close(self) -> None:
-        if self._client is not None:
-            self._loop.run(self._client.close())
-        if self._server is not None:
-            self._server.stop()
+        for client in self._clients:
+            self._loop.run(client.close())
+        stop_servers(self._servers)
         self._rewards.close()
         self._loop.close()
 
-    def _connect(self) -> GenerationClient:
+    def _connect(self) -> None:
         rollout = self._config.rollout
-        if rollout.urls:
-            return GenerationClient(rollout.urls[0])
-        self._server = EmbeddedServer(
-            self._config.model.path,
-            self._config.run_dir / "server.log",
-            port=rollout.port,
-            max_running_requests=rollout.max_running_requests,
-            context_length=rollout.max_sequence_tokens,
-            threads=rollout.threads,
-            dtype=self._config.model.dtype,
-        )
-        self._loop.run(self._watched(self._server.wait_ready(rollout.ready_deadline_seconds)))
-        return GenerationClient(self._server.url)
+        if not rollout.urls:
+            config = self._config
+            self._servers = start_servers(config.model.path, config.run_dir, rollout, config.model.dtype)
+            self._loop.run(self._watched(wait_all_ready(self._servers, rollout.ready_deadline_seconds)))
+        urls = rollout.urls or [server.url for server in self._servers]
+        self._clients += [GenerationClient(url) for url in urls]
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`, but give it up when a signal came or the server died."""
@@ -152,8 +149,9 @@ class Collector:
             while not task.done():
                 await asyncio.wait({task}, timeout=0.2)
                 self._signals.check()
-                if self._server is not None and not task.done() and self._client is not None:
-                    self._server.check_alive()
+                if not task.done() and self._clients:
+                    for server in self._servers:
+                        server.check_alive()
         finally:
             task.cancel()
         return task.result()
