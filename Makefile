@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 TORCH_VERSION := 2.13.0
 MCORE_VERSION := 0.19.2
 
-NPROC ?= 1
+# Training processes: one per core up to two, data-parallel unless TP, EP or PP divide the model.
+NPROC ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 2 ] && n=2; echo $$n)
 TP ?= 1
 EP ?= 1
 PP ?= 1

@@ -20,8 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
-KINDS = ["count", "sort"]
-DIFFICULTIES = ["1", "2"]
+KINDS = ["sort", "filter"]
+DIFFICULTIES = ["1"]
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ class Demo:
         if not (folder / "model").exists():
             self.python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", "--seed", seed)
         if not (folder / "data/test.jsonl").exists():
-            options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--seed", seed]
+            options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--num-test", "1024", "--seed", seed]
             self.python("a task", ROOT / "tools/make_task_data.py", folder / "data", *options)
         self.train("warm start", "sft", self.arguments.sft_steps, model=folder / "model")
         before = self.evaluate("before", folder / "sft/hf")
