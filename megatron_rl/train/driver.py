@@ -152,7 +152,8 @@ class Leader:
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
             f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
-            f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}"
+            f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
+            soft_wrap=True,
         )
 
     def close(self) -> None:
