@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__, lifeline
+from megatron_rl.errors import Fault
+from megatron_rl.launch import leave, run_under_torchrun
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,13 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     _quieten_libraries()
     lifeline.watch_parent()
     try:
-        return int(arguments.run(arguments))
-    except ValueError as error:
+        code = int(arguments.run(arguments))
+    except (ValueError, Fault) as error:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
-        return 2
+        code = 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    return leave(code)
 
 
 def _quieten_libraries() -> None:
@@ -78,7 +81,7 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     if "RANK" not in os.environ:
         check_before_start(config, world_size, arguments.resume)
         if arguments.nproc > 1:
-            _become_torchrun(arguments)
+            return run_under_torchrun(_same_command(arguments), arguments.nproc)
     if isinstance(config, RlConfig):
         from megatron_rl.train.driver import run_rl
 
@@ -88,17 +91,9 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     return run_sft(config, arguments.resume)
 
 
-def _become_torchrun(arguments: argparse.Namespace) -> None:
-    """Replace this process by torchrun with the same command: one process less, and its exit code is ours."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.nproc)]
-    command += ["-m", "megatron_rl.cli", arguments.command, str(arguments.config)]
-    for override in arguments.set:
-        command += ["--set", override]
-    if arguments.resume:
-        command.append("--resume")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.stderr.flush()
-    os.execv(sys.executable, command)
+def _same_command(arguments: argparse.Namespace) -> list[str]:
+    overrides = [part for override in arguments.set for part in ("--set", override)]
+    return [arguments.command, str(arguments.config), *overrides, *(["--resume"] if arguments.resume else [])]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
 
-`torch_device()`, `backend()`, `synchronize()` and friends are what the rest of the package calls; no other module says
+`torch_device()`, `backend()` and `set_local_device()` are what the rest of the package calls; no other module says
 "cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
 adapts the following, each because megatron-core 0.19.2 names CUDA unconditionally there:
 

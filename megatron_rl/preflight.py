@@ -23,8 +23,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
-    checkpoints = config.run_dir / "checkpoints" / "latest"
-    if checkpoints.exists() and not resume:
+    _check_run_dir(config.run_dir)
+    if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
     if isinstance(config, RlConfig):
         rollout = config.rollout
@@ -39,6 +39,15 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
     _check_memory(config, bailing, world_size)
 
 
+def _check_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir {run_dir} cannot be made ({error.strerror}); set it to another folder") from None
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir {run_dir} is not writable; set it to another folder")
+
+
 def _check_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -51,9 +60,11 @@ def _check_port(port: int) -> None:
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
     """Host memory of a run on this machine: training state of all ranks, logits of a micro-batch, server and cache."""
     layout = config.parallel.layout(world_size)
-    copies = layout.data if not config.parallel.distributed_optimizer else 1
     weights = bailing.num_parameters()
-    state = weights * (8 * layout.data + (_BYTES_PER_PARAMETER[config.model.dtype] - 8) * copies)
+    # Weights and gradients on every data-parallel rank, optimizer state once; two exports in the shared folder.
+    state = weights * (8 * layout.data + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
+    if isinstance(config, RlConfig) and config.algorithm.kl_coefficient:
+        state += weights * 8 * layout.data
     logits = 3 * 4 * config.train.micro_batch_tokens * bailing.vocab_size * layout.data
     total = state + logits
     if isinstance(config, RlConfig) and not config.rollout.urls:

@@ -20,7 +20,7 @@ class Response:
     output_ids: int32 [output_tokens], the end-of-sequence token included when it was generated.
     rollout_logprobs: float32 [output_tokens], log-probabilities under the sampling policy at the sampling temperature.
     policy_version: the weights that generated it.
-    finish_reason: "stop", "length" or "abort".
+    finish_reason: "stop" or "length".
     """
 
     prompt_id: int

@@ -51,7 +51,8 @@ def main(folder: Path) -> None:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    session = Session(config, 10, resume=False)
+    whole_gradients = spec.get("whole_gradients", True)
+    session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
     if "resume_from" in spec:
         state.load(Path(spec["resume_from"]), session.trainer)
     sequences = sequences_from(spec)
@@ -71,7 +72,7 @@ def main(folder: Path) -> None:
     objective = PolicyObjective(AlgorithmSection(entropy_coefficient=spec.get("entropy_coefficient", 0.01)))
     for step in range(spec.get("steps", 1)):
         result = session.trainer.train_step(mine, objective, spec["denominator"])
-        if step == 0 and not config.parallel.distributed_optimizer:
+        if step == 0 and whole_gradients:
             out |= {f"grad/{n}": t.clone() for n, t in export_tensors(session.model, lambda p: p.main_grad)}
     out |= {f"weight/{n}": t.clone() for n, t in export_tensors(session.model)}
     if "save_to" in spec:

@@ -117,7 +117,7 @@ def test_a_bad_chat_row_is_named_by_file_line_field_and_value(tmp_path, row, par
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 40), seed=st.integers(0, 10**9), epoch=st.integers(0, 50))
 def test_every_epoch_holds_each_prompt_once(count, seed, epoch):
-    stream = PromptStream(make_prompts(count), prompts_per_step=3, seed=seed)
+    stream = PromptStream(make_prompts(count), seed=seed)
     taken, cursor = stream.take(epoch * count, count)
     assert sorted(int(p.id) for p in taken) == list(range(count))
     assert cursor == (epoch + 1) * count
@@ -127,35 +127,33 @@ def test_every_epoch_holds_each_prompt_once(count, seed, epoch):
 @given(count=st.integers(1, 20), seed=st.integers(0, 99), start=st.integers(0, 100), takes=st.lists(st.integers(0, 30)))
 def test_a_stream_resumed_at_any_cursor_continues_the_same_order(count, seed, start, takes):
     prompts = make_prompts(count)
-    whole, _ = PromptStream(prompts, prompts_per_step=1, seed=seed).take(0, start + sum(takes))
+    whole, _ = PromptStream(prompts, seed=seed).take(0, start + sum(takes))
     cursor, got = start, []
     for number in takes:
         # a new stream each time: the cursor alone is the state
-        part, cursor = PromptStream(prompts, prompts_per_step=1, seed=seed).take(cursor, number)
+        part, cursor = PromptStream(prompts, seed=seed).take(cursor, number)
         got += part
     assert got == whole[start:]
     assert cursor == start + sum(takes)
 
 
-def test_steps_are_consecutive_pieces_in_any_order_of_asking():
-    stream = PromptStream(make_prompts(10), prompts_per_step=4, seed=1)
-    steps = [stream.step(index) for index in (2, 0, 1)]
+def test_pieces_are_consecutive_in_any_order_of_asking():
+    stream = PromptStream(make_prompts(10), seed=1)
+    steps = [stream.take(4 * index, 4)[0] for index in (2, 0, 1)]
     assert steps[1] + steps[2] + steps[0] == stream.take(0, 12)[0]
 
 
 def test_epochs_and_seeds_have_different_orders():
     prompts = make_prompts(50)
-    stream = PromptStream(prompts, prompts_per_step=1, seed=1)
+    stream = PromptStream(prompts, seed=1)
     first, second = stream.take(0, 50)[0], stream.take(50, 50)[0]
     assert first != second
     assert first != prompts
-    assert first != PromptStream(prompts, prompts_per_step=1, seed=2).take(0, 50)[0]
+    assert first != PromptStream(prompts, seed=2).take(0, 50)[0]
 
 
 def test_a_stream_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="at least one prompt"):
-        PromptStream([], prompts_per_step=1, seed=0)
-    with pytest.raises(ValueError, match="prompts_per_step must be at least 1, got 0"):
-        PromptStream(make_prompts(1), prompts_per_step=0, seed=0)
+        PromptStream([], seed=0)
     with pytest.raises(ValueError, match="must not be negative, got -1 and 2"):
-        PromptStream(make_prompts(1), prompts_per_step=1, seed=0).take(-1, 2)
+        PromptStream(make_prompts(1), seed=0).take(-1, 2)

@@ -152,6 +152,17 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
     assert saved["step"] == len(rows_of(tmp_path))
 
 
+def test_a_clean_stop_of_several_ranks_keeps_its_exit_code(inputs: Path, tmp_path: Path) -> None:
+    options = ["--nproc", "2", "--set", "train.steps=400"]
+    process = subprocess.Popen(command(inputs, tmp_path, "train", *options), stderr=subprocess.PIPE)
+    wait_until("a step", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 1, 120)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 75, message[-2000:]
+    assert b"Traceback" not in message
+    assert (tmp_path / "run/checkpoints/latest").exists()
+
+
 def test_a_dead_server_ends_the_run_with_its_name(inputs: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
     wait_until("a step", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 1, 120)
@@ -159,6 +170,7 @@ def test_a_dead_server_ends_the_run_with_its_name(inputs: Path, tmp_path: Path) 
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"the generation server ended with code -9" in message or b"cannot be reached" in message
+    assert b"Traceback" not in message
 
 
 def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_path: Path) -> None:

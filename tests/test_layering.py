@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_rl"
 LAYERS = {
     "cli": 5,
     "preflight": 4,
+    "launch": 4,
     "train": 4,
     "sync": 3,
     "model": 2,
@@ -22,6 +23,7 @@ LAYERS = {
     "device": 0,
     "layout": 0,
     "lifeline": 0,
+    "errors": 0,
     "": 0,
 }
 

@@ -39,7 +39,6 @@ def make_spec(model: Path, **changes: object) -> dict:
         "token_cap": 80,
         "denominator": 150.0,
         "entropy_coefficient": 0.01,
-        "parallel": {"distributed_optimizer": False},
         **changes,
     }
 
@@ -83,7 +82,7 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
 def test_two_ranks_give_the_gradient_and_the_step_of_one(
     name: str, model: Path, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    spec = make_spec(model, parallel={"distributed_optimizer": False, **LAYOUTS[name]})
+    spec = make_spec(model, parallel=LAYOUTS[name])
     found = run_ranks(2, spec, tmp_path / "run")
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, alone, prefix) < (1e-4, ""), prefix
@@ -97,13 +96,16 @@ def test_gradient_does_not_depend_on_the_micro_batch_cap(
     assert worst(everything, alone, "grad/") < (1e-5, "")
 
 
-def test_distributed_optimizer_takes_the_same_step(model: Path, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    found = run_ranks(2, make_spec(model, parallel={"distributed_optimizer": True, "expert": 2}), tmp_path / "run")
+@pytest.mark.parametrize("parallel", [{}, {"expert": 2}], ids=["DP2", "EP2"])
+def test_distributed_optimizer_takes_the_same_step(
+    parallel: dict, model: Path, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    found = run_ranks(2, make_spec(model, whole_gradients=False, parallel=parallel), tmp_path / "run")
     assert worst(found, alone, "weight/") < (1e-4, "")
 
 
 def test_bfloat16_trains_close_to_float32(model: Path, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    spec = make_spec(model, dtype="bfloat16", parallel={"distributed_optimizer": True, "tensor": 2})
+    spec = make_spec(model, dtype="bfloat16", whole_gradients=False, parallel={"tensor": 2})
     found = run_ranks(2, spec, tmp_path / "run")
     for i in range(9):
         assert float((found[f"logprobs/{i}"] - alone[f"logprobs/{i}"]).abs().mean()) < 0.05
@@ -111,11 +113,11 @@ def test_bfloat16_trains_close_to_float32(model: Path, alone: dict[str, torch.Te
 
 
 def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(model: Path, tmp_path: Path) -> None:
-    parallel = {"distributed_optimizer": True}
-    whole = run_ranks(1, make_spec(model, parallel=parallel, steps=2), tmp_path / "whole")
+    sharded = {"whole_gradients": False}
+    whole = run_ranks(1, make_spec(model, **sharded, steps=2), tmp_path / "whole")
     save = str(tmp_path / "checkpoints")
-    run_ranks(2, make_spec(model, parallel=parallel | {"expert": 2}, save_to=save), tmp_path / "first")
-    spec = make_spec(model, parallel=parallel | {"pipeline": 2}, resume_from=f"{save}/step_1")
+    run_ranks(2, make_spec(model, **sharded, parallel={"expert": 2}, save_to=save), tmp_path / "first")
+    spec = make_spec(model, **sharded, parallel={"pipeline": 2}, resume_from=f"{save}/step_1")
     second = run_ranks(2, spec, tmp_path / "second")
     assert worst(second, whole, "weight/") < (1e-4, "")
 
@@ -132,3 +134,12 @@ def test_hugging_face_to_megatron_and_back_is_bit_exact(name: str, parallel: dic
     assert exported.keys() == original.keys()
     for tensor_name, tensor in original.items():
         assert torch.equal(exported[tensor_name], tensor), tensor_name
+
+
+def test_a_rank_without_sequences_takes_part_and_spoils_nothing(model: Path, tmp_path: Path) -> None:
+    # One sequence for two data-parallel ranks, with the auxiliary losses on: their mean over no tokens must not be NaN.
+    spec = make_spec(model, moe={"load_balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3})
+    spec["sequences"] = spec["sequences"][:1]
+    found = run_ranks(2, spec, tmp_path / "run")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+    assert float(found["grad_norm"]) > 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """Sums over tokens: `total` is what is minimised (times the denominator), the rest is detached, for metrics."""
+    """Sums over tokens. `total` is what is minimised (times the denominator); the rest is detached, for metrics, and
+    unweighted except for `policy`."""
 
     total: Tensor
     policy: Tensor
@@ -54,8 +55,9 @@ def policy_loss(
     kl = torch.zeros_like(policy)
     if ref_logprobs is not None:
         difference = ref_logprobs - logprobs
-        kl = (weights * (difference.exp() - difference - 1.0)).sum()
-        total = total + kl_coefficient * kl
+        per_token = difference.exp() - difference - 1.0
+        total = total + kl_coefficient * (weights * per_token).sum()
+        kl = per_token.sum()
     return PolicyLoss(
         total=total,
         policy=policy.detach(),

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +99,6 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype) -> None
     name = str(dtype).removeprefix("torch.")
     if config.get("torch_dtype") != name:
         (destination / "config.json").write_text(json.dumps(config | {"torch_dtype": name}, indent=2))
-
-
-@contextmanager
-def whole_directory(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` that takes its place when the block ends well, and vanishes when it does not."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        yield partial
-        replace_directory(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def replace_directory(source: Path, destination: Path) -> None:

@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -35,7 +35,6 @@ class ParallelSection(Section):
     pipeline: Positive = 1
     expert: Positive = 1
     expert_tensor: Positive = 1
-    distributed_optimizer: bool = Field(default=True, description="shard optimizer state over data-parallel ranks")
 
     def layout(self, world_size: int) -> Layout:
         return Layout(
@@ -111,15 +110,17 @@ class RlData(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["embedded"] = Field(default="embedded", description="the CPU server that ships with the package")
     urls: tuple[str, ...] = Field(default=(), description="attach to running servers instead of starting one")
     port: int = Field(
         default=0,
         ge=0,
         le=65535,
-        description="port of the first server that is started, the next ones count up; 0 picks",
+        description="port of the first server that is started, the next count up; 0 picks",
     )
-    prompts_per_step: Positive = Field(description="L of the paper: prompts per rollout phase")
+    prompts_per_step: Positive = Field(
+        description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
+        "then the budget decides how many prompts a phase needs"
+    )
     samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     max_response_tokens: Positive = 64
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
@@ -133,6 +134,11 @@ class RolloutSection(Section):
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    logprob_tolerance: float = Field(
+        default=0.5,
+        gt=0,
+        description="the run stops when in its first step the 0.999 quantile of |train - rollout log-prob| is above it",
+    )
     token_deadline_seconds: float = Field(
         default=2.0, gt=0, description="time allowed per generated token of the longest response, as a timeout"
     )
@@ -205,12 +211,10 @@ class RlConfig(RunConfig):
                 f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
                 "raise it or shorten the responses"
             )
-        capacity = self.rollout.prompts_per_step * self.rollout.samples_per_prompt * longest * self.budget.max_waves
-        phase_tokens = self.budget.tokens * self.algorithm.optimizer_steps_per_rollout
-        if self.budget.under_full == "refill" and self.budget.scope == "global" and capacity < phase_tokens:
+        if self.rollout.port and self.rollout.port + self.rollout.num_servers - 1 > 65535:
             raise ValueError(
-                f"budget: {phase_tokens} tokens per rollout can never be filled by {self.budget.max_waves} waves of "
-                f"prompts_per_step x samples_per_prompt x max_response_tokens; lower budget.tokens"
+                f"rollout.port {self.rollout.port} leaves no room for {self.rollout.num_servers} servers below 65536; "
+                "set a lower port or 0"
             )
         if self.rollout.samples_per_prompt < 2:
             raise ValueError("rollout.samples_per_prompt must be at least 2: a group of one has no advantage")

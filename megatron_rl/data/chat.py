@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.data.prompts import Message
+from megatron_rl.data.prompts import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,24 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
     return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def rendered_prompts(
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, where: object
+) -> dict[str, tuple[int, ...]]:
+    """Token ids of every prompt by its id. ValueError names the first that is longer than `max_tokens`.
+
+    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later.
+    """
+    rendered = {}
+    for prompt in prompts:
+        ids = rendered[prompt.id] = tuple(render_prompt(tokenizer, prompt.prompt))
+        if len(ids) > max_tokens:
+            raise ValueError(
+                f"{where}: prompt {prompt.id} has {len(ids)} tokens, over rollout.max_prompt_tokens = {max_tokens}; "
+                "raise it or drop the prompt"
+            )
+    return rendered
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

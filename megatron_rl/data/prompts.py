@@ -85,13 +85,10 @@ class PromptStream:
     only there can one prompt come twice in a step.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
             raise ValueError("a PromptStream needs at least one prompt, got none; check the data files")
-        if prompts_per_step < 1:
-            raise ValueError(f"prompts_per_step must be at least 1, got {prompts_per_step}")
         self.prompts = tuple(prompts)
-        self.prompts_per_step = prompts_per_step
         self.seed = seed
         self._epoch = -1
         self._order: list[int] = []
@@ -102,10 +99,6 @@ class PromptStream:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
         taken = [self._at(position) for position in range(cursor, cursor + count)]
         return taken, cursor + count
-
-    def step(self, index: int) -> list[Prompt]:
-        """The prompts of step `index`, from 0, when every step takes prompts_per_step."""
-        return self.take(index * self.prompts_per_step, self.prompts_per_step)[0]
 
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self.prompts))

@@ -16,7 +16,7 @@ from megatron_rl import device
 from megatron_rl.checkpoint.hf import HfReader, read_full
 from megatron_rl.checkpoint.names import Mapping, canonical_name, name_table
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import ModelSection, MoeSection, ParallelSection
+from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
 
 device.import_megatron()
@@ -194,7 +194,7 @@ class Model:
 
 
 def build_model(
-    bailing: BailingConfig, model: ModelSection, moe: MoeSection, parallel: ParallelSection, layout: Layout
+    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, distributed_optimizer: bool = True
 ) -> Model:
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
     config = transformer_config(bailing, model, moe, layout)
@@ -229,7 +229,7 @@ def build_model(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=dtype != torch.float64,
-            use_distributed_optimizer=parallel.distributed_optimizer and dtype != torch.float64,
+            use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
         ),
         Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt,
     )

@@ -3,16 +3,21 @@
 Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 
+from megatron_rl.errors import Fault
 
-class ServerError(RuntimeError):
+T = TypeVar("T")
+
+
+class ServerError(Fault):
     """A generation server failed, refused or answered nonsense; the message names it and what it said."""
 
 
@@ -24,6 +29,16 @@ class Generated:
     logprobs: np.ndarray
     finish_reason: str
     weight_version: str
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all at once and return their results in order. The first failure cancels the rest and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(one) for one in work]
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return [task.result() for task in started]
 
 
 class GenerationClient:
@@ -74,9 +89,6 @@ class GenerationClient:
             return (await self._http.get("/ready", timeout=5.0)).status_code == 200
         except httpx.TransportError:
             return False
-
-    async def server_info(self) -> dict[str, Any]:
-        return await self._json(self._http.get("/server_info"), "/server_info")
 
     def _generated(self, answer: dict[str, Any]) -> Generated:
         try:

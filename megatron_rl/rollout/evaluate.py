@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.data.chat import load_tokenizer, render_prompt
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import read_prompts
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.client import GenerationClient
@@ -54,12 +54,14 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
     prompts = read_prompts(config.data.test)[: config.evaluate.prompts]
     if len(prompts) < config.evaluate.prompts:
         raise ValueError(f"{config.data.test} holds {len(prompts)} prompts, evaluate.prompts asks for more")
-    tokenizer = load_tokenizer(model)
-    questions = [
-        Question(prompt_id=i, prompt=p, input_ids=tuple(render_prompt(tokenizer, p.prompt)))
-        for i, p in enumerate(prompts)
-    ]
     rollout = config.rollout
+    if rollout.urls:
+        raise ValueError(
+            "evaluation starts servers of its own with the model that it measures; leave rollout.urls empty"
+        )
+    tokenizer = load_tokenizer(model)
+    input_ids = rendered_prompts(prompts, tokenizer, rollout.max_prompt_tokens, config.data.test)
+    questions = [Question(prompt_id=i, prompt=p, input_ids=input_ids[p.id]) for i, p in enumerate(prompts)]
     started = time.perf_counter()
     servers = start_servers(model, config.run_dir, rollout, config.model.dtype, name="evaluate_server")
     clients: list[GenerationClient] = []

@@ -15,7 +15,7 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.client import GenerationClient, ServerError
+from megatron_rl.rollout.client import GenerationClient, ServerError, together
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class Sampler:
     ) -> None:
         self._clients, self._rewards, self._decode = clients, rewards, decode
         self._outstanding_tokens = [0] * len(clients)
+        # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
+        slots = rollout.max_running_requests * len(clients)
+        self._in_flight = asyncio.Semaphore(max(8, 2 * slots // rollout.samples_per_prompt))
         self._rollout, self._seed = rollout, seed
 
     async def sample(
@@ -62,9 +65,7 @@ class Sampler:
         slots = self._rollout.max_running_requests * len(self._clients)
         waves = math.ceil(len(questions) * size / slots)
         timeout = 30.0 + waves * self._rollout.max_response_tokens * self._rollout.token_deadline_seconds
-        async with asyncio.TaskGroup() as tasks:
-            pending = [tasks.create_task(self._group(q, policy_version, size, timeout)) for q in questions]
-        return [task.result() for task in pending]
+        return await together(self._group(question, policy_version, size, timeout) for question in questions)
 
     async def fill(
         self,
@@ -95,24 +96,25 @@ class Sampler:
         if missing_tokens > 0:
             raise ValueError(
                 f"the token budget still lacks {missing_tokens} tokens after {max_waves} rollout waves "
-                "(budget.max_waves); lower budget.tokens or raise rollout.prompts_per_step"
+                "(budget.max_waves); raise budget.max_waves or lower budget.tokens"
             )
         return groups
 
     async def _group(self, question: Question, policy_version: int, size: int, timeout_seconds: float) -> Group:
-        chosen = self._outstanding_tokens.index(min(self._outstanding_tokens))
-        client, tokens = self._clients[chosen], size * self._rollout.max_response_tokens
-        self._outstanding_tokens[chosen] += tokens
-        try:
-            generated = await client.generate(
-                question.input_ids,
-                [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
-                max_new_tokens=self._rollout.max_response_tokens,
-                temperature=self._rollout.temperature,
-                timeout_seconds=timeout_seconds,
-            )
-        finally:
-            self._outstanding_tokens[chosen] -= tokens
+        async with self._in_flight:
+            chosen = self._outstanding_tokens.index(min(self._outstanding_tokens))
+            client, tokens = self._clients[chosen], size * self._rollout.max_response_tokens
+            self._outstanding_tokens[chosen] += tokens
+            try:
+                generated = await client.generate(
+                    question.input_ids,
+                    [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
+                    max_new_tokens=self._rollout.max_response_tokens,
+                    temperature=self._rollout.temperature,
+                    timeout_seconds=timeout_seconds,
+                )
+            finally:
+                self._outstanding_tokens[chosen] -= tokens
         prompt_ids = np.array(question.input_ids, dtype=np.int32)
         responses = []
         for index, one in enumerate(generated):

@@ -1,31 +1,44 @@
 """A folder in memory through which weights travel from the trainer to servers on the same machine."""
 
+import contextlib
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch.distributed as dist
 
+log = logging.getLogger(__name__)
+
 _PREFIX = "megatron_rl-weights-"
+_LOCK = "lock"
 
 
 class WeightFolder:
     """Owns a memory-backed folder, the same on every rank; `path` is the newest whole model directory in it.
 
-    The folder's name carries rank 0's process id: what a killed run left in memory is removed by the next one.
+    Rank 0 holds a lock on a file in it for as long as it lives, so that the next run can tell what a killed one left in
+    memory from what another run is using, and remove it.
     """
 
-    def __init__(self, control: Any) -> None:
-        """Collective over the gloo group `control`."""
+    def __init__(self, control: Any, num_bytes: int) -> None:
+        """Collective over the gloo group `control`. num_bytes: of one export; for a moment there are two."""
         shared: list[Any] = [None]
         if dist.get_rank() == 0:
             memory = Path("/dev/shm")
-            parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
-            _remove_abandoned(parent)
-            shared = [tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)]
+            if memory.is_dir():
+                _remove_abandoned(memory)
+            roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2.2 * num_bytes
+            if not roomy:
+                log.warning("%s has no room for two copies of the weights; they go through %s", memory, gettempdir())
+            shared = [tempfile.mkdtemp(prefix=_PREFIX, dir=memory if roomy else gettempdir())]
+            self._lock = (Path(shared[0]) / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         dist.broadcast_object_list(shared, src=0, group=control)
         self._folder = Path(shared[0])
         self.path = self._folder / "weights"
@@ -37,10 +50,13 @@ class WeightFolder:
     def close(self) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
 
 
 def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and folder.owner() == Path("/proc/self").owner():
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else's folder, or a lock that its owner holds
+            if folder.stat().st_uid == os.getuid():
+                with (folder / _LOCK).open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)

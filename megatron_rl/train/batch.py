@@ -80,7 +80,9 @@ def make_micro_batch(
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids)[None].to(device),
         packed=pack(lengths, head_dim, rope_theta, dtype, device),
-        padding_mask=(torch.arange(len(token_ids)) >= num_real)[None].to(device),
+        # Megatron's load-balancing loss divides by the tokens that are not padding: where there is nothing else, the
+        # padding counts as tokens.
+        padding_mask=(torch.arange(len(token_ids)) >= (num_real or len(token_ids)))[None].to(device),
         loss_index=per_token([p - 1 for p in positions], torch.int64),
         targets=per_token([token_ids[p] for p in positions], torch.int64),
         weights=per_token([np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)], wide),

@@ -13,15 +13,15 @@ import numpy as np
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.data.chat import load_tokenizer, render_prompt
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.records import Group, Sample
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import pack_samples, unpack_samples
-from megatron_rl.rollout.client import GenerationClient
+from megatron_rl.rollout.client import GenerationClient, together
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.server import EmbeddedServer, start_servers, stop_servers, wait_all_ready
-from megatron_rl.train.resilience import StopRequested, StopSignals
+from megatron_rl.train.resilience import StopSignals
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,11 +39,13 @@ class Collector:
         self._budgets = config.phase_budgets(num_ranks)
         self._tokenizer = load_tokenizer(config.model.path)
         prompts = read_prompts(config.data.train)
-        self._stream = PromptStream(prompts, config.rollout.prompts_per_step, config.seed)
+        self._input_ids = rendered_prompts(
+            prompts, self._tokenizer, config.rollout.max_prompt_tokens, config.data.train
+        )
+        self._stream = PromptStream(prompts, config.seed)
         self.cursor = 0
         self.carried: tuple[Sample, ...] = ()
         self.mean_response_tokens: float | None = None
-        self._prompt_by_position: dict[int, str] = {}
         self._loop = asyncio.Runner()
         self._servers: list[EmbeddedServer] = []
         self._clients: list[GenerationClient] = []
@@ -67,12 +69,9 @@ class Collector:
     def update_weights(self, directory: Path, policy_version: int) -> None:
         """Have every server load the weights in `directory` and answer as `policy_version` from now on."""
 
-        async def update_all() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                for client in self._clients:
-                    tasks.create_task(client.update_weights_from_disk(directory, str(policy_version)))
-
-        self._loop.run(self._watched(update_all()))
+        version = str(policy_version)
+        updates = together(client.update_weights_from_disk(directory, version) for client in self._clients)
+        self._loop.run(self._watched(updates))
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
@@ -141,6 +140,9 @@ class Collector:
             self._loop.run(self._watched(wait_all_ready(self._servers, rollout.ready_deadline_seconds)))
         urls = rollout.urls or [server.url for server in self._servers]
         self._clients += [GenerationClient(url) for url in urls]
+        for client in self._clients:
+            if not self._loop.run(client.is_ready()):
+                raise ValueError(f"no generation server is ready at {client.url} (rollout.urls); start it first")
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`, but give it up when a signal came or the server died."""
@@ -159,17 +161,10 @@ class Collector:
     def _take(self, count: int) -> list[Question]:
         first = self.cursor
         prompts, self.cursor = self._stream.take(first, count)
-        questions = []
-        for position, prompt in enumerate(prompts, start=first):
-            ids = tuple(render_prompt(self._tokenizer, prompt.prompt))
-            if len(ids) > self._config.rollout.max_prompt_tokens:
-                raise ValueError(
-                    f"{self._config.data.train}: prompt {prompt.id} has {len(ids)} tokens, over "
-                    f"rollout.max_prompt_tokens = {self._config.rollout.max_prompt_tokens}; raise it or drop the prompt"
-                )
-            self._prompt_by_position[position] = prompt.id
-            questions.append(Question(prompt_id=position, prompt=prompt, input_ids=ids))
-        return questions
+        return [
+            Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
+            for position, prompt in enumerate(prompts, start=first)
+        ]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -185,7 +180,7 @@ class Collector:
                 response = sample.response
                 outcome = "trained" if index in trained else "carried" if sample.id in carried else "dropped"
                 row = {
-                    "prompt_id": self._prompt_by_position.get(response.prompt_id, str(response.prompt_id)),
+                    "prompt_id": self._stream.take(response.prompt_id, 1)[0][0].id,
                     "position": response.prompt_id,
                     "sample_index": response.sample_index,
                     "prompt": self._tokenizer.decode(response.prompt_ids.tolist()),
@@ -203,15 +198,17 @@ class Collector:
 
 
 def _rollout_metrics(groups: Sequence[Group], plan: Schedule) -> dict[str, Any]:
-    fresh = [sample for group in groups for sample in group.samples]
-    lengths = np.array([sample.response.num_output_tokens for sample in fresh] or [0])
-    rewards = np.array([sample.reward for sample in fresh] or [0.0])
+    """Of the samples of this phase; of those that it trains where carried ones filled the whole budget."""
+    num_fresh = sum(len(group.samples) for group in groups)
+    fresh = [sample for group in groups for sample in group.samples] or plan.samples
+    lengths = np.array([sample.response.num_output_tokens for sample in fresh])
+    rewards = np.array([sample.reward for sample in fresh])
     decided = sum(len({sample.reward for sample in group.samples}) == 1 for group in groups)
     return {
         "reward": float(rewards.mean()),
         "num_prompts": len(groups),
-        "num_samples": len(fresh),
-        "num_generated_tokens": int(lengths.sum()),
+        "num_samples": num_fresh,
+        "num_generated_tokens": int(lengths.sum()) if num_fresh else 0,
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_std": float(lengths.std()),
         "truncated_share": sum(sample.response.finish_reason == "length" for sample in fresh) / max(1, len(fresh)),
@@ -223,6 +220,3 @@ def _rollout_metrics(groups: Sequence[Group], plan: Schedule) -> dict[str, Any]:
         "num_cut_tokens": plan.num_cut_tokens,
         "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.plan.steps),
     }
-
-
-__all__ = ["Collector", "StopRequested"]

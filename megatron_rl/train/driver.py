@@ -13,6 +13,7 @@ from typing import Any
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.errors import Fault
 from megatron_rl.records import Plan
 from megatron_rl.sync.push import WeightFolder
 from megatron_rl.train.collector import Collector
@@ -34,7 +35,7 @@ def run_rl(config: RlConfig, resume: bool) -> int:
         session.trainer.keep_reference()
     restored = session.restore()
     first = restored[0]["step"] if restored else 0
-    folder = WeightFolder(session.control)
+    folder = WeightFolder(session.control, session.bailing.num_parameters() * session.model.dtype.itemsize)
     leader = None
     try:
         folder.write(session.export)
@@ -59,6 +60,8 @@ def run_rl(config: RlConfig, resume: bool) -> int:
                 session.save(step + 1, *_driver_state(leader, step + 1))
         session.export(config.run_dir / "hf")
         return 0
+    except StopRequested:
+        return EXIT_STOPPED  # before the first step: there is nothing to save yet
     finally:
         if leader:
             leader.close()
@@ -89,7 +92,7 @@ class Leader:
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._started = self._trained_from = 0.0
-        self._stop: Stop | None = None
+        self._gate_failure: Fault | None = None
         try:
             self.collector = Collector(
                 config, session.layout.world_size, session.layout.data, cost_model(session.bailing), signals
@@ -97,6 +100,9 @@ class Leader:
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
+        except StopRequested as request:
+            send_stop(Stop(exit_code=EXIT_STOPPED, reason=str(request), save=False), session.control)
+            raise
         except Exception as error:
             self._tell(error)
             raise
@@ -105,6 +111,8 @@ class Leader:
         """Weights to the server, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
+            if self._gate_failure is not None:
+                raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
                 self.collector.update_weights(weights, policy_version=step)
                 sync_seconds = time.perf_counter() - self._started
@@ -121,7 +129,7 @@ class Leader:
         return send_work(self._schedule.plan, self._schedule.samples, self._session.layout, self._session.control)
 
     def end(self, step: int, results: list[StepResult]) -> None:
-        """Log the step. The first step is also the gate: the server must have sampled from the weights trained here."""
+        """Log the step. The first one is also the gate: the servers must have sampled from the weights trained here."""
         assert self._metrics is not None and self._schedule is not None
         now = time.perf_counter()
         last = results[-1]
@@ -139,7 +147,7 @@ class Leader:
             "clip_share": last.means["clip_share"],
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
-            "logprob_difference_mean": results[0].means["logprob_difference"],
+            "logprob_difference_mean": results[0].logprob_difference_mean,
             "logprob_difference_p999": results[0].logprob_difference_p999,
             "logprob_difference_max": results[0].logprob_difference_max,
             "train_seconds": now - self._trained_from,
@@ -148,6 +156,16 @@ class Leader:
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
         }
         self._metrics.write(row)
+        tolerance = self._config.rollout.logprob_tolerance
+        if step == self._first and row["logprob_difference_p999"] > tolerance:
+            # Raised at the start of the next step: there the other ranks listen, here they may be saving.
+            found = row["logprob_difference_p999"]
+            self._gate_failure = Fault(
+                f"log-probs of servers and trainer differ by {found:.3g} at the 99.9th percentile in the first step "
+                f"(rollout.logprob_tolerance {tolerance:g}): the servers run other weights or another model, or the "
+                "precision is too low"
+            )
+            log.error("%s", self._gate_failure)
         console.print(
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "

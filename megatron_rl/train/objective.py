@@ -38,7 +38,7 @@ class CrossEntropy:
 class PolicyObjective:
     """Eq. 2 with the entropy term of Eq. 6."""
 
-    names: tuple[str, ...] = ("loss", "entropy", "kl", "clip_share", "logprob_difference")
+    names: tuple[str, ...] = ("loss", "entropy", "kl", "clip_share")
 
     def __init__(self, algorithm: AlgorithmSection) -> None:
         self.algorithm = algorithm
@@ -56,7 +56,6 @@ class PolicyObjective:
             kl_coefficient=self.algorithm.kl_coefficient,
             ref_logprobs=ref_logprobs,
         )
-        difference = fresh_logprob_difference(logprobs, batch)
         return Terms(
             total=terms.total,
             sums={
@@ -64,13 +63,11 @@ class PolicyObjective:
                 "entropy": terms.entropy,
                 "kl": terms.kl,
                 "clip_share": terms.clipped,
-                "logprob_difference": difference.sum(),
             },
         )
 
 
 def fresh_logprob_difference(logprobs: Tensor, batch: MicroBatch) -> Tensor:
-    """|train log-prob - rollout log-prob| [M]; 0 for tokens sampled by other weights, which differ by right."""
-    comparable = torch.isnan(batch.old_logprobs) & ~torch.isnan(batch.rollout_logprobs)
-    difference = (logprobs.detach() - batch.rollout_logprobs).abs()
-    return torch.where(comparable, difference, torch.zeros_like(difference))
+    """|train log-prob - rollout log-prob| of the tokens sampled by the present weights; others differ by right."""
+    fresh = torch.isnan(batch.old_logprobs) & ~torch.isnan(batch.rollout_logprobs)
+    return (logprobs.detach() - batch.rollout_logprobs)[fresh].abs()

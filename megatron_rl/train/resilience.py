@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -15,18 +16,27 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Remembers SIGINT and SIGTERM. torchrun passes them on to every rank; rank 0 decides what they mean."""
+    """Remembers SIGINT and SIGTERM; rank 0 decides what they mean.
+
+    A Ctrl-C under torchrun comes twice, from the terminal and from torchrun, so what follows the first signal within
+    `repeat_seconds` is the same request and not a second one.
+    """
+
+    repeat_seconds = 3.0
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
+        if self.name is not None and time.monotonic() - self._since < self.repeat_seconds:
+            return
         if self.name is not None:
             log.error("second signal (%s): stopping now", signal.Signals(number).name)
             os._exit(128 + number)
-        self.name = signal.Signals(number).name
+        self.name, self._since = signal.Signals(number).name, time.monotonic()
         log.warning("%s: stopping after a checkpoint; once more to stop at once", self.name)
 
     def check(self) -> None:

@@ -23,10 +23,14 @@ log = logging.getLogger(__name__)
 class Session:
     """Owns this rank's place in the training world. `close()` leaves it."""
 
-    def __init__(self, config: RunConfig, num_optimizer_steps: int, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, num_optimizer_steps: int, resume: bool, distributed_optimizer: bool = True
+    ) -> None:
         """Collective. With `resume`, `restore` will load the newest checkpoint, if there is one.
 
-        num_optimizer_steps: the length of the learning-rate schedule.
+        num_optimizer_steps: the length of the learning-rate schedule. distributed_optimizer: shard the optimizer over
+        data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. ValueError when the run
+        directory holds a run and `resume` is false.
         """
         self.config = config
         self.rank = int(os.environ.get("RANK", "0"))
@@ -35,14 +39,15 @@ class Session:
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
+        self.checkpoints = config.run_dir / "checkpoints"
+        state.refuse_to_overwrite(self.checkpoints, resume)
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_world))
         deadline = config.train.phase_deadline_seconds
         initialize_parallel(self.layout, deadline, config.seed)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
-        self.model = build_model(self.bailing, config.model, config.moe, config.parallel, self.layout)
+        self.model = build_model(self.bailing, config.model, config.moe, self.layout, distributed_optimizer)
         load_weights(self.model, config.model.path)
-        self.trainer = Trainer(self.model, config.optimizer, config.parallel, num_optimizer_steps, self.control)
-        self.checkpoints = config.run_dir / "checkpoints"
+        self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self._found = state.latest(self.checkpoints) if resume else None
         if self.rank == 0:
             config.run_dir.mkdir(parents=True, exist_ok=True)

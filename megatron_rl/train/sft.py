@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the trainer with cross-entropy over packed chats."""
 
+import itertools
 import logging
 import random
 import time
@@ -26,11 +27,13 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     signals = StopSignals()
     chats = read_chats(config.data.train)
     tokenizer = load_tokenizer(config.model.path)
+    limit = min(config.train.micro_batch_tokens, config.data.batch_tokens)
+    sequences = [_sequence(chat, tokenizer, limit) for chat in chats]
     session = Session(config, config.train.steps, resume)
     restored = session.restore()
     first = restored[0]["step"] if restored else 0
     metrics = MetricsLog(config.run_dir, first) if session.is_leader else None
-    batches = chat_batches(chats, tokenizer, config.data.batch_tokens, config.train.micro_batch_tokens, config.seed)
+    batches = sequence_batches(sequences, config.data.batch_tokens, config.seed)
     for _ in range(first):
         next(batches)
     cost = cost_model(session.bailing)
@@ -76,33 +79,20 @@ def run_sft(config: SftConfig, resume: bool) -> int:
         session.close()
 
 
-def chat_batches(
-    chats: Sequence[Chat], tokenizer: Any, batch_tokens: int, longest: int, seed: int
-) -> Iterator[list[TrainSequence]]:
-    """Endless batches of whole chats, at most `batch_tokens` tokens each, in a seeded order, one epoch after another.
-
-    ValueError names the first chat that is longer than `longest` tokens or than a batch.
-    """
-    limit = min(longest, batch_tokens)
-    order: list[int] = []
-    epoch = 0
+def sequence_batches(sequences: Sequence[TrainSequence], batch_tokens: int, seed: int) -> Iterator[list[TrainSequence]]:
+    """Endless batches of whole sequences, at most `batch_tokens` tokens each, in a seeded order, epoch after epoch."""
     batch: list[TrainSequence] = []
     used = 0
-    rendered: dict[int, TrainSequence] = {}
-    while True:
-        if not order:
-            order = list(range(len(chats)))
-            random.Random(f"sft order {seed} {epoch}").shuffle(order)
-            epoch += 1
-        index = order.pop()
-        if index not in rendered:
-            rendered[index] = _sequence(chats[index], tokenizer, limit)
-        sequence = rendered[index]
-        if used + len(sequence.token_ids) > batch_tokens:
-            yield batch
-            batch, used = [], 0
-        batch.append(sequence)
-        used += len(sequence.token_ids)
+    for epoch in itertools.count():
+        order = list(range(len(sequences)))
+        random.Random(f"sft order {seed} {epoch}").shuffle(order)
+        for index in order[::-1]:
+            sequence = sequences[index]
+            if used + len(sequence.token_ids) > batch_tokens:
+                yield batch
+                batch, used = [], 0
+            batch.append(sequence)
+            used += len(sequence.token_ids)
 
 
 def _sequence(chat: Chat, tokenizer: Any, limit: int) -> TrainSequence:

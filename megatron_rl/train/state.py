@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +47,23 @@ def latest(directory: Path) -> Path | None:
         return None
     path = directory / marker.read_text().strip()
     if not (path / "driver.json").is_file():
-        raise ValueError(f"{marker} names {path.name}, which is not a whole checkpoint; restore it or delete {marker}")
+        raise ValueError(
+            f"{marker} names {path.name}, which is not a whole checkpoint; write the name of another into it"
+        )
     return path
+
+
+def refuse_to_overwrite(directory: Path, resume: bool) -> None:
+    """ValueError when a run's checkpoints would be written over, or when `resume` would start anew without a word."""
+    if latest(directory) is not None:
+        if not resume:
+            raise ValueError(
+                f"{directory.parent} holds a run; add --resume to continue it, or set run_dir to a new folder"
+            )
+    elif resume and any(directory.glob("step_*")):
+        raise ValueError(
+            f"{directory} has checkpoints but no file 'latest'; write the name of the one to resume from into it"
+        )
 
 
 def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -77,6 +93,8 @@ def save(
 ) -> Path:
     """Collective. `driver` and `carried` are rank 0's. Returns the checkpoint's path on every rank."""
     final = directory / f"step_{step}"
+    if latest(directory) == final:
+        return final  # a stop right after a scheduled save: what is there is whole, so leave it alone
     partial = directory / f".step_{step}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,10 +105,13 @@ def save(
     if dist.get_rank() == 0:
         (partial / "carried.npz").write_bytes(carried)
         (partial / "driver.json").write_text(json.dumps(driver, indent=1))
+        for path in (partial / "carried.npz", partial / "driver.json", partial):
+            _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _sync(directory)
         _replace_text(directory / "latest", final.name)
-        _forget_old(directory, keep_last)
+        _forget_old(directory, final, keep_last)
     dist.barrier(group=control)
     return final
 
@@ -153,7 +174,17 @@ def _replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _forget_old(directory: Path, keep_last: int) -> None:
-    saved = sorted(directory.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    for path in saved[:-keep_last]:
+def _forget_old(directory: Path, newest: Path, keep_last: int) -> None:
+    """Delete all but `newest` and the `keep_last` - 1 most recent before it. Other names are somebody's own copies."""
+    saved = [path for path in directory.iterdir() if re.fullmatch(r"step_\d+", path.name) and path != newest]
+    saved.sort(key=lambda path: path.stat().st_mtime)
+    for path in saved[: max(0, len(saved) - (keep_last - 1))]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.config.schema import OptimizerSection, ParallelSection
-from megatron_rl.model.build import Model, tensor_group  # noqa: F401  (imports megatron in the right order)
+from megatron_rl.config.schema import OptimizerSection
+from megatron_rl.errors import Fault
+from megatron_rl.model.build import Model
 from megatron_rl.model.logprobs import vocab_parallel_logprobs
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
 from megatron_rl.train.objective import Objective, fresh_logprob_difference
@@ -48,7 +49,7 @@ class StepResult:
     """What one optimizer step did, the same on every rank.
 
     means: the objective's metrics per loss token, except "loss", which is divided by the denominator.
-    logprob_difference_p999: 0.999 quantile of |train - rollout log-prob| over fresh tokens, to 4 %.
+    logprob_difference_mean, _p999 (to 4 %), _max: of |train - rollout log-prob| over fresh tokens, 0 without any.
     """
 
     grad_norm: float
@@ -56,6 +57,7 @@ class StepResult:
     num_loss_tokens: int
     num_forward_tokens: int
     means: dict[str, float]
+    logprob_difference_mean: float
     logprob_difference_p999: float
     logprob_difference_max: float
 
@@ -63,13 +65,10 @@ class StepResult:
 class Trainer:
     """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics."""
 
-    def __init__(
-        self, model: Model, optimizer: OptimizerSection, parallel: ParallelSection, num_steps: int, control: Any
-    ) -> None:
+    def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
         self.model = model
         self._control = control
         self._section = optimizer
-        double = model.dtype == torch.float64
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -82,7 +81,7 @@ class Trainer:
                 clip_grad=optimizer.clip_grad,
                 bf16=model.dtype == torch.bfloat16,
                 params_dtype=model.dtype,
-                use_distributed_optimizer=parallel.distributed_optimizer and not double,
+                use_distributed_optimizer=model.module.ddp_config.use_distributed_optimizer,
             ),
             [model.module],
         )
@@ -98,6 +97,9 @@ class Trainer:
             end_wd=optimizer.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            # The configuration of the run that resumes decides; of a checkpoint only the number of steps counts.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
         model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
             chunks, None, **kwargs
@@ -136,9 +138,12 @@ class Trainer:
         self.optimizer.zero_grad()
         tally = _Tally(objective.names)
         self._run(batches, partial(self._loss, objective, denominator, temperature, tally), references)
-        success, grad_norm, _ = self.optimizer.step()
-        if not success:
-            raise RuntimeError("the optimizer skipped the step: gradients are not finite")
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(float(grad_norm or 0.0)):
+            raise Fault(
+                f"the gradient norm is {float(grad_norm)}: this step spoiled the weights. The last checkpoint is good; "
+                "lower optimizer.learning_rate or look at the responses of this step"
+            )
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(1)
         tally.reduce(self._control, reports)
@@ -151,6 +156,7 @@ class Trainer:
                 name: value / (denominator if name == "loss" else max(1, tally.num_tokens))
                 for name, value in tally.values().items()
             },
+            logprob_difference_mean=tally.difference_mean(),
             logprob_difference_p999=tally.difference_quantile(0.999),
             logprob_difference_max=float(tally.largest),
         )
@@ -217,7 +223,7 @@ class Trainer:
             return logits.sum() * 0.0, torch.ones([], dtype=torch.int), {}
         logprobs, entropy = self._token_logprobs(batch, logits, temperature)
         terms = objective(logprobs, entropy, batch, reference)
-        tally.add(terms.sums, fresh_logprob_difference(logprobs, batch))
+        tally.add(terms.sums, len(batch.targets), fresh_logprob_difference(logprobs, batch))
         return terms.total / denominator, torch.ones([], dtype=torch.int), {}
 
     def _forward_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
@@ -247,13 +253,17 @@ class _Tally:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        self._sums = torch.zeros(len(names) + 2, dtype=torch.float64)
         self._bins = torch.zeros(_DECADES * _BINS_PER_DECADE, dtype=torch.float64)
         self.largest = torch.zeros((), dtype=torch.float64)
 
-    def add(self, sums: dict[str, Tensor], difference: Tensor) -> None:
+    def add(self, sums: dict[str, Tensor], num_tokens: int, difference: Tensor) -> None:
+        """difference: [fresh tokens], |train - rollout log-prob|; may be empty."""
         row = torch.stack([sums[name].double() for name in self.names]).cpu()
-        self._sums += torch.cat([row, torch.tensor([float(len(difference))], dtype=torch.float64)])
+        counts = torch.tensor([float(difference.sum()), float(num_tokens)], dtype=torch.float64)
+        self._sums += torch.cat([row, counts])
+        if not len(difference):
+            return
         difference = difference.double().cpu()
         self.largest = torch.maximum(self.largest, difference.max())
         decades = difference.clamp_min(10.0**_LOWEST_DECADE).log10() - _LOWEST_DECADE
@@ -275,7 +285,11 @@ class _Tally:
         return int(self._sums[-1])
 
     def values(self) -> dict[str, float]:
-        return dict(zip(self.names, self._sums[:-1].tolist(), strict=True))
+        return dict(zip(self.names, self._sums[:-2].tolist(), strict=True))
+
+    def difference_mean(self) -> float:
+        """Over fresh tokens; 0 without any."""
+        return float(self._sums[-2]) / max(1.0, float(self._bins.sum()))
 
     def difference_quantile(self, q: float) -> float:
         """Upper edge of the bin that holds the quantile, at most the maximum; 0 without tokens."""

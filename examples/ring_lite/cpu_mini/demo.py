@@ -17,6 +17,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from megatron_rl import lifeline
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="steps of reinforcement learning; default: those of rl.toml")
     parser.add_argument("--sft-steps", type=int, help="steps of the warm start; default: those of sft.toml")
     arguments = parser.parse_args()
+    lifeline.watch_parent()  # the Makefile names make as the process to follow
     demo = Demo(arguments)
     try:
         return demo.run()

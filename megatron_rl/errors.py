@@ -1,0 +1,5 @@
+"""Errors that are told to the user as one message, without a stack trace. Mistakes are plain ValueErrors."""
+
+
+class Fault(RuntimeError):
+    """Something outside this process failed (a server died, weights did not arrive); the message says all there is."""
