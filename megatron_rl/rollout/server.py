@@ -72,10 +72,6 @@ class EmbeddedServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     async def wait_ready(self, deadline_seconds: float) -> None:
         """Return when the server serves. ValueError with its last words when it ends or the deadline passes."""
         give_up = time.monotonic() + deadline_seconds

@@ -100,8 +100,8 @@ class Leader:
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
-        except StopRequested as request:
-            send_stop(Stop(exit_code=EXIT_STOPPED, reason=str(request), save=False), session.control)
+        except StopRequested:
+            send_stop(Stop(exit_code=EXIT_STOPPED, save=False), session.control)
             raise
         except Exception as error:
             self._tell(error)
@@ -117,8 +117,8 @@ class Leader:
                 self.collector.update_weights(weights, policy_version=step)
                 sync_seconds = time.perf_counter() - self._started
                 self._schedule, self._row = self.collector.collect(policy_version=step)
-        except StopRequested as request:
-            stop = Stop(exit_code=EXIT_STOPPED, reason=str(request), save=True)
+        except StopRequested:
+            stop = Stop(exit_code=EXIT_STOPPED, save=True)
             send_stop(stop, self._session.control)
             return stop
         except Exception as error:
@@ -182,4 +182,4 @@ class Leader:
     def _tell(self, error: Exception) -> None:
         """Let the other ranks end quietly; this one reports."""
         code = 2 if isinstance(error, ValueError) else 1
-        send_stop(Stop(exit_code=code, reason=str(error), save=False), self._session.control)
+        send_stop(Stop(exit_code=code, save=False), self._session.control)

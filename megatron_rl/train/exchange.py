@@ -24,7 +24,6 @@ class Stop:
     """Rank 0's word that the run ends here. save: write a checkpoint first."""
 
     exit_code: int
-    reason: str
     save: bool
 
 

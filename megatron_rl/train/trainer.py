@@ -68,7 +68,6 @@ class Trainer:
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
         self.model = model
         self._control = control
-        self._section = optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
