@@ -73,7 +73,8 @@ def measure(steps: int, folder: Path, nproc: int) -> dict[str, float]:
 
 def measure_trl(python: str, script: str, steps: int) -> dict[str, float]:
     answer = subprocess.run([python, script, "--steps", str(steps)], check=True, capture_output=True, text=True)
-    return json.loads(answer.stdout[answer.stdout.index("{") :])
+    # TRL prints a dict per step before it; the result starts on a line of its own.
+    return json.loads(answer.stdout[answer.stdout.index("{\n") :])
 
 
 def main(argv: list[str]) -> int:
