@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
-from megatron_rl.rollout.embedded.model import BailingModel, Batch
+from megatron_rl.rollout.embedded.model import EXPERT_TILES, BailingModel, Batch
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,10 @@ def decode_row_counts(max_running_requests: int) -> tuple[int, ...]:
 
 
 def check_invariance(model: BailingModel, weights: ModelWeights, num_slots: int) -> RowCounts:
-    """Run random batches through every candidate size and keep the sizes whose rows are bit-identical."""
+    """Choose the model's `expert_tile`, run random batches through every candidate size and keep the sizes whose rows
+    are bit-identical."""
     generator = torch.Generator().manual_seed(0)
+    model.expert_tile = _expert_tile(weights, max(num_slots, PREFILL_ENTRIES[-1] * CHUNK), generator)
     decode = _Probe(model, weights, generator, num_entries=num_slots, num_queries=1)
     prefill = _Probe(model, weights, generator, num_entries=PREFILL_ENTRIES[-1], num_queries=CHUNK)
     decode_counts = tuple(c for c in decode_row_counts(num_slots)[:-1] if decode.agrees(c))
@@ -128,6 +130,25 @@ def _small_cache(config: BailingConfig, num_slots: int) -> KVCache:
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         context_length=2 * BLOCK,
+    )
+
+
+def _expert_tile(weights: ModelWeights, most_rows: int, generator: torch.Generator) -> int:
+    """The smallest tile of which any multiple gives a row the same bits; the largest one if none does."""
+    experts = [expert for layer in weights.layers for expert in layer.experts[:1]][:1]
+    matrices = [matrix for expert in experts for matrix in (expert.gate_up, expert.down)]
+    for tile in EXPERT_TILES:
+        rows = -(-most_rows // tile) * tile
+        if all(_prefixes_agree(matrix, rows, tile, generator) for matrix in matrices):
+            return tile
+    return EXPERT_TILES[-1]
+
+
+def _prefixes_agree(matrix: Tensor, rows: int, tile: int, generator: torch.Generator) -> bool:
+    inputs = torch.randn(rows, matrix.shape[0], generator=generator).to(matrix.dtype)
+    full = torch.mm(inputs, matrix)
+    return torch.equal(torch.mm(inputs.roll(1, 0), matrix), full.roll(1, 0)) and all(
+        torch.equal(torch.mm(inputs[:count], matrix), full[:count]) for count in range(tile, rows, tile)
     )
 
 

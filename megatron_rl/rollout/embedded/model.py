@@ -1,8 +1,9 @@
 """BailingMoE forward pass in plain torch, over fixed shapes.
 
-Shapes: R rows = B entries x T queries; H hidden; nq, nkv heads; g = nq / nkv; d head_dim; E experts; W expert columns;
-S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; a prefill step has one entry per
-CHUNK prompt tokens, several of which may belong to one prompt (keys are written before any row attends).
+Shapes: R rows = B entries x T queries; H hidden; nq, nkv heads; g = nq / nkv; d head_dim; E experts; k experts per
+token; W width of an MLP; S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; a prefill
+step has one entry per CHUNK prompt tokens, several of which may belong to one prompt (keys are written before any row
+attends).
 """
 
 import math
@@ -18,6 +19,7 @@ from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
 # Scores of hidden keys; finite, because exp and log are tens of times slower on infinities.
 MASKED = 1e30
 SCORE_FLOOR = -80.0  # e^-80 is lost beside the peak's weight of 1
+EXPERT_TILES = (4, 8, 16, 32)  # rows an expert's part is filled up to; below 4 libraries take other kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class BailingModel:
         self.config = config
         self.dtype = dtype
         self.cos, self.signed_sin = rotary_tables(config.head_dim, config.rope_theta, context_length)
+        self.expert_tile = EXPERT_TILES[0]  # the self-check of invariance.py raises it where it must
         self._buffers: dict[str, Tensor] = {}
         self.block_positions = torch.arange(-(-context_length // BLOCK) * BLOCK).view(-1, 1, 1, 1, 1, BLOCK)
 
@@ -62,7 +65,7 @@ class BailingModel:
         for index, layer in enumerate(weights.layers):
             context = self._attention(layer, rms_norm(x, layer.input_norm, eps), cache, index, batch, shared)
             x = torch.addmm(x, context, layer.dense)
-            x = self._mlp(layer, x, rms_norm(x, layer.mlp_norm, eps))
+            x = self._feed_forward(layer, x, rms_norm(x, layer.mlp_norm, eps))
         return rms_norm(x, weights.final_norm, eps)
 
     def logits(self, weights: ModelWeights, hidden: Tensor) -> Tensor:
@@ -136,27 +139,57 @@ class BailingModel:
             total = total + sums[b]
         return out.div_(total)
 
-    def _mlp(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
-        """x + MLP(normed), [R, H]: SwiGLU over all experts side by side, scaled by routing weights (0: not chosen)."""
-        rows, width = normed.shape[0], layer.down.shape[0]
-        gate_up = self._buffer("gate_up", rows, 2 * width, dtype=self.dtype)
-        torch.mm(normed, layer.gate_up, out=gate_up)
-        act = torch.ops.aten.silu.out(gate_up[:, :width], out=self._buffer("act", rows, width, dtype=self.dtype))
-        act.mul_(gate_up[:, width:])
+    def _feed_forward(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
+        """x + MLP(normed), [R, H]: what every token passes through, then the chosen experts."""
+        if layer.mlp is not None:
+            x = torch.addmm(x, self._activated(torch.mm(normed, layer.mlp.gate_up)), layer.mlp.down)
         if layer.router is not None:
-            weights = self._routing_weights(layer.router, normed)
-            columns = self.config.moe_intermediate_size * self.config.num_experts
-            routed = act[:, :columns].view(-1, self.config.num_experts, self.config.moe_intermediate_size)
-            routed.mul_(weights.unsqueeze(-1))
-        return torch.addmm(x, act, layer.down)
+            x = x + self._experts(layer, layer.router, normed)
+        return x
 
-    def _routing_weights(self, router: Tensor, normed: Tensor) -> Tensor:
-        """[R, E] in the model's dtype: softmax over all experts, top-k kept, renormalised if norm_topk_prob."""
-        probs = torch.mm(normed.float(), router).softmax(-1)
+    def _experts(self, layer: LayerWeights, router: Tensor, normed: Tensor) -> Tensor:
+        """Sum over the chosen experts of routing weight * expert(normed), [R, H].
+
+        Rows are sorted by expert and each expert's part is filled up to a multiple of `expert_tile` rows, whose
+        products have the same bits however many there are: so a row does not depend on what the others choose.
+        """
+        tile, num_chosen = self.expert_tile, self.config.num_experts_per_tok
+        top, chosen = self._routing(router, normed)
+        expert, order = chosen.flatten().sort(stable=True)
+        counts = expert.bincount(minlength=len(layer.experts))
+        filled = (counts + (tile - 1)) // tile * tile
+        ends = filled.cumsum(0)
+        shift = (ends - filled) - (counts.cumsum(0) - counts)  # from a row's place among the chosen to the filled one
+        places = torch.arange(len(order)) + shift[expert]
+        bounds = [0, *ends.tolist()]
+        source = torch.zeros(bounds[-1], dtype=torch.int64).index_put_((places,), order // num_chosen)
+        inputs = normed.index_select(0, source)
+        width = self.config.moe_intermediate_size
+        gate_up = self._buffer("gate_up", bounds[-1], 2 * width, dtype=self.dtype)
+        parts = [(mlp, a, b) for mlp, a, b in zip(layer.experts, bounds, bounds[1:], strict=False) if b > a]
+        for mlp, a, b in parts:
+            torch.mm(inputs[a:b], mlp.gate_up, out=gate_up[a:b])
+        act = self._activated(gate_up)
+        outputs = self._buffer("outputs", *inputs.shape, dtype=self.dtype)
+        for mlp, a, b in parts:
+            torch.mm(act[a:b], mlp.down, out=outputs[a:b])
+        own = outputs.index_select(0, torch.empty_like(places).index_put_((order,), places))
+        return own.view(*top.shape, -1).mul_(top.unsqueeze(-1)).sum(1)
+
+    def _activated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: [R, 2 W] -> [R, W]."""
+        gate, up = gate_up.chunk(2, -1)
+        act = self._buffer("act", *gate.shape, dtype=self.dtype)
+        return torch.ops.aten.silu.out(gate, out=act).mul_(up)
+
+    def _routing(self, router: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in the model's dtype and ids of the chosen experts, [R, k]: softmax over all experts, top-k kept,
+        renormalised if norm_topk_prob."""
+        probs = torch.mm(normed.float(), router)[:, : self.config.num_experts].softmax(-1)
         top, chosen = probs.topk(self.config.num_experts_per_tok, dim=-1)
         if self.config.norm_topk_prob:
             top = top / top.sum(-1, keepdim=True)
-        return torch.zeros_like(probs).scatter_(1, chosen, top).to(self.dtype)
+        return top.to(self.dtype), chosen
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -93,8 +93,8 @@ def keep_top(probs: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> np.ndar
 
 def draw(probs: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Inverse of the cumulative distribution: the first token whose cumulative probability exceeds u, [R]."""
-    cumulative = np.cumsum(probs, axis=1)
-    total = cumulative[:, -1]
+    cumulative = torch.from_numpy(probs).cumsum(1)
+    total = cumulative[:, -1].numpy()
     # Rounding could lift u * total to total itself, where no token is left.
     target = np.minimum(u * total, np.nextafter(total, 0))
-    return (cumulative <= target[:, None]).sum(1)
+    return torch.searchsorted(cumulative, torch.from_numpy(target).unsqueeze(1), right=True).squeeze(1).numpy()

@@ -1,7 +1,7 @@
 """Reading a Hugging Face BailingMoE directory into the packed weights that `model.py` multiplies with.
 
-Shapes: H hidden, V vocabulary, d head_dim, E experts, I expert width, W all expert columns of a layer side by side
-(E * I plus the shared expert's width; the MLP width in a dense layer).
+Shapes: H hidden, V vocabulary, d head_dim, E experts, I expert width, W width of an MLP that sees every token (the
+shared expert of a mixture-of-experts layer, or the MLP of a dense one).
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,20 @@ _NOT_ARCHITECTURE = {"eos_token_id", "pad_token_id", "torch_dtype", "initializer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One transformer layer; matrices are stored [in, out], ready for `x @ w`.
-
-    The experts stand side by side in one matrix, so a layer is two big products instead of 2E small ones. It computes
-    every expert for every token, a waste of E / num_experts_per_tok that buys fixed shapes, hence batch invariance.
-    """
+    """One transformer layer; matrices are stored [in, out], ready for `x @ w`."""
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [H, (nq + 2 nkv) d]
     dense: Tensor  # [nq d, H]
     mlp_norm: Tensor  # [H]
-    router: Tensor | None  # [H, E] fp32; None in a dense layer
-    gate_up: Tensor  # [H, 2 W]: the gate columns of all experts (then the shared one's), then the up columns
+    mlp: "Mlp | None"  # over every token; None in a mixture-of-experts layer without shared experts
+    router: Tensor | None  # [H, at least E] fp32, zero columns behind E; None in a dense layer
+    experts: tuple["Mlp", ...]  # E of width I; none in a dense layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    gate_up: Tensor  # [H, 2 W]: the gate columns, then the up columns
     down: Tensor  # [W, H]
 
 
@@ -133,15 +135,18 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
     def vector(name: str) -> Tensor:
         return tensors[name].to(dtype, copy=True)
 
+    def mlp(prefix: str) -> Mlp:
+        return Mlp(
+            gate_up=matrix(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
+            down=matrix(f"{prefix}.down_proj.weight"),
+        )
+
     layers = []
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
-        mlps = [f"{layer}.mlp"]
-        if config.is_moe_layer(index):
-            mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(config.num_experts)]
-            if config.num_shared_experts:
-                mlps.append(f"{layer}.mlp.shared_experts")
-        gate_up = [f"{mlp}.gate_proj.weight" for mlp in mlps] + [f"{mlp}.up_proj.weight" for mlp in mlps]
+        is_moe = config.is_moe_layer(index)
+        everyones = f"{layer}.mlp.shared_experts" if is_moe else f"{layer}.mlp"
+        num_experts = config.num_experts if is_moe else 0
         router = tensors.get(f"{layer}.mlp.gate.weight")
         layers.append(
             LayerWeights(
@@ -149,9 +154,9 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
                 qkv=matrix(f"{layer}.attention.query_key_value.weight"),
                 dense=matrix(f"{layer}.attention.dense.weight"),
                 mlp_norm=vector(f"{layer}.post_attention_layernorm.weight"),
-                router=None if router is None else router.float().t().contiguous(),
-                gate_up=matrix(*gate_up),
-                down=torch.cat([tensors[f"{mlp}.down_proj.weight"].to(dtype).t() for mlp in mlps]).contiguous(),
+                mlp=None if is_moe and not config.num_shared_experts else mlp(everyones),
+                router=None if router is None else _router(router),
+                experts=tuple(mlp(f"{layer}.mlp.experts.{expert}") for expert in range(num_experts)),
             )
         )
     return ModelWeights(
@@ -160,6 +165,15 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
         final_norm=vector("model.norm.weight"),
         head=_head(tensors["lm_head.weight"], config.norm_head),
     )
+
+
+def _router(raw: Tensor) -> Tensor:
+    """[E, H] -> fp32 [H, E filled up to a multiple of 16]: in a product of 5 to 11 columns some processors' kernels
+    give a row bits that depend on its place."""
+    num_experts, hidden = raw.shape
+    router = torch.zeros(hidden, -(-num_experts // 16) * 16)
+    router[:, :num_experts] = raw.float().t()
+    return router
 
 
 def _head(raw: Tensor, norm_head: bool) -> Tensor:
