@@ -66,14 +66,14 @@ class Selected:
     num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
         tokens of the response; what was cut behind them influences nothing before it.
     loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean.
-    stale: the weights have moved since this was sampled, so its old log-probs are the recorded rollout log-probs.
+    fresh: the weights that this optimizer step starts from sampled it.
     """
 
     index: int
     num_prompt_tokens: int
     num_loss_tokens: int
     loss_scale: float
-    stale: bool
+    fresh: bool
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +84,7 @@ class Selected:
 class StepPlan:
     """One optimizer step.
 
-    denominator: divides the sum over all loss tokens: Phi for C3PO, the number of samples for GRPO.
+    denominator: divides the sum over all loss tokens: Phi for C3PO; see c3po/algorithms.py for the others.
     micro_batches: `[dp_rank][i]` lists positions in `selected`; every rank has equally many, some perhaps empty.
     """
 

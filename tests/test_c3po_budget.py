@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.c3po.budget import prompts_to_sample, select, selection_order
+from megatron_rl.c3po.budget import Shortfall, select, selection_order
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -70,8 +70,22 @@ def test_selection_has_no_preference_for_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "mean", "expected"),
-    [(0, 10.0, 0), (-5, 10.0, 0), (1000, 10.0, 26), (1, 10.0, 2), (40, 10.0, 2), (41, 10.0, 3)],
+    ("missing", "per_prompt", "expected"),
+    [(0, 40.0, 0), (-5, 40.0, 0), (1000, 40.0, 26), (1, 40.0, 2), (40, 40.0, 2), (41, 40.0, 3), (41, None, 7)],
 )
-def test_a_wave_launches_the_predicted_shortfall_and_one_group_more(missing: int, mean: float, expected: int) -> None:
-    assert prompts_to_sample(missing, mean, group_size=4) == expected
+def test_a_wave_launches_the_predicted_shortfall_of_tokens_and_one_group_more(
+    missing: int, per_prompt: float | None, expected: int
+) -> None:
+    assert Shortfall(unit="tokens", missing=missing, per_prompt=per_prompt).more_prompts(first_wave=7) == expected
+
+
+def test_filtered_groups_count_for_nothing_in_the_prediction() -> None:
+    need = Shortfall(unit="groups", missing=6, per_prompt=1.0)
+    assert need.more_prompts(first_wave=6) == 6
+    need.add(6, [])  # nothing kept: nothing learnt
+    assert (need.missing, need.more_prompts(6)) == (6, 6)
+    need.add(6, [[5, 5], [1, 2], [3, 3]])  # 3 groups of 12 prompts so far
+    assert (need.missing, need.more_prompts(6)) == (3, 12)
+    tokens = Shortfall(unit="tokens", missing=100, per_prompt=None)
+    tokens.add(4, [[5, 5], [10, 20]])  # 40 tokens of 4 prompts, 60 to go
+    assert (tokens.missing, tokens.more_prompts(6)) == (60, 7)

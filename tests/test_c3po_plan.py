@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.records import Group, Response, Sample
@@ -24,8 +25,9 @@ def make_sample(prompt_id: int, index: int, length: int, version: int = 3) -> Sa
 
 def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:
     options = {
-        "algorithm": "c3po", "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3, "seed": 1,
-        "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
+        "algorithm": ALGORITHMS["c3po"], "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3,
+        "seed": 1, "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
+        "max_response_tokens": 32,
     }  # fmt: skip
     return schedule(groups, carried, **options | changes)
 
@@ -53,21 +55,21 @@ def test_samples_are_conserved_and_the_budget_is_exact(lengths: list[list[int]],
     placed = sorted(i for rank in step.micro_batches for bin_ in rank for i in bin_)
     assert placed == list(range(len(step.selected)))
     for selected in step.selected:
-        assert selected.stale == (result.samples[selected.index].response.policy_version == 2)
+        assert selected.fresh == (result.samples[selected.index].response.policy_version == 3)
     # the plan does not depend on the order in which groups arrived
     assert make_schedule(groups[::-1], old, seed=seed).plan == result.plan
 
 
 def test_grpo_trains_every_token_with_the_mean_over_each_response() -> None:
     groups = [Group(prompt_id=0, samples=(make_sample(0, 0, 10), make_sample(0, 1, 20)))]
-    result = make_schedule(groups, algorithm="grpo", keep_surplus=False)
+    result = make_schedule(groups, algorithm=ALGORITHMS["grpo"], keep_surplus=False)
     (step,) = result.plan.steps
     assert step.denominator == 2
     assert {s.num_loss_tokens: s.loss_scale for s in step.selected} == {10: 1 / 10, 20: 1 / 20}
 
 
-def test_a_second_optimizer_step_of_a_phase_uses_recorded_log_probs() -> None:
+def test_the_samples_of_a_second_optimizer_step_are_not_fresh() -> None:
     groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 10), make_sample(p, 1, 10))) for p in range(2)]
     first, second = make_schedule(groups, budgets=(20, 20)).plan.steps
-    assert [s.stale for s in first.selected] == [False, False]
-    assert [s.stale for s in second.selected] == [True, True]
+    assert [s.fresh for s in first.selected] == [True, True]
+    assert [s.fresh for s in second.selected] == [False, False]

@@ -62,13 +62,20 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("train.phase_deadline_seconds=inf", r"phase_deadline_seconds: .*finite number, got inf"),
         ("rollout.samples_per_prompt=1", r"samples_per_prompt must be at least 2"),
         ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
-        ("algorithm.name=ppo", r"algorithm.name: .*'c3po' or 'grpo', got 'ppo'"),
+        ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'rloo', got 'ppo'"),
+        ("reward.overlong_buffer_tokens=65", r"overlong_buffer_tokens 65 must be at most rollout.max_response_tokens 64"),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(RlConfig, write(tmp_path, RL), [change, "rollout.servers=2"] if "=" in change else [change])
+
+
+def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> None:
+    options = ["algorithm.correction=icepop", "algorithm.old_logprobs=rollout"]
+    with pytest.raises(ValueError, match=r"correction 'icepop' compares .* so old_logprobs must be 'train'"):
+        load_config(RlConfig, write(tmp_path, RL), options)
 
 
 def test_a_missing_section_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:

@@ -1,15 +1,47 @@
-"""Group-normalised advantages."""
+"""Advantages of a group's responses, and what a reward loses for length. One value holds for every token of a
+response; no length enters an advantage."""
+
+from collections.abc import Callable
 
 import numpy as np
 
 
-def group_advantages(rewards: np.ndarray) -> np.ndarray:
-    """A_i = (R_i - mean(R)) / std(R) with the population standard deviation, float64 [K] from rewards [K].
+def _centred(rewards: np.ndarray) -> np.ndarray:
+    """A_i = R_i - mean(R): Dr.GRPO (arXiv 2503.20783)."""
+    return rewards - rewards.mean()
 
-    A group whose rewards are all equal has advantage 0. No length enters: the same value holds for every token of a
-    response.
+
+def _standardised(rewards: np.ndarray) -> np.ndarray:
+    """A_i = (R_i - mean(R)) / std(R) with the population standard deviation: C3PO and GRPO."""
+    return (rewards - rewards.mean()) / rewards.std()
+
+
+def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """A_i = R_i - mean of the others: RLOO (arXiv 2402.14740)."""
+    return (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "standardised": _standardised,
+    "centred": _centred,
+    "leave_one_out": _leave_one_out,
+}
+
+
+def group_advantages(rewards: np.ndarray, kind: str = "standardised") -> np.ndarray:
+    """float64 [K] from rewards [K], K at least 2, by a name of `ADVANTAGES`.
+
+    A group whose rewards are all equal has advantage exactly 0, whatever rounding does to its mean.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if np.ptp(rewards) == 0.0:
         return np.zeros_like(rewards)
-    return (rewards - rewards.mean()) / rewards.std()
+    return ADVANTAGES[kind](rewards)
+
+
+def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
+    """What DAPO's soft over-long punishment (arXiv 2503.14476, Eq. 13) adds to a reward: 0 up to max - buffer tokens,
+    from there linearly down to -1 at max_tokens. 0 without a buffer."""
+    if buffer_tokens == 0:
+        return 0.0
+    return min(0.0, max(-1.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))

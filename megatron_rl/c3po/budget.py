@@ -79,12 +79,39 @@ def select(
     return Selection(steps=tuple(steps), left_over=tuple(remaining), num_cut_tokens=num_cut)
 
 
-def prompts_to_sample(missing_tokens: int, mean_response_tokens: float, group_size: int) -> int:
-    """How many more prompts, of `group_size` responses each, a rollout phase should sample to fill its budget.
+@dataclass(slots=True, kw_only=True)
+class Shortfall:
+    """What a rollout phase still lacks, and how many prompts should be sampled for it. The sampler only asks.
 
-    One group more than the expectation: a second wave of a few prompts leaves most decoding slots idle and costs more
-    than the surplus, which the next step uses first.
+    unit: what is counted; responses' tokens for a budget, whole groups otherwise.
+    missing: in that unit; at most 0 when nothing is missing.
+    per_prompt: what one prompt is expected to bring, filtered groups counted as nothing; None before anything is known.
+        It becomes the mean over the phase as waves are added.
     """
-    if missing_tokens <= 0:
-        return 0
-    return math.ceil(missing_tokens / (max(mean_response_tokens, 1.0) * group_size)) + 1
+
+    unit: Literal["tokens", "groups"]
+    missing: float
+    per_prompt: float | None
+    _gained: float = 0.0
+    _num_prompts: int = 0
+
+    def more_prompts(self, first_wave: int) -> int:
+        """Prompts of the next wave; `first_wave` while nothing is known.
+
+        Tokens get one group more than the expectation: a second wave of a few prompts leaves most decoding slots idle
+        and costs more than the surplus, which the next step uses first.
+        """
+        if self.missing <= 0:
+            return 0
+        if self.per_prompt is None:
+            return first_wave
+        return math.ceil(self.missing / self.per_prompt) + (self.unit == "tokens")
+
+    def add(self, num_prompts: int, kept_lengths: Sequence[Sequence[int]]) -> None:
+        """Count a wave of `num_prompts` prompts; kept_lengths: response tokens of each group that was kept."""
+        gained = sum(map(sum, kept_lengths)) if self.unit == "tokens" else len(kept_lengths)
+        self.missing -= gained
+        self._gained += gained
+        self._num_prompts += num_prompts
+        if self._gained:  # before anything was kept there is nothing to plan by
+            self.per_prompt = self._gained / self._num_prompts

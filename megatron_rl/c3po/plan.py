@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from megatron_rl.c3po.algorithms import Algorithm, normalise
 from megatron_rl.c3po.budget import Pick, select, selection_order
 from megatron_rl.c3po.packing import CostModel, pack_micro_batches
 from megatron_rl.records import Group, Plan, Sample, Selected, StepPlan
@@ -31,10 +32,11 @@ def schedule(
     groups: Sequence[Group],
     carried: Sequence[Sample],
     *,
-    algorithm: Literal["c3po", "grpo"],
+    algorithm: Algorithm,
     budgets: Sequence[int],
     cut: Literal["token", "response"],
     keep_surplus: bool,
+    max_response_tokens: int,
     policy_version: int,
     seed: int,
     num_data_ranks: int,
@@ -43,38 +45,43 @@ def schedule(
 ) -> Schedule:
     """Build the plan of one train phase.
 
-    budgets: Phi of each optimizer step; GRPO uses only their number and trains every sample.
-    policy_version: of the weights now being trained; samples of older versions use their recorded log-probs.
+    budgets: Phi of each optimizer step; an algorithm without a budget uses only their number and trains every sample.
+    policy_version: of the weights now being trained.
     seed: decides the order of selection.
     """
     groups = sorted(groups, key=lambda group: group.prompt_id)
     samples = (*carried, *(sample for group in groups for sample in group.samples))
     lengths = [sample.response.num_output_tokens for sample in samples]
     order = selection_order(len(carried), [len(group.samples) for group in groups], seed)
-    if algorithm == "grpo":
-        per_step = _split([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))
-        left_over: tuple[int, ...] = ()
-        num_cut = 0
-    else:
+    if algorithm.uses_budget:
         selection = select(lengths, order, budgets, cut)
-        per_step, left_over, num_cut = list(selection.steps), selection.left_over, selection.num_cut_tokens
+        per_step, left_over, num_cut = selection.steps, selection.left_over, selection.num_cut_tokens
+    else:
+        per_step = _split([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))
+        left_over, num_cut = (), 0
 
     steps = []
     for step, (picks, budget) in enumerate(zip(per_step, budgets, strict=True)):
+        scales, denominator = normalise(
+            algorithm.normalisation,
+            [pick.num_loss_tokens for pick in picks],
+            budget=budget,
+            max_response_tokens=max_response_tokens,
+        )
         selected = tuple(
             Selected(
                 index=pick.index,
                 num_prompt_tokens=len(samples[pick.index].response.prompt_ids),
                 num_loss_tokens=pick.num_loss_tokens,
-                loss_scale=1.0 / lengths[pick.index] if algorithm == "grpo" else 1.0,
+                loss_scale=scale,
                 # From the second optimizer step of a phase on, the weights are no longer those that sampled.
-                stale=step > 0 or samples[pick.index].response.policy_version != policy_version,
+                fresh=step == 0 and samples[pick.index].response.policy_version == policy_version,
             )
-            for pick in picks
+            for pick, scale in zip(picks, scales, strict=True)
         )
         steps.append(
             StepPlan(
-                denominator=float(len(picks) if algorithm == "grpo" else budget),
+                denominator=denominator,
                 selected=selected,
                 micro_batches=pack_micro_batches([s.num_tokens for s in selected], num_data_ranks, token_cap, cost),
             )
@@ -89,7 +96,7 @@ def schedule(
     )
 
 
-def _split(picks: Sequence[Pick], num_steps: int) -> list[tuple[Pick, ...]]:
+def _split(picks: Sequence[Pick], num_steps: int) -> tuple[tuple[Pick, ...], ...]:
     """Consecutive parts of sizes that differ by one at most."""
     bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
-    return [tuple(picks[a:b]) for a, b in pairwise(bounds)]
+    return tuple(tuple(picks[a:b]) for a, b in pairwise(bounds))

@@ -5,12 +5,16 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import read_prompts
+from megatron_rl.records import Response
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.client import GenerationClient
 from megatron_rl.rollout.sampler import Question, Sampler
@@ -70,7 +74,9 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
         clients = [GenerationClient(server.url) for server in servers]
         with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
             # A seed of its own: evaluation must not repeat the random numbers of training.
-            sampler = Sampler(clients, rewards, tokenizer.decode, rollout, seed=config.seed + 1_000_000_007)
+            sampler = Sampler(
+                clients, rewards, tokenizer.decode, _no_advantages, rollout, seed=config.seed + 1_000_000_007
+            )
             groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
     finally:
         for client in clients:
@@ -94,6 +100,11 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
         response_tokens_mean=sum(lengths) / len(lengths),
         seconds=time.perf_counter() - started,
     )
+
+
+def _no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
+    """Evaluation trains nothing."""
+    return np.zeros(len(responses))
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rl.c3po.advantage import group_advantages
-from megatron_rl.c3po.budget import prompts_to_sample
+from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample
@@ -47,10 +46,12 @@ class Sampler:
         clients: Sequence[GenerationClient],
         rewards: RewardPool,
         decode: Callable[[Sequence[int]], str],
+        advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
         seed: int,
     ) -> None:
-        self._clients, self._rewards, self._decode = clients, rewards, decode
+        """advantages: of one group, float64 [K] from its responses and rewards [K]."""
+        self._clients, self._rewards, self._decode, self._advantages = clients, rewards, decode, advantages
         self._outstanding_tokens = [0] * len(clients)
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         slots = rollout.max_running_requests * len(clients)
@@ -71,34 +72,32 @@ class Sampler:
         self,
         take: Callable[[int], list[Question]],
         policy_version: int,
-        missing_tokens: int,
-        mean_response_tokens: float | None,
+        shortfall: Shortfall,
+        keep: Callable[[Group], bool],
         max_waves: int,
-    ) -> list[Group]:
-        """Groups that hold at least `missing_tokens` response tokens, in waves; none when nothing is missing.
+    ) -> tuple[list[Group], list[Group]]:
+        """Sample in waves until nothing is missing; the groups that `keep` takes, and those that it does not.
 
-        take: gives the next n questions. mean_response_tokens: the running mean, None at the start of a run, when the
-        first wave is `prompts_per_step` prompts. ValueError after `max_waves` waves.
+        take: gives the next n questions. shortfall: counted down as waves arrive. ValueError after `max_waves` waves.
         """
-        groups: list[Group] = []
+        kept: list[Group] = []
+        filtered: list[Group] = []
         for _ in range(max_waves):
-            if missing_tokens <= 0:
-                return groups
-            if mean_response_tokens is None:
-                count = self._rollout.prompts_per_step
-            else:
-                count = prompts_to_sample(missing_tokens, mean_response_tokens, self._rollout.samples_per_prompt)
+            count = shortfall.more_prompts(first_wave=self._rollout.prompts_per_step)
+            if count == 0:
+                return kept, filtered
             wave = await self.sample(take(count), policy_version)
-            lengths = [s.response.num_output_tokens for group in wave for s in group.samples]
-            groups += wave
-            missing_tokens -= sum(lengths)
-            mean_response_tokens = sum(lengths) / len(lengths)
-        if missing_tokens > 0:
+            good = [group for group in wave if keep(group)]
+            kept += good
+            filtered += [group for group in wave if not keep(group)]
+            shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
+        if shortfall.missing > 0:
             raise ValueError(
-                f"the token budget still lacks {missing_tokens} tokens after {max_waves} rollout waves "
-                "(budget.max_waves); raise budget.max_waves or lower budget.tokens"
+                f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit} after {max_waves} waves "
+                f"(budget.max_waves), of {len(kept) + len(filtered)} groups {len(filtered)} had equal rewards and were "
+                "filtered out; raise budget.max_waves, lower the budget or choose prompts of fitting difficulty"
             )
-        return groups
+        return kept, filtered
 
     async def _group(self, question: Question, policy_version: int, size: int, timeout_seconds: float) -> Group:
         async with self._in_flight:
@@ -136,7 +135,7 @@ class Sampler:
             )
         texts = [self._decode(response.output_ids.tolist()) for response in responses]
         verdicts = await asyncio.gather(*(self._rewards.score_async(text, question.prompt.answer) for text in texts))
-        advantages = group_advantages(np.array([verdict.score for verdict in verdicts]))
+        advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         return Group(
             prompt_id=question.prompt_id,
             samples=tuple(

@@ -1,7 +1,6 @@
 """Rank 0's side of a step: new weights to the server, a rollout phase, the plan of the train phase."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Coroutine, Sequence
@@ -10,17 +9,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
+from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
-from megatron_rl.records import Group, Sample
+from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import pack_samples, unpack_samples
 from megatron_rl.rollout.client import GenerationClient, together
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.server import EmbeddedServer, start_servers, stop_servers, wait_all_ready
+from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ class Collector:
         """Starts the servers and waits until they serve. ValueError for data that cannot be used."""
         self._config, self._signals, self._cost = config, signals, cost
         self._num_data_ranks = num_data_ranks
+        self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(num_ranks)
         self._tokenizer = load_tokenizer(config.model.path)
         prompts = read_prompts(config.data.train)
@@ -45,7 +49,7 @@ class Collector:
         self._stream = PromptStream(prompts, config.seed)
         self.cursor = 0
         self.carried: tuple[Sample, ...] = ()
-        self.mean_response_tokens: float | None = None
+        self.tokens_per_prompt: float | None = None
         self._loop = asyncio.Runner()
         self._servers: list[EmbeddedServer] = []
         self._clients: list[GenerationClient] = []
@@ -55,15 +59,17 @@ class Collector:
         except BaseException:
             self.close()
             raise
-        self._sampler = Sampler(self._clients, self._rewards, self._decode, config.rollout, config.seed)
+        self._sampler = Sampler(
+            self._clients, self._rewards, self._decode, self._advantages, config.rollout, config.seed
+        )
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON and carried samples. `restore` takes both."""
-        state = {"cursor": self.cursor, "mean_response_tokens": self.mean_response_tokens}
+        state = {"cursor": self.cursor, "tokens_per_prompt": self.tokens_per_prompt}
         return state, pack_samples(self.carried)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
-        self.cursor, self.mean_response_tokens = state["cursor"], state["mean_response_tokens"]
+        self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
         self.carried = unpack_samples(carried)
 
     def update_weights(self, directory: Path, policy_version: int) -> None:
@@ -80,31 +86,34 @@ class Collector:
         """
         config = self._config
         started = time.perf_counter()
-        keep = config.algorithm.name == "c3po" and config.budget.under_full == "refill"
-        fresh_enough = [
-            s for s in self.carried if policy_version - s.response.policy_version <= config.budget.max_staleness
-        ]
-        num_stale = len(self.carried) - len(fresh_enough)
+        refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
+        oldest = policy_version - config.budget.max_staleness
+        fresh_enough = [sample for sample in self.carried if sample.response.policy_version >= oldest]
+        stale = [sample for sample in self.carried if sample.response.policy_version < oldest]
+        if refill:
+            missing = sum(self._budgets) - sum(s.response.num_output_tokens for s in fresh_enough)
+            shortfall = Shortfall(unit="tokens", missing=missing, per_prompt=self.tokens_per_prompt)
+        else:
+            shortfall = Shortfall(unit="groups", missing=config.rollout.prompts_per_step, per_prompt=1.0)
         cursor = self.cursor
         try:
-            if keep:
-                missing = sum(self._budgets) - sum(s.response.num_output_tokens for s in fresh_enough)
-                waves = config.budget.max_waves
-                rollout = self._sampler.fill(self._take, policy_version, missing, self.mean_response_tokens, waves)
-            else:
-                rollout = self._sampler.sample(self._take(config.rollout.prompts_per_step), policy_version)
-            groups = self._loop.run(self._watched(rollout))
+            rollout = self._sampler.fill(
+                self._take, policy_version, shortfall, self._is_wanted, config.budget.max_waves
+            )
+            kept, filtered = self._loop.run(self._watched(rollout))
         except BaseException:
             self.cursor = cursor
             raise
         rollout_seconds = time.perf_counter() - started
+        wanted = len(kept) if refill else config.rollout.prompts_per_step
         plan = schedule(
-            groups,
+            kept[:wanted],
             fresh_enough,
-            algorithm=config.algorithm.name,
+            algorithm=self._algorithm,
             budgets=self._budgets,
             cut=config.budget.cut,
-            keep_surplus=keep,
+            keep_surplus=refill,
+            max_response_tokens=config.rollout.max_response_tokens,
             policy_version=policy_version,
             # A different permutation every phase, from the run's seed alone.
             seed=config.seed * 1_000_003 + policy_version,
@@ -112,13 +121,23 @@ class Collector:
             token_cap=config.train.micro_batch_tokens,
             cost=self._cost,
         )
+        phase = Phase(
+            generated=kept + filtered,
+            filtered=filtered,
+            unneeded=kept[wanted:],
+            stale=stale,
+            schedule=plan,
+        )
         self.carried = plan.carried
-        self._write_rollouts(policy_version, plan)
-        metrics = _rollout_metrics(groups, plan)
-        if metrics["num_generated_tokens"]:
-            self.mean_response_tokens = metrics["response_tokens_mean"]
+        if refill:
+            self.tokens_per_prompt = shortfall.per_prompt
+        phase.write(
+            config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl",
+            lambda position: self._stream.take(position, 1)[0][0].id,
+            self._tokenizer.decode,
+        )
+        metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
         metrics |= {
-            "num_dropped_stale": num_stale,
             "rollout_seconds": rollout_seconds,
             "generated_tokens_per_second": metrics["num_generated_tokens"] / rollout_seconds,
             "plan_seconds": time.perf_counter() - started - rollout_seconds,
@@ -169,54 +188,11 @@ class Collector:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _write_rollouts(self, policy_version: int, plan: Schedule) -> None:
-        """One JSON row per sample that the plan considered: what was sampled, how it scored, what became of it."""
-        trained = {s.index: s.num_loss_tokens for step in plan.plan.steps for s in step.selected}
-        carried = {sample.id for sample in plan.carried}
-        folder = self._config.run_dir / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step_{policy_version:06d}.jsonl").open("w") as file:
-            for index, sample in enumerate(plan.samples):
-                response = sample.response
-                outcome = "trained" if index in trained else "carried" if sample.id in carried else "dropped"
-                row = {
-                    "prompt_id": self._stream.take(response.prompt_id, 1)[0][0].id,
-                    "position": response.prompt_id,
-                    "sample_index": response.sample_index,
-                    "prompt": self._tokenizer.decode(response.prompt_ids.tolist()),
-                    "response": self._tokenizer.decode(response.output_ids.tolist()),
-                    "reward": sample.reward,
-                    "reason": sample.reason,
-                    "advantage": sample.advantage,
-                    "policy_version": response.policy_version,
-                    "finish_reason": response.finish_reason,
-                    "num_tokens": response.num_output_tokens,
-                    "num_loss_tokens": trained.get(index, 0),
-                    "outcome": outcome,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def _advantages(self, responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
+        longest, buffer = self._config.rollout.max_response_tokens, self._config.reward.overlong_buffer_tokens
+        penalties = [overlong_penalty(response.num_output_tokens, longest, buffer) for response in responses]
+        return group_advantages(rewards + penalties, self._algorithm.advantage)
 
-
-def _rollout_metrics(groups: Sequence[Group], plan: Schedule) -> dict[str, Any]:
-    """Of the samples of this phase; of those that it trains where carried ones filled the whole budget."""
-    num_fresh = sum(len(group.samples) for group in groups)
-    fresh = [sample for group in groups for sample in group.samples] or plan.samples
-    lengths = np.array([sample.response.num_output_tokens for sample in fresh])
-    rewards = np.array([sample.reward for sample in fresh])
-    decided = sum(len({sample.reward for sample in group.samples}) == 1 for group in groups)
-    return {
-        "reward": float(rewards.mean()),
-        "num_prompts": len(groups),
-        "num_samples": num_fresh,
-        "num_generated_tokens": int(lengths.sum()) if num_fresh else 0,
-        "response_tokens_mean": float(lengths.mean()),
-        "response_tokens_std": float(lengths.std()),
-        "truncated_share": sum(sample.response.finish_reason == "length" for sample in fresh) / max(1, len(fresh)),
-        "uniform_group_share": decided / max(1, len(groups)),
-        "no_answer_share": sum(sample.reason == "no_answer" for sample in fresh) / max(1, len(fresh)),
-        "reward_error_share": sum(sample.reason in ("timeout", "error") for sample in fresh) / max(1, len(fresh)),
-        "num_carried": len(plan.carried),
-        "num_dropped": plan.num_dropped,
-        "num_cut_tokens": plan.num_cut_tokens,
-        "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.plan.steps),
-    }
+    def _is_wanted(self, group: Group) -> bool:
+        """Dynamic sampling drops groups that teach nothing: all right or all wrong."""
+        return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1

@@ -33,6 +33,7 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
     if config.algorithm.kl_coefficient:
         session.trainer.keep_reference()
+    objective = PolicyObjective(config.algorithm, session.context_group)
     restored = session.restore()
     first = restored[0]["step"] if restored else 0
     folder = WeightFolder(session.control, session.bailing.num_parameters() * session.model.dtype.itemsize)
@@ -47,12 +48,7 @@ def run_rl(config: RlConfig, resume: bool) -> int:
                 if work.save and step > first:
                     session.save(step, *_driver_state(leader, step))
                 return work.exit_code
-            results = [
-                session.trainer.train_step(
-                    micro_batches, PolicyObjective(config.algorithm), planned.denominator, config.rollout.temperature
-                )
-                for planned, micro_batches in zip(work[0].steps, work[1], strict=True)
-            ]
+            results = _train(session, config, objective, *work)
             folder.write(session.export)
             if leader:
                 leader.end(step, results)
@@ -67,6 +63,21 @@ def run_rl(config: RlConfig, resume: bool) -> int:
             leader.close()
         folder.close()
         session.close()
+
+
+def _train(
+    session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work
+) -> list[StepResult]:
+    """The train phase: the plan's optimizer steps over this rank's samples."""
+    trainer, temperature = session.trainer, config.rollout.temperature
+    batches = [[trainer.micro_batch(sequences) for sequences in step] for step in work]
+    if config.algorithm.trains_on_own_old_logprobs and len(batches) > 1:
+        # The first step starts from the weights that these log-probs would be of, and needs none.
+        batches[1:] = [trainer.with_old_logprobs(step, temperature) for step in batches[1:]]
+    return [
+        trainer.train_step(step, objective, planned.denominator, temperature)
+        for planned, step in zip(plan.steps, batches, strict=True)
+    ]
 
 
 def _follow(session: Session) -> tuple[Plan, Work] | Stop:
@@ -141,15 +152,12 @@ class Leader:
             "num_loss_tokens": last.num_loss_tokens,
             "num_loss_tokens_by_step": [r.num_loss_tokens for r in results],
             "num_forward_tokens": trained,
-            "loss": last.means["loss"],
-            "entropy": last.means["entropy"],
-            "kl": last.means["kl"],
-            "clip_share": last.means["clip_share"],
+            "padding_share": 1.0 - forwarded / max(1, trained),
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
-            "logprob_difference_mean": results[0].logprob_difference_mean,
-            "logprob_difference_p999": results[0].logprob_difference_p999,
-            "logprob_difference_max": results[0].logprob_difference_max,
+            **last.metrics,
+            # Of the first optimizer step: its tokens are the only ones that the trained weights themselves sampled.
+            **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
             "train_seconds": now - self._trained_from,
             "step_seconds": seconds,
             "trained_tokens_per_second": trained / (now - self._trained_from),

@@ -94,15 +94,14 @@ def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndar
             for position in micro_batch:
                 selected = step.selected[position]
                 count = selected.num_loss_tokens
-                recorded = logprobs[logprob : logprob + count]
                 work[-1][-1].append(
                     TrainSequence(
                         token_ids=tokens[token : token + selected.num_tokens],
                         loss_positions=np.arange(selected.num_prompt_tokens, selected.num_tokens, dtype=np.int32),
                         weight=selected.loss_scale,
                         advantage=float(advantages[sample]),
-                        old_logprobs=recorded if selected.stale else np.full(count, np.nan, np.float32),
-                        rollout_logprobs=recorded,
+                        rollout_logprobs=logprobs[logprob : logprob + count],
+                        fresh=selected.fresh,
                     )
                 )
                 token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1

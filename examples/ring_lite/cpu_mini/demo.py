@@ -9,13 +9,13 @@ is moved aside, never deleted.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
+
+import stages
 
 from megatron_rl import lifeline
 
@@ -38,14 +38,7 @@ def main() -> int:
     parser.add_argument("--sft-steps", type=int, help="steps of the warm start; default: those of sft.toml")
     arguments = parser.parse_args()
     lifeline.watch_parent()  # the Makefile names make as the process to follow
-    demo = Demo(arguments)
-    try:
-        return demo.run()
-    except subprocess.CalledProcessError as error:
-        # The stage has said what is wrong.
-        return error.returncode if 0 < error.returncode < 128 else 1
-    except KeyboardInterrupt:
-        return 130
+    return stages.exit_code(Demo(arguments).run)
 
 
 class Demo:
@@ -54,19 +47,17 @@ class Demo:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.folder: Path = arguments.run
-        self.started = time.time()
-        self.common = ["--set", f"seed={arguments.seed}"]
-        for name in ("tensor", "expert", "pipeline"):
-            self.common += ["--set", f"parallel.{name}={getattr(arguments, name)}"]
+        layout = {f"parallel.{name}": getattr(arguments, name) for name in ("tensor", "expert", "pipeline")}
+        self.common = stages.settings({"seed": arguments.seed, **layout})
 
     def run(self) -> int:
         self.prepare_folder()
         folder, seed = self.folder, str(self.arguments.seed)
         if not (folder / "model").exists():
-            self.python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", "--seed", seed)
+            stages.run_python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", "--seed", seed)
         if not (folder / "data/test.jsonl").exists():
             options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--num-test", "1024", "--seed", seed]
-            self.python("a task", ROOT / "tools/make_task_data.py", folder / "data", *options)
+            stages.run_python("a task", ROOT / "tools/make_task_data.py", folder / "data", *options)
         self.train("warm start", "sft", self.arguments.sft_steps, model=folder / "model")
         before = self.evaluate("before", folder / "sft/hf")
         self.train("reinforcement learning", "rl", self.arguments.steps, model=folder / "sft/hf")
@@ -106,34 +97,22 @@ class Demo:
                 "data.test": data / "test.jsonl",
             }
         )
-        options = [part for key, value in paths.items() for part in ("--set", f"{key}={value}")]
-        if steps:
-            options += ["--set", f"train.steps={steps}"]
+        options = stages.settings(paths | ({"train.steps": steps} if steps else {}))
         if (run_dir / "checkpoints/latest").exists():
             options.append("--resume")
         if self.arguments.nproc > 1:
             options += ["--nproc", str(self.arguments.nproc)]
-        self.python(title, "-m", "megatron_rl.cli", command, HERE / f"{stage}.toml", *self.common, *options)
+        stages.run_python(title, "-m", "megatron_rl.cli", command, HERE / f"{stage}.toml", *self.common, *options)
 
     def evaluate(self, when: str, model: Path) -> dict:
         output = self.folder / f"accuracy_{when}.json"
         if not output.exists():
-            options = ["--set", f"data.test={self.folder / 'data/test.jsonl'}", "--set", f"run_dir={self.folder}"]
-            options += ["--set", f"seed={self.arguments.seed}", "--model", model, "--output", output]
-            self.python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "rl.toml", *options)
+            options = stages.settings(
+                {"data.test": self.folder / "data/test.jsonl", "run_dir": self.folder, "seed": self.arguments.seed}
+            )
+            options += ["--model", str(model), "--output", str(output)]
+            stages.run_python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "rl.toml", *options)
         return json.loads(output.read_text())
-
-    def python(self, title: str, *command: object) -> None:
-        """Run a stage as a process of its own that ends when this one does."""
-        print(f"[{time.time() - self.started:5.0f} s] {title}", flush=True)
-        environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=Path.cwd(), env=environment)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = process.wait()  # the terminal gave the stage its Ctrl-C too: let it save and stop its server
-        if code:
-            raise subprocess.CalledProcessError(code, command)
 
     def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
         """The run's files where a reader looks for them, summary.json, and the result in words."""
@@ -156,7 +135,7 @@ class Demo:
             "tokens_per_step_cv": statistics.pstdev(tokens) / statistics.mean(tokens),
             "logprob_difference_p999": max(row["logprob_difference_p999"] for row in rows),
             "max_logprob_difference": max(row["logprob_difference_max"] for row in rows),
-            "total_seconds": time.time() - self.started,
+            "total_seconds": stages.seconds(),
             "seed": self.arguments.seed,
             "git_commit": git_commit(),
         }
@@ -166,7 +145,7 @@ class Demo:
                 link.symlink_to(Path("rl") / name)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(
-            f"[{time.time() - self.started:5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
+            f"[{stages.seconds():5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
             f"{len(rows)} steps, on {after['num_prompts']} unseen prompts\n"
             f"summary {self.folder / 'summary.json'}, plot {self.folder / 'plot.png'}"
         )

@@ -1,0 +1,42 @@
+"""Running the stages of an example one after the other, each a command of its own that ends when the example does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+_started = time.time()
+
+
+def seconds() -> float:
+    """Since the example started."""
+    return time.time() - _started
+
+
+def run_python(title: str, *command: object) -> None:
+    """Run `python *command`; CalledProcessError when it fails, after it has said what is wrong."""
+    print(f"[{seconds():5.0f} s] {title}", flush=True)
+    environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
+    process = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # the terminal gave the stage its Ctrl-C too: let it save and stop its server
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def settings(values: dict[str, object]) -> list[str]:
+    """`--set key=value` for a megatron-rl command."""
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Of an example: that of the stage that failed, since that stage has explained it."""
+    try:
+        return run()
+    except subprocess.CalledProcessError as error:
+        return error.returncode if 0 < error.returncode < 128 else 1
+    except KeyboardInterrupt:
+        return 130

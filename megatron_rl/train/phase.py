@@ -1,0 +1,118 @@
+"""One rollout phase as it ended: every sample of it, what became of each, and the numbers for the log."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.c3po.packing import CostModel, barrier_cost
+from megatron_rl.c3po.plan import Schedule
+from megatron_rl.records import Group, Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """generated: groups sampled in this phase, filtered ones too.
+
+    filtered: those of them that dynamic sampling dropped. unneeded: those beyond the groups that were wanted.
+    stale: carried samples that waited longer than `budget.max_staleness` allows.
+    schedule: the plan over everything else.
+    """
+
+    generated: Sequence[Group]
+    filtered: Sequence[Group]
+    unneeded: Sequence[Group]
+    stale: Sequence[Sample]
+    schedule: Schedule
+
+    def outcomes(self) -> Iterator[tuple[Sample, str, int]]:
+        """Every sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a later phase."""
+        trained = {s.index: s.num_loss_tokens for step in self.schedule.plan.steps for s in step.selected}
+        left_over = "carried" if self.schedule.num_dropped == 0 else "dropped: over the budget"
+        for index, sample in enumerate(self.schedule.samples):
+            yield (sample, "trained", trained[index]) if index in trained else (sample, left_over, 0)
+        for group in self.filtered:
+            yield from ((sample, "dropped: equal rewards", 0) for sample in group.samples)
+        for group in self.unneeded:
+            yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
+        yield from ((sample, "dropped: stale", 0) for sample in self.stale)
+
+    def write(self, path: Path, name_of: Callable[[int], str], decode: Callable[[list[int]], str]) -> None:
+        """One JSON row per sample. name_of: a prompt's id in the data from its position in the stream."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for sample, outcome, num_loss_tokens in self.outcomes():
+                response = sample.response
+                row = {
+                    "prompt_id": name_of(response.prompt_id),
+                    "position": response.prompt_id,
+                    "sample_index": response.sample_index,
+                    "prompt": decode(response.prompt_ids.tolist()),
+                    "response": decode(response.output_ids.tolist()),
+                    "reward": sample.reward,
+                    "reason": sample.reason,
+                    "advantage": sample.advantage,
+                    "policy_version": response.policy_version,
+                    "finish_reason": response.finish_reason,
+                    "num_tokens": response.num_output_tokens,
+                    "num_loss_tokens": num_loss_tokens,
+                    "outcome": outcome,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def metrics(self, budget_tokens: int | None, cost: CostModel) -> dict[str, Any]:
+        """Of the samples generated in this phase, or of those it trains where carried ones filled the whole budget.
+
+        budget_tokens: of all optimizer steps of the phase; None for an algorithm without a budget.
+        """
+        plan, samples = self.schedule.plan, self.schedule.samples
+        own = [sample for group in self.generated for sample in group.samples]
+        seen = own or list(samples)
+        lengths = np.array([sample.response.num_output_tokens for sample in seen])
+        selected = [s for step in plan.steps for s in step.selected]
+        advantages = np.array([samples[s.index].advantage for s in selected])
+        uniform = sum(len({sample.reward for sample in group.samples}) == 1 for group in self.generated)
+        num_loss_tokens = sum(s.num_loss_tokens for s in selected)
+        return {
+            "reward": float(np.mean([sample.reward for sample in seen])),
+            "num_prompts": len(self.generated),
+            "num_samples": len(own),
+            "num_generated_tokens": int(lengths.sum()) if own else 0,
+            "response_tokens_mean": float(lengths.mean()),
+            "response_tokens_std": float(lengths.std()),
+            "response_tokens_p90": float(np.quantile(lengths, 0.9)),
+            "response_tokens_max": int(lengths.max()),
+            "advantage_mean": float(advantages.mean()),
+            "advantage_std": float(advantages.std()),
+            "advantage_max": float(np.abs(advantages).max()),
+            "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
+            "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
+            "reward_error_share": _share(seen, lambda sample: sample.reason in ("timeout", "error")),
+            "uniform_group_share": uniform / max(1, len(self.generated)),
+            "num_trained_samples": len(selected),
+            "budget_use": num_loss_tokens / budget_tokens if budget_tokens else None,
+            "num_cut_tokens": self.schedule.num_cut_tokens,
+            "num_carried": len(self.schedule.carried),
+            "num_dropped_over_budget": self.schedule.num_dropped,
+            "num_dropped_equal_rewards": sum(len(group.samples) for group in self.filtered),
+            "num_dropped_not_needed": sum(len(group.samples) for group in self.unneeded),
+            "num_dropped_stale": len(self.stale),
+            "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.steps),
+            "micro_batch_imbalance": self._imbalance(cost),
+        }
+
+    def _imbalance(self, cost: CostModel) -> float:
+        """Barrier cost of the phase over what it would be if every rank were always busy; 1 is perfect."""
+        barrier = busy = 0.0
+        for step in self.schedule.plan.steps:
+            lengths = [s.num_tokens for s in step.selected]
+            barrier += barrier_cost(step.micro_batches, lengths, cost)
+            busy += sum(map(cost, lengths)) / len(step.micro_batches)
+        return barrier / busy if busy else 1.0
+
+
+def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:
+    return sum(map(chosen, samples)) / len(samples)
