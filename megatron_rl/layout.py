@@ -7,7 +7,10 @@ from megatron_rl.config.bailing import BailingConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel groups of one training world. `data` follows from the world size."""
+    """Sizes of the parallel groups of one training world. `data` follows from the world size.
+
+    The ranks of a context-parallel group train the same sequences, each its part of every one (model/zigzag.py).
+    """
 
     world_size: int
     tensor: int = 1
@@ -47,8 +50,6 @@ class Layout:
                 f"{self.world_size} training process(es) cannot be divided by expert {self.expert} x expert_tensor "
                 f"{self.expert_tensor} x pipeline {self.pipeline} = {expert_product}; change [parallel]"
             )
-        if self.context != 1:
-            raise ValueError(f"parallel.context must be 1 for now, got {self.context}")
         _must_divide("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
         _must_divide("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads)
         _must_divide("expert", self.expert, "num_experts", model.num_experts)

@@ -61,11 +61,13 @@ def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -
     """Host memory of a run on this machine: training state of all ranks, logits of a micro-batch, server and cache."""
     layout = config.parallel.layout(world_size)
     weights = bailing.num_parameters()
-    # Weights and gradients on every data-parallel rank, optimizer state once; two exports in the shared folder.
-    state = weights * (8 * layout.data + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
+    # Weights and gradients on every data- and context-parallel rank, optimizer state once; two exports in the shared
+    # folder.
+    replicas = layout.data * layout.context
+    state = weights * (8 * replicas + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
     if isinstance(config, RlConfig) and config.algorithm.kl_coefficient:
-        state += weights * 8 * layout.data
-    logits = 3 * 4 * config.train.micro_batch_tokens * bailing.vocab_size * layout.data
+        state += weights * 8 * replicas
+    logits = 3 * 4 * config.train.micro_batch_tokens * bailing.vocab_size * replicas
     total = state + logits
     if isinstance(config, RlConfig) and not config.rollout.urls:
         per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4

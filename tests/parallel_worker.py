@@ -7,14 +7,17 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.schema import AlgorithmSection, SftConfig
+from megatron_rl.model import zigzag
 from megatron_rl.model.build import load_weights, mpu
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
@@ -37,13 +40,34 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
     ]
 
 
+def whole_logprobs(
+    logprobs: list[torch.Tensor], placed: Sequence[Sequence[int]], sequences: list[TrainSequence], session: Session
+) -> dict[str, torch.Tensor]:
+    """The log-probs of every sequence of this data rank, joined over context-parallel ranks; on the first of them."""
+    rank, size = mpu.get_context_parallel_rank(), session.layout.context
+    out = {}
+    for part, bin_ in zip(logprobs, placed, strict=True):
+        start = 0
+        for i in bin_:
+            predicting = sequences[i].loss_positions - 1
+            held = zigzag.held_positions(zigzag.padded_length(len(sequences[i].token_ids), size), size)[rank]
+            mine = torch.from_numpy(np.isin(predicting, held))
+            whole = part.new_zeros(len(predicting))
+            whole[mine] = part[start : start + int(mine.sum())]
+            start += int(mine.sum())
+            dist.all_reduce(whole, group=mpu.get_context_parallel_group())
+            out[f"logprobs/{i}"] = whole
+        assert start == len(part)
+    return out if rank == 0 else {}
+
+
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
             "threads": 1,
-            "model": {"path": spec["model"], "dtype": spec.get("dtype", "float32")},
+            "model": {"path": spec["model"]},
             "parallel": spec.get("parallel", {}),
             "moe": spec.get("moe", {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}),
             "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)},
@@ -51,25 +75,30 @@ def main(folder: Path) -> None:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
+    # Users have no float64; here it tells rounding from mistakes.
+    wanted = {"dtype": spec.get("dtype", "float32"), "recompute": spec.get("recompute", False)}
+    section = config.model.model_copy(update=wanted)
+    config = config.model_copy(update={"model": section})
     whole_gradients = spec.get("whole_gradients", True)
     session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
     if "resume_from" in spec:
         state.load(Path(spec["resume_from"]), session.trainer)
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
-    placed = pack_micro_batches(lengths, session.layout.data, spec["token_cap"], cost_model(session.bailing))
+    placed = pack_micro_batches(lengths, session.layout.data, config.micro_batch_cap, cost_model(session.bailing))
     mine = [[sequences[i] for i in bin_] for bin_ in placed[session.layout.data_rank(session.rank)]]
     out: dict[str, torch.Tensor] = {}
 
+    logprobs = session.trainer.logprobs(mine)
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
-        order = [i for bin_ in placed[session.layout.data_rank(session.rank)] for i in bin_]
-        logprobs = torch.cat(session.trainer.logprobs(mine) or [torch.zeros(0)])
-        parts = logprobs.split([len(sequences[i].loss_positions) for i in order])
-        out |= {f"logprobs/{i}": part.clone() for i, part in zip(order, parts, strict=True)}
-    else:
-        session.trainer.logprobs(mine)
+        out |= whole_logprobs(logprobs, placed[session.layout.data_rank(session.rank)], sequences, session)
 
-    objective = PolicyObjective(AlgorithmSection(entropy_coefficient=spec.get("entropy_coefficient", 0.01)))
+    algorithm = AlgorithmSection(
+        entropy_coefficient=spec.get("entropy_coefficient", 0.01), kl_coefficient=spec.get("kl_coefficient", 0.0)
+    )
+    if algorithm.kl_coefficient:
+        session.trainer.keep_reference()
+    objective = PolicyObjective(algorithm)
     for step in range(spec.get("steps", 1)):
         result = session.trainer.train_step(mine, objective, spec["denominator"])
         if step == 0 and whole_gradients:

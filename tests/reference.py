@@ -20,8 +20,10 @@ def load_reference(model_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name: t.double().requires_grad_() for name, t in tensors.items()}
 
 
-def forward(config: dict[str, Any], w: dict[str, Tensor], ids: list[int]) -> Tensor:
-    """Logits [n, V] of one sequence."""
+def forward(
+    config: dict[str, Any], w: dict[str, Tensor], ids: list[int], routers: dict[int, list[Tensor]] | None = None
+) -> Tensor:
+    """Logits [n, V] of one sequence. routers: by layer, where the router's logits [n, E] are put down."""
     h = w["model.word_embeddings.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
@@ -31,6 +33,8 @@ def forward(config: dict[str, Any], w: dict[str, Tensor], ids: list[int]) -> Ten
             h = h + _mlp(w, p + "mlp.", x)
         else:
             h = h + _moe(config, w, p + "mlp.", x)
+            if routers is not None:
+                routers.setdefault(layer, []).append(x @ w[p + "mlp.gate.weight"].T)
     head = w["lm_head.weight"]
     if config["norm_head"]:
         head = head / (head.detach().norm(dim=0, keepdim=True) + 1e-7)
@@ -96,3 +100,28 @@ def c3po_loss(config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any]
         ratio = (logp - logp.detach()).exp()
         total = total - (row["advantage"] * ratio + spec["entropy_coefficient"] * entropy).sum()
     return total / spec["denominator"]
+
+
+def router_losses(
+    config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], micro_batches: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Summed over layers: the balance loss, a token-weighted mean over micro-batches; the z-loss, a mean over tokens.
+
+    micro_batches: indices of the sequences of each. The balance loss of one with T tokens, N_i of whose T * topk
+    choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti.
+    """
+    balance = z = torch.zeros((), dtype=torch.float64)
+    num_experts, topk = config["num_experts"], config["num_experts_per_tok"]
+    for members in micro_batches:
+        routers: dict[int, list[Tensor]] = {}
+        for i in members:
+            forward(config, w, spec["sequences"][i]["token_ids"], routers)
+        for parts in routers.values():
+            logits = torch.cat(parts)
+            probs = logits.softmax(-1)
+            chosen = probs.topk(topk, -1).indices.flatten()
+            share = chosen.bincount(minlength=num_experts) / len(chosen)
+            balance = balance + len(logits) * num_experts * (share * probs.mean(0)).sum()
+            z = z + (logits.logsumexp(-1) ** 2).sum()
+    total = sum(len(row["token_ids"]) for row in spec["sequences"])
+    return balance / total, z / total

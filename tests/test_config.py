@@ -109,6 +109,7 @@ def small_model(**changes: object) -> BailingConfig:
         ({"world_size": 4, "expert": 4}, r"parallel.expert must divide num_experts 6, got 4; .*\[1, 2, 3, 6\]"),
         ({"world_size": 3, "pipeline": 3}, r"parallel.pipeline must divide num_hidden_layers 4, got 3"),
         ({"world_size": 3, "tensor": 2}, r"3 training process\(es\) cannot be divided by tensor 2"),
+        ({"world_size": 3, "context": 2}, r"3 training process\(es\) cannot be divided by tensor 1 .* context 2 = 2"),
         ({"world_size": 2, "expert": 3}, r"2 training process\(es\) cannot be divided by expert 3"),
     ],
 )
@@ -121,6 +122,16 @@ def test_data_ranks_follow_megatrons_order() -> None:
     layout = Layout(world_size=8, tensor=2, pipeline=2)
     assert layout.data == 2
     assert [layout.data_rank(r) for r in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    layout = Layout(world_size=8, context=2, pipeline=2)
+    assert [layout.data_rank(r) for r in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_context_parallel_ranks_share_a_sequence_and_so_the_cap_of_a_micro_batch(tmp_path: Path) -> None:
+    options = ["train.micro_batch_tokens=64", "parallel.context=2"]
+    config = load_config(RlConfig, write(tmp_path, RL), options)
+    assert config.micro_batch_cap == 128
+    with pytest.raises(ValueError, match=r"micro_batch_tokens 63 x parallel.context 2 is smaller than .* = 128\)"):
+        load_config(RlConfig, write(tmp_path, RL), ["train.micro_batch_tokens=63", "parallel.context=2"])
 
 
 def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(inputs: Path, whole: 
         assert {k: found[k] for k in same} == {k: expected[k] for k in same}
 
 
+def test_two_context_parallel_ranks_train_the_steps_of_one_process(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    # Half the cap on each of two ranks: the same micro-batches, and so the same balance loss.
+    options = ["train.steps=2", "parallel.context=2", "train.micro_batch_tokens=64"]
+    finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for option in options for o in ("--set", option))))
+    for found, expected in zip(rows_of(tmp_path), rows_of(whole)[:2], strict=True):
+        for name in ("reward", "num_loss_tokens", "num_forward_tokens", "num_generated_tokens"):
+            assert found[name] == expected[name], name
+        for name in ("loss", "entropy", "kl", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
 def processes_with(marker: str) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
 

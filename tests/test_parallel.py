@@ -1,24 +1,43 @@
 """Every way to divide the work gives the same gradient, the same step, and the same checkpoint: real gloo ranks."""
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from parallel import run_ranks
-from reference import c3po_loss, load_reference, logprobs_and_entropy
+from reference import c3po_loss, load_reference, logprobs_and_entropy, router_losses
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 
+from megatron_rl.c3po.packing import cost_model, pack_micro_batches
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.layout import Layout
+
 # 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense, for two pipeline stages.
 SHAPE = {"vocab_size": 97, "num_hidden_layers": 4, "norm_head": True}
-LAYOUTS = {
-    "DP2": {},
-    "TP2": {"tensor": 2},
-    "TP2-ETP2": {"tensor": 2, "expert_tensor": 2},
-    "EP2": {"expert": 2},
-    "PP2": {"pipeline": 2},
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "DP2": (2, {}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "TP2-EP2": (2, {"tensor": 2, "expert": 2}),
+    "EP2": (2, {"expert": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP2-EP2": (2, {"context": 2, "expert": 2}),
+    "CP4": (4, {"context": 4}),
+    "CP2xTP2": (4, {"context": 2, "tensor": 2}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2xDP2-EP2": (4, {"context": 2, "expert": 2}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2xDP2": (4, {"tensor": 2}),
+    "TP2xDP2-EP2": (4, {"tensor": 2, "expert": 2}),
+    "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
 }
+# Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
+EXACT = 1e-8
 
 
 def make_spec(model: Path, **changes: object) -> dict:
@@ -46,6 +65,11 @@ def make_spec(model: Path, **changes: object) -> dict:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def after_two_steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return run_ranks(1, make_spec(model, whole_gradients=False, steps=2), tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +102,75 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
     assert float(alone["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["DP2", "TP2", "CP2"])
 def test_two_ranks_give_the_gradient_and_the_step_of_one(
     name: str, model: Path, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    spec = make_spec(model, parallel=LAYOUTS[name])
-    found = run_ranks(2, spec, tmp_path / "run")
+    num_ranks, parallel = LAYOUTS[name]
+    found = run_ranks(num_ranks, make_spec(model, parallel=parallel), tmp_path / "run")
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, alone, prefix) < (1e-4, ""), prefix
     assert float(found["grad_norm"]) == pytest.approx(float(alone["grad_norm"]), rel=1e-4)
+
+
+def moe(layout: Layout) -> dict[str, float]:
+    """The z-loss is linear in tokens. The balance loss is not: it stays the same where micro-batches do."""
+    return {"load_balance_coefficient": 0.05 if layout.data == 1 else 0.0, "z_loss_coefficient": 0.02}
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], dict[str, torch.Tensor]]:
+    """One process in fp64, with the auxiliary losses that a layout can be compared with."""
+    runs: dict[str, dict[str, torch.Tensor]] = {}
+
+    def run(layout: Layout) -> dict[str, torch.Tensor]:
+        losses = moe(layout)
+        key = json.dumps(losses)
+        if key not in runs:
+            spec = make_spec(model, dtype="float64", moe=losses)
+            runs[key] = run_ranks(1, spec, tmp_path_factory.mktemp("exact") / "run")
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
+    name: str, model: Path, exact: Callable[[Layout], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    num_ranks, parallel = LAYOUTS[name]
+    layout = Layout(world_size=num_ranks, **parallel)
+    # The ranks of a context-parallel group share the cap of one process.
+    spec = make_spec(model, dtype="float64", moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
+    found, expected = run_ranks(num_ranks, spec, tmp_path / "run"), exact(layout)
+    for prefix in ("logprobs/", "grad/", "weight/"):
+        assert worst(found, expected, prefix) < (EXACT, ""), prefix
+    # Megatron computes the norm in fp32.
+    assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("balance", "z"), [(0.05, 0.0), (0.0, 0.02)], ids=["balance", "z"])
+def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, model: Path, tmp_path: Path) -> None:
+    # Far from the denominator's scale, and in several micro-batches on two context-parallel ranks.
+    losses = {"load_balance_coefficient": balance, "z_loss_coefficient": z}
+    spec = make_spec(model, dtype="float64", parallel={"context": 2}, token_cap=40, moe=losses)
+    found = run_ranks(2, spec, tmp_path / "run")
+    lengths = [len(row["token_ids"]) for row in spec["sequences"]]
+    ((*micro_batches,),) = pack_micro_batches(lengths, 1, 80, cost_model(load_bailing_config(model)))
+    assert len(micro_batches) > 1
+    config, weights = load_reference(model)
+    expected_balance, expected_z = router_losses(config, weights, spec, [list(m) for m in micro_batches])
+    (c3po_loss(config, weights, spec) + balance * expected_balance + z * expected_z).backward()
+    gradients = {f"grad/{name}": w.grad for name, w in weights.items()}
+    assert worst(found, gradients, "grad/") < (1e-6, "")
+
+
+def test_reference_policy_and_recomputation_work_under_context_parallelism(model: Path, tmp_path: Path) -> None:
+    common = {"dtype": "float64", "kl_coefficient": 0.1, "steps": 2, "whole_gradients": False}
+    expected = run_ranks(1, make_spec(model, **common), tmp_path / "alone")
+    spec = make_spec(model, **common, recompute=True, parallel={"context": 2, "expert": 2})
+    found = run_ranks(2, spec, tmp_path / "run")
+    assert worst(found, expected, "weight/") < (EXACT, "")
 
 
 def test_gradient_does_not_depend_on_the_micro_batch_cap(
@@ -96,7 +180,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_cap(
     assert worst(everything, alone, "grad/") < (1e-5, "")
 
 
-@pytest.mark.parametrize("parallel", [{}, {"expert": 2}], ids=["DP2", "EP2"])
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"context": 2}], ids=["EP2", "CP2"])
 def test_distributed_optimizer_takes_the_same_step(
     parallel: dict, model: Path, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -112,20 +196,28 @@ def test_bfloat16_trains_close_to_float32(model: Path, alone: dict[str, torch.Te
     assert worst(found, alone, "weight/") < (0.02, "")
 
 
-def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(model: Path, tmp_path: Path) -> None:
-    sharded = {"whole_gradients": False}
-    whole = run_ranks(1, make_spec(model, **sharded, steps=2), tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"expert": 2}, {"context": 2}), ({"context": 2, "expert": 2}, {"pipeline": 2})],
+    ids=["from EP2 to CP2", "from CP2-EP2 to PP2"],
+)
+def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
+    before: dict, after: dict, model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     save = str(tmp_path / "checkpoints")
-    run_ranks(2, make_spec(model, **sharded, parallel={"expert": 2}, save_to=save), tmp_path / "first")
-    spec = make_spec(model, **sharded, parallel={"pipeline": 2}, resume_from=f"{save}/step_1")
+    spec = make_spec(model, whole_gradients=False, parallel=before, save_to=save)
+    run_ranks(2, spec, tmp_path / "first")
+    spec = make_spec(model, whole_gradients=False, parallel=after, resume_from=f"{save}/step_1")
     second = run_ranks(2, spec, tmp_path / "second")
-    assert worst(second, whole, "weight/") < (1e-4, "")
+    assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 
 
 @pytest.mark.parametrize(
-    ("name", "parallel"), [("TP2", {"tensor": 2}), ("PP2-EP1", {"pipeline": 2}), ("EP2", {"expert": 2})]
+    "parallel",
+    [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}],
+    ids=["TP2", "PP2", "EP2", "CP2"],
 )
-def test_hugging_face_to_megatron_and_back_is_bit_exact(name: str, parallel: dict, model: Path, tmp_path: Path) -> None:
+def test_hugging_face_to_megatron_and_back_is_bit_exact(parallel: dict, model: Path, tmp_path: Path) -> None:
     run_ranks(2, make_spec(model, parallel=parallel, export=True), tmp_path / "run")
     exported: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "run" / "hf").glob("*.safetensors"):
@@ -136,10 +228,14 @@ def test_hugging_face_to_megatron_and_back_is_bit_exact(name: str, parallel: dic
         assert torch.equal(exported[tensor_name], tensor), tensor_name
 
 
-def test_a_rank_without_sequences_takes_part_and_spoils_nothing(model: Path, tmp_path: Path) -> None:
-    # One sequence for two data-parallel ranks, with the auxiliary losses on: their mean over no tokens must not be NaN.
-    spec = make_spec(model, moe={"load_balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3})
+@pytest.mark.parametrize(("num_ranks", "parallel"), [(2, {}), (4, {"context": 2})], ids=["DP2", "CP2xDP2"])
+def test_a_rank_without_sequences_takes_part_and_adds_nothing(
+    num_ranks: int, parallel: dict, model: Path, tmp_path: Path
+) -> None:
+    # One sequence for two data-parallel ranks: the auxiliary losses of no tokens must be nothing.
+    losses = {"load_balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3}
+    spec = make_spec(model, dtype="float64", moe=losses)
     spec["sequences"] = spec["sequences"][:1]
-    found = run_ranks(2, spec, tmp_path / "run")
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
-    assert float(found["grad_norm"]) > 0
+    expected = run_ranks(1, spec, tmp_path / "alone")
+    found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / "run")
+    assert worst(found, expected, "grad/") < (EXACT, "")

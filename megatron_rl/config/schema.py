@@ -25,7 +25,9 @@ class ModelSection(Section):
     path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto", description="auto takes Transformer Engine where it is installed and a GPU is used, else local"
+        default="auto",
+        description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
+        "else local",
     )
     recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
 
@@ -35,6 +37,11 @@ class ParallelSection(Section):
     pipeline: Positive = 1
     expert: Positive = 1
     expert_tensor: Positive = 1
+    context: Positive = Field(
+        default=1,
+        description="context parallel size: so many ranks share every sequence, each holds its part of it. Needs local "
+        "layers",
+    )
 
     def layout(self, world_size: int) -> Layout:
         return Layout(
@@ -43,6 +50,7 @@ class ParallelSection(Section):
             pipeline=self.pipeline,
             expert=self.expert,
             expert_tensor=self.expert_tensor,
+            context=self.context,
         )
 
 
@@ -59,7 +67,11 @@ class OptimizerSection(Section):
 
 class TrainSection(Section):
     steps: Positive = Field(description="rollout-and-train steps (RL) or optimizer steps (SFT)")
-    micro_batch_tokens: Positive = Field(description="token cap of one micro-batch on one data-parallel rank")
+    micro_batch_tokens: Positive = Field(
+        description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
+        "sequence may be as long as what they hold together. Padding to multiples of 2 x context and of tensor comes "
+        "on top"
+    )
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 saves at the end only")
     keep_last: Positive = Field(default=2, description="checkpoints that are kept")
     phase_deadline_seconds: float = Field(
@@ -83,6 +95,11 @@ class RunConfig(Section):
     moe: MoeSection = MoeSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
+
+    @property
+    def micro_batch_cap(self) -> int:
+        """Tokens of one micro-batch over all the context-parallel ranks that share it."""
+        return self.train.micro_batch_tokens * self.parallel.context
 
 
 class SftData(Section):
@@ -250,9 +267,10 @@ class RlConfig(RunConfig):
                 f"budget.tokens {self.budget.tokens} is smaller than one response can be "
                 f"(rollout.max_response_tokens {longest}); set budget.tokens to at least {longest}"
             )
-        if self.train.micro_batch_tokens < self.rollout.max_sequence_tokens:
+        if self.micro_batch_cap < self.rollout.max_sequence_tokens:
+            shared = f" x parallel.context {self.parallel.context}" if self.parallel.context > 1 else ""
             raise ValueError(
-                f"train.micro_batch_tokens {self.train.micro_batch_tokens} is smaller than one sequence can be "
+                f"train.micro_batch_tokens {self.train.micro_batch_tokens}{shared} is smaller than one sequence can be "
                 f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
                 "raise it or shorten the responses"
             )

@@ -4,7 +4,8 @@ import datetime
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 )
 
 from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.router import Router  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> N
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(deadline_seconds / 60)),
@@ -109,6 +112,7 @@ def transformer_config(
         moe_grouped_gemm=False,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
@@ -131,9 +135,14 @@ def transformer_config(
     )
 
 
-def uses_transformer_engine(model: ModelSection) -> bool:
-    """The layers that this machine gets. ValueError when Transformer Engine is asked for and cannot be had."""
-    if model.layers == "local":
+def uses_transformer_engine(model: ModelSection, layout: Layout) -> bool:
+    """The layers that this run gets. ValueError when Transformer Engine is asked for and cannot be had."""
+    if layout.context > 1 and model.layers == "transformer_engine":
+        raise ValueError(
+            f"parallel.context = {layout.context} needs local layers; set model.layers = 'local' or "
+            "parallel.context = 1"
+        )
+    if layout.context > 1 or model.layers == "local":
         return False
     installed = importlib.util.find_spec("transformer_engine") is not None
     if model.layers == "transformer_engine" and not (installed and device.on_cuda()):
@@ -147,8 +156,11 @@ def uses_transformer_engine(model: ModelSection) -> bool:
 def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engine: bool) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
+        layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
+        layer.mlp = _with_router(layer.mlp) if is_moe else layer.mlp
+        return layer
     backend = LocalSpecProvider()
+    mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
@@ -162,9 +174,14 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engin
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=get_mlp_module_spec_for_backend(backend, num_experts=num_experts),
+        mlp=_with_router(mlp) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
     )
+
+
+def _with_router(mlp: Any) -> Any:
+    """Megatron's builder of an expert layer, with our router."""
+    return partial(mlp, submodules=replace(mlp.keywords["submodules"], router=Router))
 
 
 def _layer_norm(transformer_engine: bool) -> Any:
@@ -198,7 +215,7 @@ def build_model(
 ) -> Model:
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
     config = transformer_config(bailing, model, moe, layout)
-    transformer_engine = uses_transformer_engine(model)
+    transformer_engine = uses_transformer_engine(model, layout)
     offset = get_transformer_layer_offset(config)
     num_local = config.num_layers // layout.pipeline
     specs = [
@@ -283,5 +300,7 @@ def tensor_group(entry: Mapping) -> Any:
 
 
 def owns_export(entry: Mapping) -> bool:
-    """True on the one data-parallel replica that exports this parameter."""
-    return mpu.get_expert_data_parallel_rank() == 0 if entry.expert else mpu.get_data_parallel_rank() == 0
+    """True on the one replica, among data- and context-parallel ranks, that exports this parameter."""
+    if entry.expert:
+        return mpu.get_expert_data_parallel_rank() == 0
+    return mpu.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -1,6 +1,7 @@
 """Layers from plain torch for the layer spec: RMSNorm under sequence parallelism, attention over packed sequences.
 
-Legend: T packed tokens, Nq query heads, Nk key-value heads (per tensor-parallel rank), D head_dim, L padded length.
+Legend: T packed tokens of this rank, C context-parallel ranks, Nq query heads, Nk key-value heads (per tensor-parallel
+rank), D head_dim, b rows of a bucket, Lq queries and Lk keys of a row.
 """
 
 from typing import Any
@@ -8,8 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from megatron_rl.device import import_megatron
 from megatron_rl.model.packing import PackedSequences
+
+import_megatron()
+
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 
 
 class RMSNorm(torch.nn.Module):
@@ -37,32 +44,45 @@ class PackedAttention(torch.nn.Module):
 
     Rotary embedding is applied here and the model is built with `position_embedding_type="none"`: megatron's own rotary
     for packed sequences loops over them in Python, and takes a table as long as the pack for a different layout.
+
+    Under context parallelism a rank holds two chunks of every sequence (see model/zigzag.py). It attends with its own
+    queries to the keys and values of all ranks; backward, their gradients are summed and go back to where they came
+    from.
     """
 
-    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: Any, *_: Any, softmax_scale: float | None = None, pg_collection: Any = None, **__: Any
+    ) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError(f"PackedAttention runs with parallel.context = 1, got {config.context_parallel_size}")
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any) -> Tensor:
         """query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
         packed: PackedSequences = packed_seq_params
         assert packed.cos is not None and packed.sin is not None and packed.restore is not None
         query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        if self.context_group.size() > 1:
+            joined = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.context_group)
+            key, value = joined.chunk(2, dim=-1)  # [C * T, Nk, D]
         outputs = []
-        for index in packed.buckets:
-            q, k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (query, key, value))
+        for bucket in packed.buckets:
+            q, k, v = _rows(query, bucket.queries), _rows(key, bucket.keys), _rows(value, bucket.keys)
             attended = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                is_causal=True,
+                q,
+                k,
+                v,
+                attn_mask=causal_lower_right(q.shape[2], k.shape[2]),
                 scale=self.softmax_scale,
-                enable_gqa=q.shape[2] != k.shape[2],
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, packed.restore)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [tokens, N, D], index [b, L] -> [b, N, L, D]."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,67 +1,74 @@
 """Packed sequences: several sequences end to end in one row, with everything attention needs, computed once.
 
-Legend: T packed tokens, B sequences, D head_dim.
+Legend: T packed tokens on this rank, C context-parallel ranks, D head_dim.
 """
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rl.device import import_megatron
+from megatron_rl.model import zigzag
 
 import_megatron()
 
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Rows of attention that are computed together: the last query of a row sees all its keys, the one before it all
+    but the last key, and so on.
+
+    queries: int64 [b, Lq], indices of tokens of this rank.
+    keys: int64 [b, Lk], indices of tokens of all context-parallel ranks, joined in their order [C * T].
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's `thd` parameters, extended by what our own attention uses.
+    """Megatron's `thd` parameters (of whole sequences), extended by what our own attention uses.
 
     positions: int64 [T], each token's position in its own sequence.
     cos, sin: [T, 1, D], rotary tables at those positions.
-    buckets: per length class an int64 [b, L] of packed token indices, rows padded by repeating their last token. Causal
-        attention over a row never looks right of a real token, so padding needs no mask.
-    restore: int64 [T], where each packed token landed in the concatenation of all flattened buckets.
+    buckets: together they have every token of this rank as a query.
+    restore: int64 [T], where each token landed in the concatenation of all flattened queries.
     """
 
     positions: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
-    buckets: list[Tensor] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
     restore: Tensor | None = None
 
 
 def pack(
-    lengths: list[int], head_dim: int, rope_theta: float, dtype: torch.dtype, device: torch.device
+    lengths: list[int],
+    head_dim: int,
+    rope_theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_rank: int = 0,
+    context_size: int = 1,
 ) -> PackedSequences:
-    """Describe a pack of sequences of these lengths (tokens, each at least 1)."""
-    sizes = torch.tensor(lengths, dtype=torch.int64)
-    ends = sizes.cumsum(0)
-    starts = ends - sizes
-    total = int(ends[-1])
-    positions = torch.arange(total) - starts.repeat_interleave(sizes)
-
-    buckets, restore, offset = [], torch.empty(total, dtype=torch.int64), 0
-    # Sequences share a bucket while the longest is at most a quarter longer than the shortest: that bounds the padding.
-    order = sizes.argsort(descending=True, stable=True).tolist()
-    while order:
-        longest = lengths[order[0]]
-        row_ids = [i for i in order if lengths[i] * 5 >= longest * 4]
-        order = order[len(row_ids) :]
-        rows = torch.tensor(row_ids)
-        columns = torch.arange(longest)
-        index = starts[rows, None] + torch.minimum(columns[None], sizes[rows, None] - 1)
-        real = columns[None] < sizes[rows, None]
-        restore[index[real]] = offset + real.flatten().nonzero().squeeze(1)
-        buckets.append(index.to(device))
-        offset += index.numel()
+    """Describe one context-parallel rank's part of a pack of sequences of these padded lengths (at least 1)."""
+    positions = torch.from_numpy(
+        np.concatenate([zigzag.held_positions(length, context_size)[context_rank] for length in lengths])
+    )
+    rows = _whole_rows(lengths) if context_size == 1 else _zigzag_rows(lengths, context_rank, context_size)
+    buckets = [Bucket(queries=torch.from_numpy(q).to(device), keys=torch.from_numpy(k).to(device)) for q, k in rows]
+    # Where a token is repeated as padding, its first place is the real one; `unique` gives the first.
+    _, restore = np.unique(np.concatenate([queries.flatten() for queries, _ in rows]), return_index=True)
 
     inverse = 1.0 / rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = positions[:, None].double() * inverse
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -72,5 +79,47 @@ def pack(
         cos=angles.cos().to(device, dtype),
         sin=angles.sin().to(device, dtype),
         buckets=buckets,
-        restore=restore.to(device),
+        restore=torch.from_numpy(restore).to(device),
     )
+
+
+def _whole_rows(lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Queries and keys of buckets of whole sequences, rows padded by repeating their last token: a causal row never
+    looks right of a real token, so padding needs no mask.
+
+    Sequences share a bucket while the longest is at most a quarter longer than the shortest: that bounds the padding.
+    """
+    sizes = np.array(lengths)
+    starts = sizes.cumsum() - sizes
+    rows = []
+    order = np.argsort(-sizes, kind="stable")
+    while len(order):
+        longest = sizes[order[0]]
+        count = int((sizes[order] * 5 >= longest * 4).sum())
+        bucket, order = order[:count], order[count:]
+        columns = np.minimum(np.arange(longest)[None], sizes[bucket, None] - 1)
+        index = starts[bucket, None] + columns
+        rows.append((index, index))
+    return rows
+
+
+def _zigzag_rows(lengths: list[int], rank: int, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Queries and keys of this rank's two chunks of every sequence: a chunk sees itself and all chunks before it.
+
+    Chunks share a bucket when they are equally long, so that nothing is padded and no mask is needed.
+    """
+    held = sum(lengths) // size  # tokens of a rank
+    by_chunk: dict[int, list[tuple[int, np.ndarray]]] = {}
+    start = 0
+    for length in lengths:
+        mine = start + np.arange(length // size)
+        joined = zigzag.merge([r * held + mine for r in range(size)])
+        by_chunk.setdefault(length // (2 * size), []).append((start, joined))
+        start += length // size
+    rows = []
+    for chunk, sequences in by_chunk.items():
+        starts = np.array([start for start, _ in sequences])
+        for offset, number in ((0, rank), (chunk, 2 * size - 1 - rank)):
+            queries = starts[:, None] + offset + np.arange(chunk)
+            rows.append((queries, np.stack([joined[: (number + 1) * chunk] for _, joined in sequences])))
+    return rows

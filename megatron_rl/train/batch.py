@@ -1,12 +1,13 @@
 """Sequences to train on, and the tensors of one micro-batch made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rl.model import zigzag
 from megatron_rl.model.packing import PackedSequences, pack
 
 
@@ -32,7 +33,10 @@ class TrainSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Legend: T packed tokens, M loss tokens. `loss_index` points at the position before each loss token."""
+    """One context-parallel rank's part of a micro-batch: its tokens, and the loss tokens that they predict.
+
+    Legend: T packed tokens of this rank, M loss tokens. `loss_index` points at the position before each loss token.
+    """
 
     token_ids: Tensor  # int64 [1, T]
     packed: PackedSequences
@@ -44,6 +48,11 @@ class MicroBatch:
     old_logprobs: Tensor  # [M]
     rollout_logprobs: Tensor  # [M]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this rank without padding."""
+        return int((~self.padding_mask).sum())
+
 
 def make_micro_batch(
     sequences: Sequence[TrainSequence],
@@ -53,40 +62,59 @@ def make_micro_batch(
     rope_theta: float,
     dtype: torch.dtype,
     device: torch.device,
+    context_rank: int = 0,
+    context_size: int = 1,
 ) -> MicroBatch:
-    """Pack sequences; padding up to `multiple_of` tokens (sequence parallelism) is a sequence of its own.
+    """Pack a context-parallel rank's part of each sequence (model/zigzag.py).
+
+    A rank has the loss tokens whose predicting position it holds, sequence by sequence in the order of
+    `loss_positions`. Padding up to a `multiple_of` tokens on each rank (sequence parallelism) is a sequence of its own.
 
     No sequences at all give a micro-batch of padding without loss: a rank that has nothing left still takes part in
     every collective.
     """
-    lengths = [len(s.token_ids) for s in sequences]
-    num_real = sum(lengths)
-    num_padding = -num_real % multiple_of if num_real else multiple_of
-    if num_padding:
+    lengths = [zigzag.padded_length(len(s.token_ids), context_size) for s in sequences]
+    if num_padding := _padding_tokens(sum(lengths), multiple_of, context_size):
         lengths.append(num_padding)
-    token_ids = np.zeros(num_real + num_padding, dtype=np.int64)
-    starts = np.cumsum([0, *lengths])
-    for start, sequence in zip(starts, sequences, strict=False):
-        token_ids[start : start + len(sequence.token_ids)] = sequence.token_ids
+    starts = np.cumsum([0, *lengths]) // context_size
+    num_tokens = int(starts[-1])
+    token_ids, padding = np.zeros(num_tokens, np.int64), np.ones(num_tokens, bool)
+    index, mine = [], []
+    for start, length, sequence in zip(starts, lengths, sequences, strict=False):
+        held = zigzag.held_positions(length, context_size)[context_rank]
+        real = held < len(sequence.token_ids)
+        here = start + np.flatnonzero(real)
+        token_ids[here], padding[here] = sequence.token_ids[held[real]], False
+        where = np.full(length, -1)
+        where[held] = start + np.arange(len(held))
+        predicting = where[sequence.loss_positions - 1]
+        mine.append(predicting >= 0)
+        index.append(predicting[mine[-1]])
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    counts = [len(s.loss_positions) for s in sequences]
 
-    def per_token(arrays: list[np.ndarray], kind: torch.dtype) -> Tensor:
-        joined = np.concatenate(arrays) if arrays else np.zeros(0)
-        return torch.from_numpy(joined).to(device, kind)
+    def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
+        """Of each sequence's values by loss token, those of this rank, end to end."""
+        parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
+        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(device, kind)
 
-    positions = [start + s.loss_positions for start, s in zip(starts, sequences, strict=False)]
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids)[None].to(device),
-        packed=pack(lengths, head_dim, rope_theta, dtype, device),
-        # Megatron's load-balancing loss divides by the tokens that are not padding: where there is nothing else, the
-        # padding counts as tokens.
-        padding_mask=(torch.arange(len(token_ids)) >= (num_real or len(token_ids)))[None].to(device),
-        loss_index=per_token([p - 1 for p in positions], torch.int64),
-        targets=per_token([token_ids[p] for p in positions], torch.int64),
-        weights=per_token([np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)], wide),
-        advantages=per_token([np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)], wide),
-        old_logprobs=per_token([s.old_logprobs for s in sequences], wide),
-        rollout_logprobs=per_token([s.rollout_logprobs for s in sequences], wide),
+        packed=pack(lengths, head_dim, rope_theta, dtype, device, context_rank, context_size),
+        padding_mask=torch.from_numpy(padding)[None].to(device),
+        loss_index=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])).to(device),
+        targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
+        weights=per_token((np.full(len(s.loss_positions), s.weight) for s in sequences), wide),
+        advantages=per_token((np.full(len(s.loss_positions), s.advantage) for s in sequences), wide),
+        old_logprobs=per_token((s.old_logprobs for s in sequences), wide),
+        rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
     )
+
+
+def _padding_tokens(num_tokens: int, multiple_of: int, context_size: int) -> int:
+    """Length of the shortest padded sequence that makes each rank's tokens a positive multiple of `multiple_of`."""
+    unit = zigzag.padded_length(1, context_size)
+    length = 0 if num_tokens else unit
+    while (num_tokens + length) // context_size % multiple_of:
+        length += unit
+    return length

@@ -118,7 +118,7 @@ class Collector:
             # A different permutation every phase, from the run's seed alone.
             seed=config.seed * 1_000_003 + policy_version,
             num_data_ranks=self._num_data_ranks,
-            token_cap=config.train.micro_batch_tokens,
+            token_cap=config.micro_batch_cap,
             cost=self._cost,
         )
         phase = Phase(

@@ -27,7 +27,7 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     signals = StopSignals()
     chats = read_chats(config.data.train)
     tokenizer = load_tokenizer(config.model.path)
-    limit = min(config.train.micro_batch_tokens, config.data.batch_tokens)
+    limit = min(config.micro_batch_cap, config.data.batch_tokens)
     sequences = [_sequence(chat, tokenizer, limit) for chat in chats]
     session = Session(config, config.train.steps, resume)
     restored = session.restore()
@@ -46,7 +46,7 @@ def run_sft(config: SftConfig, resume: bool) -> int:
             started = time.perf_counter()
             batch = next(batches)
             placed = pack_micro_batches(
-                [len(s.token_ids) for s in batch], session.layout.data, config.train.micro_batch_tokens, cost
+                [len(s.token_ids) for s in batch], session.layout.data, config.micro_batch_cap, cost
             )
             mine = [[batch[i] for i in micro_batch] for micro_batch in placed[data_rank]]
             num_loss_tokens = sum(len(s.loss_positions) for s in batch)

@@ -3,15 +3,20 @@
 **Gradient scale.** The gradient of an optimizer step is d/dw of (1/D) * sum over all loss tokens of all ranks, with the
 constant D = `denominator` (Phi for C3PO). Step by step:
 
-1. The loss function returns `total / D` for its micro-batch, a plain sum over its tokens.
-2. With `calculate_per_token_loss` the schedule neither divides by the number of micro-batches nor by tokens; gradients
-   add up in `main_grad`.
-3. With the same setting DDP scales by 1, so its reduction over data-parallel ranks is a plain sum, for dense and for
-   expert parameters.
+1. The loss function returns `total / D` for its micro-batch, a plain sum over the tokens that this rank holds. A
+   context-parallel rank holds its part of each sequence, so the sum runs over data- and context-parallel ranks.
+2. With `calculate_per_token_loss` the schedule neither divides by the number of micro-batches or tokens nor multiplies
+   by the context-parallel size; gradients add up in `main_grad`.
+3. With the same setting DDP scales by 1. Its reduction runs over data- and context-parallel ranks (for expert
+   parameters: over all ranks that hold the same experts), so it is the plain sum of step 1.
 4. `finalize_model_grads` would divide by the number of tokens; it is called with `num_tokens=None`, so it does not.
-5. Auxiliary losses of the experts: with this setting megatron multiplies each by the tokens of its micro-batch, summed
-   over tensor-parallel ranks. `moe_grad_scale_func` answers 1 / (all tokens of the step), so that they enter as the
-   token-weighted mean over micro-batches, times their coefficient, whatever D is.
+5. Auxiliary losses of the experts do not pass through the loss function: a rank attaches them to its router. Of n ranks
+   that share a micro-batch (tensor- times context-parallel), one with t tokens and a mean squared logsumexp z attaches
+   z/n * t * n = t * z: a sum over tokens. The load-balance loss of a micro-batch of T tokens is T * B over these ranks
+   (model/router.py). Router gradients are summed over all ranks that hold the layer, and `moe_grad_scale_func` answers
+   1 / (all tokens of the step, without padding). So what is minimised is a_z times the mean of z over tokens, and a_bal
+   times the token-weighted mean of B over micro-batches, whatever D and the layout. B is not linear: it depends on
+   which sequences share a micro-batch, and on nothing else.
 """
 
 import math
@@ -49,6 +54,7 @@ class StepResult:
     """What one optimizer step did, the same on every rank.
 
     means: the objective's metrics per loss token, except "loss", which is divided by the denominator.
+    num_forward_tokens: over all ranks, without padding.
     logprob_difference_mean, _p999 (to 4 %), _max: of |train - rollout log-prob| over fresh tokens, 0 without any.
     """
 
@@ -124,10 +130,10 @@ class Trainer:
         probabilities are those of logits / temperature.
         """
         batches = [self._tensors(sequences) for sequences in micro_batches]
-        counts = torch.tensor([sum(b.packed.restore.numel() for b in batches)])  # type: ignore[union-attr]
+        counts = torch.tensor([sum(b.num_tokens for b in batches)])
         reports = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
         dist.all_reduce(counts, group=self._control)
-        copies = dist.get_world_size() // mpu.get_data_parallel_world_size()
+        copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
         self._num_step_tokens = max(1, int(counts) // copies)
 
         references: list[Tensor | None] = [None] * len(batches)
@@ -161,7 +167,10 @@ class Trainer:
         )
 
     def logprobs(self, micro_batches: Sequence[Sequence[TrainSequence]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only."""
+        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
+
+        Under context parallelism they are those of this rank's loss tokens, in the order of `MicroBatch`.
+        """
         return self._forward_logprobs([self._tensors(sequences) for sequences in micro_batches], temperature)
 
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
@@ -174,6 +183,8 @@ class Trainer:
             rope_theta=self.model.bailing.rope_theta,
             dtype=self.model.dtype,
             device=device.torch_device(),
+            context_rank=mpu.get_context_parallel_rank(),
+            context_size=self.model.layout.context,
         )
 
     def _run(
@@ -186,7 +197,7 @@ class Trainer:
                 batch.packed.positions[None],
                 None,
                 packed_seq_params=batch.packed,
-                padding_mask=batch.padding_mask,
+                padding_mask=self._padding_mask(batch),
             )
             return output, partial(loss, batch, reference)
 
@@ -199,6 +210,14 @@ class Trainer:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _padding_mask(self, batch: MicroBatch) -> Tensor:
+        """True at padding, of the tokens that this rank's routers see. Under sequence parallelism megatron divides it
+        on the first pipeline stage only, so later stages get their part here."""
+        mask = batch.padding_mask
+        if mpu.is_pipeline_first_stage() or not self.model.layout.sequence_parallel:
+            return mask
+        return mask.chunk(self.model.layout.tensor, dim=1)[mpu.get_tensor_model_parallel_rank()]
 
     def _token_logprobs(self, batch: MicroBatch, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         chosen = logits[0].index_select(0, batch.loss_index)
@@ -270,7 +289,8 @@ class _Tally:
         self._bins += torch.bincount(bins, minlength=len(self._bins))
 
     def reduce(self, group: Any, reports: bool) -> None:
-        """Sum over the ranks that report (one per data-parallel rank); afterwards every rank has the same."""
+        """Sum over the ranks that report, which together hold every loss token once (one of each tensor-parallel group,
+        on the last pipeline stage); afterwards every rank has the same."""
         flat = torch.cat([self._sums, self._bins])
         if not reports:
             flat.zero_()
