@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_rl.c3po.algorithms import chosen_algorithm, normalise
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.schema import AlgorithmSection, SftConfig
 from megatron_rl.model import zigzag
@@ -31,10 +32,10 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
         TrainSequence(
             token_ids=np.array(row["token_ids"], np.int32),
             loss_positions=np.arange(row["num_prompt_tokens"], len(row["token_ids"]), dtype=np.int32),
-            weight=row.get("weight", 1.0),
-            advantage=row.get("advantage", 1.0),
-            old_logprobs=np.full(len(row["token_ids"]) - row["num_prompt_tokens"], np.nan, np.float32),
-            rollout_logprobs=np.full(len(row["token_ids"]) - row["num_prompt_tokens"], np.nan, np.float32),
+            weight=1.0,
+            advantage=row["advantage"],
+            rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
+            fresh=row["fresh"],
         )
         for row in spec["sequences"]
     ]
@@ -86,29 +87,49 @@ def main(folder: Path) -> None:
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
     placed = pack_micro_batches(lengths, session.layout.data, config.micro_batch_cap, cost_model(session.bailing))
-    mine = [[sequences[i] for i in bin_] for bin_ in placed[session.layout.data_rank(session.rank)]]
+    mine = placed[session.layout.data_rank(session.rank)]
     out: dict[str, torch.Tensor] = {}
-
-    logprobs = session.trainer.logprobs(mine)
-    if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
-        out |= whole_logprobs(logprobs, placed[session.layout.data_rank(session.rank)], sequences, session)
-
-    algorithm = AlgorithmSection(
-        entropy_coefficient=spec.get("entropy_coefficient", 0.01), kl_coefficient=spec.get("kl_coefficient", 0.0)
-    )
-    if algorithm.kl_coefficient:
+    if "reference_scale" in spec:  # the reference policy is that of the directory, the present weights are others
         session.trainer.keep_reference()
-    objective = PolicyObjective(algorithm)
-    for step in range(spec.get("steps", 1)):
-        result = session.trainer.train_step(mine, objective, spec["denominator"])
-        if step == 0 and whole_gradients:
-            out |= {f"grad/{n}": t.clone() for n, t in export_tensors(session.model, lambda p: p.main_grad)}
-    out |= {f"weight/{n}": t.clone() for n, t in export_tensors(session.model)}
+        with torch.no_grad():
+            for p in session.model.gpt.parameters():
+                p.mul_(spec["reference_scale"])
+
+    logprobs = session.trainer.logprobs([session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
+    if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
+        out |= whole_logprobs(logprobs, mine, sequences, session)
+
+    start = {name: p.detach().clone() for name, p in session.model.gpt.named_parameters()}
+    for number, options in enumerate(spec["algorithms"]):
+        section = AlgorithmSection(**options)
+        objective = PolicyObjective(section, session.context_group)
+        weights, denominator = normalise(
+            chosen_algorithm(section).normalisation,
+            [len(s.loss_positions) for s in sequences],
+            budget=spec["budget"],
+            max_response_tokens=64,
+        )
+        batches = [
+            session.trainer.micro_batch([dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_])
+            for bin_ in mine
+        ]
+        for _ in range(spec.get("steps", 1)):
+            result = session.trainer.train_step(batches, objective, denominator)
+        if whole_gradients:
+            gradients = export_tensors(session.model, lambda p: p.main_grad)
+            out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
+        if number == 0:
+            out |= {f"weight/{n}": t.clone() for n, t in export_tensors(session.model)}
+            metrics = result
+        if number + 1 < len(spec["algorithms"]):
+            with torch.no_grad():
+                for name, p in session.model.gpt.named_parameters():
+                    p.copy_(start[name])
     if "save_to" in spec:
         state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", 1, session.control)
     if session.rank == 0:
-        out["grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
-        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
+        out["grad_norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
+        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(metrics)))
     save_file({name: t.contiguous() for name, t in out.items()}, folder / f"out-{session.rank}.safetensors")
     if spec.get("export"):
         load_weights(session.model, spec["model"])

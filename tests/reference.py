@@ -92,14 +92,26 @@ def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict
     return logp[range(len(logp)), ids[start:]], -(logp.exp() * logp).sum(-1)
 
 
-def c3po_loss(config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any]) -> Tensor:
-    """Eq. 2 for fresh samples, where every ratio is 1: minimise -(1/Phi) sum_i sum_t (A_i r_it + a_ent H_it)."""
-    total = torch.zeros((), dtype=torch.float64)
+def policy_loss(
+    config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], algorithm: dict[str, Any]
+) -> Tensor:
+    """C3PO, GRPO or GSPO as their papers write them, with a k3 KL to the weights before `reference_scale` and an entropy
+    bonus. A fresh sample's old log-probs are the present ones; a stale one's are those that were recorded."""
+    present = {name: t * spec.get("reference_scale", 1.0) for name, t in w.items()}
+    responses = []
     for row in spec["sequences"]:
-        logp, entropy = logprobs_and_entropy(config, w, row)
-        ratio = (logp - logp.detach()).exp()
-        total = total - (row["advantage"] * ratio + spec["entropy_coefficient"] * entropy).sum()
-    return total / spec["denominator"]
+        logp, entropy = logprobs_and_entropy(config, present, row)
+        old = logp.detach() if row["fresh"] else torch.tensor(row["rollout_logprobs"], dtype=torch.float64)
+        reference = logprobs_and_entropy(config, w, row)[0].detach()
+        kl = (reference - logp).exp() - (reference - logp) - 1
+        extra = algorithm.get("kl_coefficient", 0.0) * kl - algorithm["entropy_coefficient"] * entropy
+        low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
+        ratio = (logp - old).exp() if algorithm["name"] != "gspo" else (logp - old).mean().exp()
+        advantage = row["advantage"]
+        responses.append(-torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage) + extra)
+    if algorithm["name"] == "c3po":
+        return torch.stack([r.sum() for r in responses]).sum() / spec["budget"]
+    return torch.stack([r.mean() for r in responses]).mean()
 
 
 def router_losses(

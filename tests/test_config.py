@@ -63,7 +63,10 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("rollout.samples_per_prompt=1", r"samples_per_prompt must be at least 2"),
         ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
         ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'rloo', got 'ppo'"),
-        ("reward.overlong_buffer_tokens=65", r"overlong_buffer_tokens 65 must be at most rollout.max_response_tokens 64"),
+        (
+            "reward.overlong_buffer_tokens=65",
+            r"overlong_buffer_tokens 65 must be at most rollout.max_response_tokens 64",
+        ),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )

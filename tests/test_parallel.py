@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel import run_ranks
-from reference import c3po_loss, load_reference, logprobs_and_entropy, router_losses
+from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 
@@ -36,6 +36,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2xDP2-EP2": (4, {"tensor": 2, "expert": 2}),
     "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
 }
+COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
+# The three kinds of denominator and both levels of the ratio.
+ALGORITHMS = [
+    {"name": "c3po", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
+    {"name": "grpo", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
+    {"name": "gspo", "clip_low": 0.01, "clip_high": 0.6, **COMMON},
+]
 # Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
 EXACT = 1e-8
 
@@ -45,19 +52,23 @@ def make_spec(model: Path, **changes: object) -> dict:
     rows = []
     for _ in range(9):
         length = rng.randint(9, 40)
+        num_prompt_tokens = rng.randint(1, 8)
         rows.append(
             {
                 "token_ids": [rng.randrange(97) for _ in range(length)],
-                "num_prompt_tokens": rng.randint(1, 8),
+                "num_prompt_tokens": num_prompt_tokens,
                 "advantage": rng.uniform(-2, 2),
+                # About what a model that knows nothing gives: some ratios are clipped, others are not.
+                "rollout_logprobs": [rng.randint(-1200, -800) / 256 for _ in range(length - num_prompt_tokens)],
+                "fresh": len(rows) % 3 != 0,
             }
         )
     return {
         "model": str(model),
         "sequences": rows,
         "token_cap": 80,
-        "denominator": 150.0,
-        "entropy_coefficient": 0.01,
+        "budget": 150,
+        "algorithms": ALGORITHMS[:1],
         **changes,
     }
 
@@ -95,8 +106,8 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
     for i, row in enumerate(spec["sequences"]):
         expected = logprobs_and_entropy(config, weights, row)[0].detach()
         assert float((alone[f"logprobs/{i}"] - expected).abs().max()) < 2e-5
-    c3po_loss(config, weights, spec).backward()
-    gradients = {f"grad/{name}": w.grad for name, w in weights.items()}
+    policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
+    gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(alone, gradients, "grad/") < (1e-4, "")
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert float(alone["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
@@ -127,7 +138,7 @@ def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[La
         losses = moe(layout)
         key = json.dumps(losses)
         if key not in runs:
-            spec = make_spec(model, dtype="float64", moe=losses)
+            spec = make_spec(model, dtype="float64", moe=losses, algorithms=ALGORITHMS, reference_scale=1.1)
             runs[key] = run_ranks(1, spec, tmp_path_factory.mktemp("exact") / "run")
         return runs[key]
 
@@ -142,6 +153,7 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     layout = Layout(world_size=num_ranks, **parallel)
     # The ranks of a context-parallel group share the cap of one process.
     spec = make_spec(model, dtype="float64", moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
+    spec |= {"algorithms": ALGORITHMS, "reference_scale": 1.1}
     found, expected = run_ranks(num_ranks, spec, tmp_path / "run"), exact(layout)
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
@@ -160,13 +172,28 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
     assert len(micro_batches) > 1
     config, weights = load_reference(model)
     expected_balance, expected_z = router_losses(config, weights, spec, [list(m) for m in micro_batches])
-    (c3po_loss(config, weights, spec) + balance * expected_balance + z * expected_z).backward()
-    gradients = {f"grad/{name}": w.grad for name, w in weights.items()}
+    (policy_loss(config, weights, spec, ALGORITHMS[0]) + balance * expected_balance + z * expected_z).backward()
+    gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(found, gradients, "grad/") < (1e-6, "")
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm["name"])
+def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
+    algorithm: dict, model: Path, exact: Callable[[Layout], dict[str, torch.Tensor]]
+) -> None:
+    spec = make_spec(model, reference_scale=1.1)
+    found = exact(Layout(world_size=2))  # the run without a balance loss; its z-loss is added here
+    config, weights = load_reference(model)
+    scaled = {name: t * 1.1 for name, t in weights.items()}
+    _, z = router_losses(config, scaled, spec, [[i] for i in range(9)])
+    (policy_loss(config, weights, spec, algorithm) + moe(Layout(world_size=2))["z_loss_coefficient"] * z).backward()
+    # The present weights are 1.1 times the leaves of the graph.
+    gradients = {f"grad/{algorithm['name']}/{name}": w.grad / 1.1 for name, w in weights.items()}
+    assert worst(found, gradients, f"grad/{algorithm['name']}/") < (1e-6, "")
+
+
 def test_reference_policy_and_recomputation_work_under_context_parallelism(model: Path, tmp_path: Path) -> None:
-    common = {"dtype": "float64", "kl_coefficient": 0.1, "steps": 2, "whole_gradients": False}
+    common = {"dtype": "float64", "steps": 2, "reference_scale": 1.1}
     expected = run_ranks(1, make_spec(model, **common), tmp_path / "alone")
     spec = make_spec(model, **common, recompute=True, parallel={"context": 2, "expert": 2})
     found = run_ranks(2, spec, tmp_path / "run")

@@ -62,8 +62,8 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
                 loss_positions=positions,
                 weight=number + 1.0,
                 advantage=-number - 1.0,
-                old_logprobs=name.astype(np.float32),
-                rollout_logprobs=-name.astype(np.float32),
+                rollout_logprobs=name.astype(np.float32),
+                fresh=number % 2 == 0,
             )
         )
     tokens, loss_tokens = [], []
@@ -76,8 +76,10 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
         assert batch.packed.positions is not None
         assert torch.equal(ids[~padding] % 1000, batch.packed.positions[~padding])
         assert torch.equal(ids[batch.loss_index] + 1, batch.targets)
-        assert torch.equal(batch.old_logprobs, batch.targets.float())
-        assert torch.equal(batch.rollout_logprobs, -batch.targets.float())
+        assert torch.equal(batch.rollout_logprobs, batch.targets.float())
+        assert torch.equal(batch.response_of, batch.targets // 1000 - 1)
+        assert torch.equal(batch.fresh, batch.response_of % 2 == 0)
+        assert batch.response_tokens.tolist() == [len(s.loss_positions) for s in sequences]
         assert torch.equal(batch.weights, batch.targets.float().div(1000, rounding_mode="floor"))
         assert torch.equal(batch.advantages, -batch.weights)
         tokens += ids[~padding].tolist()

@@ -19,23 +19,27 @@ class TrainSequence:
     loss_positions: int32 [m], positions (at least 1) of the tokens that carry loss.
     weight: multiplies every loss token.
     advantage: of the whole response; unused by cross-entropy.
-    old_logprobs: float32 [m], of the behaviour policy; NaN where the current weights are the behaviour policy.
     rollout_logprobs: float32 [m], as the server reported them; NaN where there are none.
+    fresh: sampled by the weights that the optimizer step starts from.
     """
 
     token_ids: np.ndarray
     loss_positions: np.ndarray
     weight: float
     advantage: float
-    old_logprobs: np.ndarray
     rollout_logprobs: np.ndarray
+    fresh: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One context-parallel rank's part of a micro-batch: its tokens, and the loss tokens that they predict.
 
-    Legend: T packed tokens of this rank, M loss tokens. `loss_index` points at the position before each loss token.
+    Legend: T packed tokens of this rank, M loss tokens, S sequences of the micro-batch.
+
+    loss_index: the position before each loss token. response_of: each loss token's sequence. response_tokens: loss
+    tokens of each whole sequence. old_logprobs, ref_logprobs: under the weights that a phase started from and under the
+    reference policy, where the trainer worked them out (`Trainer.with_old_logprobs`), else None.
     """
 
     token_ids: Tensor  # int64 [1, T]
@@ -45,8 +49,12 @@ class MicroBatch:
     targets: Tensor  # int64 [M]
     weights: Tensor  # [M]
     advantages: Tensor  # [M]
-    old_logprobs: Tensor  # [M]
     rollout_logprobs: Tensor  # [M]
+    fresh: Tensor  # bool [M]
+    response_of: Tensor  # int64 [M]
+    response_tokens: Tensor  # [S]
+    old_logprobs: Tensor | None = None  # [M]
+    ref_logprobs: Tensor | None = None  # [M]
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +100,7 @@ def make_micro_batch(
         index.append(predicting[mine[-1]])
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    counts = [len(s.loss_positions) for s in sequences]
 
     def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
         """Of each sequence's values by loss token, those of this rank, end to end."""
@@ -104,10 +113,12 @@ def make_micro_batch(
         padding_mask=torch.from_numpy(padding)[None].to(device),
         loss_index=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])).to(device),
         targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
-        weights=per_token((np.full(len(s.loss_positions), s.weight) for s in sequences), wide),
-        advantages=per_token((np.full(len(s.loss_positions), s.advantage) for s in sequences), wide),
-        old_logprobs=per_token((s.old_logprobs for s in sequences), wide),
+        weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
+        advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
         rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
+        fresh=per_token((np.full(n, s.fresh) for n, s in zip(counts, sequences, strict=True)), torch.bool),
+        response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
+        response_tokens=torch.tensor(counts, dtype=wide, device=device),
     )
 
 

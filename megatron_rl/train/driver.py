@@ -65,9 +65,7 @@ def run_rl(config: RlConfig, resume: bool) -> int:
         session.close()
 
 
-def _train(
-    session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work
-) -> list[StepResult]:
+def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:
     """The train phase: the plan's optimizer steps over this rank's samples."""
     trainer, temperature = session.trainer, config.rollout.temperature
     batches = [[trainer.micro_batch(sequences) for sequences in step] for step in work]
@@ -146,13 +144,14 @@ class Leader:
         last = results[-1]
         seconds = now - self._started
         trained = sum(r.num_forward_tokens for r in results)
+        padding = sum(r.num_padding_tokens for r in results)
         row = {
             "step": step,
             **self._row,
             "num_loss_tokens": last.num_loss_tokens,
             "num_loss_tokens_by_step": [r.num_loss_tokens for r in results],
             "num_forward_tokens": trained,
-            "padding_share": 1.0 - forwarded / max(1, trained),
+            "padding_share": padding / max(1, trained + padding),
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
             **last.metrics,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.model.build import build_model, initialize_parallel, load_weights
+from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.sync.export import export_directory
 from megatron_rl.train import state
 from megatron_rl.train.trainer import Trainer
@@ -52,6 +52,11 @@ class Session:
         if self.rank == 0:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.toml").write_text(dump_config(config))
+
+    @property
+    def context_group(self) -> Any:
+        """The ranks over which this rank's sequences are divided; None when it holds them whole."""
+        return mpu.get_context_parallel_group() if self.layout.context > 1 else None
 
     @property
     def is_leader(self) -> bool:

@@ -48,15 +48,14 @@ def run_sft(config: SftConfig, resume: bool) -> int:
             placed = pack_micro_batches(
                 [len(s.token_ids) for s in batch], session.layout.data, config.micro_batch_cap, cost
             )
-            mine = [[batch[i] for i in micro_batch] for micro_batch in placed[data_rank]]
+            mine = [session.trainer.micro_batch([batch[i] for i in bin_]) for bin_ in placed[data_rank]]
             num_loss_tokens = sum(len(s.loss_positions) for s in batch)
             result = session.trainer.train_step(mine, CrossEntropy(), float(num_loss_tokens))
             seconds = time.perf_counter() - started
             if metrics is not None:
                 row = {
                     "step": step,
-                    "loss": result.means["loss"],
-                    "entropy": result.means["entropy"],
+                    **result.metrics,
                     "grad_norm": result.grad_norm,
                     "learning_rate": result.learning_rate,
                     "num_loss_tokens": result.num_loss_tokens,
@@ -103,12 +102,11 @@ def _sequence(chat: Chat, tokenizer: Any, limit: int) -> TrainSequence:
             "raise them or drop the chat"
         )
     positions = np.flatnonzero(mask).astype(np.int32)
-    nothing = np.full(len(positions), np.nan, np.float32)
     return TrainSequence(
         token_ids=np.array(ids, np.int32),
         loss_positions=positions,
         weight=1.0,
         advantage=0.0,
-        old_logprobs=nothing,
-        rollout_logprobs=nothing,
+        rollout_logprobs=np.full(len(positions), np.nan, np.float32),
+        fresh=False,
     )

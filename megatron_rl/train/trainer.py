@@ -21,7 +21,7 @@ constant D = `denominator` (Phi for C3PO). Step by step:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,8 @@ from megatron_rl.errors import Fault
 from megatron_rl.model.build import Model
 from megatron_rl.model.logprobs import vocab_parallel_logprobs
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
-from megatron_rl.train.objective import Objective, fresh_logprob_difference
+from megatron_rl.train.objective import Objective
+from megatron_rl.train.tally import Tally
 
 device.import_megatron()
 
@@ -45,27 +46,21 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-# |difference of log-probs| is counted in logarithmic bins, so that quantiles of any number of tokens cost the same.
-_BINS_PER_DECADE, _LOWEST_DECADE, _DECADES = 64, -9, 11
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one optimizer step did, the same on every rank.
 
-    means: the objective's metrics per loss token, except "loss", which is divided by the denominator.
-    num_forward_tokens: over all ranks, without padding.
-    logprob_difference_mean, _p999 (to 4 %), _max: of |train - rollout log-prob| over fresh tokens, 0 without any.
+    num_forward_tokens, num_padding_tokens: over all ranks, each token once.
+    metrics: see `Tally.metrics`.
     """
 
     grad_norm: float
     learning_rate: float
     num_loss_tokens: int
     num_forward_tokens: int
-    means: dict[str, float]
-    logprob_difference_mean: float
-    logprob_difference_p999: float
-    logprob_difference_max: float
+    num_padding_tokens: int
+    metrics: dict[str, float]
 
 
 class Trainer:
@@ -117,65 +112,8 @@ class Trainer:
         """Remember the present weights, off the device, as the reference policy of the KL term."""
         self._reference = {name: p.detach().cpu().clone() for name, p in self.model.gpt.named_parameters()}
 
-    def train_step(
-        self,
-        micro_batches: Sequence[Sequence[TrainSequence]],
-        objective: Objective,
-        denominator: float,
-        temperature: float = 1.0,
-    ) -> StepResult:
-        """Forward, backward and one optimizer update over this rank's micro-batches.
-
-        Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
-        probabilities are those of logits / temperature.
-        """
-        batches = [self._tensors(sequences) for sequences in micro_batches]
-        counts = torch.tensor([sum(b.num_tokens for b in batches)])
-        reports = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
-        dist.all_reduce(counts, group=self._control)
-        copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
-        self._num_step_tokens = max(1, int(counts) // copies)
-
-        references: list[Tensor | None] = [None] * len(batches)
-        if self._reference is not None:
-            references = list(self._reference_logprobs(batches, temperature))
-        self.model.module.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        tally = _Tally(objective.names)
-        self._run(batches, partial(self._loss, objective, denominator, temperature, tally), references)
-        _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(float(grad_norm or 0.0)):
-            raise Fault(
-                f"the gradient norm is {float(grad_norm)}: this step spoiled the weights. The last checkpoint is good; "
-                "lower optimizer.learning_rate or look at the responses of this step"
-            )
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step(1)
-        tally.reduce(self._control, reports)
-        return StepResult(
-            grad_norm=float(grad_norm or 0.0),
-            learning_rate=learning_rate,
-            num_loss_tokens=tally.num_tokens,
-            num_forward_tokens=self._num_step_tokens,
-            means={
-                name: value / (denominator if name == "loss" else max(1, tally.num_tokens))
-                for name, value in tally.values().items()
-            },
-            logprob_difference_mean=tally.difference_mean(),
-            logprob_difference_p999=tally.difference_quantile(0.999),
-            logprob_difference_max=float(tally.largest),
-        )
-
-    def logprobs(self, micro_batches: Sequence[Sequence[TrainSequence]], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
-
-        Under context parallelism they are those of this rank's loss tokens, in the order of `MicroBatch`.
-        """
-        return self._forward_logprobs([self._tensors(sequences) for sequences in micro_batches], temperature)
-
-    # -- one pass through megatron's schedule ----------------------------------------------------------------------
-
-    def _tensors(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+    def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+        """This rank's part of these sequences, ready for the methods below."""
         return make_micro_batch(
             sequences,
             multiple_of=self.model.layout.tensor,
@@ -187,11 +125,84 @@ class Trainer:
             context_size=self.model.layout.context,
         )
 
+    def train_step(
+        self, batches: Sequence[MicroBatch], objective: Objective, denominator: float, temperature: float = 1.0
+    ) -> StepResult:
+        """Forward, backward and one optimizer update over this rank's micro-batches.
+
+        Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
+        probabilities are those of logits / temperature.
+        """
+        counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.token_ids.numel() for b in batches)])
+        dist.all_reduce(counts, group=self._control)
+        copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
+        num_tokens, num_places = (counts // copies).tolist()
+        self._num_step_tokens = max(1, num_tokens)
+        if self._reference is not None:
+            batches = self._with_ref_logprobs(batches, temperature)
+        self.model.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        tally = Tally(objective.reports)
+        self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(float(grad_norm or 0.0)):
+            raise Fault(
+                f"the gradient norm is {float(grad_norm)}: this step spoiled the weights. The last checkpoint is good; "
+                "lower optimizer.learning_rate or look at the responses of this step"
+            )
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(1)
+        tally.reduce(self._control, mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
+        return StepResult(
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            num_loss_tokens=tally.num_tokens,
+            num_forward_tokens=num_tokens,
+            num_padding_tokens=num_places - num_tokens,
+            metrics=tally.metrics(denominator),
+        )
+
+    def logprobs(self, batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
+
+        Under context parallelism they are those of this rank's loss tokens, in the order of `MicroBatch`.
+        """
+
+        def keep(batch: MicroBatch, output: tuple[Tensor, Tensor]) -> Any:
+            logprobs, _ = output
+            return logprobs.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
+
+        with torch.no_grad():
+            kept = self._run(batches, temperature, keep, forward_only=True)
+        return [entry["logprobs"] for entry in kept]
+
+    def with_old_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
+        """The micro-batches with the log-probs that their tokens have under the present weights."""
+        found = self.logprobs(batches, temperature)
+        return [replace(b, old_logprobs=x) for b, x in zip(batches, found, strict=True)] if found else list(batches)
+
+    def _with_ref_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
+        """The reference weights take the place of the present ones for one pass."""
+        assert self._reference is not None
+        parameters = dict(self.model.gpt.named_parameters())
+        present = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(self._reference[name])
+            found = self.logprobs(batches, temperature)
+            for name, p in parameters.items():
+                p.copy_(present[name])
+        return [replace(b, ref_logprobs=x) for b, x in zip(batches, found, strict=True)] if found else list(batches)
+
+    # -- one pass through megatron's schedule ----------------------------------------------------------------------
+
     def _run(
-        self, batches: list[MicroBatch], loss: Any, references: Sequence[Tensor | None], forward_only: bool = False
+        self, batches: Sequence[MicroBatch], temperature: float, loss: Any, forward_only: bool = False
     ) -> list[Any]:
+        """loss: (micro-batch, what the last stage returns) -> what megatron's schedules want of a loss function."""
+
         def forward_step(iterator: Any, module: Any) -> Any:
-            batch, reference = next(iterator)
+            batch = next(iterator)
             output = module(
                 batch.token_ids,
                 batch.packed.positions[None],
@@ -199,11 +210,11 @@ class Trainer:
                 packed_seq_params=batch.packed,
                 padding_mask=self._padding_mask(batch),
             )
-            return output, partial(loss, batch, reference)
+            return output, partial(loss, batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(list(zip(batches, references, strict=True))),
+            data_iterator=iter(batches),
             model=[self.model.module],
             num_microbatches=len(batches),
             seq_length=batches[0].token_ids.shape[1],
@@ -219,104 +230,15 @@ class Trainer:
             return mask
         return mask.chunk(self.model.layout.tensor, dim=1)[mpu.get_tensor_model_parallel_rank()]
 
-    def _token_logprobs(self, batch: MicroBatch, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        chosen = logits[0].index_select(0, batch.loss_index)
-        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        if temperature != 1.0:
-            chosen = chosen / temperature
-        group = mpu.get_tensor_model_parallel_group()
-        return vocab_parallel_logprobs(chosen, batch.targets, self.model.bailing.vocab_size, group)
-
     def _loss(
         self,
         objective: Objective,
         denominator: float,
-        temperature: float,
-        tally: "_Tally",
+        tally: Tally,
         batch: MicroBatch,
-        reference: Tensor | None,
-        logits: Tensor,
+        output: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        if len(batch.targets) == 0:
-            return logits.sum() * 0.0, torch.ones([], dtype=torch.int), {}
-        logprobs, entropy = self._token_logprobs(batch, logits, temperature)
-        terms = objective(logprobs, entropy, batch, reference)
-        tally.add(terms.sums, len(batch.targets), fresh_logprob_difference(logprobs, batch))
+        logprobs, entropy = output
+        terms = objective(logprobs, entropy, batch)
+        tally.add(terms, len(batch.targets))
         return terms.total / denominator, torch.ones([], dtype=torch.int), {}
-
-    def _forward_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        def keep(batch: MicroBatch, reference: Any, logits: Tensor, non_loss_data: bool = False) -> Any:
-            logprobs, _ = self._token_logprobs(batch, logits, temperature)
-            return logits.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
-
-        with torch.no_grad():
-            kept = self._run(batches, keep, [None] * len(batches), forward_only=True)
-        return [entry["logprobs"] for entry in kept]
-
-    def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor | None]:
-        assert self._reference is not None
-        parameters = dict(self.model.gpt.named_parameters())
-        present = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(self._reference[name])
-            logprobs = self._forward_logprobs(batches, temperature)
-            for name, p in parameters.items():
-                p.copy_(present[name])
-        return [*logprobs] if logprobs else [None] * len(batches)
-
-
-class _Tally:
-    """Sums of metrics over the micro-batches of a step, reduced over ranks once at its end."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self._sums = torch.zeros(len(names) + 2, dtype=torch.float64)
-        self._bins = torch.zeros(_DECADES * _BINS_PER_DECADE, dtype=torch.float64)
-        self.largest = torch.zeros((), dtype=torch.float64)
-
-    def add(self, sums: dict[str, Tensor], num_tokens: int, difference: Tensor) -> None:
-        """difference: [fresh tokens], |train - rollout log-prob|; may be empty."""
-        row = torch.stack([sums[name].double() for name in self.names]).cpu()
-        counts = torch.tensor([float(difference.sum()), float(num_tokens)], dtype=torch.float64)
-        self._sums += torch.cat([row, counts])
-        if not len(difference):
-            return
-        difference = difference.double().cpu()
-        self.largest = torch.maximum(self.largest, difference.max())
-        decades = difference.clamp_min(10.0**_LOWEST_DECADE).log10() - _LOWEST_DECADE
-        bins = (decades * _BINS_PER_DECADE).long().clamp(0, len(self._bins) - 1)
-        self._bins += torch.bincount(bins, minlength=len(self._bins))
-
-    def reduce(self, group: Any, reports: bool) -> None:
-        """Sum over the ranks that report, which together hold every loss token once (one of each tensor-parallel group,
-        on the last pipeline stage); afterwards every rank has the same."""
-        flat = torch.cat([self._sums, self._bins])
-        if not reports:
-            flat.zero_()
-            self.largest.zero_()
-        dist.all_reduce(flat, group=group)
-        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, group=group)
-        self._sums, self._bins = flat[: len(self._sums)], flat[len(self._sums) :]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._sums[-1])
-
-    def values(self) -> dict[str, float]:
-        return dict(zip(self.names, self._sums[:-2].tolist(), strict=True))
-
-    def difference_mean(self) -> float:
-        """Over fresh tokens; 0 without any."""
-        return float(self._sums[-2]) / max(1.0, float(self._bins.sum()))
-
-    def difference_quantile(self, q: float) -> float:
-        """Upper edge of the bin that holds the quantile, at most the maximum; 0 without tokens."""
-        total = float(self._bins.sum())
-        if total == 0:
-            return 0.0
-        position = int(
-            torch.searchsorted(self._bins.cumsum(0), torch.tensor(math.ceil(q * total), dtype=torch.float64))
-        )
-        edge = 10.0 ** (_LOWEST_DECADE + (min(position, len(self._bins) - 1) + 1) / _BINS_PER_DECADE)
-        return min(edge, float(self.largest))
