@@ -95,8 +95,11 @@ def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict
 def policy_loss(
     config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], algorithm: dict[str, Any]
 ) -> Tensor:
-    """C3PO, GRPO or GSPO as their papers write them, with a k3 KL to the weights before `reference_scale` and an entropy
-    bonus. A fresh sample's old log-probs are the present ones; a stale one's are those that were recorded."""
+    """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself.
+
+    The present weights are `reference_scale` times `w`. A fresh sample's old log-probs are the present ones; a stale
+    one's are those that were recorded.
+    """
     present = {name: t * spec.get("reference_scale", 1.0) for name, t in w.items()}
     responses = []
     for row in spec["sequences"]:

@@ -91,8 +91,29 @@ def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(
         assert (run / name).exists(), name
     samples = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
     assert sum(sample["num_loss_tokens"] for sample in samples) == 300
-    assert {sample["outcome"] for sample in samples} <= {"trained", "carried", "dropped"}
+    assert {sample["outcome"] for sample in samples} <= {"trained", "carried"}
     assert {s["policy_version"] for s in samples if s["position"] >= rows[0]["num_prompts"]} == {1}
+
+
+def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_started_from(
+    inputs: Path, tmp_path: Path
+) -> None:
+    options = ["train.steps=2", "algorithm.optimizer_steps_per_rollout=2", "algorithm.correction=icepop"]
+    finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for x in options for o in ("--set", x))))
+    for row in rows_of(tmp_path):
+        assert row["num_loss_tokens_by_step"] == [300, 300]
+        assert row["budget_use"] == 1.0
+        assert row["ratio_max"] > 1.0 + 1e-6  # the first of the two steps has moved the weights
+        # Carried responses of the phase before are off-policy by its two steps; all others by rounding.
+        assert abs(row["train_rollout_log_ratio_p50"]) < 2e-5
+        assert row["correction_masked_share"] == 0.0
+        assert abs(row["correction_weight"] - 1.0) < 0.1
+
+
+def test_dynamic_sampling_that_finds_nothing_says_so(inputs: Path, tmp_path: Path) -> None:
+    options = ["--set", "algorithm.name=dapo", "--set", "budget.max_waves=2"]  # a random model is never right
+    said = finish(command(inputs, tmp_path, "train", *options), code=2)
+    assert "still lacks 4 groups after 2 waves (budget.max_waves), of 8 groups 8 had equal rewards" in said
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(inputs: Path, whole: Path, tmp_path: Path) -> None:

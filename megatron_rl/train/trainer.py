@@ -33,7 +33,7 @@ from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
 from megatron_rl.errors import Fault
 from megatron_rl.model.build import Model
-from megatron_rl.model.logprobs import vocab_parallel_logprobs
+from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
 from megatron_rl.train.objective import Objective
 from megatron_rl.train.tally import Tally
@@ -209,6 +209,10 @@ class Trainer:
                 None,
                 packed_seq_params=batch.packed,
                 padding_mask=self._padding_mask(batch),
+                output_processor=self.model.head,
+                output_processor_context=HeadRequest(
+                    index=batch.loss_index, targets=batch.targets, temperature=temperature
+                ),
             )
             return output, partial(loss, batch)
 
