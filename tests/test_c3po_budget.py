@@ -1,6 +1,8 @@
 """The token budget: exact, conserving, deterministic, without a preference for short responses."""
 
+import random
 from collections import Counter
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -67,6 +69,61 @@ def test_selection_has_no_preference_for_length() -> None:
     firsts = Counter(selection_order(0, [1] * 10, seed)[0] for seed in range(2000))
     chi_square = sum((firsts[i] - 200) ** 2 / 200 for i in range(10))
     assert chi_square < 27.9  # 9 degrees of freedom, p = 0.001
+
+
+def test_lengths_of_selected_responses_are_those_of_the_candidates() -> None:
+    # Four lengths, equally many of each. A budget of 480 tokens takes at least eight responses whole, whatever they
+    # are; the eighth must be of every length equally often. (The one that crosses the budget is longer on average, as
+    # the bus one waits for is: its cut tail makes up for it, see the next test.)
+    candidates = [10, 20, 40, 60] * 50
+    eighth: Counter[int] = Counter()
+    for seed in range(2000):
+        (picks,) = select(candidates, selection_order(0, [1] * len(candidates), seed), [480]).steps
+        assert all(pick.num_loss_tokens == candidates[pick.index] for pick in picks[:-1])
+        eighth[candidates[picks[7].index]] += 1
+    chi_square = sum((eighth[n] - 500) ** 2 / 500 for n in (10, 20, 40, 60))
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+@given(halves=st.lists(st.integers(1, 50), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_a_budget_of_half_the_tokens_trains_half_of_every_response_on_average(halves: list[int], seed: int) -> None:
+    # Exact, pair by pair: what an order cuts or leaves of a response, the reversed and equally likely order trains.
+    lengths = [2 * half for half in halves]
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    trained: Counter[int] = Counter()
+    for permutation in (order, order[::-1]):
+        for pick in select(lengths, permutation, [sum(halves)]).steps[0]:
+            trained[pick.index] += pick.num_loss_tokens
+    assert [trained[i] for i in range(len(lengths))] == lengths
+
+
+@given(lengths=LENGTHS, budget=st.integers(1, 80), cut=st.sampled_from(["token", "response"]))
+def test_cutting_changes_how_much_of_the_last_response_is_trained_and_nothing_else(
+    lengths: list[int], budget: int, cut: Literal["token", "response"]
+) -> None:
+    selection = select(lengths, range(len(lengths)), [budget], cut)
+    (picks,) = selection.steps
+    assert [pick.index for pick in picks] == list(range(len(picks)))
+    assert all(pick.num_loss_tokens == lengths[pick.index] for pick in picks[:-1])
+    whole = sum(lengths[: len(picks)])
+    assert selection.num_cut_tokens == (max(0, whole - budget) if cut == "token" else 0)
+    assert sum(lengths[: len(picks) - 1]) < budget  # the last one was needed
+
+
+@given(lengths=LENGTHS, budgets=st.lists(st.integers(1, 80), min_size=2, max_size=4), seed=st.integers(0, 99))
+def test_several_steps_select_what_single_steps_in_turn_would(
+    lengths: list[int], budgets: list[int], seed: int
+) -> None:
+    order = selection_order(0, [1] * len(lengths), seed)
+    selection = select(lengths, order, budgets)
+    assert selection == select(lengths, selection_order(0, [1] * len(lengths), seed), budgets)
+    rest = tuple(order)
+    for picks, budget in zip(selection.steps, budgets, strict=True):
+        alone = select(lengths, rest, [budget])
+        assert alone.steps == (picks,)
+        rest = alone.left_over
+    assert rest == selection.left_over
 
 
 @pytest.mark.parametrize(
