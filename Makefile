@@ -16,7 +16,7 @@ RUN ?= runs/demo
 # Steps of reinforcement learning in the demo; empty keeps the configuration's number.
 STEPS ?=
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench bench-logprob clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ format: install  ## apply the formatter and safe fixes
 bench: install  ## generation and end-to-end throughput, as JSON
 	$(BIN)/python tools/bench_embedded.py
 	$(BIN)/python tools/bench_step.py
+
+bench-logprob: install  ## memory and time of log-probs without logits, against the plain formula, as JSON
+	$(BIN)/python tools/bench_logprob.py
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

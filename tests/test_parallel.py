@@ -136,10 +136,13 @@ def test_hugging_face_to_megatron_and_back_is_bit_exact(name: str, parallel: dic
         assert torch.equal(exported[tensor_name], tensor), tensor_name
 
 
-def test_a_rank_without_sequences_takes_part_and_spoils_nothing(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_rank_without_sequences_takes_part_and_spoils_nothing(tensor: int, model: Path, tmp_path: Path) -> None:
     # One sequence for two data-parallel ranks, with the auxiliary losses on: their mean over no tokens must not be NaN.
-    spec = make_spec(model, moe={"load_balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3})
+    spec = make_spec(
+        model, parallel={"tensor": tensor}, moe={"load_balance_coefficient": 1e-2, "z_loss_coefficient": 1e-3}
+    )
     spec["sequences"] = spec["sequences"][:1]
-    found = run_ranks(2, spec, tmp_path / "run")
+    found = run_ranks(2 * tensor, spec, tmp_path / "run")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
     assert float(found["grad_norm"]) > 0

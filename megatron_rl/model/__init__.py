@@ -1,1 +1,1 @@
-"""The Megatron border: `config.json` to TransformerConfig, layer specs, building, vocab-parallel log-probs."""
+"""The Megatron border: `config.json` to TransformerConfig, layer specs, building, log-probs."""

@@ -43,6 +43,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     get_transformer_layer_offset,
 )
 
+from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -177,10 +178,14 @@ def _layer_norm(transformer_engine: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """This rank's part of the model: `module` is what megatron's schedules run, `gpt` the GPTModel inside it."""
+    """This rank's part of the model: `module` is what megatron's schedules run, `gpt` the GPTModel inside it.
+
+    head: what `module` gets as `output_processor`, so that its last stage returns log-probs and not logits.
+    """
 
     module: Any
     gpt: GPTModel
+    head: Head
     config: TransformerConfig
     bailing: BailingConfig
     layout: Layout
@@ -221,8 +226,6 @@ def build_model(
         position_embedding_type="rope" if transformer_engine else "none",
         rotary_base=int(bailing.rope_theta),
     )
-    if bailing.norm_head and gpt.post_process:
-        gpt.output_layer.register_forward_pre_hook(_NormHead(bailing.vocab_size))
     gpt.to(device.torch_device())
     dtype = DTYPES[model.dtype]
     ddp = DistributedDataParallel(
@@ -233,29 +236,8 @@ def build_model(
         ),
         Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt,
     )
-    return Model(module=ddp, gpt=gpt, config=config, bailing=bailing, layout=layout, dtype=dtype)
-
-
-class _NormHead:
-    """Forward pre-hook of the output layer for `norm_head`: W / (||W||_2 over the vocabulary axis + 1e-7).
-
-    The norm is one number per hidden column, so dividing the hidden state gives the same logits as dividing the weight,
-    without a second copy of it. The norm is detached and leaves out padded vocabulary rows.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        weight = layer.weight.detach()
-        first = mpu.get_tensor_model_parallel_rank() * len(weight)
-        rows = weight[: max(0, self.vocab_size - first)]
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        squares = wide.square().sum(dim=0)
-        if mpu.get_tensor_model_parallel_world_size() > 1:
-            dist.all_reduce(squares, group=mpu.get_tensor_model_parallel_group())
-        hidden, *rest = args
-        return (hidden / (squares.sqrt() + 1e-7).to(hidden.dtype), *rest)
+    head = Head(vocab_size=bailing.vocab_size, norm_head=bailing.norm_head)
+    return Model(module=ddp, gpt=gpt, head=head, config=config, bailing=bailing, layout=layout, dtype=dtype)
 
 
 def load_weights(model: Model, model_dir: Any) -> None:

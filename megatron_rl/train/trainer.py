@@ -28,7 +28,7 @@ from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
 from megatron_rl.errors import Fault
 from megatron_rl.model.build import Model
-from megatron_rl.model.logprobs import vocab_parallel_logprobs
+from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
 from megatron_rl.train.objective import Objective, fresh_logprob_difference
 
@@ -136,7 +136,7 @@ class Trainer:
         self.model.module.zero_grad_buffer()
         self.optimizer.zero_grad()
         tally = _Tally(objective.names)
-        self._run(batches, partial(self._loss, objective, denominator, temperature, tally), references)
+        self._run(batches, temperature, partial(self._loss, objective, denominator, tally), references)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(float(grad_norm or 0.0)):
             raise Fault(
@@ -177,7 +177,12 @@ class Trainer:
         )
 
     def _run(
-        self, batches: list[MicroBatch], loss: Any, references: Sequence[Tensor | None], forward_only: bool = False
+        self,
+        batches: list[MicroBatch],
+        temperature: float,
+        loss: Any,
+        references: Sequence[Tensor | None],
+        forward_only: bool = False,
     ) -> list[Any]:
         def forward_step(iterator: Any, module: Any) -> Any:
             batch, reference = next(iterator)
@@ -187,6 +192,10 @@ class Trainer:
                 None,
                 packed_seq_params=batch.packed,
                 padding_mask=batch.padding_mask,
+                output_processor=self.model.head,
+                output_processor_context=HeadRequest(
+                    index=batch.loss_index, targets=batch.targets, temperature=temperature
+                ),
             )
             return output, partial(loss, batch, reference)
 
@@ -200,38 +209,27 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _token_logprobs(self, batch: MicroBatch, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        chosen = logits[0].index_select(0, batch.loss_index)
-        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        if temperature != 1.0:
-            chosen = chosen / temperature
-        group = mpu.get_tensor_model_parallel_group()
-        return vocab_parallel_logprobs(chosen, batch.targets, self.model.bailing.vocab_size, group)
-
     def _loss(
         self,
         objective: Objective,
         denominator: float,
-        temperature: float,
         tally: "_Tally",
         batch: MicroBatch,
         reference: Tensor | None,
-        logits: Tensor,
+        output: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        if len(batch.targets) == 0:
-            return logits.sum() * 0.0, torch.ones([], dtype=torch.int), {}
-        logprobs, entropy = self._token_logprobs(batch, logits, temperature)
+        logprobs, entropy = output
         terms = objective(logprobs, entropy, batch, reference)
         tally.add(terms.sums, len(batch.targets), fresh_logprob_difference(logprobs, batch))
         return terms.total / denominator, torch.ones([], dtype=torch.int), {}
 
     def _forward_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        def keep(batch: MicroBatch, reference: Any, logits: Tensor, non_loss_data: bool = False) -> Any:
-            logprobs, _ = self._token_logprobs(batch, logits, temperature)
-            return logits.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
+        def keep(batch: MicroBatch, reference: Any, output: tuple[Tensor, Tensor]) -> Any:
+            logprobs, _ = output
+            return logprobs.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
 
         with torch.no_grad():
-            kept = self._run(batches, keep, [None] * len(batches), forward_only=True)
+            kept = self._run(batches, temperature, keep, [None] * len(batches), forward_only=True)
         return [entry["logprobs"] for entry in kept]
 
     def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor | None]:
