@@ -14,8 +14,14 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(num_ranks: int, spec: dict[str, Any], folder: Path, timeout_seconds: float = 240) -> dict[str, Tensor]:
-    """Run tests/parallel_worker.py with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote."""
+def run_ranks(
+    num_ranks: int,
+    spec: dict[str, Any],
+    folder: Path,
+    timeout_seconds: float = 240,
+    worker: str = "parallel_worker.py",
+) -> dict[str, Tensor]:
+    """Run a worker of tests/ with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote."""
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     with socket.socket() as probe:
@@ -32,7 +38,7 @@ def run_ranks(num_ranks: int, spec: dict[str, Any], folder: Path, timeout_second
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "parallel_worker.py"), str(folder)],
+            [sys.executable, str(ROOT / "tests" / worker), str(folder)],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
