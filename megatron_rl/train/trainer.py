@@ -142,8 +142,8 @@ class Trainer:
             batches = self._with_ref_logprobs(batches, temperature)
         self.model.module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tally = _Tally(objective.names)
-        self._run(batches, temperature, partial(self._loss, objective, denominator, tally), references)
+        tally = Tally(objective.reports)
+        self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(float(grad_norm or 0.0)):
             raise Fault(
@@ -197,12 +197,7 @@ class Trainer:
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
 
     def _run(
-        self,
-        batches: list[MicroBatch],
-        temperature: float,
-        loss: Any,
-        references: Sequence[Tensor | None],
-        forward_only: bool = False,
+        self, batches: Sequence[MicroBatch], temperature: float, loss: Any, forward_only: bool = False
     ) -> list[Any]:
         """loss: (micro-batch, what the last stage returns) -> what megatron's schedules want of a loss function."""
 
@@ -213,7 +208,7 @@ class Trainer:
                 batch.packed.positions[None],
                 None,
                 packed_seq_params=batch.packed,
-                padding_mask=batch.padding_mask,
+                padding_mask=self._padding_mask(batch),
                 output_processor=self.model.head,
                 output_processor_context=HeadRequest(
                     index=batch.loss_index, targets=batch.targets, temperature=temperature
@@ -231,92 +226,23 @@ class Trainer:
             forward_only=forward_only,
         )
 
+    def _padding_mask(self, batch: MicroBatch) -> Tensor:
+        """True at padding, of the tokens that this rank's routers see. Under sequence parallelism megatron divides it
+        on the first pipeline stage only, so later stages get their part here."""
+        mask = batch.padding_mask
+        if mpu.is_pipeline_first_stage() or not self.model.layout.sequence_parallel:
+            return mask
+        return mask.chunk(self.model.layout.tensor, dim=1)[mpu.get_tensor_model_parallel_rank()]
+
     def _loss(
         self,
         objective: Objective,
         denominator: float,
-        tally: "_Tally",
+        tally: Tally,
         batch: MicroBatch,
-        reference: Tensor | None,
         output: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         logprobs, entropy = output
-        terms = objective(logprobs, entropy, batch, reference)
-        tally.add(terms.sums, len(batch.targets), fresh_logprob_difference(logprobs, batch))
+        terms = objective(logprobs, entropy, batch)
+        tally.add(terms, len(batch.targets))
         return terms.total / denominator, torch.ones([], dtype=torch.int), {}
-
-    def _forward_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        def keep(batch: MicroBatch, reference: Any, output: tuple[Tensor, Tensor]) -> Any:
-            logprobs, _ = output
-            return logprobs.new_zeros(()), torch.ones([], dtype=torch.int), {"logprobs": logprobs}
-
-        with torch.no_grad():
-            kept = self._run(batches, temperature, keep, [None] * len(batches), forward_only=True)
-        return [entry["logprobs"] for entry in kept]
-
-    def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor | None]:
-        assert self._reference is not None
-        parameters = dict(self.model.gpt.named_parameters())
-        present = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(self._reference[name])
-            logprobs = self._forward_logprobs(batches, temperature)
-            for name, p in parameters.items():
-                p.copy_(present[name])
-        return [*logprobs] if logprobs else [None] * len(batches)
-
-
-class _Tally:
-    """Sums of metrics over the micro-batches of a step, reduced over ranks once at its end."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self._sums = torch.zeros(len(names) + 2, dtype=torch.float64)
-        self._bins = torch.zeros(_DECADES * _BINS_PER_DECADE, dtype=torch.float64)
-        self.largest = torch.zeros((), dtype=torch.float64)
-
-    def add(self, sums: dict[str, Tensor], num_tokens: int, difference: Tensor) -> None:
-        """difference: [fresh tokens], |train - rollout log-prob|; may be empty."""
-        row = torch.stack([sums[name].double() for name in self.names]).cpu()
-        counts = torch.tensor([float(difference.sum()), float(num_tokens)], dtype=torch.float64)
-        self._sums += torch.cat([row, counts])
-        if not len(difference):
-            return
-        difference = difference.double().cpu()
-        self.largest = torch.maximum(self.largest, difference.max())
-        decades = difference.clamp_min(10.0**_LOWEST_DECADE).log10() - _LOWEST_DECADE
-        bins = (decades * _BINS_PER_DECADE).long().clamp(0, len(self._bins) - 1)
-        self._bins += torch.bincount(bins, minlength=len(self._bins))
-
-    def reduce(self, group: Any, reports: bool) -> None:
-        """Sum over the ranks that report (one per data-parallel rank); afterwards every rank has the same."""
-        flat = torch.cat([self._sums, self._bins])
-        if not reports:
-            flat.zero_()
-            self.largest.zero_()
-        dist.all_reduce(flat, group=group)
-        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, group=group)
-        self._sums, self._bins = flat[: len(self._sums)], flat[len(self._sums) :]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._sums[-1])
-
-    def values(self) -> dict[str, float]:
-        return dict(zip(self.names, self._sums[:-2].tolist(), strict=True))
-
-    def difference_mean(self) -> float:
-        """Over fresh tokens; 0 without any."""
-        return float(self._sums[-2]) / max(1.0, float(self._bins.sum()))
-
-    def difference_quantile(self, q: float) -> float:
-        """Upper edge of the bin that holds the quantile, at most the maximum; 0 without tokens."""
-        total = float(self._bins.sum())
-        if total == 0:
-            return 0.0
-        position = int(
-            torch.searchsorted(self._bins.cumsum(0), torch.tensor(math.ceil(q * total), dtype=torch.float64))
-        )
-        edge = 10.0 ** (_LOWEST_DECADE + (min(position, len(self._bins) - 1) + 1) / _BINS_PER_DECADE)
-        return min(edge, float(self.largest))
