@@ -18,7 +18,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install demo test check format bench bench-logprob clean
+.PHONY: help install demo test check format bench bench-logprob bench-schedule clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,9 @@ bench: install  ## generation and end-to-end throughput, as JSON
 
 bench-logprob: install  ## memory and time of log-probs without logits, against the plain formula, as JSON
 	$(BIN)/python tools/bench_logprob.py
+
+bench-schedule: install  ## micro-batch plans against a lower bound, as JSON; LENGTHS=file of one length per line
+	$(BIN)/python tools/bench_schedule.py $(LENGTHS)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
