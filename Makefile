@@ -18,7 +18,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install demo test check format bench bench-logprob bench-schedule clean
+.PHONY: help install demo test check format bench bench-logprob bench-schedule reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench-logprob: install  ## memory and time of log-probs without logits, against 
 
 bench-schedule: install  ## micro-batch plans against a lower bound, as JSON; LENGTHS=file of one length per line
 	$(BIN)/python tools/bench_schedule.py $(LENGTHS)
+
+reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (half an hour)
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
