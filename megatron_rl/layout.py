@@ -32,6 +32,13 @@ class Layout:
         """Data-parallel rank of a global rank in megatron's order tp-cp-ep-dp-pp."""
         return rank // (self.tensor * self.context) % self.data
 
+    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage, equal or one apart: the last stage, which has the head, is the first to have
+        fewer, then the first stage, which has the embedding."""
+        even, left = divmod(num_layers, self.pipeline)
+        takers = [*range(1, self.pipeline - 1), 0][:left]
+        return tuple(even + (stage in takers) for stage in range(self.pipeline))
+
     def check(self, model: BailingConfig) -> None:
         """ValueError when this world or this model cannot be divided so."""
         for name in ("tensor", "pipeline", "expert", "expert_tensor", "context"):
@@ -58,9 +65,9 @@ class Layout:
             _must_divide("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
         if model.first_k_dense_replace:
             _must_divide("tensor", self.tensor, "intermediate_size", model.intermediate_size)
-        if self.pipeline > model.num_hidden_layers or model.num_hidden_layers % self.pipeline:
+        if self.pipeline > model.num_hidden_layers:
             raise ValueError(
-                f"parallel.pipeline must divide num_hidden_layers {model.num_hidden_layers}, got {self.pipeline}"
+                f"parallel.pipeline must be at most num_hidden_layers {model.num_hidden_layers}, got {self.pipeline}"
             )
 
 

@@ -110,7 +110,7 @@ def small_model(**changes: object) -> BailingConfig:
     [
         ({"world_size": 4, "tensor": 4}, r"parallel.tensor must divide num_key_value_heads 2, got 4; .*\[1, 2\]"),
         ({"world_size": 4, "expert": 4}, r"parallel.expert must divide num_experts 6, got 4; .*\[1, 2, 3, 6\]"),
-        ({"world_size": 3, "pipeline": 3}, r"parallel.pipeline must divide num_hidden_layers 4, got 3"),
+        ({"world_size": 5, "pipeline": 5}, r"parallel.pipeline must be at most num_hidden_layers 4, got 5"),
         ({"world_size": 3, "tensor": 2}, r"3 training process\(es\) cannot be divided by tensor 2"),
         ({"world_size": 3, "context": 2}, r"3 training process\(es\) cannot be divided by tensor 1 .* context 2 = 2"),
         ({"world_size": 2, "expert": 3}, r"2 training process\(es\) cannot be divided by expert 3"),
@@ -119,6 +119,16 @@ def small_model(**changes: object) -> BailingConfig:
 def test_a_layout_that_does_not_divide_is_refused(layout: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Layout(**layout).check(small_model())
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pipeline", "expected"),
+    [(28, 1, (28,)), (28, 4, (7, 7, 7, 7)), (5, 2, (3, 2)), (28, 8, (3, 4, 4, 4, 4, 3, 3, 3)), (27, 4, (7, 7, 7, 6))],
+)
+def test_layers_are_divided_over_stages_in_order_and_as_evenly_as_can_be(
+    num_layers: int, pipeline: int, expected: tuple[int, ...]
+) -> None:
+    assert Layout(world_size=pipeline, pipeline=pipeline).layers_per_stage(num_layers) == expected
 
 
 def test_data_ranks_follow_megatrons_order() -> None:

@@ -16,7 +16,8 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.layout import Layout
 
-# 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense, for two pipeline stages.
+# 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
+# three of one, two and one.
 SHAPE = {"vocab_size": 97, "num_hidden_layers": 4, "norm_head": True}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "DP2": (2, {}),
@@ -36,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2xDP2": (4, {"tensor": 2}),
     "TP2xDP2-EP2": (4, {"tensor": 2, "expert": 2}),
     "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
+    "PP3": (3, {"pipeline": 3}),
 }
 COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
 # The three kinds of denominator and both levels of the ratio.
@@ -228,18 +230,17 @@ def test_bfloat16_trains_close_to_float32(model: Path, alone: dict[str, torch.Te
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [({"expert": 2}, {"context": 2}), ({"context": 2, "expert": 2}, {"pipeline": 2})],
-    ids=["from EP2 to CP2", "from CP2-EP2 to PP2"],
+    ("before", "after"), [("EP2", "CP2"), ("CP2-EP2", "PP3")], ids=["from EP2 to CP2", "from CP2-EP2 to PP3"]
 )
 def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
-    before: dict, after: dict, model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+    before: str, after: str, model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     save = str(tmp_path / "checkpoints")
-    spec = make_spec(model, whole_gradients=False, parallel=before, save_to=save)
-    run_ranks(2, spec, tmp_path / "first")
-    spec = make_spec(model, whole_gradients=False, parallel=after, resume_from=f"{save}/step_1")
-    second = run_ranks(2, spec, tmp_path / "second")
+    num_ranks, parallel = LAYOUTS[before]
+    run_ranks(num_ranks, make_spec(model, whole_gradients=False, parallel=parallel, save_to=save), tmp_path / "first")
+    num_ranks, parallel = LAYOUTS[after]
+    spec = make_spec(model, whole_gradients=False, parallel=parallel, resume_from=f"{save}/step_1")
+    second = run_ranks(num_ranks, spec, tmp_path / "second")
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 
 

@@ -113,6 +113,7 @@ def transformer_config(
         moe_grouped_gemm=False,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_layout=_stages(bailing, layout) if layout.pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -134,6 +135,14 @@ def transformer_config(
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
     )
+
+
+def _stages(bailing: BailingConfig, layout: Layout) -> list[list[str]]:
+    """What each pipeline stage holds, in megatron's words."""
+    stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(bailing.num_hidden_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def uses_transformer_engine(model: ModelSection, layout: Layout) -> bool:
@@ -222,7 +231,7 @@ def build_model(
     config = transformer_config(bailing, model, moe, layout)
     transformer_engine = uses_transformer_engine(model, layout)
     offset = get_transformer_layer_offset(config)
-    num_local = config.num_layers // layout.pipeline
+    num_local = layout.layers_per_stage(config.num_layers)[mpu.get_pipeline_model_parallel_rank()]
     specs = [
         ModuleSpec(
             module=TransformerLayer,
