@@ -15,6 +15,7 @@ class Layout:
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     expert: int = 1
     expert_tensor: int = 1
     context: int = 1
@@ -32,16 +33,23 @@ class Layout:
         """Data-parallel rank of a global rank in megatron's order tp-cp-ep-dp-pp."""
         return rank // (self.tensor * self.context) % self.data
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of a rank's micro-batches must be a multiple of, for the interleaved pipeline schedule."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, equal or one apart: the last stage, which has the head, is the first to have
-        fewer, then the first stage, which has the embedding."""
-        even, left = divmod(num_layers, self.pipeline)
-        takers = [*range(1, self.pipeline - 1), 0][:left]
-        return tuple(even + (stage in takers) for stage in range(self.pipeline))
+        """Layers of each of the pipeline x virtual_pipeline stages in the order of the model, equal or one apart: the
+        last stage, which has the head, is the first to have fewer, then the first stage, which has the embedding.
+        Pipeline rank r runs stages r, r + pipeline, r + 2 pipeline, ..."""
+        num_stages = self.pipeline * self.virtual_pipeline
+        even, left = divmod(num_layers, num_stages)
+        takers = [*range(1, num_stages - 1), 0][:left]
+        return tuple(even + (stage in takers) for stage in range(num_stages))
 
     def check(self, model: BailingConfig) -> None:
         """ValueError when this world or this model cannot be divided so."""
-        for name in ("tensor", "pipeline", "expert", "expert_tensor", "context"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         product = self.tensor * self.pipeline * self.context
@@ -65,9 +73,18 @@ class Layout:
             _must_divide("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
         if model.first_k_dense_replace:
             _must_divide("tensor", self.tensor, "intermediate_size", model.intermediate_size)
-        if self.pipeline > model.num_hidden_layers:
+        if self.virtual_pipeline > 1 and self.pipeline < 3:
+            # With two stages the next rank is the previous one too, and megatron's exchange of shapes (needed for
+            # micro-batches of different lengths) then takes what the one sends forward for what it sends backward.
             raise ValueError(
-                f"parallel.pipeline must be at most num_hidden_layers {model.num_hidden_layers}, got {self.pipeline}"
+                f"parallel.virtual_pipeline {self.virtual_pipeline} needs parallel.pipeline of at least 3, got "
+                f"{self.pipeline}; set virtual_pipeline to 1 or more pipeline stages"
+            )
+        num_stages = self.pipeline * self.virtual_pipeline
+        if num_stages > model.num_hidden_layers:
+            raise ValueError(
+                f"parallel.pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {num_stages} must be "
+                f"at most num_hidden_layers {model.num_hidden_layers}"
             )
 
 

@@ -86,20 +86,27 @@ def main(folder: Path) -> None:
         state.load(Path(spec["resume_from"]), session.trainer)
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
-    placed = pack_micro_batches(lengths, session.layout.data, config.micro_batch_cap, cost_model(session.bailing))
+    layout = session.layout
+    placed = pack_micro_batches(
+        lengths,
+        layout.data,
+        config.micro_batch_cap,
+        cost_model(session.bailing),
+        multiple_of=layout.micro_batch_multiple,
+    )
     mine = placed[session.layout.data_rank(session.rank)]
     out: dict[str, torch.Tensor] = {}
     if "reference_scale" in spec:  # the reference policy is that of the directory, the present weights are others
         session.trainer.keep_reference()
         with torch.no_grad():
-            for p in session.model.gpt.parameters():
+            for p in session.model.parameters_by_canonical_name().values():
                 p.mul_(spec["reference_scale"])
 
     logprobs = session.trainer.logprobs([session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
         out |= whole_logprobs(logprobs, mine, sequences, session)
 
-    start = {name: p.detach().clone() for name, p in session.model.gpt.named_parameters()}
+    start = {name: p.detach().clone() for name, p in session.model.parameters_by_canonical_name().items()}
     for number, options in enumerate(spec["algorithms"]):
         section = AlgorithmSection(**options)
         objective = PolicyObjective(section, session.context_group)
@@ -123,7 +130,7 @@ def main(folder: Path) -> None:
             metrics = result
         if number + 1 < len(spec["algorithms"]):
             with torch.no_grad():
-                for name, p in session.model.gpt.named_parameters():
+                for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
     if "save_to" in spec:
         state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", 1, session.control)

@@ -1,26 +1,13 @@
 """The plan of a train phase, from scored groups."""
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import make_sample
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
-from megatron_rl.records import Group, Response, Sample
-
-
-def make_sample(prompt_id: int, index: int, length: int, version: int = 3) -> Sample:
-    response = Response(
-        prompt_id=prompt_id,
-        sample_index=index,
-        prompt_ids=np.arange(4, dtype=np.int32),
-        output_ids=np.arange(length, dtype=np.int32),
-        rollout_logprobs=np.zeros(length, np.float32),
-        policy_version=version,
-        finish_reason="stop",
-    )
-    return Sample(response=response, reward=1.0, reason="correct", advantage=0.5)
+from megatron_rl.records import Group, Sample
 
 
 def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:

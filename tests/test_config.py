@@ -110,9 +110,14 @@ def small_model(**changes: object) -> BailingConfig:
     [
         ({"world_size": 4, "tensor": 4}, r"parallel.tensor must divide num_key_value_heads 2, got 4; .*\[1, 2\]"),
         ({"world_size": 4, "expert": 4}, r"parallel.expert must divide num_experts 6, got 4; .*\[1, 2, 3, 6\]"),
-        ({"world_size": 5, "pipeline": 5}, r"parallel.pipeline must be at most num_hidden_layers 4, got 5"),
+        ({"world_size": 5, "pipeline": 5}, r"parallel.pipeline 5 .* = 5 must be at most num_hidden_layers 4"),
         ({"world_size": 3, "tensor": 2}, r"3 training process\(es\) cannot be divided by tensor 2"),
         ({"world_size": 3, "context": 2}, r"3 training process\(es\) cannot be divided by tensor 1 .* context 2 = 2"),
+        ({"world_size": 2, "pipeline": 2, "virtual_pipeline": 2}, "2 needs parallel.pipeline of at least 3, got 2"),
+        (
+            {"world_size": 3, "pipeline": 3, "virtual_pipeline": 2},
+            "pipeline 3 x virtual_pipeline 2 = 6 must be at most",
+        ),
         ({"world_size": 2, "expert": 3}, r"2 training process\(es\) cannot be divided by expert 3"),
     ],
 )
@@ -129,6 +134,12 @@ def test_layers_are_divided_over_stages_in_order_and_as_evenly_as_can_be(
     num_layers: int, pipeline: int, expected: tuple[int, ...]
 ) -> None:
     assert Layout(world_size=pipeline, pipeline=pipeline).layers_per_stage(num_layers) == expected
+
+
+def test_virtual_stages_take_their_layers_in_the_order_of_the_model() -> None:
+    layout = Layout(world_size=4, pipeline=4, virtual_pipeline=2)
+    assert layout.layers_per_stage(28) == (3, 4, 4, 4, 4, 3, 3, 3)
+    assert (layout.micro_batch_multiple, Layout(world_size=4, pipeline=4).micro_batch_multiple) == (4, 1)
 
 
 def test_data_ranks_follow_megatrons_order() -> None:

@@ -39,6 +39,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
     "PP3": (3, {"pipeline": 3}),
 }
+# For a model of seven layers, over stages of 1, 2, 1, 1, 1, 1.
+INTERLEAVED: dict[str, tuple[int, dict[str, int]]] = {
+    "PP3-VPP2": (3, {"pipeline": 3, "virtual_pipeline": 2}),
+    "TP2xPP3-VPP2": (6, {"tensor": 2, "pipeline": 3, "virtual_pipeline": 2}),
+}
 COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
 # The three kinds of denominator and both levels of the ratio.
 ALGORITHMS = [
@@ -103,6 +108,16 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], pre
     return max((relative(found[name], expected[name]), name) for name in names)
 
 
+def assert_exported(model: Path, directory: Path) -> None:
+    exported: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        exported |= load_file(file)
+    original = load_file(model / "model.safetensors")
+    assert exported.keys() == original.keys()
+    for name, tensor in original.items():
+        assert torch.equal(exported[name], tensor), name
+
+
 def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict[str, torch.Tensor]) -> None:
     spec = make_spec(model)
     config, weights = load_reference(model)
@@ -164,6 +179,42 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A deeper model, and what one process makes of it in fp64."""
+    folder = tmp_path_factory.mktemp("deep")
+    model = write_tiny_model(folder / "tiny", **SHAPE | {"num_hidden_layers": 7})
+    spec = make_spec(model, dtype="float64", moe=moe(Layout(world_size=1)), algorithms=ALGORITHMS, reference_scale=1.1)
+    return model, run_ranks(1, spec, folder / "run")
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_the_interleaved_pipeline_gives_the_gradient_of_one_process_to_rounding(
+    name: str, deep: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model, expected = deep
+    num_ranks, parallel = INTERLEAVED[name]
+    losses = moe(Layout(world_size=num_ranks, **parallel))
+    spec = make_spec(model, dtype="float64", moe=losses, parallel=parallel, algorithms=ALGORITHMS, reference_scale=1.1)
+    found = run_ranks(num_ranks, spec, tmp_path / "run")
+    for prefix in ("logprobs/", "grad/", "weight/"):
+        assert worst(found, expected, prefix) < (EXACT, ""), prefix
+
+
+def test_a_checkpoint_of_the_interleaved_pipeline_continues_and_is_exported(
+    deep: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model, _ = deep
+    two_steps = run_ranks(1, make_spec(model, whole_gradients=False, steps=2), tmp_path / "alone")
+    num_ranks, parallel = INTERLEAVED["PP3-VPP2"]
+    save = str(tmp_path / "checkpoints")
+    spec = make_spec(model, whole_gradients=False, parallel=parallel, save_to=save, export=True)
+    run_ranks(num_ranks, spec, tmp_path / "first")
+    spec = make_spec(model, whole_gradients=False, resume_from=f"{save}/step_1")
+    assert worst(run_ranks(1, spec, tmp_path / "second"), two_steps, "weight/") < (1e-4, "")
+    assert_exported(model, tmp_path / "first" / "hf")
+
+
 @pytest.mark.parametrize(("balance", "z"), [(0.05, 0.0), (0.0, 0.02)], ids=["balance", "z"])
 def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, model: Path, tmp_path: Path) -> None:
     # Far from the denominator's scale, and in several micro-batches on two context-parallel ranks.
@@ -178,6 +229,11 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
     (policy_loss(config, weights, spec, ALGORITHMS[0]) + balance * expected_balance + z * expected_z).backward()
     gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(found, gradients, "grad/") < (1e-6, "")
+    # What is logged is the mean over the three mixture-of-experts layers; a loss that is off is left out.
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    logged = {name: metrics[name] for name in ("load_balance_loss", "z_loss") if name in metrics}
+    written = {"load_balance_loss": expected_balance.item() / 3} if balance else {"z_loss": expected_z.item() / 3}
+    assert logged == pytest.approx(written, rel=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm["name"])
@@ -251,13 +307,7 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
 )
 def test_hugging_face_to_megatron_and_back_is_bit_exact(parallel: dict, model: Path, tmp_path: Path) -> None:
     run_ranks(2, make_spec(model, parallel=parallel, export=True), tmp_path / "run")
-    exported: dict[str, torch.Tensor] = {}
-    for file in (tmp_path / "run" / "hf").glob("*.safetensors"):
-        exported |= load_file(file)
-    original = load_file(model / "model.safetensors")
-    assert exported.keys() == original.keys()
-    for tensor_name, tensor in original.items():
-        assert torch.equal(exported[tensor_name], tensor), tensor_name
+    assert_exported(model, tmp_path / "run" / "hf")
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -42,12 +42,14 @@ def schedule(
     num_data_ranks: int,
     token_cap: int,
     cost: CostModel,
+    micro_batch_multiple: int = 1,
 ) -> Schedule:
     """Build the plan of one train phase.
 
     budgets: Phi of each optimizer step; an algorithm without a budget uses only their number and trains every sample.
     policy_version: of the weights now being trained.
     seed: decides the order of selection.
+    micro_batch_multiple: see `pack_micro_batches`.
     """
     groups = sorted(groups, key=lambda group: group.prompt_id)
     samples = (*carried, *(sample for group in groups for sample in group.samples))
@@ -83,7 +85,9 @@ def schedule(
             StepPlan(
                 denominator=denominator,
                 selected=selected,
-                micro_batches=pack_micro_batches([s.num_tokens for s in selected], num_data_ranks, token_cap, cost),
+                micro_batches=pack_micro_batches(
+                    [s.num_tokens for s in selected], num_data_ranks, token_cap, cost, multiple_of=micro_batch_multiple
+                ),
             )
         )
     surplus = tuple(samples[i] for i in left_over)

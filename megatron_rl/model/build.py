@@ -36,13 +36,17 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import unwrap_model  # noqa: E402
 
 from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
@@ -67,6 +71,7 @@ def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> N
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -138,7 +143,7 @@ def transformer_config(
 
 
 def _stages(bailing: BailingConfig, layout: Layout) -> list[list[str]]:
-    """What each pipeline stage holds, in megatron's words."""
+    """What each stage holds, in megatron's words."""
     stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(bailing.num_hidden_layers)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
@@ -204,13 +209,13 @@ def _layer_norm(transformer_engine: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """This rank's part of the model: `module` is what megatron's schedules run, `gpt` the GPTModel inside it.
+    """This rank's part of the model.
 
-    head: what `module` gets as `output_processor`, so that its last stage returns log-probs and not logits.
+    chunks: what megatron's schedules run, one for each virtual pipeline stage: a GPTModel inside megatron's DDP.
+    head: what a chunk gets as `output_processor`, so that the last stage returns log-probs and not logits.
     """
 
-    module: Any
-    gpt: GPTModel
+    chunks: tuple[DistributedDataParallel, ...]
     head: Head
     config: TransformerConfig
     bailing: BailingConfig
@@ -219,9 +224,21 @@ class Model:
 
     def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters under the names of checkpoint/names.py."""
-        layers = get_transformer_layer_offset(self.config)
         experts = mpu.get_expert_model_parallel_rank() * (self.bailing.num_experts // self.layout.expert)
-        return {canonical_name(name, layers, experts): p for name, p in self.gpt.named_parameters()}
+        return {
+            canonical_name(name, get_transformer_layer_offset(self.config, gpt.vp_stage), experts): parameter
+            for gpt in self.gpts
+            for name, parameter in gpt.named_parameters()
+        }
+
+    @property
+    def gpts(self) -> list[GPTModel]:
+        """The GPTModel of each chunk."""
+        return unwrap_model(list(self.chunks))
+
+    @property
+    def routers(self) -> list[Router]:
+        return [module for gpt in self.gpts for module in gpt.modules() if isinstance(module, Router)]
 
 
 def build_model(
@@ -230,40 +247,49 @@ def build_model(
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
     config = transformer_config(bailing, model, moe, layout)
     transformer_engine = uses_transformer_engine(model, layout)
-    offset = get_transformer_layer_offset(config)
-    num_local = layout.layers_per_stage(config.num_layers)[mpu.get_pipeline_model_parallel_rank()]
+    dtype = DTYPES[model.dtype]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype != torch.float64,
+        use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
+    )
+    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
+    gpts = [_gpt_model(config, bailing, transformer_engine, stage) for stage in stages]
+    chunks = tuple(
+        DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
+        for gpt in gpts
+    )
+    head = Head(vocab_size=bailing.vocab_size, norm_head=bailing.norm_head)
+    return Model(chunks=chunks, head=head, config=config, bailing=bailing, layout=layout, dtype=dtype)
+
+
+def _gpt_model(
+    config: TransformerConfig, bailing: BailingConfig, transformer_engine: bool, virtual_stage: int | None
+) -> GPTModel:
+    """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
+    offset = get_transformer_layer_offset(config, virtual_stage)
     specs = [
         ModuleSpec(
             module=TransformerLayer,
             submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine),
         )
-        for i in range(num_local)
+        for i in range(get_num_layers_to_build(config, virtual_stage))
     ]
+    tensor_size = config.tensor_model_parallel_size
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=specs, layer_norm=_layer_norm(transformer_engine)
         ),
-        vocab_size=-(-bailing.vocab_size // layout.tensor) * layout.tensor,
+        vocab_size=-(-bailing.vocab_size // tensor_size) * tensor_size,
         max_sequence_length=bailing.max_position_embeddings,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope" if transformer_engine else "none",
         rotary_base=int(bailing.rope_theta),
+        vp_stage=virtual_stage,
     )
-    gpt.to(device.torch_device())
-    dtype = DTYPES[model.dtype]
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=dtype != torch.float64,
-            use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
-        ),
-        Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt,
-    )
-    head = Head(vocab_size=bailing.vocab_size, norm_head=bailing.norm_head)
-    return Model(module=ddp, gpt=gpt, head=head, config=config, bailing=bailing, layout=layout, dtype=dtype)
+    return gpt.to(device.torch_device())
 
 
 def load_weights(model: Model, model_dir: Any) -> None:

@@ -1,7 +1,8 @@
-"""The router with its load-balance loss as a sum over tokens, whatever ranks the tokens of a micro-batch lie on."""
+"""The router with its auxiliary losses as sums over tokens, whatever ranks the tokens of a micro-batch lie on."""
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,20 +15,29 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router; the load-balance loss is our own.
+    """megatron-core's top-k router; the auxiliary losses are our own.
 
-    The loss of a layer and a micro-batch of T tokens, padding left out, is
+    Of a layer and a micro-batch of T tokens, padding left out, with router logits x they are
 
         B = E * sum_i F_i P_i,   F_i = share of the T * topk choices that fell on expert i,
                                  P_i = mean over tokens of the probability of expert i before top-k, of E experts
+        Z = mean over tokens of (log sum_i exp x_i)^2
 
-    and what enters the gradient is coefficient * T * B (train/trainer.py divides by the tokens of the step). A rank
+    and what enters the gradient is T * (a_bal B + a_z Z) (train/trainer.py divides by the tokens of the step). A rank
     adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which share
-    the micro-batch, so the sum over these ranks is T * B.
+    the micro-batch, so the sums over these ranks are T * B and T * Z.
 
-    Megatron's own gives that times the number of these ranks: with a padding mask it takes a rank's number of tokens
+    Megatron's own B is that times the number of these ranks: with a padding mask it takes a rank's number of tokens
     from counts that its all-reduce has overwritten with those of all ranks. And without a token it is not a number.
+
+    load_balance_loss, z_loss: the sums T * B and T * Z of this rank's terms, over micro-batches, until somebody sets
+    them back to 0. A loss whose coefficient is 0 is not computed.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.load_balance_loss: Tensor | float = 0.0
+        self.z_loss: Tensor | float = 0.0
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -39,6 +49,18 @@ class Router(TopKRouter):
         counts = routing_map.sum(dim=0)
         dist.all_reduce(counts, group=self.tp_cp_group)
         num_choices = counts.sum().clamp(min=1)
-        total = self.num_experts * (scores_for_aux_loss.sum(dim=0) * counts).sum() / num_choices
-        attached: Any = MoEAuxLossAutoScaler.apply(probs, coefficient * total)
+        loss = self.num_experts * (scores_for_aux_loss.sum(dim=0) * counts).sum() / num_choices
+        self.load_balance_loss += loss.detach()
+        attached: Any = MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+        return attached
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """logits: [tokens, E]; padding_mask: [tokens], true at padding. Returns `logits` with the loss attached."""
+        coefficient = self.config.moe_z_loss_coeff
+        if not coefficient or not torch.is_grad_enabled():
+            return logits
+        of_tokens = logits.logsumexp(dim=-1).square()
+        loss = (of_tokens if padding_mask is None else of_tokens.masked_fill(padding_mask, 0.0)).sum()
+        self.z_loss += loss.detach()
+        attached: Any = MoEAuxLossAutoScaler.apply(logits, coefficient * loss)
         return attached

@@ -17,6 +17,7 @@ from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import pack_samples, unpack_samples
@@ -33,14 +34,11 @@ T = TypeVar("T")
 class Collector:
     """Owns the servers, their clients, the reward pool and the surplus. `close()` ends them all."""
 
-    def __init__(
-        self, config: RlConfig, num_ranks: int, num_data_ranks: int, cost: CostModel, signals: StopSignals
-    ) -> None:
+    def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals) -> None:
         """Starts the servers and waits until they serve. ValueError for data that cannot be used."""
-        self._config, self._signals, self._cost = config, signals, cost
-        self._num_data_ranks = num_data_ranks
+        self._config, self._layout, self._signals, self._cost = config, layout, signals, cost
         self._algorithm = chosen_algorithm(config.algorithm)
-        self._budgets = config.phase_budgets(num_ranks)
+        self._budgets = config.phase_budgets(layout.world_size)
         self._tokenizer = load_tokenizer(config.model.path)
         prompts = read_prompts(config.data.train)
         self._input_ids = rendered_prompts(
@@ -117,9 +115,10 @@ class Collector:
             policy_version=policy_version,
             # A different permutation every phase, from the run's seed alone.
             seed=config.seed * 1_000_003 + policy_version,
-            num_data_ranks=self._num_data_ranks,
+            num_data_ranks=self._layout.data,
             token_cap=config.micro_batch_cap,
             cost=self._cost,
+            micro_batch_multiple=self._layout.micro_batch_multiple,
         )
         phase = Phase(
             generated=kept + filtered,

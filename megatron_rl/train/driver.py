@@ -103,9 +103,7 @@ class Leader:
         self._started = self._trained_from = 0.0
         self._gate_failure: Fault | None = None
         try:
-            self.collector = Collector(
-                config, session.layout.world_size, session.layout.data, cost_model(session.bailing), signals
-            )
+            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)

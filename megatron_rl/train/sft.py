@@ -46,7 +46,11 @@ def run_sft(config: SftConfig, resume: bool) -> int:
             started = time.perf_counter()
             batch = next(batches)
             placed = pack_micro_batches(
-                [len(s.token_ids) for s in batch], session.layout.data, config.micro_batch_cap, cost
+                [len(s.token_ids) for s in batch],
+                session.layout.data,
+                config.micro_batch_cap,
+                cost,
+                multiple_of=session.layout.micro_batch_multiple,
             )
             mine = [session.trainer.micro_batch([batch[i] for i in bin_]) for bin_ in placed[data_rank]]
             num_loss_tokens = sum(len(s.loss_positions) for s in batch)

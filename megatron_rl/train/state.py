@@ -73,7 +73,7 @@ def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[
     Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
     and weight decay are the schedule's and the configuration's.
     """
-    model = trainer.model.module.module.sharded_state_dict()
+    model = {f"chunk{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(trainer.model.chunks)}
     parts = [
         part.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         for part in trainer.optimizer.chained_optimizers
@@ -121,7 +121,8 @@ def load(path: Path, trainer: Any) -> tuple[dict[str, Any], bytes]:
     _initialize_adam(trainer.optimizer)
     template, parts = _sharded(trainer, is_loading=True)
     state = dist_checkpointing.load(template, str(path / "megatron"))
-    trainer.model.module.module.load_state_dict(state["model"])
+    for i, chunk in enumerate(trainer.model.chunks):
+        chunk.module.load_state_dict(state["model"][f"chunk{i}"])
     for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
         for group in part["optimizer"]["param_groups"]:
             group["step"] = state["optimizer_step"]

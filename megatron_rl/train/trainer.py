@@ -45,6 +45,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +82,9 @@ class Trainer:
                 clip_grad=optimizer.clip_grad,
                 bf16=model.dtype == torch.bfloat16,
                 params_dtype=model.dtype,
-                use_distributed_optimizer=model.module.ddp_config.use_distributed_optimizer,
+                use_distributed_optimizer=model.chunks[0].ddp_config.use_distributed_optimizer,
             ),
-            [model.module],
+            list(model.chunks),
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -110,7 +111,9 @@ class Trainer:
 
     def keep_reference(self) -> None:
         """Remember the present weights, off the device, as the reference policy of the KL term."""
-        self._reference = {name: p.detach().cpu().clone() for name, p in self.model.gpt.named_parameters()}
+        self._reference = {
+            name: p.detach().cpu().clone() for name, p in self.model.parameters_by_canonical_name().items()
+        }
 
     def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """This rank's part of these sequences, ready for the methods below."""
@@ -140,9 +143,12 @@ class Trainer:
         self._num_step_tokens = max(1, num_tokens)
         if self._reference is not None:
             batches = self._with_ref_logprobs(batches, temperature)
-        self.model.module.zero_grad_buffer()
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         tally = Tally(objective.reports)
+        for router in self.model.routers:
+            router.load_balance_loss = router.z_loss = 0.0
         self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(float(grad_norm or 0.0)):
@@ -159,8 +165,21 @@ class Trainer:
             num_loss_tokens=tally.num_tokens,
             num_forward_tokens=num_tokens,
             num_padding_tokens=num_places - num_tokens,
-            metrics=tally.metrics(denominator),
+            metrics=tally.metrics(denominator) | self._router_losses(num_tokens),
         )
+
+    def _router_losses(self, num_tokens: int) -> dict[str, float]:
+        """Mean over the step's tokens and the model's mixture-of-experts layers, of those losses that are on."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for router in self.model.routers:
+            sums += torch.tensor([1.0, float(router.load_balance_loss), float(router.z_loss)])
+        dist.all_reduce(sums, group=self._control)
+        # Every stage counted its layers on all of its ranks.
+        num_layers = float(sums[0]) / (dist.get_world_size() // self.model.layout.pipeline)
+        config = self.model.config
+        on = {"load_balance_loss": config.moe_aux_loss_coeff, "z_loss": config.moe_z_loss_coeff}
+        means = (sums[1:] / max(1.0, num_tokens * num_layers)).tolist()
+        return {name: mean for (name, coefficient), mean in zip(on.items(), means, strict=True) if coefficient}
 
     def logprobs(self, batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
@@ -184,7 +203,7 @@ class Trainer:
     def _with_ref_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
         """The reference weights take the place of the present ones for one pass."""
         assert self._reference is not None
-        parameters = dict(self.model.gpt.named_parameters())
+        parameters = self.model.parameters_by_canonical_name()
         present = {name: p.detach().clone() for name, p in parameters.items()}
         with torch.no_grad():
             for name, p in parameters.items():
@@ -208,7 +227,7 @@ class Trainer:
                 batch.packed.positions[None],
                 None,
                 packed_seq_params=batch.packed,
-                padding_mask=self._padding_mask(batch),
+                padding_mask=self._padding_mask(batch, get_attr_wrapped_model(module, "pre_process")),
                 output_processor=self.model.head,
                 output_processor_context=HeadRequest(
                     index=batch.loss_index, targets=batch.targets, temperature=temperature
@@ -218,19 +237,19 @@ class Trainer:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model.module],
+            data_iterator=[iter(batches) for _ in self.model.chunks],
+            model=list(self.model.chunks),
             num_microbatches=len(batches),
             seq_length=batches[0].token_ids.shape[1],
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _padding_mask(self, batch: MicroBatch) -> Tensor:
+    def _padding_mask(self, batch: MicroBatch, is_first_stage: bool) -> Tensor:
         """True at padding, of the tokens that this rank's routers see. Under sequence parallelism megatron divides it
         on the first pipeline stage only, so later stages get their part here."""
         mask = batch.padding_mask
-        if mpu.is_pipeline_first_stage() or not self.model.layout.sequence_parallel:
+        if is_first_stage or not self.model.layout.sequence_parallel:
             return mask
         return mask.chunk(self.model.layout.tensor, dim=1)[mpu.get_tensor_model_parallel_rank()]
 

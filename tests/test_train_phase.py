@@ -1,0 +1,93 @@
+"""What became of every sample of a rollout phase, and the numbers that say so."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from samples import make_sample
+
+from megatron_rl.c3po.algorithms import ALGORITHMS
+from megatron_rl.c3po.packing import CostModel
+from megatron_rl.c3po.plan import schedule
+from megatron_rl.records import Group
+from megatron_rl.train.phase import Phase
+
+COST = CostModel(linear=1.0, quadratic=0.0)
+
+
+def group(prompt_id: int, lengths: list[int], rewards: list[float]) -> Group:
+    samples = (make_sample(prompt_id, i, n, reward=r) for i, (n, r) in enumerate(zip(lengths, rewards, strict=True)))
+    return Group(prompt_id=prompt_id, samples=tuple(samples))
+
+
+def make_phase(keep_surplus: bool = True) -> Phase:
+    """Budget 20: one carried sample of 6 tokens, then 14 of the 30 tokens of two new groups."""
+    carried = (make_sample(90, 0, 6, version=2, reward=0.0),)
+    used = [group(0, [5, 10], [1.0, 0.0]), group(1, [10, 5], [0.0, 1.0])]
+    filtered = [group(2, [7, 9], [1.0, 1.0])]
+    plan = schedule(
+        used,
+        carried,
+        algorithm=ALGORITHMS["c3po"],
+        budgets=(20,),
+        cut="token",
+        keep_surplus=keep_surplus,
+        max_response_tokens=32,
+        policy_version=3,
+        seed=1,
+        num_data_ranks=2,
+        token_cap=64,
+        cost=COST,
+    )
+    unneeded = [group(3, [4, 4], [1.0, 0.0])]
+    return Phase(
+        generated=used + filtered + unneeded,
+        filtered=filtered,
+        unneeded=unneeded,
+        stale=[make_sample(91, 0, 8, version=1)],
+        schedule=plan,
+    )
+
+
+@pytest.mark.parametrize("keep_surplus", [True, False])
+def test_every_sample_has_one_outcome(keep_surplus: bool) -> None:
+    phase = make_phase(keep_surplus)
+    outcomes = list(phase.outcomes())
+    everything = {s.id for g in phase.generated for s in g.samples} | {(90, 0), (91, 0)}
+    assert Counter(sample.id for sample, _, _ in outcomes) == Counter(everything)
+    assert sum(tokens for _, _, tokens in outcomes) == 20
+    kinds = Counter(kind for _, kind, _ in outcomes)
+    assert (kinds["dropped: equal rewards"], kinds["dropped: not needed"], kinds["dropped: stale"]) == (2, 2, 1)
+    assert kinds["trained"] + kinds["carried" if keep_surplus else "dropped: over the budget"] == 5
+
+
+def test_metrics_count_what_the_outcomes_say() -> None:
+    phase = make_phase()
+    metrics = phase.metrics(20, COST)
+    # reward and length are those of all that was generated in this phase, filtered groups too, carried samples not
+    lengths = [5, 10, 10, 5, 7, 9, 4, 4]
+    assert metrics["reward"] == 5 / 8
+    assert metrics["response_tokens_mean"] == sum(lengths) / 8
+    assert (metrics["num_prompts"], metrics["num_samples"], metrics["num_generated_tokens"]) == (4, 8, sum(lengths))
+    assert metrics["uniform_group_share"] == 1 / 4
+    assert metrics["budget_use"] == 1.0
+    assert metrics["num_dropped_equal_rewards"] == metrics["num_dropped_not_needed"] == 2
+    assert metrics["num_dropped_stale"] == 1
+    assert metrics["num_trained_samples"] + metrics["num_carried"] == 5
+    outcomes = list(phase.outcomes())
+    trained = sum(sample.response.num_output_tokens for sample, kind, _ in outcomes if kind == "trained")
+    assert metrics["num_cut_tokens"] == trained - 20
+
+
+def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
+    phase = make_phase()
+    phase.write(
+        tmp_path / "rollouts" / "step_0.jsonl", lambda position: f"prompt-{position}", lambda ids: str(len(ids))
+    )
+    rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_0.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    assert sum(row["num_loss_tokens"] for row in rows) == 20
+    (carried,) = (row for row in rows if row["position"] == 90)
+    assert (carried["prompt_id"], carried["policy_version"], carried["reason"]) == ("prompt-90", 2, "wrong")
+    assert (carried["outcome"], carried["num_loss_tokens"], carried["response"]) == ("trained", 6, "6")
