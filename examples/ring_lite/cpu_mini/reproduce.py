@@ -56,7 +56,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         options = stages.settings(
             {
                 "run_dir": folder / "sft", "model.path": folder / "model", "data.train": folder / "data/sft.jsonl",
-                "train.steps": 130,
+                "train.steps": 170,
             }
         )  # fmt: skip
         stages.run_python("warm start", "-m", "megatron_rl.cli", "sft", HERE / "sft.toml", *nproc, *options)
