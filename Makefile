@@ -64,7 +64,7 @@ bench-logprob: install  ## memory and time of log-probs without logits, against 
 bench-schedule: install  ## micro-batch plans against a lower bound, as JSON; LENGTHS=file of one length per line
 	$(BIN)/python tools/bench_schedule.py $(LENGTHS)
 
-reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (half an hour)
+reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay

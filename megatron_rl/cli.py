@@ -56,7 +56,61 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
             command.add_argument("--nproc", type=int, default=0, help="start this many ranks here, through torchrun")
+    convert = commands.add_parser(
+        "convert",
+        help="Hugging Face directory <-> Megatron checkpoint",
+        description="Convert a Hugging Face directory to a Megatron distributed checkpoint that the trainer opens in "
+        "any parallel layout, or such a checkpoint, a run's step_N or a run (its newest) to a Hugging Face directory.",
+    )
+    convert.add_argument("source", type=Path)
+    convert.add_argument("destination", type=Path, help="a new directory")
+    convert.add_argument("--to", choices=("megatron", "hf"), required=True, help="the kind of the destination")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of each tensor")
+    convert.add_argument("--max-shard-size", default="5GB", help="of one file: bytes, or a number of MB or GB")
+    convert.add_argument("--dry-run", action="store_true", help="print what would be done; write nothing")
+    convert.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="read the result back and compare checksums; default: when the destination is a Hugging Face directory",
+    )
+    convert.add_argument(
+        "--fold-norm-head",
+        action="store_true",
+        help="write the LM head divided by its norm, and norm_head = false, for runtimes that do not normalise",
+    )
+    convert.set_defaults(run=_convert)
+    verify = commands.add_parser(
+        "compare", help="two checkpoints of either kind, tensor by tensor; exit code 1 when they differ"
+    )
+    verify.add_argument("first", type=Path)
+    verify.add_argument("second", type=Path)
+    verify.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none")
+    verify.add_argument("--text", help="compare the log-probs of this text under both models too, in fp32")
+    verify.set_defaults(run=_compare)
     return parser
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megatron_rl.checkpoint.command import run_convert
+
+    return run_convert(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megatron_rl.checkpoint.command import run_compare
+
+    code = run_compare(arguments)
+    if arguments.text is not None:
+        from megatron_rl.train.score import text_logprobs
+
+        (ids, first), (other_ids, second) = (
+            text_logprobs(p, arguments.text) for p in (arguments.first, arguments.second)
+        )
+        if ids != other_ids:
+            raise ValueError(f"the tokenizers differ: {arguments.text!r} is {len(ids)} tokens and {len(other_ids)}")
+        largest = float((first - second).abs().max())
+        sys.stdout.write(f"log-probs of {len(first)} tokens differ by up to {largest:.3g}\n")
+    return code
 
 
 def _train(arguments: argparse.Namespace) -> int:

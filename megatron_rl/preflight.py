@@ -11,6 +11,8 @@ from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 
 # Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
 _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
+# Of a chunk of tokens, as in model/logprobs.py, which imports torch.
+_LOGITS_BYTES = 128 * 2**20
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None:
@@ -58,7 +60,7 @@ def _check_port(port: int) -> None:
 
 
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
-    """Host memory of a run on this machine: training state of all ranks, logits of a micro-batch, server and cache."""
+    """Host memory of a run on this machine: training state of all ranks, logits of a chunk, server and cache."""
     layout = config.parallel.layout(world_size)
     weights = bailing.num_parameters()
     # Weights and gradients on every data- and context-parallel rank, optimizer state once; two exports in the shared
@@ -67,7 +69,7 @@ def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -
     state = weights * (8 * replicas + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
     if isinstance(config, RlConfig) and config.algorithm.kl_coefficient:
         state += weights * 8 * replicas
-    logits = 3 * 4 * config.train.micro_batch_tokens * bailing.vocab_size * replicas
+    logits = 3 * min(4 * config.train.micro_batch_tokens * bailing.vocab_size, _LOGITS_BYTES) * replicas
     total = state + logits
     if isinstance(config, RlConfig) and not config.rollout.urls:
         per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from megatron_rl.c3po.algorithms import chosen_algorithm, normalise
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
+from megatron_rl.checkpoint.distributed import MEGATRON
 from megatron_rl.config.schema import AlgorithmSection, SftConfig
 from megatron_rl.model import zigzag
-from megatron_rl.model.build import load_weights, mpu
+from megatron_rl.model.build import load_sharded_state, load_weights, mpu, sharded_state
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
@@ -82,6 +83,16 @@ def main(folder: Path) -> None:
     config = config.model_copy(update={"model": section})
     whole_gradients = spec.get("whole_gradients", True)
     session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
+    if "load_by_megatron" in spec:  # in place of what the session read by itself
+        template = sharded_state(session.model)
+        with torch.no_grad():
+            for p in session.model.parameters_by_canonical_name().values():
+                p.zero_()
+        folder_of_weights = Path(spec["load_by_megatron"]) / MEGATRON
+        from megatron.core import dist_checkpointing
+
+        load_sharded_state(session.model, dist_checkpointing.load(template, str(folder_of_weights)))
+        session.trainer.optimizer.reload_model_params()
     if "resume_from" in spec:
         state.load(Path(spec["resume_from"]), session.trainer)
     sequences = sequences_from(spec)
@@ -133,7 +144,8 @@ def main(folder: Path) -> None:
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
     if "save_to" in spec:
-        state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", 1, session.control)
+        options = {"model_dir": Path(spec["model"]), "keep_last": 1, "control": session.control}
+        state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", **options)
     if session.rank == 0:
         out["grad_norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
         (folder / "result.json").write_text(json.dumps(dataclasses.asdict(metrics)))

@@ -35,7 +35,7 @@ def forward(
             h = h + _moe(config, w, p + "mlp.", x)
             if routers is not None:
                 routers.setdefault(layer, []).append(x @ w[p + "mlp.gate.weight"].T)
-    head = w["lm_head.weight"]
+    head = w["model.word_embeddings.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
     if config["norm_head"]:
         head = head / (head.detach().norm(dim=0, keepdim=True) + 1e-7)
     return _norm(config, h, w["model.norm.weight"]) @ head.T

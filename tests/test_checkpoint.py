@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import TINY_CONFIG, tiny_tensors, write_tiny_model
 
-from megatron_rl.checkpoint.hf import HfReader
+from megatron_rl.checkpoint.hf import HfCheckpoint
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.checkpoint.names import canonical_name, name_table
 from megatron_rl.config.bailing import BailingConfig
@@ -79,13 +79,13 @@ def test_missing_left_over_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
     from safetensors.torch import load_file, save_file
 
     model = write_tiny_model(tmp_path / "m")
-    table = name_table(BailingConfig.model_validate(TINY_CONFIG))
+    config = BailingConfig.model_validate(TINY_CONFIG)
     tensors = load_file(model / "model.safetensors")
     broken = dict(tensors)
     broken["extra.weight"] = broken.pop("model.norm.weight")
     save_file(broken, model / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 missing \(model.norm.weight\); 1 unexpected \(extra.weight\)"):
-        HfReader(model, table)
+        HfCheckpoint(model, config)
     save_file(tensors | {"lm_head.weight": torch.zeros(3, 64)}, model / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(3, 64\); config.json says \(96, 64\)"):
-        HfReader(model, table)
+        HfCheckpoint(model, config)

@@ -231,7 +231,7 @@ def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
-        (["--set", "train.micro_batch_tokens=900000000"], "this run needs about"),
+        (["--set", "rollout.max_running_requests=900000000"], "this run needs about"),
         (["--set", "rollout.max_prompt_tokens=4"], "tokens, over rollout.max_prompt_tokens = 4"),
     ],
 )

@@ -85,5 +85,6 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         if config.get("num_shared_experts"):
             mlp(f"{layer}.mlp.shared_experts", config["num_shared_experts"] * config["moe_intermediate_size"])
     norm("model.norm.weight")
-    matrix("lm_head.weight", v, h, scale=2.0)
+    if not config.get("tie_word_embeddings"):
+        matrix("lm_head.weight", v, h, scale=2.0)
     return tensors

@@ -1,56 +1,95 @@
-"""Reading and writing Hugging Face directories of safetensors: names and shapes are checked, nothing is unpickled."""
+"""Hugging Face directories of safetensors, read and written tensor by tensor; nothing is unpickled."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.checkpoint.names import Mapping
+from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
+from megatron_rl.config.bailing import BailingConfig
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt")
 INDEX = "model.safetensors.index.json"
+# As a safetensors header calls them.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class HfReader:
-    """Tensors of a directory by name, read when asked for. Close it, or use it in a `with` block."""
+class HfCheckpoint:
+    """A `Checkpoint` (checkpoint/read.py) of safetensors files, which are mapped into memory."""
 
-    def __init__(self, model_dir: str | Path, table: dict[str, Mapping]) -> None:
-        """ValueError lists the tensors that are missing, left over or of another shape than config.json says."""
-        self.model_dir = Path(model_dir)
-        files = sorted(self.model_dir.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{model_dir} holds no *.safetensors; it must be a Hugging Face model directory")
-        self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
+    def __init__(self, directory: Path, model: BailingConfig) -> None:
+        """ValueError for a file that cannot be read, and the tensors that are missing, left over, there twice or of
+        another shape or type than config.json says."""
+        self.directory = directory
+        self.dtypes: dict[str, torch.dtype] = {}
         self._where: dict[str, Any] = {}
-        for handle, path in zip(self._files, files, strict=True):
+        files: dict[str, Path] = {}
+        for path in _weight_files(directory):
+            try:
+                handle: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as safetensors: {error}; fetch it again") from None
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
                 if name in self._where:
-                    raise ValueError(f"{path}: tensor {name} is in more than one file of {model_dir}")
-                self._where[name] = handle
-        expected = {name: entry.hf_shape for entry in table.values() for name in entry.hf}
-        check_names(set(expected), set(self._where), str(model_dir))
-        for name, shape in expected.items():
-            found = tuple(self._where[name].get_slice(name).get_shape())
-            if found != shape:
-                raise ValueError(f"{model_dir}: tensor {name} has shape {found}; config.json says {shape}")
+                    raise ValueError(f"tensor {name} is in {files[name].name} and in {path.name} of {directory}")
+                self._where[name], files[name] = handle, path
+        names = hf_names(name_table(model))
+        check_names(set(names), set(self._where), str(directory))
+        for name, (entry, _) in names.items():
+            found = self._where[name].get_slice(name)
+            if tuple(found.get_shape()) != entry.hf_shape:
+                raise ValueError(
+                    f"{files[name]}: tensor {name} has shape {tuple(found.get_shape())}; config.json says "
+                    f"{entry.hf_shape}"
+                )
+            if found.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"{files[name]}: tensor {name} is {found.get_dtype()}; it must be one of {', '.join(DTYPES)}"
+                )
+            self.dtypes[name] = DTYPES[found.get_dtype()]
 
     def read(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
 
-    def __enter__(self) -> "HfReader":
+    def close(self) -> None:
+        self._where.clear()
+
+    def __enter__(self) -> "HfCheckpoint":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._where.clear()
-        self._files.clear()
+        self.close()
+
+
+def has_weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors")) or (directory / INDEX).exists()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that the index names, or all of them where there is no index."""
+    index = directory / INDEX
+    if not index.exists():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted({directory / str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors: {error!r}; fetch it again") from None
+    for file in files:
+        if file.parent != directory:
+            raise ValueError(f"{index} names {file}, which is outside of {directory}")
+        if not file.exists():
+            raise ValueError(f"{index} names {file.name}, which is missing; fetch it again")
+    return files
 
 
 def check_names(expected: set[str], found: set[str], where: str) -> None:
@@ -65,6 +104,55 @@ def check_names(expected: set[str], found: set[str], where: str) -> None:
         raise ValueError(f"{where}: tensors do not match the BailingMoE of its config.json: {'; '.join(problems)}")
 
 
+# -- writing -------------------------------------------------------------------------------------------------------
+
+TensorInfo = tuple[str, tuple[int, ...], torch.dtype]
+
+
+class SafetensorsWriter:
+    """One safetensors file whose tensors are written one after the other, in the order that was announced. Use it in a
+    `with` block.
+
+    safetensors' own writer wants all of them at once.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[TensorInfo]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape, dtype in tensors:
+            start, end = end, end + num_bytes(shape, dtype)
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._expected = iter(tensors)
+        self.file: BinaryIO = path.open("wb")
+        self.file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert (name, tuple(tensor.shape), tensor.dtype) == next(self._expected), name
+        self.file.write(as_bytes(tensor))
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        """The file is on disk afterwards, unless the block failed."""
+        with self.file:
+            if failure is None:
+                assert next(self._expected, None) is None
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor in memory, row by row, without a copy where it is contiguous."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
 def write_shard(directory: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Write one rank's tensors as `model-RANK.safetensors`; returns their names. Writes no file for no tensors."""
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors}
@@ -73,32 +161,34 @@ def write_shard(directory: Path, rank: int, tensors: Iterable[tuple[str, Tensor]
     return list(state)
 
 
-def shard_file(rank: int) -> str:
-    return f"model-{rank:05d}.safetensors"
+def shard_file(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
 
 
-def write_index(directory: Path, names_by_rank: list[list[str]], table: dict[str, Mapping]) -> None:
-    """Write the index of all shards; ValueError when a tensor was written by no rank or by two."""
+def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[str, Mapping]) -> None:
+    """Write the index of all shards; ValueError when a tensor is in none or in two."""
     weight_map: dict[str, str] = {}
-    for rank, names in enumerate(names_by_rank):
+    for number, names in enumerate(names_by_shard):
         for name in names:
             if name in weight_map:
                 raise ValueError(f"{directory}: tensor {name} was written twice")
-            weight_map[name] = shard_file(rank)
+            weight_map[name] = shard_file(number)
     check_names({name for entry in table.values() for name in entry.hf}, set(weight_map), str(directory))
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1, sort_keys=True))
 
 
-def copy_companions(source: Path, destination: Path, dtype: torch.dtype) -> None:
-    """config.json, tokenizer files, chat template and code files; config.json's torch_dtype becomes `dtype`."""
+def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
+    """config.json, tokenizer files, chat template and code files. With `dtype`, config.json's torch_dtype becomes it,
+    and with `changes` other fields; without a difference it stays byte for byte."""
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json"):
+            if not file.name.endswith(".index.json") and file.name != "driver.json":
                 shutil.copyfile(file, destination / file.name)
     config = json.loads((source / "config.json").read_text())
-    name = str(dtype).removeprefix("torch.")
-    if config.get("torch_dtype") != name:
-        (destination / "config.json").write_text(json.dumps(config | {"torch_dtype": name}, indent=2))
+    if dtype is not None:
+        changes["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if any(config.get(name) != value for name, value in changes.items()):
+        (destination / "config.json").write_text(json.dumps(config | changes, indent=2))
 
 
 def replace_directory(source: Path, destination: Path) -> None:
@@ -110,11 +200,3 @@ def replace_directory(source: Path, destination: Path) -> None:
         destination.rename(old)
     source.rename(destination)
     shutil.rmtree(old, ignore_errors=True)
-
-
-Reader = Callable[[str], Tensor]
-
-
-def read_full(entry: Mapping, read: Reader) -> Tensor:
-    """The full Megatron tensor of one table entry."""
-    return entry.layout.merge([read(name) for name in entry.hf])

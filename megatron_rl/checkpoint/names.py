@@ -1,7 +1,8 @@
 """The one name table between Hugging Face BailingMoE tensors and Megatron parameters, used in both directions.
 
 Megatron names here are *canonical*: those of an undivided model (global layer and expert numbers) built from local
-layers. `canonical_name` maps a rank's own parameter names to them.
+layers. `canonical_name` maps a rank's own parameter names to them. `Mapping.stored` is the name in a distributed
+checkpoint: that of Megatron's Transformer Engine layers, with the experts of a layer in one tensor [E, ...].
 """
 
 import re
@@ -10,12 +11,20 @@ from dataclasses import dataclass
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.config.bailing import BailingConfig
 
+EMBEDDING = "embedding.word_embeddings.weight"
+# Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
+STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mapping:
     """One Megatron parameter and the Hugging Face tensors that it is made of.
 
     hf_shape: the shape of each of the Hugging Face tensors.
+    stored: its tensor in a distributed checkpoint. expert_index: its place along the first axis of that, for experts.
     expert: divided over the expert- and expert-tensor-parallel groups instead of the tensor-parallel group.
     """
 
@@ -23,93 +32,105 @@ class Mapping:
     hf: tuple[str, ...]
     hf_shape: tuple[int, ...]
     layout: TensorLayout
-    expert: bool = False
+    stored: str
+    expert_index: int | None = None
+
+    @property
+    def expert(self) -> bool:
+        return self.expert_index is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the full Megatron tensor."""
+        return (len(self.hf) * self.hf_shape[0], *self.hf_shape[1:])
 
 
 def name_table(model: BailingConfig) -> dict[str, Mapping]:
     """Every parameter of the model by its canonical Megatron name."""
     h, v = model.hidden_size, model.vocab_size
     entries = [
-        Mapping(
-            megatron="embedding.word_embeddings.weight",
-            hf=("model.word_embeddings.weight",),
-            hf_shape=(v, h),
-            layout=Vocabulary(v),
-        ),
-        Mapping(
-            megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",), hf_shape=(h,), layout=Replicated()
-        ),
-        Mapping(megatron="output_layer.weight", hf=("lm_head.weight",), hf_shape=(v, h), layout=Vocabulary(v)),
+        _plain(EMBEDDING, "model.word_embeddings.weight", (v, h), Vocabulary(v)),
+        *(entry for layer in range(model.num_hidden_layers) for entry in _layer(model, layer)),
+        _plain("decoder.final_layernorm.weight", "model.norm.weight", (h,), Replicated()),
     ]
-    for layer in range(model.num_hidden_layers):
-        entries += _layer(model, layer)
+    if not model.tie_word_embeddings:
+        entries.append(_plain("output_layer.weight", "lm_head.weight", (v, h), Vocabulary(v)))
     return {entry.megatron: entry for entry in entries}
+
+
+def hf_names(table: dict[str, Mapping]) -> dict[str, tuple[Mapping, int]]:
+    """Every Hugging Face tensor by its name: the parameter that it is part of, and its number in `Mapping.hf`."""
+    return {name: (entry, i) for entry in table.values() for i, name in enumerate(entry.hf)}
+
+
+def _plain(megatron: str, hf: str, shape: tuple[int, ...], layout: TensorLayout, stored: str = "") -> Mapping:
+    return Mapping(megatron=megatron, hf=(hf,), hf_shape=shape, layout=layout, stored=stored or megatron)
 
 
 def _layer(model: BailingConfig, layer: int) -> list[Mapping]:
     h, d = model.hidden_size, model.head_dim
     nq, nk = model.num_attention_heads, model.num_key_value_heads
     mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    is_moe = model.is_moe_layer(layer)
+    renamed = STORED_NORMS if not is_moe else {"input_layernorm.weight": STORED_NORMS["input_layernorm.weight"]}
+
+    def stored(name: str) -> str:
+        return mcore + renamed.get(name, name)
+
     entries = [
-        Mapping(
-            megatron=mcore + "input_layernorm.weight",
-            hf=(hf + "input_layernorm.weight",),
-            hf_shape=(h,),
-            layout=Replicated(),
+        _plain(
+            mcore + "input_layernorm.weight",
+            hf + "input_layernorm.weight",
+            (h,),
+            Replicated(),
+            stored("input_layernorm.weight"),
         ),
-        Mapping(
-            megatron=mcore + "self_attention.linear_qkv.weight",
-            hf=(hf + "attention.query_key_value.weight",),
-            hf_shape=((nq + 2 * nk) * d, h),
-            layout=GroupedQkv(dim=0, num_query_heads=nq, num_kv_heads=nk, head_dim=d),
+        _plain(
+            mcore + "self_attention.linear_qkv.weight",
+            hf + "attention.query_key_value.weight",
+            ((nq + 2 * nk) * d, h),
+            GroupedQkv(dim=0, num_query_heads=nq, num_kv_heads=nk, head_dim=d),
         ),
-        Mapping(
-            megatron=mcore + "self_attention.linear_proj.weight",
-            hf=(hf + "attention.dense.weight",),
-            hf_shape=(h, nq * d),
-            layout=Chunked(dim=1),
-        ),
-        Mapping(
-            megatron=mcore + "pre_mlp_layernorm.weight",
-            hf=(hf + "post_attention_layernorm.weight",),
-            hf_shape=(h,),
-            layout=Replicated(),
+        _plain(mcore + "self_attention.linear_proj.weight", hf + "attention.dense.weight", (h, nq * d), Chunked(dim=1)),
+        _plain(
+            mcore + "pre_mlp_layernorm.weight",
+            hf + "post_attention_layernorm.weight",
+            (h,),
+            Replicated(),
+            stored("pre_mlp_layernorm.weight"),
         ),
     ]
-    if not model.is_moe_layer(layer):
+    if not is_moe:
         return entries + _mlp(mcore + "mlp.", hf + "mlp.", h, model.intermediate_size)
-    entries.append(
-        Mapping(
-            megatron=mcore + "mlp.router.weight",
-            hf=(hf + "mlp.gate.weight",),
-            hf_shape=(model.num_experts, h),
-            layout=Replicated(),
-        )
-    )
+    entries.append(_plain(mcore + "mlp.router.weight", hf + "mlp.gate.weight", (model.num_experts, h), Replicated()))
     for expert in range(model.num_experts):
-        megatron, source = f"{mcore}mlp.experts.{expert}.", f"{hf}mlp.experts.{expert}."
-        entries += _mlp(megatron, source, h, model.moe_intermediate_size, expert=True)
+        names = (f"{mcore}mlp.experts.{expert}.", f"{hf}mlp.experts.{expert}.")
+        entries += _mlp(*names, h, model.moe_intermediate_size, stored=f"{mcore}mlp.experts.experts.", expert=expert)
     if model.num_shared_experts:
         shared = (mcore + "mlp.shared_experts.", hf + "mlp.shared_experts.")
         entries += _mlp(*shared, h, model.shared_intermediate_size)
     return entries
 
 
-def _mlp(mcore: str, hf: str, hidden: int, intermediate: int, expert: bool = False) -> list[Mapping]:
+def _mlp(
+    mcore: str, hf: str, hidden: int, intermediate: int, stored: str = "", expert: int | None = None
+) -> list[Mapping]:
     return [
         Mapping(
             megatron=mcore + "linear_fc1.weight",
             hf=(hf + "gate_proj.weight", hf + "up_proj.weight"),
             hf_shape=(intermediate, hidden),
             layout=GateUp(),
-            expert=expert,
+            stored=(stored or mcore) + "linear_fc1.weight",
+            expert_index=expert,
         ),
         Mapping(
             megatron=mcore + "linear_fc2.weight",
             hf=(hf + "down_proj.weight",),
             hf_shape=(hidden, intermediate),
             layout=Chunked(dim=1),
-            expert=expert,
+            stored=(stored or mcore) + "linear_fc2.weight",
+            expert_index=expert,
         ),
     ]
 

@@ -30,6 +30,7 @@ class BailingConfig(BaseModel):
     first_k_dense_replace: int = Field(default=0, ge=0, description="layers below this index are dense")
     norm_topk_prob: bool = True
     norm_head: bool = False
+    tie_word_embeddings: bool = Field(default=False, description="the LM head is the embedding")
     max_position_embeddings: int = Field(gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
@@ -46,7 +47,6 @@ class BailingConfig(BaseModel):
         plain = {
             "use_bias": False,
             "use_qkv_bias": False,
-            "tie_word_embeddings": False,
             "rope_scaling": None,
             "hidden_act": "silu",
             "norm_softmax": False,
@@ -87,14 +87,15 @@ class BailingConfig(BaseModel):
         return layer >= self.first_k_dense_replace
 
     def num_parameters(self) -> int:
-        """All weights, embedding and LM head included."""
+        """All weights, embedding and LM head included (once when they are tied)."""
         h, q_rows = self.hidden_size, (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         attention = h * q_rows + self.num_attention_heads * self.head_dim * h + 2 * h
         expert = 3 * h * self.moe_intermediate_size
         moe = self.num_experts * (expert + h) + 3 * h * self.shared_intermediate_size
         dense = min(self.first_k_dense_replace, self.num_hidden_layers)
         layers = self.num_hidden_layers * attention + (self.num_hidden_layers - dense) * moe
-        return layers + dense * 3 * h * self.intermediate_size + 2 * self.vocab_size * h + h
+        vocabulary = (1 if self.tie_word_embeddings else 2) * self.vocab_size * h
+        return layers + dense * 3 * h * self.intermediate_size + vocabulary + h
 
 
 def load_bailing_config(model_dir: str | Path) -> BailingConfig:

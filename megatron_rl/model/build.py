@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.checkpoint.hf import HfReader, read_full
-from megatron_rl.checkpoint.names import Mapping, canonical_name, name_table
+from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, Mapping, canonical_name, name_table
+from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
@@ -191,6 +192,10 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engin
         pre_mlp_layernorm=RMSNorm,
         mlp=_with_router(mlp) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
+        # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.
+        sharded_state_dict_keys_map={
+            name: stored for name, stored in STORED_NORMS.items() if not (is_moe and name.startswith("pre_mlp"))
+        },
     )
 
 
@@ -223,7 +228,8 @@ class Model:
     dtype: torch.dtype
 
     def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's parameters under the names of checkpoint/names.py."""
+        """This rank's parameters under the names of checkpoint/names.py. Where the head is tied to the embedding, the
+        last of several pipeline stages has a copy of it, `output_layer.weight`, which the table does not know."""
         experts = mpu.get_expert_model_parallel_rank() * (self.bailing.num_experts // self.layout.expert)
         return {
             canonical_name(name, get_transformer_layer_offset(self.config, gpt.vp_stage), experts): parameter
@@ -284,7 +290,7 @@ def _gpt_model(
         max_sequence_length=bailing.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=bailing.tie_word_embeddings,
         position_embedding_type="rope" if transformer_engine else "none",
         rotary_base=int(bailing.rope_theta),
         vp_stage=virtual_stage,
@@ -292,17 +298,39 @@ def _gpt_model(
     return gpt.to(device.torch_device())
 
 
-def load_weights(model: Model, model_dir: Any) -> None:
-    """Fill every parameter of this rank from a Hugging Face directory; ValueError when names or shapes differ."""
+def load_weights(model: Model, model_dir: Path) -> None:
+    """Fill every parameter of this rank from a checkpoint of either kind; ValueError when names or shapes differ."""
     table = name_table(model.bailing)
-    with HfReader(model_dir, table) as reader, torch.no_grad():
+    with open_checkpoint(model_dir, model.bailing) as checkpoint, torch.no_grad():
         for name, parameter in model.parameters_by_canonical_name().items():
-            shard = local_shard(table[name], read_full(table[name], reader.read))
+            entry = table.get(name, table[EMBEDDING])
+            shard = local_shard(entry, entry.layout.merge([checkpoint.read(hf) for hf in entry.hf]))
             if shard.shape != parameter.shape:
                 raise ValueError(
                     f"{name}: {model_dir} gives {tuple(shard.shape)}, the model has {tuple(parameter.shape)}"
                 )
             parameter.copy_(shard)
+
+
+def sharded_state(model: Model) -> dict[str, dict[str, Any]]:
+    """This rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load into.
+
+    Every layer under its own name, whether all layers are alike or not. Extra states are left out: only fp8 has any.
+    """
+    states = [gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}) for gpt in model.gpts]
+    return {
+        f"chunk{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+        for i, state in enumerate(states)
+    }
+
+
+def load_sharded_state(model: Model, state: dict[str, dict[str, Any]]) -> None:
+    """Fill the model from what megatron loaded into such a template."""
+    for i, gpt in enumerate(model.gpts):
+        problems = gpt.load_state_dict(state[f"chunk{i}"], strict=False)
+        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        if missing or problems.unexpected_keys:
+            raise ValueError(f"checkpoint lacks {missing} and has {problems.unexpected_keys} besides")
 
 
 def local_shard(entry: Mapping, full: Tensor) -> Tensor:

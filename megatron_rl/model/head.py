@@ -43,14 +43,24 @@ class Head:
     norm_head: bool
 
     def __call__(
-        self, *, hidden_states: Tensor, output_layer: Any, context: HeadRequest, config: Any, **_: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: HeadRequest,
+        config: Any,
+        **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [Ts, 1, H] -> log-probs and entropies, both [M].
+
+        output_weight: the embedding's, in its place, of a model whose embedding is tied to the head.
 
         The ranks that share the vocabulary each compute a part of the hidden states' gradient. Both ways to hand them
         the hidden states add the parts up in backward: the gather by a reduce-scatter, the copy by an all-reduce.
         """
-        group, weight = output_layer.tp_group, output_layer.weight
+        group = output_layer.tp_group
+        weight = output_layer.weight if output_weight is None else output_weight
         if config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=group)
         else:

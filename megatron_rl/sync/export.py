@@ -26,8 +26,8 @@ def export_tensors(
     """
     table = name_table(model.bailing)
     for name, parameter in model.parameters_by_canonical_name().items():
-        entry = table[name]
-        if not owns_export(entry):
+        entry = table.get(name)
+        if entry is None or not owns_export(entry):
             continue
         group = tensor_group(entry)
         shard = read(parameter)

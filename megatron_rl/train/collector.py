@@ -34,8 +34,9 @@ T = TypeVar("T")
 class Collector:
     """Owns the servers, their clients, the reward pool and the surplus. `close()` ends them all."""
 
-    def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals) -> None:
-        """Starts the servers and waits until they serve. ValueError for data that cannot be used."""
+    def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals, weights: Path) -> None:
+        """Starts the servers on the model directory `weights` and waits until they serve. ValueError for data that
+        cannot be used."""
         self._config, self._layout, self._signals, self._cost = config, layout, signals, cost
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(layout.world_size)
@@ -53,7 +54,7 @@ class Collector:
         self._clients: list[GenerationClient] = []
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
         try:
-            self._connect()
+            self._connect(weights)
         except BaseException:
             self.close()
             raise
@@ -150,11 +151,11 @@ class Collector:
         self._rewards.close()
         self._loop.close()
 
-    def _connect(self) -> None:
+    def _connect(self, weights: Path) -> None:
         rollout = self._config.rollout
         if not rollout.urls:
             config = self._config
-            self._servers = start_servers(config.model.path, config.run_dir, rollout, config.model.dtype)
+            self._servers = start_servers(weights, config.run_dir, rollout, config.model.dtype)
             self._loop.run(self._watched(wait_all_ready(self._servers, rollout.ready_deadline_seconds)))
         urls = rollout.urls or [server.url for server in self._servers]
         self._clients += [GenerationClient(url) for url in urls]

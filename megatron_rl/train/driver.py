@@ -41,9 +41,9 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     try:
         folder.write(session.export)
         if session.is_leader:
-            leader = Leader(config, session, signals, first, restored)
+            leader = Leader(config, session, signals, first, restored, folder.path)
         for step in range(first, config.train.steps):
-            work = leader.begin(step, folder.path) if leader else _follow(session)
+            work = leader.begin(step) if leader else _follow(session)
             if isinstance(work, Stop):
                 if work.save and step > first:
                     session.save(step, *_driver_state(leader, step))
@@ -93,9 +93,16 @@ class Leader:
     """Rank 0's part of a step, before and after the train phase."""
 
     def __init__(
-        self, config: RlConfig, session: Session, signals: StopSignals, first: int, restored: tuple[Any, bytes] | None
+        self,
+        config: RlConfig,
+        session: Session,
+        signals: StopSignals,
+        first: int,
+        restored: tuple[Any, bytes] | None,
+        weights: Path,
     ) -> None:
-        self._config, self._session = config, session
+        """weights: the model directory with the newest weights."""
+        self._config, self._session, self._weights = config, session, weights
         self._first = first
         self._metrics: MetricsLog | None = None
         self._schedule: Schedule | None = None
@@ -103,7 +110,7 @@ class Leader:
         self._started = self._trained_from = 0.0
         self._gate_failure: Fault | None = None
         try:
-            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals)
+            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, weights)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
@@ -114,14 +121,14 @@ class Leader:
             self._tell(error)
             raise
 
-    def begin(self, step: int, weights: Path) -> tuple[Plan, Work] | Stop:
+    def begin(self, step: int) -> tuple[Plan, Work] | Stop:
         """Weights to the server, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
             if self._gate_failure is not None:
                 raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                self.collector.update_weights(weights, policy_version=step)
+                self.collector.update_weights(self._weights, policy_version=step)
                 sync_seconds = time.perf_counter() - self._started
                 self._schedule, self._row = self.collector.collect(policy_version=step)
         except StopRequested:

@@ -71,7 +71,16 @@ class Session:
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps."""
-        state.save(self.checkpoints, step, self.trainer, driver, carried, self.config.train.keep_last, self.control)
+        state.save(
+            self.checkpoints,
+            step,
+            self.trainer,
+            driver,
+            carried,
+            model_dir=self.config.model.path,
+            keep_last=self.config.train.keep_last,
+            control=self.control,
+        )
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: true on every rank when it is on one."""

@@ -2,7 +2,8 @@
 
 A run's `checkpoints/` holds `step_N/` directories and `latest`, a file with the newest one's name that is replaced
 atomically after everything in it is on disk. A `step_N/` holds `megatron/` (model and optimizer, any parallel layout),
-`driver.json` (step, cursor, counters) and `carried.npz` (surplus responses).
+`driver.json` (step, cursor, counters) and `carried.npz` (surplus responses), and config.json and the tokenizer, so that
+it is a checkpoint like a converted one (checkpoint/read.py): a model to start from, to compare or to export.
 """
 
 import json
@@ -20,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
-from megatron_rl.model.build import mpu  # noqa: F401  (imports megatron in the right order)
+from megatron_rl.checkpoint.hf import copy_companions
+from megatron_rl.model.build import load_sharded_state, sharded_state
 
 device.import_megatron()
 
@@ -73,7 +75,7 @@ def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[
     Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
     and weight decay are the schedule's and the configuration's.
     """
-    model = {f"chunk{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(trainer.model.chunks)}
+    model = sharded_state(trainer.model)
     parts = [
         part.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         for part in trainer.optimizer.chained_optimizers
@@ -89,9 +91,18 @@ def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[
 
 
 def save(
-    directory: Path, step: int, trainer: Any, driver: dict[str, Any], carried: bytes, keep_last: int, control: Any
+    directory: Path,
+    step: int,
+    trainer: Any,
+    driver: dict[str, Any],
+    carried: bytes,
+    *,
+    model_dir: Path,
+    keep_last: int,
+    control: Any,
 ) -> Path:
-    """Collective. `driver` and `carried` are rank 0's. Returns the checkpoint's path on every rank."""
+    """Collective. `driver` and `carried` are rank 0's. model_dir: where config.json and the tokenizer come from.
+    Returns the checkpoint's path on every rank."""
     final = directory / f"step_{step}"
     if latest(directory) == final:
         return final  # a stop right after a scheduled save: what is there is whole, so leave it alone
@@ -105,6 +116,7 @@ def save(
     if dist.get_rank() == 0:
         (partial / "carried.npz").write_bytes(carried)
         (partial / "driver.json").write_text(json.dumps(driver, indent=1))
+        copy_companions(model_dir, partial, trainer.model.dtype)
         for path in (partial / "carried.npz", partial / "driver.json", partial):
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -121,8 +133,7 @@ def load(path: Path, trainer: Any) -> tuple[dict[str, Any], bytes]:
     _initialize_adam(trainer.optimizer)
     template, parts = _sharded(trainer, is_loading=True)
     state = dist_checkpointing.load(template, str(path / "megatron"))
-    for i, chunk in enumerate(trainer.model.chunks):
-        chunk.module.load_state_dict(state["model"][f"chunk{i}"])
+    load_sharded_state(trainer.model, state["model"])
     for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
         for group in part["optimizer"]["param_groups"]:
             group["step"] = state["optimizer_step"]

@@ -29,6 +29,7 @@ QUANTITIES = {
     "tokens_per_second": "throughput (generated tokens/s, end to end)",
     "reward": "reward",
 }
+AT_AN_END = 20
 SETTLED = 5  # the first steps warm up the learning rate and the machine, and are left out of the table
 
 
@@ -65,9 +66,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     }
     table = {name: summarise(of_seeds) for name, of_seeds in runs.items()}
     (folder / "table.json").write_text(json.dumps(table, indent=1))
-    (folder / "table.md").write_text(as_markdown(table))
+    ends = {name: rewards_at_the_ends(of_seeds) for name, of_seeds in runs.items()}
+    (folder / "table.md").write_text(as_markdown(table, ends))
     plot(runs, folder / "figure.png")
-    print(as_markdown(table))
+    print(as_markdown(table, ends))
     print(f"[{stages.seconds():5.0f} s] {folder / 'table.md'}, {folder / 'figure.png'}")
     return 0
 
@@ -107,12 +109,21 @@ def summarise(of_seeds: list[list[dict]]) -> dict[str, dict[str, float]]:
     return table
 
 
-def as_markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
+def rewards_at_the_ends(of_seeds: list[list[dict]]) -> tuple[float, float]:
+    """Mean reward of the first and of the last steps, over all seeds. Single steps draw problems of other lengths."""
+    first = [row["reward"] for rows in of_seeds for row in rows[:AT_AN_END]]
+    last = [row["reward"] for rows in of_seeds for row in rows[-AT_AN_END:]]
+    return statistics.mean(first), statistics.mean(last)
+
+
+def as_markdown(table: dict[str, dict[str, dict[str, float]]], ends: dict[str, tuple[float, float]]) -> str:
     lines = ["| | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
     for name, title in QUANTITIES.items():
         lines.append(f"| {title} | " + " | ".join(_cell(rows[name]) for rows in table.values()) + " |")
     largest = " | ".join(f"{rows['grad_norm']['max']:.3g}" for rows in table.values())
-    return "\n".join([*lines, f"| largest gradient norm | {largest} |"]) + "\n"
+    rewards = " | ".join(f"{first:.3f} -> {last:.3f}" for first, last in ends.values())
+    lines += [f"| largest gradient norm | {largest} |", f"| reward, first -> last {AT_AN_END} steps | {rewards} |"]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict[str, float]) -> str:

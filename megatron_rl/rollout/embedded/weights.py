@@ -53,8 +53,9 @@ def expected_tensors(config: BailingConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.word_embeddings.weight": (config.vocab_size, h),
         "model.norm.weight": (h,),
-        "lm_head.weight": (config.vocab_size, h),
     }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, h)
 
     def add_mlp(prefix: str, width: int) -> None:
         shapes[f"{prefix}.gate_proj.weight"] = (width, h)
@@ -76,6 +77,11 @@ def expected_tensors(config: BailingConfig) -> dict[str, tuple[int, ...]]:
         if config.num_shared_experts:
             add_mlp(f"{layer}.mlp.shared_experts", config.shared_intermediate_size)
     return shapes
+
+
+def output_weight(config: BailingConfig) -> str:
+    """Name of the tensor that makes logits."""
+    return "model.word_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def read_tensors(model_dir: str | Path, config: BailingConfig) -> dict[str, Tensor]:
@@ -163,7 +169,7 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
         embedding=vector("model.word_embeddings.weight"),
         layers=tuple(layers),
         final_norm=vector("model.norm.weight"),
-        head=_head(tensors["lm_head.weight"], config.norm_head),
+        head=_head(tensors[output_weight(config)], config.norm_head),
     )
 
 

@@ -1,0 +1,244 @@
+"""Hugging Face directory <-> Megatron distributed checkpoint, tensor by tensor, in memory that a few tensors need."""
+
+import logging
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint, write_distributed
+from megatron_rl.checkpoint.hf import (
+    SafetensorsWriter,
+    TensorInfo,
+    as_bytes,
+    copy_companions,
+    num_bytes,
+    replace_directory,
+    shard_file,
+    write_index,
+)
+from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.read import Checkpoint, open_checkpoint, resolve
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+
+log = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+
+
+# Told of every tensor's bytes as they pass.
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One conversion: from a checkpoint of one kind to `destination`, of the other.
+
+    dtype: of the result; None keeps every tensor's. max_shard_bytes: of one file. fold_norm_head: write the LM head as
+    it is used, divided by its norm, and norm_head = false, for runtimes that do not know it; Hugging Face only.
+    verify: read the result back and compare checksums.
+    """
+
+    source: Path
+    destination: Path
+    to_megatron: bool
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5 * 10**9
+    fold_norm_head: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    verify_seconds: float
+    num_not_finite: int
+
+
+def convert(job: Job, progress: Progress = lambda num_bytes: None) -> Report:
+    """Run a conversion. The destination appears when it is whole; whatever goes wrong leaves nothing behind.
+
+    ValueError names what cannot be converted.
+    """
+    with opened(job) as (source, model):
+        infos = result_tensors(job, source, model)
+        total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
+        with _new_directory(job, total) as partial:
+            started = time.perf_counter()
+            reading = _Reading(job, source, model, progress)
+            if job.to_megatron:
+                dtypes = {name: dtype for name, _, dtype in infos}
+                write_distributed(partial / MEGATRON, model, dtypes, reading, job.max_shard_bytes)
+            else:
+                _write_hf(partial, infos, model, reading, job.max_shard_bytes)
+            checksums = reading.finish()
+            changes: dict[str, Any] = {"norm_head": False} if job.fold_norm_head else {}
+            copy_companions(source.directory, partial, job.dtype, **changes)
+            seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            if job.verify:
+                _verify(partial, checksums, progress)
+            verify_seconds = time.perf_counter() - started
+        return Report(
+            num_tensors=len(infos),
+            num_bytes=total,
+            seconds=seconds,
+            verify_seconds=verify_seconds,
+            num_not_finite=reading.num_not_finite,
+        )
+
+
+@contextmanager
+def opened(job: Job) -> Iterator[tuple[Checkpoint, BailingConfig]]:
+    """The source and its shape, checked against the job. ValueError names the mistake."""
+    directory = resolve(job.source)
+    model = load_bailing_config(directory)
+    with open_checkpoint(directory, model) as source:
+        is_megatron = isinstance(source, DistributedCheckpoint)
+        if is_megatron == job.to_megatron:
+            kind = "a Megatron checkpoint" if is_megatron else "a Hugging Face directory"
+            raise ValueError(f"{job.source} is {kind} already; convert in the other direction")
+        if job.fold_norm_head and (job.to_megatron or not model.norm_head or model.tie_word_embeddings):
+            why = "a Megatron checkpoint keeps the raw head" if job.to_megatron else "this model has no norm_head"
+            why = "its head is tied to the embedding" if model.norm_head and model.tie_word_embeddings else why
+            raise ValueError(f"--fold-norm-head cannot be applied to {job.source}: {why}")
+        yield source, model
+
+
+def result_tensors(job: Job, source: Checkpoint, model: BailingConfig) -> list[TensorInfo]:
+    """Name, shape and type of every tensor of the result under its Hugging Face name, in the order of the model."""
+    return [
+        (name, entry.hf_shape, job.dtype or source.dtypes[name])
+        for name, (entry, _) in hf_names(name_table(model)).items()
+    ]
+
+
+class _Reading:
+    """Reads every tensor of the source once, in the result's type, and notes its checksum in another thread."""
+
+    def __init__(self, job: Job, source: Checkpoint, model: BailingConfig, progress: Progress) -> None:
+        self.num_not_finite = 0
+        self._job, self._source, self._model, self._progress = job, source, model, progress
+        self._checksums: dict[str, Future[int]] = {}
+        self._last: Future[int] | None = None
+        self._hasher = ThreadPoolExecutor(1)
+
+    def __call__(self, name: str) -> Tensor:
+        if name in self._checksums:
+            raise ValueError(f"tensor {name} was asked for twice")
+        tensor = self._source.read(name)
+        # A sum is the cheapest way to notice; it may also overflow, so it decides nothing.
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            self._count_not_finite(name, tensor)
+        if self._job.fold_norm_head and name == HEAD:
+            norm = torch.linalg.vector_norm(tensor, dim=0, keepdim=True, dtype=torch.float32) + 1e-7
+            tensor = (tensor.float() / norm).to(tensor.dtype)
+        tensor = tensor.to(self._job.dtype or tensor.dtype)
+        if self._last is not None:
+            self._last.result()  # at most one tensor waits for its checksum
+        self._last = self._checksums[name] = self._hasher.submit(checksum, tensor)
+        self._progress(tensor.nbytes)
+        return tensor
+
+    def finish(self) -> dict[str, int]:
+        """The checksums, of every tensor of the model. ValueError when the source held one that nobody asked for."""
+        left = set(self._source.dtypes) - set(self._checksums)
+        if left:
+            raise ValueError(f"{len(left)} tensors of {self._job.source} were not used: {', '.join(sorted(left)[:3])}")
+        found = {name: future.result() for name, future in self._checksums.items()}
+        self._hasher.shutdown()
+        return found
+
+    def _count_not_finite(self, name: str, tensor: Tensor) -> None:
+        count = int((~torch.isfinite(tensor)).sum())
+        if count:
+            self.num_not_finite += count
+            log.warning(
+                "%s: %d of the %d values of %s are NaN or infinite", self._job.source, count, tensor.numel(), name
+            )
+
+
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(as_bytes(tensor))
+
+
+def _write_hf(
+    directory: Path, infos: list[TensorInfo], model: BailingConfig, read: Callable[[str], Tensor], max_bytes: int
+) -> None:
+    shards: list[list[TensorInfo]] = [[]]
+    used = 0
+    for info in infos:
+        size = num_bytes(*info[1:])
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(info)
+        used += size
+    for number, shard in enumerate(shards):
+        with SafetensorsWriter(directory / shard_file(number), shard) as writer:
+            for name, _, _ in shard:
+                writer.write(name, read(name))
+    write_index(directory, [[name for name, _, _ in shard] for shard in shards], name_table(model))
+
+
+def _verify(directory: Path, checksums: dict[str, int], progress: Progress) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _forget_cached(file)
+    with open_checkpoint(directory) as written:
+        for name, expected in checksums.items():
+            tensor = written.read(name)
+            if checksum(tensor) != expected:
+                raise ValueError(f"{directory}: {name} reads back otherwise than it was written; the disk may be bad")
+            progress(tensor.nbytes)
+
+
+def _forget_cached(file: Path) -> None:
+    """Have the next read come from the disk, where the system can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _new_directory(job: Job, num_bytes: int) -> Iterator[Path]:
+    """A folder beside the destination that takes its name when the block ends well, and goes when it does not."""
+    destination = job.destination
+    source = resolve(job.source).resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists already; remove it or choose another destination")
+    if source == destination.resolve() or source in destination.resolve().parents:
+        raise ValueError(f"destination {destination} is inside the source {job.source}; choose another")
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{destination.parent} cannot be written to ({error.strerror}); choose another") from None
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise ValueError(
+                f"{destination} needs {num_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make room or "
+                "choose another disk"
+            )
+        yield partial
+        replace_directory(partial, destination)
+    except OSError as error:
+        raise ValueError(f"writing {destination} failed: {error.strerror or error}; nothing was kept") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

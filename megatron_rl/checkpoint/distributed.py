@@ -1,0 +1,281 @@
+"""Megatron's distributed checkpoints (torch_dist) read and written tensor by tensor, without megatron and its ranks.
+
+The format is torch's distributed checkpoint: `.metadata`, a pickle of torch's own classes that says where every chunk
+of every tensor lies, and `*.distcp` files of chunks, each written by `torch.save`. Megatron adds `metadata.json` and an
+object `common_state`.
+"""
+
+import io
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_rl.checkpoint.hf import DTYPES, check_names
+from megatron_rl.checkpoint.layout import Vocabulary
+from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
+from megatron_rl.config.bailing import BailingConfig
+
+# The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
+MEGATRON = "megatron"
+_COMMON_STATE = "common_state/shard_0_1"
+
+
+class DistributedCheckpoint:
+    """A `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
+    over. One chunk is in memory at a time, beside the tensor that is read."""
+
+    def __init__(self, directory: Path, model: BailingConfig) -> None:
+        """ValueError for files that are missing or too short, and for tensors that are missing, left over or of
+        another shape than config.json says."""
+        self.directory = directory
+        self._folder = directory / MEGATRON
+        self._metadata = _read_metadata(self._folder)
+        self._names = hf_names(name_table(model))
+        self._files: dict[str, Any] = {}
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            name: found
+            for name, found in self._metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+        check_names({entry.stored for entry, _ in self._names.values()}, set(self._tensors), str(self._folder))
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name, (entry, _) in self._names.items():
+            self._check(entry, model)
+            self.dtypes[name] = self._tensors[entry.stored].properties.dtype
+        self._check_files()
+
+    def read(self, name: str) -> Tensor:
+        entry, part = self._names[name]
+        # Rows of a padded vocabulary lie behind the last one.
+        rows = entry.hf_shape[0]
+        start, shape = (part * rows, *[0] * (len(entry.shape) - 1)), (rows, *entry.shape[1:])
+        if entry.expert_index is not None:
+            start, shape = (entry.expert_index, *start), (1, *shape)
+        region = self._region(entry.stored, start, shape)
+        region = region[0] if entry.expert else region
+        return region if len(entry.hf) > 1 else entry.layout.split(region)[0]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> "DistributedCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _region(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The part of a stored tensor from `start` on, put together from the chunks that overlap it."""
+        stored = self._tensors[key]
+        result, num_found = torch.empty(tuple(shape), dtype=stored.properties.dtype), 0
+        for chunk in stored.chunks:
+            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, shape, chunk.offsets, chunk.sizes, strict=True)]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                tensor = self._load(key, chunk)
+                if tuple(chunk.offsets) == tuple(start) and tuple(chunk.sizes) == tuple(shape):
+                    return tensor
+                here = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+                there = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, chunk.offsets, strict=True))
+                result[here] = tensor[there]
+                num_found += result[here].numel()
+        if num_found != result.numel():
+            raise ValueError(
+                f"{self._folder}: {num_found} of the {result.numel()} values of {key} from {tuple(start)} on are there"
+            )
+        return result
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        if info.relative_path not in self._files:
+            self._files[info.relative_path] = (self._folder / info.relative_path).open("rb")
+        file = self._files[info.relative_path]
+        file.seek(info.offset)
+        try:
+            tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            raise ValueError(f"{self._folder / info.relative_path}: {key} cannot be read ({error})") from None
+        if tuple(tensor.shape) != tuple(chunk.sizes):
+            raise ValueError(f"{self._folder / info.relative_path}: a chunk of {key} has shape {tuple(tensor.shape)}")
+        return tensor
+
+    def _check(self, entry: Mapping, model: BailingConfig) -> None:
+        found = self._tensors[entry.stored]
+        expected = (model.num_experts, *entry.shape) if entry.expert else entry.shape
+        size = tuple(found.size)
+        padded = isinstance(entry.layout, Vocabulary) and size[0] >= expected[0] and size[1:] == expected[1:]
+        if size != expected and not padded:
+            raise ValueError(f"{self._folder}: {entry.stored} has shape {size}; config.json says {expected}")
+        if found.properties.dtype not in DTYPES.values():
+            raise ValueError(f"{self._folder}: {entry.stored} is {found.properties.dtype}, which is not supported")
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            path = self._folder / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; the checkpoint is not whole")
+            if path.stat().st_size < end:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes of at least {end}; it was cut off")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    try:
+        metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no .metadata; the checkpoint is not whole") from None
+    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError, ValueError) as error:
+        raise ValueError(f"{folder / '.metadata'} cannot be read ({error}); the checkpoint is damaged") from None
+    return metadata
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_distributed(
+    folder: Path,
+    model: BailingConfig,
+    dtypes: dict[str, torch.dtype],
+    read: Callable[[str], Tensor],
+    max_file_bytes: int,
+) -> None:
+    """Write a model checkpoint that megatron's `dist_checkpointing.load` opens in any parallel layout.
+
+    read: a tensor by its Hugging Face name, of the type in `dtypes`; called once for each when it is written.
+    """
+    folder.mkdir(parents=True)
+    planner = _Planner(name_table(model), model, dtypes, read)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose
+        try:
+            dcp.save({}, storage_writer=_Writer(folder, max_file_bytes), planner=planner, no_dist=True)
+        except dcp.CheckpointException as error:  # around whatever was raised in it, Ctrl-C too
+            raise next(iter(error.failures.values()))[0] from None
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+class _Planner(SavePlanner):
+    """Plans one chunk for every Hugging Face tensor, and makes it when it is about to be written."""
+
+    def __init__(
+        self,
+        table: dict[str, Mapping],
+        model: BailingConfig,
+        dtypes: dict[str, torch.dtype],
+        read: Callable[[str], Tensor],
+    ) -> None:
+        self._read = read
+        self._source: dict[MetadataIndex, tuple[Mapping, str]] = {}
+        items = [WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO)]
+        for entry in table.values():
+            for part, name in enumerate(entry.hf):
+                offsets, sizes = (part * entry.hf_shape[0], *[0] * (len(entry.shape) - 1)), entry.hf_shape
+                size = entry.shape
+                if entry.expert_index is not None:
+                    offsets, sizes, size = (entry.expert_index, *offsets), (1, *sizes), (model.num_experts, *size)
+                index = MetadataIndex(entry.stored, torch.Size(offsets))
+                self._source[index] = (entry, name)
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
+                    properties=TensorProperties(dtype=dtypes[name]),
+                    size=torch.Size(size),
+                )
+                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        self._plan = SavePlan(items)
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        del state_dict, storage_meta, is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        return self._plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            empty = io.BytesIO()
+            torch.save([{}], empty)
+            return empty
+        entry, name = self._source[write_item.index]
+        tensor = self._read(name)
+        if len(entry.hf) == 1:
+            tensor = entry.layout.merge([tensor])
+        tensor = tensor[None] if entry.expert else tensor
+        # torch.save writes the whole storage, which of a mapped tensor is the file.
+        return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer keeps every tensor that it has written until the file is closed; this one keeps none."""
+
+    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+        super().__init__(folder)
+        self._folder, self._max_file_bytes = folder, max_file_bytes
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        file, name = None, ""
+        try:
+            for item in plan.items:
+                data = planner.resolve_data(item)
+                if file is None or file.tell() + _num_bytes(data) > self._max_file_bytes:
+                    _close(file)
+                    name = f"__0_{0 if file is None else int(name[4:-7]) + 1}.distcp"
+                    file = (self._folder / name).open("wb")
+                offset = file.tell()
+                if isinstance(data, io.BytesIO):
+                    file.write(data.getbuffer())
+                else:
+                    torch.save(data, file)
+                length = file.tell() - offset
+                results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
+        finally:
+            _close(file)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _num_bytes(data: Tensor | io.BytesIO) -> int:
+    return data.getbuffer().nbytes if isinstance(data, io.BytesIO) else data.nbytes
+
+
+def _close(file: Any) -> None:
+    if file is not None:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
