@@ -108,10 +108,15 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], pre
     return max((relative(found[name], expected[name]), name) for name in names)
 
 
-def assert_exported(model: Path, directory: Path) -> None:
-    exported: dict[str, torch.Tensor] = {}
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
     for file in directory.glob("*.safetensors"):
-        exported |= load_file(file)
+        found |= load_file(file)
+    return found
+
+
+def assert_exported(model: Path, directory: Path) -> None:
+    exported = tensors_of(directory)
     original = load_file(model / "model.safetensors")
     assert exported.keys() == original.keys()
     for name, tensor in original.items():
@@ -213,6 +218,23 @@ def test_a_checkpoint_of_the_interleaved_pipeline_continues_and_is_exported(
     spec = make_spec(model, whole_gradients=False, resume_from=f"{save}/step_1")
     assert worst(run_ranks(1, spec, tmp_path / "second"), two_steps, "weight/") < (1e-4, "")
     assert_exported(model, tmp_path / "first" / "hf")
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "TP2xPP2"])
+def test_a_head_tied_to_the_embedding_has_the_gradient_of_the_formula(name: str, tmp_path: Path) -> None:
+    # Over pipeline stages the first and the last hold a copy each, and the gradient is the sum of both.
+    model = write_tiny_model(tmp_path / "tied", **SHAPE | {"tie_word_embeddings": True})
+    num_ranks, parallel = LAYOUTS[name]
+    spec = make_spec(model, dtype="float64", parallel=parallel, export=True)
+    found = run_ranks(num_ranks, spec, tmp_path / "run")
+    config, weights = load_reference(model)
+    policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
+    gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
+    assert worst(found, gradients, "grad/") < (1e-6, "")
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert float(found["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
+    exported = {name: t.float() for name, t in tensors_of(tmp_path / "run" / "hf").items()}
+    assert all(torch.equal(exported[name], t) for name, t in load_file(model / "model.safetensors").items())
 
 
 @pytest.mark.parametrize(("balance", "z"), [(0.05, 0.0), (0.0, 0.02)], ids=["balance", "z"])

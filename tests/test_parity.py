@@ -14,13 +14,17 @@ from megatron_rl.rollout.server import EmbeddedServer
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "EP2": (2, {"expert": 2})}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["norm_head", "plain_head"])
+@pytest.fixture(
+    scope="module",
+    params=[{"norm_head": True}, {"norm_head": False}, {"norm_head": True, "tie_word_embeddings": True}],
+    ids=["norm_head", "plain_head", "tied"],
+)
 def model_and_scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """A model directory, and the log-probs that a real server gives for the tokens of the spec's sequences."""
     import asyncio
 
     folder = tmp_path_factory.mktemp("parity")
-    model = write_tiny_model(folder / "tiny", **(SHAPE | {"norm_head": request.param}))
+    model = write_tiny_model(folder / "tiny", **(SHAPE | request.param))
     server = EmbeddedServer(model, folder / "server.log", context_length=64)
     try:
         asyncio.run(server.wait_ready(60))

@@ -1,0 +1,24 @@
+"""Imported by every Python process of an SGLang server on a CPU, before anything else.
+
+torchvision from the package index is built for CUDA. On a CPU build of torch its compiled operators do not load and its
+Python part fails, because it describes two of them. They are declared just before it is imported; nobody calls them.
+"""
+
+import sys
+from typing import Any
+
+
+class _BeforeTorchvision:
+    library: Any = None  # kept: its declarations go when it does
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        del path, target
+        if name == "torchvision" and self.library is None:
+            import torch
+
+            self.library = torch.library.Library("torchvision", "FRAGMENT")
+            for operator in ("nms", "qnms"):
+                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, _BeforeTorchvision())  # type: ignore[arg-type]
