@@ -30,6 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
+    package_data={"megatron_rl.rollout.sglang_cpu": ["requirements.txt"]},
     install_requires=INSTALL,
     extras_require={
         "dev": ["pytest~=9.2", "pytest-timeout~=2.4", "hypothesis~=6.170", "ruff==0.17.6", "mypy==2.4.1", "pre-commit"],

@@ -8,6 +8,7 @@ import psutil
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
+from megatron_rl.rollout.server import find_sglang
 
 # Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
 _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
@@ -35,6 +36,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
                 f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
                 f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
             )
+        if rollout.engine == "sglang" and not rollout.urls:
+            find_sglang(rollout)
         if rollout.port and not rollout.urls:
             for i in range(rollout.num_servers):
                 _check_port(rollout.port + i)

@@ -29,6 +29,11 @@ class ModelSection(Section):
         description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
         "else local",
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
+        "a model that transformers does not know",
+    )
     recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
 
 
@@ -134,6 +139,19 @@ class RlData(Section):
 
 
 class RolloutSection(Section):
+    engine: Literal["embedded", "sglang"] = Field(
+        default="embedded",
+        description="what generates: the embedded CPU server, or unmodified SGLang, which on a CPU comes from "
+        "`make install-sglang` and needs model.trust_remote_code",
+    )
+    sglang_python: Path | None = Field(
+        default=None,
+        description="interpreter of an environment with sglang; default: this one if it has it, else .venv-sglang of "
+        "the working directory",
+    )
+    sglang_arguments: tuple[str, ...] = Field(
+        default=(), description="further arguments of sglang.launch_server, such as --mem-fraction-static 0.6"
+    )
     urls: tuple[str, ...] = Field(default=(), description="attach to running servers instead of starting one")
     port: int = Field(
         default=0,
@@ -153,8 +171,8 @@ class RolloutSection(Section):
     servers: int = Field(
         default=0,
         ge=0,
-        description="embedded servers to start; 0 starts one per core, at most 4. One server each core "
-        "beats one with many threads: the operations of a small model are too short to share",
+        description="servers to start; 0 starts one SGLang server, or one embedded server per core, at most 4: one on "
+        "each core beats one with many threads, since the operations of a small model are too short to share",
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
@@ -169,7 +187,7 @@ class RolloutSection(Section):
 
     @property
     def num_servers(self) -> int:
-        return len(self.urls) or self.servers or min(4, os.cpu_count() or 1)
+        return len(self.urls) or self.servers or (1 if self.engine == "sglang" else min(4, os.cpu_count() or 1))
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -285,6 +303,11 @@ class RlConfig(RunConfig):
             raise ValueError(
                 f"rollout.port {self.rollout.port} leaves no room for {self.rollout.num_servers} servers below 65536; "
                 "set a lower port or 0"
+            )
+        if self.rollout.engine == "sglang" and not self.rollout.urls and not self.model.trust_remote_code:
+            raise ValueError(
+                "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "
+                "read them and set model.trust_remote_code = true"
             )
         if self.reward.overlong_buffer_tokens > longest:
             raise ValueError(

@@ -23,7 +23,7 @@ from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import pack_samples, unpack_samples
 from megatron_rl.rollout.client import GenerationClient, together
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.server import EmbeddedServer, start_servers, stop_servers, wait_all_ready
+from megatron_rl.rollout.server import GenerationServer, start_servers, stop_servers, wait_all_ready
 from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals
 
@@ -50,7 +50,7 @@ class Collector:
         self.carried: tuple[Sample, ...] = ()
         self.tokens_per_prompt: float | None = None
         self._loop = asyncio.Runner()
-        self._servers: list[EmbeddedServer] = []
+        self._servers: list[GenerationServer] = []
         self._clients: list[GenerationClient] = []
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
         try:

@@ -2,6 +2,7 @@
 
     make demo                       or   .venv/bin/python examples/ring_lite/cpu_mini/demo.py --run runs/demo
     make demo NPROC=2 TP=2          divides training over two processes
+    make demo ENGINE=sglang         trains against a real SGLang server (make install-sglang)
 
 Every stage is a command that also works alone. A demo that was killed goes on where it stopped; one that had finished
 is moved aside, never deleted.
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
     parser.add_argument("--steps", type=int, help="steps of reinforcement learning; default: those of rl.toml")
     parser.add_argument("--sft-steps", type=int, help="steps of the warm start; default: those of sft.toml")
     arguments = parser.parse_args()
@@ -98,6 +100,9 @@ class Demo:
             }
         )
         options = stages.settings(paths | ({"train.steps": steps} if steps else {}))
+        if stage == "rl" and self.arguments.engine == "sglang":
+            # The Python file that SGLang has to run is the one that make_tiny_model.py wrote.
+            options += stages.settings({"rollout.engine": "sglang", "model.trust_remote_code": "true"})
         if (run_dir / "checkpoints/latest").exists():
             options.append("--resume")
         if self.arguments.nproc > 1:

@@ -21,4 +21,4 @@ class _BeforeTorchvision:
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-sys.meta_path.insert(0, _BeforeTorchvision())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _BeforeTorchvision())
