@@ -24,7 +24,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install install-sglang demo test test-sglang check format bench bench-logprob bench-schedule reproduce-mini clean
+.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ format: install  ## apply the formatter and safe fixes
 bench: install  ## generation and end-to-end throughput, as JSON
 	$(BIN)/python tools/bench_embedded.py
 	$(BIN)/python tools/bench_step.py
+
+bench-convert: install  ## conversion of a synthetic 16.8B checkpoint both ways against cp, as JSON (70 GB of disk, 8 minutes)
+	$(BIN)/python tools/bench_convert.py
 
 bench-logprob: install  ## memory and time of log-probs without logits, against the plain formula, as JSON
 	$(BIN)/python tools/bench_logprob.py

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,10 +35,6 @@ log = logging.getLogger(__name__)
 HEAD = "lm_head.weight"
 
 
-# Told of every tensor's bytes as they pass.
-Progress = Callable[[int], None]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One conversion: from a checkpoint of one kind to `destination`, of the other.
@@ -66,23 +62,26 @@ class Report:
     num_not_finite: int
 
 
-def convert(job: Job, progress: Progress = lambda num_bytes: None) -> Report:
+def convert(job: Job, progress: Callable[[int], None] = lambda num_bytes: None) -> Report:
     """Run a conversion. The destination appears when it is whole; whatever goes wrong leaves nothing behind.
 
-    ValueError names what cannot be converted.
+    progress: told the bytes of every tensor as it passes. ValueError names what cannot be converted.
     """
     with opened(job) as (source, model):
         infos = result_tensors(job, source, model)
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
         with _new_directory(job, total) as partial:
             started = time.perf_counter()
-            reading = _Reading(job, source, model, progress)
-            if job.to_megatron:
-                dtypes = {name: dtype for name, _, dtype in infos}
-                write_distributed(partial / MEGATRON, model, dtypes, reading, job.max_shard_bytes)
-            else:
-                _write_hf(partial, infos, model, reading, job.max_shard_bytes)
-            checksums = reading.finish()
+            reading = _Reading(job, source, [name for name, _, _ in infos], progress)
+            try:
+                if job.to_megatron:
+                    dtypes = {name: dtype for name, _, dtype in infos}
+                    write_distributed(partial / MEGATRON, model, dtypes, reading, job.max_shard_bytes)
+                else:
+                    _write_hf(partial, infos, model, reading, job.max_shard_bytes)
+                checksums = reading.finish()
+            finally:
+                reading.close()
             changes: dict[str, Any] = {"norm_head": False} if job.fold_norm_head else {}
             copy_companions(source.directory, partial, job.dtype, **changes)
             seconds = time.perf_counter() - started
@@ -125,18 +124,42 @@ def result_tensors(job: Job, source: Checkpoint, model: BailingConfig) -> list[T
 
 
 class _Reading:
-    """Reads every tensor of the source once, in the result's type, and notes its checksum in another thread."""
+    """Reads every tensor of the source once, in the result's type and in the order in which it will be asked for.
 
-    def __init__(self, job: Job, source: Checkpoint, model: BailingConfig, progress: Progress) -> None:
+    A thread reads, checks and hashes the next one while the last one is written.
+    """
+
+    def __init__(self, job: Job, source: Checkpoint, names: Sequence[str], progress: Callable[[int], None]) -> None:
         self.num_not_finite = 0
-        self._job, self._source, self._model, self._progress = job, source, model, progress
-        self._checksums: dict[str, Future[int]] = {}
-        self._last: Future[int] | None = None
-        self._hasher = ThreadPoolExecutor(1)
+        self._job, self._source, self._progress = job, source, progress
+        self._checksums: dict[str, int] = {}
+        self._waiting = iter(names)
+        self._reader = ThreadPoolExecutor(1)
+        self._next = self._read_ahead()
 
     def __call__(self, name: str) -> Tensor:
-        if name in self._checksums:
-            raise ValueError(f"tensor {name} was asked for twice")
+        assert self._next is not None, name
+        found, tensor = self._next.result()
+        assert found == name, (found, name)
+        self._next = self._read_ahead()
+        self._progress(tensor.nbytes)
+        return tensor
+
+    def finish(self) -> dict[str, int]:
+        """The checksums, of every tensor of the source. ValueError when it held one that nobody asked for."""
+        left = set(self._source.dtypes) - set(self._checksums)
+        if left or self._next is not None:
+            raise ValueError(f"{len(left)} tensors of {self._job.source} were not used: {', '.join(sorted(left)[:3])}")
+        return self._checksums
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> Future[tuple[str, Tensor]] | None:
+        name = next(self._waiting, None)
+        return None if name is None else self._reader.submit(self._prepare, name)
+
+    def _prepare(self, name: str) -> tuple[str, Tensor]:
         tensor = self._source.read(name)
         # A sum is the cheapest way to notice; it may also overflow, so it decides nothing.
         if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
@@ -145,20 +168,8 @@ class _Reading:
             norm = torch.linalg.vector_norm(tensor, dim=0, keepdim=True, dtype=torch.float32) + 1e-7
             tensor = (tensor.float() / norm).to(tensor.dtype)
         tensor = tensor.to(self._job.dtype or tensor.dtype)
-        if self._last is not None:
-            self._last.result()  # at most one tensor waits for its checksum
-        self._last = self._checksums[name] = self._hasher.submit(checksum, tensor)
-        self._progress(tensor.nbytes)
-        return tensor
-
-    def finish(self) -> dict[str, int]:
-        """The checksums, of every tensor of the model. ValueError when the source held one that nobody asked for."""
-        left = set(self._source.dtypes) - set(self._checksums)
-        if left:
-            raise ValueError(f"{len(left)} tensors of {self._job.source} were not used: {', '.join(sorted(left)[:3])}")
-        found = {name: future.result() for name, future in self._checksums.items()}
-        self._hasher.shutdown()
-        return found
+        self._checksums[name] = checksum(tensor)
+        return name, tensor
 
     def _count_not_finite(self, name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(tensor)).sum())
@@ -192,7 +203,7 @@ def _write_hf(
     write_index(directory, [[name for name, _, _ in shard] for shard in shards], name_table(model))
 
 
-def _verify(directory: Path, checksums: dict[str, int], progress: Progress) -> None:
+def _verify(directory: Path, checksums: dict[str, int], progress: Callable[[int], None]) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
             _forget_cached(file)
