@@ -12,41 +12,44 @@ import sys
 import threading
 import time
 
+import psutil
+
 GRACE_SECONDS = 5.0
+_LOOK_EVERY_SECONDS = 0.1
 
 
 def main(command: list[str]) -> int:
-    """Returns the command's exit code. Ended by the closing of stdin or by SIGTERM it does not return."""
+    """Returns the command's exit code, or 1 when it was ended. Nothing of its process group outlives it."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, lambda *_: _end(process))
+    reasons: list[str] = []  # not an Event: a signal handler must not wait for its lock
+    signal.signal(signal.SIGTERM, lambda *_: reasons.append("SIGTERM"))
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):
             pass
-        _end(process)
+        reasons.append("stdin closed")
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
-    code = process.wait()
-    if _leads_its_group():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        os.killpg(0, signal.SIGTERM)  # what a command that crashed left behind
-    return code
+    while process.poll() is None and not reasons:
+        time.sleep(_LOOK_EVERY_SECONDS)
+    if process.poll() is None:
+        process.terminate()
+        give_up = time.monotonic() + GRACE_SECONDS
+        while process.poll() is None and time.monotonic() < give_up:
+            time.sleep(_LOOK_EVERY_SECONDS)
+    if os.getpgid(0) == os.getpid():
+        _kill_the_rest()
+    return 1 if reasons or process.returncode is None else process.returncode
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the command, what it started, and this process."""
-    process.terminate()
-    give_up = time.monotonic() + GRACE_SECONDS
-    while process.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.05)
-    if _leads_its_group():
-        os.killpg(0, signal.SIGKILL)  # what the command left behind, and this
-    process.kill()
-    os._exit(1)
-
-
-def _leads_its_group() -> bool:
-    return os.getpgid(0) == os.getpid()
+def _kill_the_rest() -> None:
+    """Of the process group that this process leads."""
+    for pid in psutil.pids():
+        try:
+            if pid != os.getpid() and os.getpgid(pid) == os.getpid():
+                os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
 
 
 if __name__ == "__main__":

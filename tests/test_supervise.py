@@ -1,0 +1,77 @@
+"""A server that knows nothing of us ends with the process that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A server with a child of its own, as SGLang has; it writes both pids. The child shrugs off SIGTERM.
+SERVER = """
+import os, subprocess, sys, time
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
+open(sys.argv[1] + ".new", "w").write(f"{os.getpid()} {child.pid}")
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+sys.exit(int(sys.argv[2])) if len(sys.argv) > 2 else time.sleep(60)
+"""
+
+
+def start(pids: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_rl.rollout.supervise",
+        sys.executable,
+        "-c",
+        SERVER,
+        str(pids),
+        *arguments,
+    ]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def is_gone(pid: int) -> bool:
+    """True for zombies too: whoever adopted it has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("how", ["the lifeline closes", "SIGTERM"])
+def test_everything_ends_when_it_has_to(how: str, tmp_path: Path) -> None:
+    process = start(tmp_path / "pids")
+    wait_until((tmp_path / "pids").exists)
+    server, child = map(int, (tmp_path / "pids").read_text().split())
+    try:
+        assert not is_gone(server)
+        assert not is_gone(child)
+        if how == "SIGTERM":
+            process.send_signal(signal.SIGTERM)
+        else:
+            assert process.stdin is not None
+            process.stdin.close()
+        assert process.wait(15) != 0
+        wait_until(lambda: is_gone(server) and is_gone(child))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_server_that_ends_by_itself_leaves_its_exit_code(tmp_path: Path) -> None:
+    process = start(tmp_path / "pids", "7")
+    assert process.wait(15) == 7
+    _, child = map(int, (tmp_path / "pids").read_text().split())
+    wait_until(lambda: is_gone(child))
