@@ -1,8 +1,11 @@
-"""Scored samples for tests of what plans them."""
+"""Scored samples, and plans over them, for tests of what plans and of what uses a plan."""
 
 import numpy as np
 
-from megatron_rl.records import Response, Sample
+from megatron_rl.c3po.algorithms import ALGORITHMS
+from megatron_rl.c3po.packing import CostModel
+from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.records import Group, Response, Sample
 
 
 def make_sample(prompt_id: int, index: int, length: int, version: int = 3, reward: float = 1.0) -> Sample:
@@ -16,3 +19,12 @@ def make_sample(prompt_id: int, index: int, length: int, version: int = 3, rewar
         finish_reason="stop",
     )
     return Sample(response=response, reward=reward, reason="correct" if reward else "wrong", advantage=0.5)
+
+
+def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:
+    options = {
+        "algorithm": ALGORITHMS["c3po"], "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3,
+        "seed": 1, "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
+        "max_response_tokens": 32,
+    }  # fmt: skip
+    return schedule(groups, carried, **options | changes)

@@ -2,21 +2,10 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import make_sample
+from samples import make_sample, make_schedule
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
-from megatron_rl.c3po.packing import CostModel
-from megatron_rl.c3po.plan import Schedule, schedule
-from megatron_rl.records import Group, Sample
-
-
-def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:
-    options = {
-        "algorithm": ALGORITHMS["c3po"], "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3,
-        "seed": 1, "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
-        "max_response_tokens": 32,
-    }  # fmt: skip
-    return schedule(groups, carried, **options | changes)
+from megatron_rl.records import Group
 
 
 @settings(deadline=None)

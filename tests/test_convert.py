@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parallel import run_ranks
 from safetensors.torch import load_file, save_file
 from test_parallel import make_spec
-from tiny_model import TINY_CONFIG, write_tiny_model
+from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.command import parse_size
 from megatron_rl.checkpoint.compare import compare
@@ -24,13 +24,6 @@ from megatron_rl.config.bailing import load_bailing_config
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MODEL = "model.safetensors"
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 def assert_same(directory: Path, expected: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from parallel import run_ranks
 from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
+from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.bailing import load_bailing_config
@@ -106,13 +106,6 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], pre
     assert names
     assert {name for name in found if name.startswith(prefix)} == set(names)
     return max((relative(found[name], expected[name]), name) for name in names)
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 def assert_exported(model: Path, directory: Path) -> None:

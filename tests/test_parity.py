@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from parallel import run_ranks
+from served import input_logprobs
 from test_parallel import SHAPE, make_spec
 from tiny_model import write_tiny_model
 
@@ -21,23 +21,11 @@ LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "EP2": (2, {"expert": 2}
 )
 def model_and_scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """A model directory, and the log-probs that a real server gives for the tokens of the spec's sequences."""
-    import asyncio
-
     folder = tmp_path_factory.mktemp("parity")
     model = write_tiny_model(folder / "tiny", **(SHAPE | request.param))
     server = EmbeddedServer(model, folder / "server.log", context_length=64)
-    try:
-        asyncio.run(server.wait_ready(60))
-        body = {
-            "input_ids": [row["token_ids"] for row in make_spec(model)["sequences"]],
-            "sampling_params": {"max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        answers = httpx.post(f"{server.url}/generate", json=body, timeout=60).raise_for_status().json()
-    finally:
-        server.stop()
-    return model, [[lp for lp, _, _ in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
+    sequences = [row["token_ids"] for row in make_spec(model)["sequences"]]
+    return model, input_logprobs(server, sequences, max_new_tokens=0, seconds=60)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -5,11 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from samples import make_sample
+from samples import make_sample, make_schedule
 
-from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.c3po.plan import schedule
 from megatron_rl.records import Group
 from megatron_rl.train.phase import Phase
 
@@ -26,20 +24,7 @@ def make_phase(keep_surplus: bool = True) -> Phase:
     carried = (make_sample(90, 0, 6, version=2, reward=0.0),)
     used = [group(0, [5, 10], [1.0, 0.0]), group(1, [10, 5], [0.0, 1.0])]
     filtered = [group(2, [7, 9], [1.0, 1.0])]
-    plan = schedule(
-        used,
-        carried,
-        algorithm=ALGORITHMS["c3po"],
-        budgets=(20,),
-        cut="token",
-        keep_surplus=keep_surplus,
-        max_response_tokens=32,
-        policy_version=3,
-        seed=1,
-        num_data_ranks=2,
-        token_cap=64,
-        cost=COST,
-    )
+    plan = make_schedule(used, carried, budgets=(20,), keep_surplus=keep_surplus)
     unneeded = [group(3, [4, 4], [1.0, 0.0])]
     return Phase(
         generated=used + filtered + unneeded,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TINY_CONFIG: dict[str, Any] = {
@@ -88,3 +88,11 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     if not config.get("tie_word_embeddings"):
         matrix("lm_head.weight", v, h, scale=2.0)
     return tensors
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory's safetensors files, by name."""
+    found: dict[str, Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.checkpoint.hf import SafetensorsWriter, num_bytes, shard_file, write_index
+from megatron_rl.checkpoint.convert import forget_cached
+from megatron_rl.checkpoint.hf import SafetensorsWriter, divide_into_shards, shard_file, write_index
 from megatron_rl.checkpoint.names import hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
 
@@ -97,11 +98,7 @@ def make_directory(directory: Path, layers: int) -> int:
     infos = [(name, entry.hf_shape, torch.bfloat16) for name, (entry, _) in hf_names(table).items()]
     largest = max(torch.Size(s).numel() for _, s, _ in infos)
     noise = torch.randn(largest + len(infos), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    shards: list[list] = [[]]
-    for info in infos:
-        if sum(num_bytes(s, d) for _, s, d in [*shards[-1], info]) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(info)
+    shards = divide_into_shards(infos, SHARD_BYTES)
     offset = total = 0
     for number, shard in enumerate(shards):
         with SafetensorsWriter(directory / shard_file(number), shard) as writer:
@@ -158,8 +155,7 @@ def forget(directory: Path) -> None:
     """Out of the page cache, so that the next reader goes to the disk."""
     on_disk(directory)
     for path in files_of(directory):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        forget_cached(path)
 
 
 if __name__ == "__main__":

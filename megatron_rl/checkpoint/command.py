@@ -16,8 +16,6 @@ from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import HEAD, Job, convert, opened, result_tensors
 from megatron_rl.checkpoint.hf import TensorInfo, num_bytes
 from megatron_rl.checkpoint.names import hf_names, name_table
-from megatron_rl.checkpoint.read import open_checkpoint, resolve
-from megatron_rl.config.bailing import load_bailing_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -37,15 +35,13 @@ def run_convert(arguments: argparse.Namespace) -> int:
         fold_norm_head=arguments.fold_norm_head,
         verify=not to_megatron if arguments.verify is None else arguments.verify,
     )
-    with opened(job) as (source, model):
-        infos = result_tensors(job, source, model)
-        stored = {name: entry.stored for name, (entry, _) in hf_names(name_table(model)).items()}
-    total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
     if arguments.dry_run:
-        sys.stdout.write(describe(job, infos, stored, total))
+        with opened(job) as (source, model):
+            infos = result_tensors(job, source, model)
+        stored = {name: entry.stored for name, (entry, _) in hf_names(name_table(model)).items()}
+        sys.stdout.write(describe(job, infos, stored))
         return 0
-    with shown_progress(total * (2 if job.verify else 1)) as progress:
-        report = convert(job, progress)
+    report = convert(job, shown_progress)
     checked = f", checked in {report.verify_seconds:.1f} s" if job.verify else ""
     spoiled = f"; {report.num_not_finite} values are NaN or infinite" if report.num_not_finite else ""
     sys.stdout.write(
@@ -56,13 +52,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
-    directory = resolve(arguments.first)
-    model = load_bailing_config(directory)
-    with open_checkpoint(directory, model) as first:
-        shapes = {name: entry.hf_shape for name, (entry, _) in hf_names(name_table(model)).items()}
-        total = sum(num_bytes(shapes[name], dtype) for name, dtype in first.dtypes.items())
-    with shown_progress(total) as progress:
-        differences, count = compare(arguments.first, arguments.second, progress)
+    differences, count = compare(arguments.first, arguments.second, shown_progress)
     beyond = [d for d in differences if not d.largest <= arguments.tolerance]
     if not differences:
         sys.stdout.write(f"all {count} tensors are equal\n")
@@ -76,14 +66,15 @@ def run_compare(arguments: argparse.Namespace) -> int:
     return 1 if beyond else 0
 
 
-def describe(job: Job, infos: list[TensorInfo], stored: dict[str, str], total: int) -> str:
+def describe(job: Job, infos: list[TensorInfo], stored: dict[str, str]) -> str:
     """The mapping with layers and experts counted, sizes, and what the conversion will need."""
     kinds: Counter[tuple[str, ...]] = Counter()
     for name, shape, dtype in infos:
         columns = (_pattern(name), str(list(shape)), str(dtype).removeprefix("torch."), _pattern(stored[name]))
         kinds[columns] += 1
     lines = [f"{count:6} x {name} {shape} {dtype} | {target}" for (name, shape, dtype, target), count in kinds.items()]
-    largest = max(num_bytes(shape, dtype) for _, shape, dtype in infos)
+    sizes = [num_bytes(shape, dtype) for _, shape, dtype in infos]
+    largest, total = max(sizes), sum(sizes)
     folded = [f"{HEAD} is divided by its norm; norm_head becomes false"] if job.fold_norm_head else []
     return "\n".join(
         [

@@ -1,13 +1,15 @@
 """Two checkpoints of either kind, tensor by tensor."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_rl.checkpoint.read import open_checkpoint
+from megatron_rl.checkpoint.hf import num_bytes
+from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.read import Progress, no_progress, open_checkpoint
+from megatron_rl.config.bailing import load_bailing_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +22,7 @@ class Difference:
     num_values: int
 
 
-def compare(
-    first: Path, second: Path, progress: Callable[[int], None] = lambda num_bytes: None
-) -> tuple[list[Difference], int]:
+def compare(first: Path, second: Path, progress: Progress = no_progress) -> tuple[list[Difference], int]:
     """The tensors that differ, in the order of the model, and how many there are. ValueError for other sets or shapes.
 
     Values are compared in fp32, so a checkpoint in bf16 and its copy in fp32 are equal. Equal NaNs are equal.
@@ -32,14 +32,16 @@ def compare(
         if a.dtypes.keys() != b.dtypes.keys():
             names = sorted(a.dtypes.keys() ^ b.dtypes.keys())
             raise ValueError(f"{first} and {second} are different models: only one has {', '.join(names[:3])}")
-        for name in a.dtypes:
-            x, y = a.read(name), b.read(name)
-            if x.shape != y.shape:
-                raise ValueError(f"{name} has shape {tuple(x.shape)} in {first} and {tuple(y.shape)} in {second}")
-            difference = _difference(name, x, y)
-            if difference.num_values:
-                found.append(difference)
-            progress(x.nbytes)
+        entries = hf_names(name_table(load_bailing_config(a.directory)))
+        with progress(sum(num_bytes(entries[name][0].hf_shape, dtype) for name, dtype in a.dtypes.items())) as advance:
+            for name in a.dtypes:
+                x, y = a.read(name), b.read(name)
+                if x.shape != y.shape:
+                    raise ValueError(f"{name} has shape {tuple(x.shape)} in {first} and {tuple(y.shape)} in {second}")
+                difference = _difference(name, x, y)
+                if difference.num_values:
+                    found.append(difference)
+                advance(x.nbytes)
         return found, len(a.dtypes)
 
 

@@ -21,13 +21,14 @@ from megatron_rl.checkpoint.hf import (
     TensorInfo,
     as_bytes,
     copy_companions,
+    divide_into_shards,
     num_bytes,
     replace_directory,
     shard_file,
     write_index,
 )
 from megatron_rl.checkpoint.names import hf_names, name_table
-from megatron_rl.checkpoint.read import Checkpoint, open_checkpoint, resolve
+from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 
 log = logging.getLogger(__name__)
@@ -62,17 +63,17 @@ class Report:
     num_not_finite: int
 
 
-def convert(job: Job, progress: Callable[[int], None] = lambda num_bytes: None) -> Report:
+def convert(job: Job, progress: Progress = no_progress) -> Report:
     """Run a conversion. The destination appears when it is whole; whatever goes wrong leaves nothing behind.
 
-    progress: told the bytes of every tensor as it passes. ValueError names what cannot be converted.
+    ValueError names what cannot be converted.
     """
     with opened(job) as (source, model):
         infos = result_tensors(job, source, model)
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
-        with _new_directory(job, total) as partial:
+        with _new_directory(job, total) as partial, progress(total * (2 if job.verify else 1)) as advance:
             started = time.perf_counter()
-            reading = _Reading(job, source, [name for name, _, _ in infos], progress)
+            reading = _Reading(job, source, [name for name, _, _ in infos], advance)
             try:
                 if job.to_megatron:
                     dtypes = {name: dtype for name, _, dtype in infos}
@@ -87,7 +88,7 @@ def convert(job: Job, progress: Callable[[int], None] = lambda num_bytes: None) 
             seconds = time.perf_counter() - started
             started = time.perf_counter()
             if job.verify:
-                _verify(partial, checksums, progress)
+                _verify(partial, checksums, advance)
             verify_seconds = time.perf_counter() - started
         return Report(
             num_tensors=len(infos),
@@ -187,15 +188,7 @@ def checksum(tensor: Tensor) -> int:
 def _write_hf(
     directory: Path, infos: list[TensorInfo], model: BailingConfig, read: Callable[[str], Tensor], max_bytes: int
 ) -> None:
-    shards: list[list[TensorInfo]] = [[]]
-    used = 0
-    for info in infos:
-        size = num_bytes(*info[1:])
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(info)
-        used += size
+    shards = divide_into_shards(infos, max_bytes)
     for number, shard in enumerate(shards):
         with SafetensorsWriter(directory / shard_file(number), shard) as writer:
             for name, _, _ in shard:
@@ -206,7 +199,7 @@ def _write_hf(
 def _verify(directory: Path, checksums: dict[str, int], progress: Callable[[int], None]) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
-            _forget_cached(file)
+            forget_cached(file)
     with open_checkpoint(directory) as written:
         for name, expected in checksums.items():
             tensor = written.read(name)
@@ -215,7 +208,7 @@ def _verify(directory: Path, checksums: dict[str, int], progress: Callable[[int]
             progress(tensor.nbytes)
 
 
-def _forget_cached(file: Path) -> None:
+def forget_cached(file: Path) -> None:
     """Have the next read come from the disk, where the system can be asked to."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(file, os.O_RDONLY)

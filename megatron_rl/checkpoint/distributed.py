@@ -73,11 +73,7 @@ class DistributedCheckpoint:
     def read(self, name: str) -> Tensor:
         entry, part = self._names[name]
         # Rows of a padded vocabulary lie behind the last one.
-        rows = entry.hf_shape[0]
-        start, shape = (part * rows, *[0] * (len(entry.shape) - 1)), (rows, *entry.shape[1:])
-        if entry.expert_index is not None:
-            start, shape = (entry.expert_index, *start), (1, *shape)
-        region = self._region(entry.stored, start, shape)
+        region = self._region(entry.stored, *entry.stored_part(part))
         region = region[0] if entry.expert else region
         return region if len(entry.hf) > 1 else entry.layout.split(region)[0]
 
@@ -129,7 +125,7 @@ class DistributedCheckpoint:
 
     def _check(self, entry: Mapping, model: BailingConfig) -> None:
         found = self._tensors[entry.stored]
-        expected = (model.num_experts, *entry.shape) if entry.expert else entry.shape
+        expected = entry.stored_shape(model.num_experts)
         size = tuple(found.size)
         padded = isinstance(entry.layout, Vocabulary) and size[0] >= expected[0] and size[1:] == expected[1:]
         if size != expected and not padded:
@@ -199,16 +195,13 @@ class _Planner(SavePlanner):
         items = [WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO)]
         for entry in table.values():
             for part, name in enumerate(entry.hf):
-                offsets, sizes = (part * entry.hf_shape[0], *[0] * (len(entry.shape) - 1)), entry.hf_shape
-                size = entry.shape
-                if entry.expert_index is not None:
-                    offsets, sizes, size = (entry.expert_index, *offsets), (1, *sizes), (model.num_experts, *size)
+                offsets, sizes = entry.stored_part(part)
                 index = MetadataIndex(entry.stored, torch.Size(offsets))
                 self._source[index] = (entry, name)
                 data = TensorWriteData(
                     chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
                     properties=TensorProperties(dtype=dtypes[name]),
-                    size=torch.Size(size),
+                    size=torch.Size(entry.stored_shape(model.num_experts)),
                 )
                 items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         self._plan = SavePlan(items)

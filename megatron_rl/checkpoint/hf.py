@@ -144,6 +144,20 @@ class SafetensorsWriter:
                 os.fsync(self.file.fileno())
 
 
+def divide_into_shards(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Consecutive tensors that fit into a file of `max_bytes`; one that alone is larger has a file of its own."""
+    shards: list[list[TensorInfo]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = num_bytes(*tensor[1:])
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(tensor)
+        used += size
+    return shards
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor in memory, row by row, without a copy where it is contiguous."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())

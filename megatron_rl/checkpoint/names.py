@@ -44,6 +44,17 @@ class Mapping:
         """Of the full Megatron tensor."""
         return (len(self.hf) * self.hf_shape[0], *self.hf_shape[1:])
 
+    def stored_shape(self, num_experts: int) -> tuple[int, ...]:
+        """Of its tensor in a distributed checkpoint, the vocabulary unpadded."""
+        return (num_experts, *self.shape) if self.expert else self.shape
+
+    def stored_part(self, part: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where `hf[part]` lies in that tensor, its rows in Megatron's order: (offsets, sizes)."""
+        offsets = (part * self.hf_shape[0], *[0] * (len(self.hf_shape) - 1))
+        if self.expert_index is None:
+            return offsets, self.hf_shape
+        return (self.expert_index, *offsets), (1, *self.hf_shape)
+
 
 def name_table(model: BailingConfig) -> dict[str, Mapping]:
     """Every parameter of the model by its canonical Megatron name."""

@@ -1,5 +1,7 @@
 """Either kind of checkpoint, read tensor by tensor under Hugging Face names."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +11,15 @@ from torch import Tensor
 from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint
 from megatron_rl.checkpoint.hf import HfCheckpoint, has_weights
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+
+# Shows the progress of a job of so many bytes: what the block gets is told the bytes of every tensor as it passes.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def no_progress(total: int) -> Iterator[Callable[[int], None]]:
+    del total
+    yield lambda num_bytes: None
 
 
 class Checkpoint(Protocol):
@@ -47,5 +58,10 @@ def open_checkpoint(path: Path, model: BailingConfig | None = None) -> Checkpoin
 
 def resolve(path: Path) -> Path:
     """The newest checkpoint of a run directory; other directories are themselves."""
-    marker = path / "checkpoints" / "latest"
-    return marker.parent / marker.read_text().strip() if marker.is_file() else path
+    return newest(path / "checkpoints") or path
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """What the file `latest` of a run's checkpoints names; None where there is no such file."""
+    marker = checkpoints / "latest"
+    return checkpoints / marker.read_text().strip() if marker.is_file() else None

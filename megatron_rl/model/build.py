@@ -242,6 +242,10 @@ class Model:
         """The GPTModel of each chunk."""
         return unwrap_model(list(self.chunks))
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All of this rank's, chunk by chunk."""
+        return [parameter for gpt in self.gpts for parameter in gpt.parameters()]
+
     @property
     def routers(self) -> list[Router]:
         return [module for gpt in self.gpts for module in gpt.modules() if isinstance(module, Router)]

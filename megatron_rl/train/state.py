@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_rl import device
 from megatron_rl.checkpoint.hf import copy_companions
+from megatron_rl.checkpoint.read import newest
 from megatron_rl.model.build import load_sharded_state, sharded_state
 
 device.import_megatron()
@@ -44,13 +45,11 @@ _OPTIMIZER_METADATA = {
 
 def latest(directory: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    marker = directory / "latest"
-    if not marker.is_file():
-        return None
-    path = directory / marker.read_text().strip()
-    if not (path / "driver.json").is_file():
+    path = newest(directory)
+    if path is not None and not (path / "driver.json").is_file():
         raise ValueError(
-            f"{marker} names {path.name}, which is not a whole checkpoint; write the name of another into it"
+            f"{directory / 'latest'} names {path.name}, which is not a whole checkpoint; write the name of another "
+            "into it"
         )
     return path
 

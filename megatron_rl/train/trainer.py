@@ -107,13 +107,12 @@ class Trainer:
         )
         self._num_step_tokens = 1
         model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / self._num_step_tokens)
-        self._reference: dict[str, Tensor] | None = None
+        self._reference: list[Tensor] | None = None
+        self._routers = model.routers
 
     def keep_reference(self) -> None:
         """Remember the present weights, off the device, as the reference policy of the KL term."""
-        self._reference = {
-            name: p.detach().cpu().clone() for name, p in self.model.parameters_by_canonical_name().items()
-        }
+        self._reference = [p.detach().cpu().clone() for p in self.model.parameters()]
 
     def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """This rank's part of these sequences, ready for the methods below."""
@@ -147,7 +146,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         tally = Tally(objective.reports)
-        for router in self.model.routers:
+        for router in self._routers:
             router.load_balance_loss = router.z_loss = 0.0
         self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
         _, grad_norm, _ = self.optimizer.step()
@@ -171,7 +170,7 @@ class Trainer:
     def _router_losses(self, num_tokens: int) -> dict[str, float]:
         """Mean over the step's tokens and the model's mixture-of-experts layers, of those losses that are on."""
         sums = torch.zeros(3, dtype=torch.float64)
-        for router in self.model.routers:
+        for router in self._routers:
             sums += torch.tensor([1.0, float(router.load_balance_loss), float(router.z_loss)])
         dist.all_reduce(sums, group=self._control)
         # Every stage counted its layers on all of its ranks.
@@ -203,14 +202,14 @@ class Trainer:
     def _with_ref_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
         """The reference weights take the place of the present ones for one pass."""
         assert self._reference is not None
-        parameters = self.model.parameters_by_canonical_name()
-        present = {name: p.detach().clone() for name, p in parameters.items()}
+        parameters = self.model.parameters()
+        present = [p.detach().clone() for p in parameters]
         with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(self._reference[name])
+            for p, reference in zip(parameters, self._reference, strict=True):
+                p.copy_(reference)
             found = self.logprobs(batches, temperature)
-            for name, p in parameters.items():
-                p.copy_(present[name])
+            for p, kept in zip(parameters, present, strict=True):
+                p.copy_(kept)
         return [replace(b, ref_logprobs=x) for b, x in zip(batches, found, strict=True)] if found else list(batches)
 
     # -- one pass through megatron's schedule ----------------------------------------------------------------------

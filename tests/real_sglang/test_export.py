@@ -1,15 +1,14 @@
 """What we export opens in real SGLang, and gives the log-probs that the trainer gives."""
 
-import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from parallel import run_ranks
+from served import input_logprobs
 
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.config.schema import RolloutSection
@@ -21,21 +20,10 @@ PYTHON = find_sglang(
 )
 
 
-def sglang_logprobs(model: Path, sequences: list[list[int]], log: Path) -> list[list[float]]:
+def sglang_logprobs(model: Path, sequences: list[list[int]], log: Path) -> list[list[float | None]]:
     """Of all tokens but the first of each sequence."""
     server = SglangServer(model, log, python=PYTHON, max_running_requests=8, context_length=128, on_cpu=True)
-    try:
-        asyncio.run(server.wait_ready(180))
-        body = {
-            "input_ids": sequences,
-            "sampling_params": {"max_new_tokens": 1},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        answers = httpx.post(f"{server.url}/generate", json=body, timeout=120).raise_for_status().json()
-    finally:
-        server.stop()
-    return [[lp for lp, _, _ in answer["meta_info"]["input_token_logprobs"]][1:] for answer in answers]
+    return [found[1:] for found in input_logprobs(server, sequences, max_new_tokens=1, seconds=180)]
 
 
 @pytest.mark.parametrize("norm_head", [False, True])
