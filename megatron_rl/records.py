@@ -1,8 +1,9 @@
 """The records that cross the boundaries of the package: frozen, keyword-only, without torch.
 
 Vocabulary: a *prompt* is sampled K times into a *group* of *responses*; a scored response becomes a *sample* once it
-has a reward and an advantage. A *plan* says which samples a train phase uses, how many of each response's tokens carry
-loss, and where they run.
+has a reward and an advantage. A response may be sampled in parts, over several phases; until it ends it is
+*unfinished*. A *plan* says which samples a train phase uses, how many of each response's tokens carry loss, and where
+they run.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ class Response:
     prompt_ids: int32 [prompt_tokens].
     output_ids: int32 [output_tokens], the end-of-sequence token included when it was generated.
     rollout_logprobs: float32 [output_tokens], log-probabilities under the sampling policy at the sampling temperature.
-    policy_version: the weights that generated it.
-    finish_reason: "stop" or "length".
+    policy_versions: int32 [output_tokens], the weights that sampled each token; never decreasing.
+    finish_reason: "stop" or "length"; "" while it is unfinished.
+    routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
+        position but the last, 0 in dense layers; None where it was not asked for them.
     """
 
     prompt_id: int
@@ -28,12 +31,18 @@ class Response:
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     rollout_logprobs: np.ndarray
-    policy_version: int
+    policy_versions: np.ndarray
     finish_reason: str
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.output_ids)
+
+    @property
+    def policy_version(self) -> int:
+        """The weights that sampled its last token."""
+        return int(self.policy_versions[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,23 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedGroup:
+    """A group of which some responses had not ended when the rollout phase did (C3PO++).
+
+    responses: all K, finished or not; one that never started has no tokens.
+    retention: rollout phases that it has been kept over.
+    """
+
+    prompt_id: int
+    responses: tuple[Response, ...]
+    retention: int
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(response.num_output_tokens for response in self.responses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
     """One sample's part in an optimizer step.
 
@@ -66,14 +92,15 @@ class Selected:
     num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
         tokens of the response; what was cut behind them influences nothing before it.
     loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean.
-    fresh: the weights that this optimizer step starts from sampled it.
+    num_stale_tokens: so many of its first loss tokens were sampled by weights older than those that this optimizer step
+        starts from; the others by these.
     """
 
     index: int
     num_prompt_tokens: int
     num_loss_tokens: int
     loss_scale: float
-    fresh: bool
+    num_stale_tokens: int
 
     @property
     def num_tokens(self) -> int:

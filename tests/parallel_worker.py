@@ -36,7 +36,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
             weight=1.0,
             advantage=row["advantage"],
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
-            fresh=row["fresh"],
+            num_stale_tokens=row["num_stale_tokens"],
         )
         for row in spec["sequences"]
     ]

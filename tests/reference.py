@@ -97,14 +97,15 @@ def policy_loss(
 ) -> Tensor:
     """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself.
 
-    The present weights are `reference_scale` times `w`. A fresh sample's old log-probs are the present ones; a stale
-    one's are those that were recorded.
+    The present weights are `reference_scale` times `w`. The old log-probs of a response's stale tokens are those
+    that were recorded, of the others the present ones.
     """
     present = {name: t * spec.get("reference_scale", 1.0) for name, t in w.items()}
     responses = []
     for row in spec["sequences"]:
         logp, entropy = logprobs_and_entropy(config, present, row)
-        old = logp.detach() if row["fresh"] else torch.tensor(row["rollout_logprobs"], dtype=torch.float64)
+        recorded = torch.tensor(row["rollout_logprobs"], dtype=torch.float64)
+        old = torch.where(torch.arange(len(logp)) < row["num_stale_tokens"], recorded, logp.detach())
         reference = logprobs_and_entropy(config, w, row)[0].detach()
         kl = (reference - logp).exp() - (reference - logp) - 1
         extra = algorithm.get("kl_coefficient", 0.0) * kl - algorithm["entropy_coefficient"] * entropy

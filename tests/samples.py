@@ -15,7 +15,7 @@ def make_sample(prompt_id: int, index: int, length: int, version: int = 3, rewar
         prompt_ids=np.arange(4, dtype=np.int32),
         output_ids=np.arange(length, dtype=np.int32),
         rollout_logprobs=np.zeros(length, np.float32),
-        policy_version=version,
+        policy_versions=np.full(length, version, np.int32),
         finish_reason="stop",
     )
     return Sample(response=response, reward=reward, reason="correct" if reward else "wrong", advantage=0.5)

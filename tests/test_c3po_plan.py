@@ -1,5 +1,9 @@
 """The plan of a train phase, from scored groups."""
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_sample, make_schedule
@@ -31,7 +35,8 @@ def test_samples_are_conserved_and_the_budget_is_exact(lengths: list[list[int]],
     placed = sorted(i for rank in step.micro_batches for bin_ in rank for i in bin_)
     assert placed == list(range(len(step.selected)))
     for selected in step.selected:
-        assert selected.fresh == (result.samples[selected.index].response.policy_version == 3)
+        is_old = result.samples[selected.index].response.policy_version < 3
+        assert selected.num_stale_tokens == (selected.num_loss_tokens if is_old else 0)
     # the plan does not depend on the order in which groups arrived
     assert make_schedule(groups[::-1], old, seed=seed).plan == result.plan
 
@@ -47,5 +52,16 @@ def test_grpo_trains_every_token_with_the_mean_over_each_response() -> None:
 def test_the_samples_of_a_second_optimizer_step_are_not_fresh() -> None:
     groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 10), make_sample(p, 1, 10))) for p in range(2)]
     first, second = make_schedule(groups, budgets=(20, 20)).plan.steps
-    assert [s.fresh for s in first.selected] == [True, True]
-    assert [s.fresh for s in second.selected] == [False, False]
+    assert [s.num_stale_tokens for s in first.selected] == [0, 0]
+    assert [s.num_stale_tokens for s in second.selected] == [10, 10]
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(40, (7, 20)), (5, (5, 5))])
+def test_the_tokens_of_a_resumed_response_are_stale_up_to_where_these_weights_took_over(
+    budget: int, expected: tuple[int, int]
+) -> None:
+    sample = make_sample(0, 0, 20)
+    versions = np.repeat(np.array([1, 2, 3], np.int32), [3, 4, 13])
+    resumed = replace(sample, response=replace(sample.response, policy_versions=versions))
+    (step,) = make_schedule([Group(prompt_id=0, samples=(resumed,))], budgets=(budget,)).plan.steps
+    assert (step.selected[0].num_stale_tokens, step.selected[0].num_loss_tokens) == expected

@@ -11,6 +11,7 @@ from megatron_rl.model import zigzag
 from megatron_rl.model.packing import pack
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
 
+STALE_BEFORE = 9  # tokens at these positions were sampled by older weights
 sizes = st.integers(1, 6)
 
 
@@ -63,7 +64,7 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
                 weight=number + 1.0,
                 advantage=-number - 1.0,
                 rollout_logprobs=name.astype(np.float32),
-                fresh=number % 2 == 0,
+                num_stale_tokens=int((positions < STALE_BEFORE).sum()),
             )
         )
     tokens, loss_tokens = [], []
@@ -78,7 +79,7 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
         assert torch.equal(ids[batch.loss_index] + 1, batch.targets)
         assert torch.equal(batch.rollout_logprobs, batch.targets.float())
         assert torch.equal(batch.response_of, batch.targets // 1000 - 1)
-        assert torch.equal(batch.fresh, batch.response_of % 2 == 0)
+        assert torch.equal(batch.fresh, batch.targets % 1000 >= STALE_BEFORE)
         assert batch.response_tokens.tolist() == [len(s.loss_positions) for s in sequences]
         assert torch.equal(batch.weights, batch.targets.float().div(1000, rounding_mode="floor"))
         assert torch.equal(batch.advantages, -batch.weights)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+
 from megatron_rl.c3po.algorithms import Algorithm, normalise
 from megatron_rl.c3po.budget import Pick, select, selection_order
 from megatron_rl.c3po.packing import CostModel, pack_micro_batches
@@ -77,7 +79,9 @@ def schedule(
                 num_loss_tokens=pick.num_loss_tokens,
                 loss_scale=scale,
                 # From the second optimizer step of a phase on, the weights are no longer those that sampled.
-                fresh=step == 0 and samples[pick.index].response.policy_version == policy_version,
+                num_stale_tokens=_num_older(samples[pick.index], policy_version, pick.num_loss_tokens)
+                if step == 0
+                else pick.num_loss_tokens,
             )
             for pick, scale in zip(picks, scales, strict=True)
         )
@@ -98,6 +102,11 @@ def schedule(
         num_dropped=0 if keep_surplus else len(surplus),
         num_cut_tokens=num_cut,
     )
+
+
+def _num_older(sample: Sample, policy_version: int, num_tokens: int) -> int:
+    """How many of its first `num_tokens` tokens weights before `policy_version` sampled."""
+    return int(np.searchsorted(sample.response.policy_versions[:num_tokens], policy_version))
 
 
 def _split(picks: Sequence[Pick], num_steps: int) -> tuple[tuple[Pick, ...], ...]:

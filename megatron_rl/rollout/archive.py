@@ -1,54 +1,99 @@
-"""Samples as bytes and back: a numpy archive without pickled objects."""
+"""Responses as bytes and back: a numpy archive without pickled objects."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megatron_rl.records import Response, Sample
+from megatron_rl.records import Response, Sample, UnfinishedGroup
+
+# Per response: prompt_id, sample_index, and how many prompt tokens, output tokens and routed positions it has.
+_NUM_COLUMNS = 5
 
 
-def pack_samples(samples: Sequence[Sample]) -> bytes:
-    """Inverse of `unpack_samples`, exactly."""
-    responses = [sample.response for sample in samples]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carry:
+    """What one rollout phase leaves to the next: scored surplus, and groups that are not finished."""
+
+    samples: tuple[Sample, ...] = ()
+    unfinished: tuple[UnfinishedGroup, ...] = ()
+
+
+def pack_carry(carry: Carry) -> bytes:
+    """Inverse of `unpack_carry`, exactly."""
+    unfinished = [response for group in carry.unfinished for response in group.responses]
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        ids=np.array([(r.prompt_id, r.sample_index, r.policy_version) for r in responses], np.int64).reshape(-1, 3),
-        lengths=np.array([(len(r.prompt_ids), len(r.output_ids)) for r in responses], np.int64).reshape(-1, 2),
-        prompt_ids=_joined([r.prompt_ids for r in responses], np.int32),
-        output_ids=_joined([r.output_ids for r in responses], np.int32),
-        rollout_logprobs=_joined([r.rollout_logprobs for r in responses], np.float32),
-        scores=np.array([(s.reward, s.advantage) for s in samples], np.float64).reshape(-1, 2),
-        texts=np.array([(s.reason, s.response.finish_reason) for s in samples], np.str_).reshape(-1, 2),
+        **_arrays([*(sample.response for sample in carry.samples), *unfinished]),
+        scores=np.array([(s.reward, s.advantage) for s in carry.samples], np.float64).reshape(-1, 2),
+        reasons=np.array([s.reason for s in carry.samples], np.str_),
+        groups=np.array([(g.prompt_id, len(g.responses), g.retention) for g in carry.unfinished], np.int64).reshape(
+            -1, 3
+        ),
     )
     return buffer.getvalue()
 
 
-def unpack_samples(data: bytes) -> tuple[Sample, ...]:
+def unpack_carry(data: bytes) -> Carry:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["lengths"][:, 0]))
-    outputs = np.split(arrays["output_ids"], np.cumsum(arrays["lengths"][:, 1]))
-    logprobs = np.split(arrays["rollout_logprobs"], np.cumsum(arrays["lengths"][:, 1]))
-    return tuple(
-        Sample(
-            response=Response(
-                prompt_id=int(ids[0]),
-                sample_index=int(ids[1]),
-                policy_version=int(ids[2]),
-                prompt_ids=prompts[i],
-                output_ids=outputs[i],
-                rollout_logprobs=logprobs[i],
-                finish_reason=str(texts[1]),
-            ),
-            reward=float(score[0]),
-            advantage=float(score[1]),
-            reason=str(texts[0]),
-        )
-        for i, (ids, score, texts) in enumerate(zip(arrays["ids"], arrays["scores"], arrays["texts"], strict=True))
+    responses = _responses(arrays)
+    samples = tuple(
+        Sample(response=response, reward=float(score[0]), advantage=float(score[1]), reason=str(reason))
+        for response, score, reason in zip(responses, arrays["scores"], arrays["reasons"], strict=False)
     )
+    ends = accumulate((int(size) for _, size, _ in arrays["groups"]), initial=len(samples))
+    groups = tuple(
+        UnfinishedGroup(prompt_id=int(prompt_id), responses=tuple(responses[a:b]), retention=int(retention))
+        for (prompt_id, _, retention), (a, b) in zip(arrays["groups"], pairwise(ends), strict=True)
+    )
+    return Carry(samples=samples, unfinished=groups)
 
 
-def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+def _arrays(responses: Sequence[Response]) -> dict[str, np.ndarray]:
+    routed = [r.routed_experts for r in responses if r.routed_experts is not None]
+    table = [
+        (
+            *(r.prompt_id, r.sample_index, len(r.prompt_ids), len(r.output_ids)),
+            -1 if r.routed_experts is None else len(r.routed_experts),
+        )
+        for r in responses
+    ]
+    return {
+        "table": np.array(table, np.int64).reshape(-1, _NUM_COLUMNS),
+        "prompt_ids": _joined((r.prompt_ids for r in responses), np.int32),
+        "output_ids": _joined((r.output_ids for r in responses), np.int32),
+        "rollout_logprobs": _joined((r.rollout_logprobs for r in responses), np.float32),
+        "policy_versions": _joined((r.policy_versions for r in responses), np.int32),
+        "finish_reasons": np.array([r.finish_reason for r in responses], np.str_),
+        "routed_experts": np.concatenate(routed) if routed else np.zeros((0, 0, 0), np.uint8),
+    }
+
+
+def _responses(arrays: dict[str, np.ndarray]) -> list[Response]:
+    table = arrays["table"]
+    prompts = np.split(arrays["prompt_ids"], np.cumsum(table[:, 2]))
+    outputs = np.cumsum(table[:, 3])
+    logprobs, versions = np.split(arrays["rollout_logprobs"], outputs), np.split(arrays["policy_versions"], outputs)
+    routed = np.split(arrays["routed_experts"], np.cumsum(np.maximum(table[:, 4], 0)))
+    return [
+        Response(
+            prompt_id=int(row[0]),
+            sample_index=int(row[1]),
+            prompt_ids=prompts[i],
+            output_ids=output,
+            rollout_logprobs=logprobs[i],
+            policy_versions=versions[i],
+            finish_reason=str(arrays["finish_reasons"][i]),
+            routed_experts=routed[i] if row[4] >= 0 else None,
+        )
+        for i, (row, output) in enumerate(zip(table, np.split(arrays["output_ids"], outputs)[:-1], strict=True))
+    ]
+
+
+def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+    parts = list(arrays)
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

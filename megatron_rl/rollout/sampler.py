@@ -129,7 +129,7 @@ class Sampler:
                     prompt_ids=prompt_ids,
                     output_ids=one.output_ids,
                     rollout_logprobs=one.logprobs,
-                    policy_version=policy_version,
+                    policy_versions=np.full(len(one.output_ids), policy_version, np.int32),
                     finish_reason=one.finish_reason,
                 )
             )

@@ -20,7 +20,7 @@ class TrainSequence:
     weight: multiplies every loss token.
     advantage: of the whole response; unused by cross-entropy.
     rollout_logprobs: float32 [m], as the server reported them; NaN where there are none.
-    fresh: sampled by the weights that the optimizer step starts from.
+    num_stale_tokens: of so many first loss tokens the sampler had other weights than the optimizer step starts from.
     """
 
     token_ids: np.ndarray
@@ -28,7 +28,7 @@ class TrainSequence:
     weight: float
     advantage: float
     rollout_logprobs: np.ndarray
-    fresh: bool
+    num_stale_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,10 @@ class MicroBatch:
 
     Legend: T packed tokens of this rank, M loss tokens, S sequences of the micro-batch.
 
-    loss_index: the position before each loss token. response_of: each loss token's sequence. response_tokens: loss
-    tokens of each whole sequence. old_logprobs, ref_logprobs: under the weights that a phase started from and under the
-    reference policy, where the trainer worked them out (`Trainer.with_old_logprobs`), else None.
+    fresh: sampled by the weights that the optimizer step starts from. loss_index: the position before each loss token.
+    response_of: each loss token's sequence. response_tokens: loss tokens of each whole sequence. old_logprobs,
+    ref_logprobs: under the weights that a phase started from and under the reference policy, where the trainer worked
+    them out (`Trainer.with_old_logprobs`), else None.
     """
 
     token_ids: Tensor  # int64 [1, T]
@@ -116,7 +117,9 @@ def make_micro_batch(
         weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
         advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
         rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
-        fresh=per_token((np.full(n, s.fresh) for n, s in zip(counts, sequences, strict=True)), torch.bool),
+        fresh=per_token(
+            (np.arange(n) >= s.num_stale_tokens for n, s in zip(counts, sequences, strict=True)), torch.bool
+        ),
         response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
         response_tokens=torch.tensor(counts, dtype=wide, device=device),
     )

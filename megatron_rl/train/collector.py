@@ -20,7 +20,7 @@ from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.archive import pack_samples, unpack_samples
+from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import GenerationClient, together
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.server import GenerationServer, start_servers, stop_servers, wait_all_ready
@@ -65,11 +65,11 @@ class Collector:
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON and carried samples. `restore` takes both."""
         state = {"cursor": self.cursor, "tokens_per_prompt": self.tokens_per_prompt}
-        return state, pack_samples(self.carried)
+        return state, pack_carry(Carry(samples=self.carried))
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
         self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
-        self.carried = unpack_samples(carried)
+        self.carried = unpack_carry(carried).samples
 
     def update_weights(self, directory: Path, policy_version: int) -> None:
         """Have every server load the weights in `directory` and answer as `policy_version` from now on."""

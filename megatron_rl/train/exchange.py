@@ -101,7 +101,7 @@ def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndar
                         weight=selected.loss_scale,
                         advantage=float(advantages[sample]),
                         rollout_logprobs=logprobs[logprob : logprob + count],
-                        fresh=selected.fresh,
+                        num_stale_tokens=selected.num_stale_tokens,
                     )
                 )
                 token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1

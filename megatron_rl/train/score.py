@@ -40,7 +40,7 @@ def text_logprobs(path: Path, text: str) -> tuple[list[int], torch.Tensor]:
         weight=1.0,
         advantage=0.0,
         rollout_logprobs=np.full(len(ids) - 1, np.nan, np.float32),
-        fresh=False,
+        num_stale_tokens=len(ids) - 1,
     )
     (logprobs,) = trainer.logprobs([trainer.micro_batch([sequence])])
     return ids, logprobs

@@ -112,5 +112,5 @@ def _sequence(chat: Chat, tokenizer: Any, limit: int) -> TrainSequence:
         weight=1.0,
         advantage=0.0,
         rollout_logprobs=np.full(len(positions), np.nan, np.float32),
-        fresh=False,
+        num_stale_tokens=len(positions),
     )

@@ -37,7 +37,7 @@ def test_an_exported_checkpoint_gives_the_trainers_log_probs(norm_head: bool, tm
             "num_prompt_tokens": 1,
             "advantage": float(rng.normal()),
             "rollout_logprobs": [-1.0] * (n - 1),
-            "fresh": True,
+            "num_stale_tokens": 0,
         }
         for n in (5, 17, 60)
     ]

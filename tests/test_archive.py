@@ -1,0 +1,59 @@
+"""What a checkpoint keeps of a rollout phase comes back as it was."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.records import Response, Sample, UnfinishedGroup
+from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+
+
+@st.composite
+def responses(draw: st.DrawFn) -> Response:
+    num_prompt, num_output = draw(st.integers(1, 5)), draw(st.integers(0, 6))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    return Response(
+        prompt_id=draw(st.integers(0, 2**40)),
+        sample_index=draw(st.integers(0, 15)),
+        prompt_ids=rng.integers(0, 2**31 - 1, num_prompt).astype(np.int32),
+        output_ids=rng.integers(0, 2**31 - 1, num_output).astype(np.int32),
+        rollout_logprobs=rng.normal(size=num_output).astype(np.float32),
+        policy_versions=np.sort(rng.integers(0, 9, num_output)).astype(np.int32),
+        finish_reason=draw(st.sampled_from(["", "stop", "length"])),
+        routed_experts=rng.integers(0, 255, (num_prompt + num_output - 1, 2, 3)).astype(np.uint8)
+        if draw(st.booleans())
+        else None,
+    )
+
+
+samples = st.builds(
+    Sample,
+    response=responses(),
+    reward=st.floats(allow_nan=False),
+    reason=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    advantage=st.floats(allow_nan=False),
+)
+groups = st.builds(
+    UnfinishedGroup,
+    prompt_id=st.integers(0, 2**40),
+    responses=st.lists(responses(), min_size=1, max_size=4).map(tuple),
+    retention=st.integers(0, 9),
+)
+
+
+def plain(value: object) -> object:
+    """Comparable with ==, arrays with their types."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tolist()
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    fields = getattr(value, "__slots__", None)
+    return {name: plain(getattr(value, name)) for name in fields} if fields else value
+
+
+@given(st.lists(samples, max_size=4).map(tuple), st.lists(groups, max_size=3).map(tuple))
+def test_surplus_and_unfinished_groups_come_back_exactly(
+    kept: tuple[Sample, ...], unfinished: tuple[UnfinishedGroup, ...]
+) -> None:
+    carry = Carry(samples=kept, unfinished=unfinished)
+    assert plain(unpack_carry(pack_carry(carry))) == plain(carry)
