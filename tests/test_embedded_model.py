@@ -13,9 +13,10 @@ from tiny_model import TINY_CONFIG, write_tiny_model
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
+from megatron_rl.rollout.embedded.reading import load_weights
 from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seed, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
-from megatron_rl.rollout.embedded.weights import expected_tensors, load_weights
+from megatron_rl.rollout.embedded.weights import expected_tensors
 
 
 def reference_logprobs(directory, config, ids):
@@ -348,7 +349,7 @@ def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)
     save_file({n: tensors[n] for n in names[:9]}, directory / "a.safetensors")
-    with pytest.raises(ValueError, match="more than one file"):
+    with pytest.raises(ValueError, match="more than once"):
         load_weights(directory, config, torch.float32)
     save_file({n: tensors[n] for n in names[9:]}, directory / "model.safetensors")
     split = load_weights(directory, config, torch.float32)
