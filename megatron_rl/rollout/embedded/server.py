@@ -429,6 +429,7 @@ class App:
         return _json(
             {
                 "model_path": self.engine.model_path,
+                "served_model_name": self.engine.model_path,
                 "tokenizer_path": self.engine.options.model_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
