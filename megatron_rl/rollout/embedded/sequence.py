@@ -34,5 +34,6 @@ class Event:
     output_ids: list[int]
     output_logprobs: list[float]
     finish_reason: dict[str, Any] | None
+    queued: bool  # it ended while it waited for a slot
     weight_version: str
     version_spans: list[dict[str, Any]]
