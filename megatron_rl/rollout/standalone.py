@@ -27,8 +27,7 @@ async def sampling(config: RlConfig, model: Path, tokenizer: Any, name: str, see
         raise ValueError(
             "this command starts servers of its own with the model that it samples from; leave rollout.urls empty"
         )
-    keeper = start_servers(model, config.run_dir, rollout, config.model.dtype, name=name)
-    try:
+    with start_servers(model, config.run_dir, rollout, config.model.dtype, name=name) as keeper:
         keeper.wait_ready()
         servers = ServerPool(keeper.urls, rollout, keeper.replace)
         try:
@@ -38,8 +37,6 @@ async def sampling(config: RlConfig, model: Path, tokenizer: Any, name: str, see
                 yield Sampler(servers, rewards, tokenizer.decode, _no_advantages, rollout, seed)
         finally:
             await servers.close()
-    finally:
-        keeper.close()
 
 
 def _no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
