@@ -16,13 +16,18 @@ _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
 _LOGITS_BYTES = 128 * 2**20
 
 
-def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None:
-    """ValueError for the first thing that would fail later. Meant for a run of one machine."""
+def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
+    """ValueError for the first thing that would fail later. Meant for a run of one machine.
+
+    rollouts: a file to train from in place of servers.
+    """
     bailing = load_bailing_config(config.model.path)
     config.parallel.layout(world_size).check(bailing)
     data = [config.data.train] if isinstance(config, SftConfig | RlConfig) else []
     if isinstance(config, RlConfig) and config.data.test is not None:
         data.append(config.data.test)
+    if rollouts is not None:
+        data.append(rollouts)
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
@@ -36,9 +41,10 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
                 f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
                 f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
             )
-        if rollout.engine == "sglang" and not rollout.urls:
+        starts_servers = not rollout.urls and rollouts is None
+        if rollout.engine == "sglang" and starts_servers:
             find_sglang(rollout)
-        if rollout.port and not rollout.urls:
+        if rollout.port and starts_servers:
             for i in range(rollout.num_servers):
                 _check_port(rollout.port + i)
     _check_memory(config, bailing, world_size)

@@ -7,7 +7,7 @@ fill the budget, and leaves the rest unfinished for the next phase.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,13 +85,24 @@ class Sampler:
     ) -> list[Group]:
         """A scored group for every question, in their order. A group goes as one request."""
         size = samples_per_prompt or self._rollout.samples_per_prompt
+        return await together(self._group(question, policy_version, size) for question in questions)
 
-        async def one(question: Question) -> Group:
-            async with self._in_flight:
-                responses = await self._continue(_blank(question, size), policy_version)
-            return await self._score(question, responses)
+    async def as_completed(
+        self, questions: Sequence[Question], policy_version: int
+    ) -> AsyncIterator[tuple[Question, Group]]:
+        """The same, each as it comes."""
+        size = self._rollout.samples_per_prompt
 
-        return await together(one(question) for question in questions)
+        async def one(question: Question) -> tuple[Question, Group]:
+            return question, await self._group(question, policy_version, size)
+
+        tasks = [asyncio.create_task(one(question)) for question in questions]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for left in tasks:
+                left.cancel()
 
     async def fill(
         self,
@@ -153,6 +164,11 @@ class Sampler:
         finally:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
+
+    async def _group(self, question: Question, policy_version: int, size: int) -> Group:
+        async with self._in_flight:
+            responses = await self._continue(_blank(question, size), policy_version)
+        return await self._score(question, responses)
 
     async def _continue(
         self, responses: Sequence[Response], policy_version: int, may_abort: Callable[[], bool] = lambda: False
