@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,10 @@ class ServerPool:
         tokens = sum(one.max_new_tokens for one in wanted)
         longest = max(one.max_new_tokens for one in wanted)
         failure: ServerError | None = None
+        tried: set[Member] = set()
         for attempt in range(_SENDS):
-            member = await self._choose(failure)
+            member = await self._choose(failure, tried)
+            tried.add(member)
             self.counts.num_resent += len(wanted) if attempt else 0
             with self._busy(member, tokens, len(wanted)):
                 waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
@@ -188,11 +190,12 @@ class ServerPool:
             member.outstanding_tokens -= num_tokens
             member.outstanding_requests -= num_requests
 
-    async def _choose(self, failure: ServerError | None) -> Member:
-        """The serving member with the least outstanding tokens; waits for one that is coming back."""
+    async def _choose(self, failure: ServerError | None, tried: Set[Member] = frozenset()) -> Member:
+        """The serving member with the least outstanding tokens, if possible none of `tried`: one that comes back at
+        once may fail again. Waits for one that is coming back where none serves."""
         while True:
             if self.serving:
-                return min(self.serving, key=lambda m: m.outstanding_tokens)
+                return min(self.serving, key=lambda m: (m in tried, m.outstanding_tokens))
             coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
             if not coming:
                 break
