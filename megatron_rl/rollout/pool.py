@@ -5,6 +5,7 @@ A server that dies, hangs or answers nonsense is taken out; it comes back once i
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -164,18 +165,17 @@ class ServerPool:
         raise ServerLost("no generation server tells log-probs of given tokens")
 
     async def _each(self, ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]]) -> dict[str, Any]:
-        """What every serving member answers, by its url; who fails is taken out."""
-        answers: dict[str, Any] = {}
+        """What every serving member answers, by its url, in their order; who fails is taken out."""
 
-        async def one(member: Member) -> None:
+        async def one(member: Member) -> list[tuple[str, Any]]:
             try:
                 with self._busy(member, 0, 1):
-                    answers[member.client.url] = await _unless(member.lost, ask(member.client))
+                    return [(member.client.url, await _unless(member.lost, ask(member.client)))]
             except ServerLost as error:
                 self.take_out(member, str(error))
+                return []
 
-        await together(one(member) for member in self.serving)
-        return answers
+        return dict(itertools.chain(*await together(one(member) for member in self.serving)))
 
     @contextlib.contextmanager
     def _busy(self, member: Member, num_tokens: int, num_requests: int) -> Iterator[None]:
