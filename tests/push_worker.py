@@ -30,6 +30,7 @@ from megatron_rl.train.resilience import StopRequested
 from megatron_rl.train.session import Session
 
 T = TypeVar("T")
+SILENCE_SECONDS = 3.0
 TOKENS = [5, 6, 7, 8, 30, 31, 90]
 
 
@@ -49,9 +50,9 @@ def session_of(spec: dict[str, Any], folder: Path) -> Session:
 
 
 class Servers:
-    """Rank 0's: two of them, kept running, and their pool. Others have nothing but the word of rank 0."""
+    """Rank 0's: the one at spec["url"] or two of its own, and their pool. Others have only the word of rank 0."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         rollout = RolloutSection(
             prompts_per_step=1,
             samples_per_prompt=1,
@@ -59,14 +60,18 @@ class Servers:
             max_response_tokens=16,
             max_running_requests=2,
             servers=2,
-            silence_seconds=2.5,
+            silence_seconds=SILENCE_SECONDS,
             ready_deadline_seconds=60,
             max_restarts=9,
         )
-        self.keeper: ServerKeeper = start_servers(model, folder, rollout, "float32")
-        self.keeper.wait_ready()
+        self.keeper: ServerKeeper | None = None
+        self.urls = [spec["url"]] if "url" in spec else []
+        if not self.urls:
+            self.keeper = start_servers(Path(spec["other"]), folder, rollout, "float32")
+            self.keeper.wait_ready()
+            self.urls = self.keeper.urls
         self.loop = BackgroundLoop()
-        self.pool = ServerPool(self.keeper.urls, rollout, self.keeper.replace)
+        self.pool = ServerPool(self.urls, rollout, self.keeper.replace if self.keeper else None)
         self.loop.run(self.pool.connect())
 
         self.stop_requested = False
@@ -83,17 +88,16 @@ class Servers:
         return self.loop.run(work)
 
     def pids(self) -> list[int]:
+        assert self.keeper is not None
         return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.keeper._kept]
 
     def versions(self) -> list[str]:
-        return [
-            str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.keeper.urls
-        ]
+        return [str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.urls]
 
     def survivor(self) -> dict[str, Any]:
         """What each server has that the pool still trusts after a push, by its number."""
         serving = {member.client.url for member in self.pool.serving}
-        return {str(i): self.checksums_at(url) for i, url in enumerate(self.keeper.urls) if url in serving}
+        return {str(i): self.checksums_at(url) for i, url in enumerate(self.urls) if url in serving}
 
     def checksums_at(self, url: str) -> dict[str, str]:
         answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
@@ -103,6 +107,7 @@ class Servers:
         """It is there again before the pool knows that it was gone."""
         os.kill(self.pids()[number], signal.SIGKILL)
         time.sleep(0.5)
+        assert self.keeper is not None
         self.keeper._kept[number].server.wait_ready(30)
 
     def at_a_bucket(self, transport: DistributedTransport, number: int, how: signal.Signals) -> None:
@@ -127,7 +132,8 @@ class Servers:
     def close(self) -> None:
         self.loop.run(self.pool.close())
         self.loop.close()
-        self.keeper.close()
+        if self.keeper:
+            self.keeper.close()
 
 
 def shared(value: Any, control: Any) -> Any:
@@ -138,7 +144,7 @@ def shared(value: Any, control: Any) -> Any:
 
 def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Push in buckets of one parameter, damage a server, push in one bucket; prove each time."""
-    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
+    servers = Servers(spec, folder) if session.rank == 0 else None
     report: dict[str, Any] = {"pushes": []}
     try:
         for number, max_bytes in enumerate((1, 2**30)):
@@ -150,14 +156,14 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
                 found |= {"checksums": servers.checksums(), "sent": transport.last.num_buckets if transport.last else 0}
                 report["pushes"].append(found)
                 # Behind the trainer's back: other weights under the right name.
-                client = servers.pool.serving[1].client
+                client = servers.pool.serving[0].client
                 servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
             transport.close()
             probe = shared(servers.scores() if servers else None, session.control)
             damaged = mean_differences(session.trainer, probe, session.control)
             ours = weight_checksums(session.trainer, session.control)
             if servers:
-                url = servers.pool.serving[1].client.url
+                (url,) = servers.urls
                 found |= {"damaged": damaged, "told": servers.loop.run(differing_tensors(url, ours))}
     finally:
         if servers:
@@ -167,8 +173,8 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
 
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
-    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
-    transport = DistributedTransport(session.model, session.control, 20_000, "127.0.0.1", 2.5)
+    servers = Servers(spec, folder) if session.rank == 0 else None
+    transport = DistributedTransport(session.model, session.control, 20_000, "127.0.0.1", SILENCE_SECONDS)
     report: dict[str, Any] = {}
 
     def push(version: int) -> str:
@@ -180,7 +186,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             said = f"{type(error).__name__}: {error}"
         return str(shared(said, session.control))
 
-    def scenario(name: str, disturb: Callable[[Servers, list[int]], None]) -> None:
+    def scenario(name: str, disturb: Callable[[Servers], object]) -> None:
         """All servers have the other model; then something happens, and pushes follow until one succeeds."""
         before: list[int] = []
         if servers:
@@ -188,7 +194,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             servers.loop.run(servers.pool.load_from_disk(Path(spec["other"]), name))
             servers.pool.assume(None, name)
             before = servers.pids()
-            disturb(servers, before)
+            disturb(servers)
         started = time.monotonic()
         said = [push(1)]
         seconds = time.monotonic() - started
@@ -206,11 +212,10 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             }
 
     try:
-        scenario("nothing", lambda servers, pids: None)
-        scenario("killed before", lambda servers, pids: servers.kill_and_wait(1))
-        scenario("stopped", lambda servers, pids: os.kill(pids[0], signal.SIGSTOP))
-        scenario("killed within", lambda servers, pids: servers.at_a_bucket(transport, 0, signal.SIGKILL))
-        scenario("stopped within", lambda servers, pids: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
+        scenario("nothing", lambda servers: None)
+        scenario("killed before", lambda servers: servers.kill_and_wait(1))
+        scenario("killed within", lambda servers: servers.at_a_bucket(transport, 0, signal.SIGKILL))
+        scenario("stopped within", lambda servers: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
         if servers:
             servers.stop_requested = True
         report["stop"] = push(2)
