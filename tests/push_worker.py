@@ -174,7 +174,7 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if session.rank == 0 else None
-    transport = DistributedTransport(session.model, session.control, 20_000, "127.0.0.1", SILENCE_SECONDS)
+    transport = DistributedTransport(session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
     report: dict[str, Any] = {}
 
     def push(version: int) -> str:
@@ -253,7 +253,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     import logging
 
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     main(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # torch's process groups may take seconds to wind down
