@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_server_faults import make_model
+from tiny_model import write_tiny_model
 
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.schema import RolloutSection
@@ -89,8 +89,10 @@ async def phase(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Responses end at random, 1 token in 96: so a phase that ends finds some in the middle."""
     folder = tmp_path_factory.mktemp("models")
-    return make_model(folder / "first", 0), make_model(folder / "second", 1)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2}
+    return write_tiny_model(folder / "first", 0, **shape), write_tiny_model(folder / "second", 1, **shape)
 
 
 @pytest.fixture(scope="module")
