@@ -161,7 +161,7 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(server):
 
 def test_the_models_eos_token_ends_a_response_and_belongs_to_it(server):
     eos = json.loads((server.first.path / "config.json").read_text())["eos_token_id"]
-    answers = server.generate([[5 + i] for i in range(8)], max_new_tokens=300, temperature=3.0)
+    answers = server.generate([[5 + i] for i in range(8)], max_new_tokens=150, temperature=3.0)
     ended = [answer for answer in answers if reason(answer) == "stop"]
     assert ended
     for answer in ended:
@@ -336,7 +336,9 @@ def test_an_abort_in_a_pause_hits_a_retracted_request_at_once_and_one_in_place_w
     server.post("/abort_request", rid="retracted0")
     answer = running.result(10)
     assert reason(answer) == "abort"
-    assert 0 < len(drawn(answer)) == len(answer["output_ids"]) < 600
+    # SGLang answers with what its front end has seen, every 50th token of a request that is not streamed: maybe none.
+    assert len(drawn(answer)) == len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] < 600
+    assert "prompt_tokens" not in answer["meta_info"]
     server.post("/continue_generation")
     (running,) = server.start([5], body={"rid": "still"})
     server.post("/pause_generation", mode="in_place")
