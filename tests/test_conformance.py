@@ -22,7 +22,7 @@ def _server(tmp_path_factory):
         models[0].path, folder / "server.log", max_running_requests=SLOTS, context_length=CONTEXT, weight_version="0"
     )
     asyncio.run(process.wait_ready(60))
-    subject = Subject(process, models, Kind(seeds=True, whole=True))
+    subject = Subject(process, models, Kind(seeds=True, whole=True, long_tokens=600))
     yield subject
     subject.close()
 
@@ -64,13 +64,13 @@ def test_what_it_cannot_do_is_refused_with_the_remedy(server):
 
 
 def test_a_flush_that_would_end_sglang_is_refused(server):
-    (running,) = server.start([5])
+    (running,) = server.start([5], tokens=300)
     server.post("/pause_generation", mode="in_place")
     answer = server.load(server.second, "v1", flush_cache=True)
     assert answer.status_code == 400
     assert "flush_cache must be false" in answer.json()["message"]
     server.post("/continue_generation")
-    assert versions(running.result()) == [("0", 600)]
+    assert versions(running.result()) == [("0", 300)]
 
 
 def test_an_update_that_is_not_whole_is_refused_at_its_end_and_the_old_weights_serve_on(server):
