@@ -515,6 +515,7 @@ def test_the_version_alone_can_be_changed_with_and_without_an_abort(server):
         "message": "Weight version updated to renamed",
         "new_version": "renamed",
     }
+    server.settle()
     assert server.post("/update_weight_version", new_version="again").json()["success"]
     answer = running.result()
     assert reason(answer) == "abort"

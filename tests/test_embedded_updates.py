@@ -13,7 +13,7 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import parse_bucket, parse_join
-from megatron_rl.rollout.update_group import broadcast, checksum, flatten, host_store, join
+from megatron_rl.rollout.update_group import broadcast, checksum, flatten, host_store, join, leave
 
 
 class Pair:
@@ -27,6 +27,12 @@ class Pair:
         joined = self.pool.submit(self.updates.join_group, parse_join({**where, "backend": "gloo", "group_name": "g"}))
         self.group = join("127.0.0.1", store.port, 0, 2, "g", "gloo", 20, store=store)
         joined.result()
+
+    def close(self):
+        self.pool.shutdown()
+        leave(self.group)
+        del self.group
+        self.updates.leave_group("g")
 
     def announce(self, tensors, flat=True, **more):
         body = {
@@ -43,6 +49,20 @@ class Pair:
         for payload in [flatten(list(tensors.values()))] if flat else tensors.values():
             broadcast(self.group, payload).wait()
         return answer.result()
+
+
+@pytest.fixture
+def pair_for():
+    """Makes pairs and closes them."""
+    pairs = []
+
+    def make(*args, **kwargs):
+        pairs.append(Pair(*args, **kwargs))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()
 
 
 @pytest.fixture
@@ -73,9 +93,9 @@ def test_packed_weights_tell_the_raw_tensors_they_were_made_of(tmp_path, overrid
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_a_session_makes_the_weights_that_a_file_would(tiny, flat):
+def test_a_session_makes_the_weights_that_a_file_would(tiny, flat, pair_for):
     config, tensors = tiny
-    pair = Pair(config)
+    pair = pair_for(config)
     names = list(tensors)
     pair.updates.begin()
     pair.send({name: tensors[name] for name in names[:20]}, flat)
@@ -90,10 +110,10 @@ def test_a_session_makes_the_weights_that_a_file_would(tiny, flat):
         assert torch.equal(found[name], expected), name
 
 
-def test_a_bucket_may_mix_dtypes_at_odd_places_and_what_is_unknown_fails_it_alone(tmp_path):
+def test_a_bucket_may_mix_dtypes_at_odd_places_and_what_is_unknown_fails_it_alone(tmp_path, pair_for):
     path = write_tiny_model(tmp_path, vocab_size=97, hidden_size=60, num_attention_heads=3, num_key_value_heads=1)
     config, tensors = load_bailing_config(path), tensors_of(path)
-    pair = Pair(config)
+    pair = pair_for(config)
     pair.updates.begin()
     strange = {"unknown.weight": torch.ones(3, dtype=torch.bfloat16)}
     with pytest.raises(UpdateError, match=r"unknown.weight is unknown"):
@@ -112,9 +132,9 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_a_tensor_that_does_not_fit_fails_its_bucket_and_its_session_but_not_the_next(tiny, wrong, message):
+def test_a_tensor_that_does_not_fit_fails_its_bucket_and_its_session_but_not_the_next(tiny, wrong, message, pair_for):
     config, tensors = tiny
-    pair = Pair(config)
+    pair = pair_for(config)
     pair.updates.begin()
     with pytest.raises(UpdateError, match=message):
         pair.send(wrong, weight_version="bad")
@@ -126,9 +146,9 @@ def test_a_tensor_that_does_not_fit_fails_its_bucket_and_its_session_but_not_the
     assert pair.updates.finish()[1] == "v1"
 
 
-def test_a_tensor_that_comes_twice_or_not_at_all_fails_the_session(tiny):
+def test_a_tensor_that_comes_twice_or_not_at_all_fails_the_session(tiny, pair_for):
     config, tensors = tiny
-    pair = Pair(config)
+    pair = pair_for(config)
     pair.updates.begin()
     first = dict(list(tensors.items())[:1])
     pair.send(first)
@@ -140,9 +160,9 @@ def test_a_tensor_that_comes_twice_or_not_at_all_fails_the_session(tiny):
         pair.updates.finish()
 
 
-def test_a_trainer_that_says_nothing_is_given_up(tiny):
+def test_a_trainer_that_says_nothing_is_given_up(tiny, pair_for):
     config, tensors = tiny
-    pair = Pair(config, timeout_seconds=1.0)
+    pair = pair_for(config, timeout_seconds=1.0)
     pair.updates.begin()
     started = time.monotonic()
     with pytest.raises(UpdateError, match="receiving .* failed: .*[Tt]imed out"):
