@@ -28,7 +28,7 @@ def _server(tmp_path_factory):
         on_cpu=True,
     )
     asyncio.run(process.wait_ready(180))
-    subject = Subject(process, models, Kind(seeds=False, whole=False))
+    subject = Subject(process, models, Kind(seeds=False, whole=False, long_tokens=250))
     yield subject
     subject.close()
 
