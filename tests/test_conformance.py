@@ -1,6 +1,5 @@
 """The embedded server does what real SGLang does: the tests of conformance.py."""
 
-import asyncio
 import re
 
 import pytest
@@ -21,7 +20,7 @@ def _server(tmp_path_factory):
     process = EmbeddedServer(
         models[0].path, folder / "server.log", max_running_requests=SLOTS, context_length=CONTEXT, weight_version="0"
     )
-    asyncio.run(process.wait_ready(60))
+    process.wait_ready(60)
     subject = Subject(process, models, Kind(seeds=True, whole=True, long_tokens=600))
     yield subject
     subject.close()

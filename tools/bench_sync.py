@@ -220,7 +220,7 @@ def main() -> None:
             return DiskTransport(weights, lambda to: export_directory(model, path, to, control))
 
         def over_group() -> DistributedTransport:
-            return DistributedTransport(model, control, arguments.bucket_mb * 2**20, "127.0.0.1")
+            return DistributedTransport(model, control, arguments.bucket_mb * 2**20, "127.0.0.1", 60.0)
 
         def receivers_at(urls: Sequence[str]) -> Receivers:
             pool = ServerPool(urls, rollout)

@@ -44,12 +44,14 @@ class Generated:
 
     finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
     weight_versions: of its tokens, in order; several when weights came while it ran.
+    message: what the server says of an abort; empty otherwise.
     """
 
     output_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
     weight_versions: tuple[str, ...]
+    message: str = ""
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -92,7 +94,14 @@ class GenerationClient:
         answers = await self._ask("POST", "/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(wanted):
             raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-        return [self._generated(answer) for answer in answers]
+        found = [self._generated(answer) for answer in answers]
+        for asked, one in zip(wanted, found, strict=True):
+            if len(one.output_ids) > asked.max_new_tokens:
+                raise ServerLost(
+                    f"{self.url}/generate gave {len(one.output_ids)} tokens where at most {asked.max_new_tokens} were "
+                    "asked for"
+                )
+        return found
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> np.ndarray:
         """Log-probs float32 [n - 1] of all tokens but the first, whatever the temperature."""
@@ -106,7 +115,7 @@ class GenerationClient:
         try:
             found = answer["meta_info"]["input_token_logprobs"]
             logprobs = np.array([entry[0] for entry in found[1:]], np.float32)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
         if len(logprobs) != len(input_ids) - 1:
             raise ServerLost(f"{self.url}/generate gave {len(logprobs)} log-probs for {len(input_ids)} tokens")
@@ -116,10 +125,12 @@ class GenerationClient:
         """Every request in flight is answered now, with what it has."""
         await self._ask("POST", "/abort_request", {"rid": "", "abort_all": True}, self._control_timeout, parse=False)
 
-    async def update_weights_from_disk(self, directory: Path, version: str) -> None:
+    async def update_weights_from_disk(
+        self, directory: Path, version: str, timeout_seconds: float | None = None
+    ) -> None:
         """Load new weights between two tokens; RequestRefused when the server will not have them."""
         body = {"model_path": str(directory), "weight_version": version, "abort_all_requests": False}
-        await self.control("/update_weights_from_disk", body)
+        await self.control("/update_weights_from_disk", body, timeout_seconds)
 
     async def control(self, route: str, body: dict[str, Any], timeout_seconds: float | None = None) -> None:
         """A POST that is answered with {"success": true}; RequestRefused with the server's message otherwise."""
@@ -161,14 +172,17 @@ class GenerationClient:
                 logprobs=np.array([pair[0] for pair in pairs], dtype=np.float32),
                 finish_reason=meta["finish_reason"]["type"],
                 weight_versions=_versions(meta),
+                message=str(meta["finish_reason"].get("message") or ""),
             )
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
             raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
         whole = result.finish_reason in ("stop", "length")
         if not whole and result.finish_reason != "abort":
             raise ServerLost(f"{self.url}/generate: unknown finish_reason {result.finish_reason!r}")
         if (
-            len(result.logprobs) != len(output_ids)
+            output_ids.ndim != 1
+            or (output_ids < 0).any()
+            or result.logprobs.shape != output_ids.shape
             or (whole and not len(output_ids))
             or not np.isfinite(result.logprobs).all()
         ):

@@ -93,11 +93,13 @@ class ServerKeeper:
     def _look_after(self, kept: _Kept) -> None:
         server = kept.server
         if server.exit_code is not None:
+            server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
             if kept.num_restarts >= self._rollout.max_restarts:
                 self.failure = Fault(
                     f"the generation server ended with code {server.exit_code}, and it had been restarted "
                     f"{kept.num_restarts} times before (rollout.max_restarts): {server.last_words()}"
                 )
+                log.error("%s", self.failure)  # another node's first rank reads only this
                 return
             log.warning("a generation server ended with code %s: %s", server.exit_code, server.last_words())
             kept.num_restarts += 1

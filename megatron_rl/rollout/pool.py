@@ -5,13 +5,16 @@ A server that dies, hangs or answers nonsense is taken out; it comes back once i
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.rollout.client import (
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 _SENDS = 4  # of the same work, before the run is given up: what four servers failed at is not their fault
 _START_SECONDS = 30.0  # before a first token, on top of the time for tokens
 _LOOK_EVERY_SECONDS = 5.0
+_ASK_AGAIN_SECONDS = 0.3
 
 
 class WeightsNeeded(ServerError):
@@ -36,11 +40,15 @@ class WeightsNeeded(ServerError):
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A server of the pool. out: why it gets no work, None while it does. lost: done when it is taken out."""
+    """A server of the pool. out: why it gets no work, None while it does. lost: done when it is taken out.
+
+    num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
+    """
 
     client: GenerationClient
     lost: "asyncio.Future[str]"
     out: str | None = None
+    num_losses: int = 0
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
     watch: "asyncio.Task[None] | None" = None
@@ -100,52 +108,94 @@ class ServerPool:
 
     # Generation ----------------------------------------------------------------------------------------------------
 
-    async def generate(self, wanted: Sequence[Continuation], temperature: float) -> list[Generated]:
+    async def generate(
+        self,
+        wanted: Sequence[Continuation],
+        temperature: float,
+        may_abort: Callable[[], bool] = lambda: False,
+    ) -> list[Generated]:
         """One sample for each, all from one server, which has confirmed the current weights.
 
         Lost work is sent again, to the server that is then the least busy; seeds make it the same work. RequestRefused
         is final. ServerLost after several servers failed; WeightsNeeded when none is left until the next push.
+
+        may_abort: true once `abort_all` has been called for this work: then what comes back may be cut short, and lost
+        work is not sent again. A server that cuts short what nobody aborted is lost: it shuts down, or its model gives
+        no numbers.
         """
         tokens = sum(one.max_new_tokens for one in wanted)
+        longest = max(one.max_new_tokens for one in wanted)
         failure: ServerError | None = None
+        tried: set[Member] = set()
         for attempt in range(_SENDS):
-            member = await self._choose(failure)
+            member = await self._choose(failure, tried)
+            tried.add(member)
             self.counts.num_resent += len(wanted) if attempt else 0
-            member.outstanding_tokens += tokens
-            member.outstanding_requests += len(wanted)
-            if not _is_running(member.watch):
-                member.watch = asyncio.create_task(self._watch(member))
-            longest = max(one.max_new_tokens for one in wanted)
-            waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
-            timeout = _START_SECONDS + waves * longest * self.rollout.token_deadline_seconds
-            try:
-                asked = member.client.generate(wanted, temperature=temperature, timeout_seconds=timeout)
-                generated = await _unless(member.lost, asked)
-                self._confirm(member, generated)
-            except ServerLost as error:
-                failure = error
-                self.take_out(member, str(error))
-            else:
-                return generated
-            finally:
-                member.outstanding_tokens -= tokens
-                member.outstanding_requests -= len(wanted)
+            with self._busy(member, tokens, len(wanted)):
+                waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
+                timeout = _START_SECONDS + waves * longest * self.rollout.token_deadline_seconds
+                try:
+                    asked = member.client.generate(wanted, temperature=temperature, timeout_seconds=timeout)
+                    generated = await _unless(member.lost, asked)
+                    self._confirm(member, generated, may_abort())
+                except ServerLost as error:
+                    failure = error
+                    self.take_out(member, str(error))
+                    if may_abort():
+                        raise
+                else:
+                    return generated
         assert failure is not None
         raise ServerLost(f"the same request failed {_SENDS} times, the last time so: {failure}")
 
     async def abort_all(self) -> None:
         """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
-        for member in self.serving:
+        await self._each(lambda client: client.abort_all())
+
+    async def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """Log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.
+
+        A server that is lost meanwhile is left out. WeightsNeeded or ServerLost when none is left.
+        """
+        for _ in range(_SENDS):
+            await self._choose(None)
+            found = await self._each(lambda client: client.input_logprobs(input_ids))
+            if found:
+                return found
+        raise ServerLost("no generation server tells log-probs of given tokens")
+
+    async def _each(self, ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]]) -> dict[str, Any]:
+        """What every serving member answers, by its url, in their order; who fails is taken out."""
+
+        async def one(member: Member) -> list[tuple[str, Any]]:
             try:
-                await member.client.abort_all()
+                with self._busy(member, 0, 1):
+                    return [(member.client.url, await _unless(member.lost, ask(member.client)))]
             except ServerLost as error:
                 self.take_out(member, str(error))
+                return []
 
-    async def _choose(self, failure: ServerError | None) -> Member:
-        """The serving member with the least outstanding tokens; waits for one that is coming back."""
+        return dict(itertools.chain(*await together(one(member) for member in self.serving)))
+
+    @contextlib.contextmanager
+    def _busy(self, member: Member, num_tokens: int, num_requests: int) -> Iterator[None]:
+        """Count the work, and watch the server while it has any."""
+        member.outstanding_tokens += num_tokens
+        member.outstanding_requests += num_requests
+        if not _is_running(member.watch):
+            member.watch = asyncio.create_task(self._watch(member))
+        try:
+            yield
+        finally:
+            member.outstanding_tokens -= num_tokens
+            member.outstanding_requests -= num_requests
+
+    async def _choose(self, failure: ServerError | None, tried: Set[Member] = frozenset()) -> Member:
+        """The serving member with the least outstanding tokens, if possible none of `tried`: one that comes back at
+        once may fail again. Waits for one that is coming back where none serves."""
         while True:
             if self.serving:
-                return min(self.serving, key=lambda m: m.outstanding_tokens)
+                return min(self.serving, key=lambda m: (m in tried, m.outstanding_tokens))
             coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
             if not coming:
                 break
@@ -156,8 +206,10 @@ class ServerPool:
             raise WeightsNeeded(f"no generation server has the current weights ({reasons})")
         raise ServerLost(f"no generation server is left: {reasons}") from failure
 
-    def _confirm(self, member: Member, generated: Sequence[Generated]) -> None:
+    def _confirm(self, member: Member, generated: Sequence[Generated], may_abort: bool) -> None:
         for one in generated:
+            if one.finish_reason == "abort" and not may_abort:
+                raise ServerLost(f"{member.client.url} cut a response short that nobody aborted: {one.message}")
             wrong = set(one.weight_versions) - {self._version}
             if wrong and len(one.output_ids):
                 raise ServerLost(
@@ -173,20 +225,15 @@ class ServerPool:
         RequestRefused when a server will not have these weights; ServerLost when no server is left.
         """
         self._weights, self._version = directory, version
-        await together(self._refill(member) for member in self.serving)
+        await self._look_again()
+        seconds = self.rollout.ready_deadline_seconds
+        await self._each(lambda client: client.update_weights_from_disk(directory, version, seconds))
         await self._choose(None)
 
     def assume(self, directory: Path | None, version: str) -> None:
         """The serving members have these weights and answer as `version`. directory: where one that comes back finds
         them; None for weights that were sent over a process group, then it waits for the next push."""
         self._weights, self._version = directory, version
-
-    async def _refill(self, member: Member) -> None:
-        assert self._weights is not None
-        try:
-            await member.client.update_weights_from_disk(self._weights, self._version)
-        except ServerLost as error:
-            self.take_out(member, str(error))
 
     # Servers that fail ---------------------------------------------------------------------------------------------
 
@@ -197,6 +244,7 @@ class ServerPool:
         log.warning("a generation server is taken out: %s", reason)
         self.counts.num_taken_out += 1
         member.out = reason
+        member.num_losses += 1
         member.lost.set_result(reason)
         if self.replace is not None:
             self.replace(member.client.url, reason)
@@ -204,23 +252,34 @@ class ServerPool:
 
     async def _recover(self, member: Member) -> None:
         """Wait until it is ready, give it the current weights, and put it back."""
-        give_up = time.monotonic() + self.rollout.ready_deadline_seconds
-        while not await member.client.is_ready():
-            if time.monotonic() > give_up:
-                member.out = f"{member.out}; it did not come back within {self.rollout.ready_deadline_seconds:g} s"
-                log.error("%s", member.out)
-                return
-            await asyncio.sleep(0.3)
-        if self._weights is None:
-            member.out = _NEEDS_WEIGHTS
-            return
-        try:
-            await member.client.update_weights_from_disk(self._weights, self._version)
-        except ServerError as error:
-            member.out = f"{error} (when it came back)"
-            log.error("%s", member.out)
-            return
-        self.put_back(member)
+        seconds = self.rollout.ready_deadline_seconds
+        give_up = time.monotonic() + seconds
+        trouble = ""
+        while time.monotonic() < give_up:
+            if await member.client.is_ready():
+                if self._weights is None:
+                    member.out = _NEEDS_WEIGHTS
+                    return
+                version = self._version
+                try:
+                    await member.client.update_weights_from_disk(self._weights, version, seconds)
+                except ServerError as error:  # refused too: the folder may just be replaced by the next weights
+                    trouble = f": {error}"
+                else:
+                    if version == self._version:
+                        self.put_back(member)
+                        return
+                    continue  # newer weights came while it loaded these
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
+        member.out = f"{member.out}; it did not come back within {seconds:g} s{trouble}"
+        log.error("%s", member.out)
+
+    async def _look_again(self) -> None:
+        """Whoever was given up and is there after all gets another chance."""
+        for member in self._members:
+            given_up = member.out not in (None, _NEEDS_WEIGHTS) and not _is_running(member.recovery)
+            if given_up and await member.client.is_ready():
+                member.recovery = asyncio.create_task(self._recover(member))
 
     def put_back(self, member: Member) -> None:
         """It has the current weights and serves."""
@@ -230,6 +289,7 @@ class ServerPool:
 
     async def recovered(self) -> list[Member]:
         """Members that are ready but for the current weights, once all recoveries have ended."""
+        await self._look_again()
         coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
         if coming:
             await asyncio.wait(coming)
@@ -238,8 +298,9 @@ class ServerPool:
     async def _watch(self, member: Member) -> None:
         """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""
         last_sign = time.monotonic()
+        pause = min(_LOOK_EVERY_SECONDS, self.rollout.silence_seconds / 4)
         while member.outstanding_requests and member.out is None:
-            await asyncio.sleep(_LOOK_EVERY_SECONDS)
+            await asyncio.sleep(pause)
             left = last_sign + self.rollout.silence_seconds - time.monotonic()
             if await member.client.is_healthy(max(1.0, left)):
                 last_sign = time.monotonic()

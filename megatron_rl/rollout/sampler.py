@@ -18,11 +18,10 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.client import Continuation, Generated, ServerLost, together
+from megatron_rl.rollout.client import Continuation, Generated, ServerError, together
 from megatron_rl.rollout.pool import ServerPool
 
 _ABORT_AGAIN_SECONDS = 0.25
-_CONTINUATIONS = 4  # of a response, before the run is given up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,25 +166,14 @@ class Sampler:
         return phase.ended(self._rollout.max_retention)
 
     async def _group(self, question: Question, policy_version: int, size: int) -> Group:
-        responses = _blank(question, size)
         async with self._in_flight:
-            # Nobody but us aborts requests in a phase that waits for all of them; what comes back unfinished all the
-            # same, from a server that was being shut down, goes on where it is.
-            for _ in range(_CONTINUATIONS):
-                left = [response for response in responses if not response.finish_reason]
-                if not left:
-                    break
-                for longer in await self._continue(left, policy_version):
-                    responses[longer.sample_index] = longer
-            else:
-                raise ServerLost(
-                    f"responses to prompt {question.prompt.id} were aborted {_CONTINUATIONS} times by the server; "
-                    "see its log"
-                )
+            responses = await self._continue(_blank(question, size), policy_version)
         return await self._score(question, responses)
 
-    async def _continue(self, responses: Sequence[Response], policy_version: int) -> list[Response]:
-        """The same responses, each sampled on from where it is."""
+    async def _continue(
+        self, responses: Sequence[Response], policy_version: int, may_abort: Callable[[], bool] = lambda: False
+    ) -> list[Response]:
+        """The same responses, each sampled on from where it is. may_abort: see `ServerPool.generate`."""
         generated = await self._servers.generate(
             [
                 Continuation(
@@ -196,6 +184,7 @@ class Sampler:
                 for response in responses
             ],
             self._rollout.temperature,
+            may_abort,
         )
         return [_extended(response, one, policy_version) for response, one in zip(responses, generated, strict=True)]
 
@@ -228,6 +217,7 @@ class _PartialPhase:
         self._sampler, self._version, self._shortfall, self._keep = sampler, policy_version, shortfall, keep
         self._open: dict[int, _Open] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self.num_running = 0
         self.found = Collected()
 
@@ -249,6 +239,7 @@ class _PartialPhase:
 
     async def stop(self, abort_all: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Have the servers end what runs, until all of it has come back."""
+        self._stopping = True
         while self._tasks:
             if self.num_running:
                 # Again and again: a request may not have reached its server when the first word did.
@@ -272,7 +263,11 @@ class _PartialPhase:
 
     async def _run(self, response: Response) -> None:
         try:
-            (longer,) = await self._sampler._continue([response], self._version)
+            (longer,) = await self._sampler._continue([response], self._version, lambda: self._stopping)
+        except ServerError:
+            if not self._stopping:
+                raise
+            return  # what its server had sampled is lost; it goes on in the next phase from where it was
         finally:
             self.num_running -= 1
         self.found.num_generated_tokens += longer.num_output_tokens - response.num_output_tokens

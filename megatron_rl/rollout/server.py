@@ -118,7 +118,10 @@ class GenerationServer:
         """End the process group at once, also when it is stopped or deaf to SIGTERM."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(10.0)
+        try:
+            self._process.wait(10.0)
+        except subprocess.TimeoutExpired:  # stuck in the kernel: it ends when that lets it go
+            log.error("generation server %d has not ended 10 s after SIGKILL", self._process.pid)
 
     def _announced_port(self) -> int:
         match = re.search(r"serving .* on http://\S+:(\d+)", self.log_path.read_text(errors="replace"))

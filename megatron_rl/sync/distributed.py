@@ -5,6 +5,7 @@ one before. Two buckets of memory on rank 0, one elsewhere.
 """
 
 import logging
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -28,15 +29,16 @@ log = logging.getLogger(__name__)
 
 # A bucket must arrive at this rate, or its server counts as lost.
 _SLOWEST_BYTES_PER_SECOND = 20e6
-_START_SECONDS = 60.0
+_READY_SECONDS = 5.0
 
 
 class DistributedTransport:
     """The process group is made at the first push, and again when the servers are no longer the same."""
 
-    def __init__(self, model: Model, control: Any, max_bytes: int, address: str) -> None:
+    def __init__(self, model: Model, control: Any, max_bytes: int, address: str, silence_seconds: float) -> None:
         """Collective over the gloo group `control` of all ranks. max_bytes: of a bucket, unless one parameter alone is
-        larger. address: of this machine, by which the servers reach rank 0."""
+        larger. address: of this machine, by which the servers reach rank 0. silence_seconds: a server that does not
+        answer for so long, on top of the time for the bytes, is lost."""
         self._parameters = model.parameters_by_canonical_name()
         self._dtype, self._control, self._address = model.dtype, control, address
         table = name_table(model.bailing)
@@ -46,27 +48,33 @@ class DistributedTransport:
         largest = max(bucket.num_bytes for bucket in self.buckets)
         num_buffers = 2 if dist.get_rank() == 0 else 1
         self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(num_buffers)]
-        self._sender = _Sender(address, largest) if dist.get_rank() == 0 else None
+        self._sender = _Sender(address, silence_seconds, largest) if dist.get_rank() == 0 else None
 
     def push(self, version: int, receivers: Receivers | None) -> None:
         """See `Transport`. ServerLost when a server failed: all of them are then in the middle of an update, those that
         failed are taken out, and a push of the same weights must follow before anything is generated."""
-        sender = self._sender
         members: list[Member] = []
+        trouble: Exception | None = None
         if receivers is not None:
-            assert sender is not None
-            members = receivers.run(_members(receivers))
-            sender.begin(members)
+            assert self._sender is not None
+            try:
+                members = receivers.run(_members(receivers))
+                self._sender.begin(members)
+            except Exception as error:  # a stop, say: raised below, because the other ranks are in their collectives
+                trouble = error
+        sender = self._sender if trouble is None else None
         for number, bucket in enumerate(self.buckets):
             flat = self._buffers[number % len(self._buffers)][: bucket.num_bytes]
             self._collect(bucket, flat)
             if sender is not None:
                 is_last = number == len(self.buckets) - 1
                 sender.send(bucket, flat, self._dtype, str(version) if is_last else None)
+        if trouble is not None:
+            raise trouble
         if receivers is not None:
             assert sender is not None
             failed = sender.end()
-            receivers.run(_settle(receivers, members, failed, str(version)))
+            receivers.run(_settle(receivers, members, failed, str(version), sender.is_new))
 
     def close(self) -> None:
         if self._sender is not None:
@@ -93,16 +101,19 @@ async def _members(receivers: Receivers) -> list[Member]:
 
 
 async def _settle(
-    receivers: Receivers, members: Sequence[Member], failed: dict[str, ServerError], version: str
+    receivers: Receivers, members: Sequence[Member], failed: dict[str, ServerError], version: str, is_new: bool
 ) -> None:
+    """is_new: the group was made for this push."""
     pool = receivers.pool
     if failed:
         for member in members:
             error = failed.get(member.client.url)
             if isinstance(error, ServerLost):
                 pool.take_out(member, str(error))
-        # A server that is there but refuses has lost its peer, if any was lost; alone it has a reason of its own.
-        kind = ServerLost if any(isinstance(error, ServerLost) for error in failed.values()) else RequestRefused
+        # A server that is there but refuses has lost a peer, or is not the one that joined the group any more: again,
+        # in a new group. Where that is refused though nobody was lost, there is a reason that will not go away.
+        lost = any(isinstance(error, ServerLost) for error in failed.values())
+        kind = ServerLost if lost or not is_new else RequestRefused
         reasons = "; ".join(map(str, failed.values()))
         raise kind(f"weights {version} did not reach {len(failed)} of {len(members)} servers: {reasons}")
     pool.assume(None, version)
@@ -123,16 +134,23 @@ def _owners(mine: list[str], control: Any) -> dict[str, int]:
     return owner_of
 
 
+class _Waits(RequestRefused):
+    """The server is there, but a request has not been answered in time: it waits for others of its group."""
+
+
 class _Sender:
     """Rank 0's end: HTTP requests in threads beside the broadcast. What fails is remembered until `end`, so that the
     other ranks' collectives go on to theirs."""
 
-    def __init__(self, address: str, largest_bytes: int) -> None:
+    def __init__(self, address: str, silence_seconds: float, largest_bytes: int) -> None:
         self._address = address
-        self._timeout = _START_SECONDS + largest_bytes / _SLOWEST_BYTES_PER_SECOND
+        self._timeout = silence_seconds + largest_bytes / _SLOWEST_BYTES_PER_SECOND
         self._group: dist.ProcessGroup | None = None
+        self._joined: list[tuple[str, int]] = []  # url and number of losses of each member of the group
         self._urls: list[str] = []
-        self._number = 0
+        self.is_new = False
+        # Of this run alone: servers that outlive a run may still know the groups of the one before.
+        self._run, self._number = secrets.token_hex(4), 0
         self._http: dict[str, httpx.Client] = {}
         self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="weights")
         self._pending: tuple[update_group.Waitable, list[tuple[str, Future[None]]]] | None = None
@@ -140,13 +158,18 @@ class _Sender:
         self._brackets: set[str] = set()
 
     def begin(self, members: Sequence[Member]) -> None:
-        self._failed = {}
-        urls = [member.client.url for member in members]
-        if not urls:
+        self._failed, self.is_new = {}, False
+        if not members:
             self._failed["-"] = ServerLost("no server is left")
             return
-        if self._group is None or urls != self._urls:
-            self._join(urls)
+        # A server that was lost and came back is no member of the old group, though its url is the same.
+        present = [(member.client.url, member.num_losses) for member in members]
+        if self._group is None or present != self._joined:
+            if self._group is not None:
+                update_group.leave(self._group)
+                self._group = None
+            self._joined, self.is_new = present, True
+            self._join([url for url, _ in present])
         if not self._failed:
             self._at_all("/begin_weight_update", {}, among=self._brackets)
 
@@ -179,9 +202,10 @@ class _Sender:
             # Whoever still waits in this group is told so by the end of its connections.
             update_group.leave(self._group)
             self._group = None
-            # Servers that did not fail are in the middle of an update: end it, so that the next one can begin.
-            for _, future in self._ask("/end_weight_update", {}, sorted(self._brackets - self._failed.keys())):
-                future.exception()
+        if not any(isinstance(error, ServerLost) for error in self._failed.values()):
+            for url, error in self._failed.items():
+                if isinstance(error, _Waits):  # and there is nobody that it could be waiting for
+                    self._failed[url] = ServerLost(str(error))
         return self._failed
 
     def close(self) -> None:
@@ -189,28 +213,23 @@ class _Sender:
             for _, future in self._ask("/destroy_weights_update_group", {"group_name": self._name}, self._urls):
                 future.exception()
             update_group.leave(self._group)
+            self._group = None
         for http in self._http.values():
             http.close()
         self._threads.shutdown(cancel_futures=True)
 
     @property
     def _name(self) -> str:
-        return f"weights-{self._number}"
+        return f"weights-{self._run}-{self._number}"
 
     def _join(self, urls: list[str]) -> None:
         """One group of rank 0 and all ranks of all servers."""
-        if self._group is not None:
-            for _, future in self._ask("/destroy_weights_update_group", {"group_name": self._name}, self._urls):
-                future.exception()
-            update_group.leave(self._group)
-            self._group = None
         self._urls = urls
-        self._number += 1
         self._brackets = set()
         sizes = []
         for url in urls:
             try:
-                info = self._client(url).get("/server_info", timeout=_START_SECONDS).json()
+                info = self._client(url).get("/server_info", timeout=self._timeout).json()
                 sizes.append(int(info.get("tp_size") or 1))
                 if capabilities(str(info.get("version", ""))).weight_update_sessions:
                     self._brackets.add(url)
@@ -218,8 +237,14 @@ class _Sender:
                 self._failed[url] = ServerLost(f"{url}/server_info: {error or type(error).__name__}")
         if self._failed:
             return
+        # A push that failed has left its update open at those that did not: it holds what came, and serves none of it.
+        stale = self._ask("/end_weight_update", {}, [url for url in urls if url in self._brackets])
+        stale += self._ask("/destroy_weights_update_group", {"group_name": self._name}, urls)
+        for _, future in stale:
+            future.exception()  # it may have neither
+        self._number += 1
         world_size = 1 + sum(sizes)
-        store = update_group.host_store(self._address, world_size, _START_SECONDS)
+        store = update_group.host_store(self._address, world_size, self._timeout)
         asked, offset = [], 1
         for url, size in zip(urls, sizes, strict=True):
             body = {
@@ -276,12 +301,22 @@ class _Sender:
         return self._http[url]
 
     def _post(self, url: str, route: str, body: dict[str, Any]) -> None:
-        """RequestRefused unless it is answered with {"success": true}; ServerLost when it is not answered."""
+        """RequestRefused unless it is answered with {"success": true}; ServerLost when nobody is there to answer."""
         try:
             answer = self._client(url).post(route, json=body, timeout=self._timeout)
             found = answer.json()
+        except httpx.TimeoutException as error:
+            text = f"{url}{route}: {error or type(error).__name__} after {self._timeout:.0f} s"
+            raise (_Waits(text) if self._is_there(url) else ServerLost(text)) from None
         except (httpx.HTTPError, ValueError) as error:
             raise ServerLost(f"{url}{route}: {error or type(error).__name__}") from None
-        if answer.status_code != 200 or not found.get("success"):
+        if answer.status_code != 200 or not isinstance(found, dict) or not found.get("success"):
             kind = RequestRefused if answer.status_code < 500 else ServerLost
-            raise kind(f"{url}{route} answered {answer.status_code}: {found.get('message', found)}")
+            message = found.get("message", found) if isinstance(found, dict) else found
+            raise kind(f"{url}{route} answered {answer.status_code}: {message}")
+
+    def _is_there(self, url: str) -> bool:
+        try:
+            return self._client(url).get("/ready", timeout=_READY_SECONDS).status_code == 200
+        except httpx.HTTPError:
+            return False

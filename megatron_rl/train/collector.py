@@ -21,17 +21,20 @@ from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.rollout.client import together
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.sampler import Collected, Question, Sampler
+from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals
 from megatron_rl.train.serving import NodeServers
 
 log = logging.getLogger(__name__)
+
+_CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
+
 T = TypeVar("T")
 
 
@@ -55,7 +58,7 @@ class Collector:
         self.cursor = 0
         self.carry = Carry()
         self.tokens_per_prompt: float | None = None
-        self._loop = asyncio.Runner()
+        self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
         self._rewards: RewardPool | None = None
@@ -83,7 +86,8 @@ class Collector:
         self.carry = unpack_carry(carried)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the pool's event loop. StopRequested when a signal came: it is abandoned then."""
+        """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
+        abandoned then."""
         return self._loop.run(self._watched(work))
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
@@ -95,9 +99,8 @@ class Collector:
             (prompt,), position = self._stream.take(position, 1)
             tokens += self._input_ids[prompt.id]
         tokens = tokens[: max(2, min(num_tokens, self._config.rollout.max_sequence_tokens - 1))]
-        clients = [member.client for member in self.pool.serving]
-        found = self.run(together(client.input_logprobs(tokens) for client in clients))
-        return [client.url for client in clients], Probe(token_ids=tokens, logprobs=[one.tolist() for one in found])
+        found = self.run(self.pool.input_logprobs(tokens))
+        return list(found), Probe(token_ids=tokens, logprobs=[one.tolist() for one in found.values()])
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
@@ -209,6 +212,7 @@ class Collector:
                     self._keeper.check()
         finally:
             task.cancel()
+            await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
         return task.result()
 
     def _take(self, count: int) -> list[Question]:

@@ -86,7 +86,13 @@ def _transport(config: RlConfig, session: Session, folder: WeightFolder) -> Tran
     """Collective."""
     if config.sync.transport == "disk":
         return DiskTransport(folder, session.export)
-    return DistributedTransport(session.model, session.control, config.sync.bucket_mb * 2**20, node_address())
+    return DistributedTransport(
+        session.model,
+        session.control,
+        config.sync.bucket_mb * 2**20,
+        node_address(),
+        config.rollout.silence_seconds,
+    )
 
 
 def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:
@@ -170,23 +176,16 @@ class Leader:
             if self._gate_failure is not None:
                 raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                if self._transport is not None:
-                    self._push(step)
-                sync_seconds = time.perf_counter() - self._started
-                try:
-                    self._schedule, self._row = self.collector.collect(policy_version=step)
-                except WeightsNeeded as needed:
-                    log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
-                    self._push(step)
-                    self._schedule, self._row = self.collector.collect(policy_version=step)
+                schedule, sync_seconds = self._collect(step)
         except StopRequested:
             return self._order(Stop(exit_code=EXIT_STOPPED, save=True))
         except Exception as error:
             self._tell(error)
             raise
+        self._schedule = schedule
         self._row["update_weights_seconds"] = sync_seconds
         self._trained_from = time.perf_counter()
-        return send_work(self._schedule.plan, self._schedule.samples, self._session.layout, self._session.control)
+        return send_work(schedule.plan, schedule.samples, self._session.layout, self._session.control)
 
     def end(self, step: int, results: list[StepResult]) -> None:
         """Log the step. The first one is also the gate: the servers must have sampled from the weights trained here."""
@@ -237,8 +236,28 @@ class Leader:
         if self._metrics is not None:
             self._metrics.close()
 
+    def _collect(self, step: int) -> tuple[Schedule, float]:
+        """Push, prove and roll out; again when all servers that had the weights were lost. Returns the seconds that
+        push and proof took too."""
+        for attempt in range(_PUSHES):
+            started = time.perf_counter()
+            try:
+                if self._transport is not None:
+                    self._push(step)
+                    every = self._config.sync.probe_every
+                    if every and step % every == 0:
+                        self._prove(step)
+                pushed = time.perf_counter()
+                schedule, self._row = self.collector.collect(policy_version=step)
+                return schedule, pushed - started
+            except WeightsNeeded as needed:
+                if attempt == _PUSHES - 1:
+                    raise
+                log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
+        raise AssertionError("unreachable")
+
     def _push(self, step: int) -> None:
-        """The present weights to every server, as version `step`, and proof that they arrived."""
+        """The present weights to every server, as version `step`."""
         assert self.collector.pool is not None
         receivers = Receivers(pool=self.collector.pool, run=self.collector.run)
         for attempt in range(_PUSHES):
@@ -249,9 +268,6 @@ class Leader:
                 if attempt == _PUSHES - 1:
                     raise
                 log.warning("%s; pushing again", error)
-        every = self._config.sync.probe_every
-        if every and step % every == 0:
-            self._prove(step)
 
     def _prove(self, step: int) -> None:
         """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server

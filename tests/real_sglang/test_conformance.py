@@ -1,6 +1,5 @@
 """Real SGLang against the tests of conformance.py: what they say of a server is true of the one we stand in for."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def _server(tmp_path_factory):
         weight_version="0",
         on_cpu=True,
     )
-    asyncio.run(process.wait_ready(180))
+    process.wait_ready(180)
     subject = Subject(process, models, Kind(seeds=False, whole=False, long_tokens=250))
     yield subject
     subject.close()

@@ -35,11 +35,15 @@ HEALTH_TIMEOUT_SECONDS = 20
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Listener:
-    """Receives the events of one sequence on the event loop; a slow reader of a stream sees only the latest."""
+    """Receives the events of one sequence on the event loop; a slow reader of a stream sees only the latest.
+
+    ended: set with the last one, whether or not anybody has read it.
+    """
 
     latest: Event | None = None
     failure: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def next(self) -> Event:
         """The next event, or EngineStopped if none will come."""
@@ -53,10 +57,13 @@ class Listener:
     def tell(self, event: Event) -> None:
         self.latest = event
         self.changed.set()
+        if event.finish_reason is not None:
+            self.ended.set()
 
     def fail(self, message: str) -> None:
         self.failure = message
         self.changed.set()
+        self.ended.set()
 
 
 class App:
@@ -72,6 +79,7 @@ class App:
         self._in_flight: set[str] = set()  # rids
         self._listeners: set[Listener] = set()
         self._gate = Gate()
+        self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
         self._weights = WeightRoutes(self.engine, self._gate)
         self.engine.start()
 
@@ -204,6 +212,11 @@ class App:
                 await queue.put(b"data: " + json.dumps(answer).encode() + b"\n\n")
             await queue.put(None)
 
+        async def step_out() -> None:
+            for _, sequence in jobs:
+                await sequence.listener.ended.wait()
+            await inside.aclose()
+
         try:
             self._enter(jobs)
         except RequestError as error:
@@ -212,10 +225,15 @@ class App:
         inside = AsyncExitStack()
         followers: list[asyncio.Task[None]] = []
         open_streams = len(jobs)
+        leaving: asyncio.Task[None] | None = None
         try:
             await inside.enter_async_context(self._gate.generating())
             self.engine.submit([sequence for _, sequence in jobs])
             followers += [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+            # A reader may take its time: weight updates wait for the tokens, not for who reads them.
+            leaving = asyncio.create_task(step_out())
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
             while open_streams:
                 line = await queue.get()
                 if line is None:
@@ -231,7 +249,8 @@ class App:
             if open_streams:
                 self._abandon(jobs)
             self._leave(jobs)
-            await inside.aclose()
+            if leaving is None:
+                await inside.aclose()
 
     def _answer(self, prompt: PromptRequest, event: Event, started: float) -> dict[str, Any]:
         sequence = event.sequence

@@ -1,0 +1,38 @@
+"""An event loop in a thread of its own, so that what runs on it goes on while this thread trains.
+
+A server that is lost is waited for and filled again by tasks of the pool. On a loop that only runs when somebody waits
+for a result they would stand still during a train phase, and their deadlines would not.
+"""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """Owns the thread. `close()` cancels what still runs on the loop and ends it."""
+
+    def __init__(self) -> None:
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+        async def live() -> None:
+            end = asyncio.Event()
+            started.set_result((asyncio.get_running_loop(), end))
+            await end.wait()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(live()), name="event-loop", daemon=True)
+        self._thread.start()
+        self._loop, self._end = started.result()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, from another thread than the loop's."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join()

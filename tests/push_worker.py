@@ -1,0 +1,254 @@
+"""One rank of a weight push: a trainer's model goes to running servers over a process group. Run by tests/parallel.py.
+
+The spec names the model that the trainer has, its layout and the servers' urls. Rank 0 writes what the servers say.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import torch.distributed as dist
+
+from megatron_rl.config.schema import RolloutSection, SftConfig
+from megatron_rl.rollout.client import ServerLost, differing_tensors
+from megatron_rl.rollout.keeper import ServerKeeper, start_servers
+from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.sync.distributed import DistributedTransport
+from megatron_rl.sync.transport import Receivers
+from megatron_rl.train.background import BackgroundLoop
+from megatron_rl.train.exchange import Probe
+from megatron_rl.train.probe import mean_differences, weight_checksums
+from megatron_rl.train.resilience import StopRequested
+from megatron_rl.train.session import Session
+
+T = TypeVar("T")
+TOKENS = [5, 6, 7, 8, 30, 31, 90]
+
+
+def session_of(spec: dict[str, Any], folder: Path) -> Session:
+    config = SftConfig.model_validate(
+        {
+            "run_dir": str(folder / "run"),
+            "threads": 1,
+            "model": {"path": spec["model"], "dtype": "float32"},
+            "parallel": spec["parallel"],
+            "optimizer": {"learning_rate": 1e-3},
+            "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 60},
+            "data": {"train": "unused", "batch_tokens": 1},
+        }
+    )
+    return Session(config, 1, resume=False)
+
+
+class Servers:
+    """Rank 0's: two of them, kept running, and their pool. Others have nothing but the word of rank 0."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        rollout = RolloutSection(
+            prompts_per_step=1,
+            samples_per_prompt=1,
+            max_prompt_tokens=16,
+            max_response_tokens=16,
+            max_running_requests=2,
+            servers=2,
+            silence_seconds=2.5,
+            ready_deadline_seconds=60,
+            max_restarts=9,
+        )
+        self.keeper: ServerKeeper = start_servers(model, folder, rollout, "float32")
+        self.keeper.wait_ready()
+        self.loop = BackgroundLoop()
+        self.pool = ServerPool(self.keeper.urls, rollout, self.keeper.replace)
+        self.loop.run(self.pool.connect())
+
+        self.stop_requested = False
+
+    @property
+    def receivers(self) -> Receivers:
+        return Receivers(pool=self.pool, run=self._run)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """As the collector's, which gives up when a signal came."""
+        if self.stop_requested:
+            work.close()
+            raise StopRequested("stopped by the test")
+        return self.loop.run(work)
+
+    def pids(self) -> list[int]:
+        return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.keeper._kept]
+
+    def versions(self) -> list[str]:
+        return [
+            str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.keeper.urls
+        ]
+
+    def survivor(self) -> dict[str, Any]:
+        """What each server has that the pool still trusts after a push, by its number."""
+        serving = {member.client.url for member in self.pool.serving}
+        return {str(i): self.checksums_at(url) for i, url in enumerate(self.keeper.urls) if url in serving}
+
+    def checksums_at(self, url: str) -> dict[str, str]:
+        answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
+        return dict(answer.json()["checksums"])
+
+    def kill_and_wait(self, number: int) -> None:
+        """It is there again before the pool knows that it was gone."""
+        os.kill(self.pids()[number], signal.SIGKILL)
+        time.sleep(0.5)
+        self.keeper._kept[number].server.wait_ready(30)
+
+    def at_a_bucket(self, transport: DistributedTransport, number: int, how: signal.Signals) -> None:
+        """The signal comes when a part of the weights has been sent."""
+        pid, send, count = self.pids()[number], transport._sender.send, itertools.count()
+
+        def disturbed(*arguments: Any) -> None:
+            if next(count) == 5:
+                os.kill(pid, how)
+                transport._sender.send = send
+            send(*arguments)
+
+        transport._sender.send = disturbed
+
+    def checksums(self) -> list[dict[str, str]]:
+        return [self.loop.run(member.client.weight_checksums()) for member in self.pool._members]
+
+    def scores(self) -> Probe:
+        found = self.loop.run(self.pool.input_logprobs(TOKENS))
+        return Probe(token_ids=TOKENS, logprobs=[one.tolist() for one in found.values()])
+
+    def close(self) -> None:
+        self.loop.run(self.pool.close())
+        self.loop.close()
+        self.keeper.close()
+
+
+def shared(value: Any, control: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]
+
+
+def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Push in buckets of one parameter, damage a server, push in one bucket; prove each time."""
+    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
+    report: dict[str, Any] = {"pushes": []}
+    try:
+        for number, max_bytes in enumerate((1, 2**30)):
+            transport = DistributedTransport(session.model, session.control, max_bytes, "127.0.0.1", 10.0)
+            transport.push(number + 1, servers.receivers if servers else None)
+            probe = shared(servers.scores() if servers else None, session.control)
+            found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
+            if servers:
+                found |= {"checksums": servers.checksums(), "sent": transport.last.num_buckets if transport.last else 0}
+                report["pushes"].append(found)
+                # Behind the trainer's back: other weights under the right name.
+                client = servers.pool.serving[1].client
+                servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
+            transport.close()
+            probe = shared(servers.scores() if servers else None, session.control)
+            damaged = mean_differences(session.trainer, probe, session.control)
+            ours = weight_checksums(session.trainer, session.control)
+            if servers:
+                url = servers.pool.serving[1].client.url
+                found |= {"damaged": damaged, "told": servers.loop.run(differing_tensors(url, ours))}
+    finally:
+        if servers:
+            servers.close()
+    return report
+
+
+def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
+    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
+    transport = DistributedTransport(session.model, session.control, 20_000, "127.0.0.1", 2.5)
+    report: dict[str, Any] = {}
+
+    def push(version: int) -> str:
+        """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
+        said = ""
+        try:
+            transport.push(version, servers.receivers if servers else None)
+        except (ServerLost, StopRequested) as error:
+            said = f"{type(error).__name__}: {error}"
+        return str(shared(said, session.control))
+
+    def scenario(name: str, disturb: Callable[[Servers, list[int]], None]) -> None:
+        """All servers have the other model; then something happens, and pushes follow until one succeeds."""
+        before: list[int] = []
+        if servers:
+            servers.loop.run(settled(servers.pool))
+            servers.loop.run(servers.pool.load_from_disk(Path(spec["other"]), name))
+            servers.pool.assume(None, name)
+            before = servers.pids()
+            disturb(servers, before)
+        started = time.monotonic()
+        said = [push(1)]
+        seconds = time.monotonic() - started
+        between = servers.survivor() if servers else {}
+        while said[-1] and len(said) < 3:
+            said.append(push(1))
+        if servers:
+            report[name] = {
+                "said": said,
+                "seconds": seconds,
+                "between": between,
+                "checksums": servers.checksums(),
+                "versions": servers.versions(),
+                "restarted": [a != b for a, b in zip(before, servers.pids(), strict=True)],
+            }
+
+    try:
+        scenario("nothing", lambda servers, pids: None)
+        scenario("killed before", lambda servers, pids: servers.kill_and_wait(1))
+        scenario("stopped", lambda servers, pids: os.kill(pids[0], signal.SIGSTOP))
+        scenario("killed within", lambda servers, pids: servers.at_a_bucket(transport, 0, signal.SIGKILL))
+        scenario("stopped within", lambda servers, pids: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
+        if servers:
+            servers.stop_requested = True
+        report["stop"] = push(2)
+        if servers:
+            servers.stop_requested = False
+        report["after the stop"] = push(2)
+    finally:
+        transport.close()
+        if servers:
+            servers.close()
+    return report
+
+
+async def settled(pool: ServerPool) -> None:
+    async with asyncio.timeout(30):
+        while len(pool.serving) < 2:
+            await pool.recovered()
+            for member in await pool.recovered():
+                pool.put_back(member)
+            await asyncio.sleep(0.05)
+
+
+SCENARIOS = {"layouts": layouts, "faults": faults}
+
+
+def main(folder: Path) -> None:
+    spec = json.loads((folder / "spec.json").read_text())
+    session = session_of(spec, folder)
+    report = SCENARIOS[spec["scenario"]](session, spec, folder)
+    if session.rank == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    session.close()
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # torch's process groups may take seconds to wind down

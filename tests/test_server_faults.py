@@ -1,0 +1,510 @@
+"""Servers that die, hang or lie: the pool finishes its work with the same tokens, or says why it cannot."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from liar import Exchange, liar
+from safetensors.torch import save_file
+from tiny_model import tensors_of, write_tiny_model
+
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.rollout import pool as pool_module
+from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
+from megatron_rl.rollout.keeper import ServerKeeper, start_servers
+from megatron_rl.rollout.pool import ServerPool, WeightsNeeded
+from megatron_rl.rollout.update_group import checksum
+
+LENGTH, SHORT = 300, 60
+ROLLOUT = RolloutSection(
+    prompts_per_step=1,
+    samples_per_prompt=2,
+    max_prompt_tokens=12,
+    max_response_tokens=LENGTH,
+    max_running_requests=8,
+    servers=2,
+    silence_seconds=2.5,
+    ready_deadline_seconds=60,
+    max_restarts=99,
+)
+# Four requests of two responses each.
+REQUESTS = [
+    [Continuation(input_ids=[5 + i, 6], seed=10 * i + j, max_new_tokens=LENGTH) for j in range(2)] for i in range(4)
+]
+
+
+def make_model(path: Path, seed: int) -> Path:
+    """One whose responses rarely end by themselves."""
+    write_tiny_model(path, seed, vocab_size=512, hidden_size=32, num_hidden_layers=2, max_position_embeddings=1024)
+    tensors = tensors_of(path)
+    tensors["lm_head.weight"][1] = 0.0  # the token that ends a response
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_model(folder / "first", 0), make_model(folder / "second", 1)
+
+
+@pytest.fixture(scope="module")
+def _keeper(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerKeeper]:
+    keeper = start_servers(models[0], tmp_path_factory.mktemp("servers"), ROLLOUT, "float32")
+    try:
+        keeper.wait_ready()
+        yield keeper
+    finally:
+        pids = pids_of(keeper)
+        keeper.close()
+    assert not any(map(psutil.pid_exists, pids))
+
+
+@pytest.fixture
+def keeper(_keeper: ServerKeeper) -> ServerKeeper:
+    """Two servers that are ready and as they were started."""
+    for url in _keeper.urls:
+        wait_until(lambda url=url: is_ready(url))  # type: ignore[misc]
+    return _keeper
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def pids_of(keeper: ServerKeeper) -> list[int]:
+    return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in keeper._kept]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """The same, while the event loop goes on."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def until_running(url: str) -> None:
+    async with asyncio.timeout(10), httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        while (await http.get("/server_info")).json()["internal_states"][0]["running"] == 0:
+            await asyncio.sleep(0.01)
+
+
+def pids_at(urls: list[str], keeper: ServerKeeper) -> list[int]:
+    by_url = dict(zip(keeper.urls, pids_of(keeper), strict=True))
+    return [by_url[url] for url in urls]
+
+
+def version_of(url: str) -> str:
+    return str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"])
+
+
+def checksums_of(url: str) -> dict[str, str]:
+    answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
+    return dict(answer.json()["checksums"])
+
+
+def expected_checksums(model: Path) -> dict[str, str]:
+    return {name: checksum(tensor) for name, tensor in tensors_of(model).items()}
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    urls: list[str], weights: Path | None, keeper: ServerKeeper | None, rollout: RolloutSection = ROLLOUT
+) -> AsyncIterator[ServerPool]:
+    """A pool whose servers have the first model, as version "0". weights: where one that comes back finds them."""
+    pool = ServerPool(urls, rollout, keeper.replace if keeper else None)
+    try:
+        await pool.connect()
+        if weights is not None:
+            await pool.load_from_disk(weights, "0")
+        pool.assume(weights, "0")
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def all_requests(pool: ServerPool) -> list[list[Generated]]:
+    return list(await asyncio.gather(*(pool.generate(request, 1.0) for request in REQUESTS)))
+
+
+def ids(answers: list[list[Generated]]) -> list[list[int]]:
+    return [one.output_ids.tolist() for answer in answers for one in answer]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models: tuple[Path, Path], _keeper: ServerKeeper) -> list[list[int]]:
+    async def run() -> list[list[int]]:
+        async with connected(_keeper.urls, models[0], _keeper) as pool:
+            answers = ids(await all_requests(pool))
+            assert pool.counts.num_taken_out == 0
+            return answers
+
+    found = asyncio.run(run())
+    assert all(len(one) > SHORT for one in found[:2])
+    return found
+
+
+# Death and silence ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_server_that_goes_while_it_generates_costs_no_response(
+    how: signal.Signals, models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], keeper) as pool:
+            work = asyncio.create_task(all_requests(pool))
+            await until_running(keeper.urls[0])
+            (pid, other) = pids_of(keeper)
+            os.kill(pid, how)
+            assert ids(await asyncio.wait_for(work, 20)) == undisturbed
+            assert pool.counts.num_taken_out == 1
+            assert pool.counts.num_resent in (2, 4)
+            await until(lambda: len(pool.serving) == 2)
+            assert not psutil.pid_exists(pid)
+            assert pids_of(keeper)[1] == other
+            assert ids(await all_requests(pool)) == undisturbed
+
+    asyncio.run(run())
+
+
+def test_the_only_server_is_waited_for_and_gets_its_weights_back(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls[1:], models[0], keeper) as pool:
+            await pool.load_from_disk(models[1], "1")  # not those that the server is started again with
+            expected = ids(await all_requests(pool))
+            work = asyncio.create_task(all_requests(pool))
+            await until_running(keeper.urls[1])
+            os.kill(pids_of(keeper)[1], signal.SIGKILL)
+            answers = await asyncio.wait_for(work, 20)
+            assert ids(answers) == expected
+            assert {one.weight_versions for answer in answers for one in answer} == {("1",)}
+            assert pool.counts.num_taken_out == 1
+
+    asyncio.run(run())
+
+
+def test_the_only_server_with_weights_that_are_nowhere_on_disk_needs_another_push(keeper: ServerKeeper) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls[:1], None, keeper) as pool:
+            work = asyncio.create_task(all_requests(pool))
+            await until_running(keeper.urls[0])
+            os.kill(pids_of(keeper)[0], signal.SIGKILL)
+            with pytest.raises(WeightsNeeded, match="without the current weights"):
+                await asyncio.wait_for(work, 20)
+            (member,) = await pool.recovered()
+            assert (member.num_losses, pool.serving) == (1, [])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_server_that_goes_in_a_weight_update_serves_again_with_the_new_weights(
+    killed: bool, models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], keeper) as pool:
+            pid, other = pids_of(keeper)
+            os.kill(pid, signal.SIGSTOP)  # so that the update is under way for as long as we like
+            update = asyncio.create_task(pool.load_from_disk(models[1], "1"))
+            await asyncio.sleep(0.3)
+            if killed:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.wait_for(update, 10)
+            assert [member.client.url for member in pool.serving] == keeper.urls[1:]
+            await until(lambda: len(pool.serving) == 2)
+            assert pids_of(keeper)[1] == other
+            for url in keeper.urls:
+                assert version_of(url) == "1"
+                assert checksums_of(url) == expected_checksums(models[1])
+
+    asyncio.run(run())
+
+
+def test_weights_that_came_while_an_older_version_was_loaded_are_loaded_too(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], None) as pool:
+            pool.take_out(pool.serving[0], "the test says so")  # comes back at once, and loads version 0
+            pool.assume(models[1], "1")
+            await until(lambda: len(pool.serving) == 2)
+            assert version_of(keeper.urls[0]) == "1"
+
+    asyncio.run(run())
+
+
+def test_a_folder_that_cannot_be_read_for_a_moment_does_not_cost_a_server(
+    models: tuple[Path, Path], keeper: ServerKeeper, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], None) as pool:
+            pool.assume(tmp_path / "weights", "1")  # not there yet
+            pool.take_out(pool.serving[0], "the test says so")
+            await asyncio.sleep(0.5)
+            assert len(pool.serving) == 1
+            (tmp_path / "weights").symlink_to(models[1])
+            await until(lambda: len(pool.serving) == 2)
+            assert version_of(keeper.urls[0]) == "1"
+
+    asyncio.run(run())
+
+
+def test_a_server_that_was_given_up_gets_another_chance_with_the_next_weights(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    async def run() -> None:
+        async with connected(
+            keeper.urls, models[0], None, ROLLOUT.model_copy(update={"ready_deadline_seconds": 0.4})
+        ) as pool:
+            pool.assume(Path("/nowhere"), "1")
+            member = pool.serving[0]
+            pool.take_out(member, "the test says so")
+            await until(lambda: "did not come back within 0.4 s" in str(member.out))
+            await pool.load_from_disk(models[1], "2")
+            await until(lambda: len(pool.serving) == 2)
+            assert [version_of(url) for url in keeper.urls] == ["2", "2"]
+
+    asyncio.run(run())
+
+
+def test_a_port_that_is_taken_is_named_at_the_start(models: tuple[Path, Path], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"port": port, "servers": 1}), "float32")
+        try:
+            with pytest.raises(ValueError, match=rf"(?s)ended with code 2.*port {port} of 127.0.0.1 cannot be bound"):
+                keeper.wait_ready()
+        finally:
+            keeper.close()
+
+
+def test_a_port_that_is_taken_at_a_restart_ends_in_a_fault_that_names_it(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"servers": 1, "max_restarts": 1}), "float32")
+    try:
+        keeper.wait_ready()
+        server = keeper._kept[0].server
+        with socket.socket() as taken:
+            with keeper._lock:  # it cannot start another before the port is ours
+                server.kill()
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                taken.bind(("127.0.0.1", server.port))
+                taken.listen()
+            wait_until(lambda: keeper.failure is not None)
+        with pytest.raises(
+            RuntimeError, match=rf"(?s)restarted 1 times.*port {server.port} of 127.0.0.1 cannot be bound"
+        ):
+            keeper.check()
+    finally:
+        keeper.close()
+
+
+# Nonsense ------------------------------------------------------------------------------------------------------------
+
+
+def changed(change: Callable[[list[Any]], Any]) -> Callable[[Exchange], None]:
+    """The real answer with something changed; `change` edits it in place or returns another."""
+
+    def spoil(exchange: Exchange) -> None:
+        answers = exchange.forwarded().json()
+        other = change(answers)
+        exchange.say(json.dumps(answers if other is None else other).encode())
+
+    return spoil
+
+
+def half(exchange: Exchange) -> None:
+    content = exchange.forwarded().content
+    exchange.say(content[: len(content) // 2], length=len(content))
+    exchange.close_connection = True
+
+
+def endless(exchange: Exchange) -> None:
+    exchange.say(b"[", length=10**9)
+    with contextlib.suppress(OSError):
+        while True:
+            exchange.wfile.write(b" ")
+            time.sleep(0.05)
+
+
+def put(*keys: Any, value: Any) -> Callable[[list[Any]], None]:
+    def change(answers: list[Any]) -> None:
+        place: Any = answers
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+LIES: dict[str, tuple[Callable[[Exchange], None], str]] = {
+    "500": (lambda exchange: exchange.say(b"boom", 500), "answered 500: boom"),
+    "garbage": (lambda exchange: exchange.say(b"<html>{"), "answered what is no JSON: '<html>{'"),
+    "half a body": (half, "cannot be reached: peer closed connection"),
+    "an answer that never ends": (endless, "did not answer within 2 s"),
+    "a sample too few": (changed(lambda answers: answers[:1]), "answered list for 2 samples"),
+    "no list": (changed(lambda answers: answers[0]), "answered dict for 2 samples"),
+    "no meta_info": (changed(lambda answers: [[], "x"]), "answer lacks"),
+    "meta_info of a wrong kind": (changed(put(0, "meta_info", value="x")), "answer lacks"),
+    "a log-prob that is NaN": (
+        changed(put(1, "meta_info", "output_token_logprobs", 3, 0, value=float("nan"))),
+        "log-probs, 1 of them not finite",
+    ),
+    "a log-prob too few": (changed(lambda a: a[0]["meta_info"]["output_token_logprobs"].pop() and None), "came with"),
+    "a token that cannot be": (changed(put(0, "output_ids", 0, value=-3)), "tokens came with"),
+    "too many tokens": (
+        changed(lambda answers: put_tokens(answers, SHORT + 1)),
+        f"gave {SHORT + 1} tokens where at most {SHORT} were asked for",
+    ),
+    "another version": (
+        changed(put(0, "meta_info", "weight_versions", value=[{"version": "7", "start": 0, "end": 9}])),
+        "answered with weights '7', expected '0'",
+    ),
+    "an abort that nobody asked for": (
+        changed(put(0, "meta_info", "finish_reason", value={"type": "abort", "message": "not finite"})),
+        "cut a response short that nobody aborted: not finite",
+    ),
+    "an end that nobody knows": (
+        changed(put(0, "meta_info", "finish_reason", value={"type": "tired"})),
+        "unknown finish_reason 'tired'",
+    ),
+}
+
+
+def put_tokens(answers: list[Any], count: int) -> None:
+    for answer in answers:
+        answer["output_ids"] = [5] * count
+        answer["meta_info"]["output_token_logprobs"] = [[-1.0, 5, None]] * count
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nonsense_is_taken_for_a_loss_and_another_server_does_the_work(
+    lie: str,
+    models: tuple[Path, Path],
+    keeper: ServerKeeper,
+    undisturbed: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fault, message = LIES[lie]
+    monkeypatch.setattr(pool_module, "_START_SECONDS", 1.5)
+    rollout = ROLLOUT.model_copy(update={"token_deadline_seconds": 0.001})
+
+    async def run(url: str) -> None:
+        async with connected([url, keeper.urls[1]], models[0], None, rollout) as pool:
+            wanted = [dataclasses.replace(one, max_new_tokens=SHORT) for one in REQUESTS[0]]
+            answer = await asyncio.wait_for(pool.generate(wanted, 1.0), 10)
+            assert ids([answer]) == [whole[:SHORT] for whole in undisturbed[:2]]
+            assert pool.counts.num_taken_out == 1
+            assert pool.counts.num_resent == 2
+
+    with liar(keeper.urls[0], generate=fault) as url:
+        asyncio.run(run(url))
+        assert f"a generation server is taken out: {url}" in caplog.text
+        assert re.search(re.escape(message), caplog.text), caplog.text
+
+
+def test_a_request_that_every_server_fails_at_ends_the_work_with_the_last_failure(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    async def run(url: str) -> None:
+        async with connected([url], models[0], None) as pool:
+            with pytest.raises(ServerLost, match="failed 4 times, the last time so: .*answered 500: boom"):
+                await pool.generate(REQUESTS[0], 1.0)
+
+    with liar(keeper.urls[0], generate=LIES["500"][0]) as url:
+        asyncio.run(run(url))
+
+
+def test_a_request_that_is_refused_is_not_sent_again(models: tuple[Path, Path], keeper: ServerKeeper) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], None) as pool:
+            too_long = Continuation(input_ids=[5] * 900, seed=0, max_new_tokens=LENGTH)
+            with pytest.raises(RequestRefused, match="answered 400"):
+                await pool.generate([too_long], 1.0)
+            assert (pool.counts.num_resent, pool.counts.num_taken_out) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_server_lost_while_it_scores_tokens_is_left_out(models: tuple[Path, Path], keeper: ServerKeeper) -> None:
+    async def run(url: str) -> None:
+        async with connected([url, keeper.urls[1]], models[0], None) as pool:
+            found = await pool.input_logprobs([5, 6, 7])
+            assert list(found) == [keeper.urls[1]]
+            assert torch.isfinite(torch.from_numpy(found[keeper.urls[1]])).all()
+
+    with liar(keeper.urls[0], generate=LIES["garbage"][0]) as url:
+        asyncio.run(run(url))
+
+
+# Readers -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    url = keeper.urls[0]
+    asyncio.run(restore(url, models[0]))
+    host, port = url.removeprefix("http://").split(":")
+    body = {
+        "input_ids": [5],
+        "sampling_params": {"max_new_tokens": LENGTH, "ignore_eos": True},
+        "return_logprob": True,
+        "stream": True,
+    }
+    content = json.dumps(body).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect((host, int(port)))
+        slow.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        assert slow.recv(64).startswith(b"HTTP/1.1 200")
+        with httpx.Client(base_url=url, timeout=10, trust_env=False) as http:
+            wait_until(lambda: http.get("/server_info").json()["internal_states"][0]["running"] == 0)
+            update = {"model_path": str(models[1]), "weight_version": "1"}
+            assert http.post("/update_weights_from_disk", json=update).json()["success"]
+            answer = http.post("/generate", json={"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}).json()
+            assert answer["meta_info"]["weight_version"] == "1"
+        # It still gets all of its answer, at its own pace.
+        slow.settimeout(5)
+        received = b""
+        while b"data: [DONE]" not in received[-64:]:
+            received += slow.recv(65536)
+    last = [line for line in received.split(b"\n") if line.startswith(b"data: {")][-1]
+    meta = json.loads(last.removeprefix(b"data: "))["meta_info"]
+    assert (meta["finish_reason"]["type"], meta["completion_tokens"]) == ("length", LENGTH)
+    assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": LENGTH}]
+
+
+async def restore(url: str, model: Path) -> None:
+    async with connected([url], model, None):
+        pass
