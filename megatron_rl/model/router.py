@@ -31,9 +31,11 @@ class Replay:
     experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself. The
     probabilities are the router's own of these experts either way, and the gradient flows through them; what it does
     to them after top-k (softmax or renormalisation) it does here too.
+    router: whose counts go up.
     """
 
     experts: Tensor
+    router: "Router"
 
     def get_replay_topk(
         self,
@@ -45,7 +47,11 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """scores: [t, E]. Returns the chosen experts' scores and the experts, [t, topk] each."""
         _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        chosen = torch.where(self.experts < 0, own, self.experts.long())
+        given = self.experts >= 0
+        chosen = torch.where(given, self.experts.long(), own)
+        agreed = (chosen.unsqueeze(2) == own.unsqueeze(1)).any(2)
+        self.router.num_replayed += given.sum()
+        self.router.num_replaced += (given & ~agreed).sum()
         return scores.gather(1, chosen), chosen
 
 
@@ -69,12 +75,15 @@ class Router(TopKRouter):
 
     load_balance_loss, z_loss: the sums T * B and T * Z of this rank's terms, over micro-batches, until somebody sets
     them back to 0. A loss whose coefficient is 0 is not computed.
+    num_replayed, num_replaced: likewise, choices that were replayed, and those of them that were not its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.load_balance_loss: Tensor | float = 0.0
         self.z_loss: Tensor | float = 0.0
+        self.num_replayed: Tensor | int = 0
+        self.num_replaced: Tensor | int = 0
 
     def replay(self, experts: Tensor | None) -> None:
         """From now on use these experts: [T, topk] of this context-parallel rank's tokens, see `Replay`. None: its own.
@@ -83,7 +92,7 @@ class Router(TopKRouter):
         """
         if experts is not None and self.config.sequence_parallel:
             experts = experts.chunk(self.tp_group.size())[self.tp_group.rank()]
-        self.router_replay = None if experts is None else Replay(experts)
+        self.router_replay = None if experts is None else Replay(experts, self)
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False

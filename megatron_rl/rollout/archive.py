@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def unpack_carry(data: bytes) -> Carry:
     return Carry(samples=samples, unfinished=groups)
 
 
-def _arrays(responses: Sequence[Response]) -> dict[str, np.ndarray]:
+def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
     routed = [r.routed_experts for r in responses if r.routed_experts is not None]
     table = [
         (

@@ -5,7 +5,7 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 
 from megatron_rl.errors import Fault
+from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
 
@@ -23,12 +24,16 @@ class ServerError(Fault):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it."""
+    """One sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it.
+
+    routed_experts: uint8 [prompt + n - 1, layers, topk], where they were asked for.
+    """
 
     output_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
     weight_version: str
+    routed_experts: np.ndarray | None = None
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -63,18 +68,24 @@ class GenerationClient:
         max_new_tokens: int,
         temperature: float,
         timeout_seconds: float,
+        return_routed_experts: RoutedShape | None = None,
     ) -> list[Generated]:
-        """One continuation of the same prompt per seed, in the order of the seeds."""
+        """One continuation of the same prompt per seed, in the order of the seeds.
+
+        return_routed_experts: asks for them and says what they must look like; see `supports_routed_experts`.
+        """
         shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": -1}
         body = {
             "input_ids": [list(input_ids)] * len(seeds),
             "sampling_params": [shared | {"sampling_seed": seed} for seed in seeds],
             "return_logprob": True,
         }
+        if return_routed_experts is not None:
+            body["return_routed_experts"] = True
         answers = await self._post("/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(seeds):
             raise ServerError(f"{self.url}/generate answered {type(answers).__name__} for {len(seeds)} samples")
-        return [self._generated(answer) for answer in answers]
+        return [self._generated(answer, len(input_ids), return_routed_experts) for answer in answers]
 
     async def update_weights_from_disk(self, directory: Path, version: str) -> None:
         """Load new weights between two tokens; ServerError when the server refuses them."""
@@ -83,6 +94,11 @@ class GenerationClient:
         if not answer.get("success"):
             raise ServerError(f"{self.url} refused new weights: {answer.get('message')}")
 
+    async def version(self) -> str:
+        """What the server calls itself; "" where it does not say."""
+        info = await self._json(self._http.get("/server_info"), "/server_info")
+        return str(info.get("version", ""))
+
     async def is_ready(self) -> bool:
         """True once the server answers /ready with 200; False while nothing listens."""
         try:
@@ -90,7 +106,7 @@ class GenerationClient:
         except httpx.TransportError:
             return False
 
-    def _generated(self, answer: dict[str, Any]) -> Generated:
+    def _generated(self, answer: dict[str, Any], num_prompt_tokens: int, shape: RoutedShape | None) -> Generated:
         try:
             meta = answer["meta_info"]
             pairs = meta["output_token_logprobs"]
@@ -103,6 +119,12 @@ class GenerationClient:
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ServerError(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
+        if shape is not None and result.finish_reason != "abort":
+            try:
+                count = num_prompt_tokens + len(output_ids) - 1
+                result = replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, shape))
+            except ValueError as error:
+                raise ServerError(f"{self.url}/generate: {error}") from error
         if result.finish_reason == "abort":
             raise ServerError(f"{self.url}/generate: a request was aborted: {meta['finish_reason']}")
         if len(result.logprobs) != len(output_ids) or not len(output_ids) or not np.isfinite(result.logprobs).all():

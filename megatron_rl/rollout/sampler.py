@@ -15,6 +15,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.client import GenerationClient, ServerError, together
+from megatron_rl.rollout.routing import RoutedShape
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,15 @@ class Sampler:
         advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
         seed: int,
+        routed: RoutedShape | None = None,
     ) -> None:
-        """advantages: of one group, float64 [K] from its responses and rewards [K]."""
+        """advantages: of one group, float64 [K] from its responses and rewards [K]. routed: ask for routed experts."""
         self._clients, self._rewards, self._decode, self._advantages = clients, rewards, decode, advantages
         self._outstanding_tokens = [0] * len(clients)
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         slots = rollout.max_running_requests * len(clients)
         self._in_flight = asyncio.Semaphore(max(8, 2 * slots // rollout.samples_per_prompt))
-        self._rollout, self._seed = rollout, seed
+        self._rollout, self._seed, self._routed = rollout, seed, routed
 
     async def sample(
         self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
@@ -111,6 +113,7 @@ class Sampler:
                     max_new_tokens=self._rollout.max_response_tokens,
                     temperature=self._rollout.temperature,
                     timeout_seconds=timeout_seconds,
+                    return_routed_experts=self._routed,
                 )
             finally:
                 self._outstanding_tokens[chosen] -= tokens
@@ -131,6 +134,7 @@ class Sampler:
                     rollout_logprobs=one.logprobs,
                     policy_versions=np.full(len(one.output_ids), policy_version, np.int32),
                     finish_reason=one.finish_reason,
+                    routed_experts=one.routed_experts,
                 )
             )
         texts = [self._decode(response.output_ids.tolist()) for response in responses]

@@ -192,6 +192,7 @@ def start_servers(
     """
     servers: list[GenerationServer] = []
     python = find_sglang(rollout) if rollout.engine == "sglang" else None
+    routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
     try:
         for i in range(rollout.num_servers):
             log_path = folder / f"{name}_{i}.log"
@@ -207,7 +208,7 @@ def start_servers(
                     log_path,
                     python=python,
                     on_cpu=not on_gpu(),
-                    arguments=rollout.sglang_arguments,
+                    arguments=(*routed, *rollout.sglang_arguments),
                     **shared,
                 )
                 if python

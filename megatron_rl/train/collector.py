@@ -14,6 +14,7 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
@@ -22,6 +23,7 @@ from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import GenerationClient, together
+from megatron_rl.rollout.routing import routed_shape, supports_routed_experts
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.server import GenerationServer, start_servers, stop_servers, wait_all_ready
 from megatron_rl.train.phase import Phase
@@ -59,7 +61,13 @@ class Collector:
             self.close()
             raise
         self._sampler = Sampler(
-            self._clients, self._rewards, self._decode, self._advantages, config.rollout, config.seed
+            self._clients,
+            self._rewards,
+            self._decode,
+            self._advantages,
+            config.rollout,
+            config.seed,
+            routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None,
         )
 
     def state(self) -> tuple[dict[str, Any], bytes]:
@@ -162,6 +170,13 @@ class Collector:
         for client in self._clients:
             if not self._loop.run(client.is_ready()):
                 raise ValueError(f"no generation server is ready at {client.url} (rollout.urls); start it first")
+            if rollout.router_replay:
+                version = self._loop.run(client.version())
+                if not supports_routed_experts(version):
+                    raise ValueError(
+                        f"rollout.router_replay needs SGLang 0.5.22 or later, {client.url} runs {version!r}; update it "
+                        "or set rollout.router_replay = false"
+                    )
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`, but give it up when a signal came or the server died."""

@@ -73,7 +73,7 @@ def receive_work(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] |
         layers, topk = message["routing"]["shape"]
         routing = Routing(shape=(layers, topk), missing=frozenset(message["routing"]["missing"]))
     mine = list(_placed(plan, data_rank))
-    arrays = [
+    arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),
         np.empty(sum(s.num_loss_tokens for s in mine), np.float32),
         np.empty(len(mine), np.float64),
@@ -116,7 +116,7 @@ def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Rout
         tokens += [response.prompt_ids, response.output_ids[: selected.num_loss_tokens]]
         logprobs.append(response.rollout_logprobs[: selected.num_loss_tokens])
     advantages = np.array([samples[selected.index].advantage for selected in mine], np.float64)
-    arrays = [np.concatenate(tokens), np.concatenate(logprobs), advantages]
+    arrays: list[np.ndarray] = [np.concatenate(tokens), np.concatenate(logprobs), advantages]
     if routing is not None:
         routed = [np.zeros((0, *routing.shape), np.uint8)]
         for selected in mine:
@@ -131,7 +131,7 @@ def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequ
     """Inverse of `_gather`."""
     tokens, logprobs, advantages, *rest = arrays
     work: Work = []
-    token, logprob, sample, position = 0, 0, 0, 0
+    token, logprob, sample, routed = 0, 0, 0, 0
     for step in plan.steps:
         work.append([])
         for micro_batch in step.micro_batches[data_rank]:
@@ -148,11 +148,11 @@ def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequ
                         advantage=float(advantages[sample]),
                         rollout_logprobs=logprobs[logprob : logprob + count],
                         num_stale_tokens=selected.num_stale_tokens,
-                        routed_experts=rest[0][position : position + known] if known else None,
+                        routed_experts=rest[0][routed : routed + known] if known else None,
                     )
                 )
                 token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1
-                position += known
+                routed += known
     return work
 
 

@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_EXPERTS = 256  # an expert's number is kept in a byte
-
 
 class RoutingRecord:
     """uint8 [slots, context, layers, topk], beside the KV cache: it is written, copied and overwritten where that is.

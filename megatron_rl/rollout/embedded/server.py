@@ -27,9 +27,9 @@ from megatron_rl.rollout.embedded.protocol import (
     meta_info,
     parse_generate,
 )
-from megatron_rl.rollout.embedded.routing import MAX_EXPERTS
 from megatron_rl.rollout.embedded.sampling import derive_seed
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
+from megatron_rl.rollout.routing import MAX_EXPERTS
 
 log = logging.getLogger(__name__)
 
