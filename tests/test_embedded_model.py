@@ -227,6 +227,8 @@ def test_routed_experts_are_those_of_a_plain_forward_and_the_same_alone_and_amon
     for i, request in enumerate(requests):  # prompts that several share, among them such as nobody asks about
         request["prompt"] = requests[i - i % 3]["prompt"]
         request["return_routed_experts"] = i % 4 != 0
+    direct.add(requests[0]["prompt"], max_new_tokens=60)  # in no way a source for those that want experts
+    direct.step()
     # Short and long ones: slots are left, taken again, and moved to run with fewer rows.
     crowded = [direct.add(**request) for request in requests]
     moves = []
