@@ -1,7 +1,5 @@
 """What a real generation server says of given tokens."""
 
-import asyncio
-
 import httpx
 
 from megatron_rl.rollout.server import GenerationServer
@@ -12,7 +10,7 @@ def input_logprobs(
 ) -> list[list[float | None]]:
     """Of every token of each sequence, the first without one. Waits for the server, asks it once and stops it."""
     try:
-        asyncio.run(server.wait_ready(seconds))
+        server.wait_ready(seconds)
         body = {
             "input_ids": sequences,
             "sampling_params": {"max_new_tokens": max_new_tokens},

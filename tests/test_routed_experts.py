@@ -11,8 +11,9 @@ import pytest
 from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.rollout.client import Generated, GenerationClient, ServerError
-from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape, supports_routed_experts
+from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, RequestRefused
+from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape
+from megatron_rl.rollout.versions import capabilities
 
 SHAPE = RoutedShape(num_layers=2, num_dense_layers=1, topk=2, num_experts=6)
 
@@ -58,12 +59,10 @@ def test_what_cannot_be_routed_experts_is_refused(text: object, message: str) ->
         ("0.6.0", True),
         ("0.4.99", False),
         ("1.0.0", True),
-        ("", False),
-        ("dev", False),
     ],
 )
 def test_servers_that_return_routed_experts_are_known_by_their_version(version: str, supported: bool) -> None:
-    assert supports_routed_experts(version) is supported
+    assert capabilities(version).routed_experts is supported
 
 
 def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Generated:
@@ -74,8 +73,8 @@ def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Generated:
         await client._http.aclose()
         transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[answer(json.loads(request.content))]))
         client._http = httpx.AsyncClient(base_url=client.url, transport=transport)
-        options = {"max_new_tokens": 1, "temperature": 1.0, "timeout_seconds": 5.0}
-        (generated,) = await client.generate([7, 8], [1], return_routed_experts=shape, **options)
+        wanted = [Continuation(input_ids=[7, 8], seed=1, max_new_tokens=1)]
+        (generated,) = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()
         return generated
 
@@ -105,7 +104,7 @@ def test_the_client_asks_for_routed_experts_only_where_it_is_told_to() -> None:
 
 def test_an_answer_without_them_or_of_another_length_names_the_server() -> None:
     for meta, message in (({}, "got 'None'"), ({"routed_experts": encoded(GOOD * 2)}, "holds 16 numbers")):
-        with pytest.raises(ServerError, match=f"http://fake/generate: routed_experts .*{message}"):
+        with pytest.raises(RequestRefused, match=f"http://fake/generate: routed_experts .*{message}"):
             ask(lambda _, meta=meta: answer(**meta), SHAPE)
 
 

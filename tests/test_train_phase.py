@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from samples import make_sample, make_schedule
 
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.records import Group
+from megatron_rl.records import Group, UnfinishedGroup
+from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.phase import Phase
 
 COST = CostModel(linear=1.0, quadratic=0.0)
@@ -26,9 +28,12 @@ def make_phase(keep_surplus: bool = True) -> Phase:
     filtered = [group(2, [7, 9], [1.0, 1.0])]
     plan = make_schedule(used, carried, budgets=(20,), keep_surplus=keep_surplus)
     unneeded = [group(3, [4, 4], [1.0, 0.0])]
+    ended = replace(make_sample(92, 0, 7).response, finish_reason="stop")
+    never_started = replace(make_sample(92, 1, 0).response, finish_reason="")
+    purged = UnfinishedGroup(prompt_id=92, responses=(ended, never_started), retention=6)
+    collected = Collected(kept=used + unneeded, filtered=filtered, purged=[purged], num_generated_tokens=64)
     return Phase(
-        generated=used + filtered + unneeded,
-        filtered=filtered,
+        collected=collected,
         unneeded=unneeded,
         stale=[make_sample(91, 0, 8, version=1)],
         schedule=plan,
@@ -54,11 +59,13 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     lengths = [5, 10, 10, 5, 7, 9, 4, 4]
     assert metrics["reward"] == 5 / 8
     assert metrics["response_tokens_mean"] == sum(lengths) / 8
-    assert (metrics["num_prompts"], metrics["num_samples"], metrics["num_generated_tokens"]) == (4, 8, sum(lengths))
+    assert (metrics["num_prompts"], metrics["num_samples"], metrics["num_generated_tokens"]) == (4, 8, 64)
     assert metrics["uniform_group_share"] == 1 / 4
     assert metrics["budget_use"] == 1.0
     assert metrics["num_dropped_equal_rewards"] == metrics["num_dropped_not_needed"] == 2
     assert metrics["num_dropped_stale"] == 1
+    assert (metrics["num_dropped_unfinished"], metrics["num_dropped_unfinished_tokens"]) == (2, 7)
+    assert metrics["off_policy_token_share"] == 6 / 20
     assert metrics["num_trained_samples"] + metrics["num_carried"] == 5
     outcomes = list(phase.outcomes())
     trained = sum(sample.response.num_output_tokens for sample, kind, _ in outcomes if kind == "trained")
@@ -71,8 +78,9 @@ def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
         tmp_path / "rollouts" / "step_0.jsonl", lambda position: f"prompt-{position}", lambda ids: str(len(ids))
     )
     rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_0.jsonl").read_text().splitlines()]
-    assert len(rows) == 10
-    assert sum(row["num_loss_tokens"] for row in rows) == 20
+    assert len(rows) == 12
+    assert sum(row.get("num_loss_tokens", 0) for row in rows) == 20
+    assert [row["num_tokens"] for row in rows if row["outcome"] == "dropped: kept for too long"] == [7, 0]
     (carried,) = (row for row in rows if row["position"] == 90)
-    assert (carried["prompt_id"], carried["policy_version"], carried["reason"]) == ("prompt-90", 2, "wrong")
+    assert (carried["prompt_id"], carried["policy_versions"], carried["reason"]) == ("prompt-90", {"2": 6}, "wrong")
     assert (carried["outcome"], carried["num_loss_tokens"], carried["response"]) == ("trained", 6, "6")

@@ -32,7 +32,7 @@ from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
-from megatron_rl.rollout.client import Generated, GenerationClient, together  # noqa: E402
+from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
 from megatron_rl.rollout.server import EmbeddedServer  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
@@ -48,16 +48,19 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
     shape = routed_shape(load_bailing_config(model))
 
     async def run() -> list[list[Generated]]:
-        await server.wait_ready(120)
         client = GenerationClient(server.url)
-        options = {"max_new_tokens": arguments.new_tokens, "temperature": 1.0, "timeout_seconds": 300.0}
-        seeds = range(arguments.samples)
+        options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
+        wanted = [
+            [Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens) for s in range(arguments.samples)]
+            for p in prompts
+        ]
         try:
-            return await together(client.generate(p, seeds, return_routed_experts=shape, **options) for p in prompts)
+            return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
         finally:
             await client.close()
 
     try:
+        server.wait_ready(120)
         return asyncio.run(run())
     finally:
         server.stop()

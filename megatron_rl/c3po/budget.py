@@ -107,6 +107,13 @@ class Shortfall:
             return first_wave
         return math.ceil(self.missing / self.per_prompt) + (self.unit == "tokens")
 
+    def prompts_to_start(self, num_running: int, num_slots: int, samples_per_prompt: int) -> int:
+        """Prompts to start beside `num_running` responses, where unfinished responses outlive the phase (C3PO++): as
+        many as keep every decoding slot busy until nothing is missing."""
+        if self.missing <= 0:
+            return 0
+        return max(0, math.ceil((num_slots - num_running) / samples_per_prompt))
+
     def add(self, num_prompts: int, kept_lengths: Sequence[Sequence[int]]) -> None:
         """Count a wave of `num_prompts` prompts; kept_lengths: response tokens of each group that was kept."""
         gained = sum(map(sum, kept_lengths)) if self.unit == "tokens" else len(kept_lengths)

@@ -187,7 +187,30 @@ class RolloutSection(Section):
         description="the run stops when in its first step the 0.999 quantile of |train - rollout log-prob| is above it",
     )
     token_deadline_seconds: float = Field(
-        default=2.0, gt=0, description="time allowed per generated token of the longest response, as a timeout"
+        default=1.0,
+        gt=0,
+        description="time allowed per generated token of a request's longest response before the server counts as lost",
+    )
+    silence_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="a server with work that does not answer /health for so long is taken out, and started again if "
+        "it is ours",
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, description="times that each of our servers is started again before the run stops"
+    )
+    partial: bool = Field(
+        default=False,
+        description="C3PO++: the rollout phase ends when the tokens of completed groups reach the budget; unfinished "
+        "responses are kept and go on under the next weights. Which ones complete depends on timing, so two runs of "
+        "one seed differ",
+    )
+    max_retention: int = Field(
+        default=5,
+        ge=0,
+        description="with partial: phases over which an unfinished group is kept before it is dropped; 0 drops what a "
+        "phase does not finish (over-sampling with early stop)",
     )
 
     @property
@@ -197,6 +220,32 @@ class RolloutSection(Section):
     @property
     def max_sequence_tokens(self) -> int:
         return self.max_prompt_tokens + self.max_response_tokens
+
+
+class SyncSection(Section):
+    """How new weights get to the servers, and how it is proven that they did."""
+
+    transport: Literal["disk", "distributed"] = Field(
+        default="disk",
+        description="disk: through a folder that the servers read, in memory when all is on one machine, else in "
+        "run_dir, which must be on a shared file system. distributed: broadcast over a process group",
+    )
+    bucket_mb: Positive = Field(
+        default=512, description="with distributed: MiB that travel at once, unless one tensor alone is larger"
+    )
+    probe_every: int = Field(
+        default=1,
+        ge=0,
+        description="steps between proofs that the weights arrived: log-probs of a few tokens through every server "
+        "against the trainer's; 0 is never",
+    )
+    probe_tokens: Annotated[int, Field(ge=2)] = 64
+    probe_tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="the run stops when the mean difference of the probe's log-probs is above it; default 1e-3 in "
+        "float32, 0.1 in bfloat16",
+    )
 
 
 class BudgetSection(Section):
@@ -288,6 +337,11 @@ class RlConfig(RunConfig):
     algorithm: AlgorithmSection = AlgorithmSection()
     reward: RewardSection = RewardSection()
     evaluate: EvaluateSection = EvaluateSection()
+    sync: SyncSection = SyncSection()
+
+    @property
+    def probe_tolerance(self) -> float:
+        return self.sync.probe_tolerance or (1e-3 if self.model.dtype == "float32" else 0.1)
 
     @model_validator(mode="after")
     def _check_budget(self) -> "RlConfig":

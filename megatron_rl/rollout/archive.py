@@ -25,10 +25,11 @@ class Carry:
 def pack_carry(carry: Carry) -> bytes:
     """Inverse of `unpack_carry`, exactly."""
     unfinished = [response for group in carry.unfinished for response in group.responses]
+    arrays: dict[str, Any] = _arrays([*(sample.response for sample in carry.samples), *unfinished])
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        **_arrays([*(sample.response for sample in carry.samples), *unfinished]),
+        **arrays,
         scores=np.array([(s.reward, s.advantage) for s in carry.samples], np.float64).reshape(-1, 2),
         reasons=np.array([s.reason for s in carry.samples], np.str_),
         groups=np.array([(g.prompt_id, len(g.responses), g.retention) for g in carry.unfinished], np.int64).reshape(

@@ -22,17 +22,37 @@ class ServerError(Fault):
     """A generation server failed, refused or answered nonsense; the message names it and what it said."""
 
 
+class RequestRefused(ServerError):
+    """The server understood and will not do it (status 4xx, or success false): asking again would not help."""
+
+
+class ServerLost(ServerError):
+    """It is gone, does not answer in time, or answers what no healthy server would: another one may do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """One response to sample: the tokens before it, its seed, and how many tokens it may have."""
+
+    input_ids: Sequence[int]
+    seed: int
+    max_new_tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
     """One sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it.
 
-    routed_experts: uint8 [prompt + n - 1, layers, topk], where they were asked for.
+    finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
+    weight_versions: of its tokens, in order; several when weights came while it ran.
+    routed_experts: uint8 [tokens before it + n - 1, layers, topk], where they were asked for; an aborted part may lack
+        them.
     """
 
     output_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
-    weight_version: str
+    weight_versions: tuple[str, ...]
     routed_experts: np.ndarray | None = None
 
 
@@ -53,97 +73,174 @@ class GenerationClient:
         self.url = url.rstrip("/")
         self._control_timeout = control_timeout_seconds
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(
-            base_url=self.url, limits=limits, timeout=control_timeout_seconds, trust_env=False
-        )
+        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=None, trust_env=False)
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def generate(
         self,
-        input_ids: Sequence[int],
-        seeds: Sequence[int],
+        wanted: Sequence[Continuation],
         *,
-        max_new_tokens: int,
         temperature: float,
         timeout_seconds: float,
-        return_routed_experts: RoutedShape | None = None,
+        routed: RoutedShape | None = None,
     ) -> list[Generated]:
-        """One continuation of the same prompt per seed, in the order of the seeds.
-
-        return_routed_experts: asks for them and says what they must look like; see `supports_routed_experts`.
-        """
-        shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": -1}
+        """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
+        shared = {"temperature": temperature, "top_p": 1.0, "top_k": -1}
         body = {
-            "input_ids": [list(input_ids)] * len(seeds),
-            "sampling_params": [shared | {"sampling_seed": seed} for seed in seeds],
+            "input_ids": [list(one.input_ids) for one in wanted],
+            "sampling_params": [
+                shared | {"max_new_tokens": one.max_new_tokens, "sampling_seed": one.seed} for one in wanted
+            ],
             "return_logprob": True,
         }
-        if return_routed_experts is not None:
+        if routed is not None:
             body["return_routed_experts"] = True
-        answers = await self._post("/generate", body, timeout_seconds)
-        if not isinstance(answers, list) or len(answers) != len(seeds):
-            raise ServerError(f"{self.url}/generate answered {type(answers).__name__} for {len(seeds)} samples")
-        return [self._generated(answer, len(input_ids), return_routed_experts) for answer in answers]
+        answers = await self._ask("POST", "/generate", body, timeout_seconds)
+        if not isinstance(answers, list) or len(answers) != len(wanted):
+            raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
+        return [
+            self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
+        ]
+
+    async def input_logprobs(self, input_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs float32 [n - 1] of all tokens but the first, whatever the temperature."""
+        body = {
+            "input_ids": list(input_ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answer = await self._ask("POST", "/generate", body, self._control_timeout)
+        try:
+            found = answer["meta_info"]["input_token_logprobs"]
+            logprobs = np.array([entry[0] for entry in found[1:]], np.float32)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
+        if len(logprobs) != len(input_ids) - 1:
+            raise ServerLost(f"{self.url}/generate gave {len(logprobs)} log-probs for {len(input_ids)} tokens")
+        return logprobs
+
+    async def abort_all(self) -> None:
+        """Every request in flight is answered now, with what it has."""
+        await self._ask("POST", "/abort_request", {"rid": "", "abort_all": True}, self._control_timeout, parse=False)
 
     async def update_weights_from_disk(self, directory: Path, version: str) -> None:
-        """Load new weights between two tokens; ServerError when the server refuses them."""
+        """Load new weights between two tokens; RequestRefused when the server will not have them."""
         body = {"model_path": str(directory), "weight_version": version, "abort_all_requests": False}
-        answer = await self._post("/update_weights_from_disk", body, self._control_timeout)
-        if not answer.get("success"):
-            raise ServerError(f"{self.url} refused new weights: {answer.get('message')}")
+        await self.control("/update_weights_from_disk", body)
 
-    async def version(self) -> str:
-        """What the server calls itself; "" where it does not say."""
-        info = await self._json(self._http.get("/server_info"), "/server_info")
-        return str(info.get("version", ""))
+    async def control(self, route: str, body: dict[str, Any], timeout_seconds: float | None = None) -> None:
+        """A POST that is answered with {"success": true}; RequestRefused with the server's message otherwise."""
+        answer = await self._ask("POST", route, body, timeout_seconds or self._control_timeout)
+        if not isinstance(answer, dict) or not answer.get("success"):
+            message = answer.get("message") if isinstance(answer, dict) else answer
+            raise RequestRefused(f"{self.url}{route} refused: {message}")
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """By tensor name, as rollout/update_group.py computes them; only the embedded server has them."""
+        answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
+        found = answer.get("checksums") if isinstance(answer, dict) else None
+        if not isinstance(found, dict):
+            raise RequestRefused(f"{self.url}/weights_checker gave no checksums of tensors")
+        return found
+
+    async def server_info(self) -> dict[str, Any]:
+        found = await self._ask("GET", "/server_info", None, self._control_timeout)
+        if not isinstance(found, dict):
+            raise ServerLost(f"{self.url}/server_info answered {type(found).__name__}")
+        return found
 
     async def is_ready(self) -> bool:
         """True once the server answers /ready with 200; False while nothing listens."""
-        try:
-            return (await self._http.get("/ready", timeout=5.0)).status_code == 200
-        except httpx.TransportError:
-            return False
+        return await self._is_ok("/ready", 5.0)
 
-    def _generated(self, answer: dict[str, Any], num_prompt_tokens: int, shape: RoutedShape | None) -> Generated:
+    async def is_healthy(self, timeout_seconds: float) -> bool:
+        """True when it still makes tokens: SGLang answers /health only then."""
+        return await self._is_ok("/health", timeout_seconds)
+
+    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:
         try:
             meta = answer["meta_info"]
-            pairs = meta["output_token_logprobs"]
+            # A request that was aborted before it ran has no list of log-probs.
+            pairs = meta.get("output_token_logprobs") or []
             output_ids = np.array(answer["output_ids"], dtype=np.int32)
             result = Generated(
                 output_ids=output_ids,
                 logprobs=np.array([pair[0] for pair in pairs], dtype=np.float32),
                 finish_reason=meta["finish_reason"]["type"],
-                weight_version=str(meta["weight_version"]),
+                weight_versions=_versions(meta),
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ServerError(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
-        if shape is not None and result.finish_reason != "abort":
-            try:
-                count = num_prompt_tokens + len(output_ids) - 1
-                result = replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, shape))
-            except ValueError as error:
-                raise ServerError(f"{self.url}/generate: {error}") from error
-        if result.finish_reason == "abort":
-            raise ServerError(f"{self.url}/generate: a request was aborted: {meta['finish_reason']}")
-        if len(result.logprobs) != len(output_ids) or not len(output_ids) or not np.isfinite(result.logprobs).all():
-            raise ServerError(
+            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
+        whole = result.finish_reason in ("stop", "length")
+        if not whole and result.finish_reason != "abort":
+            raise ServerLost(f"{self.url}/generate: unknown finish_reason {result.finish_reason!r}")
+        if (
+            len(result.logprobs) != len(output_ids)
+            or (whole and not len(output_ids))
+            or not np.isfinite(result.logprobs).all()
+        ):
+            raise ServerLost(
                 f"{self.url}/generate: {len(output_ids)} tokens came with {len(result.logprobs)} log-probs, "
                 f"{int((~np.isfinite(result.logprobs)).sum())} of them not finite"
             )
-        return result
-
-    async def _post(self, route: str, body: dict[str, Any], timeout_seconds: float) -> Any:
-        return await self._json(self._http.post(route, json=body, timeout=timeout_seconds), route)
-
-    async def _json(self, request: Any, route: str) -> Any:
+        if routed is None or not (whole or "routed_experts" in meta):
+            return result
         try:
-            answer = await request
-        except httpx.TimeoutException as error:
-            raise ServerError(f"{self.url}{route} did not answer in time ({type(error).__name__})") from error
-        except httpx.TransportError as error:
-            raise ServerError(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
+            count = num_tokens_before + len(output_ids) - 1
+            return replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, routed))
+        except ValueError as error:  # a server that cannot do it cannot do it the next time either
+            raise RequestRefused(f"{self.url}/generate: {error}") from error
+
+    async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return (await self._http.get(route)).status_code == 200
+        except (httpx.HTTPError, TimeoutError):
+            return False
+
+    async def _ask(
+        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float, parse: bool = True
+    ) -> Any:
+        """The JSON of the answer. The time limit is for the whole of it: a server that sends a byte now and then would
+        never run into one between two reads."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                answer = await self._http.request(method, route, json=body)
+        except TimeoutError:
+            raise ServerLost(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
+        except httpx.HTTPError as error:
+            raise ServerLost(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:
-            raise ServerError(f"{self.url}{route} answered {answer.status_code}: {answer.text[:500]}")
-        return answer.json()
+            kind = RequestRefused if 400 <= answer.status_code < 500 else ServerLost
+            raise kind(f"{self.url}{route} answered {answer.status_code}: {answer.text[:500]}")
+        if not parse:
+            return None
+        try:
+            return answer.json()
+        except ValueError:
+            raise ServerLost(f"{self.url}{route} answered what is no JSON: {answer.text[:200]!r}") from None
+
+
+def _versions(meta: dict[str, Any]) -> tuple[str, ...]:
+    spans = meta.get("weight_versions")
+    if spans:
+        return tuple(str(span["version"]) for span in spans if span["end"] > span["start"])
+    return (str(meta["weight_version"]),)
+
+
+async def differing_tensors(url: str, ours: dict[str, str]) -> str:
+    """Which tensors of the server at `url` have another checksum than `ours`, in words; or that it cannot tell."""
+    client = GenerationClient(url)
+    try:
+        theirs = await client.weight_checksums()
+    except ServerError as error:
+        return f"which tensors differ cannot be told ({error})"
+    finally:
+        await client.close()
+    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
+    lost = sorted(ours.keys() - theirs.keys())
+    text = f"{len(names)} of {len(theirs)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")

@@ -16,9 +16,9 @@ from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import read_prompts
 from megatron_rl.records import Response
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.client import GenerationClient
+from megatron_rl.rollout.keeper import start_servers
+from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.server import start_servers, stop_servers, wait_all_ready
 
 log = logging.getLogger(__name__)
 
@@ -67,21 +67,23 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
     input_ids = rendered_prompts(prompts, tokenizer, rollout.max_prompt_tokens, config.data.test)
     questions = [Question(prompt_id=i, prompt=p, input_ids=input_ids[p.id]) for i, p in enumerate(prompts)]
     started = time.perf_counter()
-    servers = start_servers(model, config.run_dir, rollout, config.model.dtype, name="evaluate_server")
-    clients: list[GenerationClient] = []
+    keeper = start_servers(model, config.run_dir, rollout, config.model.dtype, name="evaluate_server")
     try:
-        await wait_all_ready(servers, rollout.ready_deadline_seconds)
-        clients = [GenerationClient(server.url) for server in servers]
-        with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
-            # A seed of its own: evaluation must not repeat the random numbers of training.
-            sampler = Sampler(
-                clients, rewards, tokenizer.decode, _no_advantages, rollout, seed=config.seed + 1_000_000_007
-            )
-            groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
+        keeper.wait_ready()
+        servers = ServerPool(keeper.urls, rollout, keeper.replace)
+        try:
+            await servers.connect()
+            servers.assume(model, "0")
+            with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
+                # A seed of its own: evaluation must not repeat the random numbers of training.
+                sampler = Sampler(
+                    servers, rewards, tokenizer.decode, _no_advantages, rollout, seed=config.seed + 1_000_000_007
+                )
+                groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
+        finally:
+            await servers.close()
     finally:
-        for client in clients:
-            await client.close()
-        stop_servers(servers)
+        keeper.close()
     scores = [sum(s.reward for s in group.samples) / len(group.samples) for group in groups]
     kinds: dict[str, list[float]] = {}
     for prompt, score in zip(prompts, scores, strict=True):

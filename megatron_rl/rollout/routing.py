@@ -1,25 +1,14 @@
-"""Routed experts as SGLang answers them: who can, and text to array."""
+"""Routed experts as SGLang answers them: text to array."""
 
 import base64
 import binascii
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_rl.config.bailing import BailingConfig
 
-# Before it SGLang's BailingMoE does not tell its router which layer it is in: it crashes, or reports wrong experts.
-_FIRST_SGLANG = (0, 5, 22)
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
-
-
-def supports_routed_experts(version: str) -> bool:
-    """Whether a server of this version (of /server_info) returns routed experts of a BailingMoE."""
-    if version.startswith("embedded-"):
-        return True
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    return numbers is not None and tuple(map(int, numbers.groups())) >= _FIRST_SGLANG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

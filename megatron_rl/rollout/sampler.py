@@ -1,23 +1,27 @@
-"""The rollout phase: prompts in, scored groups out, until the token budget is filled."""
+"""The rollout phase: prompts in, scored groups out, until the token budget is filled.
+
+A phase either samples in waves and waits for every response, which makes it a function of the seed alone, or it is
+partial (C3PO++, Ring-1T report, arXiv 2510.18855): it keeps the decoding slots busy, ends when the completed groups
+fill the budget, and leaves the rest unfinished for the next phase.
+"""
 
 import asyncio
 import hashlib
-import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.records import Group, Response, Sample
+from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.client import GenerationClient, ServerError, together
-from megatron_rl.rollout.routing import RoutedShape
+from megatron_rl.rollout.client import Continuation, Generated, together
+from megatron_rl.rollout.pool import ServerPool
 
-log = logging.getLogger(__name__)
+_ABORT_AGAIN_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,46 +33,65 @@ class Question:
     input_ids: tuple[int, ...]
 
 
-def sampling_seed(run_seed: int, prompt_id: int, sample_index: int, retention: int = 0) -> int:
-    """A 31-bit seed that depends on these numbers only, so a resumed run samples what the killed one would have."""
-    key = f"{run_seed}/{prompt_id}/{sample_index}/{retention}"
+@dataclass(slots=True, kw_only=True)
+class Collected:
+    """What a phase brought.
+
+    kept, filtered: scored groups that `keep` took, and those that it did not.
+    unfinished: to be resumed in the next phase. purged: unfinished ones that have been kept for too long.
+    num_generated_tokens: sampled in this phase, whatever became of them.
+    """
+
+    kept: list[Group] = field(default_factory=list)
+    filtered: list[Group] = field(default_factory=list)
+    unfinished: list[UnfinishedGroup] = field(default_factory=list)
+    purged: list[UnfinishedGroup] = field(default_factory=list)
+    num_generated_tokens: int = 0
+
+
+def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
+    """A 31-bit seed that depends on these numbers only, so a resumed run samples what the killed one would have.
+
+    A response that is resumed keeps its seed: random numbers belong to positions, so where the weights are still the
+    same it goes on as if it had never stopped.
+    """
+    key = f"{run_seed}/{prompt_id}/{sample_index}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFF_FFFF
 
 
 class Sampler:
     """Samples groups from the servers and scores them while others are generated.
 
-    A group goes as one request to the server with the least outstanding tokens. Which one it is does not matter to
-    what comes back: the seeds decide.
+    Which server a request goes to does not matter to what comes back: the seeds decide.
     """
 
     def __init__(
         self,
-        clients: Sequence[GenerationClient],
+        servers: ServerPool,
         rewards: RewardPool,
         decode: Callable[[Sequence[int]], str],
         advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
         seed: int,
-        routed: RoutedShape | None = None,
     ) -> None:
-        """advantages: of one group, float64 [K] from its responses and rewards [K]. routed: ask for routed experts."""
-        self._clients, self._rewards, self._decode, self._advantages = clients, rewards, decode, advantages
-        self._outstanding_tokens = [0] * len(clients)
+        """advantages: of one group, float64 [K] from its responses and rewards [K]."""
+        self._servers, self._rewards, self._decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
-        slots = rollout.max_running_requests * len(clients)
-        self._in_flight = asyncio.Semaphore(max(8, 2 * slots // rollout.samples_per_prompt))
-        self._rollout, self._seed, self._routed = rollout, seed, routed
+        self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
+        self._rollout, self._seed = rollout, seed
 
     async def sample(
         self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
     ) -> list[Group]:
-        """A scored group for every question, in their order. ServerError when the server fails or has other weights."""
+        """A scored group for every question, in their order. A group goes as one request."""
         size = samples_per_prompt or self._rollout.samples_per_prompt
-        slots = self._rollout.max_running_requests * len(self._clients)
-        waves = math.ceil(len(questions) * size / slots)
-        timeout = 30.0 + waves * self._rollout.max_response_tokens * self._rollout.token_deadline_seconds
-        return await together(self._group(question, policy_version, size, timeout) for question in questions)
+
+        async def one(question: Question) -> Group:
+            async with self._in_flight:
+                responses = await self._continue(_blank(question, size), policy_version)
+            return await self._score(question, responses)
+
+        return await together(one(question) for question in questions)
 
     async def fill(
         self,
@@ -77,66 +100,76 @@ class Sampler:
         shortfall: Shortfall,
         keep: Callable[[Group], bool],
         max_waves: int,
-    ) -> tuple[list[Group], list[Group]]:
-        """Sample in waves until nothing is missing; the groups that `keep` takes, and those that it does not.
+    ) -> Collected:
+        """Sample in waves until nothing is missing.
 
         take: gives the next n questions. shortfall: counted down as waves arrive. ValueError after `max_waves` waves.
         """
-        kept: list[Group] = []
-        filtered: list[Group] = []
+        found = Collected()
         for _ in range(max_waves):
             count = shortfall.more_prompts(first_wave=self._rollout.prompts_per_step)
             if count == 0:
-                return kept, filtered
+                return found
             wave = await self.sample(take(count), policy_version)
             good = [group for group in wave if keep(group)]
-            kept += good
-            filtered += [group for group in wave if not keep(group)]
+            found.kept += good
+            found.filtered += [group for group in wave if not keep(group)]
+            found.num_generated_tokens += sum(map(_num_tokens, wave))
             shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
         if shortfall.missing > 0:
-            raise ValueError(
-                f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit} after {max_waves} waves "
-                f"(budget.max_waves), of {len(kept) + len(filtered)} groups {len(filtered)} had equal rewards and were "
-                "filtered out; raise budget.max_waves, lower the budget or choose prompts of fitting difficulty"
-            )
-        return kept, filtered
+            raise _never_filled(shortfall, found, f"{max_waves} waves")
+        return found
 
-    async def _group(self, question: Question, policy_version: int, size: int, timeout_seconds: float) -> Group:
-        async with self._in_flight:
-            chosen = self._outstanding_tokens.index(min(self._outstanding_tokens))
-            client, tokens = self._clients[chosen], size * self._rollout.max_response_tokens
-            self._outstanding_tokens[chosen] += tokens
-            try:
-                generated = await client.generate(
-                    question.input_ids,
-                    [sampling_seed(self._seed, question.prompt_id, i) for i in range(size)],
-                    max_new_tokens=self._rollout.max_response_tokens,
-                    temperature=self._rollout.temperature,
-                    timeout_seconds=timeout_seconds,
-                    return_routed_experts=self._routed,
+    async def fill_partially(
+        self,
+        resumed: Sequence[tuple[Question, UnfinishedGroup]],
+        take: Callable[[int], list[Question]],
+        policy_version: int,
+        shortfall: Shortfall,
+        keep: Callable[[Group], bool],
+        max_waves: int,
+    ) -> Collected:
+        """C3PO++: sample until nothing is missing, then stop what still runs.
+
+        resumed: unfinished groups of the last phase; they go first. Every response is a request of its own, so that a
+        slot is given away as soon as its response ends. ValueError when `max_waves` times as many prompts as a step
+        has brought too little.
+        """
+        phase = _PartialPhase(self, policy_version, shortfall, keep)
+        for question, group in resumed:
+            phase.start(question, group.responses, group.retention)
+        size, limit = self._rollout.samples_per_prompt, max_waves * self._rollout.prompts_per_step
+        num_started = 0
+        try:
+            while shortfall.missing > 0:
+                count = shortfall.prompts_to_start(phase.num_running, self._servers.num_slots, size)
+                if count == 0 or num_started < limit:
+                    for question in take(count):
+                        phase.start(question, _blank(question, size), 0)
+                    num_started += count
+                if not await phase.advance():
+                    raise _never_filled(shortfall, phase.found, f"{num_started} prompts")
+            await phase.stop(self._servers.abort_all)
+        finally:
+            phase.cancel()
+        return phase.ended(self._rollout.max_retention)
+
+    async def _continue(self, responses: Sequence[Response], policy_version: int) -> list[Response]:
+        """The same responses, each sampled on from where it is."""
+        generated = await self._servers.generate(
+            [
+                Continuation(
+                    input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
+                    seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
+                    max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
                 )
-            finally:
-                self._outstanding_tokens[chosen] -= tokens
-        prompt_ids = np.array(question.input_ids, dtype=np.int32)
-        responses = []
-        for index, one in enumerate(generated):
-            if one.weight_version != str(policy_version):
-                raise ServerError(
-                    f"{client.url} answered with weights {one.weight_version!r}, expected {policy_version!r}: "
-                    "the last weight update did not arrive"
-                )
-            responses.append(
-                Response(
-                    prompt_id=question.prompt_id,
-                    sample_index=index,
-                    prompt_ids=prompt_ids,
-                    output_ids=one.output_ids,
-                    rollout_logprobs=one.logprobs,
-                    policy_versions=np.full(len(one.output_ids), policy_version, np.int32),
-                    finish_reason=one.finish_reason,
-                    routed_experts=one.routed_experts,
-                )
-            )
+                for response in responses
+            ],
+            self._rollout.temperature,
+        )
+        return [_extended(response, one, policy_version) for response, one in zip(responses, generated, strict=True)]
+
+    async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         texts = [self._decode(response.output_ids.tolist()) for response in responses]
         verdicts = await asyncio.gather(*(self._rewards.score_async(text, question.prompt.answer) for text in texts))
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
@@ -147,3 +180,119 @@ class Sampler:
                 for r, v, a in zip(responses, verdicts, advantages, strict=True)
             ),
         )
+
+
+@dataclass(slots=True)
+class _Open:
+    question: Question
+    responses: list[Response]
+    retention: int
+
+
+class _PartialPhase:
+    """The groups in flight of one partial phase, and what has come of it."""
+
+    def __init__(
+        self, sampler: Sampler, policy_version: int, shortfall: Shortfall, keep: Callable[[Group], bool]
+    ) -> None:
+        self._sampler, self._version, self._shortfall, self._keep = sampler, policy_version, shortfall, keep
+        self._open: dict[int, _Open] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.num_running = 0
+        self.found = Collected()
+
+    def start(self, question: Question, responses: Sequence[Response], retention: int) -> None:
+        self._open[question.prompt_id] = _Open(question, list(responses), retention)
+        for response in responses:
+            if not response.finish_reason:
+                self.num_running += 1
+                self._spawn(self._run(response))
+
+    async def advance(self) -> bool:
+        """Wait until something has ended; False when nothing runs."""
+        if not self._tasks:
+            return False
+        done, self._tasks = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return True
+
+    async def stop(self, abort_all: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have the servers end what runs, until all of it has come back."""
+        while self._tasks:
+            if self.num_running:
+                # Again and again: a request may not have reached its server when the first word did.
+                await abort_all()
+            done, self._tasks = await asyncio.wait(self._tasks, timeout=_ABORT_AGAIN_SECONDS)
+            for task in done:
+                task.result()
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def ended(self, max_retention: int) -> Collected:
+        for prompt_id, group in sorted(self._open.items()):
+            left = UnfinishedGroup(prompt_id=prompt_id, responses=tuple(group.responses), retention=group.retention + 1)
+            (self.found.unfinished if left.retention <= max_retention else self.found.purged).append(left)
+        return self.found
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(asyncio.create_task(work))
+
+    async def _run(self, response: Response) -> None:
+        try:
+            (longer,) = await self._sampler._continue([response], self._version)
+        finally:
+            self.num_running -= 1
+        self.found.num_generated_tokens += longer.num_output_tokens - response.num_output_tokens
+        group = self._open[response.prompt_id]
+        group.responses[response.sample_index] = longer
+        if all(one.finish_reason for one in group.responses):
+            scored = await self._sampler._score(group.question, group.responses)
+            del self._open[response.prompt_id]
+            good = self._keep(scored)
+            (self.found.kept if good else self.found.filtered).append(scored)
+            self._shortfall.add(1, [[r.num_output_tokens for r in group.responses]] if good else [])
+
+
+def _blank(question: Question, size: int) -> list[Response]:
+    prompt_ids = np.array(question.input_ids, np.int32)
+    return [
+        Response(
+            prompt_id=question.prompt_id,
+            sample_index=index,
+            prompt_ids=prompt_ids,
+            output_ids=np.zeros(0, np.int32),
+            rollout_logprobs=np.zeros(0, np.float32),
+            policy_versions=np.zeros(0, np.int32),
+            finish_reason="",
+        )
+        for index in range(size)
+    ]
+
+
+def _extended(response: Response, more: Generated, policy_version: int) -> Response:
+    return replace(
+        response,
+        output_ids=np.concatenate([response.output_ids, more.output_ids]),
+        rollout_logprobs=np.concatenate([response.rollout_logprobs, more.logprobs]),
+        policy_versions=np.concatenate(
+            [response.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
+        ),
+        finish_reason="" if more.finish_reason == "abort" else more.finish_reason,
+        # Those of the whole sequence: what was there before went through the present weights too.
+        routed_experts=more.routed_experts if len(more.output_ids) else response.routed_experts,
+    )
+
+
+def _num_tokens(group: Group) -> int:
+    return sum(sample.response.num_output_tokens for sample in group.samples)
+
+
+def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueError:
+    return ValueError(
+        f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit} after {after} (budget.max_waves), of "
+        f"{len(found.kept) + len(found.filtered)} groups {len(found.filtered)} had equal rewards and were filtered "
+        "out; raise budget.max_waves, lower the budget or choose prompts of fitting difficulty"
+    )

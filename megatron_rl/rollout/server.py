@@ -1,6 +1,5 @@
 """Starting, watching and stopping generation servers, each a process of its own."""
 
-import asyncio
 import contextlib
 import importlib.util
 import logging
@@ -11,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from megatron_rl.config.schema import RolloutSection
-from megatron_rl.rollout.client import GenerationClient, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,19 @@ _TORCHRUN = re.compile(
 class GenerationServer:
     """A running server process. It ends with this process, however this process ends."""
 
-    def __init__(self, command: Sequence[object], log_path: Path, port: int, **environment: str) -> None:
+    def __init__(
+        self, command: Sequence[object], log_path: Path, port: int, host: str = "127.0.0.1", **environment: str
+    ) -> None:
         """Start `command`, whose stdin is its lifeline: the other end closes when this process dies, even by SIGKILL.
 
         port: where it will listen; 0 when it is going to announce that in its log. `wait_ready` tells when it serves.
         """
-        self.port = port
+        self.host, self.port = host, port
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
-        with log_path.open("wb") as log_file:
+        # The log of a server that is started again at the same port goes on where the last one's ended.
+        with log_path.open("ab" if port else "wb") as log_file:
             # A session of its own keeps the terminal's Ctrl-C away from it; this process decides when it ends.
             self._process = subprocess.Popen(
                 [str(part) for part in command],
@@ -52,35 +55,42 @@ class GenerationServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
-    async def wait_ready(self, deadline_seconds: float) -> None:
-        """Return when the server serves. ValueError with its last words when it ends or the deadline passes."""
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process runs."""
+        return self._process.poll()
+
+    def is_ready(self) -> bool:
+        """True once it answers /ready with 200."""
+        if self.port == 0:
+            self.port = self._announced_port()
+        if self.port == 0:
+            return False
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> None:
+        """Return when the server serves. ValueError with its last words when it ends or the deadline passes.
+
+        check: called now and then; what it raises ends the wait.
+        """
         give_up = time.monotonic() + deadline_seconds
         while time.monotonic() < give_up:
-            if self._process.poll() is not None:
-                raise ValueError(
-                    f"the generation server ended with code {self._process.returncode}: {self.last_words()}"
-                )
-            if self.port == 0:
-                self.port = self._announced_port()
-            if self.port:
-                client = GenerationClient(self.url)
-                try:
-                    if await client.is_ready():
-                        return
-                finally:
-                    await client.close()
-            await asyncio.sleep(0.1)
+            check()
+            if self.exit_code is not None:
+                raise ValueError(f"the generation server ended with code {self.exit_code}: {self.last_words()}")
+            if self.is_ready():
+                return
+            time.sleep(0.1)
         self.stop()
         raise ValueError(
             f"the generation server was not ready within {deadline_seconds:g} s (rollout.ready_deadline_seconds): "
             f"{self.last_words()}"
         )
-
-    def check_alive(self) -> None:
-        if self._process.poll() is not None:
-            raise ServerError(f"the generation server ended with code {self._process.returncode}: {self.last_words()}")
 
     def last_words(self, lines: int = 8) -> str:
         """The end of its log."""
@@ -97,11 +107,18 @@ class GenerationServer:
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is not None:
                 return
-            os.killpg(self._process.pid, signal_number)
+            with contextlib.suppress(ProcessLookupError):  # it ended between the look and the signal
+                os.killpg(self._process.pid, signal_number)
             try:
                 self._process.wait(grace_seconds)
             except subprocess.TimeoutExpired:
                 log.warning("generation server %d ignored %s", self._process.pid, signal_number.name)
+
+    def kill(self) -> None:
+        """End the process group at once, also when it is stopped or deaf to SIGTERM."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(10.0)
 
     def _announced_port(self) -> int:
         match = re.search(r"serving .* on http://\S+:(\d+)", self.log_path.read_text(errors="replace"))
@@ -116,6 +133,7 @@ class EmbeddedServer(GenerationServer):
         model_path: Path,
         log_path: Path,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         max_running_requests: int = 64,
         context_length: int,
@@ -125,6 +143,7 @@ class EmbeddedServer(GenerationServer):
     ) -> None:
         options = {
             "--model-path": model_path,
+            "--host": host,
             "--port": port,
             "--max-running-requests": max_running_requests,
             "--context-length": context_length,
@@ -133,7 +152,9 @@ class EmbeddedServer(GenerationServer):
             "--threads": threads,
         }
         command = [sys.executable, "-m", "megatron_rl.rollout.embedded", "--lifeline"]
-        super().__init__([*command, *(part for pair in options.items() for part in pair)], log_path, port)
+        # Another host than loopback is asked for only where a run has several nodes.
+        command += ["--allow-remote"] if host != "127.0.0.1" else []
+        super().__init__([*command, *(part for pair in options.items() for part in pair)], log_path, port, host)
 
 
 class SglangServer(GenerationServer):
@@ -145,6 +166,7 @@ class SglangServer(GenerationServer):
         log_path: Path,
         *,
         python: Path,
+        host: str = "127.0.0.1",
         port: int = 0,
         max_running_requests: int = 64,
         context_length: int,
@@ -155,10 +177,10 @@ class SglangServer(GenerationServer):
     ) -> None:
         """python: the interpreter of an environment with sglang. on_cpu: see rollout/sglang_cpu. arguments: further
         ones of launch_server, after ours, so that they win."""
-        port = port or _free_port()
+        port = port or _free_port(host)
         options = {
             "--model-path": model_path,
-            "--host": "127.0.0.1",
+            "--host": host,
             "--port": port,
             "--max-running-requests": max_running_requests,
             "--context-length": context_length,
@@ -174,50 +196,41 @@ class SglangServer(GenerationServer):
             environment = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parent / "sglang_cpu")}
         command = [sys.executable, "-m", "megatron_rl.rollout.supervise", python, "-m", "sglang.launch_server"]
         given = [part for pair in options.items() for part in pair]
-        super().__init__([*command, *given, *flags, *arguments], log_path, port, **environment)
+        super().__init__([*command, *given, *flags, *arguments], log_path, port, host, **environment)
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
-def start_servers(
-    model_path: Path, folder: Path, rollout: RolloutSection, dtype: str, name: str = "server"
-) -> list[GenerationServer]:
-    """Start `rollout.num_servers` servers; their logs are `folder/NAME_I.log`. They get ready at the same time.
+def server_starter(
+    model_path: Path, log_path: Path, rollout: RolloutSection, dtype: str, *, host: str = "127.0.0.1", port: int = 0
+) -> Callable[[int], GenerationServer]:
+    """A function that starts this server: with 0 the first time, later at the port that it had.
 
-    ValueError when there is no SGLang to start.
+    port: where the first one listens; 0 picks. ValueError when there is no SGLang to start.
     """
-    servers: list[GenerationServer] = []
-    python = find_sglang(rollout) if rollout.engine == "sglang" else None
-    routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
-    try:
-        for i in range(rollout.num_servers):
-            log_path = folder / f"{name}_{i}.log"
-            shared: dict[str, Any] = {
-                "port": rollout.port + i if rollout.port else 0,
-                "max_running_requests": rollout.max_running_requests,
-                "context_length": rollout.max_sequence_tokens,
-                "dtype": dtype,
-            }
-            servers.append(
-                SglangServer(
-                    model_path,
-                    log_path,
-                    python=python,
-                    on_cpu=not on_gpu(),
-                    arguments=(*routed, *rollout.sglang_arguments),
-                    **shared,
-                )
-                if python
-                else EmbeddedServer(model_path, log_path, threads=rollout.threads, **shared)
-            )
-    except BaseException:
-        stop_servers(servers)
-        raise
-    return servers
+    shared: dict[str, Any] = {
+        "host": host,
+        "max_running_requests": rollout.max_running_requests,
+        "context_length": rollout.max_sequence_tokens,
+        "dtype": dtype,
+    }
+    if rollout.engine == "sglang":
+        python = find_sglang(rollout)
+        routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
+        return lambda again: SglangServer(
+            model_path,
+            log_path,
+            python=python,
+            port=again or port,
+            on_cpu=not on_gpu(),
+            arguments=(*routed, *rollout.sglang_arguments),
+            **shared,
+        )
+    return lambda again: EmbeddedServer(model_path, log_path, port=again or port, threads=rollout.threads, **shared)
 
 
 def find_sglang(rollout: RolloutSection) -> Path:
@@ -240,15 +253,3 @@ def find_sglang(rollout: RolloutSection) -> Path:
 def on_gpu() -> bool:
     """True where servers will find an NVIDIA GPU."""
     return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and Path("/dev/nvidia0").exists()
-
-
-async def wait_all_ready(servers: Sequence[GenerationServer], deadline_seconds: float) -> None:
-    """Return when all serve; the first one's failure is raised."""
-    for server in servers:
-        await server.wait_ready(deadline_seconds)
-
-
-def stop_servers(servers: Sequence[GenerationServer]) -> None:
-    for server in servers:
-        with contextlib.suppress(ProcessLookupError):  # it ended between the look and the signal
-            server.stop()

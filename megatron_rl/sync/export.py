@@ -1,7 +1,7 @@
 """Megatron shards as Hugging Face-named tensors, and directories of them."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_index, write_shard
-from megatron_rl.checkpoint.names import name_table
+from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.model.build import Model, owns_export, tensor_group
 
 
@@ -24,10 +24,23 @@ def export_tensors(
     The tensor-parallel shards of a parameter are gathered inside their group; pipeline stages and expert-parallel ranks
     export what they hold. Every rank must run this to its end: it is collective.
     """
-    table = name_table(model.bailing)
-    for name, parameter in model.parameters_by_canonical_name().items():
-        entry = table.get(name)
-        if entry is None or not owns_export(entry):
+    parameters = model.parameters_by_canonical_name()
+    for entry, tensors in gathered(name_table(model.bailing).values(), parameters, read):
+        yield from zip(entry.hf, tensors, strict=True)
+
+
+def gathered(
+    entries: Iterable[Mapping],
+    parameters: dict[str, torch.nn.Parameter],
+    read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
+) -> Iterator[tuple[Mapping, tuple[Tensor, ...]]]:
+    """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.
+
+    parameters: this rank's, by canonical name.
+    """
+    for entry in entries:
+        parameter = parameters.get(entry.megatron)
+        if parameter is None or not owns_export(entry):
             continue
         group = tensor_group(entry)
         shard = read(parameter)
@@ -36,7 +49,17 @@ def export_tensors(
             shards = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(shards, shard.contiguous(), group=group)
         if group.rank() == 0:
-            yield from zip(entry.hf, entry.layout.split(entry.layout.unshard(shards)), strict=True)
+            yield entry, entry.layout.split(entry.layout.unshard(shards))
+
+
+def exported_names(model: Model) -> list[str]:
+    """Canonical names of what `export_tensors` yields on this rank."""
+    parameters = model.parameters_by_canonical_name()
+    return [
+        entry.megatron
+        for entry in name_table(model.bailing).values()
+        if entry.megatron in parameters and owns_export(entry) and tensor_group(entry).rank() == 0
+    ]
 
 
 def export_directory(model: Model, source: Path, destination: Path, control: Any) -> None:

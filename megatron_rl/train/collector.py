@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,26 +18,29 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.layout import Layout
-from megatron_rl.records import Group, Response, Sample
+from megatron_rl.records import Group, Response
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.rollout.client import GenerationClient, together
-from megatron_rl.rollout.routing import routed_shape, supports_routed_experts
-from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.server import GenerationServer, start_servers, stop_servers, wait_all_ready
+from megatron_rl.rollout.client import together
+from megatron_rl.rollout.pool import Counts, ServerPool
+from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.sampler import Collected, Question, Sampler
+from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals
+from megatron_rl.train.serving import NodeServers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Collector:
-    """Owns the servers, their clients, the reward pool and the surplus. `close()` ends them all."""
+    """Owns connections to the servers, the reward pool, and what a phase leaves to the next. `close()` ends them."""
 
-    def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals, weights: Path) -> None:
-        """Starts the servers on the model directory `weights` and waits until they serve. ValueError for data that
-        cannot be used."""
+    def __init__(
+        self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals, servers: NodeServers
+    ) -> None:
+        """ValueError for data that cannot be used."""
         self._config, self._layout, self._signals, self._cost = config, layout, signals, cost
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(layout.world_size)
@@ -49,54 +51,58 @@ class Collector:
         )
         self._stream = PromptStream(prompts, config.seed)
         self.cursor = 0
-        self.carried: tuple[Sample, ...] = ()
+        self.carry = Carry()
         self.tokens_per_prompt: float | None = None
+        self._keeper = servers.keeper
         self._loop = asyncio.Runner()
-        self._servers: list[GenerationServer] = []
-        self._clients: list[GenerationClient] = []
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
+        routed = routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None
+        replace = self._keeper.replace if self._keeper else None
+        self.pool = ServerPool(servers.urls, config.rollout, replace, routed)
         try:
-            self._connect(weights)
+            self.run(self.pool.connect())
         except BaseException:
             self.close()
             raise
-        self._sampler = Sampler(
-            self._clients,
-            self._rewards,
-            self._decode,
-            self._advantages,
-            config.rollout,
-            config.seed,
-            routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None,
-        )
+        self._sampler = Sampler(self.pool, self._rewards, self._decode, self._advantages, config.rollout, config.seed)
 
     def state(self) -> tuple[dict[str, Any], bytes]:
-        """What a checkpoint keeps: JSON and carried samples. `restore` takes both."""
+        """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
         state = {"cursor": self.cursor, "tokens_per_prompt": self.tokens_per_prompt}
-        return state, pack_carry(Carry(samples=self.carried))
+        return state, pack_carry(self.carry)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
         self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
-        self.carried = unpack_carry(carried).samples
+        self.carry = unpack_carry(carried)
 
-    def update_weights(self, directory: Path, policy_version: int) -> None:
-        """Have every server load the weights in `directory` and answer as `policy_version` from now on."""
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the pool's event loop. StopRequested when a signal came: it is abandoned then."""
+        return self._loop.run(self._watched(work))
 
-        version = str(policy_version)
-        updates = together(client.update_weights_from_disk(directory, version) for client in self._clients)
-        self._loop.run(self._watched(updates))
+    def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
+        """What every serving server makes of the next prompts' tokens: their urls, and the question for the trainer."""
+        tokens: list[int] = []
+        position = self.cursor
+        while len(tokens) < num_tokens:
+            (prompt,), position = self._stream.take(position, 1)
+            tokens += self._input_ids[prompt.id]
+        tokens = tokens[: max(2, min(num_tokens, self._config.rollout.max_sequence_tokens - 1))]
+        clients = [member.client for member in self.pool.serving]
+        found = self.run(together(client.input_logprobs(tokens) for client in clients))
+        return [client.url for client in clients], Probe(token_ids=tokens, logprobs=[one.tolist() for one in found])
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
 
-        StopRequested when a signal came: the phase is abandoned and nothing of it is kept.
+        StopRequested when a signal came, WeightsNeeded when no server is left that has them: the phase is abandoned
+        and nothing of it is kept.
         """
         config = self._config
         started = time.perf_counter()
         refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         oldest = policy_version - config.budget.max_staleness
-        fresh_enough = [sample for sample in self.carried if sample.response.policy_version >= oldest]
-        stale = [sample for sample in self.carried if sample.response.policy_version < oldest]
+        fresh_enough = [sample for sample in self.carry.samples if sample.response.policy_version >= oldest]
+        stale = [sample for sample in self.carry.samples if sample.response.policy_version < oldest]
         if refill:
             missing = sum(self._budgets) - sum(s.response.num_output_tokens for s in fresh_enough)
             shortfall = Shortfall(unit="tokens", missing=missing, per_prompt=self.tokens_per_prompt)
@@ -104,17 +110,14 @@ class Collector:
             shortfall = Shortfall(unit="groups", missing=config.rollout.prompts_per_step, per_prompt=1.0)
         cursor = self.cursor
         try:
-            rollout = self._sampler.fill(
-                self._take, policy_version, shortfall, self._is_wanted, config.budget.max_waves
-            )
-            kept, filtered = self._loop.run(self._watched(rollout))
+            found = self.run(self._rollout(policy_version, shortfall))
         except BaseException:
             self.cursor = cursor
             raise
         rollout_seconds = time.perf_counter() - started
-        wanted = len(kept) if refill else config.rollout.prompts_per_step
+        wanted = len(found.kept) if refill else config.rollout.prompts_per_step
         plan = schedule(
-            kept[:wanted],
+            found.kept[:wanted],
             fresh_enough,
             algorithm=self._algorithm,
             budgets=self._budgets,
@@ -129,14 +132,8 @@ class Collector:
             cost=self._cost,
             micro_batch_multiple=self._layout.micro_batch_multiple,
         )
-        phase = Phase(
-            generated=kept + filtered,
-            filtered=filtered,
-            unneeded=kept[wanted:],
-            stale=stale,
-            schedule=plan,
-        )
-        self.carried = plan.carried
+        phase = Phase(collected=found, unneeded=found.kept[wanted:], stale=stale, schedule=plan)
+        self.carry = Carry(samples=plan.carried, unfinished=tuple(found.unfinished))
         if refill:
             self.tokens_per_prompt = shortfall.per_prompt
         phase.write(
@@ -149,56 +146,46 @@ class Collector:
             "rollout_seconds": rollout_seconds,
             "generated_tokens_per_second": metrics["num_generated_tokens"] / rollout_seconds,
             "plan_seconds": time.perf_counter() - started - rollout_seconds,
+            "num_resent_samples": self.pool.counts.num_resent,
+            "num_lost_servers": self.pool.counts.num_taken_out,
         }
+        self.pool.counts = Counts()
         return plan, metrics
 
     def close(self) -> None:
-        for client in self._clients:
-            self._loop.run(client.close())
-        stop_servers(self._servers)
+        self._loop.run(self.pool.close())
         self._rewards.close()
         self._loop.close()
 
-    def _connect(self, weights: Path) -> None:
-        rollout = self._config.rollout
-        if not rollout.urls:
-            config = self._config
-            self._servers = start_servers(weights, config.run_dir, rollout, config.model.dtype)
-            self._loop.run(self._watched(wait_all_ready(self._servers, rollout.ready_deadline_seconds)))
-        urls = rollout.urls or [server.url for server in self._servers]
-        self._clients += [GenerationClient(url) for url in urls]
-        for client in self._clients:
-            if not self._loop.run(client.is_ready()):
-                raise ValueError(f"no generation server is ready at {client.url} (rollout.urls); start it first")
-            if rollout.router_replay:
-                version = self._loop.run(client.version())
-                if not supports_routed_experts(version):
-                    raise ValueError(
-                        f"rollout.router_replay needs SGLang 0.5.22 or later, {client.url} runs {version!r}; update it "
-                        "or set rollout.router_replay = false"
-                    )
+    async def _rollout(self, policy_version: int, shortfall: Shortfall) -> Collected:
+        waves = self._config.budget.max_waves
+        if not self._config.rollout.partial:
+            return await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
+        resumed = [(self._question(group.prompt_id), group) for group in self.carry.unfinished]
+        return await self._sampler.fill_partially(
+            resumed, self._take, policy_version, shortfall, self._is_wanted, waves
+        )
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work`, but give it up when a signal came or the server died."""
+        """Run `work`, but give it up when a signal came or a server was given up for good."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=0.2)
                 self._signals.check()
-                if not task.done() and self._clients:
-                    for server in self._servers:
-                        server.check_alive()
+                if self._keeper is not None:
+                    self._keeper.check()
         finally:
             task.cancel()
         return task.result()
 
     def _take(self, count: int) -> list[Question]:
-        first = self.cursor
-        prompts, self.cursor = self._stream.take(first, count)
-        return [
-            Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
-            for position, prompt in enumerate(prompts, start=first)
-        ]
+        first, self.cursor = self.cursor, self.cursor + count
+        return [self._question(position) for position in range(first, first + count)]
+
+    def _question(self, position: int) -> Question:
+        (prompt,), _ = self._stream.take(position, 1)
+        return Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

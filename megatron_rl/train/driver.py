@@ -1,13 +1,11 @@
 """The loop: synchronous rollout and train phases under a token budget. Every rank runs it; rank 0 leads.
 
-Rank 0 alone talks to the server, scores and plans. The others wait for its plan on gloo, train their part, and take
-part in export and checkpoints. A step's weights travel at its end (export) and at the start of the next (the server
-loads them), so that whatever goes wrong at the server happens where rank 0 can tell the others.
+Rank 0 alone talks to the servers, scores and plans, and says what all ranks do next: push weights, check that they
+arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.c3po.packing import cost_model
@@ -15,16 +13,24 @@ from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import Fault
 from megatron_rl.records import Plan
-from megatron_rl.sync.push import WeightFolder
+from megatron_rl.rollout.client import ServerLost, differing_tensors
+from megatron_rl.rollout.pool import WeightsNeeded
+from megatron_rl.sync.distributed import DistributedTransport
+from megatron_rl.sync.folder import WeightFolder
+from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
 from megatron_rl.train.collector import Collector
-from megatron_rl.train.exchange import Stop, Work, receive_work, send_stop, send_work
+from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, receive, send_order, send_work
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
+from megatron_rl.train.probe import mean_differences, weight_checksums
 from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals
+from megatron_rl.train.serving import NodeServers, node_address, num_nodes
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 
 log = logging.getLogger(__name__)
+
+_PUSHES = 3  # of the same weights, before a run gives up
 
 
 def run_rl(config: RlConfig, resume: bool) -> int:
@@ -36,20 +42,25 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     objective = PolicyObjective(config.algorithm, session.context_group)
     restored = session.restore()
     first = restored[0]["step"] if restored else 0
-    folder = WeightFolder(session.control, session.bailing.num_parameters() * session.model.dtype.itemsize)
-    leader = None
+    folder = WeightFolder(
+        session.control,
+        session.bailing.num_parameters() * session.model.dtype.itemsize,
+        shared=config.run_dir if num_nodes() > 1 else None,
+    )
+    servers = transport = leader = None
     try:
-        folder.write(session.export)
+        folder.write(session.export)  # what servers start with, the first time and whenever one is started again
+        servers = NodeServers(config, folder.path, session.control, signals)
+        transport = _transport(config, session, folder)
         if session.is_leader:
-            leader = Leader(config, session, signals, first, restored, folder.path)
+            leader = Leader(config, session, signals, first, restored, servers, transport)
         for step in range(first, config.train.steps):
-            work = leader.begin(step) if leader else _follow(session)
+            work = leader.begin(step) if leader else _follow(session, transport)
             if isinstance(work, Stop):
                 if work.save and step > first:
                     session.save(step, *_driver_state(leader, step))
                 return work.exit_code
             results = _train(session, config, objective, *work)
-            folder.write(session.export)
             if leader:
                 leader.end(step, results)
             if should_save(step + 1, config):
@@ -61,8 +72,19 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     finally:
         if leader:
             leader.close()
+        if transport:
+            transport.close()
+        if servers:
+            servers.close()
         folder.close()
         session.close()
+
+
+def _transport(config: RlConfig, session: Session, folder: WeightFolder) -> Transport:
+    """Collective."""
+    if config.sync.transport == "disk":
+        return DiskTransport(folder, session.export)
+    return DistributedTransport(session.model, session.control, config.sync.bucket_mb * 2**20, node_address())
 
 
 def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:
@@ -78,8 +100,24 @@ def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan:
     ]
 
 
-def _follow(session: Session) -> tuple[Plan, Work] | Stop:
-    return receive_work(session.rank, session.layout, session.control)
+def _follow(session: Session, transport: Transport) -> tuple[Plan, Work] | Stop:
+    """The other ranks: do what rank 0 says until there is something to train, or the run ends."""
+    while True:
+        order = receive(session.rank, session.layout, session.control)
+        if not isinstance(order, Order) or isinstance(order, Stop):
+            return order
+        _obey(order, session, transport, None)
+
+
+def _obey(order: Order, session: Session, transport: Transport, receivers: Receivers | None) -> Any:
+    """Collective."""
+    match order:
+        case Push():
+            return transport.push(order.version, receivers)
+        case Probe():
+            return mean_differences(session.trainer, order, session.control)
+        case Checksums():
+            return weight_checksums(session.trainer, session.control)
 
 
 def _driver_state(leader: "Leader | None", step: int) -> tuple[dict[str, Any], bytes]:
@@ -99,10 +137,10 @@ class Leader:
         signals: StopSignals,
         first: int,
         restored: tuple[Any, bytes] | None,
-        weights: Path,
+        servers: NodeServers,
+        transport: Transport,
     ) -> None:
-        """weights: the model directory with the newest weights."""
-        self._config, self._session, self._weights = config, session, weights
+        self._config, self._session, self._transport = config, session, transport
         self._first = first
         self._metrics: MetricsLog | None = None
         self._schedule: Schedule | None = None
@@ -110,31 +148,34 @@ class Leader:
         self._started = self._trained_from = 0.0
         self._gate_failure: Fault | None = None
         try:
-            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, weights)
+            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, servers)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
         except StopRequested:
-            send_stop(Stop(exit_code=EXIT_STOPPED, save=False), session.control)
+            self._order(Stop(exit_code=EXIT_STOPPED, save=False))
             raise
         except Exception as error:
             self._tell(error)
             raise
 
     def begin(self, step: int) -> tuple[Plan, Work] | Stop:
-        """Weights to the server, rollout, plan, and everybody's samples on their way."""
+        """Weights to the servers, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
             if self._gate_failure is not None:
                 raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                self.collector.update_weights(self._weights, policy_version=step)
+                self._push(step)
                 sync_seconds = time.perf_counter() - self._started
-                self._schedule, self._row = self.collector.collect(policy_version=step)
+                try:
+                    self._schedule, self._row = self.collector.collect(policy_version=step)
+                except WeightsNeeded as needed:
+                    log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
+                    self._push(step)
+                    self._schedule, self._row = self.collector.collect(policy_version=step)
         except StopRequested:
-            stop = Stop(exit_code=EXIT_STOPPED, save=True)
-            send_stop(stop, self._session.control)
-            return stop
+            return self._order(Stop(exit_code=EXIT_STOPPED, save=True))
         except Exception as error:
             self._tell(error)
             raise
@@ -191,7 +232,42 @@ class Leader:
         if self._metrics is not None:
             self._metrics.close()
 
+    def _push(self, step: int) -> None:
+        """The present weights to every server, as version `step`, and proof that they arrived."""
+        receivers = Receivers(pool=self.collector.pool, run=self.collector.run)
+        for attempt in range(_PUSHES):
+            try:
+                self._order(Push(version=step), receivers)
+                break
+            except ServerLost as error:
+                if attempt == _PUSHES - 1:
+                    raise
+                log.warning("%s; pushing again", error)
+        every = self._config.sync.probe_every
+        if every and step % every == 0:
+            self._prove(step)
+
+    def _prove(self, step: int) -> None:
+        """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server
+        can tell."""
+        urls, probe = self.collector.probe(self._config.sync.probe_tokens)
+        differences = self._order(probe)
+        tolerance = self._config.probe_tolerance
+        for url, difference in zip(urls, differences, strict=True):
+            if difference <= tolerance:
+                continue
+            ours = self._order(Checksums())
+            raise Fault(
+                f"weights {step} did not arrive whole at {url}: log-probs of {len(probe.token_ids)} tokens differ by "
+                f"{difference:.3g} in the mean (sync.probe_tolerance {tolerance:g}); "
+                + self.collector.run(differing_tensors(url, ours))
+            )
+
+    def _order(self, order: Order, receivers: Receivers | None = None) -> Any:
+        """Say it and do it; a stop is returned."""
+        send_order(order, self._session.control)
+        return order if isinstance(order, Stop) else _obey(order, self._session, self._transport, receivers)
+
     def _tell(self, error: Exception) -> None:
         """Let the other ranks end quietly; this one reports."""
-        code = 2 if isinstance(error, ValueError) else 1
-        send_stop(Stop(exit_code=code, save=False), self._session.control)
+        self._order(Stop(exit_code=2 if isinstance(error, ValueError) else 1, save=False))

@@ -28,6 +28,33 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """Rank 0's word that weights go to the servers now, to be called `version`."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Rank 0 asks what the trainer makes of what each server made of some tokens: train/probe.py.
+
+    token_ids: the same for all servers. logprobs: of all tokens but the first, one list for each server.
+    """
+
+    token_ids: list[int]
+    logprobs: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checksums:
+    """Rank 0 asks for the checksum of every exported tensor."""
+
+
+Order = Stop | Push | Probe | Checksums
+_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """shape: [layers, topk], of the experts at one position. missing: samples of the plan that have no record of them,
     because an earlier run sampled them without."""
@@ -43,17 +70,17 @@ class Routing:
 Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence], of one data-parallel rank
 
 
-def send_stop(stop: Stop, control: Any) -> None:
-    _broadcast(json.dumps({"stop": dataclasses.asdict(stop)}).encode(), control)
+def send_order(order: Order, control: Any) -> None:
+    """Rank 0: what all ranks do next. The others get it from `receive`."""
+    _broadcast(json.dumps({type(order).__name__: dataclasses.asdict(order)}).encode(), control)
 
 
 def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: Any) -> tuple[Plan, Work]:
     """Rank 0: broadcast the plan, give every rank the arrays of its own samples, return rank 0's share."""
     routing = _routing(plan, samples)
-    message = {"plan": dataclasses.asdict(plan)}
-    if routing is not None:
-        message["routing"] = {"shape": routing.shape, "missing": sorted(routing.missing)}
-    _broadcast(json.dumps(message).encode(), control)
+    described = None if routing is None else {"shape": routing.shape, "missing": sorted(routing.missing)}
+    content = {"plan": dataclasses.asdict(plan), "routing": described}
+    _broadcast(json.dumps({"plan": content}).encode(), control)
     shares = [_gather(plan, samples, rank, routing) for rank in range(layout.data)]
     for rank in range(1, layout.world_size):
         for array in shares[layout.data_rank(rank)]:
@@ -61,17 +88,17 @@ def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: An
     return plan, _sequences(plan, 0, routing, shares[0])
 
 
-def receive_work(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Stop:
-    """The other ranks: wait for rank 0's plan and this rank's samples, or for its word to stop."""
-    message = json.loads(_broadcast(None, control))
-    if "stop" in message:
-        return Stop(**message["stop"])
-    plan = _plan_from_json(message["plan"])
+def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Order:
+    """The other ranks: wait for rank 0's plan and this rank's samples, or for another order."""
+    ((name, content),) = json.loads(_broadcast(None, control)).items()
+    if name in _ORDERS:
+        return _ORDERS[name](**content)
+    plan = _plan_from_json(content["plan"])
     data_rank = layout.data_rank(rank)
     routing = None
-    if "routing" in message:
-        layers, topk = message["routing"]["shape"]
-        routing = Routing(shape=(layers, topk), missing=frozenset(message["routing"]["missing"]))
+    if content["routing"] is not None:
+        layers, topk = content["routing"]["shape"]
+        routing = Routing(shape=(layers, topk), missing=frozenset(content["routing"]["missing"]))
     mine = list(_placed(plan, data_rank))
     arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),

@@ -10,31 +10,36 @@ import numpy as np
 
 from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
-from megatron_rl.records import Group, Sample
+from megatron_rl.records import Group, Response, Sample
+from megatron_rl.rollout.sampler import Collected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """generated: groups sampled in this phase, filtered ones too.
+    """collected: what the sampler brought.
 
-    filtered: those of them that dynamic sampling dropped. unneeded: those beyond the groups that were wanted.
-    stale: carried samples that waited longer than `budget.max_staleness` allows.
-    schedule: the plan over everything else.
+    unneeded: kept groups beyond those that were wanted. stale: carried samples that waited longer than
+    `budget.max_staleness` allows. schedule: the plan over everything else.
     """
 
-    generated: Sequence[Group]
-    filtered: Sequence[Group]
+    collected: Collected
     unneeded: Sequence[Group]
     stale: Sequence[Sample]
     schedule: Schedule
 
+    @property
+    def generated(self) -> list[Group]:
+        """Groups completed in this phase, filtered ones too."""
+        return [*self.collected.kept, *self.collected.filtered]
+
     def outcomes(self) -> Iterator[tuple[Sample, str, int]]:
-        """Every sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a later phase."""
+        """Every scored sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a later
+        phase."""
         trained = {s.index: s.num_loss_tokens for step in self.schedule.plan.steps for s in step.selected}
         left_over = "carried" if self.schedule.num_dropped == 0 else "dropped: over the budget"
         for index, sample in enumerate(self.schedule.samples):
             yield (sample, "trained", trained[index]) if index in trained else (sample, left_over, 0)
-        for group in self.filtered:
+        for group in self.collected.filtered:
             yield from ((sample, "dropped: equal rewards", 0) for sample in group.samples)
         for group in self.unneeded:
             yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
@@ -45,23 +50,18 @@ class Phase:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             for sample, outcome, num_loss_tokens in self.outcomes():
-                response = sample.response
-                row = {
-                    "prompt_id": name_of(response.prompt_id),
-                    "position": response.prompt_id,
-                    "sample_index": response.sample_index,
-                    "prompt": decode(response.prompt_ids.tolist()),
-                    "response": decode(response.output_ids.tolist()),
+                row = _row(sample.response, name_of, decode) | {
                     "reward": sample.reward,
                     "reason": sample.reason,
                     "advantage": sample.advantage,
-                    "policy_version": response.policy_version,
-                    "finish_reason": response.finish_reason,
-                    "num_tokens": response.num_output_tokens,
                     "num_loss_tokens": num_loss_tokens,
                     "outcome": outcome,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for group in self.collected.purged:
+                for response in group.responses:
+                    row = _row(response, name_of, decode) | {"outcome": "dropped: kept for too long"}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def metrics(self, budget_tokens: int | None, cost: CostModel) -> dict[str, Any]:
         """Of the samples generated in this phase, or of those it trains where carried ones filled the whole budget.
@@ -69,6 +69,7 @@ class Phase:
         budget_tokens: of all optimizer steps of the phase; None for an algorithm without a budget.
         """
         plan, samples = self.schedule.plan, self.schedule.samples
+        found = self.collected
         own = [sample for group in self.generated for sample in group.samples]
         seen = own or list(samples)
         lengths = np.array([sample.response.num_output_tokens for sample in seen])
@@ -80,7 +81,7 @@ class Phase:
             "reward": float(np.mean([sample.reward for sample in seen])),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
-            "num_generated_tokens": int(lengths.sum()) if own else 0,
+            "num_generated_tokens": found.num_generated_tokens,
             "response_tokens_mean": float(lengths.mean()),
             "response_tokens_std": float(lengths.std()),
             "response_tokens_p90": float(np.quantile(lengths, 0.9)),
@@ -97,7 +98,13 @@ class Phase:
             "num_cut_tokens": self.schedule.num_cut_tokens,
             "num_carried": len(self.schedule.carried),
             "num_dropped_over_budget": self.schedule.num_dropped,
-            "num_dropped_equal_rewards": sum(len(group.samples) for group in self.filtered),
+            "num_unfinished": sum(len(group.responses) for group in found.unfinished),
+            "num_unfinished_tokens": sum(group.num_output_tokens for group in found.unfinished),
+            "num_dropped_unfinished": sum(len(group.responses) for group in found.purged),
+            "num_dropped_unfinished_tokens": sum(group.num_output_tokens for group in found.purged),
+            "off_policy_token_share": sum(s.num_stale_tokens for s in plan.steps[0].selected)
+            / max(1, plan.steps[0].num_loss_tokens),
+            "num_dropped_equal_rewards": sum(len(group.samples) for group in found.filtered),
             "num_dropped_not_needed": sum(len(group.samples) for group in self.unneeded),
             "num_dropped_stale": len(self.stale),
             "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.steps),
@@ -112,6 +119,21 @@ class Phase:
             barrier += barrier_cost(step.micro_batches, lengths, cost)
             busy += sum(map(cost, lengths)) / len(step.micro_batches)
         return barrier / busy if busy else 1.0
+
+
+def _row(response: Response, name_of: Callable[[int], str], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    versions, counts = np.unique(response.policy_versions, return_counts=True)
+    return {
+        "prompt_id": name_of(response.prompt_id),
+        "position": response.prompt_id,
+        "sample_index": response.sample_index,
+        "prompt": decode(response.prompt_ids.tolist()),
+        "response": decode(response.output_ids.tolist()),
+        # Which weights sampled how many of its tokens, in order.
+        "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
+        "finish_reason": response.finish_reason,
+        "num_tokens": response.num_output_tokens,
+    }
 
 
 def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:

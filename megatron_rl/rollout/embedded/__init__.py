@@ -6,11 +6,12 @@ of its own in plain torch: it shares no code with the training side, so that the
 What a request gets (tokens and log-probs) does not depend, bit for bit, on what else is in the batch, on its slot
 or on arrival order; `invariance.py` proves this on the running machine at every start.
 
-    protocol.py    JSON bodies -> validated records; records -> JSON answers
-    server.py      HTTP routes (starlette); one event loop
+    protocol.py    JSON bodies of /generate -> validated records; records -> JSON answers;  fields.py  its parts
+    server.py      HTTP routes (starlette); one event loop;  gate.py  who waits for whom there
     engine.py      continuous batching in a thread of its own
     slots.py       per-slot state of the running sequences, as arrays
     model.py       the network;  cache.py  its KV cache;  sampling.py  log-probs and sampling
-    weights.py     safetensors -> packed weights
+    weights.py     the packed weights;  packing.py  raw tensors <-> packed weights;  reading.py  safetensors -> both
+    updates.py     weights that arrive over a process group;  weight_requests.py  the bodies of those routes
     invariance.py  the start-up self-check
 """

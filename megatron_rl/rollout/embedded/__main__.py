@@ -34,6 +34,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, help="default: max_position_embeddings of config.json")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 pays only on idle cores")
     parser.add_argument("--weight-version", default="default")
+    parser.add_argument(
+        "--update-timeout",
+        type=float,
+        default=120.0,
+        help="seconds that a rendezvous or a broadcast of weights may take",
+    )
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(argv)
@@ -111,6 +117,8 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     ):
         if not 1 <= value <= maximum:
             raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
+    if not arguments.update_timeout > 0:
+        raise ValueError(f"--update-timeout must be positive, got {arguments.update_timeout}")
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
@@ -121,6 +129,7 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
         max_running_requests=arguments.max_running_requests,
         context_length=context_length,
         weight_version=arguments.weight_version,
+        update_timeout_seconds=arguments.update_timeout,
     )
     weight_bytes = config.num_parameters() * options.dtype.itemsize
     check_memory(

@@ -4,7 +4,9 @@ Other threads talk to it through `submit` and `call`; it answers through the `de
 runs what `call` left for it (aborts, pauses, weight swaps), so those never see a half-done step.
 """
 
+import functools
 import logging
+import operator
 import queue
 import threading
 import time
@@ -22,11 +24,12 @@ from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.invariance import CHUNK, MIN_HEAD_ROWS, check_invariance, decode_row_counts
 from megatron_rl.rollout.embedded.model import BailingModel, Batch
+from megatron_rl.rollout.embedded.reading import load_weights
 from megatron_rl.rollout.embedded.routing import RoutingRecord
 from megatron_rl.rollout.embedded.sampling import sample
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.slots import SlotTable
-from megatron_rl.rollout.embedded.weights import ModelWeights, load_weights
+from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class EngineOptions:
     max_running_requests: int
     context_length: int
     weight_version: str = "default"
+    update_timeout_seconds: float = 120.0
 
 
 class Engine:
@@ -64,6 +68,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._paused = False
+        self._doomed: list[tuple[Sequence, str]] = []  # aborted during a pause, with the reason
         self._waiting: deque[Sequence] = deque()
         self._events: list[Event] = []
         self._arrivals = 0
@@ -101,6 +106,7 @@ class Engine:
         """Abort everything and end the thread."""
 
         def stop() -> None:
+            self._paused = False
             self._abort_where(lambda _: True, "the server is shutting down")
             self._stopping = True
 
@@ -119,10 +125,13 @@ class Engine:
         self._inbox.put(enqueue)
 
     def abort(self, rid: str | None) -> "Future[int]":
-        """Abort the sequences of a request id (and of its samples, `rid_...`), or all for None; how many it hit."""
+        """Abort the sequences whose request id starts with `rid`, as SGLang does, or all for None; how many it hit.
+
+        Those that stand still in a pause end when it does.
+        """
 
         def chosen(sequence: Sequence) -> bool:
-            return rid is None or sequence.rid == rid or sequence.rid.startswith(rid + "_")
+            return rid is None or sequence.rid.startswith(rid)
 
         return self._call(lambda: self._abort_where(chosen, "aborted by request"))
 
@@ -138,28 +147,32 @@ class Engine:
         assert mode in PAUSE_MODES
 
         def pause() -> None:
-            self._paused = True
             if mode == "abort":
+                self._paused = False
                 self._abort_where(lambda _: True, "aborted by pause_generation")
             elif mode == "retract":
                 running = self._slots.running()
                 for sequence in running:
                     self._release(_slot(sequence))
                 self._waiting.extendleft(reversed(running))
+            self._paused = True
 
         return self._call(pause)
 
     def resume(self) -> "Future[None]":
         def resume() -> None:
             self._paused = False
+            doomed, self._doomed = self._doomed, []
+            for sequence, message in doomed:
+                self._abort_where(functools.partial(operator.is_, sequence), message)
 
         return self._call(resume)
 
     def flush(self) -> "Future[bool]":
-        """Forget shared prompts; False while sequences run or wait."""
+        """Forget shared prompts; False while sequences run or wait. In a pause those that wait hold no cache."""
 
         def flush() -> bool:
-            if self._slots.num_active or self._waiting:
+            if self._slots.num_active or (self._waiting and not self._paused):
                 return False
             self._forget_prefixes()
             return True
@@ -171,24 +184,23 @@ class Engine:
         with torch.inference_mode():
             return load_weights(model_path, self.config, self.options.dtype)
 
-    def swap(self, weights: ModelWeights, model_path: str, version: str | None, abort_all: bool) -> "Future[None]":
+    def swap(self, weights: ModelWeights, model_path: str | None, version: str | None) -> "Future[None]":
+        """Serve other weights from the next step on. model_path: where they came from; None leaves it as it is."""
+
         def swap() -> None:
-            if abort_all:
-                self._abort_where(lambda _: True, "aborted by a weight update")
             self._weights = weights
-            self.model_path = model_path
+            self.model_path = model_path or self.model_path
             self._forget_prefixes()
             self._set_version(version)
 
         return self._call(swap)
 
-    def set_version(self, version: str, abort_all: bool) -> "Future[None]":
-        def change() -> None:
-            if abort_all:
-                self._abort_where(lambda _: True, "aborted by update_weight_version")
-            self._set_version(version)
+    def set_version(self, version: str) -> "Future[None]":
+        return self._call(lambda: self._set_version(version))
 
-        return self._call(change)
+    def weights(self) -> "Future[ModelWeights]":
+        """What serves now."""
+        return self._call(lambda: self._weights)
 
     def load_state(self) -> dict[str, Any]:
         """Approximate load, read without waiting for the engine."""
@@ -441,14 +453,16 @@ class Engine:
         return next(count for count in self.row_counts.decode if count >= slots)
 
     def _abort_where(self, chosen: Callable[[Sequence], bool], message: str) -> int:
-        reason = {"type": "abort", "message": message}
         running = [sequence for sequence in self._slots.running() if chosen(sequence)]
         waiting = [sequence for sequence in self._waiting if chosen(sequence)]
         for sequence in running:
-            self._finish(_slot(sequence), reason)
+            if self._paused:
+                self._doomed.append((sequence, message))
+            else:
+                self._finish(_slot(sequence), {"type": "abort", "message": message})
         self._waiting = deque(sequence for sequence in self._waiting if not chosen(sequence))
         for sequence in waiting:
-            self._emit(sequence, reason)
+            self._emit(sequence, {"type": "abort", "message": f"Abort in waiting queue: {message}"}, queued=True)
         return len(running) + len(waiting)
 
     def _finish(self, slot: int, reason: dict[str, Any]) -> None:
@@ -463,15 +477,16 @@ class Engine:
             sequence.routed_experts = self._routing.read(slot, count)
         return sequence
 
-    def _emit(self, sequence: Sequence, reason: dict[str, Any] | None) -> None:
+    def _emit(self, sequence: Sequence, reason: dict[str, Any] | None, queued: bool = False) -> None:
         self._events.append(
             Event(
                 sequence=sequence,
                 output_ids=sequence.output_ids,
                 output_logprobs=sequence.output_logprobs,
                 finish_reason=reason,
+                queued=queued,
                 weight_version=self.weight_version,
-                version_spans=_spans(sequence),
+                version_spans=_spans(sequence, self.weight_version),
                 routed_experts=None if reason is None else sequence.routed_experts,
             )
         )
@@ -482,7 +497,7 @@ class Engine:
             self._deliver(events)
 
     def _set_version(self, version: str | None) -> None:
-        if version is None:
+        if version is None or version == self.weight_version:
             return
         self.weight_version = version
         for sequence in self._slots.running():
@@ -506,14 +521,19 @@ def _slot(sequence: Sequence) -> int:
     return sequence.slot
 
 
-def _spans(sequence: Sequence) -> list[dict[str, Any]]:
-    """Which output tokens [start, end) each weight version drew; versions that drew none are left out."""
-    ends = [start for _, start in sequence.versions[1:]] + [len(sequence.output_ids)]
-    return [
+def _spans(sequence: Sequence, current: str) -> list[dict[str, Any]]:
+    """Which output tokens [start, end) each weight version drew; versions that drew none are left out.
+
+    Without any token it is one empty span of the version that would have drawn the first, as in SGLang.
+    """
+    versions = sequence.versions or [(current, 0)]
+    ends = [start for _, start in versions[1:]] + [len(sequence.output_ids)]
+    spans = [
         {"version": version, "start": start, "end": end}
-        for (version, start), end in zip(sequence.versions, ends, strict=True)
+        for (version, start), end in zip(versions, ends, strict=True)
         if end > start
     ]
+    return spans or [{"version": versions[-1][0], "start": 0, "end": 0}]
 
 
 def cache_shape(config: BailingConfig, options: EngineOptions) -> dict[str, int]:

@@ -4,20 +4,17 @@ Every refusal is a RequestError that names the field and the value.
 """
 
 import base64
-import math
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_rl.rollout.embedded.fields import RequestError, boolean, cut, default, integer, number
+
 MAX_SEQUENCES = 65536
 MAX_STOP_TOKEN_IDS = 15  # the eos token has a place of its own
 DEFAULT_MAX_NEW_TOKENS = 128
-
-
-class RequestError(ValueError):
-    """The client's fault: answered with status 400."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +87,9 @@ def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
     params = _per_prompt("sampling_params", body.get("sampling_params") or {}, count, dict)
     wants = _per_prompt("return_logprob", body.get("return_logprob") or False, count, bool)
     routed = _per_prompt("return_routed_experts", body.get("return_routed_experts") or False, count, bool)
-    starts = _per_prompt("logprob_start_len", _default(body, "logprob_start_len", -1), count, int)
+    starts = _per_prompt("logprob_start_len", default(body, "logprob_start_len", -1), count, int)
     rids = _rids(body.get("rid"), count, batched)
-    stream = _boolean("stream", _default(body, "stream", False))
+    stream = boolean("stream", default(body, "stream", False))
     prompts = tuple(
         PromptRequest(
             rid=rids[i],
@@ -123,40 +120,40 @@ def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> 
 
     room = limits.context_length - prompt_length
     max_new = body.get("max_new_tokens")
-    max_new = min(DEFAULT_MAX_NEW_TOKENS, room) if max_new is None else _integer("max_new_tokens", max_new, 0)
+    max_new = min(DEFAULT_MAX_NEW_TOKENS, room) if max_new is None else integer("max_new_tokens", max_new, 0)
     if max_new > room:
         raise RequestError(
             f"input_ids ({prompt_length} tokens) + max_new_tokens ({max_new}) exceed the context length of "
             f"{limits.context_length}"
         )
-    top_k = _integer("top_k", _default(body, "top_k", -1), -1)
+    top_k = integer("top_k", default(body, "top_k", -1), -1)
     if top_k == 0:
         raise RequestError("top_k must be at least 1, or -1 for all, got 0")
-    top_p = _number("top_p", _default(body, "top_p", 1.0))
+    top_p = number("top_p", default(body, "top_p", 1.0))
     if not 0 < top_p <= 1:
         raise RequestError(f"top_p must be in (0, 1], got {top_p!r}")
-    temperature = _number("temperature", _default(body, "temperature", 1.0))
+    temperature = number("temperature", default(body, "temperature", 1.0))
     if temperature < 0 or 0 < temperature < 1e-6:
         raise RequestError(f"temperature must be 0 or at least 1e-6, got {temperature!r}")
     seed = body.get("sampling_seed")
     return SamplingParams(
-        n=_integer("n", _default(body, "n", 1), 1),
+        n=integer("n", default(body, "n", 1), 1),
         max_new_tokens=max_new,
         temperature=temperature,
         top_p=top_p,
         top_k=limits.vocab_size if top_k == -1 else min(top_k, limits.vocab_size),
         stop_token_ids=_stop_ids(body.get("stop_token_ids") or []),
-        ignore_eos=_boolean("ignore_eos", _default(body, "ignore_eos", False)),
-        skip_special_tokens=_boolean("skip_special_tokens", _default(body, "skip_special_tokens", True)),
-        no_stop_trim=_boolean("no_stop_trim", _default(body, "no_stop_trim", False)),
-        sampling_seed=None if seed is None else _integer("sampling_seed", seed, None),
+        ignore_eos=boolean("ignore_eos", default(body, "ignore_eos", False)),
+        skip_special_tokens=boolean("skip_special_tokens", default(body, "skip_special_tokens", True)),
+        no_stop_trim=boolean("no_stop_trim", default(body, "no_stop_trim", False)),
+        sampling_seed=None if seed is None else integer("sampling_seed", seed, None),
     )
 
 
 def meta_info(
     *,
     rid: str,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     output_ids: list[int],
     output_logprobs: list[float] | None,
     input_token_logprobs: list[list[Any]] | None,
@@ -166,16 +163,17 @@ def meta_info(
     routed_experts: np.ndarray | None,
     e2e_latency: float,
 ) -> dict[str, Any]:
+    """prompt_tokens: None leaves it out with cached_tokens, as SGLang does for a request aborted in its queue."""
     meta: dict[str, Any] = {
         "id": rid,
         "finish_reason": finish_reason,
-        "prompt_tokens": prompt_tokens,
         "completion_tokens": len(output_ids),
-        "cached_tokens": 0,
         "weight_version": weight_version,
         "weight_versions": weight_versions,
         "e2e_latency": e2e_latency,
     }
+    if prompt_tokens is not None:
+        meta |= {"prompt_tokens": prompt_tokens, "cached_tokens": 0}
     if output_logprobs is not None:
         meta["output_token_logprobs"] = [
             [logprob, token, None] for logprob, token in zip(output_logprobs, output_ids, strict=True)
@@ -187,26 +185,20 @@ def meta_info(
     return meta
 
 
-def _default(body: dict[str, Any], key: str, default: Any) -> Any:
-    """The value of a key; an explicit null means the default, as in SGLang."""
-    value = body.get(key)
-    return default if value is None else value
-
-
 def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
     """(prompts, batched)."""
     if not isinstance(value, list) or not value:
         raise RequestError(
-            f"input_ids must be a list of token ids or a list of such lists, not empty, got {_cut(value)}"
+            f"input_ids must be a list of token ids or a list of such lists, not empty, got {cut(value)}"
         )
     batched = isinstance(value[0], list)
     prompts = value if batched else [value]
     for prompt in prompts:
         if not isinstance(prompt, list) or not prompt:
-            raise RequestError(f"input_ids must hold token ids or lists of them, none empty, got {_cut(prompt)}")
+            raise RequestError(f"input_ids must hold token ids or lists of them, none empty, got {cut(prompt)}")
         for token in prompt:
             if type(token) is not int:
-                raise RequestError(f"input_ids must be integers, got {_cut(token)}")
+                raise RequestError(f"input_ids must be integers, got {cut(token)}")
             if not 0 <= token < limits.vocab_size:
                 raise RequestError(f"input_ids must be in [0, {limits.vocab_size}), got {token}")
         if len(prompt) > limits.context_length:
@@ -221,7 +213,7 @@ def _per_prompt(name: str, value: Any, count: int, kind: type) -> list[Any]:
         raise RequestError(f"{name} must be one value or a list of {count}, one for each prompt, got {len(values)}")
     for item in values:
         if type(item) is not kind:
-            raise RequestError(f"{name} must be of type {kind.__name__}, got {_cut(item)}")
+            raise RequestError(f"{name} must be of type {kind.__name__}, got {cut(item)}")
     return values
 
 
@@ -232,9 +224,9 @@ def _rids(value: Any, count: int, batched: bool) -> list[str]:
         return [f"{value}_{i}" for i in range(count)] if batched else [value]
     if isinstance(value, list) and len(value) == count and all(isinstance(rid, str) and rid for rid in value):
         if len(set(value)) != count:
-            raise RequestError(f"rid must not repeat within a request, got {_cut(value)}")
+            raise RequestError(f"rid must not repeat within a request, got {cut(value)}")
         return value
-    raise RequestError(f"rid must be a string, or a list of {count} strings, none empty, got {_cut(value)}")
+    raise RequestError(f"rid must be a string, or a list of {count} strings, none empty, got {cut(value)}")
 
 
 def _logprob_start(start: int, prompt_length: int) -> int | None:
@@ -247,31 +239,7 @@ def _logprob_start(start: int, prompt_length: int) -> int | None:
 
 def _stop_ids(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
-        raise RequestError(f"stop_token_ids must be a list of token ids, got {_cut(value)}")
+        raise RequestError(f"stop_token_ids must be a list of token ids, got {cut(value)}")
     if len(value) > MAX_STOP_TOKEN_IDS:
         raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(value)}")
     return tuple(value)
-
-
-def _integer(name: str, value: Any, minimum: int | None) -> int:
-    if type(value) is not int or (minimum is not None and value < minimum):
-        least = "" if minimum is None else f" of at least {minimum}"
-        raise RequestError(f"{name} must be an integer{least}, got {_cut(value)}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {_cut(value)}")
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise RequestError(f"{name} must be true or false, got {_cut(value)}")
-    return value
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

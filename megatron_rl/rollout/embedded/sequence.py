@@ -38,6 +38,7 @@ class Event:
     output_ids: list[int]
     output_logprobs: list[float]
     finish_reason: dict[str, Any] | None
+    queued: bool  # it ended while it waited for a slot
     weight_version: str
     version_spans: list[dict[str, Any]]
     routed_experts: np.ndarray | None  # of an end only

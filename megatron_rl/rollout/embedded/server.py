@@ -4,12 +4,15 @@ import asyncio
 import json
 import logging
 import secrets
+import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -19,19 +22,20 @@ from starlette.routing import Route
 from megatron_rl import __version__
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
-from megatron_rl.rollout.embedded.protocol import (
-    GenerateRequest,
-    Limits,
-    PromptRequest,
-    RequestError,
-    meta_info,
-    parse_generate,
-)
+from megatron_rl.rollout.embedded.fields import RequestError, flag, text
+from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.packing import places
+from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
 from megatron_rl.rollout.embedded.sampling import derive_seed
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
+from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
+from megatron_rl.rollout.embedded.weight_requests import DEFAULT_GROUP, parse_bucket, parse_join
 from megatron_rl.rollout.routing import MAX_EXPERTS
+from megatron_rl.rollout.update_group import checksum
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HEALTH_TIMEOUT_SECONDS = 20
 
@@ -72,9 +76,11 @@ class App:
         self.engine = Engine(config, options, self._deliver)
         self.texts = Detokenizer(options.model_path)
         self._on_failure = on_failure
-        self._in_flight: dict[str, int] = {}  # rid -> listeners
+        self._in_flight: set[str] = set()  # rids
         self._listeners: set[Listener] = set()
-        self._update_lock = asyncio.Lock()
+        self._gate = Gate()
+        self._group_lock = asyncio.Lock()
+        self._updates = WeightUpdates(config, options.dtype, options.update_timeout_seconds)
         self.engine.start()
 
     def close(self) -> None:
@@ -97,7 +103,14 @@ class App:
             routes=[
                 Route("/generate", _errors_as_json(self.generate), methods=["POST"]),
                 post("/update_weights_from_disk", self.update_weights_from_disk),
+                post("/init_weights_update_group", self.init_weights_update_group),
+                post("/destroy_weights_update_group", self.destroy_weights_update_group),
+                post("/begin_weight_update", self.begin_weight_update),
+                post("/update_weights_from_distributed", self.update_weights_from_distributed),
+                post("/end_weight_update", self.end_weight_update),
+                post("/update_weights_from_tensor", self.update_weights_from_tensor),
                 post("/update_weight_version", self.update_weight_version),
+                Route("/weights_checker", _errors_as_json(self.weights_checker), methods=["GET", "POST"]),
                 post("/pause_generation", self.pause_generation),
                 post("/continue_generation", self.continue_generation),
                 post("/abort_request", self.abort_request),
@@ -120,16 +133,20 @@ class App:
         started = time.perf_counter()
         asked = parse_generate(await _json_body(request), self.limits)
         jobs = self._sequences(asked)
-        self._enter(jobs)
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
+        self._enter(jobs)
         gone = asyncio.create_task(_client_gone(request))
         gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
         try:
-            answers = []
-            for prompt, sequence in jobs:
-                event = await sequence.listener.next()
-                answers.append(self._answer(prompt, event, started))
+            async with self._gate.generating():
+                if gone.done():
+                    return Response(status_code=499)  # nobody reads it
+                self.engine.submit([sequence for _, sequence in jobs])
+                answers = []
+                for prompt, sequence in jobs:
+                    event = await sequence.listener.next()
+                    answers.append(self._answer(prompt, event, started))
         finally:
             gone.cancel()
             self._leave(jobs)
@@ -149,7 +166,8 @@ class App:
             stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
             for index in range(params.n):
                 sequence = Sequence(
-                    rid=prompt.rid if params.n == 1 else f"{prompt.rid}_{index}",
+                    # As in SGLang the samples of a prompt have ids of their own, which only the answer tells.
+                    rid=prompt.rid if params.n == 1 else uuid.uuid4().hex,
                     prompt=prompt.input_ids,
                     params=params,
                     seed=derive_seed(seed, index),
@@ -163,18 +181,16 @@ class App:
         return jobs
 
     def _enter(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
-        rids = [sequence.rid for _, sequence in jobs]
-        for rid in rids:
-            if rid in self._in_flight:
-                raise RequestError(f"rid {rid!r} is already in flight")
-        self.engine.submit([sequence for _, sequence in jobs])
         for _, sequence in jobs:
-            self._in_flight[sequence.rid] = 1
+            if sequence.rid in self._in_flight:
+                raise RequestError(f"rid {sequence.rid!r} is already in flight")
+        for _, sequence in jobs:
+            self._in_flight.add(sequence.rid)
             self._listeners.add(sequence.listener)
 
     def _leave(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
         for _, sequence in jobs:
-            self._in_flight.pop(sequence.rid, None)
+            self._in_flight.discard(sequence.rid)
             self._listeners.discard(sequence.listener)
 
     def _abandon(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
@@ -202,9 +218,18 @@ class App:
                 await queue.put(b"data: " + json.dumps(answer).encode() + b"\n\n")
             await queue.put(None)
 
-        followers = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        try:
+            self._enter(jobs)
+        except RequestError as error:
+            yield b"data: " + json.dumps(_error_body(str(error))).encode() + b"\n\ndata: [DONE]\n\n"
+            return
+        inside = AsyncExitStack()
+        followers: list[asyncio.Task[None]] = []
         open_streams = len(jobs)
         try:
+            await inside.enter_async_context(self._gate.generating())
+            self.engine.submit([sequence for _, sequence in jobs])
+            followers += [asyncio.create_task(follow(index)) for index in range(len(jobs))]
             while open_streams:
                 line = await queue.get()
                 if line is None:
@@ -218,14 +243,16 @@ class App:
             if open_streams:
                 self._abandon(jobs)
             self._leave(jobs)
+            await inside.aclose()
 
     def _answer(self, prompt: PromptRequest, event: Event, started: float) -> dict[str, Any]:
         sequence = event.sequence
-        inputs = None
-        if prompt.return_logprob and prompt.logprob_start is not None:
+        inputs: list[list[Any]] = []
+        if prompt.logprob_start is not None:
             known = sequence.input_logprobs or []
+            # As in SGLang the first one asked for has no log-prob, wherever it stands.
             inputs = [
-                [None if position == 0 else known[position], prompt.input_ids[position], None]
+                [None if position == prompt.logprob_start else known[position], prompt.input_ids[position], None]
                 for position in range(prompt.logprob_start, len(known))
             ]
         return {
@@ -233,10 +260,10 @@ class App:
             "output_ids": event.output_ids,
             "meta_info": meta_info(
                 rid=sequence.rid,
-                prompt_tokens=len(prompt.input_ids),
+                prompt_tokens=None if event.queued else len(prompt.input_ids),
                 output_ids=event.output_ids,
                 output_logprobs=event.output_logprobs if prompt.return_logprob else None,
-                input_token_logprobs=inputs,
+                input_token_logprobs=inputs if prompt.return_logprob else None,
                 finish_reason=event.finish_reason,
                 weight_version=event.weight_version,
                 weight_versions=event.version_spans,
@@ -263,39 +290,104 @@ class App:
     # Weights and control -------------------------------------------------------------------------------------------
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:
-        path = _text(body, "model_path")
-        version = None if body.get("weight_version") is None else _text(body, "weight_version")
-        abort_all = _flag(body, "abort_all_requests", False)
-        _flag(body, "flush_cache", True)  # shared prompts are always forgotten: they belong to the old weights
-        async with self._update_lock:
+        path = text(body, "model_path")
+        version = None if body.get("weight_version") is None else text(body, "weight_version")
+        flush = flag(body, "flush_cache", True)
+        if flag(body, "abort_all_requests", False):
+            await _wait(self.engine.abort(None))
+        async with self._gate.updating():
+            self._refuse_flush(flush)
+            if self._updates.open:
+                raise UpdateError("a weight-update session is open; call end_weight_update first")
             try:
-                weights = await asyncio.to_thread(self.engine.load, path)
+                weights = await _in_thread(lambda: self.engine.load(path))
             except ValueError as error:
-                return _json({"success": False, "message": f"weights are unchanged: {error}"}, 400)
-            await _wait(self.engine.swap(weights, path, version, abort_all))
-        return _json({"success": True, "message": "Succeeded to update model weights."})
+                raise UpdateError(f"weights are unchanged: {error}") from None
+            await _wait(self.engine.swap(weights, path, version))
+        return _success("Succeeded to update model weights." + _version_note(version), num_paused_requests=0)
+
+    async def init_weights_update_group(self, body: dict[str, Any]) -> Response:
+        request = parse_join(body)
+        async with self._group_lock:
+            await _in_thread(lambda: self._updates.join_group(request))
+        return _success("Succeeded to initialize custom process group.")
+
+    async def destroy_weights_update_group(self, body: dict[str, Any]) -> Response:
+        async with self._group_lock:
+            self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP))
+        return _success("Succeeded to destroy custom process group.")
+
+    async def begin_weight_update(self, _: dict[str, Any]) -> Response:
+        async with self._gate.updating():
+            self._updates.begin()
+        return _success("Success")
+
+    async def update_weights_from_distributed(self, body: dict[str, Any]) -> Response:
+        request = parse_bucket(body)
+        if request.abort_all:
+            await _wait(self.engine.abort(None))
+        async with self._gate.updating(), self._group_lock:
+            self._refuse_flush(request.flush_cache)
+            await _in_thread(lambda: self._updates.receive(request))
+        return _success("Succeeded to update parameter online." + _version_note(request.weight_version))
+
+    async def end_weight_update(self, _: dict[str, Any]) -> Response:
+        async with self._gate.updating():
+            weights, version = self._updates.finish()
+            await _wait(self.engine.swap(weights, None, version))
+        return _success("Success")
+
+    async def update_weights_from_tensor(self, _: dict[str, Any]) -> Response:
+        raise UpdateError(
+            "the embedded server does not unpickle what arrives over HTTP; use update_weights_from_distributed or "
+            "update_weights_from_disk"
+        )
+
+    def _refuse_flush(self, flush: bool) -> None:
+        """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""
+        if flush and self._gate.paused and self.engine.load_state()["running"]:
+            raise UpdateError(
+                "flush_cache must be false while requests are paused in place, got true; send false or pause by retract"
+            )
+
+    async def weights_checker(self, request: Request) -> Response:
+        """Checksums of the tensors that serve, in the dtypes in which they serve."""
+        body = await _json_body(request) if await request.body() else {}
+        action = text(body, "action", "checksum")
+        if action != "checksum":
+            raise RequestError(f"action must be 'checksum', got {action!r}")
+        weights = await _wait(self.engine.weights())
+        tensors = places(weights, self.config)
+        sums = await _in_thread(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+        return _success("Success", checksums=sums, dtypes=dtypes)
 
     async def update_weight_version(self, body: dict[str, Any]) -> Response:
-        version = _text(body, "new_version")
-        await _wait(self.engine.set_version(version, _flag(body, "abort_all_requests", True)))
-        return _json({"success": True, "message": f"Weight version updated to {version}", "new_version": version})
+        version = text(body, "new_version")
+        if flag(body, "abort_all_requests", True):
+            await _wait(self.engine.abort(None))
+        await _wait(self.engine.set_version(version))
+        return _success(f"Weight version updated to {version}", new_version=version)
 
     async def pause_generation(self, body: dict[str, Any]) -> Response:
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        await self._gate.pause()
         await _wait(self.engine.pause(mode))
         return _json({"status": "ok", "message": f"Generation paused ({mode})."})
 
     async def continue_generation(self, _: dict[str, Any]) -> Response:
         await _wait(self.engine.resume())
+        await self._gate.resume()
         return _json({"status": "ok", "message": "Generation continued."})
 
     async def abort_request(self, body: dict[str, Any]) -> Response:
-        if _flag(body, "abort_all", False):
+        """An id that nobody has is no error: it may have just ended. One that is held back by a pause is not hit."""
+        if flag(body, "abort_all", False):
             await _wait(self.engine.abort(None))
-        else:
-            await _wait(self.engine.abort(_text(body, "rid")))
+        elif (rid := text(body, "rid")) in self._in_flight:
+            await _wait(self.engine.abort(rid))
         return Response(status_code=200)
 
     async def flush_cache(self) -> Response:
@@ -315,6 +407,7 @@ class App:
         jobs = self._sequences(asked)
         self._enter(jobs)
         try:
+            self.engine.submit([sequence for _, sequence in jobs])
             await asyncio.wait_for(jobs[0][1].listener.next(), HEALTH_TIMEOUT_SECONDS)
         except (TimeoutError, EngineStopped):
             self._abandon(jobs)
@@ -344,6 +437,7 @@ class App:
         return _json(
             {
                 "model_path": self.engine.model_path,
+                "served_model_name": self.engine.model_path,
                 "tokenizer_path": self.engine.options.model_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
@@ -390,6 +484,8 @@ def _errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Calla
             return await endpoint(request)
         except RequestError as error:
             return _json(_error_body(str(error)), 400)
+        except UpdateError as error:
+            return _json({"success": False, "message": str(error)}, 400)
         except EngineStopped as error:
             return _json(_error_body(str(error)), 500)
 
@@ -411,6 +507,21 @@ async def _client_gone(request: Request) -> None:
         pass
 
 
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run it in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()  # a caller that leaves does not cancel it any more
+        try:
+            future.set_result(function())
+        except BaseException as error:  # the caller's, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="update", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
 async def _wait(future: "Future[Any]") -> Any:
     return await asyncio.wrap_future(future)
 
@@ -423,17 +534,9 @@ def _error_body(message: str) -> dict[str, Any]:
     return {"error": {"message": message}}
 
 
-def _text(body: dict[str, Any], key: str) -> str:
-    value = body.get(key)
-    if not isinstance(value, str) or not value:
-        raise RequestError(f"{key} must be a string, not empty, got {value!r}")
-    return value
+def _success(message: str, **more: Any) -> Response:
+    return _json({"success": True, "message": message, **more})
 
 
-def _flag(body: dict[str, Any], key: str, default: bool) -> bool:
-    value = body.get(key)
-    if value is None:
-        return default
-    if type(value) is not bool:
-        raise RequestError(f"{key} must be true or false, got {value!r}")
-    return value
+def _version_note(version: str | None) -> str:
+    return "" if version is None else f" Weight version updated to {version}."

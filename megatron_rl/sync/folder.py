@@ -26,21 +26,18 @@ class WeightFolder:
     memory from what another run is using, and remove it.
     """
 
-    def __init__(self, control: Any, num_bytes: int) -> None:
-        """Collective over the gloo group `control`. num_bytes: of one export; for a moment there are two."""
-        shared: list[Any] = [None]
+    def __init__(self, control: Any, num_bytes: int, shared: Path | None) -> None:
+        """Collective over the gloo group `control`. num_bytes: of one export; for a moment there are two. shared: a
+        directory that every node sees, in which the folder is to be; None on one machine."""
+        made: list[Any] = [None]
         if dist.get_rank() == 0:
-            memory = Path("/dev/shm")
-            if memory.is_dir():
-                _remove_abandoned(memory)
-            roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2.2 * num_bytes
-            if not roomy:
-                log.warning("%s has no room for two copies of the weights; they go through %s", memory, gettempdir())
-            shared = [tempfile.mkdtemp(prefix=_PREFIX, dir=memory if roomy else gettempdir())]
-            self._lock = (Path(shared[0]) / _LOCK).open("w")
+            parent = shared or _memory(num_bytes)
+            _remove_abandoned(parent)
+            made = [tempfile.mkdtemp(prefix=_PREFIX, dir=parent)]
+            self._lock = (Path(made[0]) / _LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-        dist.broadcast_object_list(shared, src=0, group=control)
-        self._folder = Path(shared[0])
+        dist.broadcast_object_list(made, src=0, group=control)
+        self._folder = Path(made[0])
         self.path = self._folder / "weights"
 
     def write(self, export: Callable[[Path], None]) -> None:
@@ -51,6 +48,17 @@ class WeightFolder:
         if dist.get_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._lock.close()
+
+
+def _memory(num_bytes: int) -> Path:
+    """/dev/shm, or the temporary directory where there is no room for two copies."""
+    memory = Path("/dev/shm")
+    if memory.is_dir():
+        _remove_abandoned(memory)
+        if shutil.disk_usage(memory).free > 2.2 * num_bytes:
+            return memory
+    log.warning("%s has no room for two copies of the weights; they go through %s", memory, gettempdir())
+    return Path(gettempdir())
 
 
 def _remove_abandoned(parent: Path) -> None:

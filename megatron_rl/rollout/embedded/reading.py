@@ -1,0 +1,64 @@
+"""Reading a Hugging Face BailingMoE directory into packed weights."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.rollout.embedded.packing import Packing
+from megatron_rl.rollout.embedded.weights import ModelWeights, expected_tensors, some
+
+# Fields of config.json that do not change what the weights compute.
+_NOT_ARCHITECTURE = {"eos_token_id", "pad_token_id", "torch_dtype", "initializer_range", "max_position_embeddings"}
+
+
+def load_weights(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+    """Read, check and pack a directory for a model of shape `config`.
+
+    A config.json in the directory must describe the same architecture; a directory of tensors alone is fine.
+    """
+    if (Path(model_dir) / "config.json").is_file():
+        _require_same_architecture(config, load_bailing_config(model_dir), model_dir)
+    return read_packed(model_dir, config, dtype)
+
+
+def _require_same_architecture(ours: BailingConfig, theirs: BailingConfig, model_dir: str | Path) -> None:
+    for name, value in ours.model_dump(exclude=_NOT_ARCHITECTURE).items():
+        other = getattr(theirs, name)
+        if other != value:
+            raise ValueError(
+                f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}"
+            )
+
+
+def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+    """All tensors of the directory, each exactly once, names, shapes and values checked against `config`.
+
+    ValueError names what is wrong. Nothing is unpickled: only `*.safetensors` files are opened.
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise ValueError(f"model_path {str(model_dir)!r} is not a directory")
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"model_path {str(model_dir)!r} holds no *.safetensors file")
+    expected = expected_tensors(config)
+    packing = Packing(config, dtype)
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                names = list(file.keys())
+                unknown = sorted(set(names) - expected.keys())
+                if unknown:
+                    raise ValueError(f"{len(unknown)} tensors are unknown to this model: {some(unknown)}")
+                for name in names:
+                    packing.put(name, file.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    try:
+        return packing.finish()
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None

@@ -1,0 +1,149 @@
+"""Weights that arrive over process groups: the groups, and the session in which a model is put together."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.packing import Packing
+from megatron_rl.rollout.embedded.weight_requests import BucketRequest, JoinRequest, TensorHead
+from megatron_rl.rollout.embedded.weights import ModelWeights
+from megatron_rl.rollout.update_group import broadcast, join, leave
+
+log = logging.getLogger(__name__)
+
+MAX_PROBLEMS_TOLD = 3
+
+
+class UpdateError(ValueError):
+    """What a weight-update route answers `success: false` with."""
+
+
+class WeightUpdates:
+    """Owns the groups this server has joined and the open session. Not for two threads at once; every call may block.
+
+    What arrives is packed at once into a second model, which nobody serves until `finish` hands it out whole: at most
+    one more copy of the model, and one bucket.
+    """
+
+    def __init__(self, config: BailingConfig, dtype: torch.dtype, timeout_seconds: float) -> None:
+        """timeout_seconds: how long a rendezvous or a broadcast may take."""
+        self._config, self._dtype, self._timeout_seconds = config, dtype, timeout_seconds
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._packing: Packing | None = None
+        self._problems: list[str] = []
+        self._version: str | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._packing is not None
+
+    def join_group(self, request: JoinRequest) -> None:
+        if request.group_name in self._groups:
+            raise UpdateError(f"group {request.group_name!r} exists; destroy it first or choose another group_name")
+        try:
+            self._groups[request.group_name] = join(
+                request.master_address,
+                request.master_port,
+                request.rank,
+                request.world_size,
+                request.group_name,
+                "gloo",
+                self._timeout_seconds,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UpdateError(
+                f"group {request.group_name!r} could not be joined at {request.master_address}:{request.master_port}: "
+                f"{_first_line(error)}"
+            ) from None
+
+    def leave_group(self, name: str) -> None:
+        if name not in self._groups:
+            raise UpdateError(f"group {name!r} does not exist; known: {', '.join(self._groups) or 'none'}")
+        leave(self._groups.pop(name))
+
+    def begin(self) -> None:
+        if self._packing is not None:
+            raise UpdateError("a weight-update session is open already; call end_weight_update first")
+        with torch.inference_mode():
+            self._packing = Packing(self._config, self._dtype)
+        self._problems, self._version = [], None
+
+    def receive(self, request: BucketRequest) -> None:
+        """One bucket into the session. UpdateError says what is wrong with it; then `finish` will refuse too."""
+        if self._packing is None:
+            raise UpdateError(
+                "update_weights_from_distributed must come between begin_weight_update and end_weight_update"
+            )
+        group = self._groups.get(request.group_name)
+        if group is None:
+            raise UpdateError(f"group {request.group_name!r} does not exist; call init_weights_update_group first")
+        before = len(self._problems)
+        try:
+            with torch.inference_mode():
+                self._receive(group, request, self._packing)
+        except UpdateError as error:
+            self._problems.append(str(error))
+        except RuntimeError as error:
+            self._problems.append(f"receiving {request.heads[0].name} and what follows failed: {_first_line(error)}")
+        if request.weight_version is not None:
+            self._version = request.weight_version
+        if len(self._problems) > before:
+            raise UpdateError(_told(self._problems[before:]))
+
+    def finish(self) -> tuple[ModelWeights, str | None]:
+        """(the new weights, their version). UpdateError when they are not whole. The session is closed either way."""
+        packing, problems, version = self._packing, self._problems, self._version
+        if packing is None:
+            raise UpdateError("no weight-update session is open; call begin_weight_update first")
+        self._packing, self._problems, self._version = None, [], None
+        try:
+            weights = packing.finish()
+        except ValueError as error:
+            problems = [*problems, str(error)]
+        if problems:
+            raise UpdateError(f"weights are unchanged: {_told(problems)}")
+        return weights, version
+
+    def _receive(self, group: dist.ProcessGroup, request: BucketRequest, packing: Packing) -> None:
+        """Every byte that the sender sends is received, wanted or not: else its next broadcast would meet this one."""
+        dtypes = [_dtype(head) for head in request.heads]
+        if request.flattened:
+            sizes = [head.size * dtype.itemsize for head, dtype in zip(request.heads, dtypes, strict=True)]
+            flat = torch.empty(sum(sizes), dtype=torch.uint8)
+            broadcast(group, flat).wait()
+            for head, dtype, raw in zip(request.heads, dtypes, flat.split(sizes), strict=True):
+                # A copy where the bytes before it leave the tensor at an odd place.
+                aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+                self._put(packing, head, aligned.view(dtype).view(head.shape))
+        else:
+            for head, dtype in zip(request.heads, dtypes, strict=True):
+                tensor = torch.empty(head.shape, dtype=dtype)
+                broadcast(group, tensor).wait()
+                self._put(packing, head, tensor)
+
+    def _put(self, packing: Packing, head: TensorHead, tensor: Tensor) -> None:
+        try:
+            packing.put(head.name, tensor)
+        except ValueError as error:
+            self._problems.append(str(error))
+
+
+def _dtype(head: TensorHead) -> torch.dtype:
+    found = getattr(torch, head.dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UpdateError(
+            f"tensor {head.name} has dtype {head.dtype!r}, which torch does not know; send its torch name"
+        )
+    return found
+
+
+def _told(problems: list[str]) -> str:
+    rest = len(problems) - MAX_PROBLEMS_TOLD
+    return "; ".join(problems[:MAX_PROBLEMS_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,101 @@
+"""The JSON bodies of the weight-update routes as validated records. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.rollout.embedded.fields import RequestError, cut, flag, integer, text
+
+DEFAULT_GROUP = "weight_update_group"
+FLATTENED = "flattened_bucket"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinRequest:
+    """Of /init_weights_update_group. This server is one rank, `rank`."""
+
+    master_address: str
+    master_port: int
+    rank: int
+    world_size: int
+    group_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHead:
+    """A tensor that is about to come: name and dtype as the sender wrote them, shape checked to be sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketRequest:
+    """Of /update_weights_from_distributed."""
+
+    heads: tuple[TensorHead, ...]
+    group_name: str
+    flattened: bool  # one broadcast of all bytes end to end; else one broadcast per tensor
+    flush_cache: bool
+    abort_all: bool
+    weight_version: str | None  # None: the session's version stays what it is
+
+
+def parse_join(body: dict[str, Any]) -> JoinRequest:
+    backend = text(body, "backend", "nccl")
+    if backend != "gloo":
+        raise RequestError(f"backend must be 'gloo' here, got {backend!r}: the embedded server has no GPU")
+    world_size = integer("world_size", body.get("world_size"), 2)
+    rank = integer("rank_offset", body.get("rank_offset"), 1)
+    if rank >= world_size:
+        raise RequestError(f"rank_offset must be below world_size ({world_size}), got {rank}")
+    port = integer("master_port", body.get("master_port"), 1)
+    if port > 65535:
+        raise RequestError(f"master_port must be in [1, 65535], got {port}")
+    return JoinRequest(
+        master_address=text(body, "master_address"),
+        master_port=port,
+        rank=rank,
+        world_size=world_size,
+        group_name=text(body, "group_name", DEFAULT_GROUP),
+    )
+
+
+def parse_bucket(body: dict[str, Any]) -> BucketRequest:
+    names, dtypes, shapes = (body.get(key) for key in ("names", "dtypes", "shapes"))
+    for key, value in (("names", names), ("dtypes", dtypes), ("shapes", shapes)):
+        if not isinstance(value, list) or not value:
+            raise RequestError(f"{key} must be a list, not empty, got {cut(value)}")
+    assert names is not None and dtypes is not None and shapes is not None
+    if not len(names) == len(dtypes) == len(shapes):
+        raise RequestError(
+            f"names, dtypes and shapes must be equally long, got {len(names)}, {len(dtypes)} and {len(shapes)}"
+        )
+    for key, values in (("names", names), ("dtypes", dtypes)):
+        for value in values:
+            if not isinstance(value, str):
+                raise RequestError(f"{key} must hold strings, got {cut(value)}")
+    for shape in shapes:
+        if not isinstance(shape, list):
+            raise RequestError(f"shapes must hold lists of sizes, got {cut(shape)}")
+        for size in shape:
+            integer("a size in shapes", size, 0)
+    load_format = body.get("load_format")
+    if load_format not in (None, FLATTENED):
+        raise RequestError(f"load_format must be null or {FLATTENED!r}, got {cut(load_format)}")
+    return BucketRequest(
+        heads=tuple(
+            TensorHead(name=name, dtype=dtype, shape=tuple(shape))
+            for name, dtype, shape in zip(names, dtypes, shapes, strict=True)
+        ),
+        group_name=text(body, "group_name", DEFAULT_GROUP),
+        flattened=load_format == FLATTENED,
+        flush_cache=flag(body, "flush_cache", True),
+        abort_all=flag(body, "abort_all_requests", False),
+        weight_version=None if body.get("weight_version") is None else text(body, "weight_version"),
+    )

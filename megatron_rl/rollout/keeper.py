@@ -1,0 +1,131 @@
+"""The servers of one node, kept running: a thread starts again what ends or is given up."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.errors import Fault
+from megatron_rl.rollout.server import GenerationServer, server_starter
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_SECONDS = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    start: Callable[[int], GenerationServer]
+    server: GenerationServer
+    num_restarts: int = 0
+    started_at: float = 0.0
+    is_ready: bool = True
+
+
+class ServerKeeper:
+    """Owns the server processes. `close()` ends them; so does the end of this process, whatever ends it.
+
+    failure: set when a server was given up for good: it ended too often, or did not get ready.
+    """
+
+    def __init__(self, starts: Sequence[Callable[[int], GenerationServer]], rollout: RolloutSection) -> None:
+        """Starts all; they get ready at the same time."""
+        self._rollout = rollout
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="server-keeper", daemon=True)
+        self.failure: Fault | None = None
+        self._kept: list[_Kept] = []
+        try:
+            for start in starts:
+                self._kept.append(_Kept(start=start, server=start(0)))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def urls(self) -> list[str]:
+        return [kept.server.url for kept in self._kept]
+
+    def wait_ready(self, check: Callable[[], None] = lambda: None) -> None:
+        """Return when all serve; from then on they are watched. ValueError with the last words of one that does not."""
+        for kept in self._kept:
+            kept.server.wait_ready(self._rollout.ready_deadline_seconds, check)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise `failure` if there is one."""
+        if self.failure is not None:
+            raise self.failure
+
+    def replace(self, url: str, reason: str) -> None:
+        """End the server at `url` now; the thread starts another there. Nothing happens to one that has just begun."""
+        with self._lock:
+            for kept in self._kept:
+                if kept.server.url == url and kept.is_ready:
+                    log.warning("ending the generation server %s: %s", url, reason)
+                    kept.server.kill()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for kept in self._kept:
+            kept.server.stop()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_LOOK_EVERY_SECONDS):
+            for kept in self._kept:
+                with self._lock:
+                    if not self._closing.is_set() and self.failure is None:
+                        self._look_after(kept)
+
+    def _look_after(self, kept: _Kept) -> None:
+        server = kept.server
+        if server.exit_code is not None:
+            if kept.num_restarts >= self._rollout.max_restarts:
+                self.failure = Fault(
+                    f"the generation server ended with code {server.exit_code}, and it had been restarted "
+                    f"{kept.num_restarts} times before (rollout.max_restarts): {server.last_words()}"
+                )
+                return
+            log.warning("a generation server ended with code %s: %s", server.exit_code, server.last_words())
+            kept.num_restarts += 1
+            kept.server, kept.started_at, kept.is_ready = kept.start(server.port), time.monotonic(), False
+        elif not kept.is_ready:
+            kept.is_ready = server.is_ready()
+            if not kept.is_ready and time.monotonic() - kept.started_at > self._rollout.ready_deadline_seconds:
+                log.warning("a generation server did not get ready again: %s", server.last_words())
+                server.kill()
+
+
+def start_servers(
+    model_path: Path,
+    folder: Path,
+    rollout: RolloutSection,
+    dtype: str,
+    *,
+    name: str = "server",
+    host: str = "127.0.0.1",
+) -> ServerKeeper:
+    """Start `rollout.num_servers` servers here, listening on `host`; their logs are `folder/NAME_I.log`.
+
+    ValueError when there is no SGLang to start.
+    """
+    return ServerKeeper(
+        [
+            server_starter(
+                model_path,
+                folder / f"{name}_{i}.log",
+                rollout,
+                dtype,
+                host=host,
+                port=rollout.port + i if rollout.port else 0,
+            )
+            for i in range(rollout.num_servers)
+        ],
+        rollout,
+    )

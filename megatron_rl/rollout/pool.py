@@ -1,0 +1,285 @@
+"""Several generation servers as one: work goes to the least busy, and what a lost server owed is sent again.
+
+A server that dies, hangs or answers nonsense is taken out; it comes back once it is ready and has the current weights.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.rollout.client import (
+    Continuation,
+    Generated,
+    GenerationClient,
+    ServerError,
+    ServerLost,
+    together,
+)
+from megatron_rl.rollout.routing import RoutedShape
+from megatron_rl.rollout.versions import capabilities
+
+log = logging.getLogger(__name__)
+
+_SENDS = 4  # of the same work, before the run is given up: what four servers failed at is not their fault
+_START_SECONDS = 30.0  # before a first token, on top of the time for tokens
+_LOOK_EVERY_SECONDS = 5.0
+
+
+class WeightsNeeded(ServerError):
+    """No server can serve until weights are pushed again: those that came back have others."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A server of the pool. out: why it gets no work, None while it does. lost: done when it is taken out."""
+
+    client: GenerationClient
+    lost: "asyncio.Future[str]"
+    out: str | None = None
+    outstanding_tokens: int = 0
+    outstanding_requests: int = 0
+    watch: "asyncio.Task[None] | None" = None
+    recovery: "asyncio.Task[None] | None" = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What went wrong since the last look: for the log of a step."""
+
+    num_resent: int = 0
+    num_taken_out: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class ServerPool:
+    """Use it in one event loop; `close()` ends its tasks and connections.
+
+    replace: ends a server's process for good reason and has another started at the same url; None where servers are not
+    ours. `load_from_disk` and `assume` say what weights must answer. routed: ask for routed experts of this shape.
+    """
+
+    urls: Sequence[str]
+    rollout: RolloutSection
+    replace: Callable[[str, str], None] | None = None
+    routed: RoutedShape | None = None
+    counts: Counts = field(default_factory=Counts)
+    _members: list[Member] = field(default_factory=list)
+    _version: str = "0"
+    _weights: Path | None = None
+
+    async def connect(self) -> None:
+        """ServerLost when one of the servers is not ready; ValueError for one that cannot return routed experts, where
+        they are asked for."""
+        loop = asyncio.get_running_loop()
+        for url in self.urls:
+            self._members.append(Member(client=GenerationClient(url), lost=loop.create_future()))
+        for member in self._members:
+            if not await member.client.is_ready():
+                raise ServerLost(f"no generation server is ready at {member.client.url} (rollout.urls); start it first")
+            if self.routed is not None:
+                version = str((await member.client.server_info()).get("version", ""))
+                if not capabilities(version).routed_experts:
+                    raise ValueError(
+                        f"rollout.router_replay needs SGLang 0.5.22 or later, {member.client.url} runs {version}; "
+                        "update it or set rollout.router_replay = false"
+                    )
+
+    async def close(self) -> None:
+        for member in self._members:
+            tasks = [task for task in (member.watch, member.recovery) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await member.client.close()
+
+    @property
+    def num_slots(self) -> int:
+        """Responses that can run at once, of the servers that are not out for good."""
+        able = sum(m.out is None or _is_running(m.recovery) for m in self._members)
+        return max(1, able) * self.rollout.max_running_requests
+
+    @property
+    def serving(self) -> list[Member]:
+        return [member for member in self._members if member.out is None]
+
+    # Generation ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, wanted: Sequence[Continuation], temperature: float) -> list[Generated]:
+        """One sample for each, all from one server, which has confirmed the current weights.
+
+        Lost work is sent again, to the server that is then the least busy; seeds make it the same work. RequestRefused
+        is final. ServerLost after several servers failed; WeightsNeeded when none is left until the next push.
+        """
+        tokens = sum(one.max_new_tokens for one in wanted)
+        failure: ServerError | None = None
+        for attempt in range(_SENDS):
+            member = await self._choose(failure)
+            self.counts.num_resent += len(wanted) if attempt else 0
+            member.outstanding_tokens += tokens
+            member.outstanding_requests += len(wanted)
+            if not _is_running(member.watch):
+                member.watch = asyncio.create_task(self._watch(member))
+            longest = max(one.max_new_tokens for one in wanted)
+            waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
+            timeout = _START_SECONDS + waves * longest * self.rollout.token_deadline_seconds
+            try:
+                asked = member.client.generate(
+                    wanted, temperature=temperature, timeout_seconds=timeout, routed=self.routed
+                )
+                generated = await _unless(member.lost, asked)
+                self._confirm(member, generated)
+            except ServerLost as error:
+                failure = error
+                self.take_out(member, str(error))
+            else:
+                return generated
+            finally:
+                member.outstanding_tokens -= tokens
+                member.outstanding_requests -= len(wanted)
+        assert failure is not None
+        raise ServerLost(f"the same request failed {_SENDS} times, the last time so: {failure}")
+
+    async def abort_all(self) -> None:
+        """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
+        for member in self.serving:
+            try:
+                await member.client.abort_all()
+            except ServerLost as error:
+                self.take_out(member, str(error))
+
+    async def _choose(self, failure: ServerError | None) -> Member:
+        """The serving member with the least outstanding tokens; waits for one that is coming back."""
+        while True:
+            if self.serving:
+                return min(self.serving, key=lambda m: m.outstanding_tokens)
+            coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
+            if not coming:
+                break
+            log.warning("no generation server is left; waiting for one of %d to come back", len(coming))
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+        reasons = "; ".join(str(m.out) for m in self._members)
+        if self._weights is None and any(m.out == _NEEDS_WEIGHTS for m in self._members):
+            raise WeightsNeeded(f"no generation server has the current weights ({reasons})")
+        raise ServerLost(f"no generation server is left: {reasons}") from failure
+
+    def _confirm(self, member: Member, generated: Sequence[Generated]) -> None:
+        for one in generated:
+            wrong = set(one.weight_versions) - {self._version}
+            if wrong and len(one.output_ids):
+                raise ServerLost(
+                    f"{member.client.url} answered with weights {wrong.pop()!r}, expected {self._version!r}: it was "
+                    "restarted, or somebody else updates it"
+                )
+
+    # Weights -------------------------------------------------------------------------------------------------------
+
+    async def load_from_disk(self, directory: Path, version: str) -> None:
+        """Every serving member loads `directory` and answers as `version`; who fails is taken out and refilled.
+
+        RequestRefused when a server will not have these weights; ServerLost when no server is left.
+        """
+        self._weights, self._version = directory, version
+        await together(self._refill(member) for member in self.serving)
+        await self._choose(None)
+
+    def assume(self, directory: Path | None, version: str) -> None:
+        """The serving members have these weights and answer as `version`. directory: where one that comes back finds
+        them; None for weights that were sent over a process group, then it waits for the next push."""
+        self._weights, self._version = directory, version
+
+    async def _refill(self, member: Member) -> None:
+        assert self._weights is not None
+        try:
+            await member.client.update_weights_from_disk(self._weights, self._version)
+        except ServerLost as error:
+            self.take_out(member, str(error))
+
+    # Servers that fail ---------------------------------------------------------------------------------------------
+
+    def take_out(self, member: Member, reason: str) -> None:
+        """No more work for it until it has recovered; what it has in flight is lost. Idempotent."""
+        if member.out is not None:
+            return
+        log.warning("a generation server is taken out: %s", reason)
+        self.counts.num_taken_out += 1
+        member.out = reason
+        member.lost.set_result(reason)
+        if self.replace is not None:
+            self.replace(member.client.url, reason)
+        member.recovery = asyncio.create_task(self._recover(member))
+
+    async def _recover(self, member: Member) -> None:
+        """Wait until it is ready, give it the current weights, and put it back."""
+        give_up = time.monotonic() + self.rollout.ready_deadline_seconds
+        while not await member.client.is_ready():
+            if time.monotonic() > give_up:
+                member.out = f"{member.out}; it did not come back within {self.rollout.ready_deadline_seconds:g} s"
+                log.error("%s", member.out)
+                return
+            await asyncio.sleep(0.3)
+        if self._weights is None:
+            member.out = _NEEDS_WEIGHTS
+            return
+        try:
+            await member.client.update_weights_from_disk(self._weights, self._version)
+        except ServerError as error:
+            member.out = f"{error} (when it came back)"
+            log.error("%s", member.out)
+            return
+        self.put_back(member)
+
+    def put_back(self, member: Member) -> None:
+        """It has the current weights and serves."""
+        log.info("the generation server %s serves again", member.client.url)
+        member.lost = asyncio.get_running_loop().create_future()
+        member.out = None
+
+    async def recovered(self) -> list[Member]:
+        """Members that are ready but for the current weights, once all recoveries have ended."""
+        coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
+        if coming:
+            await asyncio.wait(coming)
+        return [member for member in self._members if member.out == _NEEDS_WEIGHTS]
+
+    async def _watch(self, member: Member) -> None:
+        """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""
+        last_sign = time.monotonic()
+        while member.outstanding_requests and member.out is None:
+            await asyncio.sleep(_LOOK_EVERY_SECONDS)
+            left = last_sign + self.rollout.silence_seconds - time.monotonic()
+            if await member.client.is_healthy(max(1.0, left)):
+                last_sign = time.monotonic()
+            elif time.monotonic() - last_sign > self.rollout.silence_seconds and member.outstanding_requests:
+                self.take_out(
+                    member,
+                    f"{member.client.url} has not answered /health for {self.rollout.silence_seconds:g} s "
+                    "(rollout.silence_seconds)",
+                )
+
+
+_NEEDS_WEIGHTS = "ready, but without the current weights"
+
+
+def _is_running(task: "asyncio.Task[Any] | None") -> bool:
+    return task is not None and not task.done()
+
+
+async def _unless(lost: "asyncio.Future[str]", work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`, or ServerLost when `lost` is done first."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ServerLost(lost.result())
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ServerError):
+            await task

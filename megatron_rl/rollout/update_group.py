@@ -1,0 +1,134 @@
+"""The process group over which a trainer sends weights to generation servers, both ends of it.
+
+The trainer is rank 0, each server (or each rank of a tensor-parallel one) a rank behind it. The group is the one that
+SGLang makes in `/init_weights_update_group`: a TCPStore at rank 0, the keys of the group below the prefixes `NAME`,
+`NAME/` and the device. It stands beside torch's registry of groups, not in it: it needs no default group, takes no
+name away from others, and does not split a communicator that the trainer's default group is bound to.
+"""
+
+import ipaddress
+import socket
+import zlib
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKENDS = ("gloo", "nccl")
+
+
+class Waitable(Protocol):
+    """A collective that has been started. `wait` raises RuntimeError when a peer is gone or the group's time is up."""
+
+    def wait(self) -> object: ...
+
+
+def host_store(address: str, world_size: int, timeout_seconds: float) -> dist.TCPStore:
+    """Rank 0's rendezvous store on a free port of `address`, which `.port` tells; hand it to `join`.
+
+    The port is bound by the store itself, so nobody else can take it between its choice and its use. It listens on
+    `address` alone, where a plain TCPStore would listen on every interface, without any authentication.
+    """
+    listener = socket.create_server((address, 0), family=_family(address), backlog=max(64, world_size))
+    return dist.TCPStore(
+        address,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join(
+    master_address: str,
+    master_port: int,
+    rank: int,
+    world_size: int,
+    group_name: str,
+    backend: str,
+    timeout_seconds: float,
+    *,
+    device: torch.device | None = None,
+    store: dist.TCPStore | None = None,
+) -> dist.ProcessGroup:
+    """Enter the group; returns once all `world_size` ranks have, so the others must be told before rank 0 calls this.
+
+    rank: 0 is the sender. backend: gloo, or nccl with `device`, this rank's GPU. timeout_seconds: of the rendezvous
+    and of every later collective. store: at rank 0 the one of `host_store`; without it rank 0 makes one on
+    `master_port`. RuntimeError or dist.DistError when the others do not come in time; ValueError for what cannot work.
+    """
+    if not group_name:
+        raise ValueError("group_name must not be empty, got ''; give the group any name")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if world_size < 2 or not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size) and world_size at least 2, got {rank} of {world_size}")
+    if not 0 < master_port < 65536:
+        raise ValueError(f"master_port must be in [1, 65535], got {master_port}; host_store picks a free one")
+    if backend == "nccl" and (device is None or device.type == "cpu"):
+        raise ValueError(f"backend nccl needs device, the GPU of this rank, got {device}; use gloo on a CPU")
+    timeout = timedelta(seconds=timeout_seconds)
+    if store is None:
+        store = dist.TCPStore(
+            master_address, master_port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
+        )
+    store.set_timeout(timeout)
+    device = torch.device("cpu") if backend == "gloo" else device
+    assert device is not None
+    prefixed = dist.PrefixStore(f"{group_name}/", dist.PrefixStore(group_name, store))
+    group = dist.ProcessGroup(prefixed, rank, world_size)
+    own = dist.PrefixStore(f"{device.type}/", prefixed)
+    if backend == "gloo":
+        kind = dist.ProcessGroup.BackendType.GLOO
+        member = dist.ProcessGroupGloo(own, rank, world_size, timeout)
+    else:
+        kind = dist.ProcessGroup.BackendType.NCCL
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        member = dist.ProcessGroupNCCL(own, rank, world_size, options)
+    group._set_default_backend(kind)
+    group._register_backend(device, kind, member)
+    return group
+
+
+def broadcast(group: dist.ProcessGroup, tensor: Tensor) -> Waitable:
+    """Start sending `tensor` from rank 0, or receiving into it elsewhere; it must stay as it is until `wait` returns.
+
+    The tensor is contiguous and of the same number of bytes everywhere. Collectives of one group run in the order in
+    which they are started.
+    """
+    return group.broadcast(tensor, 0)
+
+
+def leave(group: dist.ProcessGroup) -> None:
+    """Give the group's connections back. Waits for nobody: what others still have in flight fails there."""
+    group.shutdown()
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """The payload of a bucket: the bytes of the tensors end to end, uint8 [sum of bytes]."""
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of dtype, shape and the bytes of the values in row-major order, as 8 hex digits.
+
+    Finds what was lost or mixed up on the way, at several GB/s; it is no protection against forgery. Equal values in
+    different dtypes have different checksums: convert first.
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    header = f"{name}{tuple(tensor.shape)}".encode()
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{zlib.crc32(memoryview(values.numpy()), zlib.crc32(header)):08x}"
+
+
+def _family(address: str) -> socket.AddressFamily:
+    try:
+        return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    except ValueError:  # a name
+        return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]

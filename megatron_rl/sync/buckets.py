@@ -1,0 +1,72 @@
+"""Weights in pieces of bounded size: which Hugging Face tensors travel together, and where each lies in its bucket."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.checkpoint.hf import num_bytes
+from megatron_rl.checkpoint.names import Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One Hugging Face tensor: bytes [start, end) of its bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Consecutive parameters of the name table. places: of each entry's tensors, in order and end to end."""
+
+    entries: tuple[Mapping, ...]
+    places: tuple[tuple[Place, ...], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.places[-1][-1].end
+
+    @property
+    def tensors(self) -> list[Place]:
+        return [place for places in self.places for place in places]
+
+    def runs(self, owner_of: dict[str, int]) -> list[tuple[int, int, int]]:
+        """(rank, start, end) of the pieces that one rank after the other exports, as long as possible."""
+        found: list[tuple[int, int, int]] = []
+        for entry, places in zip(self.entries, self.places, strict=True):
+            owner, start, end = owner_of[entry.megatron], places[0].start, places[-1].end
+            if found and found[-1][0] == owner:
+                start = found.pop()[1]
+            found.append((owner, start, end))
+        return found
+
+
+def divide(entries: Iterable[Mapping], dtype: torch.dtype, max_bytes: int) -> list[Bucket]:
+    """Every entry once, in order, no bucket above `max_bytes` unless one parameter alone is."""
+    buckets: list[Bucket] = []
+    members: list[Mapping] = []
+    used = 0
+    for entry in entries:
+        size = len(entry.hf) * num_bytes(entry.hf_shape, dtype)
+        if members and used + size > max_bytes:
+            buckets.append(_bucket(members, dtype))
+            members, used = [], 0
+        members.append(entry)
+        used += size
+    return [*buckets, _bucket(members, dtype)] if members else buckets
+
+
+def _bucket(entries: Sequence[Mapping], dtype: torch.dtype) -> Bucket:
+    places = []
+    end = 0
+    for entry in entries:
+        of_entry = []
+        for name in entry.hf:
+            start, end = end, end + num_bytes(entry.hf_shape, dtype)
+            of_entry.append(Place(name=name, shape=entry.hf_shape, start=start, end=end))
+        places.append(tuple(of_entry))
+    return Bucket(entries=tuple(entries), places=tuple(places))

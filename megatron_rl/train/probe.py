@@ -1,0 +1,52 @@
+"""Proof that weights arrived: a server's log-probs of some tokens beside the trainer's own, after an update."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rl.rollout.update_group import checksum
+from megatron_rl.sync.export import export_tensors
+from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.exchange import Probe
+from megatron_rl.train.trainer import Trainer
+
+
+def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float]:
+    """Mean |train - server log-prob| over the probe's tokens, for each server; the same on every rank. Collective.
+
+    The mean, because at a near-tie of the router one token may rightly differ.
+    """
+    tokens = np.array(probe.token_ids, np.int32)
+    sequences = [
+        TrainSequence(
+            token_ids=tokens,
+            loss_positions=np.arange(1, len(tokens), dtype=np.int32),
+            weight=1.0,
+            advantage=0.0,
+            rollout_logprobs=np.array(logprobs, np.float32),
+            num_stale_tokens=0,
+        )
+        for logprobs in probe.logprobs
+    ]
+    batches = [trainer.micro_batch([sequence]) for sequence in sequences]
+    # The trainer's side is the same for every server, so it is computed once; the schedule wants whole rounds.
+    rounds = [batches[0], *[trainer.micro_batch([])] * (trainer.model.layout.micro_batch_multiple - 1)]
+    found = trainer.logprobs(rounds)
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64)
+    if found:
+        for i, batch in enumerate(batches):
+            difference = (found[0].double() - batch.rollout_logprobs.double()).abs()
+            sums[i] = torch.tensor([float(difference.sum()), float(len(difference))])
+    # Ranks that hold the same tokens count them all, in both columns.
+    dist.all_reduce(sums, group=control)
+    return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+def weight_checksums(trainer: Trainer, control: Any) -> dict[str, str]:
+    """Of every exported Hugging Face tensor by its name, on every rank. Collective."""
+    mine = {name: checksum(tensor) for name, tensor in export_tensors(trainer.model)}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine, group=control)
+    return {name: value for part in gathered for name, value in part.items()}

@@ -1,0 +1,39 @@
+"""Real SGLang against the tests of conformance.py: what they say of a server is true of the one we stand in for."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from subject import CONTEXT, ROOT, SLOTS, Kind, Subject, make_models
+
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.rollout.server import SglangServer, find_sglang
+
+pytest.register_assert_rewrite("conformance")
+from conformance import *  # noqa: E402, F403
+
+
+@pytest.fixture(scope="module")
+def _server(tmp_path_factory):
+    folder: Path = tmp_path_factory.mktemp("conformance")
+    models = make_models(folder)
+    python = ROOT / ".venv-sglang/bin/python"
+    process = SglangServer(
+        models[0].path,
+        folder / "server.log",
+        python=find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=python)),
+        max_running_requests=SLOTS,
+        context_length=CONTEXT,
+        weight_version="0",
+        on_cpu=True,
+    )
+    asyncio.run(process.wait_ready(180))
+    subject = Subject(process, models, Kind(seeds=False, whole=False))
+    yield subject
+    subject.close()
+
+
+@pytest.fixture
+def server(_server):
+    yield _server
+    _server.reset()

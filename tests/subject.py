@@ -1,0 +1,188 @@
+"""A generation server under test, and a trainer's end of its update groups."""
+
+import concurrent.futures
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tiny_model import tensors_of
+from torch import Tensor
+
+from megatron_rl.rollout.server import GenerationServer
+from megatron_rl.rollout.update_group import broadcast, flatten, host_store, join, leave
+
+ROOT = Path(__file__).parents[1]
+CONTEXT, SLOTS = 1024, 4
+# What is in flight in these tests: long enough for a client to act on, and it does not end by itself.
+LONG: dict[str, Any] = {"max_new_tokens": 600, "ignore_eos": True}
+FLAGS = (
+    "--hidden-size 64 --layers 3 --experts 6 --moe-intermediate-size 32 --shared-experts 1 --first-k-dense-replace 1"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    path: Path
+    tensors: dict[str, Tensor]
+
+
+def make_models(folder: Path) -> tuple[Model, Model]:
+    """Two models of one shape; every token of a response tells them apart."""
+    models = []
+    for seed in (0, 1):
+        path = folder / f"model{seed}"
+        flags = [*FLAGS.split(), "--first-k-dense-replace", "1", "--max-position-embeddings", str(CONTEXT)]
+        flags += ["--seed", str(seed), "--init-std", "0.12"]
+        subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", path, *flags], check=True)
+        models.append(Model(path=path, tensors=tensors_of(path)))
+    return models[0], models[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What one kind of server can do and another cannot."""
+
+    seeds: bool  # sampling_seed repeats a response
+    whole: bool  # an update that failed leaves the old weights as they were
+
+
+class Subject:
+    """A running server and its client. Serves `first` under version "0" at the start and after every `reset`."""
+
+    def __init__(self, process: GenerationServer, models: tuple[Model, Model], kind: Kind) -> None:
+        self.process, self.kind = process, kind
+        self.first, self.second = models
+        limits = httpx.Limits(max_connections=None)
+        self.http = httpx.Client(base_url=process.url, timeout=60, limits=limits, trust_env=False)
+        self._pool = concurrent.futures.ThreadPoolExecutor(32)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self.http.close()
+        self.process.stop()
+
+    def reset(self) -> None:
+        """Nothing in flight, no session open, the first weights."""
+        self.post("/continue_generation")
+        self.post("/abort_request", abort_all=True)
+        self.wait_idle()
+        self.post("/end_weight_update")
+        if self.version() != "0":
+            assert self.load(self.first, "0").json()["success"]
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def generate(self, input_ids: Any, body: dict[str, Any] | None = None, **sampling: Any) -> Any:
+        """With log-probs unless `body` says otherwise."""
+        answer = self.post(
+            "/generate", **{"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True} | (body or {})
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def start(self, *prompts: Any, body: dict[str, Any] | None = None, **sampling: Any) -> "list[Future[Any]]":
+        """Generate calls in flight, one a prompt; returns once those that find a slot have drawn tokens."""
+        bodies = [(body or {}) | {"rid": f"{body['rid']}{i}"} if body else None for i in range(len(prompts))]
+        calls = [
+            self._pool.submit(self.generate, prompt, one, **LONG | sampling)
+            for prompt, one in zip(prompts, bodies, strict=True)
+        ]
+        self.settle(free_slot=len(prompts) < SLOTS)
+        return calls
+
+    def settle(self, free_slot: bool = True) -> None:
+        """Return when what was sent before draws tokens."""
+        time.sleep(0.05)
+        if not free_slot:
+            time.sleep(0.1)
+            return
+        # One that came later and draws tokens: then so do they. It leaves at once.
+        for part in self.stream([3], **LONG):
+            if len(part["output_ids"]) >= 8:
+                return
+
+    def later(self, function: Any, *args: Any, **kwargs: Any) -> "Future[Any]":
+        return self._pool.submit(function, *args, **kwargs)
+
+    def stream(self, input_ids: Any, **sampling: Any) -> Iterator[dict[str, Any]]:
+        body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True, "stream": True}
+        with self.http.stream("POST", "/generate", json=body) as answer:
+            for line in answer.iter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line:
+                    yield json.loads(line.removeprefix("data: "))
+        raise AssertionError("the stream ended without [DONE]")
+
+    def scores(self, ids: list[int]) -> list[float]:
+        """Log-probs of ids[1:]."""
+        answer = self.generate(ids, {"logprob_start_len": 0}, max_new_tokens=0)
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][1:]
+
+    def version(self) -> str:
+        return str(self.http.get("/model_info").json()["weight_version"])
+
+    def load(self, model: Model, version: str, **more: Any) -> httpx.Response:
+        """From disk. Without flush_cache: real SGLang ends itself when that finds a request which has just ended."""
+        body = {"model_path": str(model.path), "weight_version": version, "flush_cache": False}
+        return self.post("/update_weights_from_disk", **body | more)
+
+    def wait_idle(self) -> None:
+        deadline = time.monotonic() + 30
+        while self.post("/flush_cache").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+class Sender:
+    """Rank 0 of an update group with one server."""
+
+    def __init__(self, server: Subject, name: str) -> None:
+        self.server, self.name = server, name
+        store = host_store("127.0.0.1", 2, 30)
+        where = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 1, "world_size": 2}
+        answer = server.later(server.post, "/init_weights_update_group", **where, group_name=name, backend="gloo")
+        self._group: Any = join("127.0.0.1", store.port, 0, 2, name, "gloo", 30, store=store)
+        assert answer.result().json()["success"], answer.result().text
+
+    def announce(self, tensors: dict[str, Tensor], *, flat: bool = True, **more: Any) -> "Future[httpx.Response]":
+        """The call alone, which waits for the broadcasts."""
+        body = {
+            "names": list(tensors),
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+            "shapes": [list(tensor.shape) for tensor in tensors.values()],
+            "group_name": self.name,
+            "load_format": "flattened_bucket" if flat else None,
+            "flush_cache": False,
+        }
+        return self.server.later(self.server.post, "/update_weights_from_distributed", **body | more)
+
+    def send(self, tensors: dict[str, Tensor], *, flat: bool = True, **more: Any) -> httpx.Response:
+        answer = self.announce(tensors, flat=flat, **more)
+        for payload in [flatten(list(tensors.values()))] if flat else tensors.values():
+            broadcast(self._group, payload).wait()
+        return answer.result()
+
+    def leave(self) -> None:
+        if self._group is not None:
+            leave(self._group)
+        self._group = None  # gloo closes its connections with the last reference
+
+
+@contextlib.contextmanager
+def sender(server: Subject, name: str = "weights") -> Iterator[Sender]:
+    entered = Sender(server, name)
+    try:
+        yield entered
+    finally:
+        entered.leave()
+        server.post("/destroy_weights_update_group", group_name=name)
