@@ -11,8 +11,10 @@ import pytest
 from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.records import Response
 from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, RequestRefused
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape
+from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
 
 SHAPE = RoutedShape(num_layers=2, num_dense_layers=1, topk=2, num_experts=6)
@@ -106,6 +108,37 @@ def test_an_answer_without_them_or_of_another_length_names_the_server() -> None:
     for meta, message in (({}, "got 'None'"), ({"routed_experts": encoded(GOOD * 2)}, "holds 16 numbers")):
         with pytest.raises(RequestRefused, match=f"http://fake/generate: routed_experts .*{message}"):
             ask(lambda _, meta=meta: answer(**meta), SHAPE)
+
+
+def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_brought_tokens() -> None:
+    prompt = np.array([7, 8], np.int32)
+    nothing = np.zeros(0, np.int32)
+    blank = Response(
+        prompt_id=0,
+        sample_index=0,
+        prompt_ids=prompt,
+        output_ids=nothing,
+        rollout_logprobs=np.zeros(0, np.float32),
+        policy_versions=nothing,
+        finish_reason="",
+    )
+    record = np.arange(8, dtype=np.uint8).reshape(4, 1, 2)
+
+    def part(count: int, reason: str, routed: np.ndarray | None) -> Generated:
+        return Generated(
+            output_ids=np.full(count, 3, np.int32),
+            logprobs=np.zeros(count, np.float32),
+            finish_reason=reason,
+            weight_versions=("0",),
+            routed_experts=routed,
+        )
+
+    response = _extended(blank, part(1, "abort", record[:2]), 0)
+    waiting = _extended(response, part(0, "abort", None), 1)
+    assert waiting.routed_experts is response.routed_experts
+    whole = _extended(waiting, part(2, "stop", record), 1)
+    assert whole.routed_experts is record
+    assert len(record) == len(prompt) + whole.num_output_tokens - 1
 
 
 def test_a_model_with_more_experts_than_a_byte_can_name_is_refused(tmp_path) -> None:
