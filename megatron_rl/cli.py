@@ -45,17 +45,27 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),
         ("sft", _sft, "supervised fine-tuning over packed chats"),
         ("evaluate", _evaluate, "accuracy of a model directory on held-out prompts"),
+        ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="TOML file")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
         command.set_defaults(run=run)
-        if name == "evaluate":
+        if name in ("evaluate", "rollout"):
             command.add_argument("--model", type=Path, help="Hugging Face directory, default model.path of the config")
+        if name == "evaluate":
             command.add_argument("--output", type=Path, help="write the result here as JSON too")
+        elif name == "rollout":
+            command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
+            command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
+            command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
         else:
             command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
             command.add_argument("--nproc", type=int, default=0, help="start this many ranks here, through torchrun")
+        if name == "train":
+            command.add_argument(
+                "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
+            )
     convert = commands.add_parser(
         "convert",
         help="Hugging Face directory <-> Megatron checkpoint",
@@ -132,14 +142,15 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
 
     config = load_config(kind, arguments.config, arguments.set)
     world_size = arguments.nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    rollouts = getattr(arguments, "rollouts", None)
     if "RANK" not in os.environ:
-        check_before_start(config, world_size, arguments.resume)
+        check_before_start(config, world_size, arguments.resume, rollouts)
         if arguments.nproc > 1:
             return run_under_torchrun(_same_command(arguments), arguments.nproc)
     if isinstance(config, RlConfig):
         from megatron_rl.train.driver import run_rl
 
-        return run_rl(config, arguments.resume)
+        return run_rl(config, arguments.resume, rollouts)
     from megatron_rl.train.sft import run_sft
 
     return run_sft(config, arguments.resume)
@@ -147,7 +158,9 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
 
 def _same_command(arguments: argparse.Namespace) -> list[str]:
     overrides = [part for override in arguments.set for part in ("--set", override)]
-    return [arguments.command, str(arguments.config), *overrides, *(["--resume"] if arguments.resume else [])]
+    rollouts = ["--rollouts", str(arguments.rollouts)] if getattr(arguments, "rollouts", None) else []
+    resume = ["--resume"] if arguments.resume else []
+    return [arguments.command, str(arguments.config), *overrides, *resume, *rollouts]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -156,6 +169,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_rl.rollout.evaluate import run_evaluation
 
     return run_evaluation(load_config(RlConfig, arguments.config, arguments.set), arguments.model, arguments.output)
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.schema import RlConfig
+    from megatron_rl.rollout.command import run_rollout
+
+    config = load_config(RlConfig, arguments.config, arguments.set)
+    if arguments.prompts is not None and arguments.prompts < 1:
+        raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
+    return run_rollout(
+        config,
+        arguments.model or config.model.path,
+        arguments.prompts or config.rollout.prompts_per_step,
+        arguments.output or config.run_dir / "rollouts.jsonl",
+        arguments.resume,
+    )
 
 
 if __name__ == "__main__":

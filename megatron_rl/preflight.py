@@ -17,13 +17,18 @@ _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
 _LOGITS_BYTES = 128 * 2**20
 
 
-def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None:
-    """ValueError for the first thing that would fail later. Meant for a run of one machine."""
+def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
+    """ValueError for the first thing that would fail later. Meant for a run of one machine.
+
+    rollouts: a file to train from in place of servers.
+    """
     bailing = load_bailing_config(config.model.path)
     config.parallel.layout(world_size).check(bailing)
     data = [config.data.train] if isinstance(config, SftConfig | RlConfig) else []
     if isinstance(config, RlConfig) and config.data.test is not None:
         data.append(config.data.test)
+    if rollouts is not None:
+        data.append(rollouts)
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
@@ -37,16 +42,19 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool) -> None
                 f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
                 f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
             )
+        starts_servers = not rollout.urls and rollouts is None
         if rollout.router_replay:
             routed_shape(bailing)
-            if rollout.engine == "sglang" and not rollout.urls and not on_gpu():
+            if rollouts is not None:
+                raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
+            if rollout.engine == "sglang" and starts_servers and not on_gpu():
                 raise ValueError(
                     "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
                     "rollout.engine = 'embedded' or rollout.router_replay = false"
                 )
-        if rollout.engine == "sglang" and not rollout.urls:
+        if rollout.engine == "sglang" and starts_servers:
             find_sglang(rollout)
-        if rollout.port and not rollout.urls:
+        if rollout.port and starts_servers:
             for i in range(rollout.num_servers):
                 _check_port(rollout.port + i)
     _check_memory(config, bailing, world_size)

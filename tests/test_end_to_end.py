@@ -272,6 +272,25 @@ def test_a_users_mistake_ends_in_one_message_and_exit_code_2(
     assert "Traceback" not in stderr
 
 
+def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    rollouts = tmp_path / "rollouts.jsonl"
+    finish(command(inputs, tmp_path, "rollout", "--prompts", "6", "--output", str(rollouts)))
+    assert "exists; add --resume" in finish(command(inputs, tmp_path, "rollout", "--output", str(rollouts)), code=2)
+    # A kill in the middle of a group's lines: that group is sampled again, to the same tokens.
+    lines = rollouts.read_text().splitlines(keepends=True)
+    rollouts.write_text("".join(lines[:-2]) + lines[-2][:40])
+    finish(command(inputs, tmp_path, "rollout", "--prompts", "6", "--output", str(rollouts), "--resume"))
+    assert sorted(rollouts.read_text().splitlines(keepends=True)) == sorted(lines)
+    # In the order of the stream these are the groups that the whole run sampled in its first step.
+    rollouts.write_text("".join(sorted(lines, key=lambda line: json.loads(line)["position"])))
+    finish(command(inputs, tmp_path, "train", "--rollouts", str(rollouts), "--set", "train.steps=1"))
+    (row,), expected = rows_of(tmp_path), rows_of(whole)[0]
+    for name in ("reward", "loss", "grad_norm", "num_loss_tokens", "logprob_difference_p999"):
+        assert row[name] == expected[name], name
+    message = finish(command(inputs, tmp_path, "train", "--rollouts", str(tmp_path / "none"), "--resume"), code=2)
+    assert "none does not exist" in message
+
+
 def test_a_port_in_use_is_named(inputs: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -72,9 +72,8 @@ def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Generated:
 
     async def run() -> Generated:
         client = GenerationClient("http://fake")
-        await client._http.aclose()
         transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[answer(json.loads(request.content))]))
-        client._http = httpx.AsyncClient(base_url=client.url, transport=transport)
+        client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
         wanted = [Continuation(input_ids=[7, 8], seed=1, max_new_tokens=1)]
         (generated,) = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()

@@ -72,11 +72,14 @@ class GenerationClient:
     def __init__(self, url: str, control_timeout_seconds: float = 60.0) -> None:
         self.url = url.rstrip("/")
         self._control_timeout = control_timeout_seconds
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=None, trust_env=False)
+        # One httpx client for each connection: a client with many looks through all of them at every request, and a
+        # phase has thousands in flight.
+        self._idle: list[httpx.AsyncClient] = []
+        self._tls = httpx.create_ssl_context() if self.url.startswith("https:") else False
 
     async def close(self) -> None:
-        await self._http.aclose()
+        while self._idle:
+            await self._idle.pop().aclose()
 
     async def generate(
         self,
@@ -196,19 +199,35 @@ class GenerationClient:
 
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:
-            async with asyncio.timeout(timeout_seconds):
-                return (await self._http.get(route)).status_code == 200
+            return (await self._request("GET", route, None, timeout_seconds)).status_code == 200
         except (httpx.HTTPError, TimeoutError):
             return False
+
+    async def _request(
+        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> httpx.Response:
+        """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
+        between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again."""
+        http = (
+            self._idle.pop()
+            if self._idle
+            else httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
+        )
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                answer = await http.request(method, route, json=body)
+        except BaseException:
+            await http.aclose()
+            raise
+        self._idle.append(http)
+        return answer
 
     async def _ask(
         self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float, parse: bool = True
     ) -> Any:
-        """The JSON of the answer. The time limit is for the whole of it: a server that sends a byte now and then would
-        never run into one between two reads."""
+        """The JSON of the answer."""
         try:
-            async with asyncio.timeout(timeout_seconds):
-                answer = await self._http.request(method, route, json=body)
+            answer = await self._request(method, route, body, timeout_seconds)
         except TimeoutError:
             raise ServerLost(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
         except httpx.HTTPError as error:

@@ -5,20 +5,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import read_prompts
-from megatron_rl.records import Response
-from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.keeper import start_servers
-from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.sampler import Question, Sampler
+from megatron_rl.rollout.sampler import Question
+from megatron_rl.rollout.standalone import sampling
 
 log = logging.getLogger(__name__)
 
@@ -58,32 +52,13 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
     prompts = read_prompts(config.data.test)[: config.evaluate.prompts]
     if len(prompts) < config.evaluate.prompts:
         raise ValueError(f"{config.data.test} holds {len(prompts)} prompts, evaluate.prompts asks for more")
-    rollout = config.rollout
-    if rollout.urls:
-        raise ValueError(
-            "evaluation starts servers of its own with the model that it measures; leave rollout.urls empty"
-        )
     tokenizer = load_tokenizer(model)
-    input_ids = rendered_prompts(prompts, tokenizer, rollout.max_prompt_tokens, config.data.test)
+    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, config.data.test)
     questions = [Question(prompt_id=i, prompt=p, input_ids=input_ids[p.id]) for i, p in enumerate(prompts)]
     started = time.perf_counter()
-    keeper = start_servers(model, config.run_dir, rollout, config.model.dtype, name="evaluate_server")
-    try:
-        keeper.wait_ready()
-        servers = ServerPool(keeper.urls, rollout, keeper.replace)
-        try:
-            await servers.connect()
-            servers.assume(model, "0")
-            with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
-                # A seed of its own: evaluation must not repeat the random numbers of training.
-                sampler = Sampler(
-                    servers, rewards, tokenizer.decode, _no_advantages, rollout, seed=config.seed + 1_000_000_007
-                )
-                groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
-        finally:
-            await servers.close()
-    finally:
-        keeper.close()
+    # A seed of its own: evaluation must not repeat the random numbers of training.
+    async with sampling(config, model, tokenizer, "evaluate_server", config.seed + 1_000_000_007) as sampler:
+        groups = await sampler.sample(questions, 0, config.evaluate.samples_per_prompt)
     scores = [sum(s.reward for s in group.samples) / len(group.samples) for group in groups]
     kinds: dict[str, list[float]] = {}
     for prompt, score in zip(prompts, scores, strict=True):
@@ -102,11 +77,6 @@ async def evaluate(config: RlConfig, model: Path) -> Evaluation:
         response_tokens_mean=sum(lengths) / len(lengths),
         seconds=time.perf_counter() - started,
     )
-
-
-def _no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
-    """Evaluation trains nothing."""
-    return np.zeros(len(responses))
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

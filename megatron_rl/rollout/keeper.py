@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.errors import Fault
@@ -75,6 +76,12 @@ class ServerKeeper:
             self._thread.join()
         for kept in self._kept:
             kept.server.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_EVERY_SECONDS):

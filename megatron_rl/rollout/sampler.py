@@ -7,7 +7,7 @@ fill the budget, and leaves the rest unfinished for the next phase.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.rollout.client import Continuation, Generated, together
+from megatron_rl.rollout.client import Continuation, Generated, ServerLost, together
 from megatron_rl.rollout.pool import ServerPool
 
 _ABORT_AGAIN_SECONDS = 0.25
+_CONTINUATIONS = 4  # of a response, before the run is given up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +86,24 @@ class Sampler:
     ) -> list[Group]:
         """A scored group for every question, in their order. A group goes as one request."""
         size = samples_per_prompt or self._rollout.samples_per_prompt
+        return await together(self._group(question, policy_version, size) for question in questions)
 
-        async def one(question: Question) -> Group:
-            async with self._in_flight:
-                responses = await self._continue(_blank(question, size), policy_version)
-            return await self._score(question, responses)
+    async def as_completed(
+        self, questions: Sequence[Question], policy_version: int
+    ) -> AsyncIterator[tuple[Question, Group]]:
+        """The same, each as it comes."""
+        size = self._rollout.samples_per_prompt
 
-        return await together(one(question) for question in questions)
+        async def one(question: Question) -> tuple[Question, Group]:
+            return question, await self._group(question, policy_version, size)
+
+        tasks = [asyncio.create_task(one(question)) for question in questions]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for left in tasks:
+                left.cancel()
 
     async def fill(
         self,
@@ -153,6 +165,24 @@ class Sampler:
         finally:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
+
+    async def _group(self, question: Question, policy_version: int, size: int) -> Group:
+        responses = _blank(question, size)
+        async with self._in_flight:
+            # Nobody but us aborts requests in a phase that waits for all of them; what comes back unfinished all the
+            # same, from a server that was being shut down, goes on where it is.
+            for _ in range(_CONTINUATIONS):
+                left = [response for response in responses if not response.finish_reason]
+                if not left:
+                    break
+                for longer in await self._continue(left, policy_version):
+                    responses[longer.sample_index] = longer
+            else:
+                raise ServerLost(
+                    f"responses to prompt {question.prompt.id} were aborted {_CONTINUATIONS} times by the server; "
+                    "see its log"
+                )
+        return await self._score(question, responses)
 
     async def _continue(self, responses: Sequence[Response], policy_version: int) -> list[Response]:
         """The same responses, each sampled on from where it is."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,9 @@ from megatron_rl.records import Group, Response
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import together
+from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
+from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler
 from megatron_rl.train.exchange import Probe
@@ -38,9 +41,10 @@ class Collector:
     """Owns connections to the servers, the reward pool, and what a phase leaves to the next. `close()` ends them."""
 
     def __init__(
-        self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals, servers: NodeServers
+        self, config: RlConfig, layout: Layout, cost: CostModel, signals: StopSignals, source: NodeServers | Path
     ) -> None:
-        """ValueError for data that cannot be used."""
+        """source: the servers, or a file of recorded groups (rollout/recorded.py). ValueError for data that cannot be
+        used."""
         self._config, self._layout, self._signals, self._cost = config, layout, signals, cost
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(layout.world_size)
@@ -53,12 +57,19 @@ class Collector:
         self.cursor = 0
         self.carry = Carry()
         self.tokens_per_prompt: float | None = None
-        self._keeper = servers.keeper
         self._loop = asyncio.Runner()
+        self._keeper: ServerKeeper | None = None
+        self.pool: ServerPool | None = None
+        self._rewards: RewardPool | None = None
+        self._recorded: tuple[list[Group], dict[int, str]] | None = None
+        if isinstance(source, Path):
+            self._recorded = read_groups(source, self._advantages)
+            return
+        self._keeper = source.keeper
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
         routed = routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None
         replace = self._keeper.replace if self._keeper else None
-        self.pool = ServerPool(servers.urls, config.rollout, replace, routed)
+        self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
             self.run(self.pool.connect())
         except BaseException:
@@ -81,6 +92,7 @@ class Collector:
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
         """What every serving server makes of the next prompts' tokens: their urls, and the question for the trainer."""
+        assert self.pool is not None
         tokens: list[int] = []
         position = self.cursor
         while len(tokens) < num_tokens:
@@ -138,7 +150,7 @@ class Collector:
             self.tokens_per_prompt = shortfall.per_prompt
         phase.write(
             config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl",
-            lambda position: self._stream.take(position, 1)[0][0].id,
+            self._name_of,
             self._tokenizer.decode,
         )
         metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
@@ -146,25 +158,49 @@ class Collector:
             "rollout_seconds": rollout_seconds,
             "generated_tokens_per_second": metrics["num_generated_tokens"] / rollout_seconds,
             "plan_seconds": time.perf_counter() - started - rollout_seconds,
-            "num_resent_samples": self.pool.counts.num_resent,
-            "num_lost_servers": self.pool.counts.num_taken_out,
         }
-        self.pool.counts = Counts()
+        if self.pool is not None:
+            counts, self.pool.counts = self.pool.counts, Counts()
+            metrics |= {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
         return plan, metrics
 
     def close(self) -> None:
-        self._loop.run(self.pool.close())
-        self._rewards.close()
+        if self.pool is not None:
+            self._loop.run(self.pool.close())
+        if self._rewards is not None:
+            self._rewards.close()
         self._loop.close()
 
     async def _rollout(self, policy_version: int, shortfall: Shortfall) -> Collected:
         waves = self._config.budget.max_waves
+        if self._recorded is not None:
+            return self._replay(self._recorded[0], shortfall)
         if not self._config.rollout.partial:
             return await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
         resumed = [(self._question(group.prompt_id), group) for group in self.carry.unfinished]
         return await self._sampler.fill_partially(
             resumed, self._take, policy_version, shortfall, self._is_wanted, waves
         )
+
+    def _replay(self, groups: Sequence[Group], shortfall: Shortfall) -> Collected:
+        """As many recorded groups as the phase needs, in their order."""
+        found = Collected()
+        while count := shortfall.more_prompts(first_wave=self._config.rollout.prompts_per_step):
+            wave, self.cursor = groups[self.cursor : self.cursor + count], self.cursor + count
+            if len(wave) < count:
+                raise ValueError(
+                    f"the {len(groups)} groups of --rollouts are used up, and the phase still lacks "
+                    f"{shortfall.missing:g} {shortfall.unit}; record more, or lower train.steps or the budget"
+                )
+            good = [group for group in wave if self._is_wanted(group)]
+            found.kept += good
+            found.filtered += [group for group in wave if not self._is_wanted(group)]
+            shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
+        return found
+
+    def _name_of(self, position: int) -> str:
+        """The data's id of the prompt at this position of the stream."""
+        return self._recorded[1][position] if self._recorded is not None else self._question(position).prompt.id
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`, but give it up when a signal came or a server was given up for good."""

@@ -6,6 +6,7 @@ arrived, train a plan, or stop. The others wait for its word on gloo.
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from megatron_rl.c3po.packing import cost_model
@@ -33,8 +34,11 @@ log = logging.getLogger(__name__)
 _PUSHES = 3  # of the same weights, before a run gives up
 
 
-def run_rl(config: RlConfig, resume: bool) -> int:
-    """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code."""
+def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
+    """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code.
+
+    rollouts: a file to train from (rollout/recorded.py); then there are no servers.
+    """
     signals = StopSignals()
     session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
     if config.algorithm.kl_coefficient:
@@ -42,18 +46,21 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     objective = PolicyObjective(config.algorithm, session.context_group)
     restored = session.restore()
     first = restored[0]["step"] if restored else 0
-    folder = WeightFolder(
-        session.control,
-        session.bailing.num_parameters() * session.model.dtype.itemsize,
-        shared=config.run_dir if num_nodes() > 1 else None,
-    )
-    servers = transport = leader = None
+    folder = servers = transport = leader = None
     try:
-        folder.write(session.export)  # what servers start with, the first time and whenever one is started again
-        servers = NodeServers(config, folder.path, session.control, signals)
-        transport = _transport(config, session, folder)
+        if rollouts is None:
+            folder = WeightFolder(
+                session.control,
+                session.bailing.num_parameters() * session.model.dtype.itemsize,
+                shared=config.run_dir if num_nodes() > 1 else None,
+            )
+            folder.write(session.export)  # what servers start with, the first time and whenever one is started again
+            servers = NodeServers(config, folder.path, session.control, signals)
+            transport = _transport(config, session, folder)
         if session.is_leader:
-            leader = Leader(config, session, signals, first, restored, servers, transport)
+            source = servers or rollouts
+            assert source is not None
+            leader = Leader(config, session, signals, first, restored, source, transport)
         for step in range(first, config.train.steps):
             work = leader.begin(step) if leader else _follow(session, transport)
             if isinstance(work, Stop):
@@ -70,14 +77,9 @@ def run_rl(config: RlConfig, resume: bool) -> int:
     except StopRequested:
         return EXIT_STOPPED  # before the first step: there is nothing to save yet
     finally:
-        if leader:
-            leader.close()
-        if transport:
-            transport.close()
-        if servers:
-            servers.close()
-        folder.close()
-        session.close()
+        for part in (leader, transport, servers, folder, session):
+            if part is not None:
+                part.close()
 
 
 def _transport(config: RlConfig, session: Session, folder: WeightFolder) -> Transport:
@@ -100,7 +102,7 @@ def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan:
     ]
 
 
-def _follow(session: Session, transport: Transport) -> tuple[Plan, Work] | Stop:
+def _follow(session: Session, transport: Transport | None) -> tuple[Plan, Work] | Stop:
     """The other ranks: do what rank 0 says until there is something to train, or the run ends."""
     while True:
         order = receive(session.rank, session.layout, session.control)
@@ -109,10 +111,11 @@ def _follow(session: Session, transport: Transport) -> tuple[Plan, Work] | Stop:
         _obey(order, session, transport, None)
 
 
-def _obey(order: Order, session: Session, transport: Transport, receivers: Receivers | None) -> Any:
+def _obey(order: Order, session: Session, transport: Transport | None, receivers: Receivers | None) -> Any:
     """Collective."""
     match order:
         case Push():
+            assert transport is not None
             return transport.push(order.version, receivers)
         case Probe():
             return mean_differences(session.trainer, order, session.control)
@@ -137,9 +140,10 @@ class Leader:
         signals: StopSignals,
         first: int,
         restored: tuple[Any, bytes] | None,
-        servers: NodeServers,
-        transport: Transport,
+        source: NodeServers | Path,
+        transport: Transport | None,
     ) -> None:
+        """source: the servers, or the file that is trained from in their place. transport: with servers."""
         self._config, self._session, self._transport = config, session, transport
         self._first = first
         self._metrics: MetricsLog | None = None
@@ -148,7 +152,7 @@ class Leader:
         self._started = self._trained_from = 0.0
         self._gate_failure: Fault | None = None
         try:
-            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, servers)
+            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, source)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
@@ -166,7 +170,8 @@ class Leader:
             if self._gate_failure is not None:
                 raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                self._push(step)
+                if self._transport is not None:
+                    self._push(step)
                 sync_seconds = time.perf_counter() - self._started
                 try:
                     self._schedule, self._row = self.collector.collect(policy_version=step)
@@ -234,6 +239,7 @@ class Leader:
 
     def _push(self, step: int) -> None:
         """The present weights to every server, as version `step`, and proof that they arrived."""
+        assert self.collector.pool is not None
         receivers = Receivers(pool=self.collector.pool, run=self.collector.run)
         for attempt in range(_PUSHES):
             try:

@@ -1,0 +1,79 @@
+"""`megatron-rl rollout`: sample and score prompts, and write down the responses."""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.rollout.recorded import group_rows
+from megatron_rl.rollout.sampler import Question
+from megatron_rl.rollout.standalone import sampling
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_SECONDS = 10.0
+
+
+def run_rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, resume: bool) -> int:
+    """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`.
+    Returns the exit code."""
+    done = _positions(path) if resume else set()
+    if path.exists() and not resume:
+        raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
+    asyncio.run(_rollout(config, model, num_prompts, path, done))
+    return 0
+
+
+async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, done: set[int]) -> None:
+    tokenizer = load_tokenizer(model)
+    prompts = read_prompts(config.data.train)
+    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, config.data.train)
+    taken, _ = PromptStream(prompts, config.seed).take(0, num_prompts)
+    questions = [
+        Question(prompt_id=position, prompt=prompt, input_ids=input_ids[prompt.id])
+        for position, prompt in enumerate(taken)
+        if position not in done
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = told = time.perf_counter()
+    num_groups = num_tokens = 0
+    reward = 0.0
+    async with sampling(config, model, tokenizer, "rollout_server", config.seed) as sampler:
+        with path.open("a") as file:
+            async for question, group in sampler.as_completed(questions, 0):
+                file.write(group_rows(group, question.prompt.id, question.prompt.prompt, tokenizer.decode))
+                file.flush()
+                os.fsync(file.fileno())
+                num_groups += 1
+                num_tokens += sum(sample.response.num_output_tokens for sample in group.samples)
+                reward += sum(sample.reward for sample in group.samples) / len(group.samples)
+                if time.perf_counter() - told > _PROGRESS_EVERY_SECONDS or num_groups == len(questions):
+                    told = time.perf_counter()
+                    log.info(
+                        "%d of %d prompts, mean reward %.3f, %.0f tokens/s",
+                        *(num_groups, len(questions), reward / num_groups, num_tokens / (told - started)),
+                    )
+    log.info("%s: %d groups of %d responses", path, num_groups + len(done), config.rollout.samples_per_prompt)
+
+
+def _positions(path: Path) -> set[int]:
+    """Positions of the groups in the file; a last group that a kill cut short is removed from it."""
+    if not path.exists():
+        return set()
+    kept: list[str] = []
+    sizes: dict[int, int] = {}
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            position = int(json.loads(line)["position"])
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+        sizes[position] = sizes.get(position, 0) + 1
+    whole = {position for position, size in sizes.items() if size == max(sizes.values())}
+    path.write_text("".join(line for line in kept if int(json.loads(line)["position"]) in whole))
+    return whole

@@ -1,0 +1,92 @@
+"""Scored responses in a file: what `megatron-rl rollout` writes and `megatron-rl train --rollouts` trains from.
+
+JSONL, one row per response, the rows of a group one after the other. Text for people, token ids and log-probs for
+training; a float32 comes back from its decimal digits as it was.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.records import Group, Response, Sample
+
+Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
+
+
+def group_rows(group: Group, prompt_id: str, prompt: str, decode: Callable[[list[int]], str]) -> str:
+    """The lines of a group. prompt_id, prompt: of the data; decode: text of output ids."""
+    rows = [
+        {
+            "prompt_id": prompt_id,
+            "position": sample.response.prompt_id,
+            "sample_index": sample.response.sample_index,
+            "prompt": prompt,
+            "response": decode(sample.response.output_ids.tolist()),
+            "reward": sample.reward,
+            "reason": sample.reason,
+            "finish_reason": sample.response.finish_reason,
+            "prompt_token_ids": sample.response.prompt_ids.tolist(),
+            "output_ids": sample.response.output_ids.tolist(),
+            "rollout_logprobs": [float(x) for x in sample.response.rollout_logprobs],
+            "policy_version": sample.response.policy_version,
+        }
+        for sample in group.samples
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[int, str]]:
+    """Groups in the order of the file, and the data's prompt id of each position. ValueError names a wrong line.
+
+    advantages: float64 [K] of one group from its responses and rewards [K].
+    """
+    if not path.is_file():
+        raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
+    rows = []
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            rows.append(_row(line, f"{path} line {number}"))
+    if not rows:
+        raise ValueError(f"rollouts file {path} is empty")
+    groups = []
+    for position, members in groupby(rows, key=lambda row: row[0].prompt_id):
+        of_group = list(members)
+        if [response.sample_index for response, _, _, _ in of_group] != list(range(len(of_group))):
+            raise ValueError(f"{path}: the samples of position {position} are not 0, 1, 2, ... one after the other")
+        given = advantages([row[0] for row in of_group], np.array([row[1] for row in of_group]))
+        samples = tuple(
+            Sample(response=response, reward=reward, reason=reason, advantage=float(a))
+            for (response, reward, reason, _), a in zip(of_group, given, strict=True)
+        )
+        groups.append(Group(prompt_id=position, samples=samples))
+    return groups, {response.prompt_id: name for response, _, _, name in rows}
+
+
+def _row(line: str, where: str) -> tuple[Response, float, str, str]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        output_ids = np.array(row["output_ids"], np.int32)
+        response = Response(
+            prompt_id=int(row["position"]),
+            sample_index=int(row["sample_index"]),
+            prompt_ids=np.array(row["prompt_token_ids"], np.int32),
+            output_ids=output_ids,
+            rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
+            policy_versions=np.full(len(output_ids), int(row["policy_version"]), np.int32),
+            finish_reason=str(row["finish_reason"]),
+        )
+        found = response, float(row["reward"]), str(row["reason"]), str(row["prompt_id"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{where} is not a scored response ({type(error).__name__}: {error}): {line[:100]!r}"
+        ) from None
+    if not len(output_ids) or len(output_ids) != len(response.rollout_logprobs) or not len(response.prompt_ids):
+        raise ValueError(
+            f"{where}: {len(response.prompt_ids)} prompt_token_ids, {len(output_ids)} output_ids and "
+            f"{len(response.rollout_logprobs)} rollout_logprobs; the last two must be equally many, and none empty"
+        )
+    return found

@@ -1,0 +1,61 @@
+"""Rollouts in a file: what was sampled comes back as it was, and what cannot be trained from is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import make_sample
+
+from megatron_rl.records import Group
+from megatron_rl.rollout.recorded import group_rows, read_groups
+
+
+def rank_of_reward(_: object, rewards: np.ndarray) -> np.ndarray:
+    return rewards - rewards.mean()
+
+
+def write(path: Path, *groups: Group) -> list[str]:
+    text = "".join(group_rows(g, f"name-{g.prompt_id}", "what?", lambda ids: " ".join(map(str, ids))) for g in groups)
+    path.write_text(text)
+    return text.splitlines()
+
+
+def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    groups = []
+    for position in (7, 3):
+        samples = [make_sample(position, i, 5 + i, version=4, reward=float(i == 0)) for i in range(3)]
+        for sample in samples:
+            sample.response.rollout_logprobs[:] = rng.normal(size=len(sample.response.output_ids)) * 1e-3
+        groups.append(Group(prompt_id=position, samples=tuple(samples)))
+    write(tmp_path / "file", *groups)
+    found, names = read_groups(tmp_path / "file", rank_of_reward)
+    assert names == {7: "name-7", 3: "name-3"}
+    assert [group.prompt_id for group in found] == [7, 3]
+    for group, expected in zip(found, groups, strict=True):
+        assert [sample.advantage for sample in group.samples] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+        for sample, other in zip(group.samples, expected.samples, strict=True):
+            assert (sample.id, sample.reward, sample.reason) == (other.id, other.reward, other.reason)
+            for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions"):
+                ours, theirs = getattr(sample.response, name), getattr(other.response, name)
+                assert ours.dtype == theirs.dtype
+                assert np.array_equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_ids": None}, "line 2 is not a scored response"),
+        ({"reward": "good"}, "line 2 is not a scored response"),
+        ({"rollout_logprobs": [-1.0]}, "5 output_ids and 1 rollout_logprobs"),
+        ({"output_ids": [], "rollout_logprobs": []}, "none empty"),
+        ({"sample_index": 2}, "samples of position 0 are not 0, 1, 2"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    lines = write(tmp_path / "file", Group(prompt_id=0, samples=(make_sample(0, 0, 5), make_sample(0, 1, 5))))
+    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    (tmp_path / "file").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_groups(tmp_path / "file", rank_of_reward)
