@@ -1,6 +1,8 @@
 """The embedded server as a process of its own, over HTTP."""
 
+import base64
 import concurrent.futures
+import json
 import os
 import re
 import signal
@@ -13,7 +15,9 @@ from collections import deque
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from reference import routed_by
 from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +61,8 @@ class Server:
         return self.http.post(path, json=body)
 
     def generate(self, input_ids, **sampling):
-        body = {key: sampling.pop(key) for key in ("rid", "return_logprob", "logprob_start_len") if key in sampling}
+        outside = ("rid", "return_logprob", "logprob_start_len", "return_routed_experts")
+        body = {key: sampling.pop(key) for key in outside if key in sampling}
         answer = self.post("/generate", input_ids=input_ids, sampling_params=sampling, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -110,6 +115,28 @@ def server(_shared_server, model_dir):
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
+def routed_experts(answer):
+    """int32 [prompt + output - 1, layers, topk], the experts of a token in ascending order."""
+    numbers = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
+    count = answer["meta_info"]["prompt_tokens"] + answer["meta_info"]["completion_tokens"] - 1
+    return np.sort(numbers.reshape(count, 3, 2), axis=2)
+
+
+def test_routed_experts_come_for_each_prompt_that_asks(server, model_dir):
+    body = {"input_ids": [[5, 6, 7], [8, 9]], "sampling_params": {"max_new_tokens": 12, "ignore_eos": True, "n": 2}}
+    answers = server.http.post("/generate", json=body | {"return_routed_experts": [True, False]}).json()
+    for answer in answers[:2]:
+        assert (routed_experts(answer) == routed_by(model_dir, [5, 6, 7, *answer["output_ids"]])[:-1]).all()
+    assert not any("routed_experts" in answer["meta_info"] for answer in answers[2:])
+    nothing_new = server.generate([5, 6, 7], max_new_tokens=0, return_routed_experts=True)
+    assert (routed_experts(nothing_new) == routed_by(model_dir, [5, 6, 7])[:-1]).all()
+    body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 9, "ignore_eos": True}, "stream": True}
+    with server.http.stream("POST", "/generate", json=body | {"return_routed_experts": True}) as answer:
+        parts = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line[:7] == "data: {"]
+    assert (routed_experts(parts[-1]) == routed_by(model_dir, [5, *parts[-1]["output_ids"]])[:-1]).all()
+    assert not any("routed_experts" in part["meta_info"] for part in parts[:-1])
+
+
 def test_seeds_decide_the_samples_and_no_seed_means_a_random_one(server):
     def ids(**params):
         return server.generate([5, 6, 7], max_new_tokens=20, ignore_eos=True, **params)["output_ids"]
@@ -155,7 +182,9 @@ BAD_REQUESTS = [
     ({"input_ids": [5], "rid": ["a", "b"]}, "rid"),
     ({"input_ids": [5], "stream": 1}, "stream.*1"),
     ({"input_ids": [5], "sampling_params": [1]}, "sampling_params"),
-    ({"input_ids": [5], "return_routed_experts": True}, "return_routed_experts"),
+    ({"input_ids": [5], "return_routed_experts": "yes"}, "return_routed_experts.*'yes'"),
+    ({"input_ids": [5], "return_routed_experts": [True, True]}, "return_routed_experts"),
+    ({"input_ids": [5], "return_hidden_states": True}, "return_hidden_states"),
 ]
 BAD_SAMPLING = [
     ({"max_new_tokens": 2048}, r"max_new_tokens \(2048\).*2048"),
@@ -228,6 +257,20 @@ def test_a_paused_request_finishes_after_continue_with_the_tokens_it_would_have_
     assert not running.done()
     server.post("/continue_generation")
     assert running.result()["output_ids"] == expected
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_routed_experts_of_a_paused_request_are_complete_and_so_are_those_of_an_aborted_one(server, model_dir, mode):
+    running = server.background([5, 6], max_new_tokens=300, ignore_eos=True, return_routed_experts=True)
+    server.post("/pause_generation", mode=mode)
+    server.post("/continue_generation")
+    answer = running.result()
+    assert (routed_experts(answer) == routed_by(model_dir, [5, 6, *answer["output_ids"]])[:-1]).all()
+    running = server.background([5, 6], return_routed_experts=True, **LONG)
+    server.post("/pause_generation", mode=mode)
+    server.post("/abort_request", abort_all=True)
+    answer = running.result()
+    assert (routed_experts(answer) == routed_by(model_dir, [5, 6, *answer["output_ids"]])[:-1]).all()
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 
 from megatron_rl.errors import Fault
+from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ class Generated:
     finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
     weight_versions: of its tokens, in order; several when weights came while it ran.
     message: what the server says of an abort; empty otherwise.
+    routed_experts: uint8 [tokens before it + n - 1, layers, topk], where they were asked for; an aborted part may lack
+        them.
     """
 
     output_ids: np.ndarray
@@ -52,6 +55,7 @@ class Generated:
     finish_reason: str
     weight_versions: tuple[str, ...]
     message: str = ""
+    routed_experts: np.ndarray | None = None
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -80,9 +84,14 @@ class GenerationClient:
             await self._idle.pop().aclose()
 
     async def generate(
-        self, wanted: Sequence[Continuation], *, temperature: float, timeout_seconds: float
+        self,
+        wanted: Sequence[Continuation],
+        *,
+        temperature: float,
+        timeout_seconds: float,
+        routed: RoutedShape | None = None,
     ) -> list[Generated]:
-        """One sample for each, in their order."""
+        """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
         shared = {"temperature": temperature, "top_p": 1.0, "top_k": -1}
         body = {
             "input_ids": [list(one.input_ids) for one in wanted],
@@ -91,10 +100,14 @@ class GenerationClient:
             ],
             "return_logprob": True,
         }
+        if routed is not None:
+            body["return_routed_experts"] = True
         answers = await self._ask("POST", "/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(wanted):
             raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-        found = [self._generated(answer) for answer in answers]
+        found = [
+            self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
+        ]
         for asked, one in zip(wanted, found, strict=True):
             if len(one.output_ids) > asked.max_new_tokens:
                 raise ServerLost(
@@ -161,7 +174,7 @@ class GenerationClient:
         """True when it still makes tokens: SGLang answers /health only then."""
         return await self._is_ok("/health", timeout_seconds)
 
-    def _generated(self, answer: dict[str, Any]) -> Generated:
+    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:
         try:
             meta = answer["meta_info"]
             # A request that was aborted before it ran has no list of log-probs.
@@ -190,7 +203,13 @@ class GenerationClient:
                 f"{self.url}/generate: {len(output_ids)} tokens came with {len(result.logprobs)} log-probs, "
                 f"{int((~np.isfinite(result.logprobs)).sum())} of them not finite"
             )
-        return result
+        if routed is None or not (whole or "routed_experts" in meta):
+            return result
+        try:
+            count = num_tokens_before + len(output_ids) - 1
+            return replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, routed))
+        except ValueError as error:  # a server that cannot do it cannot do it the next time either
+            raise RequestRefused(f"{self.url}/generate: {error}") from error
 
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:

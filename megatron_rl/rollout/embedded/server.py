@@ -27,6 +27,7 @@ from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, Promp
 from megatron_rl.rollout.embedded.sampling import derive_seed
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.weight_routes import WeightRoutes
+from megatron_rl.rollout.routing import MAX_EXPERTS
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,11 @@ class App:
         jobs = []
         for prompt in asked.prompts:
             params = prompt.params
+            if prompt.return_routed_experts and self.config.num_experts > MAX_EXPERTS:
+                raise RequestError(
+                    f"return_routed_experts works for up to {MAX_EXPERTS} experts, the model has "
+                    f"{self.config.num_experts}; leave it out"
+                )
             seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
             stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
             for index in range(params.n):
@@ -169,6 +175,7 @@ class App:
                     stop_ids=stops,
                     input_logprob_start=prompt.logprob_start,
                     stream=asked.stream,
+                    return_routed_experts=prompt.return_routed_experts,
                     listener=Listener(),
                 )
                 jobs.append((prompt, sequence))
@@ -274,6 +281,7 @@ class App:
                 finish_reason=event.finish_reason,
                 weight_version=event.weight_version,
                 weight_versions=event.version_spans,
+                routed_experts=event.routed_experts,
                 e2e_latency=time.perf_counter() - started,
             ),
         }
