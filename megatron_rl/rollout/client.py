@@ -152,13 +152,14 @@ class GenerationClient:
             message = answer.get("message") if isinstance(answer, dict) else answer
             raise RequestRefused(f"{self.url}{route} refused: {message}")
 
-    async def weight_checksums(self) -> dict[str, str]:
-        """By tensor name, as rollout/update_group.py computes them; only the embedded server has them."""
+    async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
+        """By tensor name the checksum that rollout/update_group.py computes, and the dtype that it was computed in.
+        RequestRefused by a server that has none; only the embedded one does."""
         answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
-        found = answer.get("checksums") if isinstance(answer, dict) else None
-        if not isinstance(found, dict):
-            raise RequestRefused(f"{self.url}/weights_checker gave no checksums of tensors")
-        return found
+        try:
+            return dict(answer["checksums"]), dict(answer["dtypes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestRefused(f"{self.url}/weights_checker gave no checksums of tensors ({error!r})") from None
 
     async def server_info(self) -> dict[str, Any]:
         found = await self._ask("GET", "/server_info", None, self._control_timeout)
@@ -262,18 +263,3 @@ def _versions(meta: dict[str, Any]) -> tuple[str, ...]:
     if spans:
         return tuple(str(span["version"]) for span in spans if span["end"] > span["start"])
     return (str(meta["weight_version"]),)
-
-
-async def differing_tensors(url: str, ours: dict[str, str]) -> str:
-    """Which tensors of the server at `url` have another checksum than `ours`, in words; or that it cannot tell."""
-    client = GenerationClient(url)
-    try:
-        theirs = await client.weight_checksums()
-    except ServerError as error:
-        return f"which tensors differ cannot be told ({error})"
-    finally:
-        await client.close()
-    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
-    lost = sorted(ours.keys() - theirs.keys())
-    text = f"{len(names)} of {len(theirs)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")

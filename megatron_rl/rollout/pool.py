@@ -117,6 +117,9 @@ class ServerPool:
     def serving(self) -> list[Member]:
         return [member for member in self._members if member.out is None]
 
+    def client(self, url: str) -> GenerationClient:
+        return next(member.client for member in self._members if member.client.url == url)
+
     # Generation ----------------------------------------------------------------------------------------------------
 
     async def generate(

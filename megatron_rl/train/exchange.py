@@ -47,7 +47,9 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checksums:
-    """Rank 0 asks for the checksum of every exported tensor."""
+    """Rank 0 asks for the checksums of exported tensors. dtypes: by name, what each is converted to first."""
+
+    dtypes: dict[str, str]
 
 
 Order = Stop | Push | Probe | Checksums
