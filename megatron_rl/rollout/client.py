@@ -4,6 +4,7 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,8 +143,26 @@ class GenerationClient:
         self, directory: Path, version: str, timeout_seconds: float | None = None
     ) -> None:
         """Load new weights between two tokens; RequestRefused when the server will not have them."""
-        body = {"model_path": str(directory), "weight_version": version, "abort_all_requests": False}
+        body = {
+            "model_path": str(directory),
+            "weight_version": version,
+            "abort_all_requests": False,
+            # SGLang asserts that its cache can be flushed, and dies right behind a request that has only just ended.
+            "flush_cache": False,
+        }
         await self.control("/update_weights_from_disk", body, timeout_seconds)
+        await self.flush_cache()
+
+    async def flush_cache(self) -> None:
+        """Forget shared prompts: their keys and values belong to the weights before. Waits until nothing runs."""
+        give_up = time.monotonic() + self._control_timeout
+        while True:
+            try:
+                return await self._ask("POST", "/flush_cache", {}, self._control_timeout, parse=False)
+            except RequestRefused:
+                if time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def control(self, route: str, body: dict[str, Any], timeout_seconds: float | None = None) -> None:
         """A POST that is answered with {"success": true}; RequestRefused with the server's message otherwise."""

@@ -168,6 +168,10 @@ class ServerPool:
         """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
         await self._each(lambda client: client.abort_all())
 
+    async def flush_caches(self) -> None:
+        """Every server that gets work forgets what it shares between prompts."""
+        await self._each(lambda client: client.flush_cache())
+
     async def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, np.ndarray]:
         """Log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.
 

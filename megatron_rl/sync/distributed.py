@@ -120,6 +120,7 @@ async def _settle(
     for member in members:
         if member.out is not None:
             pool.put_back(member)
+    await pool.flush_caches()
 
 
 def _owners(mine: list[str], control: Any) -> dict[str, int]:
@@ -187,7 +188,7 @@ class _Sender:
             "shapes": [list(place.shape) for place in bucket.tensors],
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            "flush_cache": version is not None,
+            "flush_cache": False,  # afterwards, see GenerationClient.flush_cache
             "weight_version": version,
         }
         asked = self._ask("/update_weights_from_distributed", body, self._urls)
