@@ -104,6 +104,8 @@ class Receiver(BaseHTTPRequestHandler):
     """The routes of a weight update, without a model behind them."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: two would wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = True
     group: Any = None
 
     def do_GET(self) -> None:
