@@ -24,7 +24,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule reproduce-mini clean
+.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,9 @@ bench-logprob: install  ## memory and time of log-probs without logits, against 
 
 bench-schedule: install  ## micro-batch plans against a lower bound, as JSON; LENGTHS=file of one length per line
 	$(BIN)/python tools/bench_schedule.py $(LENGTHS)
+
+bench-replay: install  ## log-probs of server against trainer in bf16, with and without router replay, as JSON
+	MEGATRON_RL_DEVICE=cpu $(BIN)/python tools/bench_replay.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)

@@ -8,7 +8,8 @@ import psutil
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
-from megatron_rl.rollout.server import find_sglang
+from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.server import find_sglang, on_gpu
 
 # Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
 _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
@@ -42,6 +43,15 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
                 f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
             )
         starts_servers = not rollout.urls and rollouts is None
+        if rollout.router_replay:
+            routed_shape(bailing)
+            if rollouts is not None:
+                raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
+            if rollout.engine == "sglang" and starts_servers and not on_gpu():
+                raise ValueError(
+                    "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
+                    "rollout.engine = 'embedded' or rollout.router_replay = false"
+                )
         if rollout.engine == "sglang" and starts_servers:
             find_sglang(rollout)
         if rollout.port and starts_servers:

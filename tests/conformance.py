@@ -10,9 +10,8 @@ import math
 import pytest
 import torch
 from reference_forward import reference_logprobs
-from subject import LONG, SLOTS, sender
+from subject import ENDLESS_TOKENS, PROMPT, SLOTS, sender
 
-PROMPT = [5, 6, 7]
 TEXT = [5, 6, 7, 8, 30, 31, 90]
 
 
@@ -120,11 +119,8 @@ def test_prompts_of_a_batch_may_have_params_and_ids_of_their_own(server):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.3}, {"top_k": 2}])
 def test_output_log_probs_are_after_temperature_and_before_top_p_and_top_k(server, sampling):
-    vocab = json.loads((server.first.path / "config.json").read_text())["vocab_size"]
-    every = server.generate([[*PROMPT, token] for token in range(vocab)], {"logprob_start_len": 0}, max_new_tokens=0)
-    plain = torch.tensor([a["meta_info"]["input_token_logprobs"][-1][0] for a in every], dtype=torch.float64)
-    assert float(plain.exp().sum()) == pytest.approx(1, abs=1e-4)
-    expected = (plain / sampling.get("temperature", 1.0)).log_softmax(0)
+    assert float(server.next_tokens.exp().sum()) == pytest.approx(1, abs=1e-4)
+    expected = (server.next_tokens / sampling.get("temperature", 1.0)).log_softmax(0)
     for answer in server.generate([PROMPT] * 4, max_new_tokens=1, **sampling):
         assert drawn(answer)[0] == pytest.approx(float(expected[answer["output_ids"][0]]), abs=1e-4)
 
@@ -161,8 +157,12 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(server):
 
 def test_the_models_eos_token_ends_a_response_and_belongs_to_it(server):
     eos = json.loads((server.first.path / "config.json").read_text())["eos_token_id"]
-    answers = server.generate([[5 + i] for i in range(8)], max_new_tokens=300, temperature=3.0)
-    ended = [answer for answer in answers if reason(answer) == "stop"]
+    ended = []
+    for _ in range(10):  # at this temperature every 128th token or so is one
+        answers = server.generate([[5 + i] for i in range(SLOTS)], max_new_tokens=100, temperature=4.0)
+        ended += [answer for answer in answers if reason(answer) == "stop"]
+        if ended:
+            break
     assert ended
     for answer in ended:
         assert answer["output_ids"].index(eos) == len(answer["output_ids"]) - 1
@@ -250,12 +250,12 @@ def test_the_cache_is_flushed_when_idle_and_not_when_busy(server):
 
 
 def test_an_abort_returns_the_partial_response_with_its_log_probs(server):
-    doomed, survivor = server.start([5], [6], body={"rid": "request-"})
+    doomed, survivor = server.start([5], [6], rid="request-", tokens=server.kind.long_tokens)
     assert server.post("/abort_request", rid="request-0").status_code == 200
     answer = doomed.result()
     assert reason(answer) == "abort"
     assert isinstance(answer["meta_info"]["finish_reason"]["message"], str)
-    assert 0 < len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] < 600
+    assert 0 < len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] < server.kind.long_tokens
     assert versions(answer) == [("0", len(answer["output_ids"]))]
     whole = server.scores([5, *answer["output_ids"]])
     assert whole == pytest.approx(drawn(answer), abs=2e-5)
@@ -263,7 +263,7 @@ def test_an_abort_returns_the_partial_response_with_its_log_probs(server):
 
 
 def test_an_abort_hits_every_request_whose_id_starts_with_its_own(server):
-    body = {"sampling_params": LONG, "return_logprob": True}
+    body = {"sampling_params": {"max_new_tokens": server.kind.long_tokens, "ignore_eos": True}}
     calls = [server.later(server.post, "/generate", input_ids=[5], rid=rid, **body) for rid in ("p", "px", "q")]
     server.settle()
     server.post("/abort_request", rid="p")
@@ -275,23 +275,23 @@ def test_an_abort_of_nobody_is_fine(server):
 
 
 def test_requests_aborted_in_the_queue_answer_without_tokens_and_without_a_prompt_length(server):
-    calls = server.start(*([5, i] for i in range(SLOTS + 2)))
+    calls = server.start(*([5, i] for i in range(3 * SLOTS)))
     server.post("/abort_request", abort_all=True)
     answers = [call.result() for call in calls]
     assert [reason(answer) for answer in answers] == ["abort"] * len(answers)
-    queued = [answer for answer in answers if not answer["output_ids"]]
-    assert len(queued) == 2
+    queued = [a for a in answers if a["meta_info"]["finish_reason"]["message"].startswith("Abort in waiting queue")]
+    assert len(queued) >= SLOTS
     for answer in queued:
         meta = answer["meta_info"]
+        assert answer["output_ids"] == []
         assert (meta["output_token_logprobs"], meta["input_token_logprobs"]) == ([], [])
         assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": 0}]
         assert meta["completion_tokens"] == 0
-        assert meta["finish_reason"]["message"].startswith("Abort in waiting queue")
         assert "prompt_tokens" not in meta
 
 
 def test_a_rid_in_flight_cannot_be_used_twice(server):
-    (running,) = server.start([5], body={"rid": "twin"})
+    (running,) = server.start([5], rid="twin")
     answer = server.post("/generate", input_ids=[5], rid="twin0", sampling_params={"max_new_tokens": 1})
     assert answer.status_code == 400
     assert "twin0" in answer.json()["error"]["message"]
@@ -313,7 +313,7 @@ def test_pause_abort_ends_what_runs_or_waits_and_holds_what_comes(server):
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_a_paused_request_finishes_after_continue_as_if_nothing_had_been(server, mode):
-    (running,) = server.start([5])
+    (running,) = server.start([5], tokens=server.kind.long_tokens)
     assert server.post("/pause_generation", mode=mode).status_code == 200
     held = server.later(server.generate, [6], {"rid": "held"}, max_new_tokens=3, ignore_eos=True)
     with pytest.raises(TimeoutError):
@@ -324,21 +324,23 @@ def test_a_paused_request_finishes_after_continue_as_if_nothing_had_been(server,
     server.post("/abort_request", rid="held")  # does not reach a request that the pause holds back
     server.post("/continue_generation")
     answer = running.result()
-    assert versions(answer) == [("0", 600)]
+    assert versions(answer) == [("0", server.kind.long_tokens)]
     assert reason(answer) == "length"
     assert server.scores([5, *answer["output_ids"]]) == pytest.approx(drawn(answer), abs=2e-5)
     assert len(held.result()["output_ids"]) == 3
 
 
 def test_an_abort_in_a_pause_hits_a_retracted_request_at_once_and_one_in_place_when_it_goes_on(server):
-    (running,) = server.start([5], body={"rid": "retracted"})
+    (running,) = server.start([5], rid="retracted")
     server.post("/pause_generation", mode="retract")
     server.post("/abort_request", rid="retracted0")
     answer = running.result(10)
     assert reason(answer) == "abort"
-    assert 0 < len(drawn(answer)) == len(answer["output_ids"]) < 600
+    # SGLang answers with what its front end has seen, every 50th token of a request that is not streamed: maybe none.
+    assert len(drawn(answer)) == len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
+    assert "prompt_tokens" not in answer["meta_info"]
     server.post("/continue_generation")
-    (running,) = server.start([5], body={"rid": "still"})
+    (running,) = server.start([5], rid="still")
     server.post("/pause_generation", mode="in_place")
     server.post("/abort_request", rid="still0")
     with pytest.raises(TimeoutError):
@@ -346,7 +348,7 @@ def test_an_abort_in_a_pause_hits_a_retracted_request_at_once_and_one_in_place_w
     server.post("/continue_generation")
     answer = running.result()
     assert reason(answer) == "abort"
-    assert 0 < len(drawn(answer)) == len(answer["output_ids"]) < 600
+    assert 0 < len(drawn(answer)) == len(answer["output_ids"]) < ENDLESS_TOKENS
 
 
 def test_an_unknown_pause_mode_is_refused(server):
@@ -377,9 +379,9 @@ def test_a_failed_update_from_disk_leaves_the_weights_alone(server, tmp_path):
 
 
 def test_an_update_without_a_pause_waits_for_what_runs(server):
-    (running,) = server.start([5])
+    (running,) = server.start([5], tokens=server.kind.long_tokens)
     assert server.load(server.second, "v1").json()["success"]
-    assert versions(running.result(1)) == [("0", 600)]
+    assert versions(running.result(1)) == [("0", server.kind.long_tokens)]
     assert_serves(server, server.second, "v1")
 
 
@@ -407,15 +409,15 @@ def update(server, how, **more):
 @pytest.mark.parametrize("how", ["disk", "flattened", "plain"])
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_a_paused_request_goes_on_with_the_new_weights_and_says_which_drew_which_token(server, mode, how):
-    (running,) = server.start([5])
+    (running,) = server.start([5], tokens=server.kind.long_tokens)
     server.post("/pause_generation", mode=mode)
     update(server, how, flush_cache=mode == "retract")
     assert not running.done()
     server.post("/continue_generation")
     answer = running.result()
     (old, count), (new, rest) = versions(answer)
-    assert (old, new, count + rest) == ("0", "v1", 600)
-    assert 0 < count < 600
+    assert (old, new, count + rest) == ("0", "v1", server.kind.long_tokens)
+    assert 0 < count < server.kind.long_tokens
     assert answer["meta_info"]["weight_version"] == "v1"
     ids = [5, *answer["output_ids"]]
     under_new = server.scores(ids)
@@ -513,6 +515,7 @@ def test_the_version_alone_can_be_changed_with_and_without_an_abort(server):
         "message": "Weight version updated to renamed",
         "new_version": "renamed",
     }
+    server.settle()
     assert server.post("/update_weight_version", new_version="again").json()["success"]
     answer = running.result()
     assert reason(answer) == "abort"

@@ -37,6 +37,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
             advantage=row["advantage"],
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
             num_stale_tokens=row["num_stale_tokens"],
+            routed_experts=np.array(row["routed_experts"], np.uint8) if "routed_experts" in row else None,
         )
         for row in spec["sequences"]
     ]
@@ -61,6 +62,62 @@ def whole_logprobs(
             out[f"logprobs/{i}"] = whole
         assert start == len(part)
     return out if rank == 0 else {}
+
+
+class RouterCalls:
+    """What the routers of this rank used, call by call: [calls][tokens, topk], a token's experts in ascending order."""
+
+    def __init__(self, session: Session) -> None:
+        self.by_layer: dict[int, list[torch.Tensor]] = {}
+        for router in session.model.routers:
+            router.register_forward_hook(lambda module, _, output: self._note(module.layer_number - 1, output[1]))
+
+    def _note(self, layer: int, routing_map: torch.Tensor) -> None:
+        self.by_layer.setdefault(layer, []).append(routing_map.nonzero()[:, 1].view(len(routing_map), -1))
+
+    def check(self, placed: Sequence[Sequence[int]], sequences: list[TrainSequence], session: Session) -> int:
+        """Every call used the experts that came with a micro-batch, all micro-batches equally often, and in their order
+        as long as nothing goes backward. Returns how often that was."""
+        size, tensor = session.layout.context, session.layout.tensor
+        times = set()
+        for layer, calls in self.by_layer.items():
+            expected = []
+            for bin_ in placed:
+                rows = []
+                for i in bin_:
+                    record = sequences[i].routed_experts
+                    held = zigzag.held_positions(zigzag.padded_length(len(record) + 1, size), size)
+                    for position in held[mpu.get_context_parallel_rank()]:
+                        rows.append(sorted(record[position, layer].tolist()) if position < len(record) else None)
+                rows += [None] * (-len(rows) % tensor)
+                share = len(rows) // tensor
+                expected.append(rows[mpu.get_tensor_model_parallel_rank() * share :][:share])
+
+            def fits(call: torch.Tensor, rows: list[list[int] | None]) -> bool:
+                return len(call) >= len(rows) and all(
+                    row is None or row == own for row, own in zip(rows, call.tolist(), strict=False)
+                )
+
+            assert all(map(fits, calls, expected)), f"layer {layer}: another order in the log-prob pass"
+            times |= {sum(fits(call, rows) for call in calls) for rows in expected if any(rows)}
+        assert len(times) == 1, times
+        return times.pop()
+
+
+def own_routing(session: Session, sequences: list[TrainSequence], calls: RouterCalls) -> dict[str, torch.Tensor]:
+    """Log-probs of each sequence as the routers choose, and when they are given just that. One process."""
+    out = {}
+    for i, sequence in enumerate(sequences):
+        calls.by_layer.clear()
+        plain = dataclasses.replace(sequence, routed_experts=None)
+        (out[f"free/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([plain])])
+        record = np.zeros_like(sequence.routed_experts)
+        for layer, (call,) in calls.by_layer.items():
+            record[:, layer] = call[: len(record)].numpy()
+        given = dataclasses.replace(sequence, routed_experts=record)
+        (out[f"given/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([given])])
+    calls.by_layer.clear()
+    return out
 
 
 def main(folder: Path) -> None:
@@ -113,6 +170,9 @@ def main(folder: Path) -> None:
             for p in session.model.parameters_by_canonical_name().values():
                 p.mul_(spec["reference_scale"])
 
+    calls = RouterCalls(session) if sequences[0].routed_experts is not None else None
+    if calls and session.layout.world_size == 1:
+        out |= own_routing(session, sequences, calls)
     logprobs = session.trainer.logprobs([session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
         out |= whole_logprobs(logprobs, mine, sequences, session)
@@ -143,6 +203,8 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
+    if calls:
+        out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))
     if "save_to" in spec:
         options = {"model_dir": Path(spec["model"]), "keep_last": 1, "control": session.control}
         state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", **options)

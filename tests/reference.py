@@ -21,9 +21,17 @@ def load_reference(model_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def forward(
-    config: dict[str, Any], w: dict[str, Tensor], ids: list[int], routers: dict[int, list[Tensor]] | None = None
+    config: dict[str, Any],
+    w: dict[str, Tensor],
+    ids: list[int],
+    routers: dict[int, list[Tensor]] | None = None,
+    routed: Any = None,
 ) -> Tensor:
-    """Logits [n, V] of one sequence. routers: by layer, where the router's logits [n, E] are put down."""
+    """Logits [n, V] of one sequence.
+
+    routers: by layer, where the router's logits [n, E] are put down. routed: [n - 1][layers][topk], the experts to use
+    in place of the router's choice; the last token keeps it.
+    """
     h = w["model.word_embeddings.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
@@ -32,13 +40,26 @@ def forward(
         if layer < config["first_k_dense_replace"]:
             h = h + _mlp(w, p + "mlp.", x)
         else:
-            h = h + _moe(config, w, p + "mlp.", x)
+            given = None if routed is None else [experts[layer] for experts in routed]
+            h = h + _moe(config, w, p + "mlp.", x, given)
             if routers is not None:
                 routers.setdefault(layer, []).append(x @ w[p + "mlp.gate.weight"].T)
     head = w["model.word_embeddings.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
     if config["norm_head"]:
         head = head / (head.detach().norm(dim=0, keepdim=True) + 1e-7)
     return _norm(config, h, w["model.norm.weight"]) @ head.T
+
+
+def routed_by(model_dir: Path, ids: list[int]) -> Any:
+    """int64 [n, layers, topk]: the experts that each token goes to, ascending; 0 in dense layers."""
+    config, weights = load_reference(model_dir)
+    routers: dict[int, list[Tensor]] = {}
+    with torch.no_grad():
+        forward(config, weights, ids, routers)
+    chosen = torch.zeros(len(ids), config["num_hidden_layers"], config["num_experts_per_tok"], dtype=torch.int64)
+    for layer, (logits,) in routers.items():
+        chosen[:, layer] = logits.topk(chosen.shape[2], -1).indices.sort(-1).values
+    return chosen.numpy()
 
 
 def _norm(config: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
@@ -73,9 +94,12 @@ def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up) @ w[p + "down_proj.weight"].T
 
 
-def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor, given: list[list[int]] | None) -> Tensor:
     probs = (x @ w[p + "gate.weight"].T).softmax(-1)
-    top, chosen = probs.topk(config["num_experts_per_tok"], -1)
+    chosen = probs.topk(config["num_experts_per_tok"], -1).indices
+    if given is not None:
+        chosen = torch.cat([torch.tensor(given, dtype=torch.int64).reshape(-1, chosen.shape[1]), chosen[-1:]])
+    top = probs.gather(-1, chosen)
     if config["norm_topk_prob"]:
         top = top / top.sum(-1, keepdim=True)
     rows = []
@@ -88,7 +112,8 @@ def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Ten
 def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of the tokens behind the prompt, [m] each."""
     ids, start = row["token_ids"], row["num_prompt_tokens"]
-    logp = forward(config, w, ids).log_softmax(-1)[start - 1 : len(ids) - 1]
+    logits = forward(config, w, ids, routed=row.get("routed_experts"))
+    logp = logits.log_softmax(-1)[start - 1 : len(ids) - 1]
     return logp[range(len(logp)), ids[start:]], -(logp.exp() * logp).sum(-1)
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from tiny_model import tensors_of
 from torch import Tensor
 
@@ -21,8 +23,9 @@ from megatron_rl.rollout.update_group import broadcast, flatten, host_store, joi
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, SLOTS = 1024, 4
-# What is in flight in these tests: long enough for a client to act on, and it does not end by itself.
-LONG: dict[str, Any] = {"max_new_tokens": 600, "ignore_eos": True}
+PROMPT = [5, 6, 7]
+# Of a request that a test is going to abort; one that it lets finish gets the `long_tokens` of its server.
+ENDLESS_TOKENS = 1000
 FLAGS = (
     "--hidden-size 64 --layers 3 --experts 6 --moe-intermediate-size 32 --shared-experts 1 --first-k-dense-replace 1"
 )
@@ -52,6 +55,7 @@ class Kind:
 
     seeds: bool  # sampling_seed repeats a response
     whole: bool  # an update that failed leaves the old weights as they were
+    long_tokens: int  # what it draws in some seconds, long enough for a client to act meanwhile
 
 
 class Subject:
@@ -89,12 +93,20 @@ class Subject:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def start(self, *prompts: Any, body: dict[str, Any] | None = None, **sampling: Any) -> "list[Future[Any]]":
-        """Generate calls in flight, one a prompt; returns once those that find a slot have drawn tokens."""
-        bodies = [(body or {}) | {"rid": f"{body['rid']}{i}"} if body else None for i in range(len(prompts))]
+    def start(self, *prompts: Any, rid: str | None = None, tokens: int = ENDLESS_TOKENS) -> "list[Future[Any]]":
+        """Generate calls in flight, one a prompt; returns once those that find a slot have drawn tokens.
+
+        rid: their ids are this and their number.
+        """
         calls = [
-            self._pool.submit(self.generate, prompt, one, **LONG | sampling)
-            for prompt, one in zip(prompts, bodies, strict=True)
+            self.later(
+                self.generate,
+                prompt,
+                {"rid": f"{rid}{i}"} if rid else None,
+                max_new_tokens=tokens,
+                ignore_eos=True,
+            )
+            for i, prompt in enumerate(prompts)
         ]
         self.settle(free_slot=len(prompts) < SLOTS)
         return calls
@@ -103,10 +115,10 @@ class Subject:
         """Return when what was sent before draws tokens."""
         time.sleep(0.05)
         if not free_slot:
-            time.sleep(0.1)
+            time.sleep(0.25)
             return
         # One that came later and draws tokens: then so do they. It leaves at once.
-        for part in self.stream([3], **LONG):
+        for part in self.stream([3], max_new_tokens=ENDLESS_TOKENS, ignore_eos=True):
             if len(part["output_ids"]) >= 8:
                 return
 
@@ -127,6 +139,15 @@ class Subject:
         """Log-probs of ids[1:]."""
         answer = self.generate(ids, {"logprob_start_len": 0}, max_new_tokens=0)
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][1:]
+
+    @functools.cached_property
+    def next_tokens(self) -> Tensor:
+        """Log-probs [V] of the token after PROMPT under the first weights, scored token by token; fp64."""
+        vocab = json.loads((self.first.path / "config.json").read_text())["vocab_size"]
+        answers = self.generate(
+            [[*PROMPT, token] for token in range(vocab)], {"logprob_start_len": 0}, max_new_tokens=0
+        )
+        return torch.tensor([a["meta_info"]["input_token_logprobs"][-1][0] for a in answers], dtype=torch.float64)
 
     def version(self) -> str:
         return str(self.http.get("/model_info").json()["weight_version"])

@@ -1,12 +1,16 @@
 """The embedded server does what real SGLang does: the tests of conformance.py."""
 
+import re
+
 import pytest
 from subject import CONTEXT, SLOTS, Kind, Subject, make_models
 
 from megatron_rl.rollout.server import EmbeddedServer
+from megatron_rl.rollout.update_group import checksum
 
 pytest.register_assert_rewrite("conformance")
 from conformance import *  # noqa: E402, F403
+from conformance import assert_serves, sender, update, versions  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,7 @@ def _server(tmp_path_factory):
         models[0].path, folder / "server.log", max_running_requests=SLOTS, context_length=CONTEXT, weight_version="0"
     )
     process.wait_ready(60)
-    subject = Subject(process, models, Kind(seeds=True, whole=True))
+    subject = Subject(process, models, Kind(seeds=True, whole=True, long_tokens=600))
     yield subject
     subject.close()
 
@@ -26,3 +30,69 @@ def _server(tmp_path_factory):
 def server(_server):
     yield _server
     _server.reset()
+
+
+# The embedded server alone: where it is stricter, and what real SGLang cannot do on a CPU -----------------------------
+
+
+def checksums(server):
+    return server.post("/weights_checker", action="checksum").json()["checksums"]
+
+
+def test_checksums_are_those_of_the_tensors_that_serve(server):
+    def of(model):
+        return {name: checksum(tensor) for name, tensor in model.tensors.items()}
+
+    assert checksums(server) == of(server.first)
+    update(server, "flattened")
+    assert checksums(server) == of(server.second)
+    assert server.http.get("/weights_checker").json()["checksums"] == of(server.second)
+    assert server.post("/weights_checker", action="compare").status_code == 400
+
+
+def test_what_it_cannot_do_is_refused_with_the_remedy(server):
+    where = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    answer = server.post("/init_weights_update_group", **where, backend="nccl")
+    assert answer.status_code == 400
+    assert "gloo" in answer.json()["error"]["message"]
+    answer = server.post("/update_weights_from_tensor", serialized_named_tensors=["aaaa"])
+    assert answer.status_code == 400
+    assert re.search("unpickle.*update_weights_from_distributed", answer.json()["message"])
+    server.post("/begin_weight_update")
+    assert "end_weight_update first" in server.load(server.second, "v1").json()["message"]
+
+
+def test_a_flush_that_would_end_sglang_is_refused(server):
+    (running,) = server.start([5], tokens=300)
+    server.post("/pause_generation", mode="in_place")
+    answer = server.load(server.second, "v1", flush_cache=True)
+    assert answer.status_code == 400
+    assert "flush_cache must be false" in answer.json()["message"]
+    server.post("/continue_generation")
+    assert versions(running.result()) == [("0", 300)]
+
+
+def test_an_update_that_is_not_whole_is_refused_at_its_end_and_the_old_weights_serve_on(server):
+    tensors = dict(server.second.tensors)
+    del tensors["model.norm.weight"]
+    before = checksums(server)
+    with sender(server) as trainer:
+        server.post("/begin_weight_update")
+        assert trainer.send(tensors, weight_version="bad").json()["success"]
+        answer = server.post("/end_weight_update")
+        assert answer.status_code == 400
+        assert re.search(r"weights are unchanged: 1 of \d+ .* missing: model.norm.weight", answer.json()["message"])
+        assert checksums(server) == before
+        assert_serves(server, server.first, "0")
+
+
+def test_the_server_answers_while_it_waits_for_a_broadcast(server):
+    with sender(server) as trainer:
+        server.post("/begin_weight_update")
+        answer = trainer.announce(server.second.tensors)
+        for _ in range(5):
+            assert server.http.get("/ready", timeout=2).status_code == 200
+            assert server.version() == "0"
+        assert not answer.done()
+        trainer.leave()
+        assert "weights are unchanged" not in answer.result().json()["message"]

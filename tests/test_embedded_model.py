@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import routed_by
 from reference_forward import reference_logprobs
 from safetensors.torch import load_file, save_file
 from tiny_model import TINY_CONFIG, write_tiny_model
@@ -30,7 +31,7 @@ class DirectEngine:
         self.engine = Engine(self.config, options, self.events.extend)
         self.limits = Limits(vocab_size=self.config.vocab_size, context_length=context_length)
 
-    def add(self, prompt, seed=0, input_logprob_start=None, **params):
+    def add(self, prompt, seed=0, input_logprob_start=None, return_routed_experts=False, **params):
         sequence = Sequence(
             rid=str(len(self.events)),
             prompt=list(prompt),
@@ -38,6 +39,7 @@ class DirectEngine:
             seed=seed,
             stop_ids=(),
             input_logprob_start=input_logprob_start,
+            return_routed_experts=return_routed_experts,
         )
         self.engine._waiting.append(sequence)
         return sequence
@@ -156,6 +158,39 @@ def test_samples_sharing_a_prompt_get_the_bits_of_samples_that_do_not(tmp_path):
         direct.run()
         assert (alone.output_ids, alone.output_logprobs) == (sequence.output_ids, sequence.output_logprobs)
     assert len({tuple(s.output_ids) for s in shared}) == 24
+
+
+def test_routed_experts_are_those_of_a_plain_forward_and_the_same_alone_and_among_others(tmp_path):
+    directory = write_tiny_model(tmp_path)
+    direct = DirectEngine(directory, slots=16)
+    requests = random_requests(24)
+    for i, request in enumerate(requests):  # prompts that several share, among them such as nobody asks about
+        request["prompt"] = requests[i - i % 3]["prompt"]
+        request["return_routed_experts"] = i % 4 != 0
+    direct.add(requests[0]["prompt"], max_new_tokens=60)  # in no way a source for those that want experts
+    direct.step()
+    # Short and long ones: slots are left, taken again, and moved to run with fewer rows.
+    crowded = [direct.add(**request) for request in requests]
+    moves = []
+    direct.engine._slots.move = lambda slot, move=direct.engine._slots.move: moves.append(slot) or move(slot)
+    direct.run()
+    assert moves
+    fresh = DirectEngine(directory, slots=1)
+    for request, sequence in zip(requests, crowded, strict=True):
+        if not request["return_routed_experts"]:
+            assert sequence.routed_experts is None
+            continue
+        record = sequence.routed_experts
+        ids = sequence.prompt + sequence.output_ids
+        assert (record.dtype, record.shape) == (np.uint8, (len(ids) - 1, 3, 2))
+        assert (record[:, 0] == 0).all()  # a dense layer, as SGLang answers
+        assert np.array_equal(np.sort(record, axis=2), routed_by(directory, ids)[:-1])
+        alone = fresh.add(**request)
+        fresh.run()
+        assert np.array_equal(alone.routed_experts, record)
+    plain = [direct.add(**request | {"return_routed_experts": False}) for request in requests]
+    direct.run()
+    assert [s.output_logprobs for s in plain] == [s.output_logprobs for s in crowded]
 
 
 def test_continuing_from_a_prefix_with_the_same_seed_draws_the_same_tokens(tmp_path):

@@ -110,6 +110,22 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
         assert abs(row["correction_weight"] - 1.0) < 0.1
 
 
+def test_router_replay_trains_on_the_servers_experts(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    # Two ranks, so that experts travel; responses that are carried over to the next step keep theirs.
+    options = ["train.steps=2", "rollout.router_replay=true"]
+    finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for x in options for o in ("--set", x))))
+    rows = rows_of(tmp_path)
+    assert rows[0]["num_carried"] > 0
+    assert "router_replay_changed_share" not in rows_of(whole)[0]
+    # The same weights in the same precision choose the same experts.
+    assert rows[0]["router_replay_changed_share"] == 0.0
+    assert rows[0]["num_generated_tokens"] == rows_of(whole)[0]["num_generated_tokens"]
+    assert rows[0]["entropy"] == pytest.approx(rows_of(whole)[0]["entropy"], rel=1e-5)
+    # Those of carried responses were chosen by other weights.
+    assert 0.0 <= rows[1]["router_replay_changed_share"] < 0.1
+    assert max(row["logprob_difference_max"] for row in rows) < 2e-5
+
+
 def test_dynamic_sampling_that_finds_nothing_says_so(inputs: Path, tmp_path: Path) -> None:
     options = ["--set", "algorithm.name=dapo", "--set", "budget.max_waves=2"]  # a random model is never right
     said = finish(command(inputs, tmp_path, "train", *options), code=2)
@@ -234,6 +250,17 @@ def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
         (["--set", "rollout.max_running_requests=900000000"], "this run needs about"),
+        (
+            [
+                "--set",
+                "rollout.router_replay=true",
+                "--set",
+                "rollout.engine=sglang",
+                "--set",
+                "model.trust_remote_code=true",
+            ],
+            "rollout.router_replay needs a GPU for SGLang",
+        ),
         (["--set", "rollout.max_prompt_tokens=4"], "tokens, over rollout.max_prompt_tokens = 4"),
     ],
 )

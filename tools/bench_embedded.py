@@ -75,8 +75,9 @@ async def measure(connections: list[Connection], batch: int, arguments: argparse
     """Tokens per second of one round of `batch` prompts."""
     prompts = [[random.randrange(SHAPE["vocab_size"]) for _ in range(arguments.prompt_tokens)] for _ in range(batch)]
     params = {"max_new_tokens": arguments.new_tokens, "temperature": 1.0, "ignore_eos": True}
+    routed = {"return_routed_experts": True} if arguments.routed_experts else {}
     bodies = [
-        {"input_ids": ids, "sampling_params": params, "return_logprob": True}
+        {"input_ids": ids, "sampling_params": params, "return_logprob": True, **routed}
         for ids in ([prompts] if arguments.one_request else prompts)
     ]
     started = time.perf_counter()
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--one-request", action="store_true")
+    parser.add_argument("--routed-experts", action="store_true", help="ask for them too")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()

@@ -2,8 +2,8 @@
 
     python tools/bench_rollout.py [--groups 48] [--phases 6] [--lengths FILE]
 
-1. sampler: tokens/s of whole groups through sampler, pool and reward workers, against the bare embedded server driven by
-   the simplest client (one connection per request, asyncio streams) with the same requests, alternating.
+1. sampler: tokens/s of whole groups through sampler, pool and reward workers, against the bare embedded server driven
+   by the simplest client (one connection per request, asyncio streams) with the same requests, alternating.
 2. partial: seconds of rollout per step of one token budget, waiting for every response against C3PO++, on response
    lengths from a file of one length per line (scaled down to a mean of 48 tokens), alternating, on
    - the embedded server, where a decode step takes longer the more responses run, as on any CPU, and

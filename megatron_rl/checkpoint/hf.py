@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
@@ -167,12 +166,21 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def write_shard(directory: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Write one rank's tensors as `model-RANK.safetensors`; returns their names. Writes no file for no tensors."""
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors}
-    if state:
-        save_file(state, directory / shard_file(rank), metadata={"format": "pt"})
-    return list(state)
+def write_shard(
+    directory: Path, rank: int, expected: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]]
+) -> list[str]:
+    """Write one rank's tensors as `model-RANK.safetensors`, each as it comes; returns their names.
+
+    expected: what will come, in order. No file is written for no tensors.
+    """
+    if not expected:
+        for _ in tensors:  # collective: this rank takes part in what others write
+            raise AssertionError("a tensor came that was not expected")
+        return []
+    with SafetensorsWriter(directory / shard_file(rank), expected) as file:
+        for name, tensor in tensors:
+            file.write(name, tensor.cpu())
+    return [name for name, _, _ in expected]
 
 
 def shard_file(number: int) -> str:

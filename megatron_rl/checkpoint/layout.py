@@ -5,7 +5,7 @@ Every layout has four functions, two pairs of inverses:
     merge(hf tensors)  -> the full Megatron tensor (as at tensor-parallel size 1, vocabulary unpadded)
     split(full)        -> the Hugging Face tensors
     shard(full, r, n)  -> what tensor-parallel rank r of n holds
-    unshard(shards)    -> the full Megatron tensor
+    unshard(shards)    -> the full Megatron tensor; a single shard is not copied
 
 Legend: H hidden, D head_dim, Nq query heads, Nk key-value heads, I intermediate, V vocabulary.
 """
@@ -53,7 +53,7 @@ class Chunked(Replicated):
         return full.chunk(size, self.dim)[rank]
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), self.dim)
+        return torch.cat(list(shards), self.dim) if len(shards) > 1 else shards[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ class GateUp:
         return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        if len(shards) == 1:
+            return shards[0]
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([*gates, *ups])
 
@@ -109,4 +111,5 @@ class Vocabulary(Replicated):
         return torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])]) if len(mine) < rows else mine
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards))[: self.vocab_size]
+        full = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
+        return full[: self.vocab_size]

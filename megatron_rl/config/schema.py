@@ -176,6 +176,11 @@ class RolloutSection(Section):
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    router_replay: bool = Field(
+        default=False,
+        description="train on the experts that the server chose (R3), so that sampler and trainer route alike; needs "
+        "the embedded server, or SGLang 0.5.22 on a GPU",
+    )
     logprob_tolerance: float = Field(
         default=0.5,
         gt=0,

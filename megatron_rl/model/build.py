@@ -43,7 +43,6 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -51,7 +50,7 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 
 from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
-from megatron_rl.model.router import Router  # noqa: E402
+from megatron_rl.model.router import Layer, Router  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +278,7 @@ def _gpt_model(
     offset = get_transformer_layer_offset(config, virtual_stage)
     specs = [
         ModuleSpec(
-            module=TransformerLayer,
+            module=Layer,
             submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))

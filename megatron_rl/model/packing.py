@@ -38,6 +38,8 @@ class PackedSequences(PackedSeqParams):
     cos, sin: [T, 1, D], rotary tables at those positions.
     buckets: together they have every token of this rank as a query.
     restore: int64 [T], where each token landed in the concatenation of all flattened queries.
+    routed_experts: int16 [T, layers, topk], layers of the whole model: the experts to use in place of the routers' own
+        choice (model/router.py). -1 where they choose; None: everywhere.
     """
 
     positions: Tensor | None = None
@@ -45,6 +47,7 @@ class PackedSequences(PackedSeqParams):
     sin: Tensor | None = None
     buckets: list[Bucket] = field(default_factory=list)
     restore: Tensor | None = None
+    routed_experts: Tensor | None = None
 
 
 def pack(

@@ -1,5 +1,14 @@
-"""The router with its auxiliary losses as sums over tokens, whatever ranks the tokens of a micro-batch lie on."""
+"""The router: auxiliary losses as sums over tokens, whatever ranks these lie on; and router replay (R3).
 
+Replay trains on the experts that the server chose. Megatron's own (transformer/moe/router_replay.py) keeps one target
+and one queue for recomputation per router in a process-global list, and a mode that the caller has to switch between
+forward and backward passes; with several micro-batches in flight on a pipeline stage and recomputation nobody outside
+the schedule can. Here the experts travel with the micro-batch, in its `PackedSequences`: a layer hands its router their
+slice whenever it runs, and a recomputed layer runs with the same `PackedSequences`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +21,42 @@ import_megatron()
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Takes the place of top-k, where megatron's routing function asks an object of its own.
+
+    experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself. The
+    probabilities are the router's own of these experts either way, and the gradient flows through them; what it does
+    to them after top-k (softmax or renormalisation) it does here too.
+    router: whose counts go up.
+    """
+
+    experts: Tensor
+    router: "Router"
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """scores: [t, E]. Returns the chosen experts' scores and the experts, [t, topk] each."""
+        _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        given = self.experts >= 0
+        chosen = torch.where(given, self.experts.long(), own)
+        agreed = (chosen.unsqueeze(2) == own.unsqueeze(1)).any(2)
+        self.router.num_replayed += given.sum()
+        self.router.num_replaced += (given & ~agreed).sum()
+        return scores.gather(1, chosen), chosen
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router; the auxiliary losses are our own.
+    """megatron-core's top-k router; the auxiliary losses and the replay of experts are our own.
 
     Of a layer and a micro-batch of T tokens, padding left out, with router logits x they are
 
@@ -27,17 +68,31 @@ class Router(TopKRouter):
     adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which share
     the micro-batch, so the sums over these ranks are T * B and T * Z.
 
+    F counts what the router would choose, under replay too: what the loss should balance is the router.
+
     Megatron's own B is that times the number of these ranks: with a padding mask it takes a rank's number of tokens
     from counts that its all-reduce has overwritten with those of all ranks. And without a token it is not a number.
 
     load_balance_loss, z_loss: the sums T * B and T * Z of this rank's terms, over micro-batches, until somebody sets
     them back to 0. A loss whose coefficient is 0 is not computed.
+    num_replayed, num_replaced: likewise, choices that were replayed, and those of them that were not its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.load_balance_loss: Tensor | float = 0.0
         self.z_loss: Tensor | float = 0.0
+        self.num_replayed: Tensor | int = 0
+        self.num_replaced: Tensor | int = 0
+
+    def replay(self, experts: Tensor | None) -> None:
+        """From now on use these experts: [T, topk] of this context-parallel rank's tokens, see `Replay`. None: its own.
+
+        Under sequence parallelism a router sees the part of them that its tensor-parallel rank holds.
+        """
+        if experts is not None and self.config.sequence_parallel:
+            experts = experts.chunk(self.tp_group.size())[self.tp_group.rank()]
+        self.router_replay = None if experts is None else Replay(experts, self)
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -64,3 +119,13 @@ class Router(TopKRouter):
         self.z_loss += loss.detach()
         attached: Any = MoEAuxLossAutoScaler.apply(logits, coefficient * loss)
         return attached
+
+
+class Layer(TransformerLayer):
+    """Megatron's layer, whose router gets the experts of the micro-batch that is to pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_moe_layer:
+            routed = kwargs["packed_seq_params"].routed_experts
+            self.mlp.router.replay(None if routed is None else routed[:, self.layer_number - 1])
+        return super().forward(*args, **kwargs)

@@ -55,7 +55,7 @@ def unpack_carry(data: bytes) -> Carry:
     return Carry(samples=samples, unfinished=groups)
 
 
-def _arrays(responses: Sequence[Response]) -> dict[str, np.ndarray]:
+def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
     routed = [r.routed_experts for r in responses if r.routed_experts is not None]
     table = [
         (

@@ -4,8 +4,9 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 
 from megatron_rl.errors import Fault
+from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
 
@@ -45,6 +47,8 @@ class Generated:
     finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
     weight_versions: of its tokens, in order; several when weights came while it ran.
     message: what the server says of an abort; empty otherwise.
+    routed_experts: uint8 [tokens before it + n - 1, layers, topk], where they were asked for; an aborted part may lack
+        them.
     """
 
     output_ids: np.ndarray
@@ -52,6 +56,7 @@ class Generated:
     finish_reason: str
     weight_versions: tuple[str, ...]
     message: str = ""
+    routed_experts: np.ndarray | None = None
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -80,9 +85,14 @@ class GenerationClient:
             await self._idle.pop().aclose()
 
     async def generate(
-        self, wanted: Sequence[Continuation], *, temperature: float, timeout_seconds: float
+        self,
+        wanted: Sequence[Continuation],
+        *,
+        temperature: float,
+        timeout_seconds: float,
+        routed: RoutedShape | None = None,
     ) -> list[Generated]:
-        """One sample for each, in their order."""
+        """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
         shared = {"temperature": temperature, "top_p": 1.0, "top_k": -1}
         body = {
             "input_ids": [list(one.input_ids) for one in wanted],
@@ -91,10 +101,14 @@ class GenerationClient:
             ],
             "return_logprob": True,
         }
+        if routed is not None:
+            body["return_routed_experts"] = True
         answers = await self._ask("POST", "/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(wanted):
             raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-        found = [self._generated(answer) for answer in answers]
+        found = [
+            self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
+        ]
         for asked, one in zip(wanted, found, strict=True):
             if len(one.output_ids) > asked.max_new_tokens:
                 raise ServerLost(
@@ -129,8 +143,26 @@ class GenerationClient:
         self, directory: Path, version: str, timeout_seconds: float | None = None
     ) -> None:
         """Load new weights between two tokens; RequestRefused when the server will not have them."""
-        body = {"model_path": str(directory), "weight_version": version, "abort_all_requests": False}
+        body = {
+            "model_path": str(directory),
+            "weight_version": version,
+            "abort_all_requests": False,
+            # SGLang asserts that its cache can be flushed, and dies right behind a request that has only just ended.
+            "flush_cache": False,
+        }
         await self.control("/update_weights_from_disk", body, timeout_seconds)
+        await self.flush_cache()
+
+    async def flush_cache(self) -> None:
+        """Forget shared prompts: their keys and values belong to the weights before. Waits until nothing runs."""
+        give_up = time.monotonic() + self._control_timeout
+        while True:
+            try:
+                return await self._ask("POST", "/flush_cache", {}, self._control_timeout, parse=False)
+            except RequestRefused:
+                if time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def control(self, route: str, body: dict[str, Any], timeout_seconds: float | None = None) -> None:
         """A POST that is answered with {"success": true}; RequestRefused with the server's message otherwise."""
@@ -139,13 +171,14 @@ class GenerationClient:
             message = answer.get("message") if isinstance(answer, dict) else answer
             raise RequestRefused(f"{self.url}{route} refused: {message}")
 
-    async def weight_checksums(self) -> dict[str, str]:
-        """By tensor name, as rollout/update_group.py computes them; only the embedded server has them."""
+    async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
+        """By tensor name the checksum that rollout/update_group.py computes, and the dtype that it was computed in.
+        RequestRefused by a server that has none; only the embedded one does."""
         answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
-        found = answer.get("checksums") if isinstance(answer, dict) else None
-        if not isinstance(found, dict):
-            raise RequestRefused(f"{self.url}/weights_checker gave no checksums of tensors")
-        return found
+        try:
+            return dict(answer["checksums"]), dict(answer["dtypes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestRefused(f"{self.url}/weights_checker gave no checksums of tensors ({error!r})") from None
 
     async def server_info(self) -> dict[str, Any]:
         found = await self._ask("GET", "/server_info", None, self._control_timeout)
@@ -161,7 +194,7 @@ class GenerationClient:
         """True when it still makes tokens: SGLang answers /health only then."""
         return await self._is_ok("/health", timeout_seconds)
 
-    def _generated(self, answer: dict[str, Any]) -> Generated:
+    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:
         try:
             meta = answer["meta_info"]
             # A request that was aborted before it ran has no list of log-probs.
@@ -190,7 +223,13 @@ class GenerationClient:
                 f"{self.url}/generate: {len(output_ids)} tokens came with {len(result.logprobs)} log-probs, "
                 f"{int((~np.isfinite(result.logprobs)).sum())} of them not finite"
             )
-        return result
+        if routed is None or not (whole or "routed_experts" in meta):
+            return result
+        try:
+            count = num_tokens_before + len(output_ids) - 1
+            return replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, routed))
+        except ValueError as error:  # a server that cannot do it cannot do it the next time either
+            raise RequestRefused(f"{self.url}/generate: {error}") from error
 
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:
@@ -243,18 +282,3 @@ def _versions(meta: dict[str, Any]) -> tuple[str, ...]:
     if spans:
         return tuple(str(span["version"]) for span in spans if span["end"] > span["start"])
     return (str(meta["weight_version"]),)
-
-
-async def differing_tensors(url: str, ours: dict[str, str]) -> str:
-    """Which tensors of the server at `url` have another checksum than `ours`, in words; or that it cannot tell."""
-    client = GenerationClient(url)
-    try:
-        theirs = await client.weight_checksums()
-    except ServerError as error:
-        return f"which tensors differ cannot be told ({error})"
-    finally:
-        await client.close()
-    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
-    lost = sorted(ours.keys() - theirs.keys())
-    text = f"{len(names)} of {len(theirs)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")

@@ -25,6 +25,8 @@ from megatron_rl.rollout.client import (
     ServerLost,
     together,
 )
+from megatron_rl.rollout.routing import RoutedShape
+from megatron_rl.rollout.versions import capabilities
 
 log = logging.getLogger(__name__)
 
@@ -68,25 +70,34 @@ class ServerPool:
     """Use it in one event loop; `close()` ends its tasks and connections.
 
     replace: ends a server's process for good reason and has another started at the same url; None where servers are not
-    ours. `load_from_disk` and `assume` say what weights must answer.
+    ours. `load_from_disk` and `assume` say what weights must answer. routed: ask for routed experts of this shape.
     """
 
     urls: Sequence[str]
     rollout: RolloutSection
     replace: Callable[[str, str], None] | None = None
+    routed: RoutedShape | None = None
     counts: Counts = field(default_factory=Counts)
     _members: list[Member] = field(default_factory=list)
     _version: str = "0"
     _weights: Path | None = None
 
     async def connect(self) -> None:
-        """ServerLost when one of the servers is not ready."""
+        """ServerLost when one of the servers is not ready; ValueError for one that cannot return routed experts, where
+        they are asked for."""
         loop = asyncio.get_running_loop()
         for url in self.urls:
             self._members.append(Member(client=GenerationClient(url), lost=loop.create_future()))
         for member in self._members:
             if not await member.client.is_ready():
                 raise ServerLost(f"no generation server is ready at {member.client.url} (rollout.urls); start it first")
+            if self.routed is not None:
+                version = str((await member.client.server_info()).get("version", ""))
+                if not capabilities(version).routed_experts:
+                    raise ValueError(
+                        f"rollout.router_replay needs SGLang 0.5.22 or later, {member.client.url} runs {version}; "
+                        "update it or set rollout.router_replay = false"
+                    )
 
     async def close(self) -> None:
         for member in self._members:
@@ -105,6 +116,9 @@ class ServerPool:
     @property
     def serving(self) -> list[Member]:
         return [member for member in self._members if member.out is None]
+
+    def client(self, url: str) -> GenerationClient:
+        return next(member.client for member in self._members if member.client.url == url)
 
     # Generation ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +149,9 @@ class ServerPool:
                 waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
                 timeout = _START_SECONDS + waves * longest * self.rollout.token_deadline_seconds
                 try:
-                    asked = member.client.generate(wanted, temperature=temperature, timeout_seconds=timeout)
+                    asked = member.client.generate(
+                        wanted, temperature=temperature, timeout_seconds=timeout, routed=self.routed
+                    )
                     generated = await _unless(member.lost, asked)
                     self._confirm(member, generated, may_abort())
                 except ServerLost as error:
@@ -151,6 +167,10 @@ class ServerPool:
     async def abort_all(self) -> None:
         """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
         await self._each(lambda client: client.abort_all())
+
+    async def flush_caches(self) -> None:
+        """Every server that gets work forgets what it shares between prompts."""
+        await self._each(lambda client: client.flush_cache())
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, np.ndarray]:
         """Log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.

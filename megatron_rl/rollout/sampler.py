@@ -306,6 +306,8 @@ def _extended(response: Response, more: Generated, policy_version: int) -> Respo
             [response.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
         ),
         finish_reason="" if more.finish_reason == "abort" else more.finish_reason,
+        # Those of the whole sequence: what was there before went through the present weights too.
+        routed_experts=more.routed_experts if len(more.output_ids) else response.routed_experts,
     )
 
 

@@ -223,13 +223,14 @@ def server_starter(
     }
     if rollout.engine == "sglang":
         python = find_sglang(rollout)
+        routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
         return lambda again: SglangServer(
             model_path,
             log_path,
             python=python,
             port=again or port,
             on_cpu=not on_gpu(),
-            arguments=rollout.sglang_arguments,
+            arguments=(*routed, *rollout.sglang_arguments),
             **shared,
         )
     return lambda again: EmbeddedServer(model_path, log_path, port=again or port, threads=rollout.threads, **shared)

@@ -99,6 +99,8 @@ def join(
 def broadcast(group: dist.ProcessGroup, tensor: Tensor) -> Waitable:
     """Start sending `tensor` from rank 0, or receiving into it elsewhere; it must stay as it is until `wait` returns.
 
+    Stands in for `torch.distributed.broadcast`, which takes registered groups only.
+
     The tensor is contiguous and of the same number of bytes everywhere. Collectives of one group run in the order in
     which they are started.
     """
@@ -106,7 +108,11 @@ def broadcast(group: dist.ProcessGroup, tensor: Tensor) -> Waitable:
 
 
 def leave(group: dist.ProcessGroup) -> None:
-    """Give the group's connections back. Waits for nobody: what others still have in flight fails there."""
+    """Give the group back; then drop every reference to it: gloo closes its connections with the last one.
+
+    Waits for nobody: what others still have in flight fails there. A process that ends with a gloo group alive ends by
+    SIGABRT now and then, from one of gloo's threads.
+    """
     group.shutdown()
 
 

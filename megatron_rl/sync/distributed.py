@@ -8,7 +8,6 @@ import logging
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -33,15 +32,6 @@ _SLOWEST_BYTES_PER_SECOND = 20e6
 _READY_SECONDS = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
-    """What a push sent, as rank 0 counted it."""
-
-    num_tensors: int
-    num_buckets: int
-    num_bytes: int
-
-
 class DistributedTransport:
     """The process group is made at the first push, and again when the servers are no longer the same."""
 
@@ -52,14 +42,13 @@ class DistributedTransport:
         self._parameters = model.parameters_by_canonical_name()
         self._dtype, self._control, self._address = model.dtype, control, address
         table = name_table(model.bailing)
-        self._buckets = divide(table.values(), model.dtype, max_bytes)
+        self.buckets = divide(table.values(), model.dtype, max_bytes)
         self._owner_of = _owners(exported_names(model), control)
         assert self._owner_of.keys() == table.keys(), "every parameter is exported by one rank"
-        largest = max(bucket.num_bytes for bucket in self._buckets)
+        largest = max(bucket.num_bytes for bucket in self.buckets)
         num_buffers = 2 if dist.get_rank() == 0 else 1
         self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(num_buffers)]
         self._sender = _Sender(address, silence_seconds, largest) if dist.get_rank() == 0 else None
-        self.last: Sent | None = None
 
     def push(self, version: int, receivers: Receivers | None) -> None:
         """See `Transport`. ServerLost when a server failed: all of them are then in the middle of an update, those that
@@ -74,22 +63,18 @@ class DistributedTransport:
             except Exception as error:  # a stop, say: raised below, because the other ranks are in their collectives
                 trouble = error
         sender = self._sender if trouble is None else None
-        num_tensors = num_bytes = 0
-        for number, bucket in enumerate(self._buckets):
+        for number, bucket in enumerate(self.buckets):
             flat = self._buffers[number % len(self._buffers)][: bucket.num_bytes]
             self._collect(bucket, flat)
             if sender is not None:
-                is_last = number == len(self._buckets) - 1
+                is_last = number == len(self.buckets) - 1
                 sender.send(bucket, flat, self._dtype, str(version) if is_last else None)
-            num_tensors += len(bucket.tensors)
-            num_bytes += bucket.num_bytes
         if trouble is not None:
             raise trouble
         if receivers is not None:
             assert sender is not None
             failed = sender.end()
             receivers.run(_settle(receivers, members, failed, str(version), sender.is_new))
-            self.last = Sent(num_tensors=num_tensors, num_buckets=len(self._buckets), num_bytes=num_bytes)
 
     def close(self) -> None:
         if self._sender is not None:
@@ -135,6 +120,7 @@ async def _settle(
     for member in members:
         if member.out is not None:
             pool.put_back(member)
+    await pool.flush_caches()
 
 
 def _owners(mine: list[str], control: Any) -> dict[str, int]:
@@ -200,7 +186,7 @@ class _Sender:
             "shapes": [list(place.shape) for place in bucket.tensors],
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            "flush_cache": version is not None,
+            "flush_cache": False,  # afterwards, see GenerationClient.flush_cache
             "weight_version": version,
         }
         asked = self._ask("/update_weights_from_distributed", body, self._urls)

@@ -74,11 +74,13 @@ def export_directory(model: Model, source: Path, destination: Path, control: Any
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=control)
-    names = write_shard(partial, rank, export_tensors(model))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, names, group=control)
+    table = name_table(model.bailing)
+    expected = [(hf, table[name].hf_shape, model.dtype) for name in exported_names(model) for hf in table[name].hf]
+    names = write_shard(partial, rank, expected, export_tensors(model))
+    names_by_shard: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names_by_shard, names, group=control)
     if rank == 0:
-        write_index(partial, gathered, name_table(model.bailing))
+        write_index(partial, names_by_shard, table)
         copy_companions(source, partial, model.dtype)
         replace_directory(partial, destination)
     dist.barrier(group=control)

@@ -21,6 +21,8 @@ class TrainSequence:
     advantage: of the whole response; unused by cross-entropy.
     rollout_logprobs: float32 [m], as the server reported them; NaN where there are none.
     num_stale_tokens: of so many first loss tokens the sampler had other weights than the optimizer step starts from.
+    routed_experts: uint8 [n - 1, layers, topk], the experts to use at every position but the last, which predicts
+        nothing; None leaves them to the routers.
     """
 
     token_ids: np.ndarray
@@ -29,6 +31,7 @@ class TrainSequence:
     advantage: float
     rollout_logprobs: np.ndarray
     num_stale_tokens: int
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,8 @@ def make_micro_batch(
 
     No sequences at all give a micro-batch of padding without loss: a rank that has nothing left still takes part in
     every collective.
+
+    Routed experts go into `packed`; padding and last tokens have none.
     """
     lengths = [zigzag.padded_length(len(s.token_ids), context_size) for s in sequences]
     if num_padding := _padding_tokens(sum(lengths), multiple_of, context_size):
@@ -88,12 +93,16 @@ def make_micro_batch(
     starts = np.cumsum([0, *lengths]) // context_size
     num_tokens = int(starts[-1])
     token_ids, padding = np.zeros(num_tokens, np.int64), np.ones(num_tokens, bool)
+    routed = _no_routed_experts(sequences, num_tokens)
     index, mine = [], []
     for start, length, sequence in zip(starts, lengths, sequences, strict=False):
         held = zigzag.held_positions(length, context_size)[context_rank]
         real = held < len(sequence.token_ids)
         here = start + np.flatnonzero(real)
         token_ids[here], padding[here] = sequence.token_ids[held[real]], False
+        if routed is not None and sequence.routed_experts is not None:
+            known = held < len(sequence.routed_experts)
+            routed[start + np.flatnonzero(known)] = sequence.routed_experts[held[known]]
         where = np.full(length, -1)
         where[held] = start + np.arange(len(held))
         predicting = where[sequence.loss_positions - 1]
@@ -108,9 +117,11 @@ def make_micro_batch(
         parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
         return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(device, kind)
 
+    packed = pack(lengths, head_dim, rope_theta, dtype, device, context_rank, context_size)
+    packed.routed_experts = None if routed is None else torch.from_numpy(routed).to(device)
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids)[None].to(device),
-        packed=pack(lengths, head_dim, rope_theta, dtype, device, context_rank, context_size),
+        packed=packed,
         padding_mask=torch.from_numpy(padding)[None].to(device),
         loss_index=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])).to(device),
         targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
@@ -123,6 +134,12 @@ def make_micro_batch(
         response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
         response_tokens=torch.tensor(counts, dtype=wide, device=device),
     )
+
+
+def _no_routed_experts(sequences: Sequence[TrainSequence], num_tokens: int) -> np.ndarray | None:
+    """int16 [num_tokens, layers, topk] of -1; None when no sequence has routed experts."""
+    given = [s.routed_experts for s in sequences if s.routed_experts is not None]
+    return np.full((num_tokens, *given[0].shape[1:]), -1, np.int16) if given else None
 
 
 def _padding_tokens(num_tokens: int, multiple_of: int, context_size: int) -> int:

@@ -14,6 +14,7 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
@@ -24,6 +25,7 @@ from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
+from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
@@ -68,7 +70,9 @@ class Collector:
             return
         self._keeper = source.keeper
         self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
-        self.pool = ServerPool(source.urls, config.rollout, self._keeper.replace if self._keeper else None)
+        routed = routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None
+        replace = self._keeper.replace if self._keeper else None
+        self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
             self.run(self.pool.connect())
         except BaseException:

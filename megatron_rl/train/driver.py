@@ -14,7 +14,7 @@ from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import Fault
 from megatron_rl.records import Plan
-from megatron_rl.rollout.client import ServerLost, differing_tensors
+from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
@@ -23,7 +23,7 @@ from megatron_rl.train.collector import Collector
 from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, receive, send_order, send_work
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
-from megatron_rl.train.probe import mean_differences, weight_checksums
+from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals
 from megatron_rl.train.serving import NodeServers, node_address, num_nodes
 from megatron_rl.train.session import Session, should_save
@@ -126,7 +126,7 @@ def _obey(order: Order, session: Session, transport: Transport | None, receivers
         case Probe():
             return mean_differences(session.trainer, order, session.control)
         case Checksums():
-            return weight_checksums(session.trainer, session.control)
+            return weight_checksums(session.trainer, order.dtypes, session.control)
 
 
 def _driver_state(leader: "Leader | None", step: int) -> tuple[dict[str, Any], bytes]:
@@ -278,12 +278,19 @@ class Leader:
         for url, difference in zip(urls, differences, strict=True):
             if difference <= tolerance:
                 continue
-            ours = self._order(Checksums())
             raise Fault(
                 f"weights {step} did not arrive whole at {url}: log-probs of {len(probe.token_ids)} tokens differ by "
-                f"{difference:.3g} in the mean (sync.probe_tolerance {tolerance:g}); "
-                + self.collector.run(differing_tensors(url, ours))
+                f"{difference:.3g} in the mean (sync.probe_tolerance {tolerance:g}); {self._differing(url)}"
             )
+
+    def _differing(self, url: str) -> str:
+        """The tensors of the server at `url` that are not the trainer's, in words."""
+        assert self.collector.pool is not None
+        try:
+            theirs, dtypes = self.collector.run(self.collector.pool.client(url).weight_checksums())
+        except ServerError as error:
+            return f"which tensors differ cannot be told ({error})"
+        return told_difference(self._order(Checksums(dtypes=dtypes)), theirs)
 
     def _order(self, order: Order, receivers: Receivers | None = None) -> Any:
         """Say it and do it; a stop is returned."""

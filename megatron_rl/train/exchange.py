@@ -47,11 +47,26 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checksums:
-    """Rank 0 asks for the checksum of every exported tensor."""
+    """Rank 0 asks for the checksums of exported tensors. dtypes: by name, what each is converted to first."""
+
+    dtypes: dict[str, str]
 
 
 Order = Stop | Push | Probe | Checksums
 _ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """shape: [layers, topk], of the experts at one position. missing: samples of the plan that have no record of them,
+    because an earlier run sampled them without."""
+
+    shape: tuple[int, int]
+    missing: frozenset[int]
+
+    def num_positions(self, selected: Selected) -> int:
+        """Whose experts travel: all but the last, which predicts nothing."""
+        return 0 if selected.index in self.missing else selected.num_tokens - 1
 
 
 Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence], of one data-parallel rank
@@ -64,12 +79,15 @@ def send_order(order: Order, control: Any) -> None:
 
 def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: Any) -> tuple[Plan, Work]:
     """Rank 0: broadcast the plan, give every rank the arrays of its own samples, return rank 0's share."""
-    _broadcast(json.dumps({"plan": dataclasses.asdict(plan)}).encode(), control)
-    shares = [_gather(plan, samples, rank) for rank in range(layout.data)]
+    routing = _routing(plan, samples)
+    described = None if routing is None else {"shape": routing.shape, "missing": sorted(routing.missing)}
+    content = {"plan": dataclasses.asdict(plan), "routing": described}
+    _broadcast(json.dumps({"plan": content}).encode(), control)
+    shares = [_gather(plan, samples, rank, routing) for rank in range(layout.data)]
     for rank in range(1, layout.world_size):
         for array in shares[layout.data_rank(rank)]:
             dist.send(torch.from_numpy(array), dst=rank, group=control)
-    return plan, _sequences(plan, 0, *shares[0])
+    return plan, _sequences(plan, 0, routing, shares[0])
 
 
 def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Order:
@@ -77,17 +95,23 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Orde
     ((name, content),) = json.loads(_broadcast(None, control)).items()
     if name in _ORDERS:
         return _ORDERS[name](**content)
-    plan = _plan_from_json(content)
+    plan = _plan_from_json(content["plan"])
     data_rank = layout.data_rank(rank)
+    routing = None
+    if content["routing"] is not None:
+        layers, topk = content["routing"]["shape"]
+        routing = Routing(shape=(layers, topk), missing=frozenset(content["routing"]["missing"]))
     mine = list(_placed(plan, data_rank))
-    arrays = (
+    arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),
         np.empty(sum(s.num_loss_tokens for s in mine), np.float32),
         np.empty(len(mine), np.float64),
-    )
+    ]
+    if routing is not None:
+        arrays.append(np.empty((sum(map(routing.num_positions, mine)), *routing.shape), np.uint8))
     for array in arrays:
         dist.recv(torch.from_numpy(array), src=0, group=control)
-    return plan, _sequences(plan, data_rank, *arrays)
+    return plan, _sequences(plan, data_rank, routing, arrays)
 
 
 def _placed(plan: Plan, data_rank: int) -> list[Selected]:
@@ -100,8 +124,20 @@ def _placed(plan: Plan, data_rank: int) -> list[Selected]:
     ]
 
 
-def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens int32, rollout log-probs float32 and advantages float64 of a rank's samples, end to end."""
+def _routing(plan: Plan, samples: Sequence[Sample]) -> Routing | None:
+    """None when no sample of the plan has routed experts."""
+    records = {s.index: samples[s.index].response.routed_experts for step in plan.steps for s in step.selected}
+    shapes = {record.shape[1:] for record in records.values() if record is not None}
+    if not shapes:
+        return None
+    ((layers, topk),) = shapes
+    missing = frozenset(index for index, record in records.items() if record is None)
+    return Routing(shape=(layers, topk), missing=missing)
+
+
+def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Routing | None) -> list[np.ndarray]:
+    """Tokens int32, rollout log-probs float32, advantages float64 and, where there are any, routed experts uint8
+    [positions, layers, topk] of a rank's samples, end to end."""
     mine = _placed(plan, data_rank)
     tokens, logprobs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for selected in mine:
@@ -109,12 +145,22 @@ def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int) -> tuple[np.n
         tokens += [response.prompt_ids, response.output_ids[: selected.num_loss_tokens]]
         logprobs.append(response.rollout_logprobs[: selected.num_loss_tokens])
     advantages = np.array([samples[selected.index].advantage for selected in mine], np.float64)
-    return np.concatenate(tokens), np.concatenate(logprobs), advantages
+    arrays: list[np.ndarray] = [np.concatenate(tokens), np.concatenate(logprobs), advantages]
+    if routing is not None:
+        routed = [np.zeros((0, *routing.shape), np.uint8)]
+        for selected in mine:
+            record = samples[selected.index].response.routed_experts
+            if record is not None:
+                routed.append(record[: routing.num_positions(selected)])
+        arrays.append(np.concatenate(routed))
+    return arrays
 
 
-def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndarray, advantages: np.ndarray) -> Work:
+def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequence[np.ndarray]) -> Work:
+    """Inverse of `_gather`."""
+    tokens, logprobs, advantages, *rest = arrays
     work: Work = []
-    token, logprob, sample = 0, 0, 0
+    token, logprob, sample, routed = 0, 0, 0, 0
     for step in plan.steps:
         work.append([])
         for micro_batch in step.micro_batches[data_rank]:
@@ -122,6 +168,7 @@ def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndar
             for position in micro_batch:
                 selected = step.selected[position]
                 count = selected.num_loss_tokens
+                known = routing.num_positions(selected) if routing else 0
                 work[-1][-1].append(
                     TrainSequence(
                         token_ids=tokens[token : token + selected.num_tokens],
@@ -130,9 +177,11 @@ def _sequences(plan: Plan, data_rank: int, tokens: np.ndarray, logprobs: np.ndar
                         advantage=float(advantages[sample]),
                         rollout_logprobs=logprobs[logprob : logprob + count],
                         num_stale_tokens=selected.num_stale_tokens,
+                        routed_experts=rest[0][routed : routed + known] if known else None,
                     )
                 )
                 token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1
+                routed += known
     return work
 
 

@@ -44,9 +44,23 @@ def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float
     return (sums[:, 0] / sums[:, 1]).tolist()
 
 
-def weight_checksums(trainer: Trainer, control: Any) -> dict[str, str]:
-    """Of every exported Hugging Face tensor by its name, on every rank. Collective."""
-    mine = {name: checksum(tensor) for name, tensor in export_tensors(trainer.model)}
+def weight_checksums(trainer: Trainer, dtypes: dict[str, str], control: Any) -> dict[str, str]:
+    """Of every exported Hugging Face tensor, by its name, on every rank. Collective.
+
+    dtypes: what a tensor is converted to first; one that is not named stays as it is.
+    """
+    mine = {
+        name: checksum(tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor)
+        for name, tensor in export_tensors(trainer.model)
+    }
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine, group=control)
     return {name: value for part in gathered for name, value in part.items()}
+
+
+def told_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
+    """Which tensors differ by these checksums, in words."""
+    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
+    lost = sorted(ours.keys() - theirs.keys())
+    text = f"{len(names)} of {len(ours)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")

@@ -148,6 +148,7 @@ class Trainer:
         tally = Tally(objective.reports)
         for router in self._routers:
             router.load_balance_loss = router.z_loss = 0.0
+            router.num_replayed = router.num_replaced = 0
         self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(float(grad_norm or 0.0)):
@@ -164,21 +165,25 @@ class Trainer:
             num_loss_tokens=tally.num_tokens,
             num_forward_tokens=num_tokens,
             num_padding_tokens=num_places - num_tokens,
-            metrics=tally.metrics(denominator) | self._router_losses(num_tokens),
+            metrics=tally.metrics(denominator) | self._router_metrics(num_tokens),
         )
 
-    def _router_losses(self, num_tokens: int) -> dict[str, float]:
-        """Mean over the step's tokens and the model's mixture-of-experts layers, of those losses that are on."""
-        sums = torch.zeros(3, dtype=torch.float64)
+    def _router_metrics(self, num_tokens: int) -> dict[str, float]:
+        """Of those losses that are on the mean over the step's tokens and the model's mixture-of-experts layers; and
+        with router replay the share of the server's choices that the routers would not have made."""
+        sums = torch.zeros(5, dtype=torch.float64)
         for router in self._routers:
-            sums += torch.tensor([1.0, float(router.load_balance_loss), float(router.z_loss)])
+            losses, counts = (router.load_balance_loss, router.z_loss), (router.num_replayed, router.num_replaced)
+            sums += torch.tensor([1.0, *map(float, losses), *map(float, counts)], dtype=torch.float64)
         dist.all_reduce(sums, group=self._control)
         # Every stage counted its layers on all of its ranks.
         num_layers = float(sums[0]) / (dist.get_world_size() // self.model.layout.pipeline)
         config = self.model.config
         on = {"load_balance_loss": config.moe_aux_loss_coeff, "z_loss": config.moe_z_loss_coeff}
-        means = (sums[1:] / max(1.0, num_tokens * num_layers)).tolist()
-        return {name: mean for (name, coefficient), mean in zip(on.items(), means, strict=True) if coefficient}
+        means = (sums[1:3] / max(1.0, num_tokens * num_layers)).tolist()
+        metrics = {name: mean for (name, coefficient), mean in zip(on.items(), means, strict=True) if coefficient}
+        num_replayed, num_replaced = sums[3:].tolist()
+        return metrics | ({"router_replay_changed_share": num_replaced / num_replayed} if num_replayed else {})
 
     def logprobs(self, batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.

@@ -27,7 +27,7 @@ def _server(tmp_path_factory):
         on_cpu=True,
     )
     process.wait_ready(180)
-    subject = Subject(process, models, Kind(seeds=False, whole=False))
+    subject = Subject(process, models, Kind(seeds=False, whole=False, long_tokens=250))
     yield subject
     subject.close()
 

@@ -12,6 +12,7 @@ or on arrival order; `invariance.py` proves this on the running machine at every
     slots.py       per-slot state of the running sequences, as arrays
     model.py       the network;  cache.py  its KV cache;  sampling.py  log-probs and sampling
     weights.py     the packed weights;  packing.py  raw tensors <-> packed weights;  reading.py  safetensors -> both
+    answers.py     HTTP statuses for faults;  weight_routes.py  the routes that change or check weights
     updates.py     weights that arrive over a process group;  weight_requests.py  the bodies of those routes
     invariance.py  the start-up self-check
 """

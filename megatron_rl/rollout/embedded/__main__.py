@@ -66,7 +66,9 @@ def bind(host: str, port: int, allow_remote: bool) -> socket.socket:
         raise ValueError(f"--host {host} cannot be resolved: {error}") from None
     if not ipaddress.ip_address(address[0]).is_loopback and not allow_remote:
         raise ValueError(f"--host must be a loopback address, got {host}; --allow-remote permits it")
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because only then does asyncio turn Nagle's algorithm off, which lets the body of an answer
+    # wait 40 ms for the client's delayed acknowledgement of its head.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

@@ -25,6 +25,7 @@ from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.invariance import CHUNK, MIN_HEAD_ROWS, check_invariance, decode_row_counts
 from megatron_rl.rollout.embedded.model import BailingModel, Batch
 from megatron_rl.rollout.embedded.reading import load_weights
+from megatron_rl.rollout.embedded.routing import RoutingRecord
 from megatron_rl.rollout.embedded.sampling import sample
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.slots import SlotTable
@@ -81,8 +82,15 @@ class Engine:
             # Logits after each slot's prompt; identical prompts copy them along with the cache.
             self._prompt_logits = torch.zeros(num_slots, config.vocab_size)
         self._slots = SlotTable(num_slots, options.context_length)
-        self._prefixes: dict[bytes, int] = {}  # prompt -> slot whose cache still starts with it
-        self._prefix_of_slot: dict[int, bytes] = {}
+        self._routing = RoutingRecord(
+            num_slots=num_slots,
+            context_length=options.context_length,
+            num_layers=config.num_hidden_layers,
+            topk=config.num_experts_per_tok,
+        )
+        # prompt, and whether its experts are on record -> slot whose cache still starts with it
+        self._prefixes: dict[tuple[bytes, bool], int] = {}
+        self._prefix_of_slot: dict[int, tuple[bytes, bool]] = {}
         if not self.row_counts.invariant:
             log.warning(
                 "this machine's matrix products are not batch invariant for this model: results may depend "
@@ -145,8 +153,7 @@ class Engine:
             elif mode == "retract":
                 running = self._slots.running()
                 for sequence in running:
-                    assert sequence.slot is not None
-                    self._slots.release(sequence.slot)
+                    self._release(_slot(sequence))
                 self._waiting.extendleft(reversed(running))
             self._paused = True
 
@@ -269,7 +276,8 @@ class Engine:
             if not sequence.versions:
                 sequence.versions.append((self.weight_version, 0))
             admitted.append(sequence)
-            key = np.array(sequence.prompt + sequence.output_ids, np.int32).tobytes()
+            ids = np.array(sequence.prompt + sequence.output_ids, np.int32)
+            key = ids.tobytes(), sequence.return_routed_experts
             source = self._prefixes.get(key)
             if source is not None and sequence.input_logprob_start is None:
                 if any(leader.slot == source for leader in leaders):
@@ -295,6 +303,8 @@ class Engine:
         longest = max(len(sequence.prompt) + len(sequence.output_ids) for sequence, _ in copies)
         self._cache.copy_slots(sources, targets, longest)
         self._prompt_logits[targets] = self._prompt_logits[sources]
+        if any(sequence.return_routed_experts for sequence, _ in copies):
+            self._routing.copy_slots(sources, targets, longest)
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Fill the cache with the sequences' tokens, CHUNK tokens an entry; keeps the logits after each last token."""
@@ -337,8 +347,12 @@ class Engine:
             entry_slots=torch.from_numpy(slots),
             num_queries=CHUNK,
             num_blocks=int(positions.max()) // BLOCK + 1,
+            routed=self._routing.new_rows(size * CHUNK) if any(s.return_routed_experts for s, _ in entries) else None,
         )
         hidden = self._model.hidden(self._weights, self._cache, batch)
+        if batch.routed is not None:
+            real = (blocks != self._cache.trash_block).flatten()
+            self._routing.write(slots.repeat(CHUNK)[real], positions.flatten()[real], batch.routed[real])
         if last_rows:
             # A fixed number of rows, at least MIN_HEAD_ROWS: fillers repeat the first.
             fill = max(size, MIN_HEAD_ROWS) - len(last_rows)
@@ -387,8 +401,11 @@ class Engine:
             entry_slots=None,
             num_queries=1,
             num_blocks=int(positions.max()) // BLOCK + 1,
+            routed=self._routing.new_rows(rows) if table.num_routed else None,
         )
         logits = self._model.logits(self._weights, self._model.hidden(self._weights, self._cache, batch))
+        if batch.routed is not None:
+            self._routing.write(np.flatnonzero(active), positions[active], batch.routed[active])
         table.position[:rows][active] += 1
         tokens, logprobs = sample(logits, table.sampling_rows(rows))
         self._record(np.flatnonzero(active), tokens, logprobs)
@@ -429,6 +446,8 @@ class Engine:
         for target in targets:
             self._drop_prefix(target)
         self._cache.copy_slots(sources, targets, longest)
+        if table.num_routed:
+            self._routing.copy_slots(sources, targets, longest)
 
     def _rows_for(self, slots: int) -> int:
         return next(count for count in self.row_counts.decode if count >= slots)
@@ -447,7 +466,16 @@ class Engine:
         return len(running) + len(waiting)
 
     def _finish(self, slot: int, reason: dict[str, Any]) -> None:
-        self._emit(self._slots.release(slot), reason)
+        self._emit(self._release(slot), reason)
+
+    def _release(self, slot: int) -> Sequence:
+        """Free the slot; its sequence gets what the slot knows about it."""
+        sequence = self._slots.release(slot)
+        if sequence.return_routed_experts:
+            # The last token was never put through the model.
+            count = len(sequence.prompt) + len(sequence.output_ids) - 1
+            sequence.routed_experts = self._routing.read(slot, count)
+        return sequence
 
     def _emit(self, sequence: Sequence, reason: dict[str, Any] | None, queued: bool = False) -> None:
         self._events.append(
@@ -459,6 +487,7 @@ class Engine:
                 queued=queued,
                 weight_version=self.weight_version,
                 version_spans=_spans(sequence, self.weight_version),
+                routed_experts=None if reason is None else sequence.routed_experts,
             )
         )
 

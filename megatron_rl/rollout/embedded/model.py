@@ -33,6 +33,7 @@ class Batch:
     entry_slots: Tensor | None  # [B] int64; None: entry i reads slot i
     num_queries: int  # T
     num_blocks: int  # n: covers every position of the batch
+    routed: Tensor | None = None  # [R, layers, k] uint8: gets the chosen experts; dense layers are left alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,8 @@ class BailingModel:
         for index, layer in enumerate(weights.layers):
             context = self._attention(layer, rms_norm(x, layer.input_norm, eps), cache, index, batch, shared)
             x = torch.addmm(x, context, layer.dense)
-            x = self._feed_forward(layer, x, rms_norm(x, layer.mlp_norm, eps))
+            record = None if batch.routed is None else batch.routed[:, index]
+            x = self._feed_forward(layer, x, rms_norm(x, layer.mlp_norm, eps), record)
         return rms_norm(x, weights.final_norm, eps)
 
     def logits(self, weights: ModelWeights, hidden: Tensor) -> Tensor:
@@ -139,15 +141,15 @@ class BailingModel:
             total = total + sums[b]
         return out.div_(total)
 
-    def _feed_forward(self, layer: LayerWeights, x: Tensor, normed: Tensor) -> Tensor:
-        """x + MLP(normed), [R, H]: what every token passes through, then the chosen experts."""
+    def _feed_forward(self, layer: LayerWeights, x: Tensor, normed: Tensor, record: Tensor | None) -> Tensor:
+        """x + MLP(normed), [R, H]: what every token passes through, then the chosen experts, which go to `record`."""
         if layer.mlp is not None:
             x = torch.addmm(x, self._activated(torch.mm(normed, layer.mlp.gate_up)), layer.mlp.down)
         if layer.router is not None:
-            x = x + self._experts(layer, layer.router, normed)
+            x = x + self._experts(layer, layer.router, normed, record)
         return x
 
-    def _experts(self, layer: LayerWeights, router: Tensor, normed: Tensor) -> Tensor:
+    def _experts(self, layer: LayerWeights, router: Tensor, normed: Tensor, record: Tensor | None) -> Tensor:
         """Sum over the chosen experts of routing weight * expert(normed), [R, H].
 
         Rows are sorted by expert and each expert's part is filled up to a multiple of `expert_tile` rows, whose
@@ -155,6 +157,8 @@ class BailingModel:
         """
         tile, num_chosen = self.expert_tile, self.config.num_experts_per_tok
         top, chosen = self._routing(router, normed)
+        if record is not None:
+            record.copy_(chosen)
         expert, order = chosen.flatten().sort(stable=True)
         counts = expert.bincount(minlength=len(layer.experts))
         filled = (counts + (tile - 1)) // tile * tile

@@ -30,7 +30,13 @@ class Packing:
         self._places = places(self._weights, config)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor into its place. ValueError when it is unknown, came before, or is not what it must be."""
+        """`admit` and `copy`."""
+        self.admit(name, tensor)
+        self.copy(name, tensor)
+
+    def admit(self, name: str, tensor: Tensor) -> None:
+        """ValueError when a tensor is unknown, came before, or is not what it must be; else it counts as having come,
+        and `copy` must follow."""
         if name not in self._expected:
             raise ValueError(f"tensor {name} is unknown to this model")
         if name not in self._missing:
@@ -39,13 +45,17 @@ class Packing:
             raise ValueError(f"tensor {name} must have shape {self._expected[name]}, got {tuple(tensor.shape)}")
         if tensor.dtype not in READABLE_DTYPES:
             raise ValueError(f"tensor {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
+        # The sum is ten times faster to take, and tells in all but absurd cases.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name} holds values that are not finite")
+        self._missing.discard(name)
+
+    def copy(self, name: str, tensor: Tensor) -> None:
+        """Lay it out in its place, which takes far longer than `admit`."""
         if name in self._places:
             self._places[name].copy_(tensor)
         if name == output_weight(self._config):
             self._weights.head.copy_(_head(tensor, self._config.norm_head))
-        self._missing.discard(name)
 
     def finish(self) -> ModelWeights:
         """The weights, once every tensor has come. ValueError names those that have not."""

@@ -3,9 +3,12 @@
 Every refusal is a RequestError that names the field and the value.
 """
 
+import base64
 import uuid
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_rl.rollout.embedded.fields import RequestError, boolean, cut, default, integer, number
 
@@ -37,6 +40,7 @@ class PromptRequest:
     params: SamplingParams
     return_logprob: bool
     logprob_start: int | None  # None: no input log-probs
+    return_routed_experts: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,7 @@ _GENERATE_KEYS = {
     "input_ids",
     "sampling_params",
     "return_logprob",
+    "return_routed_experts",
     "logprob_start_len",
     "rid",
     "stream",
@@ -81,6 +86,7 @@ def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
     count = len(ids)
     params = _per_prompt("sampling_params", body.get("sampling_params") or {}, count, dict)
     wants = _per_prompt("return_logprob", body.get("return_logprob") or False, count, bool)
+    routed = _per_prompt("return_routed_experts", body.get("return_routed_experts") or False, count, bool)
     starts = _per_prompt("logprob_start_len", default(body, "logprob_start_len", -1), count, int)
     rids = _rids(body.get("rid"), count, batched)
     stream = boolean("stream", default(body, "stream", False))
@@ -91,6 +97,7 @@ def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
             params=parse_sampling(params[i], len(ids[i]), limits),
             return_logprob=wants[i],
             logprob_start=_logprob_start(starts[i], len(ids[i])) if wants[i] else None,
+            return_routed_experts=routed[i],
         )
         for i in range(count)
     )
@@ -153,6 +160,7 @@ def meta_info(
     finish_reason: dict[str, Any] | None,
     weight_version: str,
     weight_versions: list[dict[str, Any]],
+    routed_experts: np.ndarray | None,
     e2e_latency: float,
 ) -> dict[str, Any]:
     """prompt_tokens: None leaves it out with cached_tokens, as SGLang does for a request aborted in its queue."""
@@ -172,6 +180,8 @@ def meta_info(
         ]
     if input_token_logprobs is not None:
         meta["input_token_logprobs"] = input_token_logprobs
+    if routed_experts is not None:
+        meta["routed_experts"] = base64.b64encode(routed_experts.astype("<i4").tobytes()).decode()
     return meta
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from megatron_rl.rollout.embedded.protocol import SamplingParams
 
 
@@ -17,6 +19,7 @@ class Sequence:
     stop_ids: tuple[int, ...]
     input_logprob_start: int | None = None  # first prompt position whose log-prob is wanted; None: none
     stream: bool = False
+    return_routed_experts: bool = False
     listener: Any = None  # the server's; the engine hands it back with every event
     order: int = 0
     slot: int | None = None
@@ -24,6 +27,7 @@ class Sequence:
     output_logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float] | None = None  # of prompt[start:]; position 0 has none and counts as nan
     versions: list[tuple[str, int]] = field(default_factory=list)  # (weight version, first output token under it)
+    routed_experts: np.ndarray | None = None  # uint8 [prompt + output - 1, layers, topk], when it leaves its slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +41,4 @@ class Event:
     queued: bool  # it ended while it waited for a slot
     weight_version: str
     version_spans: list[dict[str, Any]]
+    routed_experts: np.ndarray | None  # of an end only

@@ -4,15 +4,13 @@ import asyncio
 import json
 import logging
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -21,20 +19,17 @@ from starlette.routing import Route
 
 from megatron_rl import __version__
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.answers import error_body, errors_as_json, json_answer, json_body, wait
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError, flag, text
 from megatron_rl.rollout.embedded.gate import Gate
-from megatron_rl.rollout.embedded.packing import places
 from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
 from megatron_rl.rollout.embedded.sampling import derive_seed
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
-from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
-from megatron_rl.rollout.embedded.weight_requests import DEFAULT_GROUP, parse_bucket, parse_join
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.rollout.embedded.weight_routes import WeightRoutes
+from megatron_rl.rollout.routing import MAX_EXPERTS
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 HEALTH_TIMEOUT_SECONDS = 20
 
@@ -86,8 +81,7 @@ class App:
         self._listeners: set[Listener] = set()
         self._gate = Gate()
         self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
-        self._group_lock = asyncio.Lock()
-        self._updates = WeightUpdates(config, options.dtype, options.update_timeout_seconds)
+        self._weights = WeightRoutes(self.engine, self._gate)
         self.engine.start()
 
     def close(self) -> None:
@@ -96,28 +90,28 @@ class App:
     def starlette(self) -> Starlette:
         def post(path: str, handler: Callable[[dict[str, Any]], Awaitable[Response]]) -> Route:
             async def endpoint(request: Request) -> Response:
-                return await handler(await _json_body(request))
+                return await handler(await json_body(request))
 
-            return Route(path, _errors_as_json(endpoint), methods=["POST"])
+            return Route(path, errors_as_json(endpoint), methods=["POST"])
 
         def get(path: str, handler: Callable[[], Awaitable[Response]], methods: tuple[str, ...] = ("GET",)) -> Route:
             async def endpoint(_: Request) -> Response:
                 return await handler()
 
-            return Route(path, _errors_as_json(endpoint), methods=list(methods))
+            return Route(path, errors_as_json(endpoint), methods=list(methods))
 
         return Starlette(
             routes=[
-                Route("/generate", _errors_as_json(self.generate), methods=["POST"]),
-                post("/update_weights_from_disk", self.update_weights_from_disk),
-                post("/init_weights_update_group", self.init_weights_update_group),
-                post("/destroy_weights_update_group", self.destroy_weights_update_group),
-                post("/begin_weight_update", self.begin_weight_update),
-                post("/update_weights_from_distributed", self.update_weights_from_distributed),
-                post("/end_weight_update", self.end_weight_update),
-                post("/update_weights_from_tensor", self.update_weights_from_tensor),
-                post("/update_weight_version", self.update_weight_version),
-                Route("/weights_checker", _errors_as_json(self.weights_checker), methods=["GET", "POST"]),
+                Route("/generate", errors_as_json(self.generate), methods=["POST"]),
+                post("/update_weights_from_disk", self._weights.update_weights_from_disk),
+                post("/init_weights_update_group", self._weights.init_weights_update_group),
+                post("/destroy_weights_update_group", self._weights.destroy_weights_update_group),
+                post("/begin_weight_update", self._weights.begin_weight_update),
+                post("/update_weights_from_distributed", self._weights.update_weights_from_distributed),
+                post("/end_weight_update", self._weights.end_weight_update),
+                post("/update_weights_from_tensor", self._weights.update_weights_from_tensor),
+                post("/update_weight_version", self._weights.update_weight_version),
+                Route("/weights_checker", errors_as_json(self._weights.weights_checker), methods=["GET", "POST"]),
                 post("/pause_generation", self.pause_generation),
                 post("/continue_generation", self.continue_generation),
                 post("/abort_request", self.abort_request),
@@ -138,7 +132,7 @@ class App:
 
     async def generate(self, request: Request) -> Response:
         started = time.perf_counter()
-        asked = parse_generate(await _json_body(request), self.limits)
+        asked = parse_generate(await json_body(request), self.limits)
         jobs = self._sequences(asked)
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
@@ -157,13 +151,18 @@ class App:
         finally:
             gone.cancel()
             self._leave(jobs)
-        return _json(answers[0] if asked.single else answers)
+        return json_answer(answers[0] if asked.single else answers)
 
     def _sequences(self, asked: GenerateRequest) -> list[tuple[PromptRequest, Sequence]]:
         """One sequence per sample, all samples of prompt 0 first."""
         jobs = []
         for prompt in asked.prompts:
             params = prompt.params
+            if prompt.return_routed_experts and self.config.num_experts > MAX_EXPERTS:
+                raise RequestError(
+                    f"return_routed_experts works for up to {MAX_EXPERTS} experts, the model has "
+                    f"{self.config.num_experts}; leave it out"
+                )
             seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
             stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
             for index in range(params.n):
@@ -176,6 +175,7 @@ class App:
                     stop_ids=stops,
                     input_logprob_start=prompt.logprob_start,
                     stream=asked.stream,
+                    return_routed_experts=prompt.return_routed_experts,
                     listener=Listener(),
                 )
                 jobs.append((prompt, sequence))
@@ -213,7 +213,7 @@ class App:
                     event = await sequence.listener.next()
                     answer, finished = self._answer(prompt, event, started), event.finish_reason is not None
                 except EngineStopped as error:
-                    answer, finished = _error_body(str(error)), True
+                    answer, finished = error_body(str(error)), True
                 if not asked.single:
                     answer["index"] = index
                 await queue.put(b"data: " + json.dumps(answer).encode() + b"\n\n")
@@ -227,7 +227,7 @@ class App:
         try:
             self._enter(jobs)
         except RequestError as error:
-            yield b"data: " + json.dumps(_error_body(str(error))).encode() + b"\n\ndata: [DONE]\n\n"
+            yield _stream_error(error)
             return
         inside = AsyncExitStack()
         followers: list[asyncio.Task[None]] = []
@@ -248,6 +248,8 @@ class App:
                 else:
                     yield line
             yield b"data: [DONE]\n\n"
+        except EngineStopped as error:
+            yield _stream_error(error)
         finally:
             for follower in followers:
                 follower.cancel()
@@ -279,6 +281,7 @@ class App:
                 finish_reason=event.finish_reason,
                 weight_version=event.weight_version,
                 weight_versions=event.version_spans,
+                routed_experts=event.routed_experts,
                 e2e_latency=time.perf_counter() - started,
             ),
         }
@@ -298,111 +301,31 @@ class App:
                 listener.fail(f"the engine failed: {self.engine.failure!r}")
             self._on_failure()
 
-    # Weights and control -------------------------------------------------------------------------------------------
-
-    async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:
-        path = text(body, "model_path")
-        version = None if body.get("weight_version") is None else text(body, "weight_version")
-        flush = flag(body, "flush_cache", True)
-        if flag(body, "abort_all_requests", False):
-            await _wait(self.engine.abort(None))
-        async with self._gate.updating():
-            self._refuse_flush(flush)
-            if self._updates.open:
-                raise UpdateError("a weight-update session is open; call end_weight_update first")
-            try:
-                weights = await _in_thread(lambda: self.engine.load(path))
-            except ValueError as error:
-                raise UpdateError(f"weights are unchanged: {error}") from None
-            await _wait(self.engine.swap(weights, path, version))
-        return _success("Succeeded to update model weights." + _version_note(version), num_paused_requests=0)
-
-    async def init_weights_update_group(self, body: dict[str, Any]) -> Response:
-        request = parse_join(body)
-        async with self._group_lock:
-            await _in_thread(lambda: self._updates.join_group(request))
-        return _success("Succeeded to initialize custom process group.")
-
-    async def destroy_weights_update_group(self, body: dict[str, Any]) -> Response:
-        async with self._group_lock:
-            self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP))
-        return _success("Succeeded to destroy custom process group.")
-
-    async def begin_weight_update(self, _: dict[str, Any]) -> Response:
-        async with self._gate.updating():
-            self._updates.begin()
-        return _success("Success")
-
-    async def update_weights_from_distributed(self, body: dict[str, Any]) -> Response:
-        request = parse_bucket(body)
-        if request.abort_all:
-            await _wait(self.engine.abort(None))
-        async with self._gate.updating(), self._group_lock:
-            self._refuse_flush(request.flush_cache)
-            await _in_thread(lambda: self._updates.receive(request))
-        return _success("Succeeded to update parameter online." + _version_note(request.weight_version))
-
-    async def end_weight_update(self, _: dict[str, Any]) -> Response:
-        async with self._gate.updating():
-            weights, version = self._updates.finish()
-            await _wait(self.engine.swap(weights, None, version))
-        return _success("Success")
-
-    async def update_weights_from_tensor(self, _: dict[str, Any]) -> Response:
-        raise UpdateError(
-            "the embedded server does not unpickle what arrives over HTTP; use update_weights_from_distributed or "
-            "update_weights_from_disk"
-        )
-
-    def _refuse_flush(self, flush: bool) -> None:
-        """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""
-        if flush and self._gate.paused and self.engine.load_state()["running"]:
-            raise UpdateError(
-                "flush_cache must be false while requests are paused in place, got true; send false or pause by retract"
-            )
-
-    async def weights_checker(self, request: Request) -> Response:
-        """Checksums of the tensors that serve, in the dtypes in which they serve."""
-        body = await _json_body(request) if await request.body() else {}
-        action = text(body, "action", "checksum")
-        if action != "checksum":
-            raise RequestError(f"action must be 'checksum', got {action!r}")
-        weights = await _wait(self.engine.weights())
-        tensors = places(weights, self.config)
-        sums = await _in_thread(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
-        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-        return _success("Success", checksums=sums, dtypes=dtypes)
-
-    async def update_weight_version(self, body: dict[str, Any]) -> Response:
-        version = text(body, "new_version")
-        if flag(body, "abort_all_requests", True):
-            await _wait(self.engine.abort(None))
-        await _wait(self.engine.set_version(version))
-        return _success(f"Weight version updated to {version}", new_version=version)
+    # Control -------------------------------------------------------------------------------------------------------
 
     async def pause_generation(self, body: dict[str, Any]) -> Response:
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
         await self._gate.pause()
-        await _wait(self.engine.pause(mode))
-        return _json({"status": "ok", "message": f"Generation paused ({mode})."})
+        await wait(self.engine.pause(mode))
+        return json_answer({"status": "ok", "message": f"Generation paused ({mode})."})
 
     async def continue_generation(self, _: dict[str, Any]) -> Response:
-        await _wait(self.engine.resume())
+        await wait(self.engine.resume())
         await self._gate.resume()
-        return _json({"status": "ok", "message": "Generation continued."})
+        return json_answer({"status": "ok", "message": "Generation continued."})
 
     async def abort_request(self, body: dict[str, Any]) -> Response:
         """An id that nobody has is no error: it may have just ended. One that is held back by a pause is not hit."""
         if flag(body, "abort_all", False):
-            await _wait(self.engine.abort(None))
+            await wait(self.engine.abort(None))
         elif (rid := text(body, "rid")) in self._in_flight:
-            await _wait(self.engine.abort(rid))
+            await wait(self.engine.abort(rid))
         return Response(status_code=200)
 
     async def flush_cache(self) -> Response:
-        if await _wait(self.engine.flush()):
+        if await wait(self.engine.flush()):
             return PlainTextResponse("Cache flushed.\n")
         return PlainTextResponse("The cache is not flushed: requests are running or waiting.\n", 400)
 
@@ -429,7 +352,7 @@ class App:
 
     async def server_info(self) -> Response:
         engine, options = self.engine, self.engine.options
-        return _json(
+        return json_answer(
             {
                 "server": "megatron_rl.rollout.embedded",
                 "version": f"embedded-{__version__}",
@@ -445,7 +368,7 @@ class App:
         )
 
     async def model_info(self) -> Response:
-        return _json(
+        return json_answer(
             {
                 "model_path": self.engine.model_path,
                 "served_model_name": self.engine.model_path,
@@ -465,7 +388,7 @@ class App:
             "owned_by": "megatron_rl",
             "max_model_len": self.limits.context_length,
         }
-        return _json({"object": "list", "data": [card]})
+        return json_answer({"object": "list", "data": [card]})
 
 
 class Detokenizer:
@@ -489,65 +412,11 @@ class Detokenizer:
         return text
 
 
-def _errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    async def guarded(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except RequestError as error:
-            return _json(_error_body(str(error)), 400)
-        except UpdateError as error:
-            return _json({"success": False, "message": str(error)}, 400)
-        except EngineStopped as error:
-            return _json(_error_body(str(error)), 500)
-
-    return guarded
-
-
-async def _json_body(request: Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.body())
-    except ValueError as error:
-        raise RequestError(f"the body must be JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, got {type(body).__name__}")
-    return body
+def _stream_error(error: Exception) -> bytes:
+    """The whole rest of a stream: its status has been sent."""
+    return b"data: " + json.dumps(error_body(str(error))).encode() + b"\n\ndata: [DONE]\n\n"
 
 
 async def _client_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    """Run it in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()  # a caller that leaves does not cancel it any more
-        try:
-            future.set_result(function())
-        except BaseException as error:  # the caller's, whatever it is
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="update", daemon=True).start()
-    return await asyncio.wrap_future(future)
-
-
-async def _wait(future: "Future[Any]") -> Any:
-    return await asyncio.wrap_future(future)
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(json.dumps(content), status, media_type="application/json")
-
-
-def _error_body(message: str) -> dict[str, Any]:
-    return {"error": {"message": message}}
-
-
-def _success(message: str, **more: Any) -> Response:
-    return _json({"success": True, "message": message, **more})
-
-
-def _version_note(version: str | None) -> str:
-    return "" if version is None else f" Weight version updated to {version}."

@@ -34,6 +34,7 @@ class SlotTable:
         self.logprob = np.zeros((num_slots, context_length), np.float32)
         self.num_active = 0
         self.num_streaming = 0
+        self.num_routed = 0  # sequences whose experts are wanted
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -67,6 +68,7 @@ class SlotTable:
         self.logprob[slot, :count] = sequence.output_logprobs
         self.num_active += 1
         self.num_streaming += sequence.stream
+        self.num_routed += sequence.return_routed_experts
         return slot
 
     def save(self, slot: int) -> Sequence:
@@ -86,6 +88,7 @@ class SlotTable:
         self.active[slot] = False
         self.num_active -= 1
         self.num_streaming -= sequence.stream
+        self.num_routed -= sequence.return_routed_experts
         heapq.heappush(self._free, slot)
         return sequence
 

@@ -1,6 +1,8 @@
 """Weights that arrive over process groups: the groups, and the session in which a model is put together."""
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,8 @@ class UpdateError(ValueError):
 class WeightUpdates:
     """Owns the groups this server has joined and the open session. Not for two threads at once; every call may block.
 
-    What arrives is packed at once into a second model, which nobody serves until `finish` hands it out whole: at most
-    one more copy of the model, and one bucket.
+    What arrives is packed into a second model, which nobody serves until `finish` hands it out whole. A bucket is
+    packed while the next one is received: at most one more copy of the model, and two buckets.
     """
 
     def __init__(self, config: BailingConfig, dtype: torch.dtype, timeout_seconds: float) -> None:
@@ -35,6 +37,8 @@ class WeightUpdates:
         self._packing: Packing | None = None
         self._problems: list[str] = []
         self._version: str | None = None
+        self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packer")
+        self._packed: Future[None] | None = None
 
     @property
     def open(self) -> bool:
@@ -95,9 +99,11 @@ class WeightUpdates:
 
     def finish(self) -> tuple[ModelWeights, str | None]:
         """(the new weights, their version). UpdateError when they are not whole. The session is closed either way."""
-        packing, problems, version = self._packing, self._problems, self._version
+        packing, version = self._packing, self._version
         if packing is None:
             raise UpdateError("no weight-update session is open; call begin_weight_update first")
+        self._wait_packed()
+        problems = self._problems
         self._packing, self._problems, self._version = None, [], None
         try:
             weights = packing.finish()
@@ -114,21 +120,36 @@ class WeightUpdates:
             sizes = [head.size * dtype.itemsize for head, dtype in zip(request.heads, dtypes, strict=True)]
             flat = torch.empty(sum(sizes), dtype=torch.uint8)
             broadcast(group, flat).wait()
-            for head, dtype, raw in zip(request.heads, dtypes, flat.split(sizes), strict=True):
+            tensors = [
                 # A copy where the bytes before it leave the tensor at an odd place.
-                aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
-                self._put(packing, head, aligned.view(dtype).view(head.shape))
+                (raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(head.shape)
+                for head, dtype, raw in zip(request.heads, dtypes, flat.split(sizes), strict=True)
+            ]
         else:
-            for head, dtype in zip(request.heads, dtypes, strict=True):
-                tensor = torch.empty(head.shape, dtype=dtype)
+            tensors = [torch.empty(head.shape, dtype=dtype) for head, dtype in zip(request.heads, dtypes, strict=True)]
+            for tensor in tensors:
                 broadcast(group, tensor).wait()
-                self._put(packing, head, tensor)
+        admitted = []
+        for head, tensor in zip(request.heads, tensors, strict=True):
+            try:
+                packing.admit(head.name, tensor)
+            except ValueError as error:
+                self._problems.append(str(error))
+            else:
+                admitted.append((head.name, tensor))
+        self._wait_packed()
+        self._packed = self._packer.submit(_copy, packing, admitted)
 
-    def _put(self, packing: Packing, head: TensorHead, tensor: Tensor) -> None:
-        try:
-            packing.put(head.name, tensor)
-        except ValueError as error:
-            self._problems.append(str(error))
+    def _wait_packed(self) -> None:
+        packed, self._packed = self._packed, None
+        if packed is not None:
+            packed.result()
+
+
+def _copy(packing: Packing, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    with torch.inference_mode():
+        for name, tensor in tensors:
+            packing.copy(name, tensor)
 
 
 def _dtype(head: TensorHead) -> torch.dtype:

@@ -1,0 +1,72 @@
+"""Between routes and HTTP: JSON in and out, faults as statuses, waiting for what other threads do."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from megatron_rl.rollout.embedded.engine import EngineStopped
+from megatron_rl.rollout.embedded.fields import RequestError
+from megatron_rl.rollout.embedded.updates import UpdateError
+
+T = TypeVar("T")
+
+
+def errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except RequestError as error:
+            return json_answer(error_body(str(error)), 400)
+        except UpdateError as error:
+            return json_answer({"success": False, "message": str(error)}, 400)
+        except EngineStopped as error:
+            return json_answer(error_body(str(error)), 500)
+
+    return guarded
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except ValueError as error:
+        raise RequestError(f"the body must be JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run it in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()  # a caller that leaves does not cancel it any more
+        try:
+            future.set_result(function())
+        except BaseException as error:  # the caller's, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="update", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+async def wait(future: "Future[Any]") -> Any:
+    return await asyncio.wrap_future(future)
+
+
+def json_answer(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content), status, media_type="application/json")
+
+
+def error_body(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}
+
+
+def success(message: str, **more: Any) -> Response:
+    return json_answer({"success": True, "message": message, **more})

@@ -1,0 +1,111 @@
+"""The routes that change or check weights."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.answers import in_thread, json_body, success, wait
+from megatron_rl.rollout.embedded.engine import Engine
+from megatron_rl.rollout.embedded.fields import RequestError, flag, text
+from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.packing import places
+from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
+from megatron_rl.rollout.embedded.weight_requests import DEFAULT_GROUP, parse_bucket, parse_join
+from megatron_rl.rollout.update_group import checksum
+
+
+class WeightRoutes:
+    """Each method answers one route. Updates pass the gate one at a time, and block no event loop."""
+
+    def __init__(self, engine: Engine, gate: Gate) -> None:
+        self._engine, self._gate = engine, gate
+        self._config: BailingConfig = engine.config
+        self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
+        self._group_lock = asyncio.Lock()
+
+    async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:
+        path = text(body, "model_path")
+        version = None if body.get("weight_version") is None else text(body, "weight_version")
+        flush = flag(body, "flush_cache", True)
+        if flag(body, "abort_all_requests", False):
+            await wait(self._engine.abort(None))
+        async with self._gate.updating():
+            self._refuse_flush(flush)
+            if self._updates.open:
+                raise UpdateError("a weight-update session is open; call end_weight_update first")
+            try:
+                weights = await in_thread(lambda: self._engine.load(path))
+            except ValueError as error:
+                raise UpdateError(f"weights are unchanged: {error}") from None
+            await wait(self._engine.swap(weights, path, version))
+        return success("Succeeded to update model weights." + version_note(version), num_paused_requests=0)
+
+    async def init_weights_update_group(self, body: dict[str, Any]) -> Response:
+        request = parse_join(body)
+        async with self._group_lock:
+            await in_thread(lambda: self._updates.join_group(request))
+        return success("Succeeded to initialize custom process group.")
+
+    async def destroy_weights_update_group(self, body: dict[str, Any]) -> Response:
+        async with self._group_lock:
+            self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP))
+        return success("Succeeded to destroy custom process group.")
+
+    async def begin_weight_update(self, _: dict[str, Any]) -> Response:
+        async with self._gate.updating():
+            self._updates.begin()
+        return success("Success")
+
+    async def update_weights_from_distributed(self, body: dict[str, Any]) -> Response:
+        request = parse_bucket(body)
+        if request.abort_all:
+            await wait(self._engine.abort(None))
+        async with self._gate.updating(), self._group_lock:
+            self._refuse_flush(request.flush_cache)
+            await in_thread(lambda: self._updates.receive(request))
+        return success("Succeeded to update parameter online." + version_note(request.weight_version))
+
+    async def end_weight_update(self, _: dict[str, Any]) -> Response:
+        async with self._gate.updating():
+            weights, version = self._updates.finish()
+            await wait(self._engine.swap(weights, None, version))
+        return success("Success")
+
+    async def update_weights_from_tensor(self, _: dict[str, Any]) -> Response:
+        raise UpdateError(
+            "the embedded server does not unpickle what arrives over HTTP; use update_weights_from_distributed or "
+            "update_weights_from_disk"
+        )
+
+    def _refuse_flush(self, flush: bool) -> None:
+        """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""
+        if flush and self._gate.paused and self._engine.load_state()["running"]:
+            raise UpdateError(
+                "flush_cache must be false while requests are paused in place, got true; send false or pause by retract"
+            )
+
+    async def weights_checker(self, request: Request) -> Response:
+        """Checksums of the tensors that serve, in the dtypes in which they serve."""
+        body = await json_body(request) if await request.body() else {}
+        action = text(body, "action", "checksum")
+        if action != "checksum":
+            raise RequestError(f"action must be 'checksum', got {action!r}")
+        weights = await wait(self._engine.weights())
+        tensors = places(weights, self._config)
+        sums = await in_thread(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+        return success("Success", checksums=sums, dtypes=dtypes)
+
+    async def update_weight_version(self, body: dict[str, Any]) -> Response:
+        version = text(body, "new_version")
+        if flag(body, "abort_all_requests", True):
+            await wait(self._engine.abort(None))
+        await wait(self._engine.set_version(version))
+        return success(f"Weight version updated to {version}", new_version=version)
+
+
+def version_note(version: str | None) -> str:
+    return "" if version is None else f" Weight version updated to {version}."

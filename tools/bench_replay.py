@@ -1,0 +1,152 @@
+"""What router replay does to the gap between the sampler's and the trainer's log-probs, on the same responses.
+
+    python tools/bench_replay.py [--dtype bfloat16] [--layers 6] [--experts 16] [--topk 4] [--seed 0]
+
+Makes a model (tools/make_tiny_model.py; weights of 1/sqrt(hidden), so that tokens and experts matter as in a trained
+one), lets the embedded server sample responses in `--dtype` and asks it for the experts that it chose. The trainer, in
+the same precision, works out the responses' log-probs with its routers' own choice and with the server's. The two
+round differently, and where two experts are nearly tied they choose differently. Prints one JSON object: |trainer -
+server| of the response tokens (mean, 99th and 99.9th percentile, maximum) without and with replay, and the share of the
+server's choices that the trainer would not have made.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
+
+from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
+from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection  # noqa: E402
+from megatron_rl.layout import Layout  # noqa: E402
+from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
+from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
+from megatron_rl.rollout.routing import routed_shape  # noqa: E402
+from megatron_rl.rollout.server import EmbeddedServer  # noqa: E402
+from megatron_rl.train.batch import TrainSequence  # noqa: E402
+from megatron_rl.train.trainer import Trainer  # noqa: E402
+
+PROMPT_TOKENS = 16
+
+
+def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Generated]]:
+    """By prompt, from a server of its own."""
+    context = PROMPT_TOKENS + arguments.new_tokens
+    server = EmbeddedServer(model, model.parent / "server.log", context_length=context, dtype=arguments.dtype)
+    shape = routed_shape(load_bailing_config(model))
+
+    async def run() -> list[list[Generated]]:
+        client = GenerationClient(server.url)
+        options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
+        wanted = [
+            [Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens) for s in range(arguments.samples)]
+            for p in prompts
+        ]
+        try:
+            return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
+        finally:
+            await client.close()
+
+    try:
+        server.wait_ready(120)
+        return asyncio.run(run())
+    finally:
+        server.stop()
+
+
+def trainer_of(model: Path, dtype: str) -> Trainer:
+    layout = Layout(world_size=1)
+    initialize_parallel(layout, deadline_seconds=600, seed=0)
+    section = ModelSection(path=model, dtype=dtype, layers="local")
+    moe = MoeSection(load_balance_coefficient=0.0, z_loss_coefficient=0.0)
+    built = build_model(load_bailing_config(model), section, moe, layout)
+    load_weights(built, model)
+    return Trainer(built, OptimizerSection(), 1, dist.group.WORLD)
+
+
+def sequence_of(prompt: list[int], one: Generated, replay: bool) -> TrainSequence:
+    ids = np.concatenate([np.array(prompt, np.int32), one.output_ids])
+    return TrainSequence(
+        token_ids=ids,
+        loss_positions=np.arange(len(prompt), len(ids), dtype=np.int32),
+        weight=1.0,
+        advantage=0.0,
+        rollout_logprobs=one.logprobs,
+        num_stale_tokens=0,
+        routed_experts=one.routed_experts if replay else None,
+    )
+
+
+def summary(differences: np.ndarray) -> dict[str, float]:
+    levels = {"mean": differences.mean(), "max": differences.max()}
+    quantiles = {f"p{100 * q:g}": np.quantile(differences, q) for q in (0.99, 0.999)}
+    return {name: round(float(value), 6) for name, value in (levels | quantiles).items()}
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    model = folder / "model"
+    shape = TinyModel(
+        hidden_size=arguments.hidden_size,
+        layers=arguments.layers,
+        experts=arguments.experts,
+        experts_per_token=arguments.topk,
+        moe_intermediate_size=arguments.hidden_size // 2,
+        shared_experts=1,
+        init_std=arguments.hidden_size**-0.5,
+        seed=arguments.seed,
+    )
+    write_tiny_model(model, shape)
+    rng = random.Random(arguments.seed)
+    prompts = [[rng.randrange(96) for _ in range(PROMPT_TOKENS)] for _ in range(arguments.prompts)]
+    groups = sample(model, prompts, arguments)
+    trainer = trainer_of(model, arguments.dtype)
+    differences: dict[bool, np.ndarray] = {}
+    for replay in (False, True):
+        batches = [
+            trainer.micro_batch([sequence_of(prompt, one, replay) for one in group])
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        found = trainer.logprobs(batches)
+        parts = [(x - b.rollout_logprobs).abs() for x, b in zip(found, batches, strict=True)]
+        differences[replay] = torch.cat(parts).double().numpy()
+    routers = trainer.model.routers
+    replayed, replaced = (sum(int(getattr(r, name)) for r in routers) for name in ("num_replayed", "num_replaced"))
+    return {
+        **vars(arguments),
+        "num_tokens": len(differences[False]),
+        "without_replay": summary(differences[False]),
+        "with_replay": summary(differences[True]),
+        "changed_share": round(replaced / replayed, 6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--topk", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), arguments), indent=1))
+
+
+if __name__ == "__main__":
+    main()
