@@ -296,7 +296,6 @@ def test_a_server_that_was_given_up_gets_another_chance_with_the_next_weights(
 def test_a_port_that_is_taken_is_named_at_the_start(models: tuple[Path, Path], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         port = taken.getsockname()[1]
         keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"port": port, "servers": 1}), "float32")
         try:
