@@ -100,7 +100,7 @@ class GenerationServer:
             return f"no log at {self.log_path} ({error})"
         return f"end of {self.log_path}:\n" + "\n".join(text.strip().splitlines()[-lines:])
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
+    def stop(self, grace_seconds: float = 10.0) -> None:
         """End the process: close its lifeline, then SIGTERM, then SIGKILL to this one process group. Idempotent."""
         if self._process.stdin is not None:
             self._process.stdin.close()
