@@ -18,14 +18,14 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
-from megatron_rl.rollout.client import ServerLost, differing_tensors
+from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.transport import Receivers
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
-from megatron_rl.train.probe import mean_differences, weight_checksums
+from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.resilience import StopRequested
 from megatron_rl.train.session import Session
 
@@ -123,7 +123,10 @@ class Servers:
         transport._sender.send = disturbed
 
     def checksums(self) -> list[dict[str, str]]:
-        return [self.loop.run(member.client.weight_checksums()) for member in self.pool._members]
+        return [self.checksums_at(url) for url in self.urls]
+
+    def checksums_and_dtypes(self) -> tuple[dict[str, str], dict[str, str]]:
+        return self.loop.run(self.pool.client(self.urls[0]).weight_checksums())
 
     def scores(self) -> Probe:
         found = self.loop.run(self.pool.input_logprobs(TOKENS))
@@ -153,7 +156,7 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
             probe = shared(servers.scores() if servers else None, session.control)
             found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
             if servers:
-                found |= {"checksums": servers.checksums(), "sent": transport.last.num_buckets if transport.last else 0}
+                found |= {"checksums": servers.checksums(), "sent": len(transport._buckets)}
                 report["pushes"].append(found)
                 # Behind the trainer's back: other weights under the right name.
                 client = servers.pool.serving[0].client
@@ -161,10 +164,10 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
             transport.close()
             probe = shared(servers.scores() if servers else None, session.control)
             damaged = mean_differences(session.trainer, probe, session.control)
-            ours = weight_checksums(session.trainer, session.control)
+            theirs, dtypes = servers.checksums_and_dtypes() if servers else ({}, {})
+            ours = weight_checksums(session.trainer, shared(dtypes, session.control), session.control)
             if servers:
-                (url,) = servers.urls
-                found |= {"damaged": damaged, "told": servers.loop.run(differing_tensors(url, ours))}
+                found |= {"damaged": damaged, "told": told_difference(ours, theirs)}
     finally:
         if servers:
             servers.close()
