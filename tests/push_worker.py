@@ -18,18 +18,19 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
-from megatron_rl.rollout.client import ServerLost, differing_tensors
+from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.transport import Receivers
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
-from megatron_rl.train.probe import mean_differences, weight_checksums
+from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.resilience import StopRequested
 from megatron_rl.train.session import Session
 
 T = TypeVar("T")
+SILENCE_SECONDS = 3.0
 TOKENS = [5, 6, 7, 8, 30, 31, 90]
 
 
@@ -49,9 +50,9 @@ def session_of(spec: dict[str, Any], folder: Path) -> Session:
 
 
 class Servers:
-    """Rank 0's: two of them, kept running, and their pool. Others have nothing but the word of rank 0."""
+    """Rank 0's: the one at spec["url"] or two of its own, and their pool. Others have only the word of rank 0."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         rollout = RolloutSection(
             prompts_per_step=1,
             samples_per_prompt=1,
@@ -59,14 +60,18 @@ class Servers:
             max_response_tokens=16,
             max_running_requests=2,
             servers=2,
-            silence_seconds=2.5,
+            silence_seconds=SILENCE_SECONDS,
             ready_deadline_seconds=60,
             max_restarts=9,
         )
-        self.keeper: ServerKeeper = start_servers(model, folder, rollout, "float32")
-        self.keeper.wait_ready()
+        self.keeper: ServerKeeper | None = None
+        self.urls = [spec["url"]] if "url" in spec else []
+        if not self.urls:
+            self.keeper = start_servers(Path(spec["other"]), folder, rollout, "float32")
+            self.keeper.wait_ready()
+            self.urls = self.keeper.urls
         self.loop = BackgroundLoop()
-        self.pool = ServerPool(self.keeper.urls, rollout, self.keeper.replace)
+        self.pool = ServerPool(self.urls, rollout, self.keeper.replace if self.keeper else None)
         self.loop.run(self.pool.connect())
 
         self.stop_requested = False
@@ -83,17 +88,16 @@ class Servers:
         return self.loop.run(work)
 
     def pids(self) -> list[int]:
+        assert self.keeper is not None
         return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.keeper._kept]
 
     def versions(self) -> list[str]:
-        return [
-            str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.keeper.urls
-        ]
+        return [str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.urls]
 
     def survivor(self) -> dict[str, Any]:
         """What each server has that the pool still trusts after a push, by its number."""
         serving = {member.client.url for member in self.pool.serving}
-        return {str(i): self.checksums_at(url) for i, url in enumerate(self.keeper.urls) if url in serving}
+        return {str(i): self.checksums_at(url) for i, url in enumerate(self.urls) if url in serving}
 
     def checksums_at(self, url: str) -> dict[str, str]:
         answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
@@ -103,6 +107,7 @@ class Servers:
         """It is there again before the pool knows that it was gone."""
         os.kill(self.pids()[number], signal.SIGKILL)
         time.sleep(0.5)
+        assert self.keeper is not None
         self.keeper._kept[number].server.wait_ready(30)
 
     def at_a_bucket(self, transport: DistributedTransport, number: int, how: signal.Signals) -> None:
@@ -118,7 +123,10 @@ class Servers:
         transport._sender.send = disturbed
 
     def checksums(self) -> list[dict[str, str]]:
-        return [self.loop.run(member.client.weight_checksums()) for member in self.pool._members]
+        return [self.checksums_at(url) for url in self.urls]
+
+    def checksums_and_dtypes(self) -> tuple[dict[str, str], dict[str, str]]:
+        return self.loop.run(self.pool.client(self.urls[0]).weight_checksums())
 
     def scores(self) -> Probe:
         found = self.loop.run(self.pool.input_logprobs(TOKENS))
@@ -127,7 +135,8 @@ class Servers:
     def close(self) -> None:
         self.loop.run(self.pool.close())
         self.loop.close()
-        self.keeper.close()
+        if self.keeper:
+            self.keeper.close()
 
 
 def shared(value: Any, control: Any) -> Any:
@@ -138,7 +147,7 @@ def shared(value: Any, control: Any) -> Any:
 
 def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Push in buckets of one parameter, damage a server, push in one bucket; prove each time."""
-    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
+    servers = Servers(spec, folder) if session.rank == 0 else None
     report: dict[str, Any] = {"pushes": []}
     try:
         for number, max_bytes in enumerate((1, 2**30)):
@@ -147,18 +156,18 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
             probe = shared(servers.scores() if servers else None, session.control)
             found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
             if servers:
-                found |= {"checksums": servers.checksums(), "sent": transport.last.num_buckets if transport.last else 0}
+                found |= {"checksums": servers.checksums(), "sent": len(transport._buckets)}
                 report["pushes"].append(found)
                 # Behind the trainer's back: other weights under the right name.
-                client = servers.pool.serving[1].client
+                client = servers.pool.serving[0].client
                 servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
             transport.close()
             probe = shared(servers.scores() if servers else None, session.control)
             damaged = mean_differences(session.trainer, probe, session.control)
-            ours = weight_checksums(session.trainer, session.control)
+            theirs, dtypes = servers.checksums_and_dtypes() if servers else ({}, {})
+            ours = weight_checksums(session.trainer, shared(dtypes, session.control), session.control)
             if servers:
-                url = servers.pool.serving[1].client.url
-                found |= {"damaged": damaged, "told": servers.loop.run(differing_tensors(url, ours))}
+                found |= {"damaged": damaged, "told": told_difference(ours, theirs)}
     finally:
         if servers:
             servers.close()
@@ -167,8 +176,8 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
 
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
-    servers = Servers(Path(spec["other"]), folder) if session.rank == 0 else None
-    transport = DistributedTransport(session.model, session.control, 20_000, "127.0.0.1", 2.5)
+    servers = Servers(spec, folder) if session.rank == 0 else None
+    transport = DistributedTransport(session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
     report: dict[str, Any] = {}
 
     def push(version: int) -> str:
@@ -180,7 +189,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             said = f"{type(error).__name__}: {error}"
         return str(shared(said, session.control))
 
-    def scenario(name: str, disturb: Callable[[Servers, list[int]], None]) -> None:
+    def scenario(name: str, disturb: Callable[[Servers], object]) -> None:
         """All servers have the other model; then something happens, and pushes follow until one succeeds."""
         before: list[int] = []
         if servers:
@@ -188,7 +197,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             servers.loop.run(servers.pool.load_from_disk(Path(spec["other"]), name))
             servers.pool.assume(None, name)
             before = servers.pids()
-            disturb(servers, before)
+            disturb(servers)
         started = time.monotonic()
         said = [push(1)]
         seconds = time.monotonic() - started
@@ -206,11 +215,10 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             }
 
     try:
-        scenario("nothing", lambda servers, pids: None)
-        scenario("killed before", lambda servers, pids: servers.kill_and_wait(1))
-        scenario("stopped", lambda servers, pids: os.kill(pids[0], signal.SIGSTOP))
-        scenario("killed within", lambda servers, pids: servers.at_a_bucket(transport, 0, signal.SIGKILL))
-        scenario("stopped within", lambda servers, pids: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
+        scenario("nothing", lambda servers: None)
+        scenario("killed before", lambda servers: servers.kill_and_wait(1))
+        scenario("killed within", lambda servers: servers.at_a_bucket(transport, 0, signal.SIGKILL))
+        scenario("stopped within", lambda servers: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
         if servers:
             servers.stop_requested = True
         report["stop"] = push(2)
@@ -248,7 +256,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     import logging
 
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     main(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # torch's process groups may take seconds to wind down

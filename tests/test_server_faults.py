@@ -477,7 +477,7 @@ def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
     asyncio.run(restore(url, models[0]))
     host, port = url.removeprefix("http://").split(":")
     body = {
-        "input_ids": [5],
+        "input_ids": [[5 + i] for i in range(8)],  # megabytes: more than fits into the buffers of a connection
         "sampling_params": {"max_new_tokens": LENGTH, "ignore_eos": True},
         "return_logprob": True,
         "stream": True,
@@ -499,10 +499,14 @@ def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
         received = b""
         while b"data: [DONE]" not in received[-64:]:
             received += slow.recv(65536)
-    last = [line for line in received.split(b"\n") if line.startswith(b"data: {")][-1]
-    meta = json.loads(last.removeprefix(b"data: "))["meta_info"]
-    assert (meta["finish_reason"]["type"], meta["completion_tokens"]) == ("length", LENGTH)
-    assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": LENGTH}]
+    ended = []
+    for line in received.replace(b"\r", b"").split(b"\n"):
+        if line.startswith(b"data: {") and line.endswith(b"}") and b'"finish_reason": {' in line:
+            meta = json.loads(line.removeprefix(b"data: "))["meta_info"]
+            assert (meta["finish_reason"]["type"], meta["completion_tokens"]) == ("length", LENGTH)
+            assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": LENGTH}]
+            ended.append(meta["id"])
+    assert len(set(ended)) == 8
 
 
 async def restore(url: str, model: Path) -> None:

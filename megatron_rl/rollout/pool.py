@@ -219,7 +219,6 @@ class ServerPool:
             coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
             if not coming:
                 break
-            log.warning("no generation server is left; waiting for one of %d to come back", len(coming))
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         reasons = "; ".join(str(m.out) for m in self._members)
         if self._weights is None and any(m.out == _NEEDS_WEIGHTS for m in self._members):
@@ -269,6 +268,8 @@ class ServerPool:
         if self.replace is not None:
             self.replace(member.client.url, reason)
         member.recovery = asyncio.create_task(self._recover(member))
+        if not self.serving:
+            log.warning("no generation server is left; work waits for one to come back")
 
     async def _recover(self, member: Member) -> None:
         """Wait until it is ready, give it the current weights, and put it back."""

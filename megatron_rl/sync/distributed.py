@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # A bucket must arrive at this rate, or its server counts as lost.
 _SLOWEST_BYTES_PER_SECOND = 20e6
-_READY_SECONDS = 5.0
+_READY_SECONDS = 2.0
 
 
 class DistributedTransport:
@@ -166,9 +166,7 @@ class _Sender:
         # A server that was lost and came back is no member of the old group, though its url is the same.
         present = [(member.client.url, member.num_losses) for member in members]
         if self._group is None or present != self._joined:
-            if self._group is not None:
-                update_group.leave(self._group)
-                self._group = None
+            self._abandon()
             self._joined, self.is_new = present, True
             self._join([url for url, _ in present])
         if not self._failed:
@@ -199,11 +197,9 @@ class _Sender:
         self._wait()
         if not self._failed:
             self._at_all("/end_weight_update", {}, among=self._brackets)
-        if self._failed and self._group is not None:
-            # Whoever still waits in this group is told so by the end of its connections.
-            update_group.leave(self._group)
-            self._group = None
-        if not any(isinstance(error, ServerLost) for error in self._failed.values()):
+        if self._failed:
+            self._abandon()
+        if self.is_new and not any(isinstance(error, ServerLost) for error in self._failed.values()):
             for url, error in self._failed.items():
                 if isinstance(error, _Waits):  # and there is nobody that it could be waiting for
                     self._failed[url] = ServerLost(str(error))
@@ -213,8 +209,7 @@ class _Sender:
         if self._group is not None:
             for _, future in self._ask("/destroy_weights_update_group", {"group_name": self._name}, self._urls):
                 future.exception()
-            update_group.leave(self._group)
-            self._group = None
+            self._abandon()
         for http in self._http.values():
             http.close()
         self._threads.shutdown(cancel_futures=True)
@@ -222,6 +217,12 @@ class _Sender:
     @property
     def _name(self) -> str:
         return f"weights-{self._run}-{self._number}"
+
+    def _abandon(self) -> None:
+        """Leave the group without a word; gloo closes its connections with the last reference."""
+        if self._group is not None:
+            update_group.leave(self._group)
+            self._group = None
 
     def _join(self, urls: list[str]) -> None:
         """One group of rank 0 and all ranks of all servers."""
@@ -272,15 +273,19 @@ class _Sender:
             return
         work, asked = self._pending
         self._pending = None
+        failed = False
         try:
             work.wait()
         except RuntimeError as error:
             log.warning("the broadcast of weights failed: %s", str(error).splitlines()[0])
-            self._note_failures(asked)
-            if not self._failed:  # nobody admits it
-                self._failed = {url: ServerLost(f"{url}: the broadcast failed") for url in self._urls}
-            return
+            failed = True
+        if failed:
+            # Before their answers are waited for: the end of its connections tells a server that nothing will come.
+            del work
+            self._abandon()
         self._note_failures(asked)
+        if failed and not self._failed:  # nobody admits it
+            self._failed = {url: ServerLost(f"{url}: the broadcast failed") for url in self._urls}
 
     def _at_all(self, route: str, body: dict[str, Any], among: set[str]) -> None:
         self._note_failures(self._ask(route, body, [url for url in self._urls if url in among]))

@@ -1,0 +1,321 @@
+"""C3PO++: every response that is started is accounted for once, and one that is resumed goes on as if never stopped."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny_model import write_tiny_model
+
+from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.config.schema import RolloutSection
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.records import Response, UnfinishedGroup
+from megatron_rl.reward.pool import RewardPool
+from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+from megatron_rl.rollout.client import Continuation, Generated, ServerLost
+from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
+from megatron_rl.rollout.server import EmbeddedServer
+
+LENGTH, SLOTS, SIZE = 200, 8, 2
+ROLLOUT = RolloutSection(
+    prompts_per_step=4,
+    samples_per_prompt=SIZE,
+    max_prompt_tokens=12,
+    max_response_tokens=LENGTH,
+    max_running_requests=SLOTS,
+    partial=True,
+)
+
+
+def questions(first: int) -> Callable[[int], list[Question]]:
+    """take(n) of a stream of prompts that begins at `first`."""
+    position = first
+
+    def take(count: int) -> list[Question]:
+        nonlocal position
+        position += count
+        return [question(i) for i in range(position - count, position)]
+
+    return take
+
+
+def question(position: int) -> Question:
+    prompt = Prompt(id=str(position), prompt="", answer="7", domain="math")
+    return Question(prompt_id=position, prompt=prompt, input_ids=(5 + position % 50, 6))
+
+
+def sampler(servers: object, rollout: RolloutSection) -> Sampler:
+    return Sampler(
+        servers,  # type: ignore[arg-type]
+        RewardPool("exact", 1, 1.0),
+        lambda ids: "",
+        lambda responses, rewards: np.zeros(len(responses)),
+        rollout,
+        seed=3,
+    )
+
+
+async def phase(
+    servers: object,
+    tokens: float,
+    version: int = 0,
+    *,
+    first: int = 0,
+    resumed: Sequence[UnfinishedGroup] = (),
+    rollout: RolloutSection = ROLLOUT,
+) -> Collected:
+    """One phase that lacks so many tokens, over prompts from `first` on."""
+    shortfall = Shortfall(unit="tokens", missing=tokens, per_prompt=None)
+    return await sampler(servers, rollout).fill_partially(
+        [(question(group.prompt_id), group) for group in resumed],
+        questions(first),
+        version,
+        shortfall,
+        lambda group: group.prompt_id % 5 != 4,  # some groups teach nothing
+        max_waves=100,
+    )
+
+
+# With a server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Responses end at random, 1 token in 96: so a phase that ends finds some in the middle."""
+    folder = tmp_path_factory.mktemp("models")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2}
+    return write_tiny_model(folder / "first", 0, **shape), write_tiny_model(folder / "second", 1, **shape)
+
+
+@pytest.fixture(scope="module")
+def server(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    server = EmbeddedServer(models[0], log, max_running_requests=SLOTS, context_length=256)
+    try:
+        server.wait_ready(60)
+        yield server
+    finally:
+        server.stop()
+
+
+async def connected(server: EmbeddedServer, weights: Path, version: str = "0") -> ServerPool:
+    pool = ServerPool([server.url], ROLLOUT)
+    await pool.connect()
+    await pool.load_from_disk(weights, version)
+    return pool
+
+
+def by_place(found: Collected) -> dict[tuple[int, int], Response]:
+    """Every response, by prompt and sample."""
+    done = [sample.response for group in [*found.kept, *found.filtered] for sample in group.samples]
+    left = [response for group in [*found.unfinished, *found.purged] for response in group.responses]
+    places = {(response.prompt_id, response.sample_index): response for response in [*done, *left]}
+    assert len(places) == len(done) + len(left), "a response came back twice"
+    return places
+
+
+def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
+    server: EmbeddedServer, models: tuple[Path, Path]
+) -> None:
+    async def run() -> tuple[Collected, list[Collected], list[Generated]]:
+        pool = await connected(server, models[0])
+        phases = [await phase(pool, 900)]
+        first = phases[0]
+        for number in (1, 2, 3):  # carried through a checkpoint each time
+            carry = unpack_carry(pack_carry(Carry(unfinished=tuple(phases[-1].unfinished))))
+            phases.append(await phase(pool, 900, first=100 * number, resumed=carry.unfinished))
+        wanted = [
+            Continuation(
+                input_ids=response.prompt_ids.tolist(),
+                seed=sampling_seed(3, response.prompt_id, response.sample_index),
+                max_new_tokens=LENGTH,
+            )
+            for group in first.unfinished
+            for response in group.responses
+        ]
+        whole = [(await pool.generate([one], 1.0))[0] for one in wanted]
+        await pool.close()
+        return first, phases, whole
+
+    first, phases, whole = asyncio.run(run())
+    cut = [response for group in first.unfinished for response in group.responses]
+    assert any(0 < response.num_output_tokens < LENGTH and not response.finish_reason for response in cut)
+    found: dict[tuple[int, int], Response] = {}
+    for one in phases[1:]:
+        found |= {place: response for place, response in by_place(one).items() if response.finish_reason}
+    num_resumed = 0
+    for before, expected in zip(cut, whole, strict=True):
+        after = found[before.prompt_id, before.sample_index]
+        assert after.output_ids.tolist() == expected.output_ids.tolist()
+        np.testing.assert_allclose(after.rollout_logprobs, expected.logprobs, atol=2e-5)
+        assert after.finish_reason == expected.finish_reason
+        num_resumed += 0 < before.num_output_tokens < after.num_output_tokens
+    assert num_resumed > 0
+
+
+def test_tokens_of_a_response_that_goes_on_under_new_weights_say_which_drew_them(
+    server: EmbeddedServer, models: tuple[Path, Path]
+) -> None:
+    async def run() -> tuple[Collected, Collected, dict[tuple[int, int], np.ndarray]]:
+        pool = await connected(server, models[0])
+        before = await phase(pool, 900)
+        await pool.load_from_disk(models[1], "1")
+        after = await phase(pool, 3000, 1, first=100, resumed=before.unfinished)
+        scored = {}
+        for place, response in by_place(after).items():
+            if response.prompt_id < 100 and response.num_output_tokens:
+                ids = [*response.prompt_ids.tolist(), *response.output_ids.tolist()]
+                (found,) = (await pool.input_logprobs(ids)).values()
+                scored[place] = found[len(response.prompt_ids) - 1 :]
+        await pool.close()
+        return before, after, scored
+
+    before, after, under_new = asyncio.run(run())
+    cut, found = by_place(before), by_place(after)
+    num_mixed = 0
+    for place, logprobs in under_new.items():
+        num_old, response = cut[place].num_output_tokens, found[place]
+        num_new = response.num_output_tokens - num_old
+        assert response.policy_versions.tolist() == [0] * num_old + [1] * num_new
+        assert response.output_ids[:num_old].tolist() == cut[place].output_ids.tolist()
+        assert response.rollout_logprobs[:num_old].tolist() == cut[place].rollout_logprobs.tolist()
+        np.testing.assert_allclose(response.rollout_logprobs[num_old:], logprobs[num_old:], atol=2e-5)
+        if num_old > 20:
+            assert np.abs(response.rollout_logprobs[:num_old] - logprobs[:num_old]).mean() > 0.1
+        num_mixed += num_old > 0 and num_new > 0
+    assert num_mixed > 0
+
+
+# Without one --------------------------------------------------------------------------------------------------------
+
+
+class FakePool:
+    """Gives responses of random lengths, one token for each in every round; cuts them short when told to."""
+
+    def __init__(self, seed: int, slots: int = SLOTS, lose_at_the_end: bool = False) -> None:
+        self.num_slots, self._seed, self._lose = slots, seed, lose_at_the_end
+        self._aborted = asyncio.Event()
+        self.num_given = 0
+
+    def length(self, one: Continuation) -> int:
+        """Of the whole response, from its seed."""
+        return random.Random(f"{self._seed}/{one.seed}").randint(1, 30)
+
+    async def generate(
+        self, wanted: Sequence[Continuation], temperature: float, may_abort: Callable[[], bool]
+    ) -> list[Generated]:
+        (one,) = wanted
+        num_before = len(one.input_ids) - 2
+        output: list[int] = []
+        while num_before + len(output) < self.length(one) and not self._aborted.is_set():
+            await asyncio.sleep(0)
+            output.append(num_before + len(output))
+        if self._aborted.is_set() and self._lose:
+            raise ServerLost("gone")
+        self.num_given += len(output)
+        is_whole = num_before + len(output) == self.length(one)
+        return [
+            Generated(
+                output_ids=np.array(output, np.int32),
+                logprobs=np.zeros(len(output), np.float32),
+                finish_reason="stop" if is_whole else "abort",
+                weight_versions=("0",),
+            )
+        ]
+
+    async def abort_all(self) -> None:
+        self._aborted.set()
+
+    def next_phase(self) -> None:
+        self._aborted.clear()
+        self.num_given = 0
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(1, 400),
+    num_phases=st.integers(1, 6),
+    max_retention=st.integers(0, 3),
+    lose_at_the_end=st.booleans(),
+)
+def test_every_response_that_is_started_ends_in_one_place(
+    seed: int, tokens: int, num_phases: int, max_retention: int, lose_at_the_end: bool
+) -> None:
+    rollout = ROLLOUT.model_copy(update={"max_retention": max_retention})
+
+    async def run() -> None:
+        pool = FakePool(seed, lose_at_the_end=lose_at_the_end)
+        carried: list[UnfinishedGroup] = []
+        ended: Counter[int] = Counter()
+        started = 0
+        for number in range(num_phases):
+            pool.next_phase()
+            found = await phase(pool, tokens, number, first=started, resumed=carried, rollout=rollout)
+            ids = [group.prompt_id for group in [*found.kept, *found.filtered, *found.unfinished, *found.purged]]
+            assert len(set(ids)) == len(ids), "a group is in two places"
+            before = {group.prompt_id: group for group in carried}
+            # New prompts are taken in order, without a gap; those that were carried are all here.
+            new = sorted(set(ids) - before.keys())
+            assert before.keys() <= set(ids)
+            assert new == list(range(started, started + len(new)))
+            started += len(new)
+            # The phase ends as soon as completed groups fill the budget, and not before.
+            lengths = [sum(s.response.num_output_tokens for s in group.samples) for group in found.kept]
+            assert sum(lengths) >= tokens
+            for group in [*found.kept, *found.filtered]:
+                for sample in group.samples:
+                    assert sample.response.finish_reason == "stop"
+                    count = sample.response.num_output_tokens
+                    assert sample.response.output_ids.tolist() == list(range(count)), "nothing lost, nothing twice"
+                    assert (np.diff(sample.response.policy_versions) >= 0).all()
+            for group in [*found.unfinished, *found.purged]:
+                kept_before = before[group.prompt_id].retention if group.prompt_id in before else 0
+                assert group.retention == kept_before + 1
+                assert (group.retention > max_retention) == (group in found.purged)
+                assert any(not response.finish_reason for response in group.responses)
+                assert len(group.responses) == SIZE
+            if not lose_at_the_end:
+                old = sum(group.num_output_tokens for group in carried)
+                assert sum(r.num_output_tokens for r in by_place(found).values()) == old + pool.num_given
+                assert found.num_generated_tokens == pool.num_given
+            ended.update(group.prompt_id for group in [*found.kept, *found.filtered, *found.purged])
+            carried = found.unfinished
+            if max_retention == 0:
+                assert not carried
+        assert set(ended.values()) <= {1}
+        assert ended.keys() | {group.prompt_id for group in carried} == set(range(started))
+
+    asyncio.run(run())
+
+
+def test_a_phase_stops_with_the_group_that_fills_the_budget() -> None:
+    async def run() -> Collected:
+        alone = ROLLOUT.model_copy(update={"samples_per_prompt": 1})  # one response at a time: nothing ends beside it
+        return await phase(FakePool(1, slots=1), 60, rollout=alone)
+
+    found = asyncio.run(run())
+    lengths = [sum(sample.response.num_output_tokens for sample in group.samples) for group in found.kept]
+    assert sum(lengths) >= 60 > sum(lengths[:-1])
+
+
+def test_a_phase_without_a_shortfall_starts_nothing_and_keeps_what_it_was_given() -> None:
+    async def run() -> tuple[Collected, Collected, int]:
+        pool = FakePool(2)
+        before = await phase(pool, 60)
+        pool.next_phase()
+        return before, await phase(pool, 0, 1, first=50, resumed=before.unfinished), pool.num_given
+
+    before, after, num_given = asyncio.run(run())
+    assert before.unfinished
+    assert (after.kept, after.filtered, num_given) == ([], [], after.num_generated_tokens)
+    assert [group.prompt_id for group in after.unfinished] == [group.prompt_id for group in before.unfinished]
+    assert {group.retention for group in after.unfinished} == {2}
