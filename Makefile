@@ -24,7 +24,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay reproduce-mini clean
+.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,15 @@ bench-schedule: install  ## micro-batch plans against a lower bound, as JSON; LE
 
 bench-replay: install  ## log-probs of server against trainer in bf16, with and without router replay, as JSON
 	MEGATRON_RL_DEVICE=cpu $(BIN)/python tools/bench_replay.py
+
+bench-sync: install  ## weights from trainer to server: GB/s of each transport against memcpy and a raw broadcast, as JSON
+	$(BIN)/python tools/bench_sync.py
+
+bench-rollout: install  ## sampler against the bare server, C3PO++ against waiting for all, as JSON; LENGTHS=file
+	$(BIN)/python tools/bench_rollout.py $(if $(LENGTHS),--lengths $(LENGTHS))
+
+bench-engines: install install-sglang  ## the embedded server beside real SGLang on a CPU, as JSON
+	$(BIN)/python tools/bench_engines.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)

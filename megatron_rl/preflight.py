@@ -93,7 +93,9 @@ def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -
     if isinstance(config, RlConfig) and not config.rollout.urls:
         per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
         slots = config.rollout.max_running_requests * config.rollout.max_sequence_tokens
-        total += (4 * weights + per_token * slots) * config.rollout.num_servers
+        # Twice the weights: while new ones come, the old ones serve.
+        weight_bytes = 4 if config.model.dtype == "float32" else 2
+        total += (2 * weight_bytes * weights + per_token * slots) * config.rollout.num_servers
     return total
 
 

@@ -64,10 +64,11 @@ class Connection:
         if not hasattr(self, "reader"):
             self.reader, self.writer = await asyncio.open_connection(self.host, self.port, limit=2**26)
         data = json.dumps(body).encode()
-        self.writer.write(f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
-        assert " 200 " in head.split("\r\n")[0], head
-        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        self.writer.write(f"{head}\r\n\r\n".encode() + data)
+        answer = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
+        assert " 200 " in answer.split("\r\n")[0], answer
+        length = int(answer.split("content-length: ")[1].split("\r\n")[0])
         return json.loads(await self.reader.readexactly(length))
 
 

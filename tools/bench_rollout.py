@@ -73,12 +73,12 @@ class Traced(ServerPool):
     def length_of(self, one: Continuation) -> int:
         return int(self.trace[one.seed % len(self.trace)])
 
-    async def generate(self, wanted: Sequence[Continuation], temperature: float) -> list[Generated]:
+    async def generate(self, wanted: Sequence[Continuation], *others: Any) -> list[Generated]:
         shorter = [
             dataclasses.replace(one, max_new_tokens=self.length_of(one) + PROMPT_TOKENS - len(one.input_ids))
             for one in wanted
         ]
-        return await ServerPool.generate(self, shorter, temperature)
+        return await ServerPool.generate(self, shorter, *others)
 
 
 class Simulated:
@@ -91,7 +91,7 @@ class Simulated:
         self._queue: list[list[Any]] = []  # [tokens left, tokens made, future]
         self._engine: asyncio.Task[None] | None = None
 
-    async def generate(self, wanted: Sequence[Continuation], _: float) -> list[Generated]:
+    async def generate(self, wanted: Sequence[Continuation], *_: Any) -> list[Generated]:
         return list(await asyncio.gather(*(self._one(one) for one in wanted)))
 
     async def abort_all(self) -> None:

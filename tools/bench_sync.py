@@ -201,6 +201,9 @@ def main() -> None:
         sys.stdout.flush()
         return server.serve_forever()
 
+    # As one of two ranks on two cores would: threads that share a copy wait for each other while gloo and the server
+    # take the cores.
+    torch.set_num_threads(1)
     rollout = RolloutSection(
         prompts_per_step=1, samples_per_prompt=2, max_running_requests=4, servers=1, ready_deadline_seconds=300
     )

@@ -42,6 +42,11 @@ def pack_carry(carry: Carry) -> bytes:
 def unpack_carry(data: bytes) -> Carry:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
+    if "table" not in arrays:
+        raise ValueError(
+            "carried.npz of this checkpoint was written by an older megatron_rl, before responses knew the weights of "
+            "every token; start a new run from the checkpoint by model.path"
+        )
     responses = _responses(arrays)
     samples = tuple(
         Sample(response=response, reward=float(score[0]), advantage=float(score[1]), reason=str(reason))

@@ -7,7 +7,7 @@ fill the budget, and leaves the rest unfinished for the next phase.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -233,8 +233,7 @@ class _PartialPhase:
         if not self._tasks:
             return False
         done, self._tasks = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        _raise_first(done)
         return True
 
     async def stop(self, abort_all: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -245,12 +244,13 @@ class _PartialPhase:
                 # Again and again: a request may not have reached its server when the first word did.
                 await abort_all()
             done, self._tasks = await asyncio.wait(self._tasks, timeout=_ABORT_AGAIN_SECONDS)
-            for task in done:
-                task.result()
+            _raise_first(done)
 
     def cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
+            # One failure is raised; the others of a lost server say the same, and asyncio would print each.
+            task.add_done_callback(lambda ended: None if ended.cancelled() else ended.exception())
 
     def ended(self, max_retention: int) -> Collected:
         for prompt_id, group in sorted(self._open.items()):
@@ -279,6 +279,13 @@ class _PartialPhase:
             good = self._keep(scored)
             (self.found.kept if good else self.found.filtered).append(scored)
             self._shortfall.add(1, [[r.num_output_tokens for r in group.responses]] if good else [])
+
+
+def _raise_first(ended: Iterable["asyncio.Task[None]"]) -> None:
+    """The exception of one of those that failed, all looked at."""
+    failures = [error for task in ended if (error := task.exception()) is not None]
+    if failures:
+        raise failures[0]
 
 
 def _blank(question: Question, size: int) -> list[Response]:

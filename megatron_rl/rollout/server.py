@@ -100,19 +100,20 @@ class GenerationServer:
             return f"no log at {self.log_path} ({error})"
         return f"end of {self.log_path}:\n" + "\n".join(text.strip().splitlines()[-lines:])
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
-        """End the process: close its lifeline, then SIGTERM, then SIGKILL to this one process group. Idempotent."""
+    def stop(self, grace_seconds: float = 10.0) -> None:
+        """End the process: close its lifeline, and kill what is still there after the grace. Idempotent.
+
+        No signal before that: one to the whole group would make SGLang take the end of its own parts for a crash.
+        """
         if self._process.stdin is not None:
             self._process.stdin.close()
-        for signal_number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is not None:
-                return
-            with contextlib.suppress(ProcessLookupError):  # it ended between the look and the signal
-                os.killpg(self._process.pid, signal_number)
-            try:
-                self._process.wait(grace_seconds)
-            except subprocess.TimeoutExpired:
-                log.warning("generation server %d ignored %s", self._process.pid, signal_number.name)
+        try:
+            self._process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            log.warning(
+                "generation server %d did not end within %g s of being told to", self._process.pid, grace_seconds
+            )
+            self.kill()
 
     def kill(self) -> None:
         """End the process group at once, also when it is stopped or deaf to SIGTERM."""
