@@ -156,7 +156,7 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
             probe = shared(servers.scores() if servers else None, session.control)
             found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
             if servers:
-                found |= {"checksums": servers.checksums(), "sent": len(transport._buckets)}
+                found |= {"checksums": servers.checksums(), "sent": len(transport.buckets)}
                 report["pushes"].append(found)
                 # Behind the trainer's back: other weights under the right name.
                 client = servers.pool.serving[0].client
