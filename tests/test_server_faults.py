@@ -466,6 +466,32 @@ def test_a_server_lost_while_it_scores_tokens_is_left_out(models: tuple[Path, Pa
         asyncio.run(run(url))
 
 
+def test_a_kept_connection_that_the_server_closes_as_it_is_used_again_is_no_loss(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    asked: list[str] = []
+
+    def hang_up_on_the_second_request_of_a_connection(exchange: Exchange) -> None:
+        asked.append(f"{exchange.client_address}")
+        if asked.count(asked[-1]) > 1:
+            exchange.close_connection = True
+        else:
+            answer = exchange.forwarded()
+            exchange.say(answer.content, answer.status_code)
+
+    async def run(url: str) -> None:
+        async with connected([url], models[0], None) as pool:
+            wanted = [dataclasses.replace(one, max_new_tokens=SHORT) for one in REQUESTS[0]]
+            first = await pool.generate(wanted, 1.0)
+            again = await pool.generate(wanted, 1.0)
+            assert ids([first]) == ids([again])
+            assert (pool.counts.num_taken_out, pool.counts.num_resent) == (0, 0)
+
+    with liar(keeper.urls[0], generate=hang_up_on_the_second_request_of_a_connection) as url:
+        asyncio.run(run(url))
+    assert len(asked) == 3  # the second was hung up on and asked again
+
+
 # Readers -------------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -242,11 +243,17 @@ class GenerationClient:
     ) -> httpx.Response:
         """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
         between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again."""
-        http = (
-            self._idle.pop()
-            if self._idle
-            else httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
-        )
+        if self._idle:
+            # A connection that was kept may be closed by the server just as it is used again. Then nothing was asked,
+            # and a new one tells whether the server is there.
+            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds)
+        http = httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
+        return await self._request_over(http, method, route, body, timeout_seconds)
+
+    async def _request_over(
+        self, http: httpx.AsyncClient, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> httpx.Response:
         try:
             async with asyncio.timeout(timeout_seconds):
                 answer = await http.request(method, route, json=body)
