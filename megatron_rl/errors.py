@@ -3,3 +3,7 @@
 
 class Fault(RuntimeError):
     """Something outside this process failed (a server died, weights did not arrive); the message says all there is."""
+
+
+class SharedFault(Fault):
+    """A fault that every rank raises at the same point of the program, so nobody has to be told."""

@@ -55,5 +55,5 @@ def plain(value: object) -> object:
 def test_surplus_and_unfinished_groups_come_back_exactly(
     kept: tuple[Sample, ...], unfinished: tuple[UnfinishedGroup, ...]
 ) -> None:
-    carry = Carry(samples=kept, unfinished=unfinished)
+    carry = Carry(samples=kept, since=tuple(range(len(kept))), unfinished=unfinished)
     assert plain(unpack_carry(pack_carry(carry))) == plain(carry)

@@ -155,7 +155,6 @@ def test_two_servers_that_go_one_after_the_other_change_no_number(
         raise
     run.finish()
     assert sum(row["num_lost_servers"] for row in run.rows) == 2
-    assert run.rows[0]["num_resent_samples"] > 0
     assert_same(run, undisturbed)
 
 

@@ -32,8 +32,8 @@ def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
     write(tmp_path / "file", *groups)
     found, names = read_groups(tmp_path / "file", rank_of_reward)
     assert names == {7: "name-7", 3: "name-3"}
-    assert [group.prompt_id for group in found] == [7, 3]
-    for group, expected in zip(found, groups, strict=True):
+    assert [group.prompt_id for group in found] == [3, 7]  # as a run would have taken their prompts
+    for group, expected in zip(found, groups[::-1], strict=True):
         assert [sample.advantage for sample in group.samples] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
         for sample, other in zip(group.samples, expected.samples, strict=True):
             assert (sample.id, sample.reward, sample.reason) == (other.id, other.reward, other.reason)

@@ -93,9 +93,10 @@ def main() -> None:
             """Measures; the answers of the last round."""
             started = time.perf_counter()
             server.wait_ready(300)
+            ready = time.perf_counter() - started
             kind = type(server).__name__.removesuffix("Server").lower()
             rates, answers = asyncio.run(measure(server.url, arguments.batches, arguments.repeats))
-            result[kind] = {"ready_seconds": round(time.perf_counter() - started, 1), "tokens_per_second": rates}
+            result[kind] = {"ready_seconds": round(ready, 1), "tokens_per_second": rates}
             return answers
 
         server: GenerationServer = EmbeddedServer(folder / "model", folder / "embedded.log", **shared)

@@ -4,8 +4,8 @@
 
 1. sampler: tokens/s of whole groups through sampler, pool and reward workers, against the bare embedded server driven
    by the simplest client (one connection per request, asyncio streams) with the same requests, alternating.
-2. partial: seconds of rollout per step of one token budget, waiting for every response against C3PO++, on response
-   lengths from a file of one length per line (scaled down to a mean of 48 tokens), alternating, on
+2. partial: seconds of rollout per step of one token budget, first waiting for every response, then by C3PO++, on
+   response lengths from a file of one length per line (scaled down to a mean of 48 tokens), on
    - the embedded server, where a decode step takes longer the more responses run, as on any CPU, and
    - a simulated server whose step takes 4 ms whatever runs, which is closer to a GPU that waits for its memory.
 """
@@ -149,7 +149,7 @@ async def bare(url: str, questions: Sequence[Question], tokens: int, connections
 async def bench_sampler(pool: ServerPool, url: str, num_groups: int, rewards: RewardPool) -> dict[str, Any]:
     tokens = 64
     short = ROLLOUT.model_copy(update={"max_response_tokens": tokens})
-    sampler = Sampler(pool, rewards, str, zeros, short, SEED)
+    sampler = Sampler(pool, rewards, str, zeros, short, SEED, NEVER)
     questions = [question(i) for i in range(num_groups)]
     connections = [Connection(url) for _ in questions]
     ours, theirs = [], []
@@ -199,7 +199,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
 
 
 async def bench_partial(pool: Any, rewards: RewardPool, num_phases: int, budget: int) -> dict[str, Any]:
-    sampler = Sampler(pool, rewards, str, zeros, ROLLOUT, SEED)
+    sampler = Sampler(pool, rewards, str, zeros, ROLLOUT, SEED, NEVER)
     waiting, of_waiting = await phases(sampler, False, num_phases, budget)
     partial, of_partial = await phases(sampler, True, num_phases, budget)
     # The first phase of each finds nothing that an earlier one left.

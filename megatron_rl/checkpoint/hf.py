@@ -19,7 +19,7 @@ COMPANIONS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt")
 INDEX = "model.safetensors.index.json"
 # As a safetensors header calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "F64"}
 
 
 class HfCheckpoint:

@@ -202,9 +202,9 @@ class RolloutSection(Section):
     )
     partial: bool = Field(
         default=False,
-        description="C3PO++: the rollout phase ends when the tokens of completed groups reach the budget; unfinished "
-        "responses are kept and go on under the next weights. Which ones complete depends on timing, so two runs of "
-        "one seed differ",
+        description="C3PO++: the rollout phase ends when the tokens of completed groups reach the budget (for an "
+        "algorithm without one: when prompts_per_step groups are complete); unfinished responses are kept and go on "
+        "under the next weights. Which ones complete depends on timing, so two runs of one seed differ",
     )
     max_retention: int = Field(
         default=5,
@@ -228,7 +228,8 @@ class SyncSection(Section):
     transport: Literal["disk", "distributed"] = Field(
         default="disk",
         description="disk: through a folder that the servers read, in memory when all is on one machine, else in "
-        "run_dir, which must be on a shared file system. distributed: broadcast over a process group",
+        "run_dir. distributed: broadcast over a process group. With several nodes run_dir must be on a shared file "
+        "system in either case: servers start with weights from there",
     )
     bucket_mb: Positive = Field(
         default=512, description="with distributed: MiB that travel at once, unless one tensor alone is larger"
@@ -363,6 +364,9 @@ class RlConfig(RunConfig):
                 f"rollout.port {self.rollout.port} leaves no room for {self.rollout.num_servers} servers below 65536; "
                 "set a lower port or 0"
             )
+        twice = {url for url in self.rollout.urls if self.rollout.urls.count(url) > 1}
+        if twice:
+            raise ValueError(f"rollout.urls names {sorted(twice)[0]} more than once; each server once")
         if self.rollout.engine == "sglang" and not self.rollout.urls and not self.model.trust_remote_code:
             raise ValueError(
                 "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "

@@ -16,9 +16,13 @@ _NUM_COLUMNS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carry:
-    """What one rollout phase leaves to the next: scored surplus, and groups that are not finished."""
+    """What one rollout phase leaves to the next.
+
+    samples: scored surplus. since: the step in which each became that. unfinished: groups that are not finished.
+    """
 
     samples: tuple[Sample, ...] = ()
+    since: tuple[int, ...] = ()
     unfinished: tuple[UnfinishedGroup, ...] = ()
 
 
@@ -31,6 +35,7 @@ def pack_carry(carry: Carry) -> bytes:
         buffer,
         **arrays,
         scores=np.array([(s.reward, s.advantage) for s in carry.samples], np.float64).reshape(-1, 2),
+        since=np.array(carry.since, np.int64),
         reasons=np.array([s.reason for s in carry.samples], np.str_),
         groups=np.array([(g.prompt_id, len(g.responses), g.retention) for g in carry.unfinished], np.int64).reshape(
             -1, 3
@@ -57,7 +62,7 @@ def unpack_carry(data: bytes) -> Carry:
         UnfinishedGroup(prompt_id=int(prompt_id), responses=tuple(responses[a:b]), retention=int(retention))
         for (prompt_id, _, retention), (a, b) in zip(arrays["groups"], pairwise(ends), strict=True)
     )
-    return Carry(samples=samples, unfinished=groups)
+    return Carry(samples=samples, since=tuple(arrays["since"].tolist()), unfinished=groups)
 
 
 def _arrays(responses: Sequence[Response]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ _PROGRESS_EVERY_SECONDS = 10.0
 def run_rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, resume: bool) -> int:
     """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`.
     Returns the exit code."""
-    done = _positions(path) if resume else set()
     if path.exists() and not resume:
         raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
+    done = _whole_groups(path, config.rollout.samples_per_prompt) if path.exists() else set()
     asyncio.run(_rollout(config, model, num_prompts, path, done))
     return 0
 
@@ -61,19 +61,30 @@ async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, 
     log.info("%s: %d groups of %d responses", path, num_groups + len(done), config.rollout.samples_per_prompt)
 
 
-def _positions(path: Path) -> set[int]:
-    """Positions of the groups in the file; a last group that a kill cut short is removed from it."""
-    if not path.exists():
-        return set()
-    kept: list[str] = []
+def _whole_groups(path: Path, size: int) -> set[int]:
+    """Positions of the groups of `size` responses in the file. A last group that a kill cut short is cut off;
+    ValueError for any other that is not whole, and nothing is changed."""
     sizes: dict[int, int] = {}
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            position = int(json.loads(line)["position"])
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line)
-        sizes[position] = sizes.get(position, 0) + 1
-    whole = {position for position, size in sizes.items() if size == max(sizes.values())}
-    path.write_text("".join(line for line in kept if int(json.loads(line)["position"]) in whole))
-    return whole
+    end_of_whole = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                position = int(json.loads(line)["position"])
+            except (ValueError, KeyError, TypeError):
+                if file.read(1):
+                    raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
+                break  # the last one, cut short
+            end += len(line)
+            sizes[position] = sizes.get(position, 0) + 1
+            if sizes[position] == size:
+                end_of_whole = end
+    last = next(reversed(sizes), None)
+    for position, count in sizes.items():
+        if count > size or (count < size and position != last):
+            raise ValueError(
+                f"{path}: the group at position {position} has {count} responses, rollout.samples_per_prompt is "
+                f"{size}; set it to what the file was written with, or name another --output"
+            )
+    with path.open("r+b") as file:
+        file.truncate(end_of_whole)
+    return {position for position, count in sizes.items() if count == size}

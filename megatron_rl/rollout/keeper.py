@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -63,7 +64,8 @@ class ServerKeeper:
             raise self.failure
 
     def replace(self, url: str, reason: str) -> None:
-        """End the server at `url` now; the thread starts another there. Nothing happens to one that has just begun."""
+        """End the server at `url` now; the thread starts another there. Nothing happens to one that has just begun, nor
+        to another node's. May take seconds."""
         with self._lock:
             for kept in self._kept:
                 if kept.server.url == url and kept.is_ready:
@@ -74,8 +76,9 @@ class ServerKeeper:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
-        for kept in self._kept:
-            kept.server.stop()
+        if self._kept:
+            with ThreadPoolExecutor(max_workers=len(self._kept)) as threads:  # SGLang takes seconds to end
+                list(threads.map(lambda kept: kept.server.stop(), self._kept))
 
     def __enter__(self) -> Self:
         return self
@@ -86,11 +89,12 @@ class ServerKeeper:
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_EVERY_SECONDS):
             for kept in self._kept:
+                is_ready = kept.is_ready or kept.server.is_ready()  # may take seconds, so without the lock
                 with self._lock:
                     if not self._closing.is_set() and self.failure is None:
-                        self._look_after(kept)
+                        self._look_after(kept, is_ready)
 
-    def _look_after(self, kept: _Kept) -> None:
+    def _look_after(self, kept: _Kept, is_ready: bool) -> None:
         server = kept.server
         if server.exit_code is not None:
             server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
@@ -104,11 +108,11 @@ class ServerKeeper:
             log.warning("a generation server ended with code %s: %s", server.exit_code, server.last_words())
             kept.num_restarts += 1
             kept.server, kept.started_at, kept.is_ready = kept.start(server.port), time.monotonic(), False
-        elif not kept.is_ready:
-            kept.is_ready = server.is_ready()
-            if not kept.is_ready and time.monotonic() - kept.started_at > self._rollout.ready_deadline_seconds:
-                log.warning("a generation server did not get ready again: %s", server.last_words())
-                server.kill()
+        elif is_ready:
+            kept.is_ready = True
+        elif time.monotonic() - kept.started_at > self._rollout.ready_deadline_seconds:
+            log.warning("a generation server did not get ready again: %s", server.last_words())
+            server.kill()
 
 
 def start_servers(

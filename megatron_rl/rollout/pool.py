@@ -90,7 +90,9 @@ class ServerPool:
             self._members.append(Member(client=GenerationClient(url), lost=loop.create_future()))
         for member in self._members:
             if not await member.client.is_ready():
-                raise ServerLost(f"no generation server is ready at {member.client.url} (rollout.urls); start it first")
+                raise ServerLost(
+                    f"no generation server is ready at {member.client.url}; start it, or correct rollout.urls"
+                )
             if self.routed is not None:
                 version = str((await member.client.server_info()).get("version", ""))
                 if not capabilities(version).routed_experts:
@@ -184,12 +186,15 @@ class ServerPool:
                 return found
         raise ServerLost("no generation server tells log-probs of given tokens")
 
-    async def _each(self, ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]]) -> dict[str, Any]:
-        """What every serving member answers, by its url, in their order; who fails is taken out."""
+    async def _each(
+        self, ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]], watched: bool = True
+    ) -> dict[str, Any]:
+        """What every serving member answers, by its url, in their order; who fails is taken out. watched: so is who is
+        silent for too long meanwhile."""
 
         async def one(member: Member) -> list[tuple[str, Any]]:
             try:
-                with self._busy(member, 0, 1):
+                with self._busy(member, 0, 1) if watched else contextlib.nullcontext():
                     return [(member.client.url, await _unless(member.lost, ask(member.client)))]
             except ServerLost as error:
                 self.take_out(member, str(error))
@@ -246,7 +251,8 @@ class ServerPool:
         self._weights, self._version = directory, version
         await self._look_again()
         seconds = self.rollout.ready_deadline_seconds
-        await self._each(lambda client: client.update_weights_from_disk(directory, version, seconds))
+        # SGLang is not healthy while it loads, for as long as that takes.
+        await self._each(lambda client: client.update_weights_from_disk(directory, version, seconds), watched=False)
         await self._choose(None)
 
     def assume(self, directory: Path | None, version: str) -> None:
@@ -265,14 +271,14 @@ class ServerPool:
         member.out = reason
         member.num_losses += 1
         member.lost.set_result(reason)
-        if self.replace is not None:
-            self.replace(member.client.url, reason)
-        member.recovery = asyncio.create_task(self._recover(member))
+        member.recovery = asyncio.create_task(self._recover(member, reason))
         if not self.serving:
             log.warning("no generation server is left; work waits for one to come back")
 
-    async def _recover(self, member: Member) -> None:
-        """Wait until it is ready, give it the current weights, and put it back."""
+    async def _recover(self, member: Member, reason: str | None = None) -> None:
+        """Wait until it is ready, give it the current weights, and put it back. reason: to end its process first."""
+        if reason is not None and self.replace is not None:
+            await asyncio.to_thread(self.replace, member.client.url, reason)
         seconds = self.rollout.ready_deadline_seconds
         give_up = time.monotonic() + seconds
         trouble = ""

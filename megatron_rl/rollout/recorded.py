@@ -6,7 +6,7 @@ training; a float32 comes back from its decimal digits as it was.
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def group_rows(group: Group, prompt_id: str, prompt: str, decode: Callable[[list
 
 
 def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[int, str]]:
-    """Groups in the order of the file, and the data's prompt id of each position. ValueError names a wrong line.
+    """Groups by position, that is in the order in which a run takes their prompts, whatever order they were completed
+    in; and the data's prompt id of each position. ValueError names a wrong line.
 
     advantages: float64 [K] of one group from its responses and rewards [K].
     """
@@ -63,6 +64,10 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
             for (response, reward, reason, _), a in zip(of_group, given, strict=True)
         )
         groups.append(Group(prompt_id=position, samples=samples))
+    groups.sort(key=lambda group: group.prompt_id)
+    for one, other in pairwise(groups):
+        if one.prompt_id == other.prompt_id:
+            raise ValueError(f"{path}: position {one.prompt_id} comes twice; remove one of the groups")
     return groups, {response.prompt_id: name for response, _, _, name in rows}
 
 

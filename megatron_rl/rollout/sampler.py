@@ -7,6 +7,7 @@ fill the budget, and leaves the rest unfinished for the next phase.
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,12 +74,13 @@ class Sampler:
         advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
         seed: int,
+        eos_token_id: int,
     ) -> None:
         """advantages: of one group, float64 [K] from its responses and rewards [K]."""
         self._servers, self._rewards, self._decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
-        self._rollout, self._seed = rollout, seed
+        self._rollout, self._seed, self._eos = rollout, seed, eos_token_id
 
     async def sample(
         self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
@@ -143,14 +145,17 @@ class Sampler:
         """C3PO++: sample until nothing is missing, then stop what still runs.
 
         resumed: unfinished groups of the last phase; they go first. Every response is a request of its own, so that a
-        slot is given away as soon as its response ends. ValueError when `max_waves` times as many prompts as a step
-        has brought too little.
+        slot is given away as soon as its response ends. ValueError when `max_waves` times as many prompts as should do
+        have brought too little.
         """
+        if shortfall.missing <= 0:
+            return Collected(unfinished=[group for _, group in resumed])
         phase = _PartialPhase(self, policy_version, shortfall, keep)
         for question, group in resumed:
-            phase.start(question, group.responses, group.retention)
-        size, limit = self._rollout.samples_per_prompt, max_waves * self._rollout.prompts_per_step
-        num_started = 0
+            phase.start(question, [self._ended(response) for response in group.responses], group.retention)
+        size = self._rollout.samples_per_prompt
+        wave = max(self._rollout.prompts_per_step, math.ceil(shortfall.missing / (shortfall.per_prompt or math.inf)))
+        limit, num_started = max_waves * wave, 0
         try:
             while shortfall.missing > 0:
                 count = shortfall.prompts_to_start(phase.num_running, self._servers.num_slots, size)
@@ -186,7 +191,20 @@ class Sampler:
             self._rollout.temperature,
             may_abort,
         )
-        return [_extended(response, one, policy_version) for response, one in zip(responses, generated, strict=True)]
+        return [
+            self._ended(_extended(response, one, policy_version))
+            for response, one in zip(responses, generated, strict=True)
+        ]
+
+    def _ended(self, response: Response) -> Response:
+        """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token."""
+        if response.finish_reason:
+            return response
+        if response.num_output_tokens >= self._rollout.max_response_tokens:
+            return replace(response, finish_reason="length")
+        if response.num_output_tokens and int(response.output_ids[-1]) == self._eos:
+            return replace(response, finish_reason="stop")
+        return response
 
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         texts = [self._decode(response.output_ids.tolist()) for response in responses]
@@ -223,10 +241,12 @@ class _PartialPhase:
 
     def start(self, question: Question, responses: Sequence[Response], retention: int) -> None:
         self._open[question.prompt_id] = _Open(question, list(responses), retention)
-        for response in responses:
-            if not response.finish_reason:
-                self.num_running += 1
-                self._spawn(self._run(response))
+        left = [response for response in responses if not response.finish_reason]
+        for response in left:
+            self.num_running += 1
+            self._spawn(self._run(response))
+        if not left:  # a limit was lowered since they were sampled
+            self._spawn(self._complete(question.prompt_id))
 
     async def advance(self) -> bool:
         """Wait until something has ended; False when nothing runs."""
@@ -274,11 +294,15 @@ class _PartialPhase:
         group = self._open[response.prompt_id]
         group.responses[response.sample_index] = longer
         if all(one.finish_reason for one in group.responses):
-            scored = await self._sampler._score(group.question, group.responses)
-            del self._open[response.prompt_id]
-            good = self._keep(scored)
-            (self.found.kept if good else self.found.filtered).append(scored)
-            self._shortfall.add(1, [[r.num_output_tokens for r in group.responses]] if good else [])
+            await self._complete(response.prompt_id)
+
+    async def _complete(self, prompt_id: int) -> None:
+        group = self._open[prompt_id]
+        scored = await self._sampler._score(group.question, group.responses)
+        del self._open[prompt_id]
+        good = self._keep(scored)
+        (self.found.kept if good else self.found.filtered).append(scored)
+        self._shortfall.add(1, [[r.num_output_tokens for r in group.responses]] if good else [])
 
 
 def _raise_first(ended: Iterable["asyncio.Task[None]"]) -> None:

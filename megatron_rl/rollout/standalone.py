@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Response
 from megatron_rl.reward.pool import RewardPool
@@ -34,7 +35,8 @@ async def sampling(config: RlConfig, model: Path, tokenizer: Any, name: str, see
             await servers.connect()
             servers.assume(model, "0")
             with RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds) as rewards:
-                yield Sampler(servers, rewards, tokenizer.decode, _no_advantages, rollout, seed)
+                eos = load_bailing_config(model).eos_token_id
+                yield Sampler(servers, rewards, tokenizer.decode, _no_advantages, rollout, seed, eos)
         finally:
             await servers.close()
 

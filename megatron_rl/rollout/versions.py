@@ -7,25 +7,22 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """weight_update_sessions: updates over a process group must lie between begin_weight_update and end_weight_update.
-    weight_versions: responses tell which version sampled which tokens, not only the last one.
     routed_experts: they can return the experts that the router chose (BailingMoE).
     """
 
     weight_update_sessions: bool
-    weight_versions: bool
     routed_experts: bool
 
 
 def capabilities(version: str) -> Capabilities:
     """version: of `/server_info`. ValueError for one that is neither SGLang's nor the embedded server's."""
     if version.startswith("embedded-"):
-        return Capabilities(weight_update_sessions=True, weight_versions=True, routed_experts=True)
+        return Capabilities(weight_update_sessions=True, routed_experts=True)
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if numbers is None:
         raise ValueError(f"a generation server calls its version {version!r}; expected one such as '0.5.21'")
     release = tuple(int(part) for part in numbers.groups())
     return Capabilities(
         weight_update_sessions=release >= (0, 5, 21),
-        weight_versions=release >= (0, 5, 21),
         routed_experts=release >= (0, 5, 22),
     )

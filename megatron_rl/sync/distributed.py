@@ -7,7 +7,7 @@ one before. Two buckets of memory on rank 0, one elsewhere.
 import logging
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
@@ -96,8 +96,10 @@ class DistributedTransport:
 
 
 async def _members(receivers: Receivers) -> list[Member]:
-    """Everyone that shall have the weights: those that serve, and those that came back and lack them."""
-    return [*receivers.pool.serving, *await receivers.pool.recovered()]
+    """Everyone that shall have the weights: those that serve, and those that came back and lack them. By url, so that
+    the group stays the same where they do."""
+    members = [*receivers.pool.serving, *await receivers.pool.recovered()]
+    return sorted(members, key=lambda member: member.client.url)
 
 
 async def _settle(
@@ -115,7 +117,7 @@ async def _settle(
         lost = any(isinstance(error, ServerLost) for error in failed.values())
         kind = ServerLost if lost or not is_new else RequestRefused
         reasons = "; ".join(map(str, failed.values()))
-        raise kind(f"weights {version} did not reach {len(failed)} of {len(members)} servers: {reasons}")
+        raise kind(f"weights {version} did not reach all {len(members)} servers: {reasons}")
     pool.assume(None, version)
     for member in members:
         if member.out is not None:
@@ -153,7 +155,8 @@ class _Sender:
         # Of this run alone: servers that outlive a run may still know the groups of the one before.
         self._run, self._number = secrets.token_hex(4), 0
         self._http: dict[str, httpx.Client] = {}
-        self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="weights")
+        # One for each server, made as they are needed: a rendezvous keeps all of them waiting for the last.
+        self._threads = ThreadPoolExecutor(max_workers=4096, thread_name_prefix="weights")
         self._pending: tuple[update_group.Waitable, list[tuple[str, Future[None]]]] | None = None
         self._failed: dict[str, ServerError] = {}
         self._brackets: set[str] = set()
@@ -161,7 +164,7 @@ class _Sender:
     def begin(self, members: Sequence[Member]) -> None:
         self._failed, self.is_new = {}, False
         if not members:
-            self._failed["-"] = ServerLost("no server is left")
+            self._failed["none"] = ServerLost("no generation server is left")
             return
         # A server that was lost and came back is no member of the old group, though its url is the same.
         present = [(member.client.url, member.num_losses) for member in members]
@@ -207,12 +210,12 @@ class _Sender:
 
     def close(self) -> None:
         if self._group is not None:
-            for _, future in self._ask("/destroy_weights_update_group", {"group_name": self._name}, self._urls):
-                future.exception()
+            asked = self._ask("/destroy_weights_update_group", {"group_name": self._name}, self._urls)
+            wait([future for _, future in asked], timeout=_READY_SECONDS)  # the run is over, answered or not
             self._abandon()
         for http in self._http.values():
             http.close()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def _name(self) -> str:
@@ -264,9 +267,11 @@ class _Sender:
                 self._address, store.port, 0, world_size, self._name, "gloo", self._timeout, store=store
             )
         except (RuntimeError, dist.DistError) as error:
-            for url in urls:
-                self._failed[url] = ServerLost(f"{url} did not join the process group: {error}")
+            log.warning("the process group for weights was not joined by all: %s", str(error).splitlines()[0])
+            del store  # its end tells those that still wait for the others
         self._note_failures(asked)
+        if self._group is None and not self._failed:  # nobody admits it
+            self._failed = {url: ServerLost(f"{url} did not join the process group") for url in urls}
 
     def _wait(self) -> None:
         if self._pending is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_index, write_shard
 from megatron_rl.checkpoint.names import Mapping, name_table
+from megatron_rl.errors import SharedFault
 from megatron_rl.model.build import Model, owns_export, tensor_group
 
 
@@ -66,21 +67,50 @@ def export_directory(model: Model, source: Path, destination: Path, control: Any
     """Write a whole Hugging Face directory: one safetensors file per rank that owns tensors, index, companion files.
 
     source: the directory that config.json, tokenizer and code files are copied from. control: a gloo group of all
-    ranks. The directory appears under its name only when complete. Every rank sees it when this returns.
+    ranks. The directory appears under its name only when complete. Every rank sees it when this returns; SharedFault on
+    every rank when one of them could not write its part.
     """
     rank = dist.get_rank()
     partial = destination.with_name(f".{destination.name}.partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=control)
     table = name_table(model.bailing)
     expected = [(hf, table[name].hf_shape, model.dtype) for name in exported_names(model) for hf in table[name].hf]
-    names = write_shard(partial, rank, expected, export_tensors(model))
-    names_by_shard: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names_by_shard, names, group=control)
-    if rank == 0:
+    names_by_shard: list[Any] = []
+
+    def make() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write() -> list[str]:
+        tensors = export_tensors(model)
+        try:
+            return write_shard(partial, rank, expected, tensors)
+        finally:
+            for _ in tensors:  # the others of its groups are in the middle of it
+                pass
+
+    def finish() -> None:
         write_index(partial, names_by_shard, table)
         copy_companions(source, partial, model.dtype)
         replace_directory(partial, destination)
-    dist.barrier(group=control)
+
+    _together(make if rank == 0 else None, destination, control)
+    names_by_shard += _together(write, destination, control)
+    _together(finish if rank == 0 else None, destination, control)
+
+
+def _together(work: Callable[[], Any] | None, destination: Path, control: Any) -> list[Any]:
+    """Collective: what each rank's work returned, once all have done theirs; SharedFault on all when one failed."""
+    mine: tuple[Any, str | None] = None, None
+    try:
+        if work is not None:
+            mine = work(), None
+    except OSError as error:
+        mine = None, f"rank {dist.get_rank()}: {error}"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=control)
+    for _, failure in found:
+        if failure is not None:
+            raise SharedFault(
+                f"weights could not be written to {destination} ({failure}); make room or set another place"
+            )
+    return [result for result, _ in found]

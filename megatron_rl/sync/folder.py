@@ -1,4 +1,4 @@
-"""A folder in memory through which weights travel from the trainer to servers on the same machine."""
+"""A folder through which weights travel from the trainer to servers: in memory, or where all nodes see it."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ _LOCK = "lock"
 
 
 class WeightFolder:
-    """Owns a memory-backed folder, the same on every rank; `path` is the newest whole model directory in it.
+    """Owns a folder, the same on every rank; `path` is the newest whole model directory in it.
 
     Rank 0 holds a lock on a file in it for as long as it lives, so that the next run can tell what a killed one left in
     memory from what another run is using, and remove it.

@@ -42,12 +42,15 @@ class Transport(Protocol):
 class DiskTransport:
     """Through a folder that the servers read: memory-backed on one machine, else on the shared file system."""
 
-    def __init__(self, folder: WeightFolder, export: Callable[[Path], None]) -> None:
-        """export: collective; writes a model directory of the present weights."""
-        self._folder, self._export = folder, export
+    def __init__(self, folder: WeightFolder, export: Callable[[Path], None], written: int | None = None) -> None:
+        """export: collective; writes a model directory of the present weights. written: the version that is in the
+        folder already."""
+        self._folder, self._export, self._written = folder, export, written
 
     def push(self, version: int, receivers: Receivers | None) -> None:
-        self._folder.write(self._export)
+        if version != self._written:
+            self._folder.write(self._export)
+            self._written = version
         if receivers is not None:
             receivers.run(receivers.pool.load_from_disk(self._folder.path, str(version)))
 

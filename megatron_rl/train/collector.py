@@ -1,4 +1,4 @@
-"""Rank 0's side of a step: new weights to the server, a rollout phase, the plan of the train phase."""
+"""Rank 0's side of a step: a rollout phase, and the plan of the train phase."""
 
 import asyncio
 import logging
@@ -66,6 +66,8 @@ class Collector:
         self._rewards: RewardPool | None = None
         self._recorded: tuple[list[Group], dict[int, str]] | None = None
         if isinstance(source, Path):
+            if config.rollout.router_replay:
+                raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
             self._recorded = read_groups(source, self._advantages)
             return
         self._keeper = source.keeper
@@ -78,14 +80,31 @@ class Collector:
         except BaseException:
             self.close()
             raise
-        self._sampler = Sampler(self.pool, self._rewards, self._decode, self._advantages, config.rollout, config.seed)
+        self._sampler = Sampler(
+            self.pool,
+            self._rewards,
+            self._decode,
+            self._advantages,
+            config.rollout,
+            config.seed,
+            load_bailing_config(config.model.path).eos_token_id,
+        )
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
-        state = {"cursor": self.cursor, "tokens_per_prompt": self.tokens_per_prompt}
+        state = {
+            "cursor": self.cursor,
+            "tokens_per_prompt": self.tokens_per_prompt,
+            "from_rollouts": self._recorded is not None,
+        }
         return state, pack_carry(self.carry)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
+        if state.get("from_rollouts", False) != (self._recorded is not None):
+            raise ValueError(
+                "a run that samples and one that trains from --rollouts cannot continue each other: their cursors "
+                "count different things; start a new run with model.path set to the checkpoint"
+            )
         self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
         self.carry = unpack_carry(carried)
 
@@ -115,9 +134,10 @@ class Collector:
         config = self._config
         started = time.perf_counter()
         refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
+        since = {s.id: step for s, step in zip(self.carry.samples, self.carry.since, strict=True)}
         oldest = policy_version - config.budget.max_staleness
-        fresh_enough = [sample for sample in self.carry.samples if sample.response.policy_version >= oldest]
-        stale = [sample for sample in self.carry.samples if sample.response.policy_version < oldest]
+        fresh_enough = [sample for sample in self.carry.samples if since[sample.id] >= oldest]
+        stale = [sample for sample in self.carry.samples if since[sample.id] < oldest]
         if refill:
             missing = sum(self._budgets) - sum(s.response.num_output_tokens for s in fresh_enough)
             shortfall = Shortfall(unit="tokens", missing=missing, per_prompt=self.tokens_per_prompt)
@@ -148,7 +168,11 @@ class Collector:
             micro_batch_multiple=self._layout.micro_batch_multiple,
         )
         phase = Phase(collected=found, unneeded=found.kept[wanted:], stale=stale, schedule=plan)
-        self.carry = Carry(samples=plan.carried, unfinished=tuple(found.unfinished))
+        self.carry = Carry(
+            samples=plan.carried,
+            since=tuple(since.get(sample.id, policy_version) for sample in plan.carried),
+            unfinished=tuple(found.unfinished),
+        )
         if refill:
             self.tokens_per_prompt = shortfall.per_prompt
         phase.write(
@@ -176,14 +200,17 @@ class Collector:
 
     async def _rollout(self, policy_version: int, shortfall: Shortfall) -> Collected:
         waves = self._config.budget.max_waves
+        if self._recorded is None and self._config.rollout.partial:
+            resumed = [(self._question(group.prompt_id), group) for group in self.carry.unfinished]
+            return await self._sampler.fill_partially(
+                resumed, self._take, policy_version, shortfall, self._is_wanted, waves
+            )
         if self._recorded is not None:
-            return self._replay(self._recorded[0], shortfall)
-        if not self._config.rollout.partial:
-            return await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
-        resumed = [(self._question(group.prompt_id), group) for group in self.carry.unfinished]
-        return await self._sampler.fill_partially(
-            resumed, self._take, policy_version, shortfall, self._is_wanted, waves
-        )
+            found = self._replay(self._recorded[0], shortfall)
+        else:
+            found = await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
+        found.purged += self.carry.unfinished  # of a run that was partial when it was saved
+        return found
 
     def _replay(self, groups: Sequence[Group], shortfall: Shortfall) -> Collected:
         """As many recorded groups as the phase needs, in their order."""

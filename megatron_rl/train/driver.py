@@ -6,13 +6,14 @@ arrived, train a plan, or stop. The others wait for its word on gloo.
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import Fault
+from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.records import Plan
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
@@ -25,7 +26,7 @@ from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals
-from megatron_rl.train.serving import NodeServers, node_address, num_nodes
+from megatron_rl.train.serving import NodeServers, num_nodes
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 
@@ -56,7 +57,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
             )
             folder.write(session.export)  # what servers start with, the first time and whenever one is started again
             servers = NodeServers(config, folder.path, session.control, signals)
-            transport = _transport(config, session, folder)
+            transport = _transport(config, session, folder, servers, first)
         if session.is_leader:
             source = servers or rollouts
             assert source is not None
@@ -72,25 +73,31 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                 leader.end(step, results)
             if should_save(step + 1, config):
                 session.save(step + 1, *_driver_state(leader, step + 1))
-        session.export(config.run_dir / "hf")
-        return 0
+        last = leader.finish() if leader else _follow(session, transport)
+        assert isinstance(last, Stop)
+        if last.exit_code == 0:
+            session.export(config.run_dir / "hf")
+        return last.exit_code
     except StopRequested:
         return EXIT_STOPPED  # before the first step: there is nothing to save yet
     finally:
-        for part in (leader, transport, servers, folder, session):
-            if part is not None:
-                part.close()
+        with ExitStack() as closing:  # all of them, whatever one of them raises
+            for part in (session, folder, servers, transport, leader):
+                if part is not None:
+                    closing.callback(part.close)
 
 
-def _transport(config: RlConfig, session: Session, folder: WeightFolder) -> Transport:
-    """Collective."""
+def _transport(
+    config: RlConfig, session: Session, folder: WeightFolder, servers: NodeServers, version: int
+) -> Transport:
+    """Collective. version: of the weights that are in the folder already."""
     if config.sync.transport == "disk":
-        return DiskTransport(folder, session.export)
+        return DiskTransport(folder, session.export, version)
     return DistributedTransport(
         session.model,
         session.control,
         config.sync.bucket_mb * 2**20,
-        node_address(),
+        servers.address,
         config.rollout.silence_seconds,
     )
 
@@ -179,6 +186,8 @@ class Leader:
                 schedule, sync_seconds = self._collect(step)
         except StopRequested:
             return self._order(Stop(exit_code=EXIT_STOPPED, save=True))
+        except SharedFault:
+            raise  # as every rank does
         except Exception as error:
             self._tell(error)
             raise
@@ -230,6 +239,15 @@ class Leader:
             f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
             soft_wrap=True,
         )
+
+    def finish(self) -> Stop:
+        """After the last step: the run is over. Raises what the gate has found in it."""
+        if self._gate_failure is not None:
+            self._tell(self._gate_failure)
+            raise self._gate_failure
+        stop = Stop(exit_code=0, save=False)
+        self._order(stop)
+        return stop
 
     def close(self) -> None:
         self.collector.close()

@@ -1,10 +1,13 @@
 """The generation servers of a run: each node's first rank owns those of its node, rank 0 knows all their urls."""
 
+import ipaddress
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
@@ -16,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class NodeServers:
-    """urls: of all nodes' servers, on every rank. keeper: of this node's, on its first rank. `close()` ends these."""
+    """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. keeper: of this node's servers,
+    on its first rank. `close()` ends these."""
 
     def __init__(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
         """Collective over the gloo group `control`: start the servers on the model directory `weights` and wait until
@@ -26,8 +30,15 @@ class NodeServers:
         """
         self.keeper: ServerKeeper | None = None
         self.urls = list(config.rollout.urls)
-        if self.urls:
-            return
+        try:
+            if not self.urls:
+                self._start(config, weights, control, signals)
+            self.address = _agreed_address(self.urls, control) if config.sync.transport == "distributed" else ""
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
         mine: dict[str, Any] = {"urls": [], "error": None, "stopped": False}
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             node = int(os.environ.get("GROUP_RANK", "0"))
@@ -43,16 +54,12 @@ class NodeServers:
             except (ValueError, OSError) as error:
                 mine["error"] = f"node {node} ({socket.gethostname()}): {error}" if num_nodes() > 1 else str(error)
         found: list[Any] = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(found, mine, group=control)
-            if any(one["stopped"] for one in found):
-                raise StopRequested("stopped while the servers started")
-            for one in found:
-                if one["error"] is not None:
-                    raise ValueError(one["error"])
-        except BaseException:
-            self.close()
-            raise
+        dist.all_gather_object(found, mine, group=control)
+        if any(one["stopped"] for one in found):
+            raise StopRequested("stopped while the servers started")
+        for one in found:
+            if one["error"] is not None:
+                raise ValueError(one["error"])
         self.urls = [url for one in found for url in one["urls"]]
 
     def close(self) -> None:
@@ -66,9 +73,48 @@ def num_nodes() -> int:
 
 def node_address() -> str:
     """This machine as the others of the run see it; loopback when there are no others."""
-    if num_nodes() <= 1:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Nothing is sent: connecting only tells which of this machine's addresses leads to rank 0's.
-        probe.connect((os.environ["MASTER_ADDR"], 9))
-        return str(probe.getsockname()[0])
+    return "127.0.0.1" if num_nodes() <= 1 else address_towards(os.environ["MASTER_ADDR"])
+
+
+def _agreed_address(urls: Sequence[str], control: Any) -> str:
+    """Rank 0's, on every rank. ValueError on every rank when there is no single one."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = own_address(urls)
+        except ValueError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0, group=control)
+    if told[1] is not None:
+        raise ValueError(told[1])
+    return str(told[0])
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """The address by which servers at these urls reach this machine. ValueError when there is no single one."""
+    hosts = {urlsplit(url).hostname or "" for url in urls}
+    found = {host: address_towards(host) for host in sorted(hosts)}
+    local = [host for host, address in found.items() if ipaddress.ip_address(address).is_loopback]
+    others = {address for host, address in found.items() if host not in local}
+    if local and others:
+        raise ValueError(
+            f"servers at {', '.join(local)} can only be reached from this machine, others are elsewhere; give every "
+            "node a host name that does not resolve to loopback (MASTER_ADDR, /etc/hosts), or correct rollout.urls"
+        )
+    if len(others) > 1:
+        raise ValueError(
+            f"servers reach this machine at different addresses ({', '.join(sorted(others))}); put all into one network"
+        )
+    return others.pop() if others else "127.0.0.1"
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`. ValueError when there is no such host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

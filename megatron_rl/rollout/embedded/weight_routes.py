@@ -70,7 +70,7 @@ class WeightRoutes:
 
     async def end_weight_update(self, _: dict[str, Any]) -> Response:
         async with self._gate.updating():
-            weights, version = self._updates.finish()
+            weights, version = await in_thread(self._updates.finish)
             await wait(self._engine.swap(weights, None, version))
         return success("Success")
 
