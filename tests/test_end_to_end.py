@@ -290,6 +290,16 @@ def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: 
     assert "none does not exist" in message
 
 
+def test_weights_that_cannot_be_written_end_every_rank_at_once_with_the_reason(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.hf.partial").write_text("in the way")
+    options = ["--nproc", "2", "--set", "parallel.tensor=2", "--set", "train.steps=1"]
+    message = finish(command(inputs, tmp_path, "train", *options), code=1, seconds=90)
+    assert "weights could not be written to" in message
+    assert "rank 0" in message
+    assert "Traceback" not in message
+
+
 def test_a_port_in_use_is_named(inputs: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ def test_a_phase_stops_with_the_group_that_fills_the_budget() -> None:
     assert sum(lengths) >= 60 > sum(lengths[:-1])
 
 
-def test_a_phase_without_a_shortfall_starts_nothing_and_keeps_what_it_was_given() -> None:
+def test_a_phase_without_a_shortfall_keeps_what_it_was_given_as_it_is() -> None:
     async def run() -> tuple[Collected, Collected, int]:
         pool = FakePool(2)
         before = await phase(pool, 60)
@@ -317,6 +318,70 @@ def test_a_phase_without_a_shortfall_starts_nothing_and_keeps_what_it_was_given(
 
     before, after, num_given = asyncio.run(run())
     assert before.unfinished
-    assert (after.kept, after.filtered, num_given) == ([], [], after.num_generated_tokens)
-    assert [group.prompt_id for group in after.unfinished] == [group.prompt_id for group in before.unfinished]
-    assert {group.retention for group in after.unfinished} == {2}
+    assert (after.kept, after.filtered, num_given) == ([], [], 0)
+    assert after.unfinished == before.unfinished  # it had no chance to go on, so it has not been kept any longer
+
+
+class Ends:
+    """In place of a pool: every response has these tokens when it is aborted, and then SGLang calls it so whatever they
+    are."""
+
+    num_slots = 4
+
+    def __init__(self, *ends: list[int]) -> None:
+        self._ends, self._aborted = ends, asyncio.Event()
+
+    async def generate(self, wanted: Sequence[Continuation], *_: object) -> list[Generated]:
+        (one,) = wanted
+        if one.input_ids[0] == 5:  # the prompt whose group fills the budget
+            tokens, reason = [7] * 4, "stop"
+        else:
+            await self._aborted.wait()
+            tokens, reason = self._ends[one.seed % len(self._ends)], "abort"
+        return [
+            Generated(
+                output_ids=np.array(tokens, np.int32),
+                logprobs=np.zeros(len(tokens), np.float32),
+                finish_reason=reason,
+                weight_versions=("0",),
+            )
+        ]
+
+    async def abort_all(self) -> None:
+        self._aborted.set()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [([7, 8, 9, 1], "stop"), ([7] * ROLLOUT.max_response_tokens, "length"), ([1, 7, 8], "")]
+)
+def test_an_aborted_response_that_had_ended_anyway_is_finished(tokens: list[int], reason: str) -> None:
+    alone = ROLLOUT.model_copy(update={"samples_per_prompt": 1})
+    found = asyncio.run(phase(Ends(tokens), 1, rollout=alone))
+    ended = {group.prompt_id: group.samples[0].response.finish_reason for group in [*found.kept, *found.filtered]}
+    left = {group.prompt_id: group.responses[0].finish_reason for group in found.unfinished}
+    others = {prompt_id: r for prompt_id, r in (ended | left).items() if prompt_id % 50}
+    assert others
+    assert set(others.values()) == {reason}
+    assert (others.keys() <= ended.keys()) == bool(reason)
+
+
+def test_a_response_that_a_lower_limit_leaves_no_room_is_finished_as_it_is() -> None:
+    async def run() -> Collected:
+        pool = FakePool(2)
+        before = await phase(pool, 60)
+        pool.next_phase()
+        lower = ROLLOUT.model_copy(update={"max_response_tokens": 1})
+        return await phase(pool, 30, 1, first=50, resumed=before.unfinished, rollout=lower)
+
+    found = asyncio.run(run())
+    assert all(r.finish_reason or not r.num_output_tokens for r in by_place(found).values())
+
+
+def test_a_phase_that_never_fills_says_so() -> None:
+    async def run() -> None:
+        shortfall = Shortfall(unit="tokens", missing=100, per_prompt=50.0)
+        servers: Any = FakePool(2)
+        await sampler(servers, ROLLOUT).fill_partially([], questions(0), 0, shortfall, lambda group: False, max_waves=2)
+
+    with pytest.raises(ValueError, match="still lacks 100 tokens after .* prompts .*equal rewards"):
+        asyncio.run(run())

@@ -8,6 +8,7 @@ import pytest
 from samples import make_sample
 
 from megatron_rl.records import Group
+from megatron_rl.rollout.command import _whole_groups
 from megatron_rl.rollout.recorded import group_rows, read_groups
 
 
@@ -59,3 +60,24 @@ def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, object], message
     (tmp_path / "file").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         read_groups(tmp_path / "file", rank_of_reward)
+
+
+def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> None:
+    # Characters at which str.splitlines would break a line.
+    groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 5), make_sample(p, 1, 5))) for p in (4, 2)]
+    odd = "".join(group_rows(group, "name", "a\u2028b\u0085c", lambda ids: "\u2029") for group in groups)
+    (tmp_path / "file").write_text(odd + odd.splitlines()[0][:30])
+    assert _whole_groups(tmp_path / "file", 2) == {4, 2}
+    assert (tmp_path / "file").read_text() == odd
+    cut = odd[: odd.rindex("\n", 0, -1) + 20]  # into the second response of the second group
+    (tmp_path / "file").write_text(cut)
+    assert _whole_groups(tmp_path / "file", 2) == {4}
+    assert (tmp_path / "file").read_text() == odd[: len(odd) // 2]
+
+
+def test_a_file_of_groups_of_another_size_is_left_alone(tmp_path: Path) -> None:
+    write(tmp_path / "file", *(Group(prompt_id=p, samples=(make_sample(p, 0, 5),)) for p in range(3)))
+    before = (tmp_path / "file").read_text()
+    with pytest.raises(ValueError, match=r"position 0 has 1 responses, rollout.samples_per_prompt is 2"):
+        _whole_groups(tmp_path / "file", 2)
+    assert (tmp_path / "file").read_text() == before

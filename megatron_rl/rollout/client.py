@@ -191,6 +191,10 @@ class GenerationClient:
         """True once the server answers /ready with 200; False while nothing listens."""
         return await self._is_ok("/ready", 5.0)
 
+    async def is_there(self, timeout_seconds: float) -> bool:
+        """True when its front end answers, whatever the model behind it does."""
+        return await self._is_ok("/ping", timeout_seconds)
+
     async def is_healthy(self, timeout_seconds: float) -> bool:
         """True when it still makes tokens: SGLang answers /health only then."""
         return await self._is_ok("/health", timeout_seconds)

@@ -40,6 +40,9 @@ class WeightsNeeded(ServerError):
     """No server can serve until weights are pushed again: those that came back have others."""
 
 
+SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
+
+
 @dataclass(slots=True, eq=False)
 class Member:
     """A server of the pool. out: why it gets no work, None while it does. lost: done when it is taken out.
@@ -53,6 +56,7 @@ class Member:
     num_losses: int = 0
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
+    sign_of_life: SignOfLife = GenerationClient.is_healthy
     watch: "asyncio.Task[None] | None" = None
     recovery: "asyncio.Task[None] | None" = None
 
@@ -187,14 +191,16 @@ class ServerPool:
         raise ServerLost("no generation server tells log-probs of given tokens")
 
     async def _each(
-        self, ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]], watched: bool = True
+        self,
+        ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]],
+        sign_of_life: SignOfLife = GenerationClient.is_healthy,
     ) -> dict[str, Any]:
-        """What every serving member answers, by its url, in their order; who fails is taken out. watched: so is who is
-        silent for too long meanwhile."""
+        """What every serving member answers, by its url, in their order; who fails is taken out, and so is who gives no
+        sign of life for too long."""
 
         async def one(member: Member) -> list[tuple[str, Any]]:
             try:
-                with self._busy(member, 0, 1) if watched else contextlib.nullcontext():
+                with self._busy(member, 0, 1, sign_of_life):
                     return [(member.client.url, await _unless(member.lost, ask(member.client)))]
             except ServerLost as error:
                 self.take_out(member, str(error))
@@ -203,8 +209,15 @@ class ServerPool:
         return dict(itertools.chain(*await together(one(member) for member in self.serving)))
 
     @contextlib.contextmanager
-    def _busy(self, member: Member, num_tokens: int, num_requests: int) -> Iterator[None]:
+    def _busy(
+        self,
+        member: Member,
+        num_tokens: int,
+        num_requests: int,
+        sign_of_life: SignOfLife = GenerationClient.is_healthy,
+    ) -> Iterator[None]:
         """Count the work, and watch the server while it has any."""
+        member.sign_of_life = sign_of_life
         member.outstanding_tokens += num_tokens
         member.outstanding_requests += num_requests
         if not _is_running(member.watch):
@@ -251,8 +264,11 @@ class ServerPool:
         self._weights, self._version = directory, version
         await self._look_again()
         seconds = self.rollout.ready_deadline_seconds
-        # SGLang is not healthy while it loads, for as long as that takes.
-        await self._each(lambda client: client.update_weights_from_disk(directory, version, seconds), watched=False)
+        await self._each(
+            lambda client: client.update_weights_from_disk(directory, version, seconds),
+            # SGLang makes no tokens while it loads, for as long as that takes.
+            sign_of_life=GenerationClient.is_there,
+        )
         await self._choose(None)
 
     def assume(self, directory: Path | None, version: str) -> None:
@@ -329,12 +345,12 @@ class ServerPool:
         while member.outstanding_requests and member.out is None:
             await asyncio.sleep(pause)
             left = last_sign + self.rollout.silence_seconds - time.monotonic()
-            if await member.client.is_healthy(max(1.0, left)):
+            if await member.sign_of_life(member.client, max(1.0, left)):
                 last_sign = time.monotonic()
             elif time.monotonic() - last_sign > self.rollout.silence_seconds and member.outstanding_requests:
                 self.take_out(
                     member,
-                    f"{member.client.url} has not answered /health for {self.rollout.silence_seconds:g} s "
+                    f"{member.client.url} has given no sign of life for {self.rollout.silence_seconds:g} s "
                     "(rollout.silence_seconds)",
                 )
 
