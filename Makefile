@@ -59,8 +59,9 @@ demo: install $(if $(filter sglang,$(ENGINE)),install-sglang)  ## warm-start and
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/demo.py --run $(RUN) --seed $(SEED) --nproc $(NPROC) \
 	  --tensor $(TP) --expert $(EP) --pipeline $(PP) --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS))
 
+# Two at a time, each file in one process; more would only wait for each other where there are two cores.
 test: install  ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
 	$(BIN)/python -m pytest tests/real_sglang

@@ -33,7 +33,15 @@ setup(
     package_data={"megatron_rl.rollout.sglang_cpu": ["requirements.txt"]},
     install_requires=INSTALL,
     extras_require={
-        "dev": ["pytest~=9.2", "pytest-timeout~=2.4", "hypothesis~=6.170", "ruff==0.17.6", "mypy==2.4.1", "pre-commit"],
+        "dev": [
+            "pytest~=9.2",
+            "pytest-timeout~=2.4",
+            "pytest-xdist~=3.8",
+            "hypothesis~=6.170",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "pre-commit",
+        ],
         "gpu": ["transformer-engine[pytorch]", "sglang==0.5.23"],
         "logging": ["wandb"],
     },
