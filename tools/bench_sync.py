@@ -107,6 +107,7 @@ class Receiver(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body in one packet: two would wait 40 ms for an acknowledgement
     disable_nagle_algorithm = True
     group: Any = None
+    buffer = torch.empty(0, dtype=torch.uint8)
 
     def do_GET(self) -> None:
         self._answer({"version": "embedded-receiver"})
@@ -119,7 +120,9 @@ class Receiver(BaseHTTPRequestHandler):
             Receiver.group = update_group.join(*arguments)
         elif self.path == "/update_weights_from_distributed":
             num_bytes = sum(4 * math.prod(shape) for shape in body["shapes"])
-            update_group.broadcast(Receiver.group, torch.empty(num_bytes, dtype=torch.uint8)).wait()
+            if Receiver.buffer.numel() < num_bytes:
+                Receiver.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            update_group.broadcast(Receiver.group, Receiver.buffer[:num_bytes]).wait()
         self._answer({"success": True})
 
     def _answer(self, content: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class WeightUpdates:
         self._version: str | None = None
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packer")
         self._packed: Future[None] | None = None
+        self._buffers: list[Tensor] = []  # of the last two buckets: one is packed while the next is received
 
     @property
     def open(self) -> bool:
@@ -103,6 +104,7 @@ class WeightUpdates:
         if packing is None:
             raise UpdateError("no weight-update session is open; call begin_weight_update first")
         self._wait_packed()
+        self._buffers.clear()
         problems = self._problems
         self._packing, self._problems, self._version = None, [], None
         try:
@@ -118,7 +120,7 @@ class WeightUpdates:
         dtypes = [_dtype(head) for head in request.heads]
         if request.flattened:
             sizes = [head.size * dtype.itemsize for head, dtype in zip(request.heads, dtypes, strict=True)]
-            flat = torch.empty(sum(sizes), dtype=torch.uint8)
+            flat = self._buffer(sum(sizes))
             broadcast(group, flat).wait()
             tensors = [
                 # A copy where the bytes before it leave the tensor at an odd place.
@@ -139,6 +141,15 @@ class WeightUpdates:
                 admitted.append((head.name, tensor))
         self._wait_packed()
         self._packed = self._packer.submit(_copy, packing, admitted)
+
+    def _buffer(self, num_bytes: int) -> Tensor:
+        """Memory for a bucket: that of the one before the last where it is large enough, because fresh pages cost more
+        time than what is written into them."""
+        spare = self._buffers.pop(0) if len(self._buffers) > 1 else torch.empty(0, dtype=torch.uint8)
+        if spare.numel() < num_bytes:
+            spare = torch.empty(num_bytes, dtype=torch.uint8)
+        self._buffers.append(spare)
+        return spare[:num_bytes]
 
     def _wait_packed(self) -> None:
         packed, self._packed = self._packed, None
