@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 ARRIVAL_GAP_SECONDS = 0.003
 BUSY_GATHER_SECONDS = 0.006
 IDLE_GATHER_SECONDS = 0.15
-HOLD_STEPS = 4  # decode steps that a newcomer among many may have to wait
-HOLD_SHARE = 8
 
 PAUSE_MODES = ("abort", "retract", "in_place")
 
@@ -74,7 +72,6 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._events: list[Event] = []
         self._arrivals = 0
-        self._held = 0  # decode steps that newcomers have waited
 
         with torch.inference_mode():
             self._model = BailingModel(config, dtype=options.dtype, context_length=options.context_length)
@@ -234,9 +231,7 @@ class Engine:
                 while not self._stopping:
                     self._read_inbox()
                     if not self._paused:
-                        if not self._holds():
-                            self._gather_arrivals()
-                            self._admit()
+                        self._admit()
                         self._decode()
                     self._send_events()
         except BaseException as error:  # nothing above this frame could report it
@@ -250,14 +245,8 @@ class Engine:
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
-
-    def _holds(self) -> bool:
-        """Let newcomers gather over a few steps when they are few beside those that run: a prefill pass stops all of
-        these for as long as a decode step takes, for one prompt or for ten. Responses that start as others end come
-        one by one."""
-        few = 0 < len(self._waiting) * HOLD_SHARE < self._slots.num_active
-        self._held = self._held + 1 if few and self._held < HOLD_STEPS else 0
-        return self._held > 0
+        if self._waiting and not self._paused:
+            self._gather_arrivals()
 
     def _gather_arrivals(self) -> None:
         """Wait a moment for more requests while they keep coming and there is room.
@@ -268,7 +257,7 @@ class Engine:
         limit = BUSY_GATHER_SECONDS if self._slots.num_active else IDLE_GATHER_SECONDS
         deadline = time.monotonic() + limit
         room = self.options.max_running_requests - self._slots.num_active
-        while 0 < len(self._waiting) < room and not self._paused and time.monotonic() < deadline:
+        while len(self._waiting) < room and not self._paused and time.monotonic() < deadline:
             try:
                 self._inbox.get(timeout=ARRIVAL_GAP_SECONDS)()
             except queue.Empty:
