@@ -215,7 +215,7 @@ def test_the_only_server_with_weights_that_are_nowhere_on_disk_needs_another_pus
             work = asyncio.create_task(all_requests(pool))
             await until_running(keeper.urls[0])
             os.kill(pids_of(keeper)[0], signal.SIGKILL)
-            with pytest.raises(WeightsNeeded, match="without the current weights"):
+            with pytest.raises(WeightsNeeded, match="no generation server has the current weights"):
                 await asyncio.wait_for(work, 20)
             (member,) = await pool.recovered()
             assert (member.num_losses, pool.serving) == (1, [])

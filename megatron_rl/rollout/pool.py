@@ -45,7 +45,8 @@ SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A server of the pool. out: why it gets no work, None while it does. lost: done when it is taken out.
+    """A server of the pool. out: why it gets no work, None while it does. needs_weights: it is out for want of nothing
+    but the weights of the next push. lost: done when it is taken out.
 
     num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
     """
@@ -53,6 +54,7 @@ class Member:
     client: GenerationClient
     lost: "asyncio.Future[str]"
     out: str | None = None
+    needs_weights: bool = False
     num_losses: int = 0
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
@@ -239,7 +241,7 @@ class ServerPool:
                 break
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         reasons = "; ".join(str(m.out) for m in self._members)
-        if self._weights is None and any(m.out == _NEEDS_WEIGHTS for m in self._members):
+        if self._weights is None and any(m.needs_weights for m in self._members):
             raise WeightsNeeded(f"no generation server has the current weights ({reasons})")
         raise ServerLost(f"no generation server is left: {reasons}") from failure
 
@@ -280,13 +282,14 @@ class ServerPool:
 
     def take_out(self, member: Member, reason: str) -> None:
         """No more work for it until it has recovered; what it has in flight is lost. Idempotent."""
-        if member.out is not None:
+        if member.out is not None and not member.needs_weights:
             return
         log.warning("a generation server is taken out: %s", reason)
         self.counts.num_taken_out += 1
-        member.out = reason
+        member.out, member.needs_weights = reason, False
         member.num_losses += 1
-        member.lost.set_result(reason)
+        if not member.lost.done():
+            member.lost.set_result(reason)
         member.recovery = asyncio.create_task(self._recover(member, reason))
         if not self.serving:
             log.warning("no generation server is left; work waits for one to come back")
@@ -301,7 +304,7 @@ class ServerPool:
         while time.monotonic() < give_up:
             if await member.client.is_ready():
                 if self._weights is None:
-                    member.out = _NEEDS_WEIGHTS
+                    member.needs_weights = True
                     return
                 version = self._version
                 try:
@@ -320,7 +323,7 @@ class ServerPool:
     async def _look_again(self) -> None:
         """Whoever was given up and is there after all gets another chance."""
         for member in self._members:
-            given_up = member.out not in (None, _NEEDS_WEIGHTS) and not _is_running(member.recovery)
+            given_up = member.out is not None and not member.needs_weights and not _is_running(member.recovery)
             if given_up and await member.client.is_ready():
                 member.recovery = asyncio.create_task(self._recover(member))
 
@@ -328,7 +331,7 @@ class ServerPool:
         """It has the current weights and serves."""
         log.info("the generation server %s serves again", member.client.url)
         member.lost = asyncio.get_running_loop().create_future()
-        member.out = None
+        member.out, member.needs_weights = None, False
 
     async def recovered(self) -> list[Member]:
         """Members that are ready but for the current weights, once all recoveries have ended."""
@@ -336,7 +339,7 @@ class ServerPool:
         coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
         if coming:
             await asyncio.wait(coming)
-        return [member for member in self._members if member.out == _NEEDS_WEIGHTS]
+        return [member for member in self._members if member.needs_weights]
 
     async def _watch(self, member: Member) -> None:
         """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""
@@ -353,9 +356,6 @@ class ServerPool:
                     f"{member.client.url} has given no sign of life for {self.rollout.silence_seconds:g} s "
                     "(rollout.silence_seconds)",
                 )
-
-
-_NEEDS_WEIGHTS = "ready, but without the current weights"
 
 
 def _is_running(task: "asyncio.Task[Any] | None") -> bool:

@@ -8,8 +8,9 @@ fill the budget, and leaves the rest unfinished for the next phase.
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -118,20 +119,13 @@ class Sampler:
 
         take: gives the next n questions. shortfall: counted down as waves arrive. ValueError after `max_waves` waves.
         """
-        found = Collected()
-        for _ in range(max_waves):
-            count = shortfall.more_prompts(first_wave=self._rollout.prompts_per_step)
-            if count == 0:
-                return found
-            wave = await self.sample(take(count), policy_version)
-            good = [group for group in wave if keep(group)]
-            found.kept += good
-            found.filtered += [group for group in wave if not keep(group)]
-            found.num_generated_tokens += sum(map(_num_tokens, wave))
-            shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
-        if shortfall.missing > 0:
-            raise _never_filled(shortfall, found, f"{max_waves} waves")
-        return found
+        return await fill_in_waves(
+            lambda count: self.sample(take(count), policy_version),
+            self._rollout.prompts_per_step,
+            shortfall,
+            keep,
+            max_waves,
+        )
 
     async def fill_partially(
         self,
@@ -217,6 +211,31 @@ class Sampler:
                 for r, v, a in zip(responses, verdicts, advantages, strict=True)
             ),
         )
+
+
+async def fill_in_waves(
+    sample: Callable[[int], Awaitable[list[Group]]],
+    first_wave: int,
+    shortfall: Shortfall,
+    keep: Callable[[Group], bool],
+    max_waves: int,
+) -> Collected:
+    """Groups until nothing is missing. sample: gives the groups of the next n prompts. ValueError after `max_waves`."""
+    found = Collected()
+    for _ in range(max_waves):
+        count = shortfall.more_prompts(first_wave=first_wave)
+        if count == 0:
+            return found
+        wave = await sample(count)
+        kept = [keep(group) for group in wave]
+        good = list(compress(wave, kept))
+        found.kept += good
+        found.filtered += [group for group, is_kept in zip(wave, kept, strict=True) if not is_kept]
+        found.num_generated_tokens += sum(map(_num_tokens, wave))
+        shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
+    if shortfall.missing > 0:
+        raise _never_filled(shortfall, found, f"{max_waves} waves")
+    return found
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.routing import routed_shape
-from megatron_rl.rollout.sampler import Collected, Question, Sampler
+from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
@@ -206,27 +206,24 @@ class Collector:
                 resumed, self._take, policy_version, shortfall, self._is_wanted, waves
             )
         if self._recorded is not None:
-            found = self._replay(self._recorded[0], shortfall)
+            first_wave = self._config.rollout.prompts_per_step
+            found = await fill_in_waves(self._take_recorded, first_wave, shortfall, self._is_wanted, waves)
+            found.num_generated_tokens = 0
         else:
             found = await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
         found.purged += self.carry.unfinished  # of a run that was partial when it was saved
         return found
 
-    def _replay(self, groups: Sequence[Group], shortfall: Shortfall) -> Collected:
-        """As many recorded groups as the phase needs, in their order."""
-        found = Collected()
-        while count := shortfall.more_prompts(first_wave=self._config.rollout.prompts_per_step):
-            wave, self.cursor = groups[self.cursor : self.cursor + count], self.cursor + count
-            if len(wave) < count:
-                raise ValueError(
-                    f"the {len(groups)} groups of --rollouts are used up, and the phase still lacks "
-                    f"{shortfall.missing:g} {shortfall.unit}; record more, or lower train.steps or the budget"
-                )
-            good = [group for group in wave if self._is_wanted(group)]
-            found.kept += good
-            found.filtered += [group for group in wave if not self._is_wanted(group)]
-            shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
-        return found
+    async def _take_recorded(self, count: int) -> list[Group]:
+        assert self._recorded is not None
+        groups = self._recorded[0]
+        if self.cursor + count > len(groups):
+            raise ValueError(
+                f"the phase needs {count} more groups and {len(groups) - self.cursor} of the {len(groups)} of "
+                "--rollouts are left; record more, or lower train.steps or the budget"
+            )
+        first, self.cursor = self.cursor, self.cursor + count
+        return groups[first : self.cursor]
 
     def _name_of(self, position: int) -> str:
         """The data's id of the prompt at this position of the stream."""
