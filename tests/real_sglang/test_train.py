@@ -28,7 +28,7 @@ ready_deadline_seconds = 300
 transport = "distributed"
 bucket_mb = 1
 [budget]
-tokens = 300
+tokens = 1200
 [optimizer]
 learning_rate = 1e-3
 [parallel]
@@ -48,12 +48,13 @@ def test_two_ranks_train_with_weights_by_broadcast_and_unfinished_responses(tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["num_loss_tokens"] for row in rows] == [300, 300, 300]
+    assert [row["num_loss_tokens"] for row in rows] == [1200, 1200, 1200]
     # Of tokens that the present weights sampled: a step whose weights had not arrived would be off by its learning.
     assert max(row["logprob_difference_max"] for row in rows) < 1e-4
     assert all(row["num_lost_servers"] == 0 for row in rows)
     assert rows[0]["num_unfinished"] > 0
     assert rows[-1]["off_policy_token_share"] > 0
+    # The budget is more than a phase can leave over, so every phase has to sample.
     versions = {version for row in _responses(tmp_path / "run") for version in row["policy_versions"]}
     assert versions == {"0", "1", "2"}
 
