@@ -81,7 +81,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-@settings(deadline=None, max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=2, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(saved=st.sampled_from(sorted(LAYOUTS)), loaded=st.sampled_from(sorted(LAYOUTS)), norm_head=st.booleans())
 def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained(
     saved: str, loaded: str, norm_head: bool, tmp_path_factory: pytest.TempPathFactory
