@@ -322,6 +322,13 @@ class RewardSection(Section):
     )
     workers: Positive = 2
     timeout_seconds: float = Field(default=3.0, gt=0)
+    max_error_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="a phase of which a greater share of responses could not be judged (timeout, error) stops the run: "
+        "they score 0 though nobody knows that they are wrong; 1 is off",
+    )
 
 
 class EvaluateSection(Section):
