@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=3.0, help="seconds per pair")
     args = parser.parse_args()
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in args.pairs.read_text().splitlines():
-        row = json.loads(line)
-        by_kind[row["kind"]].append(row)
+    with args.pairs.open() as file:
+        for row in map(json.loads, file):
+            by_kind[row["kind"]].append(row)
     report: dict[str, Any] = {"pairs": str(args.pairs), "workers": args.workers, "deadline_seconds": args.deadline}
     for kind, rows in by_kind.items():
         ours = measured("math", rows, lambda row: (as_response(row["pred"]), row["gold"]), args)
