@@ -207,7 +207,7 @@ def test_the_exact_kind_runs_inline_and_starts_no_process():
 
 
 def test_wrong_settings_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="one of exact, math, got 'maths'"):
+    with pytest.raises(ValueError, match="one of choice, exact, math, stem, got 'maths'"):
         RewardPool("maths", workers=1, timeout_seconds=1.0)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         RewardPool("math", workers=0, timeout_seconds=1.0)

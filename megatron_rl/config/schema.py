@@ -313,7 +313,8 @@ class AlgorithmSection(Section):
 
 
 class RewardSection(Section):
-    kind: Literal["exact", "math"] = "exact"
+    # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
+    kind: Literal["exact", "math", "stem"] = "exact"
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,

@@ -21,6 +21,7 @@ _LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
 _COLUMNS = re.compile(r"\s*&\s*")
 _ROWS = re.compile(r"\s*\\\\\s*")
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
+_RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])|≈")
 _RATIO = re.compile(r"\s*:\s*")
 _MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
@@ -79,6 +80,8 @@ def _same_structure(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
     regions = read_region(gold), read_region(answer)
     if regions[0] and regions[1]:
         return same_region(regions[0], regions[1], lambda g, a: same_answer(g, a, leaf, depth + 1))
+    if len({len(latex.split_top(side, _EQUALS)) > 1 for side in (gold, answer)}) > 1:
+        return False  # 4 = 5 is not 5, and an equation without its right side is none
     if {gold.lstrip("-"), answer.lstrip("-")} & {"\\infty"}:
         return False  # two and one more infinities are infinity to sympy, but no answer
     return _may_be_expressions(gold, answer, shapes) and leaf(gold, answer)
@@ -170,11 +173,13 @@ def _exact_part(side: str) -> str:
 
 
 def _name_and_value(side: str) -> tuple[str, str] | None:
-    """(name, value) of `k = 5`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
+    """(name, value) of `k = 5` and `5 = k`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
     if sum("=" in item for item in latex.split_top(side, _LIST)) > 1:
         return None  # several values, each with its own name
     parts = latex.split_top(side, _EQUALS)
-    return (parts[0], parts[-1]) if len(parts) > 1 and parts[-1] and _is_name(parts[0]) else None
+    if len(parts) > 1 and parts[-1] and _is_name(parts[0]):
+        return parts[0], parts[-1]
+    return (parts[1], parts[0]) if len(parts) == 2 and parts[0] and _is_name(parts[1]) else None
 
 
 def _is_name(side: str) -> bool:
@@ -184,7 +189,8 @@ def _is_name(side: str) -> bool:
 
 
 def _is_relation(side: str) -> bool:
-    return bool(re.search(r"[=<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])", side))
+    """Outside of all brackets: the k=1 below a sum is none."""
+    return len(latex.split_top(side, _RELATION)) > 1
 
 
 def _decimal_comma(gold: str, answer: str) -> bool:
@@ -241,7 +247,7 @@ def _same_shape(gold: Shape, answer: Shape, leaf: Leaf, depth: int) -> bool:
     if "set" in kinds or ("matrix" in kinds and len(kinds) > 1):
         return False
     # A bracket tells a closed end of an interval from an open one; three numbers are no interval.
-    if gold.brackets != answer.brackets and kinds == {"tuple"} and len(gold.items) == 2:
+    if len(gold.items) == 2 and (gold.brackets or "()") != (answer.brackets or "()") and "row" not in kinds:
         return False
     if kinds == {"row"} and gold.brackets != answer.brackets:
         return False

@@ -19,6 +19,7 @@ from pebble import ProcessPool
 
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
+from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,17 @@ class RewardKind:
 
 
 REWARD_KINDS: dict[str, RewardKind] = {
+    "choice": RewardKind(settle=choice_verdict),
     "exact": RewardKind(settle=exact_verdict),
     "math": RewardKind(
         settle=math_reward.settle_math,
         judge=math_reward.judge_boxed,
+        warm_up=math_reward.warm_up,
+        preload="megatron_rl.reward.preload_math",
+    ),
+    "stem": RewardKind(
+        settle=settle_stem,
+        judge=judge_value,
         warm_up=math_reward.warm_up,
         preload="megatron_rl.reward.preload_math",
     ),

@@ -17,8 +17,17 @@ _CLOSE = 1e-30
 # Where expressions in letters are compared: first all positive, then with one letter negative. No special values.
 _POINTS = ("1.3717", "0.6291", "2.1843", "0.8159", "1.7321", "3.0417", "0.4373", "1.1907", "2.6071", "0.9283")
 _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dots)")
+# Words outside of an index; the parser would leave them out, and "12 (not 13)" be 12.
+_PROSE = re.compile(r"(?<![_{])(?<!_\{)\\text\s*\{[^{}]*[A-Za-z]{2}")
 # Digits from which a decimal reference answer counts as rounded; fewer may be exact.
 _ROUNDED_FROM_DIGITS = 4
+
+
+def real_value(latex: str) -> float | None:
+    """Of an expression without letters (cleaned by `latex.clean`), or None when it has no real value."""
+    parsed = _parse(latex)
+    value = None if parsed is None else _value(parsed, {})
+    return None if value is None or abs(value.imag) > _CLOSE else float(value.real)
 
 
 def equal_expressions(gold: str, answer: str) -> bool:
@@ -53,6 +62,8 @@ def _parse(latex: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
     from sympy import Basic, MatrixBase
 
+    if _PROSE.search(latex):
+        return None
     exact = _DECIMAL.sub(_as_fraction, latex)
     # As it stands or not at all: left to itself, math-verify takes some part of what it cannot read.
     found = parse(

@@ -15,6 +15,7 @@ _SPELLINGS = {
     "mg": "milligram milligrams",
     "g": "gram grams gm",
     "kg": "kilogram kilograms",
+    "ton": "tons tonne tonnes",
     "lb": "pound pounds lbs",
     "s": "second seconds sec secs",
     "min": "minute minutes mins",
@@ -30,6 +31,8 @@ _SPELLINGS = {
     "degree": "degrees deg",
     "rad": "radian radians",
     "mph": "",
+    "am": "",
+    "pm": "",
     "J": "joule joules",
     "kJ": "kilojoule kilojoules",
     "N": "newton newtons",
@@ -60,6 +63,8 @@ _UNIT = re.compile(
     re.DOTALL,
 )
 _BASE = re.compile(r"(?P<value>[-+]?\d+)_\s*\{?\s*(?:\\text\s*\{)?(?P<base>\d+|[a-z]+)\}?\}?")
+# Words that add to a value, or take it back, are no unit: 12 (not 13), 3 metres and 4 feet.
+_NO_UNIT = re.compile(r"\\text\s*\{[^{}]*(?:\d|\b(?:and|or|not|if|for|to|where|than|but)\b)", re.IGNORECASE)
 _LETTER_UNITS = {"m", "g", "s", "h", "l", "L", "J", "N", "W", "K", "V", "A"}
 
 
@@ -69,7 +74,7 @@ def split_unit(answer: str) -> tuple[str, str]:
     if base:
         return base["value"], "base " + base["base"]
     match = _UNIT.fullmatch(answer)
-    if not match or re.search(r"\\text\s*\{\s*,?\s*(?:and|or|if|for|to|where)\b", match["unit"]):
+    if not match or _NO_UNIT.search(match["unit"]):
         return answer, ""
     unit = match["unit"].strip()
     # 5m is a product as often as five metres; only a power or a slash tells.
@@ -80,17 +85,17 @@ def split_unit(answer: str) -> tuple[str, str]:
 
 def same_unit(gold: str, answer: str) -> bool:
     """False only where both have a unit that is known here and they differ, or numerals of different bases."""
-    units = _canonical(split_unit(gold)[1]), _canonical(split_unit(answer)[1])
+    units = canonical_unit(split_unit(gold)[1]), canonical_unit(split_unit(answer)[1])
     return not all(units) or units[0] == units[1]
 
 
-def _canonical(unit: str) -> str:
+def canonical_unit(unit: str) -> str:
     """One spelling, or "" when it has a part that is unknown."""
     if unit.startswith("base "):
         return unit
     plain = re.sub(r"\\text\s*\{([^{}]*)\}|\\cdot", lambda match: f" {match[1] or ''} ", unit)
     plain = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", plain))
-    plain = re.sub(r"[{}\s]", " ", plain.replace("per", "/"))
+    plain = re.sub(r"[{}\s]", " ", plain.replace("per", "/").replace(".", ""))
     parts = re.findall(r"[A-Za-z]+|[-/^\d]+", plain)
     known = [_CANONICAL.get(part, _CANONICAL.get(part.lower())) if part.isalpha() else part for part in parts]
     return " ".join(part for part in known if part) if all(known) else ""
