@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.reward.answers import boxed_answer, stated_answer
+from megatron_rl.reward.compare import same_answer
 from megatron_rl.reward.latex import clean
 from megatron_rl.reward.limits import excess
+from megatron_rl.reward.math import settle_math
 from megatron_rl.reward.pool import RewardPool
+from megatron_rl.reward.stem import settle_stem
 from megatron_rl.reward.symbolic import equal_expressions
 from megatron_rl.reward.verdict import Verdict
 
@@ -22,6 +25,12 @@ DEADLINE_SECONDS = 3.0
 
 # (gold, answer); the second half of each pair is what a model may write for the first.
 EQUAL = [
+    ("x=5", "5=x"),
+    ("\\frac{1}{2}", "\\frac{1}{2} \\approx 0.5"),
+    ("|x|", "\\sqrt{x^2}"),
+    ("y=2x+1", "2x-y+1=0"),
+    ("24", "4!"),
+    ("17", "17\\text{ apples}"),
     ("1/3", "0.\\overline{3}"),
     ("2 1/3", "\\frac{7}{3}"),
     ("[0,1)", "0\\le x<1"),
@@ -111,6 +120,17 @@ EQUAL = [
     ("x\\in\\{1,2\\}", "\\{2,1\\}"),
 ]
 DIFFERENT = [
+    ("5", "4=5"),
+    ("5", "5,5,6"),
+    ("12", "12 \\text{ (not 13)}"),
+    ("3", "3 \\text{ meters and 4 feet}"),
+    ("[1,2]", "1,2"),
+    ("10\\text{ m/s}", "10 \\text{ km/h}"),
+    ("12:30 \\text{ a.m.}", "12:30 \\text{ p.m.}"),
+    ("1,234", "1.234"),
+    ("\\frac{7}{2}", "3\\frac{1}{3}"),
+    ("f(x)=2x", "g(x)=2x"),
+    ("\\frac{x^2}{2}+C", "\\frac{x^2}{2}"),
     ("\\pi", "3.14159265"),
     ("2/3", "2:3"),
     ("1/3", "0.333"),
@@ -296,6 +316,37 @@ def test_values_that_are_tiny_or_close_are_still_told_apart():
     assert equal_expressions("\\frac{1}{2004!}", "\\frac{2005}{2005!}")
     assert not equal_expressions("10^{40}", "10^{40}+1")
     assert not equal_expressions("\\pi", "3.14159265358979323846")
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["\\frac", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "\\text{", "1", "23", ".", ",", " ", "and", "x",
+         "=", "<", "\\le", "\\cup", "^", "_", "\\pm", "\\%", "\\$", "$", "\\infty", "-", "\\begin{pmatrix}", "\\end{pmatrix}",
+         "&", "\\\\", "\\", "\\boxed{", "\\overline{", "cm", "\\approx", "\\in", ":", "!", "/", "e5", "\u2028"]
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@given(PIECES, PIECES)
+def test_no_text_makes_the_callers_part_raise(response, gold):
+    """What runs in the caller runs on its event loop, for whatever a model writes."""
+    for settle in (settle_math, settle_stem):
+        settle(f"\\boxed{{{''.join(response)}}}", "".join(gold))
+    stated_answer("".join(response))
+    same_answer(clean("".join(gold)), clean("".join(response)), lambda gold, answer: False)
+
+
+@pytest.mark.parametrize(
+    "piece", ["1,", "0.3", "\\frac1", "\\text{ cm}", "\\cup", "x or ", "{", "k=", "\\boxed{1},", "$1$ "]
+)
+def test_the_callers_part_takes_little_time_for_long_answers(piece):
+    text = (piece * 2000)[:1990]
+    started = time.process_time()
+    for _ in range(5):
+        settle_math(f"\\boxed{{{text}}}", "x+1")
+        settle_stem(f"\\boxed{{{text}}}", "5 \\text{ cm}")
+    assert time.process_time() - started < 1.0  # a hundredth of that on an idle machine
 
 
 HOSTILE = {

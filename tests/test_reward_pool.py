@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from megatron_rl.reward.pool import REWARD_KINDS, WORKER_MEMORY_BYTES, RewardKind, RewardPool
+from megatron_rl.reward.pool import REWARD_KINDS, WAITING_PER_WORKER, WORKER_MEMORY_BYTES, RewardKind, RewardPool
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
 # Passes every limit on its text, and takes sympy minutes.
@@ -127,10 +127,35 @@ def test_a_worker_that_crashes_or_raises_or_fills_memory_is_an_error_of_its_item
     with RewardPool("misbehave", workers=1, timeout_seconds=10.0) as pool:
         verdicts = pool.score([(command, "") for command in ("good", "die", "good", "raise", "fill", "good")])
     assert [v.reason for v in verdicts] == ["correct", "error", "correct", "error", "error", "correct"]
+    assert [v.details.partition(":")[0] for v in verdicts] == ["", "ProcessExpired", "", "KeyError", "MemoryError", ""]
     # the crash cost a process; the exception and the memory limit did not
     pids = [verdicts[index].seconds for index in (0, 2, 5)]
     assert pids[0] != pids[1]
     assert pids[1] == pids[2]
+
+
+@pytest.mark.usefixtures("misbehaving_kind")
+def test_items_are_taken_only_as_workers_get_to_them():
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for _ in range(200):
+            taken += 1
+            yield "good", ""
+
+    with RewardPool("misbehave", workers=1, timeout_seconds=10.0) as pool:
+        schedule, ahead = pool._schedule, []
+
+        def counted(boxed, answer):
+            ahead.append(taken - sum(future.done() for future in futures))
+            futures.append(schedule(boxed, answer))
+            return futures[-1]
+
+        futures = []
+        pool._schedule = counted
+        assert [v.reason for v in pool.score(items())] == ["correct"] * 200
+    assert max(ahead) <= WAITING_PER_WORKER + 1
 
 
 @pytest.mark.usefixtures("misbehaving_kind")

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 # Above this a power of ten is not written out: 10^10^10 must not become a number.
 _MAX_EXPONENT = 400
+_MAX_CONTINUED = 60
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 _DECIMAL = re.compile(rf"({_DIGITS})?(?:\.(\d*))?")
 _RECURRING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\((\d+)\))")
@@ -111,7 +112,8 @@ def _recurring(text: str) -> Fraction | None:
     if match:
         whole, fixed, period = match[1], match[2], match[3] or match[4]
     else:
-        match = _CONTINUED.fullmatch(text)
+        # Only of few digits: the search for a period takes time in the cube of their number.
+        match = _CONTINUED.fullmatch(text) if len(text) <= _MAX_CONTINUED else None
         if not match:
             return None
         whole, fixed, period = match[1], match[2], match[3]
