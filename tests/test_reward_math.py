@@ -25,6 +25,7 @@ DEADLINE_SECONDS = 3.0
 
 # (gold, answer); the second half of each pair is what a model may write for the first.
 EQUAL = [
+    ("(A)(B)", "BA"),
     ("x=5", "5=x"),
     ("\\frac{1}{2}", "\\frac{1}{2} \\approx 0.5"),
     ("|x|", "\\sqrt{x^2}"),
@@ -120,6 +121,7 @@ EQUAL = [
     ("x\\in\\{1,2\\}", "\\{2,1\\}"),
 ]
 DIFFERENT = [
+    ("(A)(B)", "A"),
     ("5", "4=5"),
     ("5", "5,5,6"),
     ("12", "12 \\text{ (not 13)}"),
@@ -321,8 +323,9 @@ def test_values_that_are_tiny_or_close_are_still_told_apart():
 PIECES = st.lists(
     st.sampled_from(
         ["\\frac", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "\\text{", "1", "23", ".", ",", " ", "and", "x",
-         "=", "<", "\\le", "\\cup", "^", "_", "\\pm", "\\%", "\\$", "$", "\\infty", "-", "\\begin{pmatrix}", "\\end{pmatrix}",
-         "&", "\\\\", "\\", "\\boxed{", "\\overline{", "cm", "\\approx", "\\in", ":", "!", "/", "e5", "\u2028"]
+         "=", "<", "\\le", "\\cup", "^", "_", "\\pm", "\\%", "\\$", "$", "\\infty", "-", "\\begin{pmatrix}",
+         "\\end{pmatrix}", "&", "\\\\", "\\", "\\boxed{", "\\overline{", "cm", "\\approx", "\\in", ":", "!", "/",
+         "e5", "\u2028"]
     ),
     max_size=40,
 )  # fmt: skip
@@ -381,16 +384,18 @@ def test_hostile_answers_end_in_time_and_others_keep_their_latency():
     async def all_of_them(pool: RewardPool) -> list[tuple[Verdict, float]]:
         return await asyncio.gather(*(judged(pool, pair) for pair in hostile + good))
 
-    with RewardPool("math", workers=2, timeout_seconds=2.0) as pool:
+    with RewardPool("math", workers=2, timeout_seconds=DEADLINE_SECONDS) as pool:
         pool.score(good[:4])
         found = asyncio.run(all_of_them(pool))
     verdicts = dict(zip(HOSTILE, found, strict=False))
     assert {name: v.reason for name, (v, _) in verdicts.items() if v.reason not in ("wrong", "timeout", "error")} == {}
     gave_up = [name for name, (v, _) in verdicts.items() if v.reason in ("timeout", "error")]
-    assert len(gave_up) <= 4, f"{gave_up} should be cut by their text"
-    assert all(v.reason == "correct" for v, _ in found[len(hostile) :])
-    # Two workers, at most four items that take them 2 s each: nobody waits for more than two of those.
-    assert max(seconds for _, seconds in found[len(hostile) :]) < 2 * 2.0 + 4.0
+    assert len(gave_up) <= 3, f"{gave_up} should be cut by their text"
+    assert all(v.seconds <= DEADLINE_SECONDS for v, _ in found)
+    assert [v.reason for v, _ in found[len(hostile) :]] == ["correct"] * len(good)
+    # Two workers and at most three items that hold one for the deadline: nobody waits for more than two of those. The
+    # rest is for a machine that does other work too.
+    assert max(seconds for _, seconds in found[len(hostile) :]) < 2 * DEADLINE_SECONDS + 6.0
 
 
 def test_a_reference_answer_that_cannot_be_computed_is_an_error_of_the_data():

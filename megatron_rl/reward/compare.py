@@ -117,8 +117,9 @@ def _same_words(gold: str, answer: str) -> bool | None:
 
 
 def _label(words: str) -> tuple[str, str] | None:
+    """(letter, text) of "(B)", "B" and "(B) Paris". (A)(B) is a product."""
     match = _LABEL.fullmatch(words)
-    return (match[1] or match[2], match[3]) if match else None
+    return (match[1] or match[2], match[3]) if match and not re.match(r"[-+*/^=(]", match[3]) else None
 
 
 def _same_choice(gold: tuple[str, str], answer: str) -> bool | None:

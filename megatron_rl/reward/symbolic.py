@@ -19,6 +19,8 @@ _POINTS = ("1.3717", "0.6291", "2.1843", "0.8159", "1.7321", "3.0417", "0.4373",
 _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dots)")
 # Words outside of an index; the parser would leave them out, and "12 (not 13)" be 12.
 _PROSE = re.compile(r"(?<![_{])(?<!_\{)\\text\s*\{[^{}]*[A-Za-z]{2}")
+# A single expression that is longer than this and than two gold answers is not read: parsing takes a second for 2,000.
+MAX_EXPRESSION_CHARACTERS = 500
 # Digits from which a decimal reference answer counts as rounded; fewer may be exact.
 _ROUNDED_FROM_DIGITS = 4
 
@@ -35,6 +37,8 @@ def equal_expressions(gold: str, answer: str) -> bool:
 
     Also True where the gold answer is a decimal of four or more significant digits and the exact answer rounds to it.
     """
+    if len(answer) > max(MAX_EXPRESSION_CHARACTERS, 2 * len(gold)):
+        return False
     parsed = _parse(gold), _parse(answer)
     if parsed[0] is None or parsed[1] is None:
         return False
