@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=3.0, help="seconds per pair")
     args = parser.parse_args()
+    if not args.pairs.is_file():
+        parser.error(f"{args.pairs} does not exist; give a file of labelled pairs")
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with args.pairs.open() as file:
         for row in map(json.loads, file):

@@ -14,6 +14,8 @@ _MAX_TOWER = 2
 _POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*\(?\s*-?\s*(\d+)")
 _POWER_OF_POWER = re.compile(r"\^\s*\{?\s*[-(]*\s*(\d+)\s*(?:\^\s*\{?\s*\(?\s*(\d+)|(!))")
 _EXPONENT = re.compile(r"\s*(?:([{(])|\d+|\\[a-zA-Z]+|.)", re.DOTALL)
+# A number to the power of a number, somewhere inside of an exponent.
+_INNER_POWER = re.compile(r"(\d+)\s*[)}]*\s*\^\s*\{?\s*(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*!")
 _FACTORIAL_OF_LARGE = re.compile(r"[!^][^()a-zA-Z]*[)\}\]]+\s*!|!\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)|\{\s*(\d+)\s*\\choose")
@@ -64,6 +66,9 @@ def _tower_height(answer: str) -> int:
     opened: list[int] = []  # the level outside of each open bracket
     while position < len(answer):
         character = answer[position]
+        inner = _INNER_POWER.match(answer, position) if level and character.isdigit() else None
+        if inner and _is_large_power((inner[1], inner[2], "")):
+            return _MAX_TOWER + 1
         if character == "^" and (exponent := _EXPONENT.match(answer, position + 1)):
             chain += 1
             highest = max(highest, level + chain)
