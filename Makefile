@@ -24,7 +24,7 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines reproduce-mini clean
+.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,9 @@ bench-rollout: install  ## sampler against the bare server, C3PO++ against waiti
 
 bench-engines: install install-sglang  ## the embedded server beside real SGLang on a CPU, as JSON
 	$(BIN)/python tools/bench_engines.py
+
+bench-rewards: install  ## the math reward beside plain math-verify on labelled pairs: agreement, deadlines, pairs/s, as JSON
+	$(BIN)/python tools/bench_rewards.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)

@@ -10,10 +10,11 @@ import time
 import psutil
 import pytest
 
-from megatron_rl.reward.pool import REWARD_KINDS, WORKER_MEMORY_BYTES, RewardKind, RewardPool
+from megatron_rl.reward.pool import REWARD_KINDS, WAITING_PER_WORKER, WORKER_MEMORY_BYTES, RewardKind, RewardPool
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
-POWER_TOWER = "\\boxed{9^{9^{9^{9^{9}}}}}"
+# Passes every limit on its text, and takes sympy minutes.
+ENDLESS = "\\boxed{\\sum_{k=1}^{9999} k!}"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_an_equal_string_is_correct_even_where_it_cannot_be_parsed(math_pool):
 
 def test_a_hostile_answer_times_out_and_costs_no_other_item_its_verdict(impatient_pool):
     good = [(f"\\boxed{{{n}.0}}", str(n)) for n in range(20)]
-    verdicts = impatient_pool.score([*good[:10], (POWER_TOWER, "1"), *good[10:]])
+    verdicts = impatient_pool.score([*good[:10], (ENDLESS, "1"), *good[10:]])
     assert [v.reason for v in verdicts] == ["correct"] * 10 + ["timeout"] + ["correct"] * 10
     assert verdicts[10].score == 0.0
     assert verdicts[10].seconds == 2.0
@@ -110,7 +111,7 @@ def test_async_scores_leave_the_event_loop_free(impatient_pool):
 
     async def score_while_ticking() -> list[Verdict]:
         ticking = asyncio.create_task(tick())
-        responses = ["\\boxed{0.5}", POWER_TOWER, "\\boxed{3}", "none"]
+        responses = ["\\boxed{0.5}", ENDLESS, "\\boxed{3}", "none"]
         verdicts = await asyncio.gather(*(impatient_pool.score_async(text, "\\frac{1}{2}") for text in responses))
         ticking.cancel()
         return verdicts
@@ -126,10 +127,35 @@ def test_a_worker_that_crashes_or_raises_or_fills_memory_is_an_error_of_its_item
     with RewardPool("misbehave", workers=1, timeout_seconds=10.0) as pool:
         verdicts = pool.score([(command, "") for command in ("good", "die", "good", "raise", "fill", "good")])
     assert [v.reason for v in verdicts] == ["correct", "error", "correct", "error", "error", "correct"]
+    assert [v.details.partition(":")[0] for v in verdicts] == ["", "ProcessExpired", "", "KeyError", "MemoryError", ""]
     # the crash cost a process; the exception and the memory limit did not
     pids = [verdicts[index].seconds for index in (0, 2, 5)]
     assert pids[0] != pids[1]
     assert pids[1] == pids[2]
+
+
+@pytest.mark.usefixtures("misbehaving_kind")
+def test_items_are_taken_only_as_workers_get_to_them():
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for _ in range(200):
+            taken += 1
+            yield "good", ""
+
+    with RewardPool("misbehave", workers=1, timeout_seconds=10.0) as pool:
+        schedule, ahead = pool._schedule, []
+
+        def counted(boxed, answer):
+            ahead.append(taken - sum(future.done() for future in futures))
+            futures.append(schedule(boxed, answer))
+            return futures[-1]
+
+        futures = []
+        pool._schedule = counted
+        assert [v.reason for v in pool.score(items())] == ["correct"] * 200
+    assert max(ahead) <= WAITING_PER_WORKER + 1
 
 
 @pytest.mark.usefixtures("misbehaving_kind")
@@ -173,13 +199,13 @@ def test_a_busy_worker_does_not_outlive_a_killed_owner():
         "from megatron_rl.reward.pool import RewardPool\n"
         "if __name__ == '__main__':\n"
         "    pool = RewardPool('math', workers=1, timeout_seconds=60)\n"
-        "    pool.score([('\\\\boxed{0.5}', '1')])\n"
-        "    pool._start(sys.argv[1], '1')\n"
+        "    pool.score([('\\\\boxed{y}', 'x')])\n"
+        "    pool._schedule(sys.argv[1][7:-1], 'x')\n"
         "    time.sleep(0.5)\n"
         "    print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
         "    time.sleep(60)\n"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code, POWER_TOWER], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", code, ENDLESS], stdout=subprocess.PIPE, text=True)
     pids: list[int] = []
     try:
         assert owner.stdout is not None
@@ -206,7 +232,7 @@ def test_the_exact_kind_runs_inline_and_starts_no_process():
 
 
 def test_wrong_settings_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="one of exact, math, got 'maths'"):
+    with pytest.raises(ValueError, match="one of choice, exact, math, stem, got 'maths'"):
         RewardPool("maths", workers=1, timeout_seconds=1.0)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         RewardPool("math", workers=0, timeout_seconds=1.0)

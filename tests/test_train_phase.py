@@ -9,6 +9,7 @@ import pytest
 from samples import make_sample, make_schedule
 
 from megatron_rl.c3po.packing import CostModel
+from megatron_rl.errors import Fault
 from megatron_rl.records import Group, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.phase import Phase
@@ -84,3 +85,29 @@ def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
     (carried,) = (row for row in rows if row["position"] == 90)
     assert (carried["prompt_id"], carried["policy_versions"], carried["reason"]) == ("prompt-90", {"2": 6}, "wrong")
     assert (carried["outcome"], carried["num_loss_tokens"], carried["response"]) == ("trained", 6, "6")
+
+
+def phase_with_reasons(reasons: list[str]) -> Phase:
+    """make_phase, but of one group more whose samples have these reasons: 8 + n responses."""
+    phase = make_phase()
+    judged = group(5, [3] * len(reasons), [0.0] * len(reasons))
+    samples = tuple(replace(s, reason=reason) for s, reason in zip(judged.samples, reasons, strict=True))
+    phase.collected.filtered.append(replace(judged, samples=samples))
+    return phase
+
+
+def test_many_responses_without_a_verdict_stop_the_run_and_few_do_not() -> None:
+    def check(reasons: list[str], share: float) -> None:
+        phase_with_reasons(reasons).check_rewards(share, lambda position: f"prompt-{position}", lambda ids: "the end")
+
+    check(["wrong"] * 92, 0.2)
+    check(["timeout"] * 20 + ["wrong"] * 72, 0.2)  # 20 of 100 are not more than that share
+    check(["error"] * 7, 0.2)  # 7 of 15 are, but they are few
+    check(["error"] * 50, 1.0)
+    with pytest.raises(Fault) as caught:
+        check(["timeout"] * 20 + ["error"] + ["wrong"] * 71, 0.2)
+    message = str(caught.value)
+    assert "21 of 100 responses could not be judged (20 timeouts, 1 errors), a share of 0.21" in message
+    assert "reward.max_error_share = 0.2" in message
+    assert "prompt-5 (timeout): ...'the end'" in message
+    assert "raise reward.timeout_seconds" in message

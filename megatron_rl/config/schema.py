@@ -313,7 +313,8 @@ class AlgorithmSection(Section):
 
 
 class RewardSection(Section):
-    kind: Literal["exact", "math"] = "exact"
+    # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
+    kind: Literal["exact", "math", "stem"] = "exact"
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
@@ -322,6 +323,13 @@ class RewardSection(Section):
     )
     workers: Positive = 2
     timeout_seconds: float = Field(default=3.0, gt=0)
+    max_error_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="a phase of which a greater share of responses could not be judged (timeout, error) stops the run: "
+        "they score 0 though nobody knows that they are wrong; 1 is off",
+    )
 
 
 class EvaluateSection(Section):

@@ -1,6 +1,7 @@
-"""The final answer of a response: its last `\\boxed{...}`."""
+"""The boxes of a response: `\\boxed{...}`."""
 
 import re
+from collections.abc import Callable
 
 _OPENING = re.compile(r"\\boxed\s*\{")
 
@@ -14,10 +15,30 @@ def last_boxed(text: str) -> str | None:
     start = None
     for match in _OPENING.finditer(text):
         start = match.end()
-    if start is None:
-        return None
-    depth, position = 1, start
-    while position < len(text):
+    end = None if start is None else _closing(text, start, len(text))
+    return None if end is None else text[start:end]
+
+
+def last_boxes(text: str, belongs: Callable[[str], bool]) -> list[str]:
+    """The last box and those before it, in their order, as long as `belongs` says of the text between one box and the
+    next that they are one answer. Empty where `last_boxed` is None. Linear in the length of `text`."""
+    openings = list(_OPENING.finditer(text))
+    last = last_boxed(text)
+    if last is None:
+        return []
+    found = [last]
+    for opening, following in zip(openings[-2::-1], openings[:0:-1], strict=True):
+        end = _closing(text, opening.end(), following.start())
+        if end is None or not belongs(text[end + 1 : following.start()]):
+            break
+        found.insert(0, text[opening.end() : end])
+    return found
+
+
+def _closing(text: str, position: int, limit: int) -> int | None:
+    """Where the brace closes that was opened just before `position`, or None when that is not before `limit`."""
+    depth = 1
+    while position < limit:
         character = text[position]
         if character == "\\":
             position += 1
@@ -26,6 +47,6 @@ def last_boxed(text: str) -> str | None:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return text[start:position]
+                return position
         position += 1
     return None

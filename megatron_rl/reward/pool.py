@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +19,7 @@ from pebble import ProcessPool
 
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
+from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 WORKER_MEMORY_BYTES = 2 * 1024**3
 # A worker is replaced after this many items, so that sympy's caches do not grow into its memory limit.
 ITEMS_PER_WORKER = 2000
+# Items handed to the workers ahead of time. More would only hold memory, and wait longer once a pool is cancelled.
+WAITING_PER_WORKER = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +39,31 @@ class RewardKind:
         linear time, no evaluation of what the response says.
     judge: (what settle returned, answer) -> verdict, in a worker. None: settle always gives the verdict.
     warm_up: run once in each new worker. Functions are pickled by name, so they live at the top of a module.
+    preload: a module whose import does the same in the server that workers are forked from; without it, or where that
+        server was started by somebody else, every worker that replaces another spends a second on its imports.
     """
 
     settle: Callable[[str, str], Verdict | str]
     judge: Callable[[str, str], Verdict] | None = None
     warm_up: Callable[[], None] | None = None
+    preload: str | None = None
 
 
 REWARD_KINDS: dict[str, RewardKind] = {
+    "choice": RewardKind(settle=choice_verdict),
     "exact": RewardKind(settle=exact_verdict),
-    "math": RewardKind(settle=math_reward.settle_math, judge=math_reward.judge_boxed, warm_up=math_reward.warm_up),
+    "math": RewardKind(
+        settle=math_reward.settle_math,
+        judge=math_reward.judge_boxed,
+        warm_up=math_reward.warm_up,
+        preload="megatron_rl.reward.preload_math",
+    ),
+    "stem": RewardKind(
+        settle=settle_stem,
+        judge=judge_value,
+        warm_up=math_reward.warm_up,
+        preload="megatron_rl.reward.preload_math",
+    ),
 }
 
 
@@ -67,30 +87,44 @@ class RewardPool:
         self._kind = REWARD_KINDS[kind]
         self._processes: ProcessPool | None = None
         self._closed = False
+        self._room: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def score(self, items: Iterable[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response text, answer) pairs, in their order."""
-        started = [(answer, self._start(text, answer)) for text, answer in items]
-        return [
-            outcome if isinstance(outcome, Verdict) else self._wait(answer, *outcome) for answer, outcome in started
-        ]
+        """Verdicts of (response text, answer) pairs, in their order. Takes items only as workers get to them."""
+        verdicts: list[Verdict | None] = []
+        waiting: deque[tuple[int, str, str, Future[Verdict]]] = deque()
+        for text, answer in items:
+            if len(waiting) >= self._max_waiting:
+                index, expected, boxed, future = waiting.popleft()
+                verdicts[index] = self._wait(expected, boxed, future)
+            outcome = self._settle(text, answer)
+            if isinstance(outcome, Verdict):
+                verdicts.append(outcome)
+            else:
+                waiting.append((len(verdicts), answer, outcome, self._schedule(outcome, answer)))
+                verdicts.append(None)
+        for index, expected, boxed, future in waiting:
+            verdicts[index] = self._wait(expected, boxed, future)
+        return [verdict for verdict in verdicts if verdict is not None]
 
     async def score_async(self, response_text: str, answer: str) -> Verdict:
         """Like `score` for one item; does not block the event loop. Cancelling it ends the worker's item too."""
-        outcome = self._start(response_text, answer)
-        if isinstance(outcome, Verdict):
-            return outcome
-        boxed, future = outcome
-        try:
-            return await asyncio.wrap_future(future)
-        except BrokenProcessPool:
-            future = self._schedule(boxed, answer)
-        except Exception as error:
-            return self._give_up(error)
-        try:
-            return await asyncio.wrap_future(future)
-        except Exception as error:
-            return self._give_up(error)
+        boxed = self._settle(response_text, answer)
+        if isinstance(boxed, Verdict):
+            return boxed
+        async with self._room.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_waiting)):
+            try:
+                return await asyncio.wrap_future(self._schedule(boxed, answer))
+            except BrokenProcessPool:
+                future = self._schedule(boxed, answer)
+            except Exception as error:
+                return self._give_up(error)
+            try:
+                return await asyncio.wrap_future(future)
+            except Exception as error:
+                return self._give_up(error)
 
     def close(self) -> None:
         """End every worker, also a busy one; items that are still waiting are cancelled. Safe to call twice."""
@@ -106,11 +140,14 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, response_text: str, answer: str) -> Verdict | tuple[str, "Future[Verdict]"]:
+    @property
+    def _max_waiting(self) -> int:
+        return WAITING_PER_WORKER * self.workers
+
+    def _settle(self, response_text: str, answer: str) -> Verdict | str:
         if self._closed:
             raise ValueError("this RewardPool is closed; make a new one")
-        settled = self._kind.settle(response_text, answer)
-        return settled if isinstance(settled, Verdict) else (settled, self._schedule(settled, answer))
+        return self._kind.settle(response_text, answer)
 
     def _wait(self, answer: str, boxed: str, future: "Future[Verdict]") -> Verdict:
         try:
@@ -131,13 +168,18 @@ class RewardPool:
             self._processes.stop()
             self._processes.join()
             self._processes = None
+        if self._closed:
+            raise ValueError("this RewardPool was closed while items were waiting")
         if self._processes is None:
+            context = multiprocessing.get_context("forkserver")
+            if self._kind.preload:
+                context.set_forkserver_preload(["__main__", self._kind.preload])
             self._processes = ProcessPool(
                 max_workers=self.workers,
                 max_tasks=ITEMS_PER_WORKER,
                 initializer=_initialize_worker,
                 initargs=(self._kind.warm_up,),
-                context=multiprocessing.get_context("forkserver"),
+                context=context,
             )
         return self._processes.schedule(self._kind.judge, args=(boxed, answer), timeout=self.timeout_seconds)
 
@@ -146,9 +188,10 @@ class RewardPool:
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(f"reward {self.kind}: workers end before they take an item; see their stderr") from error
         if isinstance(error, TimeoutError):
-            return make_verdict("timeout", self.timeout_seconds)
-        logger.warning("reward %s: a worker failed: %s: %.200s", self.kind, type(error).__name__, error)
-        return make_verdict("error")
+            return make_verdict("timeout", self.timeout_seconds, f"not done after {self.timeout_seconds:g} s")
+        details = f"{type(error).__name__}: {error!s:.200}"
+        logger.warning("reward %s: a worker failed: %s", self.kind, details)
+        return make_verdict("error", details=details)
 
 
 def _initialize_worker(warm_up: Callable[[], None] | None) -> None:

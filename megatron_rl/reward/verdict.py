@@ -14,12 +14,14 @@ class Verdict:
     reason: "timeout" and "error" mean that the judge gave up, not that the answer was shown to be wrong.
     seconds: time spent judging, waiting for a free worker not included; for "timeout" the limit that was hit;
         0.0 for "error", where it is unknown.
+    details: why, for people; empty where the reason says it all.
     """
 
     score: float
     reason: Reason
     seconds: float
+    details: str = ""
 
 
-def make_verdict(reason: Reason, seconds: float = 0.0) -> Verdict:
-    return Verdict(score=1.0 if reason == "correct" else 0.0, reason=reason, seconds=seconds)
+def make_verdict(reason: Reason, seconds: float = 0.0, details: str = "") -> Verdict:
+    return Verdict(score=1.0 if reason == "correct" else 0.0, reason=reason, seconds=seconds, details=details)

@@ -129,7 +129,7 @@ class Collector:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
 
         StopRequested when a signal came, WeightsNeeded when no server is left that has them: the phase is abandoned
-        and nothing of it is kept.
+        and nothing of it is kept. Fault when too many responses could not be judged (`Phase.check_rewards`).
         """
         config = self._config
         started = time.perf_counter()
@@ -180,6 +180,7 @@ class Collector:
             self._name_of,
             self._tokenizer.decode,
         )
+        phase.check_rewards(config.reward.max_error_share, self._name_of, self._tokenizer.decode)
         metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
         metrics |= {
             "rollout_seconds": rollout_seconds,

@@ -1,6 +1,7 @@
 """One rollout phase as it ended: every sample of it, what became of each, and the numbers for the log."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,17 @@ import numpy as np
 
 from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
+from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.rollout.sampler import Collected
+
+Decode = Callable[[list[int]], str]
+
+_GAVE_UP = ("timeout", "error")
+# Fewer responses without a verdict are bad luck in a small phase.
+_MIN_GAVE_UP = 8
+_NUM_EXAMPLES = 3
+_EXAMPLE_CHARACTERS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +55,7 @@ class Phase:
             yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
         yield from ((sample, "dropped: stale", 0) for sample in self.stale)
 
-    def write(self, path: Path, name_of: Callable[[int], str], decode: Callable[[list[int]], str]) -> None:
+    def write(self, path: Path, name_of: Callable[[int], str], decode: Decode) -> None:
         """One JSON row per sample. name_of: a prompt's id in the data from its position in the stream."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
@@ -62,6 +72,26 @@ class Phase:
                 for response in group.responses:
                     row = _row(response, name_of, decode) | {"outcome": "dropped: kept for too long"}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def check_rewards(self, max_error_share: float, name_of: Callable[[int], str], decode: Decode) -> None:
+        """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
+        would learn from that."""
+        own = [sample for group in self.generated for sample in group.samples]
+        failed = [sample for sample in own if sample.reason in _GAVE_UP]
+        if len(failed) < _MIN_GAVE_UP or len(failed) <= max_error_share * len(own):
+            return
+        counts = Counter(sample.reason for sample in failed)
+        examples = "; ".join(
+            f"{name_of(sample.response.prompt_id)} ({sample.reason}): "
+            f"...{decode(sample.response.output_ids.tolist())[-_EXAMPLE_CHARACTERS:]!r}"
+            for sample in failed[:_NUM_EXAMPLES]
+        )
+        raise Fault(
+            f"{len(failed)} of {len(own)} responses could not be judged ({counts['timeout']} timeouts, "
+            f"{counts['error']} errors), a share of {len(failed) / len(own):.2f}, more than reward.max_error_share = "
+            f"{max_error_share:g}. For example {examples}. Look for warnings about workers in the log; raise "
+            "reward.timeout_seconds or lower reward.workers on a slow or small machine, or mend these reference answers"
+        )
 
     def metrics(self, budget_tokens: int | None, cost: CostModel) -> dict[str, Any]:
         """Of the samples generated in this phase, or of those it trains where carried ones filled the whole budget.
@@ -91,7 +121,7 @@ class Phase:
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
-            "reward_error_share": _share(seen, lambda sample: sample.reason in ("timeout", "error")),
+            "reward_error_share": _share(seen, lambda sample: sample.reason in _GAVE_UP),
             "uniform_group_share": uniform / max(1, len(self.generated)),
             "num_trained_samples": len(selected),
             "budget_use": num_loss_tokens / budget_tokens if budget_tokens else None,
@@ -121,7 +151,7 @@ class Phase:
         return barrier / busy if busy else 1.0
 
 
-def _row(response: Response, name_of: Callable[[int], str], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _row(response: Response, name_of: Callable[[int], str], decode: Decode) -> dict[str, Any]:
     versions, counts = np.unique(response.policy_versions, return_counts=True)
     return {
         "prompt_id": name_of(response.prompt_id),

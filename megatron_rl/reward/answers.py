@@ -1,0 +1,78 @@
+"""The answer that a text gives: its boxes, or what it says without one."""
+
+import re
+
+from megatron_rl.reward.boxed import last_boxes
+
+# What may stand between two boxes that give one list: `\boxed{1}$ and $\boxed{2}`. Anything longer is a new answer.
+_SEPARATOR = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\\\]|\\\[|\\\(|\\\)|\b(?:and|or)\b)*")
+_SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
+_CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)
+_END_OF_SENTENCE = re.compile(r"\.(?:\s|$)|\n|<\|")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+# Standing alone: neither a part of a word, as in AZYUK2A, nor of a longer number. A unit may follow.
+_NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)(?:\s?%)?(?!\w*\d)")
+_CHOICE = re.compile(r"(?<![\w'])\(?([A-J])\)?(?![\w'])")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]*\}|\\[a-zA-Z]+")
+_MARKED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}")
+_MAX_TAIL_CHARACTERS = 20_000
+
+
+def boxed_answer(text: str) -> str | None:
+    """What stands in the last `\\boxed{...}`; None without one, or when the last one is never closed.
+
+    Boxes before it that only a comma, "and" or "or" separates from it belong to the same answer and are joined by
+    commas: `\\boxed{1}, \\boxed{2}` answers "1,2". An earlier box that is followed by more words was revised.
+    """
+    found = last_boxes(text, lambda between: bool(_SEPARATOR.fullmatch(between) and _SAYS_MORE.search(between)))
+    return ",".join(found) if found else None
+
+
+def stated_answer(text: str) -> str:
+    """The answer of a text that need not have a box: for reference answers, and for evaluation of other models.
+
+    In this order: the box; what follows the last "answer is"; the whole text when it is no prose; the last formula; the
+    last number; the last lone letter A to J; the text itself. Training never calls this: there, no box is no answer.
+    """
+    text = text[-_MAX_TAIL_CHARACTERS:]
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
+    said = _after_cue(text)
+    if said:
+        return said if _is_bare(said) else _last_of(said) or said
+    return text if _is_bare(text) else _last_of(text) or text
+
+
+def _after_cue(text: str) -> str:
+    *_, last = [None, *_CUE.finditer(text)]
+    if last is None:
+        return ""
+    rest = text[last.end() :].strip()
+    formula = _MATH.match(rest)
+    if formula:
+        return rest[: formula.end()]
+    # Only the sentence: what follows it ("I hope it is correct.") is no answer.
+    sentence = _END_OF_SENTENCE.split(rest, maxsplit=1)[0]
+    return sentence if rest[:1] != "(" or ")" in sentence else rest
+
+
+def _is_bare(text: str) -> bool:
+    """No prose outside of formulas: at most one word, such as a unit or an answer in words, and no number behind it."""
+    outside = _COMMAND.sub(" ", _MATH.sub(" 0 ", _MARKED.sub(" ", text)))
+    words = list(_WORD.finditer(outside))
+    return not words or (len(words) == 1 and not re.search(r"\d", outside[words[0].end() :]))
+
+
+def _last_of(text: str) -> str | None:
+    """Whatever ends last, a formula or a number outside of one; without either, a letter."""
+    formulas = [(match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
+    numbers = [(match.end(), match.group().rstrip(",")) for match in _NUMBER.finditer(_MATH.sub(_blank, text))]
+    choices = [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
+    found = formulas + numbers or choices
+    return max(found)[1] if found else None
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "$" * len(match.group())

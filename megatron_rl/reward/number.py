@@ -1,0 +1,135 @@
+"""Plain numbers as exact fractions: every way in which an answer writes one, without sympy."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+# Above this a power of ten is not written out: 10^10^10 must not become a number.
+_MAX_EXPONENT = 400
+_MAX_CONTINUED = 60
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
+_DECIMAL = re.compile(rf"({_DIGITS})?(?:\.(\d*))?")
+_RECURRING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\((\d+)\))")
+_CONTINUED = re.compile(r"(\d*)\.(\d*?)(\d+?)\3{2,}\s*(?:\\[lc]?dots|\.\.\.|…)")
+_FRACTION = re.compile(r"\\frac ?(?:\{ ?([-+]? ?\d+) ?\}|(\d)) ?(?:\{ ?([-+]? ?\d+) ?\}|(\d))")
+_SLASH = re.compile(r"(\d+) ?/ ?(\d+)")
+_MIXED = re.compile(r"(\d+) ?(?:(\\frac.+)|(?<= )(\d+ ?/ ?\d+))")
+_SCIENTIFIC = re.compile(r"(.+?) ?(?:(?:\\times|\\cdot|×|\*|x) ?10 ?\^ ?\{? ?([-+]?\d+) ?\}?|[eE]([-+]?\d+))")
+_POWER_OF_TEN = re.compile(r"10 ?\^ ?\{? ?([-+]?\d+) ?\}?")
+_PERCENT = re.compile(r"(.+?) ?(?:\\?%|(?:percent|pct)(?:age)?)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """value: exact, with the percent sign left out. is_percent: whether there was one."""
+
+    value: Fraction
+    is_percent: bool = False
+
+
+def read_number(text: str) -> Number | None:
+    """The number that `text` (cleaned by `latex.clean`) is, or None when it is anything else.
+
+    Integers, thousands separated by commas or spaces, decimals, recurring decimals, fractions, mixed numbers,
+    scientific notation, percentages. A sum or product is not a number but an expression.
+    """
+    percent = _PERCENT.fullmatch(text)
+    value = _signed(percent[1] if percent else text)
+    return None if value is None else Number(value=value, is_percent=bool(percent))
+
+
+def equal_numbers(gold: Number, answer: Number) -> bool:
+    """50 = 50% (the question says what is asked) and 0.5 = 50%, as graders have it; decimals count at face value."""
+    if gold.value == answer.value:
+        return True
+    if gold.is_percent == answer.is_percent:
+        return False
+    percent, plain = (gold, answer) if gold.is_percent else (answer, gold)
+    return percent.value == 100 * plain.value
+
+
+def significant_digits(text: str) -> int:
+    """Of a plain decimal with a fractional part, and 0 for everything else."""
+    match = re.fullmatch(r"[-+]?(\d*)\.(\d+)", text)
+    return len((match[1] + match[2]).lstrip("0")) if match else 0
+
+
+def _signed(text: str) -> Fraction | None:
+    text = text.strip()
+    sign = 1
+    while text[:1] in ("-", "+", "−"):
+        sign, text = (sign if text[0] == "+" else -sign), text[1:].strip()
+        if text[:1] in ("-", "+", "−"):  # --2 is a slip, not an answer
+            return None
+    value = _unsigned(_without_group(text))
+    return None if value is None else sign * value
+
+
+def _without_group(text: str) -> str:
+    """(1/3) and {5}: one pair of brackets around everything says nothing."""
+    if text[:1] + text[-1:] in ("()", "{}") and not any(character in text[1:-1] for character in "(){}"):
+        return text[1:-1].strip()
+    return text
+
+
+def _unsigned(text: str) -> Fraction | None:
+    for read in (_decimal, _fraction, _mixed, _recurring, _scientific):
+        value = read(text)
+        if value is not None:
+            return value
+    return None
+
+
+def _decimal(text: str) -> Fraction | None:
+    match = _DECIMAL.fullmatch(text)
+    if not match or not (match[1] or match[2]):
+        return None
+    whole = re.sub("[, ]", "", match[1] or "0")
+    return Fraction(f"{whole}.{match[2]}") if match[2] else Fraction(whole)
+
+
+def _fraction(text: str) -> Fraction | None:
+    match = _FRACTION.fullmatch(text)
+    if match:
+        above, below = (re.sub(" ", "", part) for part in (match[1] or match[2], match[3] or match[4]))
+    else:
+        match = _SLASH.fullmatch(text)
+        if not match:
+            return None
+        above, below = match[1], match[2]
+    return Fraction(int(above), int(below)) if int(below) else None
+
+
+def _mixed(text: str) -> Fraction | None:
+    match = _MIXED.fullmatch(text)
+    part = _fraction(match[2] or match[3]) if match else None
+    # 2\frac{5}{3} is a product that somebody forgot to write, not two and five thirds.
+    return None if match is None or part is None or not 0 < part < 1 else int(match[1]) + part
+
+
+def _recurring(text: str) -> Fraction | None:
+    match = _RECURRING.fullmatch(text)
+    if match:
+        whole, fixed, period = match[1], match[2], match[3] or match[4]
+    else:
+        # Only of few digits: the search for a period takes time in the cube of their number.
+        match = _CONTINUED.fullmatch(text) if len(text) <= _MAX_CONTINUED else None
+        if not match:
+            return None
+        whole, fixed, period = match[1], match[2], match[3]
+    scale = 10 ** len(fixed)
+    return Fraction(int(whole + fixed or "0"), scale) + Fraction(int(period), scale * (10 ** len(period) - 1))
+
+
+def _scientific(text: str) -> Fraction | None:
+    match = _SCIENTIFIC.fullmatch(text)
+    if match:
+        mantissa, exponent = _decimal(match[1]), int(match[2] or match[3])
+    else:
+        match = _POWER_OF_TEN.fullmatch(text)
+        if not match:
+            return None
+        mantissa, exponent = Fraction(1), int(match[1])
+    if mantissa is None or abs(exponent) > _MAX_EXPONENT:
+        return None
+    return mantissa * Fraction(10) ** exponent
