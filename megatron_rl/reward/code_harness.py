@@ -436,7 +436,7 @@ class Tester:
         got = as_json(function(*case[0]))
         # APPS wraps some results in a list of one.
         if not (same(got, case[1]) or (type(case[1]) is list and len(case[1]) == 1 and same(got, case[1][0]))):
-            raise Wrong("expected %.100r, got %.100r" % (case[1], got))
+            raise Wrong(f"expected {repr(case[1])[:100]}, got {repr(got)[:100]}")
 
     def space(self, texts, prefix):
         """The tests' globals: what the task gives, then from the program what the tests name and nothing gives."""

@@ -298,8 +298,10 @@ class _Run:
             self._open += [stdout_read, stdout_write]
         else:
             stdout_read, stdout_write = self._pipe()
-        passed = [status_write]
-        options = ["--json-status-fd", str(status_write)]
+        # The sandbox waits until we hold its process 1, so that no other process can be taken for it later.
+        start_read, self._start = self._pipe()
+        passed = [status_write, start_read]
+        options = ["--json-status-fd", str(status_write), "--block-fd", str(start_read)]
         if bpf is not None:
             passed.append(self._file_of(bpf))
             options += ["--seccomp", str(passed[-1])]
@@ -412,13 +414,14 @@ class _Run:
         return len(data) > room
 
     def _find_init(self) -> None:
-        line, found, _ = self._status.partition(b"\n}")
+        line, found, _ = self._status.partition(b"\n")
         if found:
-            self._init_pid = json.loads(line + found)["child-pid"]
-            # Already gone: then all of its processes are.
+            self._init_pid = json.loads(line)["child-pid"]
+            # Killed before its first instruction: then there is nothing to hold.
             with contextlib.suppress(ProcessLookupError):
                 self._init = os.pidfd_open(self._init_pid)
                 self._open.append(self._init)
+            os.write(self._start, b"!")
 
     def _end(self) -> None:
         """Kill process 1 of the sandbox, and with it by the kernel's rule every other, and wait until all are gone."""
