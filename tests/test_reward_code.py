@@ -135,7 +135,8 @@ def test_a_program_that_takes_too_long_is_a_timeout_by_cpu_or_by_the_clock():
         # The tests in memory, on the stack and in the tester.
         "import gc, sys\ndef f(x):\n  frame = sys._getframe()\n  while frame:\n    for v in frame.f_locals.values():\n"
         "      if isinstance(v, dict) and 'asserts' in v: v['asserts'].clear()\n    frame = frame.f_back\n"
-        "  for o in gc.get_objects():\n    if isinstance(o, list) and o and 'assert f(1) == 1' in map(str, o[:3]): o.clear()\n",
+        "  for o in gc.get_objects():\n"
+        "    if isinstance(o, list) and o and 'assert f(1) == 1' in map(str, o[:3]): o.clear()\n",
         "import os\nopen(f'/proc/{os.getppid()}/mem', 'r+b')",
         "import os\ndef f(x): os.kill(os.getppid(), 9)",
         "def f(x): print('pass 0\\npass 1\\npass 2\\nend 3', flush=True)",
@@ -203,12 +204,13 @@ def adder(n): return lambda m: n + m
 def fail(): raise ValueError("bad")
 """
     asserts = [
-        "for v in (1, 1.5, 'a', b'b', None, True, 2j, (1, (2,)), [1, [2]], {1: (2, 3)}, {1, 2}, frozenset([1]), 10**50):\n"
+        "for v in (1, 1.5, 'a', b'b', None, True, 2j, (1, (2,)), [1, [2]], {1: (2, 3)}, {1, 2}, frozenset([1])):\n"
         "    assert echo(v) == v and type(echo(v)) is type(v)",
         "assert point() == (1, 2)",
         "assert count('aab') == {'a': 2, 'b': 1}",
         "assert list(walk(3)) == [0, 1, 2]",
-        "n = Node(1)\nn.next = Node(2)\nassert total(n) == 3 and n.next.value == 2 and n.next == Node(2) and n != Node(2)",
+        "n = Node(1)\nn.next = Node(2)\nassert total(n) == 3 and n.next.value == 2",
+        "assert Node(2) == Node(2) and Node(1) != Node(2)",
         "x = [1]\nfill(x)\nassert x == [1, 4]",
         "assert adder(2)(3) == 5",
         "assert int(Colour.RED) == 3 and echo(range(3)) == range(3)",
@@ -248,7 +250,8 @@ def test_function_calls_take_functions_and_solution_classes():
         ("print('2 2')", "wrong"),
         ("pass", "wrong"),
         ("while True: print('x' * 10000)", "wrong"),
-        ("import gc\nfor o in gc.get_objects():\n  if isinstance(o, tuple) and len(o) == 2 and o[0] == input(): print(o[1])", "wrong"),
+        ("import gc\nn = input()\nfor o in gc.get_objects():\n"
+         "  if isinstance(o, tuple) and len(o) == 2 and o[0] == n + '\\n': print(o[1])", "wrong"),
     ],
 )  # fmt: skip
 def test_programs_on_stdin_are_judged_by_what_they_print(source, reason):

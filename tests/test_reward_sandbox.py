@@ -143,7 +143,10 @@ def test_many_processes_and_threads_are_refused_at_the_limit(user):
     errno, count = map(int, run(user, source).stdout.split())
     assert errno == 11
     assert count < LIMITS.processes
-    threads = "import threading, time\nfor i in range(400): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    threads = """
+        import threading, time
+        for i in range(400): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    """
     assert run(user, threads).limit == "processes"
 
 
@@ -236,8 +239,9 @@ def test_no_file_of_the_host_can_be_read_or_seen(user, tmp_path):
     secret.chmod(0o644)
     source = f"""
         import os
-        paths = ['/etc/passwd', '/etc/shadow', '/root', '/home', '/var', {str(secret)!r}, {str(Path(__file__).parent)!r},
-                 '/proc/1/root/etc/passwd', '/proc/1/cwd/etc/passwd', '/proc/self/root/etc/passwd', '/oldroot', '/newroot',
+        paths = ['/etc/passwd', '/etc/shadow', '/root', '/home', '/var', {str(secret)!r}, '/oldroot', '/newroot',
+                 {str(Path(__file__).parent)!r}, '/proc/1/root/etc/passwd', '/proc/1/cwd/etc/passwd',
+                 '/proc/self/root/etc/passwd',
                  '/dev/sda', '/dev/vda', '/dev/mem', '/dev/kmsg', '/sys', '/run']
         for path in paths:
             if os.path.exists(path): print(path)

@@ -80,6 +80,8 @@ class Server:
             status, value, changed = self.load(receive(self.reader))
         except (EOFError, OSError):
             raise Gone() from None
+        except ValueError as error:
+            raise RuntimeError(f"the program's answer cannot be read: {error}") from None
         if status == "raise":
             kind, text = value
             known = getattr(builtins, str(kind), None)
@@ -340,7 +342,10 @@ def send(writer, data):
 
 
 def receive(reader):
-    return exactly(reader, min(int.from_bytes(exactly(reader, 8), "little"), MAX_MESSAGE_BYTES))
+    size = int.from_bytes(exactly(reader, 8), "little")
+    if size > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    return exactly(reader, size)
 
 
 def exactly(reader, size):

@@ -149,7 +149,7 @@ class Sandbox:
             raise SandboxUnavailable(f"bubblewrap (bwrap) is not on this machine. {_HOW_TO_GET}")
         self._bwrap = bwrap
         self._identity = Identity()
-        self._python, self._prefix = _find_python(python)
+        self.python, self._prefix = _find_python(python)
         self._filter = seccomp_filter()
         self._prove()
 
@@ -160,7 +160,7 @@ class Sandbox:
 
     def run_python(self, source: str, stdin: bytes, limits: Limits) -> RunRecord:
         """Run `source` by an interpreter that sees its standard library only; stdout is private."""
-        command = (self._python, "-I", "-S", "-X", "utf8", "-c", source)
+        command = (self.python, "-I", "-S", "-X", "utf8", "-c", source)
         return self.run(Program(command=command, stdin=stdin, private_stdout=True), limits)
 
     def run(self, program: Program, limits: Limits) -> RunRecord:
@@ -243,7 +243,7 @@ class Sandbox:
         if record.stdout != b"held\n":
             said = record.stderr.decode(errors="replace")[-500:].strip() or f"exit code {record.exit_code}"
             raise SandboxUnavailable(
-                f"the sandbox's own check with {self._python} failed: {said}. Give a Python that every user may read "
+                f"the sandbox's own check with {self.python} failed: {said}. Give a Python that every user may read "
                 f"(apt-get install -y python3). {_HOW_TO_GET}"
             )
 
