@@ -1,5 +1,7 @@
 """Code rewards: the block that counts, every kind of test, and programs that go for the tests and not for the task."""
 
+import dataclasses
+import functools
 import http.server
 import json
 import os
@@ -9,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.reward.code import Block, CodeSettings, judge_response, last_block, runner, score_code, warm_up
+from megatron_rl.config.schema import CodeSection
+from megatron_rl.reward.code import (
+    Block,
+    CodeSettings,
+    judge_code,
+    judge_response,
+    last_block,
+    runner,
+    score_code,
+    settle_code,
+    warm_up,
+)
+from megatron_rl.reward.pool import REWARD_KINDS, RewardKind, RewardPool
 from megatron_rl.reward.sandbox import Limits, Sandbox, SandboxUnavailable
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "code_dev.jsonl"
@@ -137,7 +151,6 @@ def test_a_program_that_takes_too_long_is_a_timeout_by_cpu_or_by_the_clock():
         "      if isinstance(v, dict) and 'asserts' in v: v['asserts'].clear()\n    frame = frame.f_back\n"
         "  for o in gc.get_objects():\n"
         "    if isinstance(o, list) and o and 'assert f(1) == 1' in map(str, o[:3]): o.clear()\n",
-        "import os\nopen(f'/proc/{os.getppid()}/mem', 'r+b')",
         "import os\ndef f(x): os.kill(os.getppid(), 9)",
         "def f(x): print('pass 0\\npass 1\\npass 2\\nend 3', flush=True)",
     ],
@@ -145,6 +158,69 @@ def test_a_program_that_takes_too_long_is_a_timeout_by_cpu_or_by_the_clock():
 def test_a_program_that_goes_for_its_tests_scores_nothing(source):
     judgement = judge(source, SQUARES)
     assert judgement.reason == "wrong", judgement
+
+
+@needs_sandbox
+def test_the_testers_memory_and_files_and_the_report_are_shut():
+    # The program is right only if everything is refused.
+    source = """
+import os
+opened = []
+tester = os.getppid()
+for path in (f'/proc/{tester}/mem', f'/proc/{tester}/environ', f'/proc/{tester}/fd/0', f'/proc/{tester}/fd/3',
+             f'/proc/{tester}/maps', '/proc/1/fd/1'):
+    for mode in (os.O_RDONLY, os.O_WRONLY):
+        try: opened.append((path, os.open(path, mode | os.O_NONBLOCK)))
+        except OSError: pass
+try: opened.append(os.listdir(f'/proc/{tester}/fd'))
+except OSError: pass
+assert not opened, opened
+def f(x): return x * x
+"""
+    judgement = judge(source, SQUARES)
+    assert judgement.reason == "correct", judgement
+
+
+@needs_sandbox
+def test_a_module_that_the_tests_name_is_the_real_one_and_a_function_may_bear_a_modules_name():
+    fake = "class math:\n    @staticmethod\n    def isclose(*_): return True\ndef f(x): return 0"
+    assert judge(fake, {"type": "asserts", "asserts": ["assert math.isclose(f(3), 9)"]}).reason == "wrong"
+    assert (
+        judge("def bisect(x): return x", {"type": "asserts", "asserts": ["assert bisect(3) == 3"]}).reason == "correct"
+    )
+
+
+@needs_sandbox
+def test_the_pool_kind_settles_what_needs_no_run_and_judges_the_rest():
+    assert settle_code("nothing", json.dumps(SQUARES)) == score_code("nothing", json.dumps(SQUARES))
+    settled = settle_code(fenced("def f(x): return x * x"), json.dumps(SQUARES))
+    assert settled == "python\ndef f(x): return x * x\n"
+    assert judge_code(settled, json.dumps(SQUARES), SETTINGS).reason == "correct"
+    kind = RewardKind(settle=settle_code, judge=functools.partial(judge_code, settings=SETTINGS), warm_up=warm_up)
+    REWARD_KINDS["code under test"] = kind
+    try:
+        with RewardPool("code under test", workers=1, timeout_seconds=30.0) as pool:
+            answer = json.dumps(SQUARES)
+            texts = [fenced("def f(x): return x * x"), "nothing", fenced("def f(x): return 1")]
+            reasons = [verdict.reason for verdict in pool.score([(text, answer) for text in texts])]
+    finally:
+        del REWARD_KINDS["code under test"]
+    assert reasons == ["correct", "no_answer", "wrong"]
+
+
+def test_the_configuration_has_the_settings_fields_and_defaults():
+    assert CodeSettings(**CodeSection().model_dump()) == CodeSettings()
+    assert set(CodeSection.model_fields) == {field.name for field in dataclasses.fields(CodeSettings)}
+
+
+@needs_sandbox
+def test_text_that_is_no_text_costs_only_itself():
+    assert judge("def f(x): return '\ud800'", SQUARES).reason == "wrong"
+    assert judge("def f(x): return x\0", SQUARES).reason == "wrong"
+    broken = {"type": "stdin_stdout", "cases": [{"input": "\ud800", "output": ""}]}
+    assert judge("print()", broken).reason == "error"
+    assert judge("(" * 100_000, SQUARES).reason == "wrong"
+    assert judge("def f(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y", SQUARES).reason == "wrong"
 
 
 @needs_sandbox

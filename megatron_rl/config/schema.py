@@ -312,6 +312,23 @@ class AlgorithmSection(Section):
         return self.correction != "none" or self.old_logprobs == "train"
 
 
+class CodeSection(Section):
+    """How code rewards run programs; the fields of reward.code.CodeSettings."""
+
+    seconds: float = Field(
+        default=10.0, gt=0, description="of one response, all of its tests; below reward.timeout_seconds"
+    )
+    cpu_seconds: Positive = Field(default=6, description="of CPU time of the program; on stdin, of each test")
+    memory_bytes: int = Field(default=1024**3, ge=64 * 1024**2, description="of all processes of one program")
+    processes: int = Field(default=32, ge=8, description="and threads of one program, the sandbox's own included")
+    python: str | None = Field(default=None, description="interpreter for programs; none takes /usr/bin/python3")
+    cpp_compiler: tuple[str, ...] = Field(
+        default=(),
+        description='such as ["/usr/bin/g++", "-O2", "-std=c++17"], for blocks marked as C++ with tests on stdin',
+    )
+    endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
+
+
 class RewardSection(Section):
     kind: Literal["exact", "math"] = "exact"
     overlong_buffer_tokens: int = Field(
@@ -322,6 +339,7 @@ class RewardSection(Section):
     )
     workers: Positive = 2
     timeout_seconds: float = Field(default=3.0, gt=0)
+    code: CodeSection = CodeSection()
 
 
 class EvaluateSection(Section):

@@ -94,6 +94,18 @@ def last_block(text: str) -> Block | None:
     return last
 
 
+def settle_code(response_text: str, answer: str) -> Verdict | str:
+    """For the pool: "no_answer" at once, otherwise what `judge_code` needs, the block's tag and source."""
+    block = last_block(response_text)
+    return make_verdict("no_answer") if block is None else f"{block.tag}\n{block.source}"
+
+
+def judge_code(tagged_source: str, answer: str, settings: CodeSettings | None = None) -> Verdict:
+    """For the pool's workers. A worker that is killed takes its sandbox with it."""
+    tag, _, source = tagged_source.partition("\n")
+    return judge_block(Block(tag=tag, source=source), answer, settings or CodeSettings()).verdict()
+
+
 def score_code(response_text: str, answer: str, settings: CodeSettings | None = None) -> Verdict:
     """Judge one response; see `judge_response`."""
     return judge_response(response_text, answer, settings).verdict()
@@ -114,24 +126,20 @@ def judge_response(response_text: str, answer: str, settings: CodeSettings | Non
 def judge_block(block: Block, answer: str, settings: CodeSettings) -> Judgement:
     try:
         job = _job(block, json.loads(answer), settings)
+        limits = _limits(job, settings)
     except (KeyError, TypeError, ValueError) as error:
         return _without_run("error", f"the tests cannot be read: {type(error).__name__}: {error}"[:DETAIL_CHARACTERS])
+    job["output_bytes"] = limits.output_bytes
     started = time.monotonic()
-    limits = settings.limits()
-    largest = max(
-        (len(text.encode()) for case in job.get("cases", ()) for text in case if isinstance(text, str)), default=0
-    )
-    limits = replace(
-        limits,
-        file_bytes=max(limits.file_bytes, 2 * largest),
-        disk_bytes=max(limits.disk_bytes, 8 * largest),
-    )
-    job["output_bytes"] = max(limits.output_bytes, 2 * largest)
     try:
         record = runner(settings).run_python(_harness(), ascii(job).encode(), limits)
     except SandboxFailure as failure:
         return _without_run("error", str(failure)[:DETAIL_CHARACTERS])
-    return _read(record, time.monotonic() - started, settings)
+    seconds = time.monotonic() - started
+    try:
+        return _read(record, seconds, settings)
+    except ValueError as error:
+        return _without_run("error", f"the tester's report cannot be read: {error}"[:DETAIL_CHARACTERS])
 
 
 def warm_up(settings: CodeSettings | None = None) -> None:
@@ -179,6 +187,19 @@ def _job(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> dict
     if num_tests == 0:
         raise ValueError("there is no test in it")
     return job
+
+
+def _limits(job: Mapping[str, Any], settings: CodeSettings) -> Limits:
+    """The settings' limits, with room for the task's own input and output."""
+    limits = settings.limits()
+    texts = [text for case in job.get("cases", ()) for text in case if isinstance(text, str)]
+    largest = max((len(text.encode()) for text in texts), default=0)
+    return replace(
+        limits,
+        output_bytes=max(limits.output_bytes, 2 * largest),
+        file_bytes=max(limits.file_bytes, 2 * largest),
+        disk_bytes=max(limits.disk_bytes, 8 * largest),
+    )
 
 
 def _program(source: str, prefix: str, entry_point: str) -> str:

@@ -431,7 +431,7 @@ class _Run:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait(_END_SECONDS)
-        if self._init is not None and not select.select([self._init], [], [], _END_SECONDS)[0]:
+        if self._init is not None and not _ends(self._init, _END_SECONDS):
             raise SandboxFailure(f"processes of a sandbox (process {self._init_pid}) outlive SIGKILL for 20 s")
 
     def _drain(self) -> None:
@@ -476,6 +476,12 @@ class _Run:
         for descriptor in self._open:
             os.close(descriptor)
         self._open.clear()
+
+
+def _ends(pidfd: int, seconds: float) -> bool:
+    poll = select.poll()  # select() takes no descriptor above 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def resident_bytes(pid: int) -> int:
