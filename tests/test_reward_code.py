@@ -151,7 +151,7 @@ def test_a_program_that_takes_too_long_is_a_timeout_by_cpu_or_by_the_clock():
         "      if isinstance(v, dict) and 'asserts' in v: v['asserts'].clear()\n    frame = frame.f_back\n"
         "  for o in gc.get_objects():\n"
         "    if isinstance(o, list) and o and 'assert f(1) == 1' in map(str, o[:3]): o.clear()\n",
-        "import os\ndef f(x): os.kill(os.getppid(), 9)",
+        "import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    os.kill(-1, 9)\n    os._exit(0)",
         "def f(x): print('pass 0\\npass 1\\npass 2\\nend 3', flush=True)",
     ],
 )
@@ -175,6 +175,7 @@ for path in (f'/proc/{tester}/mem', f'/proc/{tester}/environ', f'/proc/{tester}/
 try: opened.append(os.listdir(f'/proc/{tester}/fd'))
 except OSError: pass
 assert not opened, opened
+assert sorted(filter(str.isdigit, os.listdir('/proc'))) == ['1', str(os.getpid())]
 def f(x): return x * x
 """
     judgement = judge(source, SQUARES)
@@ -419,11 +420,11 @@ class Fusion(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         record = Sandbox().run_python(body["code"], body["stdin"].encode(), Limits(wall_seconds=body["run_timeout"]))
-        status = "TimeLimitExceeded" if record.limit == "wall" else "Finished" if record.exit_code == 0 else "Error"
+        status = "TimeLimitExceeded" if record.limit == "wall" else "Finished"
         run = {"status": status, "return_code": record.exit_code, "execution_time": record.seconds}
         run |= {"stdout": record.stdout.decode(), "stderr": record.stderr.decode()}
         answer = json.dumps(
-            {"status": "Success" if status == "Finished" else "Failed", "message": "", "run_result": run}
+            {"status": "Success" if record.exit_code == 0 else "Failed", "message": "", "run_result": run}
         )
         self.send_response(200)
         self.end_headers()

@@ -41,6 +41,15 @@ io_uring_setup io_uring_enter io_uring_register kexec_load init_module finit_mod
 name_to_handle_at personality acct quotactl swapon swapoff reboot syslog
 memfd_create memfd_secret shmget msgget semget mq_open
 """
+# bubblewrap's arguments, in this order; between _SYSTEM and _CLOSING come /proc, /dev and the tmpfs.
+_ISOLATION = """
+--unshare-user --unshare-all --as-pid-1 --uid 65534 --gid 65534 --hostname sandbox --die-with-parent --new-session
+--cap-drop ALL --clearenv --setenv PATH /usr/bin:/bin --setenv HOME /tmp/w --setenv LANG C.UTF-8
+"""
+_SYSTEM = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
+_CLOSING = "--dir /tmp/w --chdir /tmp/w --disable-userns --remount-ro /dev --remount-ro /"
+# Stands for the descriptors of one run.
+_RUN_OPTIONS = "{run options}"
 _HOW_TO_GET = (
     "Install it as root: `make install-sandbox`, or apt-get install -y --no-install-recommends bubblewrap (0.8.0 or "
     "newer). Or judge code on another machine: CodeSettings(endpoint=URL of a SandboxFusion server). "
@@ -68,7 +77,7 @@ class Limits:
     wall_seconds: of the whole run. cpu_seconds: of each process.
     memory_bytes: of address space for each process, and of resident memory for all of them together (looked at every
         50 ms, so a fast program is a little over before it ends). The tmpfs comes on top.
-    processes: and threads, with two of the sandbox's own.
+    processes: and threads.
     output_bytes: of stdout, and the same of stderr.
     file_bytes: of one file. disk_bytes: of /tmp, a quarter of it of /dev/shm; both are memory.
     """
@@ -105,7 +114,8 @@ class RunRecord:
     """What became of a program.
 
     exit_code: None if a signal ended it. signal: its number, None after an exit; a program that exits with
-        128 + N reads the same as one that died of signal N.
+        128 + N reads the same as one that died of signal N. The program is process 1 of its namespace, so a signal
+        that it sends to itself does not end it; a fault does.
     limit: the limit it ran into, or None. "wall", "memory" (of all processes together), "output" and "cpu" are
         observed; otherwise it is what the last line of stderr says, which a program may make up.
     """
@@ -172,6 +182,8 @@ class Sandbox:
             return run.finish()
 
     def _arguments(self, program: Program, limits: Limits) -> list[str]:
+        # The program is process 1: bubblewrap's own would have neither the limits nor the filter, and a program of the
+        # same user could take it over through /proc/1/mem.
         prefix = ["--ro-bind", self._prefix, self._prefix] if self._prefix else []
         limit_command = [
             "/usr/bin/prlimit",
@@ -183,56 +195,20 @@ class Sandbox:
             "--core=0",
             "--",
         ]
-        arguments = [
-            "--unshare-user",
-            "--unshare-all",
-            "--uid",
-            "65534",
-            "--gid",
-            "65534",
-            "--hostname",
-            "sandbox",
-            "--die-with-parent",
-            "--new-session",
-            "--cap-drop",
-            "ALL",
-            "--clearenv",
-            "--setenv",
-            "PATH",
-            "/usr/bin:/bin",
-            "--setenv",
-            "HOME",
-            "/tmp/w",
-            "--setenv",
-            "LANG",
-            "C.UTF-8",
-            "--ro-bind",
-            "/usr",
-            "/usr",
-            "--symlink",
-            "usr/bin",
-            "/bin",
-            "--symlink",
-            "usr/lib",
-            "/lib",
-            "--symlink",
-            "usr/lib64",
-            "/lib64",
+        shm_bytes = max(limits.disk_bytes // 4, _PAGE_BYTES)
+        mounts = f"--size {shm_bytes} --tmpfs /dev/shm --size {limits.disk_bytes} --tmpfs /tmp".split()
+        return [
+            *(self._bwrap, *_ISOLATION.split(), *_SYSTEM.split(), *prefix, "--proc", "/proc", "--dev", "/dev", *mounts),
+            *(*_CLOSING.split(), _RUN_OPTIONS, "--", *limit_command, *program.command),
         ]
-        mounts = (
-            f"--proc /proc --dev /dev --size {max(limits.disk_bytes // 4, _PAGE_BYTES)} --tmpfs /dev/shm "
-            f"--size {limits.disk_bytes} --tmpfs /tmp --dir /tmp/w --chdir /tmp/w "
-            "--disable-userns --remount-ro /dev --remount-ro /"
-        ).split()
-        return [self._bwrap, *arguments, *prefix, *mounts, "{files}", "--", *limit_command, *program.command]
 
     def _prove(self) -> None:
         """A run that looks out for what must not be there."""
         source = (
             "import os\n"
-            "assert os.getuid() == 65534 and os.getppid() <= 2, 'not alone'\n"
+            "assert os.getuid() == 65534 and os.getpid() == 1, 'not alone'\n"
             "assert not {'root', 'home', 'etc', 'var', 'work'} & set(os.listdir('/')), 'host files'\n"
-            "assert b'PATH' not in open('/proc/1/environ', 'rb').read(), 'environment'\n"
+            "assert set(os.environ) <= {'PATH', 'HOME', 'LANG', 'LC_CTYPE', 'PWD'}, 'environment'\n"
             "assert os.listdir('/tmp') == ['w'], 'host files in /tmp'\n"
             "try:\n    os.open('/proc/sys/kernel/core_pattern', os.O_WRONLY)\nexcept OSError:\n    print('held')\n"
         )
@@ -305,7 +281,7 @@ class _Run:
         if bpf is not None:
             passed.append(self._file_of(bpf))
             options += ["--seccomp", str(passed[-1])]
-        place = arguments.index("{files}")
+        place = arguments.index(_RUN_OPTIONS)
         try:
             self._process = subprocess.Popen(
                 [*arguments[:place], *options, *arguments[place + 1 :]],
