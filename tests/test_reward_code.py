@@ -321,6 +321,8 @@ def test_function_calls_take_functions_and_solution_classes():
         ("import threading, sys\ndef main(): sys.stdout.write(str(int(input()) * 2))\n"
          "if __name__ == '__main__':\n    t = threading.Thread(target=main); t.start()", "correct"),
         ("import os\nos.write(1, b'%d' % (int(os.read(0, 100)) * 2))\nos._exit(0)", "correct"),
+        ("print('\\n\\n', int(input()) * 2)", "correct"),
+        ("assert len(open(__file__).read()) > 10\nprint(int(input()) * 2)", "correct"),
         ("print(int(input()) + 1)", "wrong"),
         ("print(int(input()) * 2)\n1 / 0", "wrong"),
         ("print(int(input()) * 2)\nimport sys\nsys.exit(1)", "wrong"),

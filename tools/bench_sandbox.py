@@ -1,10 +1,11 @@
 """Code rewards on real tasks: verdicts of right and wrong solutions, items/s, and what a sandbox costs.
 
-    python tools/bench_sandbox.py [DATA] [--workers 2] [--humaneval FILE] [--mbpp FILE] [--runs 100]
+    python tools/bench_sandbox.py [DATA] [--workers 2] [--humaneval FILE] [--mbpp FILE] [--taco FILE]
 
 DATA is a JSONL of tasks (`prompt`, `tests`, `meta`). Solutions: for HumanEval and MBPP the reference solutions, where
 the files of their authors are given (HumanEval.jsonl with `canonical_solution`, mbpp.jsonl with `code`); for tasks on
-stdin a program with a table of the expected outputs, which goes through every test without solving anything. Wrong
+stdin a program with a table of the expected outputs, which goes through every test without solving anything, and as
+`stdin_references` the programs of TACO's taco_generation_example.json (the first of each `output`). Wrong
 solutions: a function that returns None, and the table with its last entry changed. Each worker is a process that
 judges one item at a time. Prints one JSON object; `right` and `wrong` count verdicts by reason.
 """
@@ -38,11 +39,18 @@ def solutions(path: Path | None, code: str) -> dict[str, str]:
     return {str(row["task_id"]): row[code] for row in map(json.loads, path.read_text().splitlines())}
 
 
-def items(rows: list[dict[str, Any]], humaneval: dict[str, str], mbpp: dict[str, str]) -> dict[str, list[list[Item]]]:
+def items(
+    rows: list[dict[str, Any]], humaneval: dict[str, str], mbpp: dict[str, str], taco: dict[str, str]
+) -> dict[str, list[list[Item]]]:
     """By kind: right items and wrong items."""
-    found: dict[str, list[list[Item]]] = {"humaneval": [[], []], "asserts": [[], []], "stdin_stdout": [[], []]}
+    kinds = ("humaneval", "asserts", "stdin_stdout", "stdin_references")
+    found: dict[str, list[list[Item]]] = {kind: [[], []] for kind in kinds}
     for row in rows:
         tests, name = row["tests"], str(row["meta"].get("task_id", ""))
+        if row["meta"].get("set", "").startswith("TACO") and name in taco:
+            right, wrong = taco[name], "import sys\nprint(len(sys.stdin.read()), 'no')"
+            for place, program in zip(found["stdin_references"], (right, wrong), strict=True):
+                place.append((name, fenced(program), json.dumps(tests)))
         if tests["type"] == "humaneval" and name in humaneval:
             tests = {**tests, "prefix": row["prompt"]}
             right, wrong = humaneval[name], f"def {tests['entry_point']}(*_): return None"
@@ -105,13 +113,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that judge (default: 2)")
     parser.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl of openai/human-eval")
     parser.add_argument("--mbpp", type=Path, metavar="FILE", help="mbpp.jsonl of google-research")
+    parser.add_argument("--taco", type=Path, metavar="FILE", help="taco_generation_example.json of FlagOpen/TACO")
     parser.add_argument("--runs", type=int, default=100, help="runs for the latency (default: 100)")
     arguments = parser.parse_args()
     if not arguments.data.is_file():
         parser.error(f"{arguments.data} does not exist; give a JSONL file of code tasks")
     warm_up(CodeSettings(seconds=30.0))
     rows = list(map(json.loads, arguments.data.read_text().splitlines()))
-    found = items(rows, solutions(arguments.humaneval, "canonical_solution"), solutions(arguments.mbpp, "code"))
+    taco = json.loads(arguments.taco.read_text()) if arguments.taco else []
+    found = items(
+        rows,
+        solutions(arguments.humaneval, "canonical_solution"),
+        solutions(arguments.mbpp, "code"),
+        {str(row["task_id"]): row["output"][0] for row in taco},
+    )
     result: dict[str, Any] = {
         "data": str(arguments.data),
         "workers": arguments.workers,

@@ -276,6 +276,8 @@ def run_program(_, source, stdin, max_bytes):
     if source is None:
         return run_child(stdin, lambda: os.execv("./program", ["./program"]), max_bytes)
     if source not in CODE:
+        with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(source)
         CODE[source] = compile(source, "program.py", "exec")
     return run_child(stdin, lambda: run_python(CODE[source]), max_bytes)
 
@@ -285,6 +287,7 @@ CODE: dict = {}
 
 def run_python(code):
     program = type(sys)("__main__")
+    program.__file__ = os.path.abspath("program.py")
     sys.modules["__main__"] = program
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -478,8 +481,8 @@ def names_of(code):
 
 
 def lines(text):
-    """Words by line, as most graders compare: blank lines at the end and space within a line do not count."""
-    return [line.split() for line in text.strip().splitlines()]
+    """Words by line, as most graders compare: blank lines and space within a line do not count."""
+    return [words for words in map(str.split, text.splitlines()) if words]
 
 
 def as_json(value):
