@@ -1,7 +1,8 @@
 """Runs inside of the sandbox, as `python -I -S -c SOURCE`: tests in one process, the program under test in another.
 
-Read as text by `code.py` and never imported by it; needs the standard library only, and little of that, because its
-imports are paid for by every item. Job on stdin (a Python literal), one line for each test on stdout.
+One file, because it is handed over as one string; `code.py` reads it as text and never imports it. It needs the
+standard library only, and little of that, because its imports are paid for by every item. The job comes on stdin (a
+Python literal), the report goes to stdout, a line for each test.
 
 A program that shares a process with its tests can make them pass without solving anything: it ends the process with
 exit code 0, replaces `abs`, reads what is expected off the stack. Here the tester forks the server before it reads
