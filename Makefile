@@ -24,7 +24,10 @@ STEPS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
-.PHONY: help install install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards reproduce-mini clean
+# What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
+SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
+
+.PHONY: help install install-sandbox install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +47,18 @@ $(STAMP): setup.py Makefile
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+# Needed for code rewards only, so a machine where it cannot be had is told and goes on; the tests say that they skip.
+install-sandbox:  ## bubblewrap, which holds the programs of code rewards (by apt-get, as root)
+	@if command -v bwrap >/dev/null && { test -x /usr/bin/python3 || test -x /usr/local/bin/python3; }; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get install -qq -y --no-install-recommends $(SANDBOX_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SANDBOX_PACKAGES) >/dev/null; } || \
+	  echo "install-sandbox: apt-get failed; code rewards will refuse to run on this machine" >&2; \
+	else \
+	  echo "install-sandbox: for code rewards ask an administrator for: apt-get install -y --no-install-recommends" \
+	    "$(SANDBOX_PACKAGES) (bubblewrap 0.8.0 or newer)" >&2; \
+	fi
+
 install-sglang: $(SGLANG_STAMP)  ## make .venv-sglang with real SGLang for a CPU (two minutes, 3.4 GB)
 
 # Its own environment: SGLang pins other versions than ours. Its metadata asks for CUDA packages, hence --no-deps.
@@ -60,7 +75,7 @@ demo: install $(if $(filter sglang,$(ENGINE)),install-sglang)  ## warm-start and
 	  --tensor $(TP) --expert $(EP) --pipeline $(PP) --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS))
 
 # Two at a time, each file in one process; more would only wait for each other where there are two cores.
-test: install  ## the fast tests
+test: install install-sandbox  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
@@ -102,6 +117,9 @@ bench-engines: install install-sglang  ## the embedded server beside real SGLang
 
 bench-rewards: install  ## the math reward beside plain math-verify on labelled pairs: agreement, deadlines, pairs/s, as JSON
 	$(BIN)/python tools/bench_rewards.py
+
+bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on real tasks, as JSON
+	$(BIN)/python tools/bench_sandbox.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)

@@ -20,6 +20,7 @@ INSTALL = [
     "matplotlib~=3.11",
     "math-verify==0.9.0",
     "pebble~=5.2",
+    'pyseccomp==0.1.2; sys_platform == "linux"',  # optional at run time: one layer of the code sandbox
     "psutil~=7.2",
 ]
 

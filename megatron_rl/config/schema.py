@@ -312,9 +312,28 @@ class AlgorithmSection(Section):
         return self.correction != "none" or self.old_logprobs == "train"
 
 
+class CodeSection(Section):
+    """How code rewards run programs; the fields of reward.code.CodeSettings."""
+
+    seconds: float = Field(
+        default=10.0, gt=0, description="of one response, all of its tests; below reward.timeout_seconds"
+    )
+    cpu_seconds: Positive = Field(default=6, description="of CPU time of the program; on stdin, of each test")
+    memory_bytes: int = Field(default=1024**3, ge=64 * 1024**2, description="of all processes of one program")
+    processes: int = Field(default=32, ge=8, description="and threads of one program, the sandbox's own included")
+    python: str | None = Field(default=None, description="interpreter for programs; none takes /usr/bin/python3")
+    cpp_compiler: tuple[str, ...] = Field(
+        default=(),
+        description='such as ["/usr/bin/g++", "-O2", "-std=c++17"], for blocks marked as C++ with tests on stdin',
+    )
+    endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
+
+
 class RewardSection(Section):
     # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
-    kind: Literal["exact", "math", "stem"] = "exact"
+    kind: Literal["exact", "math", "stem", "code"] = Field(
+        default="exact", description="code runs programs in a sandbox (docs/sandbox.md); its answers are JSON of tests"
+    )
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
@@ -330,6 +349,16 @@ class RewardSection(Section):
         description="a phase of which a greater share of responses could not be judged (timeout, error) stops the run: "
         "they score 0 though nobody knows that they are wrong; 1 is off",
     )
+    code: CodeSection = CodeSection()
+
+    @model_validator(mode="after")
+    def _check_code(self) -> "RewardSection":
+        if self.kind == "code" and self.timeout_seconds <= self.code.seconds:
+            raise ValueError(
+                f"reward.timeout_seconds {self.timeout_seconds:g} must be above reward.code.seconds "
+                f"{self.code.seconds:g}: a program that runs out of its time must not cost a worker"
+            )
+        return self
 
 
 class EvaluateSection(Section):

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import functools
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from typing import Self
 
 from pebble import ProcessPool
 
+from megatron_rl.config.schema import RewardSection
+from megatron_rl.reward import code as code_reward
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
 from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
@@ -74,8 +77,9 @@ class RewardPool:
     when this process is killed. Their number bounds memory at WORKER_MEMORY_BYTES each.
     """
 
-    def __init__(self, kind: str, workers: int, timeout_seconds: float) -> None:
-        if kind not in REWARD_KINDS:
+    def __init__(self, kind: str, workers: int, timeout_seconds: float, judge: RewardKind | None = None) -> None:
+        """judge: how this kind is judged, where REWARD_KINDS does not say."""
+        if judge is None and kind not in REWARD_KINDS:
             raise ValueError(f"reward kind must be one of {', '.join(sorted(REWARD_KINDS))}, got {kind!r}")
         if workers < 1:
             raise ValueError(f"reward workers must be at least 1, got {workers}")
@@ -84,7 +88,7 @@ class RewardPool:
         self.kind = kind
         self.workers = workers
         self.timeout_seconds = timeout_seconds
-        self._kind = REWARD_KINDS[kind]
+        self._kind = judge or REWARD_KINDS[kind]
         self._processes: ProcessPool | None = None
         self._closed = False
         self._room: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
@@ -209,3 +213,17 @@ def _initialize_worker(warm_up: Callable[[], None] | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if warm_up is not None:
         warm_up()
+
+
+def make_pool(section: RewardSection) -> RewardPool:
+    """The pool of a configuration. Fault (SandboxUnavailable) when code is to be judged and nothing can hold it."""
+    if section.kind != "code":
+        return RewardPool(section.kind, section.workers, section.timeout_seconds)
+    settings = code_reward.CodeSettings(**section.code.model_dump())
+    code_reward.warm_up(settings)  # here, where the run can still say what is missing
+    judge = RewardKind(
+        settle=code_reward.settle_code,
+        judge=functools.partial(code_reward.judge_code, settings=settings),
+        warm_up=functools.partial(code_reward.warm_up, settings),
+    )
+    return RewardPool("code", section.workers, section.timeout_seconds, judge)

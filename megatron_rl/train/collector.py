@@ -20,7 +20,7 @@ from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
-from megatron_rl.reward.pool import RewardPool
+from megatron_rl.reward.pool import RewardPool, make_pool
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
@@ -71,7 +71,7 @@ class Collector:
             self._recorded = read_groups(source, self._advantages)
             return
         self._keeper = source.keeper
-        self._rewards = RewardPool(config.reward.kind, config.reward.workers, config.reward.timeout_seconds)
+        self._rewards = make_pool(config.reward)
         routed = routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
@@ -180,7 +180,9 @@ class Collector:
             self._name_of,
             self._tokenizer.decode,
         )
-        phase.check_rewards(config.reward.max_error_share, self._name_of, self._tokenizer.decode)
+        # A program that runs out of its time has been judged: it is the response that is slow.
+        reasons = ("error",) if config.reward.kind == "code" else ("timeout", "error")
+        phase.check_rewards(config.reward.max_error_share, self._name_of, self._tokenizer.decode, reasons)
         metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
         metrics |= {
             "rollout_seconds": rollout_seconds,

@@ -73,11 +73,13 @@ class Phase:
                     row = _row(response, name_of, decode) | {"outcome": "dropped: kept for too long"}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def check_rewards(self, max_error_share: float, name_of: Callable[[int], str], decode: Decode) -> None:
+    def check_rewards(
+        self, max_error_share: float, name_of: Callable[[int], str], decode: Decode, reasons: Sequence[str] = _GAVE_UP
+    ) -> None:
         """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
-        would learn from that."""
+        would learn from that. reasons: that say so."""
         own = [sample for group in self.generated for sample in group.samples]
-        failed = [sample for sample in own if sample.reason in _GAVE_UP]
+        failed = [sample for sample in own if sample.reason in reasons]
         if len(failed) < _MIN_GAVE_UP or len(failed) <= max_error_share * len(own):
             return
         counts = Counter(sample.reason for sample in failed)

@@ -1,0 +1,455 @@
+"""Code rewards: the block that counts, every kind of test, and programs that go for the tests and not for the task."""
+
+import dataclasses
+import http.server
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.schema import CodeSection, RewardSection
+from megatron_rl.reward.code import (
+    Block,
+    CodeSettings,
+    judge_code,
+    judge_response,
+    last_block,
+    runner,
+    score_code,
+    settle_code,
+    warm_up,
+)
+from megatron_rl.reward.pool import make_pool
+from megatron_rl.reward.sandbox import Limits, Sandbox, SandboxUnavailable
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "code_dev.jsonl"
+GXX = "/usr/bin/g++"
+SETTINGS = CodeSettings(seconds=20.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
+
+
+def why_not() -> str:
+    try:
+        warm_up(SETTINGS)
+    except SandboxUnavailable as missing:
+        return str(missing)
+    return ""
+
+
+MISSING = why_not()
+if MISSING and os.environ.get("MEGATRON_RL_NEED_SANDBOX"):
+    raise RuntimeError(f"MEGATRON_RL_NEED_SANDBOX is set and there is no sandbox: {MISSING}")
+needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+def fenced(source: str, tag: str = "python") -> str:
+    return f"Some thoughts.\n\n```{tag}\n{source}\n```\nDone."
+
+
+def judge(source: str, tests: dict, settings: CodeSettings = SETTINGS, tag: str = "python"):
+    return judge_response(fenced(source, tag), json.dumps(tests), settings)
+
+
+SQUARES = {"type": "asserts", "asserts": ["assert f(1) == 1", "assert f(3) == 9", "assert f(-2) == 4"]}
+DOUBLE = {"type": "stdin_stdout", "cases": [{"input": "1\n", "output": "2\n"}, {"input": "21\n", "output": "42"}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("```python\na\n```", ("python", "a\n")),
+        ("```python\na\n```\nthen\n```\nb\nc\n```\n", ("", "b\nc\n")),
+        ("```Python3 title=x\na\n```", ("python3 title=x", "a\n")),
+        ("````\n```\nnot the end\n```\n````", ("", "```\nnot the end\n```\n")),
+        ("```\na\n```python\nb\n```", ("", "a\n```python\nb\n")),
+        ("   ```py\na\n   ```", ("py", "a\n")),
+        ("```\n```", ("", "")),
+        ("```python\na\n```\n```python\nb", None),
+        ("no `code` here", None),
+        ("x ```python\na\n```", None),
+        ("", None),
+    ],
+)
+def test_the_last_closed_block_is_found(text, expected):
+    assert last_block(text) == (None if expected is None else Block(tag=expected[0], source=expected[1]))
+
+
+def test_a_long_response_of_fences_takes_linear_time():
+    start = time.process_time()
+    last_block("```python\n" * 200_000)
+    last_block("`" * 1_000_000)
+    assert time.process_time() - start < 3.0
+
+
+def test_a_response_without_a_block_is_no_answer():
+    verdict = score_code("f = 1", json.dumps(SQUARES), SETTINGS)
+    assert (verdict.score, verdict.reason) == (0.0, "no_answer")
+
+
+@needs_sandbox
+def test_a_right_program_scores_one_and_a_wrong_one_says_which_test_failed():
+    right = score_code(fenced("def f(x): return x * x"), json.dumps(SQUARES), SETTINGS)
+    assert (right.score, right.reason) == (1.0, "correct")
+    wrong = judge("def f(x): return x if x == 1 else 9", SQUARES)
+    assert (wrong.verdict().score, wrong.reason, wrong.num_passed) == (0.0, "wrong", 2)
+    assert wrong.details == "test 3: assert f(-2) == 4 fails"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("source", "reason", "details"),
+    [
+        ("def f(x: return x", "wrong", "SyntaxError"),
+        ("1 / 0\ndef f(x): return x * x", "wrong", "ZeroDivisionError: division by zero"),
+        ("def g(x): return x * x", "wrong", "test 1: NameError: name 'f' is not defined"),
+        ("def f(x): raise KeyError('no')", "wrong", "test 1: KeyError"),
+        ("def f(x): return f(x)", "wrong", "RecursionError"),
+        ("import numpy_that_is_not_there", "wrong", "ModuleNotFoundError"),
+        ("def f(x): return [0] * 10**10", "wrong", "MemoryError"),
+    ],
+)
+def test_a_program_that_breaks_is_wrong_and_the_details_say_how(source, reason, details):
+    judgement = judge(source, SQUARES)
+    assert judgement.reason == reason
+    assert details in judgement.details
+
+
+@needs_sandbox
+def test_a_program_that_takes_too_long_is_a_timeout_by_cpu_or_by_the_clock():
+    impatient = CodeSettings(seconds=20.0, cpu_seconds=1)
+    assert judge("while True: pass", SQUARES, impatient).reason == "timeout"
+    assert judge("while True: pass", DOUBLE, impatient).details == "test 1: CPU time"
+    slow = judge(
+        "import time\ndef f(x):\n    time.sleep(60 * (x - 1))\n    return x * x", SQUARES, CodeSettings(seconds=1.5)
+    )
+    assert (slow.reason, slow.details) == ("timeout", "in test 2: over 1.5 s for the item")
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos._exit(0)",
+        "raise SystemExit(0)",
+        "def f(x):\n    import os\n    os._exit(0)",
+        "def f(x):\n    raise SystemExit",
+        # Answers that claim to equal everything.
+        "class Any:\n    def __eq__(self, other): return True\ndef f(x): return Any()",
+        "class Any(int):\n    def __eq__(self, other): return True\ndef f(x): return Any()",
+        # Names that the tests use.
+        "import builtins\nbuiltins.AssertionError = ValueError\ndef check(c): pass\ndef f(x): return 0",
+        # The report of a test that passed, on every file there is.
+        "import os\nfor p in os.listdir('/proc'):\n  for n in range(30):\n    try:\n"
+        "      with open(f'/proc/{p}/fd/{n}', 'wb') as f: f.write(b'pass 0\\npass 1\\npass 2\\nend 3\\n')\n"
+        "    except OSError: pass\n",
+        "import os\nfor n in range(3, 64):\n  try: os.write(n, b'pass 0\\nend 1\\n')\n  except OSError: pass\n",
+        # The tests in memory, on the stack and in the tester.
+        "import gc, sys\ndef f(x):\n  frame = sys._getframe()\n  while frame:\n    for v in frame.f_locals.values():\n"
+        "      if isinstance(v, dict) and 'asserts' in v: v['asserts'].clear()\n    frame = frame.f_back\n"
+        "  for o in gc.get_objects():\n"
+        "    if isinstance(o, list) and o and 'assert f(1) == 1' in map(str, o[:3]): o.clear()\n",
+        "import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    os.kill(-1, 9)\n    os._exit(0)",
+        "def f(x): print('pass 0\\npass 1\\npass 2\\nend 3', flush=True)",
+    ],
+)
+def test_a_program_that_goes_for_its_tests_scores_nothing(source):
+    judgement = judge(source, SQUARES)
+    assert judgement.reason == "wrong", judgement
+
+
+@needs_sandbox
+def test_the_testers_memory_and_files_and_the_report_are_shut():
+    # The program is right only if everything is refused.
+    source = """
+import os
+opened = []
+tester = os.getppid()
+for path in (f'/proc/{tester}/mem', f'/proc/{tester}/environ', f'/proc/{tester}/fd/0', f'/proc/{tester}/fd/3',
+             f'/proc/{tester}/maps', '/proc/1/fd/1'):
+    for mode in (os.O_RDONLY, os.O_WRONLY):
+        try: opened.append((path, os.open(path, mode | os.O_NONBLOCK)))
+        except OSError: pass
+try: opened.append(os.listdir(f'/proc/{tester}/fd'))
+except OSError: pass
+assert not opened, opened
+assert sorted(filter(str.isdigit, os.listdir('/proc'))) == ['1', str(os.getpid())]
+def f(x): return x * x
+"""
+    judgement = judge(source, SQUARES)
+    assert judgement.reason == "correct", judgement
+
+
+@needs_sandbox
+def test_a_module_that_the_tests_name_is_the_real_one_and_a_function_may_bear_a_modules_name():
+    fake = "class math:\n    @staticmethod\n    def isclose(*_): return True\ndef f(x): return 0"
+    assert judge(fake, {"type": "asserts", "asserts": ["assert math.isclose(f(3), 9)"]}).reason == "wrong"
+    assert (
+        judge("def bisect(x): return x", {"type": "asserts", "asserts": ["assert bisect(3) == 3"]}).reason == "correct"
+    )
+
+
+@needs_sandbox
+def test_the_pool_kind_settles_what_needs_no_run_and_judges_the_rest():
+    assert settle_code("nothing", json.dumps(SQUARES)) == score_code("nothing", json.dumps(SQUARES))
+    settled = settle_code(fenced("def f(x): return x * x"), json.dumps(SQUARES))
+    assert settled == "python\ndef f(x): return x * x\n"
+    assert judge_code(settled, json.dumps(SQUARES), SETTINGS).reason == "correct"
+    section = RewardSection(kind="code", workers=1, timeout_seconds=30.0)
+    with make_pool(section) as pool:
+        answer = json.dumps(SQUARES)
+        texts = [fenced("def f(x): return x * x"), "nothing", fenced("def f(x): return 1")]
+        reasons = [verdict.reason for verdict in pool.score([(text, answer) for text in texts])]
+    assert reasons == ["correct", "no_answer", "wrong"]
+
+
+def test_a_deadline_below_that_of_the_programs_is_refused():
+    with pytest.raises(ValueError, match=r"reward.timeout_seconds 3 must be above reward.code.seconds 10"):
+        RewardSection(kind="code")
+
+
+def test_the_configuration_has_the_settings_fields_and_defaults():
+    assert CodeSettings(**CodeSection().model_dump()) == CodeSettings()
+    assert set(CodeSection.model_fields) == {field.name for field in dataclasses.fields(CodeSettings)}
+
+
+@needs_sandbox
+def test_text_that_is_no_text_costs_only_itself():
+    assert judge("def f(x): return '\ud800'", SQUARES).reason == "wrong"
+    assert judge("def f(x): return x\0", SQUARES).reason == "wrong"
+    broken = {"type": "stdin_stdout", "cases": [{"input": "\ud800", "output": ""}]}
+    assert judge("print()", broken).reason == "error"
+    assert judge("(" * 100_000, SQUARES).reason == "wrong"
+    assert judge("def f(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y", SQUARES).reason == "wrong"
+
+
+@needs_sandbox
+def test_an_answer_forged_as_a_pickle_cannot_touch_the_tester():
+    # A frame that calls os._exit in whoever decodes it, and one that makes int's equality true.
+    forge = """
+import os, sys
+def f(x):
+    for fd in range(3, 20):
+        try: os.write(fd, len(DATA).to_bytes(8, 'little') + DATA)
+        except OSError: pass
+    return 0
+DATA = {data!r}
+"""
+    for data in (
+        b"cposix\n_exit\n(I0\ntR.",
+        b"cbuiltins\neval\n(V1\ntR.",
+        b"cbuiltins\nint\n(NX\x06\x00\x00\x00__eq__cbuiltins\nint\nd\x86b.",
+        b"\x80\x04",
+    ):
+        judgement = judge(forge.format(data=data), SQUARES)
+        assert judgement.reason == "wrong", (data, judgement)
+        assert judgement.num_passed == 0
+
+
+@needs_sandbox
+def test_helpers_and_builtins_that_the_tests_use_are_not_the_programs():
+    tests = {
+        "type": "humaneval",
+        "entry_point": "root",
+        "prefix": "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n    '''a zero of poly'''\n",
+        "test": "import math\ndef check(candidate):\n    assert abs(poly([1, 2], candidate([1, 2]))) < 1e-6\n",
+    }
+    assert judge("def root(c): return -c[0] / c[1]", tests).reason == "correct"
+    assert judge("    return -c[0] / c[1]", tests).reason == "correct"
+    assert judge("def poly(c, x): return 0\ndef abs(x): return 0\ndef root(c): return 7", tests).reason == "wrong"
+
+
+@needs_sandbox
+def test_values_of_every_usual_kind_come_back_as_they_are():
+    source = """
+from collections import Counter, deque, namedtuple
+import enum, math
+Point = namedtuple("Point", "x y")
+class Colour(enum.IntEnum): RED = 3
+class Node:
+    def __init__(self, value, next=None): self.value, self.next = value, next
+    def __eq__(self, other): return self.value == other.value
+def echo(x): return x
+def point(): return Point(1, 2)
+def count(t): return Counter(t)
+def walk(n):
+    for i in range(n): yield i
+def total(node): return node.value + (total(node.next) if node.next else 0)
+def fill(items): items.append(4)
+def adder(n): return lambda m: n + m
+def fail(): raise ValueError("bad")
+"""
+    asserts = [
+        "for v in (1, 1.5, 'a', b'b', None, True, 2j, (1, (2,)), [1, [2]], {1: (2, 3)}, {1, 2}, frozenset([1])):\n"
+        "    assert echo(v) == v and type(echo(v)) is type(v)",
+        "assert point() == (1, 2)",
+        "assert count('aab') == {'a': 2, 'b': 1}",
+        "assert list(walk(3)) == [0, 1, 2]",
+        "n = Node(1)\nn.next = Node(2)\nassert total(n) == 3 and n.next.value == 2",
+        "assert Node(2) == Node(2) and Node(1) != Node(2)",
+        "x = [1]\nfill(x)\nassert x == [1, 4]",
+        "assert adder(2)(3) == 5",
+        "assert int(Colour.RED) == 3 and echo(range(3)) == range(3)",
+        "try:\n    fail()\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'bad'",
+        "assert isinstance(echo([math.nan])[0], float)",
+        "assert sorted(walk(3), reverse=True) == [2, 1, 0]",
+    ]
+    judgement = judge(source, {"type": "asserts", "asserts": asserts, "setup": "import math"})
+    assert judgement.reason == "correct", judgement
+
+
+@needs_sandbox
+def test_function_calls_take_functions_and_solution_classes():
+    tests = {"type": "function_io", "fn_name": "pair", "inputs": [[1, 2], [3, 4]], "outputs": [[1, 2], [3, 4]]}
+    assert judge("def pair(a, b): return (a, b)", tests).reason == "correct"
+    assert judge("class Solution:\n    def pair(self, a, b): return [a, b]", tests).reason == "correct"
+    wrong = judge("def pair(a, b): return [a, 2]", tests)
+    assert (wrong.reason, wrong.details) == ("wrong", "test 2: expected [3, 4], got [3, 2]")
+    assert judge("def other(a, b): return [a, b]", tests).details == "the program does not define pair"
+    wrapped = {"type": "function_io", "fn_name": "even", "inputs": [[1], [2]], "outputs": [[False], [True]]}
+    assert judge("def even(n): return n % 2 == 0", wrapped).reason == "correct"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("print(int(input()) * 2)", "correct"),
+        ("import sys\nfor line in sys.stdin: print(int(line) * 2, end=' \\n\\n')", "correct"),
+        ("n = int(open('/dev/stdin').read())\nprint(n * 2)\nexit()", "correct"),
+        ("import threading, sys\ndef main(): sys.stdout.write(str(int(input()) * 2))\n"
+         "if __name__ == '__main__':\n    t = threading.Thread(target=main); t.start()", "correct"),
+        ("import os\nos.write(1, b'%d' % (int(os.read(0, 100)) * 2))\nos._exit(0)", "correct"),
+        ("print('\\n\\n', int(input()) * 2)", "correct"),
+        ("assert len(open(__file__).read()) > 10\nprint(int(input()) * 2)", "correct"),
+        ("print(int(input()) + 1)", "wrong"),
+        ("print(int(input()) * 2)\n1 / 0", "wrong"),
+        ("print(int(input()) * 2)\nimport sys\nsys.exit(1)", "wrong"),
+        ("print('2 2')", "wrong"),
+        ("pass", "wrong"),
+        ("while True: print('x' * 10000)", "wrong"),
+        ("import gc\nn = input()\nfor o in gc.get_objects():\n"
+         "  if isinstance(o, tuple) and len(o) == 2 and o[0] == n + '\\n': print(o[1])", "wrong"),
+    ],
+)  # fmt: skip
+def test_programs_on_stdin_are_judged_by_what_they_print(source, reason):
+    assert judge(source, DOUBLE).reason == reason
+
+
+@needs_sandbox
+def test_each_run_on_stdin_is_a_process_of_its_own():
+    source = "import sys\nif hasattr(sys, 'seen'): print('again')\nelse: print(int(input()) * 2)\nsys.seen = True"
+    assert judge(source, DOUBLE).reason == "correct"
+
+
+@needs_sandbox
+@pytest.mark.skipif(not os.access(GXX, os.X_OK), reason="there is no g++ on this machine: apt-get install g++")
+def test_cpp_is_compiled_where_the_settings_name_a_compiler():
+    settings = CodeSettings(seconds=30.0, cpp_compiler=(GXX, "-O1", "-std=c++17"))
+    right = "#include <iostream>\nint main() { int n; std::cin >> n; std::cout << 2 * n; }"
+    assert judge(right, DOUBLE, settings, "cpp").reason == "correct"
+    assert "test 2: expected" in judge(right.replace("2 * n", "n + 1"), DOUBLE, settings, "c++").details
+    assert "does not compile" in judge(right.replace(";", ""), DOUBLE, settings, "cpp").details
+    assert judge("int main() { volatile int* p = 0; return *p; }", DOUBLE, settings, "cpp").details.startswith(
+        "test 1: ended with signal 11"
+    )
+    assert judge(right, DOUBLE, SETTINGS, "cpp").reason == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("not json", "JSONDecodeError"),
+        ("{}", "KeyError: 'type'"),
+        ('{"type": "essay"}', "must be one of asserts, humaneval, function_io, stdin_stdout, got 'essay'"),
+        ('{"type": "asserts", "asserts": []}', "no test in it"),
+        ('{"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}', "ValueError"),
+        ("[]", "TypeError"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_an_error_and_not_the_programs_fault(answer, message):
+    judgement = judge_response(fenced("x = 1"), answer, SETTINGS)
+    assert judgement.reason == "error"
+    assert message in judgement.details
+
+
+@needs_sandbox
+def test_tests_that_do_not_compile_are_an_error():
+    assert judge("def f(x): return x", {"type": "asserts", "asserts": ["assert f("]}).reason == "error"
+
+
+def rows(**wanted: str) -> list[dict]:
+    if not DATA.exists():
+        pytest.skip(f"{DATA} is not on this machine")
+    everything = map(json.loads, DATA.read_text().splitlines())
+    return [row for row in everything if row["tests"]["type"] == wanted["type"]]
+
+
+@needs_sandbox
+def test_a_table_of_the_expected_outputs_passes_the_real_stdin_tasks_and_one_wrong_entry_fails():
+    tasks = [row["tests"] for row in rows(type="stdin_stdout")][::12]
+    assert len(tasks) >= 15
+    for tests in tasks:
+        table = {case["input"]: case["output"] for case in tests["cases"]}
+        if len(table) < len(tests["cases"]):
+            continue
+        source = "import sys\nprint({!r}[sys.stdin.read()])"
+        assert judge(source.format(table), tests).reason == "correct"
+        table[tests["cases"][-1]["input"]] += " 0"
+        wrong = judge(source.format(table), tests)
+        assert (wrong.reason, wrong.num_passed) == ("wrong", len(table) - 1)
+
+
+SOLUTIONS = {
+    "HumanEval/30": "def get_positive(l): return [e for e in l if e > 0]",
+    935: "def series_sum(n): return n * (n + 1) * (2 * n + 1) // 6",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("kind", "task"), [("humaneval", "HumanEval/30"), ("asserts", 935)])
+def test_solutions_of_real_tasks_pass_and_wrong_ones_fail(kind, task):
+    row = next(row for row in rows(type=kind) if row["meta"]["task_id"] == task)
+    tests = {**row["tests"], "prefix": row["prompt"] if kind == "humaneval" else ""}
+    assert judge(SOLUTIONS[task], tests).reason == "correct"
+    assert judge(SOLUTIONS[task].replace("> 0", "> 4").replace("+ 1", "+ 2"), tests).reason == "wrong"
+
+
+class Fusion(http.server.BaseHTTPRequestHandler):
+    """A SandboxFusion of ten lines, in front of this machine's own sandbox."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        record = Sandbox().run_python(body["code"], body["stdin"].encode(), Limits(wall_seconds=body["run_timeout"]))
+        status = "TimeLimitExceeded" if record.limit == "wall" else "Finished"
+        run = {"status": status, "return_code": record.exit_code, "execution_time": record.seconds}
+        run |= {"stdout": record.stdout.decode(), "stderr": record.stderr.decode()}
+        answer = json.dumps(
+            {"status": "Success" if record.exit_code == 0 else "Failed", "message": "", "run_result": run}
+        )
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@needs_sandbox
+def test_a_sandbox_fusion_server_judges_the_same_way():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fusion) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = CodeSettings(seconds=2.0, endpoint=f"http://127.0.0.1:{server.server_port}")
+        assert judge("def f(x): return x * x", SQUARES, settings).reason == "correct"
+        assert judge("def f(x): return x", SQUARES, settings).details == "test 2: assert f(3) == 9 fails"
+        assert judge("import time\ntime.sleep(60)", SQUARES, settings).reason == "timeout"
+        server.shutdown()
+    gone = judge("def f(x): return x * x", SQUARES, settings)
+    assert (gone.reason, "endpoint" in gone.details) == ("error", True)
+
+
+def test_an_endpoint_that_is_not_there_is_said_at_the_start():
+    with pytest.raises(SandboxUnavailable, match=r"127.0.0.1:9.*start a SandboxFusion server"):
+        warm_up(CodeSettings(endpoint="http://127.0.0.1:9"))
+    runner.cache_clear()
