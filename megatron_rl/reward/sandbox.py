@@ -52,7 +52,7 @@ _CLOSING = "--dir /tmp/w --chdir /tmp/w --disable-userns --remount-ro /dev --rem
 _RUN_OPTIONS = "{run options}"
 _HOW_TO_GET = (
     "Install it as root: `make install-sandbox`, or apt-get install -y --no-install-recommends bubblewrap (0.8.0 or "
-    "newer). Or judge code on another machine: CodeSettings(endpoint=URL of a SandboxFusion server). "
+    "newer). Or judge code on another machine: reward.code.endpoint = URL of a SandboxFusion server. "
     "Programs are never run without a sandbox"
 )
 _USER_NAMESPACES = (
