@@ -15,6 +15,13 @@ from subject import ENDLESS_TOKENS, PROMPT, SLOTS, sender
 TEXT = [5, 6, 7, 8, 30, 31, 90]
 
 
+@pytest.fixture
+def server(_server):
+    """The module's subject, as every test finds it. `_server` is what the two modules differ in."""
+    yield _server
+    _server.reset()
+
+
 def drawn(answer):
     """Log-probs of the output tokens."""
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]

@@ -26,12 +26,6 @@ def _server(tmp_path_factory):
     subject.close()
 
 
-@pytest.fixture
-def server(_server):
-    yield _server
-    _server.reset()
-
-
 # The embedded server alone: where it is stricter, and what real SGLang cannot do on a CPU -----------------------------
 
 

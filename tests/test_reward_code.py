@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sandboxed import why_not
 
 from megatron_rl.config.schema import CodeSection, RewardSection
 from megatron_rl.reward.code import (
@@ -28,19 +29,7 @@ from megatron_rl.reward.sandbox import Limits, Sandbox, SandboxUnavailable
 DATA = Path(__file__).parents[2] / "shared" / "data" / "code_dev.jsonl"
 GXX = "/usr/bin/g++"
 SETTINGS = CodeSettings(seconds=20.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
-
-
-def why_not() -> str:
-    try:
-        warm_up(SETTINGS)
-    except SandboxUnavailable as missing:
-        return str(missing)
-    return ""
-
-
-MISSING = why_not()
-if MISSING and os.environ.get("MEGATRON_RL_NEED_SANDBOX"):
-    raise RuntimeError(f"MEGATRON_RL_NEED_SANDBOX is set and there is no sandbox: {MISSING}")
+MISSING = why_not(lambda: warm_up(SETTINGS))
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 

@@ -16,25 +16,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sandboxed import why_not
 
 from megatron_rl.reward import sandbox as sandbox_module
 from megatron_rl.reward.sandbox import Identity, Limits, Program, Sandbox, SandboxFailure, SandboxUnavailable
 
 ORDINARY_USER = 54321
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_bytes=256 * 1024**2, processes=16)
-
-
-def why_not() -> str:
-    try:
-        Sandbox()
-    except SandboxUnavailable as missing:
-        return str(missing)
-    return ""
-
-
-MISSING = why_not()
-if MISSING and os.environ.get("MEGATRON_RL_NEED_SANDBOX"):
-    raise RuntimeError(f"MEGATRON_RL_NEED_SANDBOX is set and there is no sandbox: {MISSING}")
+MISSING = why_not(Sandbox)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 USERS = [os.geteuid(), *([ORDINARY_USER] if os.geteuid() == 0 else [])]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from micro_batches import micro_batch
 from parallel import run_ranks
 from reference import forward, load_reference, policy_loss
 from samples import make_sample, make_schedule
@@ -16,7 +17,7 @@ from test_parallel import ALGORITHMS, EXACT, SHAPE, make_spec, worst
 from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.records import Group, Sample
-from megatron_rl.train.batch import TrainSequence, make_micro_batch
+from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.exchange import _gather, _routing, _sequences
 
 LAYERS = 7  # the first dense; over six interleaved stages 1, 2, 1, 1, 1, 1
@@ -134,16 +135,7 @@ def test_every_packed_token_has_the_experts_of_its_own_position(
             )
         )
     for rank in range(size):
-        batch = make_micro_batch(
-            sequences,
-            multiple_of=multiple_of,
-            head_dim=8,
-            rope_theta=1e4,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            context_rank=rank,
-            context_size=size,
-        )
+        batch = micro_batch(sequences, multiple_of, rank, size)
         routed = batch.packed.routed_experts
         if not any(has_record for _, has_record in rows):
             assert routed is None

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from micro_batches import micro_batch
 
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import pack
-from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
+from megatron_rl.train.batch import TrainSequence
 
 STALE_BEFORE = 9  # tokens at these positions were sampled by older weights
 sizes = st.integers(1, 6)
@@ -33,19 +34,6 @@ def test_every_rank_has_equally_much_causal_attention_to_compute(size: int, chun
 
 def test_a_rank_holds_an_early_and_a_late_chunk() -> None:
     assert zigzag.held_positions(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
-
-
-def micro_batch(sequences: list[TrainSequence], multiple_of: int, rank: int, size: int) -> MicroBatch:
-    return make_micro_batch(
-        sequences,
-        multiple_of=multiple_of,
-        head_dim=8,
-        rope_theta=1e4,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        context_rank=rank,
-        context_size=size,
-    )
 
 
 @given(sizes, st.integers(1, 4), st.lists(st.integers(2, 40), max_size=5), st.randoms(use_true_random=False))

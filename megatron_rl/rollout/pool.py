@@ -125,6 +125,11 @@ class ServerPool:
     def serving(self) -> list[Member]:
         return [member for member in self._members if member.out is None]
 
+    @property
+    def _recoveries(self) -> "list[asyncio.Task[None]]":
+        """Of the members that are coming back."""
+        return [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
+
     def client(self, url: str) -> GenerationClient:
         return next(member.client for member in self._members if member.client.url == url)
 
@@ -234,10 +239,9 @@ class ServerPool:
         """The serving member with the least outstanding tokens, if possible none of `tried`: one that comes back at
         once may fail again. Waits for one that is coming back where none serves."""
         while True:
-            if self.serving:
-                return min(self.serving, key=lambda m: (m in tried, m.outstanding_tokens))
-            coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
-            if not coming:
+            if serving := self.serving:
+                return min(serving, key=lambda m: (m in tried, m.outstanding_tokens))
+            if not (coming := self._recoveries):
                 break
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         reasons = "; ".join(str(m.out) for m in self._members)
@@ -336,8 +340,7 @@ class ServerPool:
     async def recovered(self) -> list[Member]:
         """Members that are ready but for the current weights, once all recoveries have ended."""
         await self._look_again()
-        coming = [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
-        if coming:
+        if coming := self._recoveries:
             await asyncio.wait(coming)
         return [member for member in self._members if member.needs_weights]
 

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -39,10 +38,6 @@ class WeightFolder:
         dist.broadcast_object_list(made, src=0, group=control)
         self._folder = Path(made[0])
         self.path = self._folder / "weights"
-
-    def write(self, export: Callable[[Path], None]) -> None:
-        """Collective: `export` writes a model directory to `path`, replacing the last one."""
-        export(self.path)
 
     def close(self) -> None:
         if dist.get_rank() == 0:

@@ -49,7 +49,7 @@ class DiskTransport:
 
     def push(self, version: int, receivers: Receivers | None) -> None:
         if version != self._written:
-            self._folder.write(self._export)
+            self._export(self._folder.path)
             self._written = version
         if receivers is not None:
             receivers.run(receivers.pool.load_from_disk(self._folder.path, str(version)))

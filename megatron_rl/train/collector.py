@@ -29,7 +29,7 @@ from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
-from megatron_rl.train.phase import Phase
+from megatron_rl.train.phase import GAVE_UP, Phase
 from megatron_rl.train.resilience import StopSignals
 from megatron_rl.train.serving import NodeServers
 
@@ -72,7 +72,8 @@ class Collector:
             return
         self._keeper = source.keeper
         self._rewards = make_pool(config.reward)
-        routed = routed_shape(load_bailing_config(config.model.path)) if config.rollout.router_replay else None
+        bailing = load_bailing_config(config.model.path)
+        routed = routed_shape(bailing) if config.rollout.router_replay else None
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
@@ -87,7 +88,7 @@ class Collector:
             self._advantages,
             config.rollout,
             config.seed,
-            load_bailing_config(config.model.path).eos_token_id,
+            bailing.eos_token_id,
         )
 
     def state(self) -> tuple[dict[str, Any], bytes]:
@@ -181,7 +182,7 @@ class Collector:
             self._tokenizer.decode,
         )
         # A program that runs out of its time has been judged: it is the response that is slow.
-        reasons = ("error",) if config.reward.kind == "code" else ("timeout", "error")
+        reasons = ("error",) if config.reward.kind == "code" else GAVE_UP
         phase.check_rewards(config.reward.max_error_share, self._name_of, self._tokenizer.decode, reasons)
         metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
         metrics |= {

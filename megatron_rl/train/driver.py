@@ -55,7 +55,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                 session.bailing.num_parameters() * session.model.dtype.itemsize,
                 shared=config.run_dir if num_nodes() > 1 else None,
             )
-            folder.write(session.export)  # what servers start with, the first time and whenever one is started again
+            session.export(folder.path)  # what servers start with, the first time and whenever one is started again
             servers = NodeServers(config, folder.path, session.control, signals)
             transport = _transport(config, session, folder, servers, first)
         if session.is_leader:

@@ -17,7 +17,7 @@ from megatron_rl.rollout.sampler import Collected
 
 Decode = Callable[[list[int]], str]
 
-_GAVE_UP = ("timeout", "error")
+GAVE_UP = ("timeout", "error")
 # Fewer responses without a verdict are bad luck in a small phase.
 _MIN_GAVE_UP = 8
 _NUM_EXAMPLES = 3
@@ -74,7 +74,7 @@ class Phase:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def check_rewards(
-        self, max_error_share: float, name_of: Callable[[int], str], decode: Decode, reasons: Sequence[str] = _GAVE_UP
+        self, max_error_share: float, name_of: Callable[[int], str], decode: Decode, reasons: Sequence[str] = GAVE_UP
     ) -> None:
         """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
         would learn from that. reasons: that say so."""
@@ -123,7 +123,7 @@ class Phase:
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
-            "reward_error_share": _share(seen, lambda sample: sample.reason in _GAVE_UP),
+            "reward_error_share": _share(seen, lambda sample: sample.reason in GAVE_UP),
             "uniform_group_share": uniform / max(1, len(self.generated)),
             "num_trained_samples": len(selected),
             "budget_use": num_loss_tokens / budget_tokens if budget_tokens else None,

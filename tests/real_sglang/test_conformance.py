@@ -30,9 +30,3 @@ def _server(tmp_path_factory):
     subject = Subject(process, models, Kind(seeds=False, whole=False, long_tokens=250))
     yield subject
     subject.close()
-
-
-@pytest.fixture
-def server(_server):
-    yield _server
-    _server.reset()

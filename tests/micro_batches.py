@@ -1,0 +1,19 @@
+"""A rank's part of a micro-batch, in a size for tests."""
+
+import torch
+
+from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
+
+
+def micro_batch(sequences: list[TrainSequence], multiple_of: int, rank: int, size: int) -> MicroBatch:
+    """Of context-parallel rank `rank` of `size`."""
+    return make_micro_batch(
+        sequences,
+        multiple_of=multiple_of,
+        head_dim=8,
+        rope_theta=1e4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        context_rank=rank,
+        context_size=size,
+    )
