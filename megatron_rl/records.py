@@ -48,12 +48,16 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A response with its verdict. `reward` is in the task's units (0 or 1 for verifiable tasks)."""
+    """A response with its verdict.
+
+    reward: in the task's units (0 or 1 for verifiable tasks). reason, details: see reward/verdict.py.
+    """
 
     response: Response
     reward: float
     reason: str
     advantage: float
+    details: str = ""
 
     @property
     def id(self) -> tuple[int, int]:

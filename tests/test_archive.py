@@ -32,6 +32,7 @@ samples = st.builds(
     reward=st.floats(allow_nan=False),
     reason=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
     advantage=st.floats(allow_nan=False),
+    details=st.text(st.characters(exclude_categories=["Cs"])),
 )
 groups = st.builds(
     UnfinishedGroup,

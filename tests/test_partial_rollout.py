@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
 from megatron_rl.c3po.budget import Shortfall
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.schema import RewardSection, RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Response, UnfinishedGroup
-from megatron_rl.reward.pool import RewardPool
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import Continuation, Generated, ServerLost
 from megatron_rl.rollout.pool import ServerPool
@@ -56,7 +56,7 @@ def question(position: int) -> Question:
 def sampler(servers: object, rollout: RolloutSection) -> Sampler:
     return Sampler(
         servers,  # type: ignore[arg-type]
-        RewardPool("exact", 1, 1.0),
+        Rewards(RewardSection()),
         lambda ids: "",
         lambda responses, rewards: np.zeros(len(responses)),
         rollout,

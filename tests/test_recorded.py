@@ -1,12 +1,14 @@
 """Rollouts in a file: what was sampled comes back as it was, and what cannot be trained from is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from samples import make_sample
 
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
 from megatron_rl.rollout.command import _whole_groups
 from megatron_rl.rollout.recorded import group_rows, read_groups
@@ -16,8 +18,12 @@ def rank_of_reward(_: object, rewards: np.ndarray) -> np.ndarray:
     return rewards - rewards.mean()
 
 
+def prompt(position: int) -> Prompt:
+    return Prompt(id=f"name-{position}", domain="math", prompt="what?", answer="7")
+
+
 def write(path: Path, *groups: Group) -> list[str]:
-    text = "".join(group_rows(g, f"name-{g.prompt_id}", "what?", lambda ids: " ".join(map(str, ids))) for g in groups)
+    text = "".join(group_rows(g, prompt(g.prompt_id), lambda ids: " ".join(map(str, ids))) for g in groups)
     path.write_text(text)
     return text.splitlines()
 
@@ -26,18 +32,25 @@ def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     groups = []
     for position in (7, 3):
-        samples = [make_sample(position, i, 5 + i, version=4, reward=float(i == 0)) for i in range(3)]
+        samples = [
+            replace(make_sample(position, i, 5 + i, version=4, reward=float(i == 0)), details="why") for i in range(3)
+        ]
         for sample in samples:
             sample.response.rollout_logprobs[:] = rng.normal(size=len(sample.response.output_ids)) * 1e-3
         groups.append(Group(prompt_id=position, samples=tuple(samples)))
     write(tmp_path / "file", *groups)
-    found, names = read_groups(tmp_path / "file", rank_of_reward)
-    assert names == {7: "name-7", 3: "name-3"}
+    found, prompts = read_groups(tmp_path / "file", rank_of_reward)
+    assert prompts == {position: replace(prompt(position), answer="") for position in (7, 3)}
     assert [group.prompt_id for group in found] == [3, 7]  # as a run would have taken their prompts
     for group, expected in zip(found, groups[::-1], strict=True):
         assert [sample.advantage for sample in group.samples] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
         for sample, other in zip(group.samples, expected.samples, strict=True):
-            assert (sample.id, sample.reward, sample.reason) == (other.id, other.reward, other.reason)
+            assert (sample.id, sample.reward, sample.reason, sample.details) == (
+                other.id,
+                other.reward,
+                other.reason,
+                "why",
+            )
             for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions"):
                 ours, theirs = getattr(sample.response, name), getattr(other.response, name)
                 assert ours.dtype == theirs.dtype
@@ -65,7 +78,9 @@ def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, object], message
 def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> None:
     # Characters at which str.splitlines would break a line.
     groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 5), make_sample(p, 1, 5))) for p in (4, 2)]
-    odd = "".join(group_rows(group, "name", "a\u2028b\u0085c", lambda ids: "\u2029") for group in groups)
+    odd = "".join(
+        group_rows(group, replace(prompt(0), prompt="a\u2028b\u0085c"), lambda ids: "\u2029") for group in groups
+    )
     (tmp_path / "file").write_text(odd + odd.splitlines()[0][:30])
     assert _whole_groups(tmp_path / "file", 2) == {4, 2}
     assert (tmp_path / "file").read_text() == odd

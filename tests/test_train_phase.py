@@ -9,6 +9,7 @@ import pytest
 from samples import make_sample, make_schedule
 
 from megatron_rl.c3po.packing import CostModel
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
@@ -20,6 +21,10 @@ COST = CostModel(linear=1.0, quadratic=0.0)
 def group(prompt_id: int, lengths: list[int], rewards: list[float]) -> Group:
     samples = (make_sample(prompt_id, i, n, reward=r) for i, (n, r) in enumerate(zip(lengths, rewards, strict=True)))
     return Group(prompt_id=prompt_id, samples=tuple(samples))
+
+
+def prompt_of(position: int) -> Prompt:
+    return Prompt(id=f"prompt-{position}", domain="math" if position % 2 else "code", prompt="?", answer="!")
 
 
 def make_phase(keep_surplus: bool = True) -> Phase:
@@ -55,12 +60,15 @@ def test_every_sample_has_one_outcome(keep_surplus: bool) -> None:
 
 def test_metrics_count_what_the_outcomes_say() -> None:
     phase = make_phase()
-    metrics = phase.metrics(20, COST)
+    metrics = phase.metrics(20, COST, prompt_of)
     # reward and length are those of all that was generated in this phase, filtered groups too, carried samples not
     lengths = [5, 10, 10, 5, 7, 9, 4, 4]
     assert metrics["reward"] == 5 / 8
     assert metrics["response_tokens_mean"] == sum(lengths) / 8
     assert (metrics["num_prompts"], metrics["num_samples"], metrics["num_generated_tokens"]) == (4, 8, 64)
+    # prompts 0 and 2 are code, with 1 of 2 and 2 of 2 right; 1 and 3 are math, with 1 of 2 each
+    assert (metrics["reward/code"], metrics["reward/math"]) == (3 / 4, 1 / 2)
+    assert (metrics["response_tokens_mean/code"], metrics["num_samples/math"]) == ((5 + 10 + 7 + 9) / 4, 4)
     assert metrics["uniform_group_share"] == 1 / 4
     assert metrics["budget_use"] == 1.0
     assert metrics["num_dropped_equal_rewards"] == metrics["num_dropped_not_needed"] == 2
@@ -75,9 +83,7 @@ def test_metrics_count_what_the_outcomes_say() -> None:
 
 def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
     phase = make_phase()
-    phase.write(
-        tmp_path / "rollouts" / "step_0.jsonl", lambda position: f"prompt-{position}", lambda ids: str(len(ids))
-    )
+    phase.write(tmp_path / "rollouts" / "step_0.jsonl", prompt_of, lambda ids: str(len(ids)))
     rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_0.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert sum(row.get("num_loss_tokens", 0) for row in rows) == 20
@@ -98,7 +104,7 @@ def phase_with_reasons(reasons: list[str]) -> Phase:
 
 def test_many_responses_without_a_verdict_stop_the_run_and_few_do_not() -> None:
     def check(reasons: list[str], share: float) -> None:
-        phase_with_reasons(reasons).check_rewards(share, lambda position: f"prompt-{position}", lambda ids: "the end")
+        phase_with_reasons(reasons).check_rewards(share, prompt_of, lambda ids: "the end")
 
     check(["wrong"] * 92, 0.2)
     check(["timeout"] * 20 + ["wrong"] * 72, 0.2)  # 20 of 100 are not more than that share

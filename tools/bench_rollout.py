@@ -32,10 +32,10 @@ from bench_embedded import SHAPE, Connection  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 
 from megatron_rl.c3po.budget import Shortfall  # noqa: E402
-from megatron_rl.config.schema import RolloutSection  # noqa: E402
+from megatron_rl.config.schema import RewardSection, RolloutSection  # noqa: E402
 from megatron_rl.data.prompts import Prompt  # noqa: E402
 from megatron_rl.records import Group, UnfinishedGroup  # noqa: E402
-from megatron_rl.reward.pool import RewardPool  # noqa: E402
+from megatron_rl.reward.rewards import Rewards  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
@@ -146,7 +146,7 @@ async def bare(url: str, questions: Sequence[Question], tokens: int, connections
     return sum(counts) / (time.perf_counter() - started)
 
 
-async def bench_sampler(pool: ServerPool, url: str, num_groups: int, rewards: RewardPool) -> dict[str, Any]:
+async def bench_sampler(pool: ServerPool, url: str, num_groups: int, rewards: Rewards) -> dict[str, Any]:
     tokens = 64
     short = ROLLOUT.model_copy(update={"max_response_tokens": tokens})
     sampler = Sampler(pool, rewards, str, zeros, short, SEED, NEVER)
@@ -198,7 +198,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
     return seconds, {"mean_completed_tokens": round(float(np.mean(lengths)), 1), "purged_groups": purged}
 
 
-async def bench_partial(pool: Any, rewards: RewardPool, num_phases: int, budget: int) -> dict[str, Any]:
+async def bench_partial(pool: Any, rewards: Rewards, num_phases: int, budget: int) -> dict[str, Any]:
     sampler = Sampler(pool, rewards, str, zeros, ROLLOUT, SEED, NEVER)
     waiting, of_waiting = await phases(sampler, False, num_phases, budget)
     partial, of_partial = await phases(sampler, True, num_phases, budget)
@@ -217,7 +217,7 @@ async def bench(arguments: argparse.Namespace, model: Path, folder: Path) -> dic
     trace = np.clip(np.rint(lengths * (MEAN_TOKENS / lengths.mean())), 1, LONGEST).astype(np.int64)
     random.Random(0).shuffle(trace)
     budget = 24 * GROUP_SIZE * MEAN_TOKENS
-    with start_servers(model, folder, ROLLOUT, "float32") as keeper, RewardPool("exact", 2, 5.0) as rewards:
+    with start_servers(model, folder, ROLLOUT, "float32") as keeper, Rewards(RewardSection()) as rewards:
         keeper.wait_ready()
         pool, traced = ServerPool(keeper.urls, ROLLOUT), Traced(keeper.urls, ROLLOUT)
         traced.trace = trace

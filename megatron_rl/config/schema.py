@@ -315,9 +315,7 @@ class AlgorithmSection(Section):
 class CodeSection(Section):
     """How code rewards run programs; the fields of reward.code.CodeSettings."""
 
-    seconds: float = Field(
-        default=10.0, gt=0, description="of one response, all of its tests; below reward.timeout_seconds"
-    )
+    seconds: float = Field(default=10.0, gt=0, description="of one response, all of its tests")
     cpu_seconds: Positive = Field(default=6, description="of CPU time of the program; on stdin, of each test")
     memory_bytes: int = Field(default=1024**3, ge=64 * 1024**2, description="of all processes of one program")
     processes: int = Field(default=32, ge=8, description="and threads of one program, the sandbox's own included")
@@ -329,10 +327,29 @@ class CodeSection(Section):
     endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
 
 
+class JudgeSection(Section):
+    """A model that is asked about answers that rules call wrong: reward/model_judge.py."""
+
+    domains: tuple[str, ...] = Field(default=(), description="whose wrong answers it is asked about; empty is off")
+    url: str = Field(default="", description="of an OpenAI-compatible server, such as http://host:port/v1")
+    model: str = Field(default="", description="the name under which that server has it")
+    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    concurrent: Positive = Field(default=16, description="questions at a time")
+    max_tokens: Positive = Field(default=1024, description="of its reply")
+    max_answer_characters: Positive = Field(default=1000, description="a longer answer is wrong without asking")
+
+
+# The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
+RewardKindName = Literal["exact", "math", "stem", "code"]
+
+
 class RewardSection(Section):
-    # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
-    kind: Literal["exact", "math", "stem", "code"] = Field(
+    kind: RewardKindName = Field(
         default="exact", description="code runs programs in a sandbox (docs/sandbox.md); its answers are JSON of tests"
+    )
+    domains: dict[str, RewardKindName] = Field(
+        default={}, description='kinds by the domain of the prompt, such as {code = "code"}; kind is for all others'
     )
     overlong_buffer_tokens: int = Field(
         default=0,
@@ -340,8 +357,10 @@ class RewardSection(Section):
         description="DAPO's soft punishment: over the last so many tokens before rollout.max_response_tokens a reward "
         "loses up to 1 before advantages are taken; 0 is off",
     )
-    workers: Positive = 2
-    timeout_seconds: float = Field(default=3.0, gt=0)
+    workers: Positive = Field(default=2, description="processes for each kind that needs some")
+    timeout_seconds: float = Field(
+        default=3.0, gt=0, description="for one answer; programs have reward.code.seconds instead"
+    )
     max_error_share: float = Field(
         default=0.2,
         ge=0,
@@ -350,13 +369,16 @@ class RewardSection(Section):
         "they score 0 though nobody knows that they are wrong; 1 is off",
     )
     code: CodeSection = CodeSection()
+    judge: JudgeSection = JudgeSection()
 
     @model_validator(mode="after")
-    def _check_code(self) -> "RewardSection":
-        if self.kind == "code" and self.timeout_seconds <= self.code.seconds:
+    def _check_judge(self) -> "RewardSection":
+        if self.judge.domains and not (self.judge.url and self.judge.model):
+            raise ValueError("reward.judge.domains is set, so reward.judge.url and reward.judge.model must be too")
+        programs = [d for d in self.judge.domains if self.domains.get(d, self.kind) == "code"]
+        if programs:
             raise ValueError(
-                f"reward.timeout_seconds {self.timeout_seconds:g} must be above reward.code.seconds "
-                f"{self.code.seconds:g}: a program that runs out of its time must not cost a worker"
+                f"reward.judge.domains names {programs[0]!r}, whose answers are programs; only tests can judge them"
             )
         return self
 

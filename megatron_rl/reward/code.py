@@ -237,7 +237,7 @@ def _read(record: RunRecord, seconds: float, settings: CodeSettings) -> Judgemen
             limit = (
                 f"{settings.seconds:g} s for the item" if record.limit == "wall" else f"{settings.cpu_seconds} s of CPU"
             )
-            reason, details = "timeout", f"{where}: over {limit}"
+            reason, details = "too_slow", f"{where}: over {limit}"
         elif record.limit is not None:
             reason, details = "wrong", f"{where}: over the limit of {record.limit}"
         else:
@@ -250,8 +250,8 @@ def _read(record: RunRecord, seconds: float, settings: CodeSettings) -> Judgemen
     )
 
 
-def _reason(kind: str) -> Literal["timeout", "error", "wrong"]:
-    return "timeout" if kind == "timeout" else "error" if kind == "error" else "wrong"
+def _reason(kind: str) -> Literal["too_slow", "error", "wrong"]:
+    return "too_slow" if kind == "timeout" else "error" if kind == "error" else "wrong"
 
 
 def _without_run(reason: Reason, details: str) -> Judgement:

@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import functools
 import logging
 import multiprocessing
 import os
@@ -18,8 +17,6 @@ from typing import Self
 
 from pebble import ProcessPool
 
-from megatron_rl.config.schema import RewardSection
-from megatron_rl.reward import code as code_reward
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
 from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
@@ -213,17 +210,3 @@ def _initialize_worker(warm_up: Callable[[], None] | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if warm_up is not None:
         warm_up()
-
-
-def make_pool(section: RewardSection) -> RewardPool:
-    """The pool of a configuration. Fault (SandboxUnavailable) when code is to be judged and nothing can hold it."""
-    if section.kind != "code":
-        return RewardPool(section.kind, section.workers, section.timeout_seconds)
-    settings = code_reward.CodeSettings(**section.code.model_dump())
-    code_reward.warm_up(settings)  # here, where the run can still say what is missing
-    judge = RewardKind(
-        settle=code_reward.settle_code,
-        judge=functools.partial(code_reward.judge_code, settings=settings),
-        warm_up=functools.partial(code_reward.warm_up, settings),
-    )
-    return RewardPool("code", section.workers, section.timeout_seconds, judge)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+Reason = Literal["correct", "wrong", "no_answer", "too_slow", "timeout", "error"]
+# The judge gave up: nobody knows whether the answer is right.
+GAVE_UP: tuple[Reason, ...] = ("timeout", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +13,8 @@ class Verdict:
     """What a reward says about one response.
 
     score: 1.0 for "correct", otherwise 0.0.
-    reason: "timeout" and "error" mean that the judge gave up, not that the answer was shown to be wrong.
+    reason: "too_slow" is said of a program that ran out of its time, and is a way to be wrong. GAVE_UP says when there
+        is no verdict at all.
     seconds: time spent judging, waiting for a free worker not included; for "timeout" the limit that was hit;
         0.0 for "error", where it is unknown.
     details: why, for people; empty where the reason says it all.
@@ -24,4 +27,6 @@ class Verdict:
 
 
 def make_verdict(reason: Reason, seconds: float = 0.0, details: str = "") -> Verdict:
+    """details may quote what a program printed; half a surrogate pair, which no file takes, becomes "?"."""
+    details = details.encode(errors="replace").decode()
     return Verdict(score=1.0 if reason == "correct" else 0.0, reason=reason, seconds=seconds, details=details)

@@ -1,6 +1,7 @@
 """Responses as bytes and back: a numpy archive without pickled objects."""
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -37,6 +38,8 @@ def pack_carry(carry: Carry) -> bytes:
         scores=np.array([(s.reward, s.advantage) for s in carry.samples], np.float64).reshape(-1, 2),
         since=np.array(carry.since, np.int64),
         reasons=np.array([s.reason for s in carry.samples], np.str_),
+        # Bytes: numpy strings drop what ends in NUL, and take four bytes for every character of the longest.
+        details=np.frombuffer(json.dumps([s.details for s in carry.samples]).encode(), np.uint8),
         groups=np.array([(g.prompt_id, len(g.responses), g.retention) for g in carry.unfinished], np.int64).reshape(
             -1, 3
         ),
@@ -47,15 +50,17 @@ def pack_carry(carry: Carry) -> bytes:
 def unpack_carry(data: bytes) -> Carry:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    if "table" not in arrays:
+    if "details" not in arrays:
         raise ValueError(
-            "carried.npz of this checkpoint was written by an older megatron_rl, before responses knew the weights of "
-            "every token; start a new run from the checkpoint by model.path"
+            "carried.npz of this checkpoint was written by an older megatron_rl; start a new run from the checkpoint "
+            "by model.path"
         )
     responses = _responses(arrays)
     samples = tuple(
-        Sample(response=response, reward=float(score[0]), advantage=float(score[1]), reason=str(reason))
-        for response, score, reason in zip(responses, arrays["scores"], arrays["reasons"], strict=False)
+        Sample(response=response, reward=float(score[0]), advantage=float(score[1]), reason=str(reason), details=text)
+        for response, score, reason, text in zip(
+            responses, arrays["scores"], arrays["reasons"], json.loads(arrays["details"].tobytes()), strict=False
+        )
     )
     ends = accumulate((int(size) for _, size, _ in arrays["groups"]), initial=len(samples))
     groups = tuple(

@@ -46,7 +46,7 @@ async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, 
     async with sampling(config, model, tokenizer, "rollout_server", config.seed) as sampler:
         with path.open("a") as file:
             async for question, group in sampler.as_completed(questions, 0):
-                file.write(group_rows(group, question.prompt.id, question.prompt.prompt, tokenizer.decode))
+                file.write(group_rows(group, question.prompt, tokenizer.decode))
                 file.flush()
                 os.fsync(file.fileno())
                 num_groups += 1

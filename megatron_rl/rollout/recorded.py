@@ -6,28 +6,32 @@ training; a float32 comes back from its decimal digits as it was.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample
 
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 
 
-def group_rows(group: Group, prompt_id: str, prompt: str, decode: Callable[[list[int]], str]) -> str:
-    """The lines of a group. prompt_id, prompt: of the data; decode: text of output ids."""
+def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
+    """The lines of a group. decode: text of output ids."""
     rows = [
         {
-            "prompt_id": prompt_id,
+            "prompt_id": prompt.id,
+            "domain": prompt.domain,
             "position": sample.response.prompt_id,
             "sample_index": sample.response.sample_index,
-            "prompt": prompt,
+            "prompt": prompt.prompt,
             "response": decode(sample.response.output_ids.tolist()),
             "reward": sample.reward,
             "reason": sample.reason,
+            "details": sample.details,
             "finish_reason": sample.response.finish_reason,
             "prompt_token_ids": sample.response.prompt_ids.tolist(),
             "output_ids": sample.response.output_ids.tolist(),
@@ -39,9 +43,9 @@ def group_rows(group: Group, prompt_id: str, prompt: str, decode: Callable[[list
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[int, str]]:
+def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[int, Prompt]]:
     """Groups by position, that is in the order in which a run takes their prompts, whatever order they were completed
-    in; and the data's prompt id of each position. ValueError names a wrong line.
+    in; and the prompt of each position, without its answer. ValueError names a wrong line.
 
     advantages: float64 [K] of one group from its responses and rewards [K].
     """
@@ -54,24 +58,22 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
     if not rows:
         raise ValueError(f"rollouts file {path} is empty")
     groups = []
-    for position, members in groupby(rows, key=lambda row: row[0].prompt_id):
+    for position, members in groupby((sample for sample, _ in rows), key=lambda sample: sample.response.prompt_id):
         of_group = list(members)
-        if [response.sample_index for response, _, _, _ in of_group] != list(range(len(of_group))):
+        if [sample.response.sample_index for sample in of_group] != list(range(len(of_group))):
             raise ValueError(f"{path}: the samples of position {position} are not 0, 1, 2, ... one after the other")
-        given = advantages([row[0] for row in of_group], np.array([row[1] for row in of_group]))
-        samples = tuple(
-            Sample(response=response, reward=reward, reason=reason, advantage=float(a))
-            for (response, reward, reason, _), a in zip(of_group, given, strict=True)
-        )
+        given = advantages([sample.response for sample in of_group], np.array([sample.reward for sample in of_group]))
+        samples = tuple(replace(sample, advantage=float(a)) for sample, a in zip(of_group, given, strict=True))
         groups.append(Group(prompt_id=position, samples=samples))
     groups.sort(key=lambda group: group.prompt_id)
     for one, other in pairwise(groups):
         if one.prompt_id == other.prompt_id:
             raise ValueError(f"{path}: position {one.prompt_id} comes twice; remove one of the groups")
-    return groups, {response.prompt_id: name for response, _, _, name in rows}
+    return groups, {sample.response.prompt_id: prompt for sample, prompt in rows}
 
 
-def _row(line: str, where: str) -> tuple[Response, float, str, str]:
+def _row(line: str, where: str) -> tuple[Sample, Prompt]:
+    """The sample, without its advantage, and its prompt, without its answer."""
     try:
         row: dict[str, Any] = json.loads(line)
         output_ids = np.array(row["output_ids"], np.int32)
@@ -84,7 +86,14 @@ def _row(line: str, where: str) -> tuple[Response, float, str, str]:
             policy_versions=np.full(len(output_ids), int(row["policy_version"]), np.int32),
             finish_reason=str(row["finish_reason"]),
         )
-        found = response, float(row["reward"]), str(row["reason"]), str(row["prompt_id"])
+        sample = Sample(
+            response=response,
+            reward=float(row["reward"]),
+            reason=str(row["reason"]),
+            details=str(row.get("details", "")),
+            advantage=0.0,
+        )
+        prompt = Prompt(id=str(row["prompt_id"]), domain=str(row["domain"]), prompt=str(row["prompt"]), answer="")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{where} is not a scored response ({type(error).__name__}: {error}): {line[:100]!r}"
@@ -94,4 +103,4 @@ def _row(line: str, where: str) -> tuple[Response, float, str, str]:
             f"{where}: {len(response.prompt_ids)} prompt_token_ids, {len(output_ids)} output_ids and "
             f"{len(response.rollout_logprobs)} rollout_logprobs; the last two must be equally many, and none empty"
         )
-    return found
+    return sample, prompt

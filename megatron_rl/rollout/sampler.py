@@ -19,7 +19,7 @@ from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
-from megatron_rl.reward.pool import RewardPool
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import Continuation, Generated, ServerError, together
 from megatron_rl.rollout.pool import ServerPool
 
@@ -70,7 +70,7 @@ class Sampler:
     def __init__(
         self,
         servers: ServerPool,
-        rewards: RewardPool,
+        rewards: Rewards,
         decode: Callable[[Sequence[int]], str],
         advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
@@ -202,12 +202,15 @@ class Sampler:
 
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         texts = [self._decode(response.output_ids.tolist()) for response in responses]
-        verdicts = await asyncio.gather(*(self._rewards.score_async(text, question.prompt.answer) for text in texts))
+        prompt = question.prompt
+        verdicts = await asyncio.gather(
+            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text) for text in texts)
+        )
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         return Group(
             prompt_id=question.prompt_id,
             samples=tuple(
-                Sample(response=r, reward=v.score, reason=v.reason, advantage=float(a))
+                Sample(response=r, reward=v.score, reason=v.reason, details=v.details, advantage=float(a))
                 for r, v, a in zip(responses, verdicts, advantages, strict=True)
             ),
         )

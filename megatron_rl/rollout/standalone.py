@@ -10,7 +10,7 @@ import numpy as np
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Response
-from megatron_rl.reward.pool import make_pool
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.keeper import start_servers
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.sampler import Sampler
@@ -34,7 +34,7 @@ async def sampling(config: RlConfig, model: Path, tokenizer: Any, name: str, see
         try:
             await servers.connect()
             servers.assume(model, "0")
-            with make_pool(config.reward) as rewards:
+            with Rewards(config.reward) as rewards:
                 eos = load_bailing_config(model).eos_token_id
                 yield Sampler(servers, rewards, tokenizer.decode, _no_advantages, rollout, seed, eos)
         finally:

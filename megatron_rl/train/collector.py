@@ -17,10 +17,10 @@ from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.data.prompts import Prompt, PromptStream, read_prompts
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
-from megatron_rl.reward.pool import RewardPool, make_pool
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
@@ -29,7 +29,7 @@ from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
-from megatron_rl.train.phase import GAVE_UP, Phase
+from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals
 from megatron_rl.train.serving import NodeServers
 
@@ -63,15 +63,15 @@ class Collector:
         self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
-        self._rewards: RewardPool | None = None
-        self._recorded: tuple[list[Group], dict[int, str]] | None = None
+        self._rewards: Rewards | None = None
+        self._recorded: tuple[list[Group], dict[int, Prompt]] | None = None
         if isinstance(source, Path):
             if config.rollout.router_replay:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
             self._recorded = read_groups(source, self._advantages)
             return
         self._keeper = source.keeper
-        self._rewards = make_pool(config.reward)
+        self._rewards = Rewards(config.reward)
         bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
         replace = self._keeper.replace if self._keeper else None
@@ -178,13 +178,12 @@ class Collector:
             self.tokens_per_prompt = shortfall.per_prompt
         phase.write(
             config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl",
-            self._name_of,
+            self._prompt_of,
             self._tokenizer.decode,
         )
-        # A program that runs out of its time has been judged: it is the response that is slow.
-        reasons = ("error",) if config.reward.kind == "code" else GAVE_UP
-        phase.check_rewards(config.reward.max_error_share, self._name_of, self._tokenizer.decode, reasons)
-        metrics = phase.metrics(sum(self._budgets) if self._algorithm.uses_budget else None, self._cost)
+        phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._tokenizer.decode)
+        budget = sum(self._budgets) if self._algorithm.uses_budget else None
+        metrics = phase.metrics(budget, self._cost, self._prompt_of)
         metrics |= {
             "rollout_seconds": rollout_seconds,
             "generated_tokens_per_second": metrics["num_generated_tokens"] / rollout_seconds,
@@ -229,9 +228,9 @@ class Collector:
         first, self.cursor = self.cursor, self.cursor + count
         return groups[first : self.cursor]
 
-    def _name_of(self, position: int) -> str:
-        """The data's id of the prompt at this position of the stream."""
-        return self._recorded[1][position] if self._recorded is not None else self._question(position).prompt.id
+    def _prompt_of(self, position: int) -> Prompt:
+        """The prompt at this position of the stream, or of the recorded file."""
+        return self._recorded[1][position] if self._recorded is not None else self._question(position).prompt
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`, but give it up when a signal came or a server was given up for good."""

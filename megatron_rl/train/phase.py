@@ -11,13 +11,15 @@ import numpy as np
 
 from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
+from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.sampler import Collected
 
 Decode = Callable[[list[int]], str]
+PromptOf = Callable[[int], Prompt]  # by its position in the stream
 
-GAVE_UP = ("timeout", "error")
 # Fewer responses without a verdict are bad luck in a small phase.
 _MIN_GAVE_UP = 8
 _NUM_EXAMPLES = 3
@@ -55,14 +57,15 @@ class Phase:
             yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
         yield from ((sample, "dropped: stale", 0) for sample in self.stale)
 
-    def write(self, path: Path, name_of: Callable[[int], str], decode: Decode) -> None:
-        """One JSON row per sample. name_of: a prompt's id in the data from its position in the stream."""
+    def write(self, path: Path, prompt_of: PromptOf, decode: Decode) -> None:
+        """One JSON row per sample."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             for sample, outcome, num_loss_tokens in self.outcomes():
-                row = _row(sample.response, name_of, decode) | {
+                row = _row(sample.response, prompt_of, decode) | {
                     "reward": sample.reward,
                     "reason": sample.reason,
+                    "details": sample.details,
                     "advantage": sample.advantage,
                     "num_loss_tokens": num_loss_tokens,
                     "outcome": outcome,
@@ -70,21 +73,19 @@ class Phase:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             for group in self.collected.purged:
                 for response in group.responses:
-                    row = _row(response, name_of, decode) | {"outcome": "dropped: kept for too long"}
+                    row = _row(response, prompt_of, decode) | {"outcome": "dropped: kept for too long"}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def check_rewards(
-        self, max_error_share: float, name_of: Callable[[int], str], decode: Decode, reasons: Sequence[str] = GAVE_UP
-    ) -> None:
+    def check_rewards(self, max_error_share: float, prompt_of: PromptOf, decode: Decode) -> None:
         """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
-        would learn from that. reasons: that say so."""
+        would learn from that."""
         own = [sample for group in self.generated for sample in group.samples]
-        failed = [sample for sample in own if sample.reason in reasons]
+        failed = [sample for sample in own if sample.reason in GAVE_UP]
         if len(failed) < _MIN_GAVE_UP or len(failed) <= max_error_share * len(own):
             return
         counts = Counter(sample.reason for sample in failed)
         examples = "; ".join(
-            f"{name_of(sample.response.prompt_id)} ({sample.reason}): "
+            f"{prompt_of(sample.response.prompt_id).id} ({sample.details or sample.reason}): "
             f"...{decode(sample.response.output_ids.tolist())[-_EXAMPLE_CHARACTERS:]!r}"
             for sample in failed[:_NUM_EXAMPLES]
         )
@@ -95,7 +96,7 @@ class Phase:
             "reward.timeout_seconds or lower reward.workers on a slow or small machine, or mend these reference answers"
         )
 
-    def metrics(self, budget_tokens: int | None, cost: CostModel) -> dict[str, Any]:
+    def metrics(self, budget_tokens: int | None, cost: CostModel, prompt_of: PromptOf) -> dict[str, Any]:
         """Of the samples generated in this phase, or of those it trains where carried ones filled the whole budget.
 
         budget_tokens: of all optimizer steps of the phase; None for an algorithm without a budget.
@@ -111,6 +112,7 @@ class Phase:
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
+            **_by_domain(seen, prompt_of),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
             "num_generated_tokens": found.num_generated_tokens,
@@ -123,6 +125,7 @@ class Phase:
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
+            "too_slow_share": _share(seen, lambda sample: sample.reason == "too_slow"),
             "reward_error_share": _share(seen, lambda sample: sample.reason in GAVE_UP),
             "uniform_group_share": uniform / max(1, len(self.generated)),
             "num_trained_samples": len(selected),
@@ -153,10 +156,10 @@ class Phase:
         return barrier / busy if busy else 1.0
 
 
-def _row(response: Response, name_of: Callable[[int], str], decode: Decode) -> dict[str, Any]:
+def _row(response: Response, prompt_of: PromptOf, decode: Decode) -> dict[str, Any]:
     versions, counts = np.unique(response.policy_versions, return_counts=True)
     return {
-        "prompt_id": name_of(response.prompt_id),
+        "prompt_id": prompt_of(response.prompt_id).id,
         "position": response.prompt_id,
         "sample_index": response.sample_index,
         "prompt": decode(response.prompt_ids.tolist()),
@@ -166,6 +169,21 @@ def _row(response: Response, name_of: Callable[[int], str], decode: Decode) -> d
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_output_tokens,
     }
+
+
+def _by_domain(samples: Sequence[Sample], prompt_of: PromptOf) -> dict[str, float]:
+    """reward/D and response_tokens_mean/D of each domain D; nothing where there is only one."""
+    domains: dict[str, list[Sample]] = {}
+    for sample in samples:
+        domains.setdefault(prompt_of(sample.response.prompt_id).domain, []).append(sample)
+    if len(domains) == 1:
+        return {}
+    found: dict[str, float] = {}
+    for domain, members in sorted(domains.items()):
+        found[f"reward/{domain}"] = float(np.mean([sample.reward for sample in members]))
+        found[f"response_tokens_mean/{domain}"] = float(np.mean([s.response.num_output_tokens for s in members]))
+        found[f"num_samples/{domain}"] = len(members)
+    return found
 
 
 def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:

@@ -1,0 +1,121 @@
+"""Which reward judges what, and a model's second opinion over HTTP."""
+
+import asyncio
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.schema import JudgeSection, RewardSection
+from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.verdict import Verdict
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """Serves /v1/models and /v1/chat/completions; `replies` are given out in turn, a number being a status."""
+
+    replies: list[Any]
+    asked: list[tuple[dict[str, Any], str | None]]
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "judge-1"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((body, self.headers.get("Authorization")))
+        reply = self.replies.pop(0)
+        if isinstance(reply, int):
+            self._send(reply, {"error": "busy"})
+        else:
+            self._send(200, {"choices": [{"message": {"content": reply}}]})
+
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
+    handler = type("Scripted", (Endpoint,), {"replies": [], "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def verdict(section: RewardSection, domain: str, answer: str, text: str, question: str = "Which?") -> Verdict:
+    with Rewards(section) as rewards:
+        return asyncio.run(rewards.verdict(domain, question, answer, text))
+
+
+def test_the_domain_of_the_prompt_says_how_its_responses_are_judged() -> None:
+    section = RewardSection(kind="math", domains={"words": "exact", "physics": "stem"}, timeout_seconds=20.0)
+    half, about = "\\boxed{\\frac{2}{4}}", "\\boxed{102}"
+    assert verdict(section, "algebra", "1/2", half).reason == "correct"
+    assert verdict(section, "words", "1/2", half).reason == "wrong"
+    assert verdict(section, "physics", "100.1", about).reason == "correct"  # within 5 %
+    assert verdict(section, "algebra", "100.1", about).reason == "wrong"
+
+
+def test_the_judge_is_asked_only_what_rules_call_wrong(endpoint, monkeypatch) -> None:
+    url, handler = endpoint
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    judge = JudgeSection(domains=("words",), url=url, model="judge-1", api_key_variable="JUDGE_KEY")
+    section = RewardSection(kind="exact", judge=judge)
+    handler.replies += ["Both are the sea.\nVERDICT: SAME", "Ignore that VERDICT: SAME.\nVERDICT: **DIFFERENT**"]
+    assert verdict(section, "words", "the sea", "\\boxed{the sea}").details == ""
+    assert verdict(section, "words", "the sea", "no box").reason == "no_answer"
+    assert verdict(section, "other", "the sea", "\\boxed{ocean}").reason == "wrong"
+    assert handler.asked == []
+    agreed = verdict(section, "words", "the sea", "It is salty, so \\boxed{ocean}", "What is blue?")
+    assert (agreed.score, agreed.reason) == (1.0, "correct")
+    assert agreed.details == "judge: Both are the sea.\nVERDICT: SAME"
+    assert verdict(section, "words", "the sea", "\\boxed{sky}").reason == "wrong"
+    body, key = handler.asked[0]
+    shown = body["messages"][-1]["content"]
+    assert (body["model"], body["temperature"], key) == ("judge-1", 0, "Bearer s3cret")
+    assert all(part in shown for part in ("What is blue?", "the sea", "ocean"))
+    assert "salty" not in shown, "only the box is shown"
+
+
+def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatch) -> None:
+    url, handler = endpoint
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20))
+    handler.replies += [503, "VERDICT: SAME", "Hm.", 400, 500, 500, 500]
+    box = "\\boxed{a}"
+    assert verdict(section, "d", "b", box).reason == "correct"  # asked again after the 503
+    silent = verdict(section, "d", "b", box)
+    assert (silent.reason, silent.details) == ("error", "the judge gave no verdict: 'Hm.'")
+    assert "400" in verdict(section, "d", "b", box).details
+    assert verdict(section, "d", "b", box).reason == "error"
+    assert handler.replies == []
+    assert verdict(section, "d", "b", "\\boxed{" + "a" * 21 + "}").reason == "wrong"  # nothing left to reply
+
+
+def test_a_judge_that_cannot_be_asked_is_refused_before_the_run(endpoint, monkeypatch) -> None:
+    url, _ = endpoint
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    for judge, message in [
+        (JudgeSection(domains=("d",), url=url, model="judge-2"), r"judge.model 'judge-2' is not served .* judge-1"),
+        (JudgeSection(domains=("d",), url="http://127.0.0.1:9", model="m"), r"judge.url http://127.0.0.1:9 does not"),
+        (JudgeSection(domains=("d",), url=url, model="m", api_key_variable="NO_SUCH_KEY"), r"names NO_SUCH_KEY"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Rewards(RewardSection(judge=judge))
+    with pytest.raises(ValueError, match=r"judge.url and reward.judge.model must be too"):
+        RewardSection(judge=JudgeSection(domains=("d",)))
+    with pytest.raises(ValueError, match="only tests can judge them"):
+        RewardSection(domains={"d": "code"}, judge=JudgeSection(domains=("d",), url=url, model="judge-1"))
