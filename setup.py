@@ -8,6 +8,7 @@ INSTALL = [
     "torch>=2.11",  # `make install` takes 2.13.0, the CPU build; a GPU's torch comes with the `gpu` extra
     "numpy~=2.4",
     "pydantic~=2.14",
+    "tomli-w~=1.2",
     "httpx~=0.28",
     "starlette~=1.10",
     "uvicorn~=0.54",

@@ -24,9 +24,11 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     """
     bailing = load_bailing_config(config.model.path)
     config.parallel.layout(world_size).check(bailing)
-    data = [config.data.train] if isinstance(config, SftConfig | RlConfig) else []
-    if isinstance(config, RlConfig) and config.data.test is not None:
-        data.append(config.data.test)
+    data = [config.data.train] if isinstance(config, SftConfig) else []
+    if isinstance(config, RlConfig):
+        data += config.data.train_files
+        if config.data.test is not None:
+            data.append(config.data.test)
     if rollouts is not None:
         data.append(rollouts)
     for path in data:

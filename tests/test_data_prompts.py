@@ -1,13 +1,11 @@
-"""Row contracts and the order of prompts."""
+"""Row contracts."""
 
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_rl.data.prompts import Prompt, PromptStream, read_chats, read_prompts
+from megatron_rl.data.prompts import read_chats, read_prompts
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "math_dev.jsonl"
 GOOD = {"domain": "math", "prompt": "1+1?", "answer": "2"}
@@ -17,10 +15,6 @@ USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content"
 def write(path: Path, *rows: object) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def make_prompts(count: int) -> list[Prompt]:
-    return [Prompt(id=str(i), domain="math", prompt=f"{i}?", answer=str(i)) for i in range(count)]
 
 
 def test_a_prompt_file_gives_its_rows_in_order(tmp_path):
@@ -112,48 +106,3 @@ def test_a_bad_chat_row_is_named_by_file_line_field_and_value(tmp_path, row, par
         read_chats(path)
     for part in parts:
         assert part in str(error.value)
-
-
-@settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 40), seed=st.integers(0, 10**9), epoch=st.integers(0, 50))
-def test_every_epoch_holds_each_prompt_once(count, seed, epoch):
-    stream = PromptStream(make_prompts(count), seed=seed)
-    taken, cursor = stream.take(epoch * count, count)
-    assert sorted(int(p.id) for p in taken) == list(range(count))
-    assert cursor == (epoch + 1) * count
-
-
-@settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 20), seed=st.integers(0, 99), start=st.integers(0, 100), takes=st.lists(st.integers(0, 30)))
-def test_a_stream_resumed_at_any_cursor_continues_the_same_order(count, seed, start, takes):
-    prompts = make_prompts(count)
-    whole, _ = PromptStream(prompts, seed=seed).take(0, start + sum(takes))
-    cursor, got = start, []
-    for number in takes:
-        # a new stream each time: the cursor alone is the state
-        part, cursor = PromptStream(prompts, seed=seed).take(cursor, number)
-        got += part
-    assert got == whole[start:]
-    assert cursor == start + sum(takes)
-
-
-def test_pieces_are_consecutive_in_any_order_of_asking():
-    stream = PromptStream(make_prompts(10), seed=1)
-    steps = [stream.take(4 * index, 4)[0] for index in (2, 0, 1)]
-    assert steps[1] + steps[2] + steps[0] == stream.take(0, 12)[0]
-
-
-def test_epochs_and_seeds_have_different_orders():
-    prompts = make_prompts(50)
-    stream = PromptStream(prompts, seed=1)
-    first, second = stream.take(0, 50)[0], stream.take(50, 50)[0]
-    assert first != second
-    assert first != prompts
-    assert first != PromptStream(prompts, seed=2).take(0, 50)[0]
-
-
-def test_a_stream_refuses_what_it_cannot_serve():
-    with pytest.raises(ValueError, match="at least one prompt"):
-        PromptStream([], seed=0)
-    with pytest.raises(ValueError, match="must not be negative, got -1 and 2"):
-        PromptStream(make_prompts(1), seed=0).take(-1, 2)

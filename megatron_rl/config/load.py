@@ -1,17 +1,15 @@
 """TOML and `--set a.b=value` into the frozen configuration tree, with errors that name the key and the remedy."""
 
 import difflib
-import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from megatron_rl.config.schema import RunConfig
-
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
@@ -34,9 +32,7 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) 
 
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as TOML; `load_config` reads it back to an equal tree."""
-    tables: list[str] = []
-    _dump_table(config.model_dump(mode="json", exclude_none=True), (), tables)
-    return "\n".join(tables).strip() + "\n"
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -80,18 +76,3 @@ def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + name)
     return keys
-
-
-def _dump_table(values: dict[str, Any], path: tuple[str, ...], out: list[str]) -> None:
-    plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
-    if path and plain:
-        out.append(f"\n[{'.'.join(path)}]")
-    out.extend(f"{key} = {_toml_value(value)}" for key, value in plain.items())
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _dump_table(value, (*path, key), out)
-
-
-def _toml_value(value: Any) -> str:
-    # JSON's strings, numbers, booleans and lists of them are TOML too, except NaN and infinities, which no field takes.
-    return json.dumps(value, ensure_ascii=False)

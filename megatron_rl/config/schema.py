@@ -133,9 +133,51 @@ class SftConfig(RunConfig):
         return self
 
 
+Weights = dict[Path, Annotated[float, Field(gt=0)]]
+
+
+class DataStage(Section):
+    """A part of training with a mixture of its own."""
+
+    prompts: Positive | None = Field(default=None, description="after which the next stage begins; none for the last")
+    train: Path | Weights = Field(description="as data.train")
+
+
 class RlData(Section):
-    train: Path = Field(description="JSONL of {domain, prompt, answer}")
+    train: Path | Weights | None = Field(
+        default=None,
+        description="JSONL of {domain, prompt, answer}, or weights of several such files: "
+        '{"math.jsonl" = 3, "code.jsonl" = 1} takes three prompts of the first for each of the second',
+    )
+    stages: tuple[DataStage, ...] = Field(
+        default=(),
+        description="instead of train: mixtures that follow each other. They are counted in prompts, because how many "
+        "prompts a step takes is up to the token budget",
+    )
     test: Path | None = Field(default=None, description="held-out prompts for evaluation")
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> "RlData":
+        if (self.train is None) == (not self.stages):
+            raise ValueError("set either data.train or [[data.stages]], not both and not neither")
+        if self.stages:
+            *before, last = (stage.prompts for stage in self.stages)
+            if last is not None or None in before:
+                raise ValueError("every stage of data.stages but the last needs `prompts`, and the last has none")
+        if any(not weights for _, weights in self.weights_by_stage):
+            raise ValueError('data.train names no file; write {"file.jsonl" = 1}')
+        return self
+
+    @property
+    def weights_by_stage(self) -> list[tuple[int | None, Weights]]:
+        """(prompts, weights by file) of every stage; prompts is None for the last."""
+        stages = self.stages or (DataStage(train=self.train or {}),)
+        return [(s.prompts, {s.train: 1.0} if isinstance(s.train, Path) else s.train) for s in stages]
+
+    @property
+    def train_files(self) -> list[Path]:
+        """Each once."""
+        return list(dict.fromkeys(path for _, weights in self.weights_by_stage for path in weights))
 
 
 class RolloutSection(Section):

@@ -1,4 +1,4 @@
-"""The JSONL row contracts, and the order in which training goes through the prompts.
+"""The JSONL row contracts.
 
 A prompt row:  {"domain": str, "prompt": str, "answer": str, optional "id": str, "source": str, "meta": {...}}
 A chat row:    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...], optional "id", "meta"}
@@ -6,7 +6,6 @@ A chat row:    {"messages": [{"role": "system" | "user" | "assistant", "content"
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,38 +74,6 @@ def read_chats(path: str | Path) -> list[Chat]:
         _claim_id(first_line, identity, line, where)
         chats.append(Chat(id=identity, messages=messages, meta=meta))
     return _not_empty(chats, path)
-
-
-class PromptStream:
-    """Prompts in a seeded order: every epoch is a fresh permutation that holds each prompt once.
-
-    A pure function of (prompts, seed, cursor), where the cursor counts prompts from the start of training; it is
-    all that a checkpoint has to keep. A step that crosses the end of an epoch goes on in the next permutation, so
-    only there can one prompt come twice in a step.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        if not prompts:
-            raise ValueError("a PromptStream needs at least one prompt, got none; check the data files")
-        self.prompts = tuple(prompts)
-        self.seed = seed
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def take(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
-        """The `count` prompts from `cursor` on, and the cursor after them."""
-        if cursor < 0 or count < 0:
-            raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
-        taken = [self._at(position) for position in range(cursor, cursor + count)]
-        return taken, cursor + count
-
-    def _at(self, position: int) -> Prompt:
-        epoch, index = divmod(position, len(self.prompts))
-        if epoch != self._epoch:
-            self._order = list(range(len(self.prompts)))
-            random.Random(f"prompt order {self.seed} {epoch}").shuffle(self._order)
-            self._epoch = epoch
-        return self.prompts[self._order[index]]
 
 
 def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.data.mixture import load_stream
 from megatron_rl.rollout.recorded import group_rows
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.rollout.standalone import sampling
@@ -31,9 +31,9 @@ def run_rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, res
 
 async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, done: set[int]) -> None:
     tokenizer = load_tokenizer(model)
-    prompts = read_prompts(config.data.train)
-    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, config.data.train)
-    taken, _ = PromptStream(prompts, config.seed).take(0, num_prompts)
+    stream = load_stream(config.data, config.seed)
+    input_ids = rendered_prompts(stream.prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+    taken, _ = stream.take(0, num_prompts)
     questions = [
         Question(prompt_id=position, prompt=prompt, input_ids=input_ids[prompt.id])
         for position, prompt in enumerate(taken)

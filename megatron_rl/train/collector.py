@@ -17,7 +17,8 @@ from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.prompts import Prompt, PromptStream, read_prompts
+from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
 from megatron_rl.reward.rewards import Rewards
@@ -52,11 +53,10 @@ class Collector:
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(layout.world_size)
         self._tokenizer = load_tokenizer(config.model.path)
-        prompts = read_prompts(config.data.train)
+        self._stream = load_stream(config.data, config.seed)
         self._input_ids = rendered_prompts(
-            prompts, self._tokenizer, config.rollout.max_prompt_tokens, config.data.train
+            self._stream.prompts, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
         )
-        self._stream = PromptStream(prompts, config.seed)
         self.cursor = 0
         self.carry = Carry()
         self.tokens_per_prompt: float | None = None
@@ -97,6 +97,7 @@ class Collector:
             "cursor": self.cursor,
             "tokens_per_prompt": self.tokens_per_prompt,
             "from_rollouts": self._recorded is not None,
+            "data": self._stream.digest,
         }
         return state, pack_carry(self.carry)
 
@@ -105,6 +106,12 @@ class Collector:
             raise ValueError(
                 "a run that samples and one that trains from --rollouts cannot continue each other: their cursors "
                 "count different things; start a new run with model.path set to the checkpoint"
+            )
+        if state["data"] != self._stream.digest:
+            raise ValueError(
+                "the seed, or the prompts, weights or stages under data, are not those that this run began with, so "
+                "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
+                "model.path set to the checkpoint"
             )
         self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
         self.carry = unpack_carry(carried)
