@@ -110,6 +110,24 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
         assert abs(row["correction_weight"] - 1.0) < 0.1
 
 
+def test_a_mixture_of_domains_trains_each_with_its_reward_and_resumes_only_as_what_it_was(
+    inputs: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) | {"domain": "physics"} for line in (inputs / "data/train.jsonl").open()][:20]
+    physics = tmp_path / "physics.jsonl"
+    physics.write_text("".join(json.dumps(row | {"id": f"p{i}"}) + "\n" for i, row in enumerate(rows)))
+    mixture = f'data.train={{"{inputs}/data/train.jsonl" = 2, "{physics}" = 1}}'
+    options = ["--set", "train.steps=2", "--set", mixture, "--set", "reward.domains.physics=stem"]
+    finish(command(inputs, tmp_path, "train", *options))
+    for row in rows_of(tmp_path):
+        assert {key for key in row if key.startswith("reward/")} == {"reward/tasks", "reward/physics"}
+    samples = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").open()]
+    positions = {s["position"]: s["prompt_id"].startswith("p") for s in samples}
+    assert [positions[i] for i in range(4)].count(True) == 1  # one in three, from the first step on
+    said = finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "seed=2"), code=2)
+    assert "are not those that this run began with" in said
+
+
 def test_router_replay_trains_on_the_servers_experts(inputs: Path, whole: Path, tmp_path: Path) -> None:
     # Two ranks, so that experts travel; responses that are carried over to the next step keep theirs.
     options = ["train.steps=2", "rollout.router_replay=true"]
