@@ -21,13 +21,15 @@ SEED ?= 1
 RUN ?= runs/demo
 # Steps of reinforcement learning in the demo; empty keeps the configuration's number.
 STEPS ?=
+# How many in make test-kill.
+KILLS ?= 30
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
 # What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
 SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 
-.PHONY: help install install-sandbox install-sglang demo test test-sglang check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox reproduce-mini clean
+.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,6 +82,9 @@ test: install install-sandbox  ## the fast tests
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
 	$(BIN)/python -m pytest tests/real_sglang
+
+test-kill: install  ## KILLS=30 SIGKILLs at random moments: every run ends with the numbers of one that was not killed
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/kill
 
 check: install  ## lint and types
 	$(BIN)/ruff check .

@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = int(arguments.run(arguments))
     except (ValueError, Fault) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # What every rank raises is told once; what befell one rank, by that rank.
+        if os.environ.get("RANK", "0") == "0" or type(error) is Fault:
             sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
         code = 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:

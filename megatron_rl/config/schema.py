@@ -87,7 +87,27 @@ class TrainSection(Section):
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 saves at the end only")
     keep_last: Positive = Field(default=2, description="checkpoints that are kept")
     phase_deadline_seconds: float = Field(
-        default=3600.0, gt=0, description="how long a rank waits for a plan or a collective before it gives up"
+        default=3600.0,
+        gt=0,
+        description="a rank that is longer than this in one phase (rollout, train, save, ...) writes its stacks to "
+        "run_dir/stacks and ends, and the run with it",
+    )
+    max_skipped_steps: int = Field(
+        default=3,
+        ge=0,
+        description="optimizer steps in a row that may be skipped for a loss or gradient that is not finite; one more "
+        "stops the run. Their batches are in run_dir/skipped",
+    )
+    grad_norm_alarm: float = Field(
+        default=10.0,
+        gt=1,
+        description="times the median gradient norm of the last 50 steps at which a step is reported",
+    )
+    reward_alarm: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="a mean reward of ten steps below this share of the best such mean so far is reported; 0 is off",
     )
 
 

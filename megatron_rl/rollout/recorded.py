@@ -62,14 +62,19 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
         of_group = list(members)
         if [sample.response.sample_index for sample in of_group] != list(range(len(of_group))):
             raise ValueError(f"{path}: the samples of position {position} are not 0, 1, 2, ... one after the other")
-        given = advantages([sample.response for sample in of_group], np.array([sample.reward for sample in of_group]))
-        samples = tuple(replace(sample, advantage=float(a)) for sample, a in zip(of_group, given, strict=True))
-        groups.append(Group(prompt_id=position, samples=samples))
+        groups.append(with_advantages(Group(prompt_id=position, samples=tuple(of_group)), advantages))
     groups.sort(key=lambda group: group.prompt_id)
     for one, other in pairwise(groups):
         if one.prompt_id == other.prompt_id:
             raise ValueError(f"{path}: position {one.prompt_id} comes twice; remove one of the groups")
     return groups, {sample.response.prompt_id: prompt for sample, prompt in rows}
+
+
+def with_advantages(group: Group, advantages: Advantages) -> Group:
+    """The group with the advantages that the present configuration gives its rewards."""
+    samples = group.samples
+    given = advantages([sample.response for sample in samples], np.array([sample.reward for sample in samples]))
+    return replace(group, samples=tuple(replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)))
 
 
 def _row(line: str, where: str) -> tuple[Sample, Prompt]:

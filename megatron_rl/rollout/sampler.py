@@ -21,7 +21,9 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import Continuation, Generated, ServerError, together
+from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.recorded import with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
 
@@ -76,12 +78,14 @@ class Sampler:
         rollout: RolloutSection,
         seed: int,
         eos_token_id: int,
+        journal: Journal | None = None,
     ) -> None:
-        """advantages: of one group, float64 [K] from its responses and rewards [K]."""
+        """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
+        has those that a killed phase had completed."""
         self._servers, self._rewards, self._decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
-        self._rollout, self._seed, self._eos = rollout, seed, eos_token_id
+        self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
 
     async def sample(
         self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
@@ -165,6 +169,9 @@ class Sampler:
         return phase.ended(self._rollout.max_retention)
 
     async def _group(self, question: Question, policy_version: int, size: int) -> Group:
+        done = self._recall(question)
+        if done is not None:
+            return done
         async with self._in_flight:
             responses = await self._continue(_blank(question, size), policy_version)
         return await self._score(question, responses)
@@ -207,13 +214,21 @@ class Sampler:
             *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text) for text in texts)
         )
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
-        return Group(
+        group = Group(
             prompt_id=question.prompt_id,
             samples=tuple(
                 Sample(response=r, reward=v.score, reason=v.reason, details=v.details, advantage=float(a))
                 for r, v, a in zip(responses, verdicts, advantages, strict=True)
             ),
         )
+        if self._journal is not None:
+            await self._journal.append(group)
+        return group
+
+    def _recall(self, question: Question) -> Group | None:
+        """The group of this phase that was completed before the run was killed."""
+        found = self._journal.find(question.prompt_id) if self._journal is not None else None
+        return None if found is None else with_advantages(found, self._advantages)
 
 
 async def fill_in_waves(
@@ -262,6 +277,12 @@ class _PartialPhase:
         self.found = Collected()
 
     def start(self, question: Question, responses: Sequence[Response], retention: int) -> None:
+        done = self._sampler._recall(question)
+        if done is not None:
+            now = sum(int((s.response.policy_versions == self._version).sum()) for s in done.samples)
+            self.found.num_generated_tokens += now
+            self._spawn(self._add(done))
+            return
         self._open[question.prompt_id] = _Open(question, list(responses), retention)
         left = [response for response in responses if not response.finish_reason]
         for response in left:
@@ -322,9 +343,12 @@ class _PartialPhase:
         group = self._open[prompt_id]
         scored = await self._sampler._score(group.question, group.responses)
         del self._open[prompt_id]
+        await self._add(scored)
+
+    async def _add(self, scored: Group) -> None:
         good = self._keep(scored)
         (self.found.kept if good else self.found.filtered).append(scored)
-        self._shortfall.add(1, [[r.num_output_tokens for r in group.responses]] if good else [])
+        self._shortfall.add(1, [[s.response.num_output_tokens for s in scored.samples]] if good else [])
 
 
 def _raise_first(ended: Iterable["asyncio.Task[None]"]) -> None:

@@ -1,6 +1,8 @@
 """Rank 0's side of a step: a rollout phase, and the plan of the train phase."""
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Coroutine, Sequence
@@ -19,10 +21,12 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.errors import Fault
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
@@ -64,6 +68,7 @@ class Collector:
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
         self._rewards: Rewards | None = None
+        self._journal: Journal | None = None
         self._recorded: tuple[list[Group], dict[int, Prompt]] | None = None
         if isinstance(source, Path):
             if config.rollout.router_replay:
@@ -74,6 +79,7 @@ class Collector:
         self._rewards = Rewards(config.reward)
         bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
+        self._journal = Journal(config.run_dir / "journal", _identity(config, self._stream.digest), _disk_is_full)
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
@@ -89,6 +95,7 @@ class Collector:
             config.rollout,
             config.seed,
             bailing.eos_token_id,
+            self._journal,
         )
 
     def state(self) -> tuple[dict[str, Any], bytes]:
@@ -152,6 +159,9 @@ class Collector:
         else:
             shortfall = Shortfall(unit="groups", missing=config.rollout.prompts_per_step, per_prompt=1.0)
         cursor = self.cursor
+        num_recalled = self._journal.open(policy_version) if self._journal is not None else 0
+        if num_recalled:
+            log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
         try:
             found = self.run(self._rollout(policy_version, shortfall))
         except BaseException:
@@ -201,12 +211,19 @@ class Collector:
             metrics |= {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
         return plan, metrics
 
+    def forget_before(self, step: int) -> None:
+        """A checkpoint covers the steps before `step`: what they sampled is not needed any more."""
+        if self._journal is not None:
+            self._journal.forget_before(step)
+
     def close(self) -> None:
         if self.pool is not None:
             self._loop.run(self.pool.close())
         if self._rewards is not None:
             self._rewards.close()
         self._loop.close()
+        if self._journal is not None:
+            self._journal.close()
 
     async def _rollout(self, policy_version: int, shortfall: Shortfall) -> Collected:
         waves = self._config.budget.max_waves
@@ -272,3 +289,32 @@ class Collector:
     def _is_wanted(self, group: Group) -> bool:
         """Dynamic sampling drops groups that teach nothing: all right or all wrong."""
         return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
+
+
+def _identity(config: RlConfig, data: str) -> str:
+    """Of all that decides what a phase samples and trains, apart from weights and cursor."""
+    relevant: Any = {
+        "seed": True,
+        "model": {"path", "dtype"},
+        "moe": True,
+        "optimizer": True,
+        "algorithm": True,
+        "budget": True,
+        "reward": {"kind", "domains", "overlong_buffer_tokens", "code", "judge"},
+        "rollout": {
+            "engine",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_response_tokens",
+            "temperature",
+            "partial",
+        },
+    }
+    values = config.model_dump(mode="json", include=relevant)
+    if config.optimizer.schedule != "constant":
+        values["steps"] = config.train.steps
+    return hashlib.sha256(json.dumps([data, values], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _disk_is_full(error: OSError) -> None:
+    raise Fault(str(error))

@@ -4,9 +4,11 @@ Rank 0 alone talks to the servers, scores and plans, and says what all ranks do 
 arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
+import json
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.records import Plan
+from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.distributed import DistributedTransport
@@ -22,12 +25,14 @@ from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
 from megatron_rl.train.collector import Collector
 from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, receive, send_order, send_work
+from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals
+from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals, told_in_words
 from megatron_rl.train.serving import NodeServers, num_nodes
 from megatron_rl.train.session import Session, should_save
+from megatron_rl.train.state import latest_step
 from megatron_rl.train.trainer import StepResult
 
 log = logging.getLogger(__name__)
@@ -42,49 +47,60 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
     """
     signals = StopSignals()
     session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
-    if config.algorithm.kl_coefficient:
-        session.trainer.keep_reference()
+    with ExitStack() as parts, told_in_words(session.watch):  # every part is closed, whatever another one raises
+        parts.callback(session.close)
+        if config.algorithm.kl_coefficient:
+            session.trainer.keep_reference()
+        restored = session.restore()
+        first = restored[0]["step"] if restored else 0
+        source: NodeServers | Path
+        transport = None
+        try:
+            if rollouts is None:
+                folder = WeightFolder(
+                    session.control,
+                    session.bailing.num_parameters() * session.model.dtype.itemsize,
+                    shared=config.run_dir if num_nodes() > 1 else None,
+                )
+                parts.callback(folder.close)
+                session.export(folder.path)  # what servers start with, now and whenever one is started again
+                source = NodeServers(config, folder.path, session.control, signals)
+                parts.callback(source.close)
+                transport = _transport(config, session, folder, source, first)
+                parts.callback(transport.close)
+            else:
+                source = rollouts
+            leader = None
+            if session.is_leader:
+                leader = Leader(config, session, signals, first, restored, source, transport)
+                parts.callback(leader.close)
+        except StopRequested:
+            return EXIT_STOPPED  # before the first step: there is nothing to save yet
+        return _steps(config, session, first, leader, transport)
+
+
+def _steps(config: RlConfig, session: Session, first: int, leader: "Leader | None", transport: Transport | None) -> int:
+    """From step `first` to the end. Returns the exit code."""
     objective = PolicyObjective(config.algorithm, session.context_group)
-    restored = session.restore()
-    first = restored[0]["step"] if restored else 0
-    folder = servers = transport = leader = None
-    try:
-        if rollouts is None:
-            folder = WeightFolder(
-                session.control,
-                session.bailing.num_parameters() * session.model.dtype.itemsize,
-                shared=config.run_dir if num_nodes() > 1 else None,
-            )
-            session.export(folder.path)  # what servers start with, the first time and whenever one is started again
-            servers = NodeServers(config, folder.path, session.control, signals)
-            transport = _transport(config, session, folder, servers, first)
-        if session.is_leader:
-            source = servers or rollouts
-            assert source is not None
-            leader = Leader(config, session, signals, first, restored, source, transport)
-        for step in range(first, config.train.steps):
-            work = leader.begin(step) if leader else _follow(session, transport)
-            if isinstance(work, Stop):
-                if work.save and step > first:
-                    session.save(step, *_driver_state(leader, step))
-                return work.exit_code
-            results = _train(session, config, objective, *work)
-            if leader:
-                leader.end(step, results)
-            if should_save(step + 1, config):
-                session.save(step + 1, *_driver_state(leader, step + 1))
-        last = leader.finish() if leader else _follow(session, transport)
-        assert isinstance(last, Stop)
-        if last.exit_code == 0:
-            session.export(config.run_dir / "hf")
-        return last.exit_code
-    except StopRequested:
-        return EXIT_STOPPED  # before the first step: there is nothing to save yet
-    finally:
-        with ExitStack() as closing:  # all of them, whatever one of them raises
-            for part in (session, folder, servers, transport, leader):
-                if part is not None:
-                    closing.callback(part.close)
+    skips = SkipGuard(config.train)
+    for step in range(first, config.train.steps):
+        work = leader.begin(step) if leader else _follow(session, step, transport)
+        if isinstance(work, Stop):
+            if work.save and step > first:
+                session.save(step, *_driver_state(leader, step))
+            return work.exit_code
+        session.watch.enter("train", step)
+        results = _train(session, config, objective, *work)
+        if leader:
+            leader.end(step, results)
+        skips.check(results)
+        if should_save(step + 1, config):
+            session.save(step + 1, *_driver_state(leader, step + 1))
+    last = leader.finish() if leader else _follow(session, config.train.steps, transport)
+    assert isinstance(last, Stop)
+    if last.exit_code == 0:
+        session.export(config.run_dir / "hf")
+    return last.exit_code
 
 
 def _transport(
@@ -115,9 +131,10 @@ def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan:
     ]
 
 
-def _follow(session: Session, transport: Transport | None) -> tuple[Plan, Work] | Stop:
+def _follow(session: Session, step: int, transport: Transport | None) -> tuple[Plan, Work] | Stop:
     """The other ranks: do what rank 0 says until there is something to train, or the run ends."""
     while True:
+        session.watch.enter("waiting for rank 0", step)
         order = receive(session.rank, session.layout, session.control)
         if not isinstance(order, Order) or isinstance(order, Stop):
             return order
@@ -129,6 +146,7 @@ def _obey(order: Order, session: Session, transport: Transport | None, receivers
     match order:
         case Push():
             assert transport is not None
+            session.watch.enter("sync", order.version)
             return transport.push(order.version, receivers)
         case Probe():
             return mean_differences(session.trainer, order, session.control)
@@ -160,6 +178,7 @@ class Leader:
         self._config, self._session, self._transport = config, session, transport
         self._first = first
         self._metrics: MetricsLog | None = None
+        self._alarms = Alarms(config.train, ())
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._started = self._trained_from = 0.0
@@ -169,6 +188,7 @@ class Leader:
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
+            self._alarms = Alarms(config.train, self._metrics.past)
         except StopRequested:
             self._order(Stop(exit_code=EXIT_STOPPED, save=False))
             raise
@@ -180,6 +200,9 @@ class Leader:
         """Weights to the servers, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
+            saved = latest_step(self._session.checkpoints)
+            if saved is not None:
+                self.collector.forget_before(saved)
             if self._gate_failure is not None:
                 raise self._gate_failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
@@ -211,6 +234,7 @@ class Leader:
             "num_loss_tokens_by_step": [r.num_loss_tokens for r in results],
             "num_forward_tokens": trained,
             "padding_share": padding / max(1, trained + padding),
+            "num_skipped_steps": sum(r.skipped for r in results),
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
             **last.metrics,
@@ -221,7 +245,12 @@ class Leader:
             "trained_tokens_per_second": trained / (now - self._trained_from),
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
         }
+        for alarm in (alarms := self._alarms.check(row)):
+            log.warning("step %d: %s", step + 1, alarm)
+        row["num_alarms"] = len(alarms)
         self._metrics.write(row)
+        if row["num_skipped_steps"]:
+            self._keep_skipped(step, results)
         tolerance = self._config.rollout.logprob_tolerance
         if step == self._first and row["logprob_difference_p999"] > tolerance:
             # Raised at the start of the next step: there the other ranks listen, here they may be saving.
@@ -238,6 +267,20 @@ class Leader:
             f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
             f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
             soft_wrap=True,
+        )
+
+    def _keep_skipped(self, step: int, results: list[StepResult]) -> None:
+        """The batch of a step that was skipped, for whoever wants to know why."""
+        assert self._schedule is not None
+        folder = self._config.run_dir / "skipped"
+        folder.mkdir(exist_ok=True)
+        samples = self._schedule.samples
+        carry = Carry(samples=samples, since=(step,) * len(samples))
+        (folder / f"step_{step:06d}.npz").write_bytes(pack_carry(carry))
+        (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)))
+        log.warning(
+            "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
+            *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),
         )
 
     def finish(self) -> Stop:
@@ -266,6 +309,7 @@ class Leader:
                     if every and step % every == 0:
                         self._prove(step)
                 pushed = time.perf_counter()
+                self._session.watch.enter("rollout", step)
                 schedule, self._row = self.collector.collect(policy_version=step)
                 return schedule, pushed - started
             except WeightsNeeded as needed:

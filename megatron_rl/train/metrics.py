@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, and one line per step for the person at the terminal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ console = Console(stderr=True, highlight=False)
 
 
 class MetricsLog:
-    """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both."""
+    """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both.
+
+    past: the rows of the steps before this start.
+    """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped."""
@@ -18,16 +22,17 @@ class MetricsLog:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self._path) if row["step"] < first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.past))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """row["step"] numbers it; numbers go to TensorBoard as well."""
-        self._file.write(json.dumps(row) + "\n")
+        """row["step"] numbers it; numbers go to TensorBoard as well. A number that is not finite becomes null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        for name, value in row.items():
+        for name, value in finite.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["step"])
 

@@ -1,10 +1,17 @@
-"""Signals: the first asks the run to stop cleanly, the second stops it now."""
+"""Signals: the first asks the run to stop cleanly, the second stops it now. And what lost ranks and full memory say."""
 
 import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+from megatron_rl.errors import Fault
+from megatron_rl.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +23,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Remembers SIGINT and SIGTERM; rank 0 decides what they mean.
+    """Remembers SIGINT, SIGTERM and SIGUSR1 (Slurm's word that the time is nearly up); rank 0 decides what they mean.
 
     A Ctrl-C under torchrun comes twice, from the terminal and from torchrun, so what follows the first signal within
     `repeat_seconds` is the same request and not a second one.
@@ -27,7 +34,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.name: str | None = None
         self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
@@ -42,3 +49,31 @@ class StopSignals:
     def check(self) -> None:
         if self.name is not None:
             raise StopRequested(f"stopped by {self.name}")
+
+
+# What torch's errors say when another rank is gone, or does not answer.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "Gloo")
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
+@contextmanager
+def told_in_words(watch: Watch) -> Iterator[None]:
+    """Turns what torch raises when memory is full or another rank is lost into a Fault that says so."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, Fault):
+            raise
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in said for part in _NO_MEMORY):
+            raise Fault(
+                f"{watch.place}: out of memory ({said.splitlines()[0] if said else 'MemoryError'}); lower "
+                "train.micro_batch_tokens, set model.recompute = true, or divide the model over more ranks "
+                "(parallel.tensor, parallel.expert, parallel.pipeline)"
+            ) from error
+        if any(part in said for part in _LOST):
+            raise Fault(
+                f"{watch.place}: lost contact with another rank ({said.splitlines()[0]}); the first error in the logs "
+                "of the others says why. Start again with --resume"
+            ) from error
+        raise

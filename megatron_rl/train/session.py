@@ -16,8 +16,11 @@ from megatron_rl.model.build import build_model, initialize_parallel, load_weigh
 from megatron_rl.sync.export import export_directory
 from megatron_rl.train import state
 from megatron_rl.train.trainer import Trainer
+from megatron_rl.train.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 60.0
 
 
 class Session:
@@ -41,17 +44,19 @@ class Session:
         self.layout.check(self.bailing)
         self.checkpoints = config.run_dir / "checkpoints"
         state.refuse_to_overwrite(self.checkpoints, resume)
+        if self.rank == 0:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.toml").write_text(dump_config(config))
+        self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_world))
-        deadline = config.train.phase_deadline_seconds
+        # The watch ends a rank that waits for too long; these only have to be later.
+        deadline = config.train.phase_deadline_seconds + _GRACE_SECONDS
         initialize_parallel(self.layout, deadline, config.seed)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
         self.model = build_model(self.bailing, config.model, config.moe, self.layout, distributed_optimizer)
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self._found = state.latest(self.checkpoints) if resume else None
-        if self.rank == 0:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.toml").write_text(dump_config(config))
 
     @property
     def context_group(self) -> Any:
@@ -71,6 +76,7 @@ class Session:
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps."""
+        self.watch.enter("save", step)
         state.save(
             self.checkpoints,
             step,
@@ -90,9 +96,11 @@ class Session:
 
     def export(self, destination: Path) -> None:
         """Collective: a Hugging Face directory of the present weights."""
+        self.watch.enter("export", self.watch.step)
         export_directory(self.model, self.config.model.path, destination, self.control)
 
     def close(self) -> None:
+        self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer, render_chat
 from megatron_rl.data.prompts import Chat, read_chats
-from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.batch import MicroBatch, TrainSequence
+from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals
+from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals, told_in_words
 from megatron_rl.train.session import Session, should_save
+from megatron_rl.train.trainer import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -30,56 +33,80 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     limit = min(config.micro_batch_cap, config.data.batch_tokens)
     sequences = [_sequence(chat, tokenizer, limit) for chat in chats]
     session = Session(config, config.train.steps, resume)
-    restored = session.restore()
-    first = restored[0]["step"] if restored else 0
-    metrics = MetricsLog(config.run_dir, first) if session.is_leader else None
-    batches = sequence_batches(sequences, config.data.batch_tokens, config.seed)
-    for _ in range(first):
-        next(batches)
-    cost = cost_model(session.bailing)
-    data_rank = session.layout.data_rank(session.rank)
-    try:
-        for step in range(first, config.train.steps):
-            if session.any_rank(signals.name is not None):
-                session.save(step, {"step": step})
-                return EXIT_STOPPED
-            started = time.perf_counter()
-            batch = next(batches)
-            placed = pack_micro_batches(
-                [len(s.token_ids) for s in batch],
-                session.layout.data,
-                config.micro_batch_cap,
-                cost,
-                multiple_of=session.layout.micro_batch_multiple,
-            )
-            mine = [session.trainer.micro_batch([batch[i] for i in bin_]) for bin_ in placed[data_rank]]
-            num_loss_tokens = sum(len(s.loss_positions) for s in batch)
-            result = session.trainer.train_step(mine, CrossEntropy(), float(num_loss_tokens))
-            seconds = time.perf_counter() - started
-            if metrics is not None:
-                row = {
-                    "step": step,
-                    **result.metrics,
-                    "grad_norm": result.grad_norm,
-                    "learning_rate": result.learning_rate,
-                    "num_loss_tokens": result.num_loss_tokens,
-                    "step_seconds": seconds,
-                    "trained_tokens_per_second": result.num_forward_tokens / seconds,
-                }
-                metrics.write(row)
-                if step % 20 == 0 or step + 1 == config.train.steps:
-                    console.print(
-                        f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "
-                        f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s"
-                    )
-            if should_save(step + 1, config):
-                session.save(step + 1, {"step": step + 1})
-        session.export(config.run_dir / "hf")
-        return 0
-    finally:
+    with ExitStack() as parts, told_in_words(session.watch):
+        parts.callback(session.close)
+        restored = session.restore()
+        first = restored[0]["step"] if restored else 0
+        metrics = MetricsLog(config.run_dir, first) if session.is_leader else None
         if metrics is not None:
-            metrics.close()
-        session.close()
+            parts.callback(metrics.close)
+        return _steps(config, session, sequences, first, metrics, signals)
+
+
+def _steps(
+    config: SftConfig,
+    session: Session,
+    sequences: Sequence[TrainSequence],
+    first: int,
+    metrics: MetricsLog | None,
+    signals: StopSignals,
+) -> int:
+    """From step `first` to the end. Returns the exit code."""
+    batches = itertools.islice(sequence_batches(sequences, config.data.batch_tokens, config.seed), first, None)
+    skips, alarms = SkipGuard(config.train), Alarms(config.train, metrics.past if metrics else ())
+    for step in range(first, config.train.steps):
+        if session.any_rank(signals.name is not None):
+            session.save(step, {"step": step})
+            return EXIT_STOPPED
+        session.watch.enter("train", step)
+        started = time.perf_counter()
+        result = session.trainer.train_step(*_placed(config, session, next(batches)))
+        if metrics is not None:
+            _report(config, metrics, alarms, step, result, time.perf_counter() - started)
+        skips.check([result])
+        if should_save(step + 1, config):
+            session.save(step + 1, {"step": step + 1})
+    session.export(config.run_dir / "hf")
+    return 0
+
+
+def _placed(
+    config: SftConfig, session: Session, batch: Sequence[TrainSequence]
+) -> tuple[list[MicroBatch], CrossEntropy, float]:
+    """This rank's micro-batches of a step, its objective and its denominator."""
+    layout = session.layout
+    placed = pack_micro_batches(
+        [len(s.token_ids) for s in batch],
+        layout.data,
+        config.micro_batch_cap,
+        cost_model(session.bailing),
+        multiple_of=layout.micro_batch_multiple,
+    )
+    mine = [session.trainer.micro_batch([batch[i] for i in one]) for one in placed[layout.data_rank(session.rank)]]
+    return mine, CrossEntropy(), float(sum(len(s.loss_positions) for s in batch))
+
+
+def _report(
+    config: SftConfig, metrics: MetricsLog, alarms: Alarms, step: int, result: StepResult, seconds: float
+) -> None:
+    row = {
+        "step": step,
+        **result.metrics,
+        "num_skipped_steps": int(result.skipped),
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "num_loss_tokens": result.num_loss_tokens,
+        "step_seconds": seconds,
+        "trained_tokens_per_second": result.num_forward_tokens / seconds,
+    }
+    for alarm in (found := alarms.check(row)):
+        log.warning("step %d: %s", step + 1, alarm)
+    metrics.write(row | {"num_alarms": len(found)})
+    if step % 20 == 0 or step + 1 == config.train.steps:
+        console.print(
+            f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "
+            f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s"
+        )
 
 
 def sequence_batches(sequences: Sequence[TrainSequence], batch_tokens: int, seed: int) -> Iterator[list[TrainSequence]]:

@@ -54,6 +54,12 @@ def latest(directory: Path) -> Path | None:
     return path
 
 
+def latest_step(directory: Path) -> int | None:
+    """The completed steps that the newest whole checkpoint of a run covers, or None."""
+    path = latest(directory)
+    return None if path is None else int(path.name.removeprefix("step_"))
+
+
 def refuse_to_overwrite(directory: Path, resume: bool) -> None:
     """ValueError when a run's checkpoints would be written over, or when `resume` would start anew without a word."""
     if latest(directory) is not None:

@@ -95,9 +95,10 @@ class _Distribution:
         self.extremes = torch.full((2,), -math.inf, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
+        values = values.double().cpu()
+        values = values[values.isfinite()]  # what is not spoils the loss too, and the step is skipped
         if not len(values):
             return
-        values = values.double().cpu()
         self.sums[0] += len(values)
         self.sums[1] += values.sum()
         self.extremes = torch.maximum(self.extremes, torch.stack([values.max(), -values.min()]))

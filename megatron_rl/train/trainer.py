@@ -31,7 +31,6 @@ from torch import Tensor
 
 from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
-from megatron_rl.errors import Fault
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
@@ -52,10 +51,12 @@ from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 class StepResult:
     """What one optimizer step did, the same on every rank.
 
+    skipped: the loss or the gradient was not finite, and the weights are what they were.
     num_forward_tokens, num_padding_tokens: over all ranks, each token once.
     metrics: see `Tally.metrics`.
     """
 
+    skipped: bool
     grad_norm: float
     learning_rate: float
     num_loss_tokens: int
@@ -150,23 +151,35 @@ class Trainer:
             router.load_balance_loss = router.z_loss = 0.0
             router.num_replayed = router.num_replaced = 0
         self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
-        _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(float(grad_norm or 0.0)):
-            raise Fault(
-                f"the gradient norm is {float(grad_norm)}: this step spoiled the weights. The last checkpoint is good; "
-                "lower optimizer.learning_rate or look at the responses of this step"
-            )
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step(1)
         tally.reduce(self._control, mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
+        metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
         return StepResult(
-            grad_norm=float(grad_norm or 0.0),
+            skipped=not updated,
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             num_loss_tokens=tally.num_tokens,
             num_forward_tokens=num_tokens,
             num_padding_tokens=num_places - num_tokens,
-            metrics=tally.metrics(denominator) | self._router_metrics(num_tokens),
+            metrics=metrics,
         )
+
+    def _update(self, may: bool) -> tuple[float, bool]:
+        """Step optimizer and schedule if `may` and the gradient is finite; the gradient's norm, and whether they were.
+
+        Megatron's step would clip by whatever norm it finds and spoil the weights, so the norm is looked at first. Its
+        preparation only copies gradients, so that its step repeats it does no harm.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        good = torch.tensor([int(may and math.isfinite(grad_norm))])
+        dist.all_reduce(good, op=dist.ReduceOp.MIN, group=self._control)
+        if not good:
+            return grad_norm, False
+        self.optimizer.step()
+        self.scheduler.step(1)
+        return grad_norm, True
 
     def _router_metrics(self, num_tokens: int) -> dict[str, float]:
         """Of those losses that are on the mean over the step's tokens and the model's mixture-of-experts layers; and

@@ -1,0 +1,128 @@
+"""Scored groups on disk as they complete, so that a killed rollout phase goes on with what was done.
+
+One file for each phase: records of [length, uint64][blake2b of the content, 16 bytes][content], the first a JSON
+header, each other one group (rollout/archive.py). The last record of a file may be cut short; it and what follows is
+cut off. Files are kept until a checkpoint covers their phase, so what a run does again after a kill, it does with the
+same responses and without sampling them.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_rl.records import Group
+from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+
+log = logging.getLogger(__name__)
+
+_HEAD = struct.Struct("<Q16s")
+
+
+class Journal:
+    """Owns the file of the present phase. `close()` closes it."""
+
+    def __init__(self, folder: Path, identity: str, on_error: Callable[[OSError], None]) -> None:
+        """identity: of everything that decides what a phase samples beside its weights and cursor; groups of another
+        one are not used. on_error: told when the disk takes no more; the phase goes on unless it raises."""
+        self._folder, self._identity, self._on_error = folder, identity, on_error
+        self._file: BinaryIO | None = None
+        self._found: dict[int, Group] = {}
+        self._queue: list[bytes] = []
+        self._lock = asyncio.Lock()
+
+    def open(self, step: int) -> int:
+        """Begin or resume the phase of `step`. The number of groups that it has already."""
+        self.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step:06d}.journal"
+        header = json.dumps({"step": step, "identity": self._identity}).encode()
+        self._found = {}
+        try:
+            whole = 0
+            if path.exists():
+                whole = self._read(path, header)
+            self._file = path.open("r+b" if path.exists() else "x+b")
+            self._file.truncate(whole)
+            self._file.seek(whole)
+            if not whole:
+                self._write(_framed(header))
+        except OSError as error:
+            self._give_up(error)
+        return len(self._found)
+
+    def find(self, prompt_id: int) -> Group | None:
+        """The group of this prompt, if it was completed before. Its advantages are those of the run that wrote it."""
+        return self._found.get(prompt_id)
+
+    async def append(self, group: Group) -> None:
+        """Returns when the group is on disk. Groups that come at the same time share one fsync."""
+        if self._file is None:
+            return
+        self._queue.append(_framed(pack_carry(Carry(samples=group.samples, since=(0,) * len(group.samples)))))
+        async with self._lock:
+            # Whoever had the lock before may have written this group too.
+            if self._queue and self._file is not None:
+                data, self._queue = b"".join(self._queue), []
+                try:
+                    await asyncio.to_thread(self._write, data)
+                except OSError as error:
+                    self._give_up(error)
+
+    def forget_before(self, step: int) -> None:
+        """Delete the phases of earlier steps."""
+        for path in self._folder.glob("step_*.journal"):
+            found = re.fullmatch(r"step_(\d+)\.journal", path.name)
+            if found and int(found[1]) < step:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, path: Path, header: bytes) -> int:
+        """Fills what was found; the bytes of whole records, 0 if the file is of another run."""
+        records = _records(path)
+        first, whole = next(records, (b"", 0))
+        if first != header:
+            if first:
+                log.warning("%s was written under other settings; its phase is sampled anew", path)
+            return 0
+        for content, whole in records:  # noqa: B007, the last end is what counts
+            samples = unpack_carry(content).samples
+            self._found[samples[0].response.prompt_id] = Group(prompt_id=samples[0].response.prompt_id, samples=samples)
+        return whole
+
+    def _give_up(self, error: OSError) -> None:
+        """No more groups are kept in this phase."""
+        self.close()
+        self._queue = []
+        self._on_error(error)
+
+
+def _framed(content: bytes) -> bytes:
+    return _HEAD.pack(len(content), hashlib.blake2b(content, digest_size=16).digest()) + content
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(content, end) of every record up to the first that is not whole."""
+    with path.open("rb") as file:
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            length, digest = _HEAD.unpack(head)
+            content = file.read(min(length, os.path.getsize(path)))
+            if hashlib.blake2b(content, digest_size=16).digest() != digest:
+                return
+            yield content, file.tell()

@@ -1,0 +1,72 @@
+"""What a run watches itself for: steps that had to be skipped, gradients that jump, rewards that collapse."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from megatron_rl.config.schema import TrainSection
+from megatron_rl.errors import SharedFault
+from megatron_rl.train.trainer import StepResult
+
+_GRADIENTS, _FEWEST_GRADIENTS = 50, 10
+_REWARDS = 10
+# Below it the best mean reward so far is too near to nothing for a share of it to mean anything.
+_LEAST_REWARD = 0.05
+
+
+class SkipGuard:
+    """Counts optimizer steps that were skipped one after the other. On every rank, and the same on all."""
+
+    def __init__(self, section: TrainSection) -> None:
+        self._limit = section.max_skipped_steps
+        self._in_a_row = 0
+
+    def check(self, results: Sequence[StepResult]) -> None:
+        """SharedFault after more than `train.max_skipped_steps`."""
+        for result in results:
+            self._in_a_row = self._in_a_row + 1 if result.skipped else 0
+            if self._in_a_row > self._limit:
+                raise SharedFault(
+                    f"{self._in_a_row} optimizer steps in a row had a loss or gradient that is not finite (loss "
+                    f"{result.metrics['loss']:g}, gradient norm {result.grad_norm:g}); train.max_skipped_steps allows "
+                    f"{self._limit}. The weights are those before them. Their batches are in run_dir/skipped; lower "
+                    "optimizer.learning_rate, or start again from an earlier checkpoint"
+                )
+
+
+class Alarms:
+    """Says what looks wrong in a run's metrics. Nothing stops: a person has to look."""
+
+    def __init__(self, section: TrainSection, past: Iterable[Mapping[str, Any]]) -> None:
+        """past: rows of the steps before, of a run that is resumed."""
+        self._section = section
+        self._gradients: deque[float] = deque(maxlen=_GRADIENTS)
+        self._rewards: deque[float] = deque(maxlen=_REWARDS)
+        self._best = 0.0
+        for row in past:
+            self.check(row)
+
+    def check(self, row: Mapping[str, Any]) -> list[str]:
+        """The row of a new step; messages, in most cases none."""
+        found = []
+        norm = row["grad_norm"]
+        if norm is not None and math.isfinite(norm):
+            usual = median(self._gradients) if len(self._gradients) >= _FEWEST_GRADIENTS else math.inf
+            if norm > self._section.grad_norm_alarm * usual:
+                found.append(f"the gradient norm {norm:.3g} is far above the usual {usual:.3g}")
+            self._gradients.append(norm)
+        if self._section.reward_alarm and "reward" in row:
+            found += self._collapse(row["reward"])
+        return found
+
+    def _collapse(self, reward: float) -> list[str]:
+        self._rewards.append(reward)
+        if len(self._rewards) < _REWARDS:
+            return []
+        mean = fmean(self._rewards)
+        self._best = max(self._best, mean)
+        if self._best < _LEAST_REWARD or mean >= self._section.reward_alarm * self._best:
+            return []
+        return [f"the mean reward of {_REWARDS} steps fell to {mean:.3g} from {self._best:.3g}"]

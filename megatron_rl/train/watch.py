@@ -1,0 +1,96 @@
+"""Where a rank is: a heartbeat for whoever looks, and an end to a phase that takes too long."""
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = "heartbeat.json"
+_BEAT_SECONDS = 10.0
+# After the deadline: then faulthandler ends a process whose watching thread cannot run (C code has the GIL).
+_STUCK_SECONDS = 30.0
+
+
+class Watch:
+    """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it. Every rank that
+    is in one phase for longer than the deadline writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and
+    ends with exit code 1; torchrun then ends the others. `close()` stops watching.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, deadline_seconds: float) -> None:
+        self._run_dir, self._rank, self._deadline = run_dir, rank, deadline_seconds
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self.enter("start", 0)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """From now on this rank does `phase` of `step`, and has the whole deadline for it."""
+        with self._lock:
+            self.phase, self.step, self._since = phase, step, time.monotonic()
+            self._beat()
+        faulthandler.dump_traceback_later(self._deadline + _STUCK_SECONDS, exit=True)
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"rank {self._rank}, phase {self.phase} of step {self.step}"
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _run(self) -> None:
+        beaten = time.monotonic()
+        while not self._end.wait(min(1.0, self._deadline / 10)):
+            with self._lock:
+                now = time.monotonic()
+                if now - self._since > self._deadline:
+                    self._give_up()
+                if now - beaten > _BEAT_SECONDS:
+                    beaten = now
+                    self._beat()
+
+    def _beat(self) -> None:
+        if self._rank:
+            return
+        found = {
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": self.step,
+            "phase": self.phase,
+            "phase_seconds": round(time.monotonic() - self._since, 1),
+        }
+        path = self._run_dir / HEARTBEAT
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(found))
+            partial.replace(path)
+        except OSError as error:  # a full disk is for those to tell who lose something by it
+            log.warning("%s cannot be written (%s)", path, error.strerror)
+
+    def _give_up(self) -> None:
+        """Not an exception: the main thread may sit in a collective that never ends."""
+        log.critical(
+            "%s: not done after train.phase_deadline_seconds = %g; the stacks of this process are in %s. Raise the "
+            "deadline if the phase only needs longer; else look which rank's stack is not in a collective",
+            *(self.place, self._deadline, self._run_dir / "stacks"),
+        )
+        try:
+            folder = self._run_dir / "stacks"
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank_{self._rank}.txt").open("w") as file:
+                file.write(f"{self.place}, after {self._deadline:g} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:  # whatever the disk does
+            os._exit(1)

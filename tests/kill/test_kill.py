@@ -1,0 +1,179 @@
+"""Runs that are killed again and again, and end with the numbers of one that was not.
+
+`make test-kill KILLS=30`. Each chain is one run: it is killed at a random moment of a random phase of every step, by
+SIGKILL to all of it or to one process of it, and started again with --resume until it ends.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+STEPS = 6
+KILLS_PER_CHAIN = 5
+PHASES = ("sync", "rollout", "reward", "train", "save")
+CHAINS = max(1, round(int(os.environ.get("KILLS", "30")) / KILLS_PER_CHAIN))
+CONFIG = """
+run_dir = "{run}"
+threads = 1
+[model]
+path = "{inputs}/model"
+[data]
+train = "{inputs}/data/train.jsonl"
+[rollout]
+prompts_per_step = 6
+samples_per_prompt = 8
+max_prompt_tokens = 32
+max_response_tokens = 48
+max_running_requests = 8
+servers = 2
+[reward]
+kind = "math"
+[budget]
+tokens = 1200
+[optimizer]
+learning_rate = 1e-3
+[algorithm]
+kl_coefficient = 1e-3
+[train]
+steps = {steps}
+save_every = 2
+micro_batch_tokens = 256
+phase_deadline_seconds = 120
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """metrics: rows without times. sampled: of each step, the rows of its rollouts file."""
+
+    metrics: list[dict[str, Any]]
+    sampled: list[list[str]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
+    subprocess.run([PYTHON, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
+    data = ["--num-sft", "10", "--num-train", "100", "--num-test", "8"]
+    subprocess.run([PYTHON, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
+    return folder
+
+
+def start(inputs: Path, folder: Path, ranks: int) -> subprocess.Popen[bytes]:
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(inputs=inputs, run=folder / "run", steps=STEPS))
+    command = [PYTHON, "-m", "megatron_rl.cli", "train", config, "--resume"]
+    if ranks > 1:
+        command += ["--nproc", str(ranks)]
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
+    assert run.wait(timeout=180) == 0, (folder / "log.txt").read_text()[-4000:]
+
+
+def outcome(folder: Path) -> Outcome:
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    timed = ("_seconds", "_per_second")
+    metrics = [{key: value for key, value in row.items() if not key.endswith(timed)} for row in rows]
+    sampled = []
+    for step in range(STEPS):
+        lines = (folder / f"run/rollouts/step_{step:06d}.jsonl").read_text().splitlines()
+        sampled.append(sorted(lines))
+    return Outcome(metrics=metrics, sampled=sampled)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
+    """Of one and of two ranks."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")
+        finish(start(inputs, folder, ranks), folder)
+        found[ranks] = outcome(folder)
+        assert len(found[ranks].metrics) == STEPS
+    return found
+
+
+def wait_for(phase: str, step: int, folder: Path, run: subprocess.Popen[bytes]) -> None:
+    """Until the run is there: in the phase of this step, or with its first groups scored for "reward"."""
+    heartbeat, journal = folder / "run/heartbeat.json", folder / f"run/journal/step_{step:06d}.journal"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert run.poll() is None, f"ended before {phase} of step {step}: {(folder / 'log.txt').read_text()[-3000:]}"
+        if phase == "reward":
+            if journal.exists() and journal.stat().st_size > 1000:
+                return
+        else:
+            try:
+                now = json.loads(heartbeat.read_text())
+            except (OSError, ValueError):
+                now = {}
+            if now.get("pid") in {p.pid for p in tree(run)} and (now["phase"], now["step"]) == (phase, step):
+                return
+        time.sleep(0.003)
+    raise AssertionError(f"{phase} of step {step} did not come within 120 s")
+
+
+def tree(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        top = psutil.Process(run.pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(run: subprocess.Popen[bytes], rng: random.Random) -> str:
+    """SIGKILL to everything, or to one training process or the launcher; then all of it must end by itself."""
+    processes = tree(run)
+    ranks = [p for p in processes if any("megatron_rl.cli" in part for part in p.cmdline())]
+    victims = processes if rng.random() < 0.3 else [rng.choice(ranks)]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    run.wait(timeout=90)
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert not left, f"still there after the kill: {[p.cmdline() for p in left if p.is_running()]}"
+    return "all" if len(victims) > 1 else f"1 of {len(ranks)}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chain", range(CHAINS))
+def test_a_run_that_is_killed_continues_to_the_same_numbers(
+    chain: int, inputs: Path, undisturbed: dict[int, Outcome], tmp_path: Path
+) -> None:
+    rng = random.Random(f"kill {chain}")
+    ranks = 1 + chain % 2
+    for step in range(KILLS_PER_CHAIN):
+        phase = PHASES[(step + chain) % len(PHASES)]
+        # A checkpoint is made after every second step, and called by the number of steps before it.
+        place = step if phase != "save" else 2 * (step // 2) + 2
+        run = start(inputs, tmp_path, ranks)
+        try:
+            wait_for(phase, place, tmp_path, run)
+            time.sleep(rng.uniform(0, 0.3))
+            who = kill(run, rng)
+            print(f"chain {chain}, {ranks} rank(s): killed {who} in {phase} of step {place}")
+        finally:
+            for process in tree(run):
+                process.kill()
+    finish(start(inputs, tmp_path, ranks), tmp_path)
+    found = outcome(tmp_path)
+    for mine, theirs in zip(found.metrics, undisturbed[ranks].metrics, strict=True):
+        assert mine == theirs
+    assert found.sampled == undisturbed[ranks].sampled

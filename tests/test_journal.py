@@ -1,0 +1,145 @@
+"""Scored groups on disk: what was whole comes back, whatever cut the file short, and nothing else does."""
+
+import asyncio
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import make_sample
+
+from megatron_rl.records import Group
+from megatron_rl.rollout.journal import Journal
+
+
+def group(prompt_id: int) -> Group:
+    samples = [make_sample(prompt_id, i, 3 + prompt_id % 4 + i, reward=float(i == 0)) for i in range(2)]
+    return Group(prompt_id=prompt_id, samples=tuple(replace(s, details=f"é {prompt_id}") for s in samples))
+
+
+def refuse(error: OSError) -> None:
+    raise error
+
+
+def write(folder: Path, groups: list[Group], step: int = 4, identity: str = "a") -> Path:
+    async def append(journal: Journal) -> None:
+        await asyncio.gather(*(journal.append(one) for one in groups))
+
+    journal = Journal(folder, identity, refuse)
+    assert journal.open(step) == 0
+    asyncio.run(append(journal))
+    journal.close()
+    return folder / f"step_{step:06d}.journal"
+
+
+def found(folder: Path, prompt_ids: range, step: int = 4, identity: str = "a") -> dict[int, Group]:
+    journal = Journal(folder, identity, refuse)
+    count = journal.open(step)
+    groups = {i: one for i in prompt_ids if (one := journal.find(i)) is not None}
+    journal.close()
+    assert len(groups) == count
+    return groups
+
+
+def same(one: Group, other: Group) -> bool:
+    pairs = zip(one.samples, other.samples, strict=True)
+    return one.prompt_id == other.prompt_id and all(
+        (a.id, a.reward, a.reason, a.details, a.response.finish_reason)
+        == (b.id, b.reward, b.reason, b.details, b.response.finish_reason)
+        and all(
+            np.array_equal(getattr(a.response, name), getattr(b.response, name))
+            for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions")
+        )
+        for a, b in pairs
+    )
+
+
+@pytest.fixture(scope="module")
+def journals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of the first 1 to 5 groups."""
+    return [write(tmp_path_factory.mktemp("journal"), [group(j) for j in range(i)]) for i in range(1, 6)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1), damage=st.one_of(st.none(), st.floats(0, 0.999)))
+def test_the_groups_before_the_first_broken_byte_come_back(
+    journals: list[Path], tmp_path_factory: pytest.TempPathFactory, cut: float, damage: float | None
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    ends = [path.stat().st_size for path in journals]
+    data = bytearray(journals[-1].read_bytes())
+    path, whole = folder / journals[-1].name, len(data)
+    good = int(cut * whole)
+    if damage is not None:
+        place = int(damage * whole)
+        data[place] ^= 1
+        good = min(good, place)
+    path.write_bytes(data[: int(cut * whole)])
+    expected = sum(end <= good for end in ends)
+    back = found(folder, range(5))
+    assert sorted(back) == list(range(expected))
+    assert all(same(back[i], group(i)) for i in back)
+
+
+def test_a_resumed_phase_goes_on_in_the_same_file(tmp_path: Path) -> None:
+    path = write(tmp_path, [group(0), group(1)])
+    path.write_bytes(path.read_bytes()[:-7])
+
+    async def go_on() -> None:
+        journal = Journal(tmp_path, "a", refuse)
+        assert journal.open(4) == 1
+        await journal.append(group(1))
+        await journal.append(group(2))
+        journal.close()
+
+    asyncio.run(go_on())
+    assert sorted(found(tmp_path, range(5))) == [0, 1, 2]
+
+
+def test_groups_sampled_under_other_settings_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, [group(0)])
+    assert found(tmp_path, range(5), identity="b") == {}
+    assert "written under other settings" in caplog.text
+    assert found(tmp_path, range(5)) == {}  # the file is the new run's now
+    write(tmp_path, [group(0)], step=5)
+    assert found(tmp_path, range(5), step=6) == {}
+
+
+def test_phases_that_a_checkpoint_covers_are_deleted_and_others_kept(tmp_path: Path) -> None:
+    for step in (3, 4, 5):
+        write(tmp_path, [group(0)], step=step)
+    (tmp_path / "step_notes.journal").write_text("mine")
+    Journal(tmp_path, "a", refuse).forget_before(5)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000005.journal", "step_notes.journal"}
+
+
+def test_a_full_disk_is_told_once_and_costs_the_journal_only(tmp_path: Path, monkeypatch) -> None:
+    told: list[OSError] = []
+    journal = Journal(tmp_path, "a", told.append)
+    journal.open(4)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def append() -> None:
+        await journal.append(group(0))
+        monkeypatch.setattr(os, "fsync", full)
+        await asyncio.gather(journal.append(group(1)), journal.append(group(2)))
+        await journal.append(group(3))
+
+    asyncio.run(append())
+    assert [error.errno for error in told] == [errno.ENOSPC]
+    monkeypatch.undo()
+    assert 0 in found(tmp_path, range(4))  # and perhaps what was written but not synced
+
+
+def test_groups_that_end_together_share_an_fsync(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (calls.append(number), sync(number)))
+    write(tmp_path, [group(i) for i in range(40)])
+    assert len(calls) <= 3  # the header, the first, all others

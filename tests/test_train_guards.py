@@ -1,0 +1,107 @@
+"""What a run watches itself for."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.config.schema import TrainSection
+from megatron_rl.errors import Fault, SharedFault
+from megatron_rl.train.guards import Alarms, SkipGuard
+from megatron_rl.train.resilience import told_in_words
+from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.watch import Watch
+
+SECTION = TrainSection(steps=1, micro_batch_tokens=1, max_skipped_steps=2)
+
+
+def result(skipped: bool) -> StepResult:
+    return StepResult(
+        skipped=skipped, grad_norm=float("nan"), learning_rate=1.0, num_loss_tokens=1, num_forward_tokens=1,
+        num_padding_tokens=0, metrics={"loss": 1.0},
+    )  # fmt: skip
+
+
+def test_so_many_skipped_steps_in_a_row_are_allowed_and_one_more_is_not() -> None:
+    guard = SkipGuard(SECTION)
+    guard.check([result(True), result(True)])
+    guard.check([result(False), result(True)])
+    guard.check([result(True)])
+    with pytest.raises(
+        SharedFault, match=r"3 optimizer steps in a row .* gradient norm nan.* allows 2.*run_dir/skipped"
+    ):
+        guard.check([result(True)])
+
+
+def rows(norms: list[float | None], rewards: list[float]) -> list[dict[str, float | None]]:
+    return [{"grad_norm": norm, "reward": reward} for norm, reward in zip(norms, rewards, strict=True)]
+
+
+def test_a_gradient_far_above_the_usual_is_reported_once_there_is_a_usual() -> None:
+    alarms = Alarms(SECTION, rows([1.0] * 8, [0.5] * 8))
+    assert alarms.check({"grad_norm": 50.0, "reward": 0.5}) == []  # 8 are too few
+    assert alarms.check({"grad_norm": 1.0}) == []
+    assert alarms.check({"grad_norm": 9.9}) == []
+    assert alarms.check({"grad_norm": 10.5}) == ["the gradient norm 10.5 is far above the usual 1"]
+    assert alarms.check({"grad_norm": None}) == alarms.check({"grad_norm": float("nan")}) == []
+
+
+def test_a_reward_that_collapses_is_reported_also_across_a_resume() -> None:
+    alarms = Alarms(SECTION, rows([None] * 10, [0.6] * 10))
+    falling = [alarms.check({"grad_norm": None, "reward": 0.0}) for _ in range(6)]
+    assert falling[:5] == [[]] * 5  # 0.3 after five of ten, which is half of 0.6 and not below
+    assert falling[5] == ["the mean reward of 10 steps fell to 0.24 from 0.6"]
+    never_good = Alarms(SECTION, rows([None] * 20, [0.04] * 10 + [0.0] * 10))
+    assert never_good.check({"grad_norm": None, "reward": 0.0}) == []
+
+
+def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 0, 60.0)
+    watch.enter("train", 7)
+    said = json.loads((tmp_path / "heartbeat.json").read_text())
+    other = Watch(tmp_path, 1, 60.0)
+    other.enter("save", 9)
+    watch.close()
+    other.close()
+    assert (said["phase"], said["step"]) == ("train", 7)
+    assert abs(said["time"] - time.time()) < 10
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 7
+
+
+def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, pathlib\nfrom megatron_rl.train.watch import Watch\n"
+        "watch = Watch(pathlib.Path(sys.argv[1]), 3, 0.5)\n"
+        "def hang_here():\n    time.sleep(60)\n"
+        "watch.enter('train', 12)\nhang_here()\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, time.monotonic() - started < 30) == (1, True)
+    assert "rank 3, phase train of step 12: not done after train.phase_deadline_seconds = 0.5" in done.stderr
+    stacks = (tmp_path / "stacks/rank_3.txt").read_text()
+    assert stacks.startswith("rank 3, phase train of step 12, after 0.5 s\n")
+    assert "in hang_here" in stacks
+
+
+def test_lost_ranks_and_full_memory_are_told_in_words(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 2, 60.0)
+    watch.enter("train", 5)
+    lost = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
+    for error, message in [
+        (RuntimeError(lost), r"rank 2, phase train of step 5: lost contact with another rank .*--resume"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"out of memory .*train.micro_batch_tokens.*recompute"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (Fault("as it is"), "^as it is$"),
+    ]:
+        with pytest.raises(Fault, match=message), told_in_words(watch):
+            raise error
+    with pytest.raises(RuntimeError, match="^a bug$") as bug, told_in_words(watch):
+        raise RuntimeError("a bug")
+    assert not isinstance(bug.value, Fault)
+    watch.close()
