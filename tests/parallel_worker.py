@@ -120,6 +120,17 @@ def own_routing(session: Session, sequences: list[TrainSequence], calls: RouterC
     return out
 
 
+def poison_next_gradient(session: Session) -> None:
+    """Of one parameter of this rank, once."""
+    parameter = session.model.parameters()[-1]
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        hook.remove()
+        return gradient * torch.nan
+
+    hook = parameter.register_hook(poison)
+
+
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     config = SftConfig.model_validate(
@@ -191,6 +202,8 @@ def main(folder: Path) -> None:
             session.trainer.micro_batch([dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_])
             for bin_ in mine
         ]
+        if session.rank == spec.get("poisoned_rank"):
+            poison_next_gradient(session)
         for _ in range(spec.get("steps", 1)):
             result = session.trainer.train_step(batches, objective, denominator)
         if whole_gradients:

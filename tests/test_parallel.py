@@ -117,6 +117,29 @@ def assert_exported(model: Path, directory: Path) -> None:
         assert torch.equal(exported[name], tensor), name
 
 
+@pytest.mark.parametrize("layout", ["TP2-EP2", "PP2"])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
+    layout: str, model: Path, tmp_path: Path
+) -> None:
+    num_ranks, parallel = LAYOUTS[layout]
+    options = {"parallel": parallel, "whole_gradients": False}
+    once = run_ranks(num_ranks, make_spec(model, **options), tmp_path / "once")
+    # The last rank's first gradient is poisoned; the second step is then the first that counts.
+    spec = make_spec(model, **options, steps=2, poisoned_rank=num_ranks - 1)
+    found = run_ranks(num_ranks, spec, tmp_path / "poisoned")
+    for name in (name for name in once if name.startswith("weight/")):
+        assert torch.equal(found[name], once[name]), name
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(model: Path, tmp_path: Path) -> None:
+    spec = make_spec(model, whole_gradients=False)
+    spec["sequences"][3]["advantage"] = float("nan")
+    found = run_ranks(2, spec, tmp_path / "run")
+    start = load_file(model / "model.safetensors")
+    assert all(torch.equal(found[f"weight/{name}"], tensor) for name, tensor in start.items())
+    assert json.loads((tmp_path / "run/result.json").read_text())["skipped"] is True
+
+
 def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict[str, torch.Tensor]) -> None:
     spec = make_spec(model)
     config, weights = load_reference(model)
