@@ -1,6 +1,7 @@
 """`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),
         ("sft", _sft, "supervised fine-tuning over packed chats"),
-        ("evaluate", _evaluate, "accuracy of a model directory on held-out prompts"),
+        ("evaluate", _evaluate, "avg@k, pass@k and maj@k of a model directory on benchmarks"),
         ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("evaluate", "rollout"):
             command.add_argument("--model", type=Path, help="Hugging Face directory, default model.path of the config")
         if name == "evaluate":
-            command.add_argument("--output", type=Path, help="write the result here as JSON too")
+            command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
+            command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
+            command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
         elif name == "rollout":
             command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
             command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
@@ -165,11 +168,15 @@ def _same_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.evaluation import EvaluateConfig
     from megatron_rl.config.load import load_config
-    from megatron_rl.config.schema import RlConfig
-    from megatron_rl.rollout.evaluate import run_evaluation
+    from megatron_rl.evaluation.command import run_evaluation
+    from megatron_rl.preflight import check_before_evaluation
 
-    return run_evaluation(load_config(RlConfig, arguments.config, arguments.set), arguments.model, arguments.output)
+    model = [f"model.path={json.dumps(str(arguments.model))}"] if arguments.model else []
+    config = load_config(EvaluateConfig, arguments.config, [*arguments.set, *model])
+    check_before_evaluation(config)
+    return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
 
 
 def _rollout(arguments: argparse.Namespace) -> int:

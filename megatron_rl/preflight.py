@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
-from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
+from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
 
@@ -27,8 +28,6 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     data = [config.data.train] if isinstance(config, SftConfig) else []
     if isinstance(config, RlConfig):
         data += config.data.train_files
-        if config.data.test is not None:
-            data.append(config.data.test)
     if rollouts is not None:
         data.append(rollouts)
     for path in data:
@@ -39,11 +38,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
     if isinstance(config, RlConfig):
         rollout = config.rollout
-        if rollout.max_sequence_tokens > bailing.max_position_embeddings:
-            raise ValueError(
-                f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
-                f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
-            )
+        _check_lengths(rollout, bailing)
         starts_servers = not rollout.urls and rollouts is None
         if rollout.router_replay:
             routed_shape(bailing)
@@ -54,12 +49,36 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
                     "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
                     "rollout.engine = 'embedded' or rollout.router_replay = false"
                 )
-        if rollout.engine == "sglang" and starts_servers:
-            find_sglang(rollout)
-        if rollout.port and starts_servers:
-            for i in range(rollout.num_servers):
-                _check_port(rollout.port + i)
-    _check_memory(config, bailing, world_size)
+        if starts_servers:
+            _check_servers(rollout)
+    needed = required_bytes(config, bailing, world_size)
+    _check_memory(needed, config.model.dtype, bailing, "train.micro_batch_tokens or rollout.max_running_requests")
+
+
+def check_before_evaluation(config: EvaluateConfig) -> None:
+    """ValueError for the first thing that would fail once servers start."""
+    bailing = load_bailing_config(config.model.path)
+    _check_lengths(config.rollout, bailing)
+    _check_servers(config.rollout.as_rollout())
+    needed = server_bytes(config.rollout, config.model.dtype, bailing, copies=1)
+    _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
+
+
+def _check_lengths(rollout: GenerationSection, bailing: BailingConfig) -> None:
+    if rollout.max_sequence_tokens > bailing.max_position_embeddings:
+        raise ValueError(
+            f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
+            f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
+        )
+
+
+def _check_servers(rollout: RolloutSection) -> None:
+    """That those of this machine can be started."""
+    if rollout.engine == "sglang":
+        find_sglang(rollout)
+    if rollout.port:
+        for i in range(rollout.num_servers):
+            _check_port(rollout.port + i)
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -93,21 +112,27 @@ def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -
     logits = 3 * min(4 * config.train.micro_batch_tokens * bailing.vocab_size, _LOGITS_BYTES) * replicas
     total = state + logits
     if isinstance(config, RlConfig) and not config.rollout.urls:
-        per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
-        slots = config.rollout.max_running_requests * config.rollout.max_sequence_tokens
         # Twice the weights: while new ones come, the old ones serve.
-        weight_bytes = 4 if config.model.dtype == "float32" else 2
-        total += (2 * weight_bytes * weights + per_token * slots) * config.rollout.num_servers
+        total += server_bytes(config.rollout, config.model.dtype, bailing, copies=2)
     return total
 
 
-def _check_memory(config: RunConfig, bailing: BailingConfig, world_size: int) -> None:
+def server_bytes(rollout: GenerationSection, dtype: str, bailing: BailingConfig, copies: int) -> int:
+    """Host memory of the servers on this machine: so many copies of the weights, and the cache."""
+    weights = (4 if dtype == "float32" else 2) * bailing.num_parameters()
+    per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
+    slots = rollout.max_running_requests * rollout.max_sequence_tokens
+    return (copies * weights + per_token * slots) * rollout.num_servers
+
+
+def _check_memory(needed: int, dtype: str, bailing: BailingConfig, largest: str) -> None:
+    """largest: the keys by which it could need less."""
     if "CUDA_VISIBLE_DEVICES" in os.environ or Path("/dev/nvidia0").exists():
         return  # host memory is not where a GPU run keeps its state
-    needed, free = required_bytes(config, bailing, world_size), psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: "
-            f"{bailing.num_parameters() / 1e9:.2f} B parameters in {config.model.dtype}; lower "
-            "train.micro_batch_tokens or rollout.max_running_requests, use a smaller model, or a larger machine"
+            f"{bailing.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, or a "
+            "larger machine"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlConfig, SftConfig
 from megatron_rl.layout import Layout
@@ -36,9 +37,20 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(tmp_path: P
     paths = sorted(ROOT.glob("examples/**/*.toml"))
     assert len(paths) >= 2
     for path in paths:
-        kind = SftConfig if path.name.startswith("sft") else RlConfig
+        kind = {"sft": SftConfig, "evaluate": EvaluateConfig}.get(path.stem, RlConfig)
         config = load_config(kind, path)
         assert load_config(kind, write(tmp_path, dump_config(config))) == config
+
+
+def test_an_evaluation_needs_a_model_and_a_benchmark_and_has_the_settings_of_the_paper(tmp_path: Path) -> None:
+    path = write(tmp_path, '[model]\npath = "model"\n[benchmarks.aime24]\npath = "aime24.jsonl"\n')
+    config = load_config(EvaluateConfig, path, ["benchmarks.aime24.samples=64"])
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens) == (1.0, 0.95, 32768)
+    assert config.benchmarks["aime24"].at == (1, 2, 4, 8, 16, 32, 64)
+    with pytest.raises(ValueError, match="unknown key benchmarks.aime24.sample"):
+        load_config(EvaluateConfig, path, ["benchmarks.aime24.sample=64"])
+    with pytest.raises(ValueError, match=r"benchmarks.a\+b.*: String should match pattern"):
+        load_config(EvaluateConfig, path, ["benchmarks.a+b.path=x"])
 
 
 def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ threads = 1
 path = "{folder}/model"
 [data]
 train = "{folder}/data/train.jsonl"
-test = "{folder}/data/test.jsonl"
 [rollout]
 prompts_per_step = 4
 samples_per_prompt = 4
@@ -40,8 +39,6 @@ steps = 4
 save_every = 2
 micro_batch_tokens = 128
 phase_deadline_seconds = 120
-[evaluate]
-prompts = 8
 """
 
 
@@ -272,7 +269,7 @@ def test_a_server_that_cannot_be_kept_alive_ends_the_run_with_its_last_words(inp
     assert b"Traceback" not in message
 
 
-def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_path: Path) -> None:
+def test_the_warm_start_works_from_the_command_line(inputs: Path, tmp_path: Path) -> None:
     config = tmp_path / "sft.toml"
     config.write_text(
         f'run_dir = "{tmp_path}/sft"\n[model]\npath = "{inputs}/model"\n[optimizer]\nlearning_rate = 3e-3\n'
@@ -282,12 +279,6 @@ def test_warm_start_and_evaluation_work_from_the_command_line(inputs: Path, tmp_
     finish([PYTHON, "-m", "megatron_rl.cli", "sft", str(config)])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.3
-    output = tmp_path / "accuracy.json"
-    options = ["--model", f"{tmp_path}/sft/hf", "--output", str(output)]
-    finish(command(inputs, tmp_path, "evaluate", *options))
-    result = json.loads(output.read_text())
-    assert result["num_prompts"] == 8
-    assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ LAYERS = {
     "preflight": 4,
     "launch": 4,
     "train": 4,
+    "evaluation": 3,
     "sync": 3,
     "model": 2,
     "rollout": 2,
@@ -62,7 +63,19 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    for part in ("config", "records", "data", "reward", "c3po", "layout", "lifeline", "rollout", "preflight", "cli"):
+    for part in (
+        "config",
+        "records",
+        "data",
+        "reward",
+        "c3po",
+        "layout",
+        "lifeline",
+        "rollout",
+        "evaluation",
+        "preflight",
+        "cli",
+    ):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
         assert paths
         for path in paths:

@@ -10,8 +10,8 @@ from samples import make_sample
 
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
-from megatron_rl.rollout.command import _whole_groups
 from megatron_rl.rollout.recorded import group_rows, read_groups
+from megatron_rl.rollout.resumable import whole_groups
 
 
 def rank_of_reward(_: object, rewards: np.ndarray) -> np.ndarray:
@@ -82,17 +82,17 @@ def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> 
         group_rows(group, replace(prompt(0), prompt="a\u2028b\u0085c"), lambda ids: "\u2029") for group in groups
     )
     (tmp_path / "file").write_text(odd + odd.splitlines()[0][:30])
-    assert _whole_groups(tmp_path / "file", 2) == {4, 2}
+    assert whole_groups(tmp_path / "file", 2, "set it right") == {4, 2}
     assert (tmp_path / "file").read_text() == odd
     cut = odd[: odd.rindex("\n", 0, -1) + 20]  # into the second response of the second group
     (tmp_path / "file").write_text(cut)
-    assert _whole_groups(tmp_path / "file", 2) == {4}
+    assert whole_groups(tmp_path / "file", 2, "set it right") == {4}
     assert (tmp_path / "file").read_text() == odd[: len(odd) // 2]
 
 
 def test_a_file_of_groups_of_another_size_is_left_alone(tmp_path: Path) -> None:
     write(tmp_path / "file", *(Group(prompt_id=p, samples=(make_sample(p, 0, 5),)) for p in range(3)))
     before = (tmp_path / "file").read_text()
-    with pytest.raises(ValueError, match=r"position 0 has 1 responses, rollout.samples_per_prompt is 2"):
-        _whole_groups(tmp_path / "file", 2)
+    with pytest.raises(ValueError, match=r"position 0 has 1 responses, not 2; set it right"):
+        whole_groups(tmp_path / "file", 2, "set it right")
     assert (tmp_path / "file").read_text() == before

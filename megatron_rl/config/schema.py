@@ -21,18 +21,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ModelSection(Section):
+class ServedModelSection(Section):
     path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    layers: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto",
-        description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
-        "else local",
-    )
     trust_remote_code: bool = Field(
         default=False,
         description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
         "a model that transformers does not know",
+    )
+
+
+class ModelSection(ServedModelSection):
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto",
+        description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
+        "else local",
     )
     recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
 
@@ -174,7 +177,6 @@ class RlData(Section):
         description="instead of train: mixtures that follow each other. They are counted in prompts, because how many "
         "prompts a step takes is up to the token budget",
     )
-    test: Path | None = Field(default=None, description="held-out prompts for evaluation")
 
     @model_validator(mode="after")
     def _check_stages(self) -> "RlData":
@@ -200,7 +202,9 @@ class RlData(Section):
         return list(dict.fromkeys(path for _, weights in self.weights_by_stage for path in weights))
 
 
-class RolloutSection(Section):
+class GenerationSection(Section):
+    """Servers, and what is asked of them: what training and evaluation share."""
+
     engine: Literal["embedded", "sglang"] = Field(
         default="embedded",
         description="what generates: the embedded CPU server, or unmodified SGLang, which on a CPU comes from "
@@ -221,11 +225,6 @@ class RolloutSection(Section):
         le=65535,
         description="port of the first server that is started, the next count up; 0 picks",
     )
-    prompts_per_step: Positive = Field(
-        description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
-        "then the budget decides how many prompts a phase needs"
-    )
-    samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     max_response_tokens: Positive = 64
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
     temperature: float = Field(default=1.0, gt=0)
@@ -238,16 +237,6 @@ class RolloutSection(Section):
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
-    router_replay: bool = Field(
-        default=False,
-        description="train on the experts that the server chose (R3), so that sampler and trainer route alike; needs "
-        "the embedded server, or SGLang 0.5.22 on a GPU",
-    )
-    logprob_tolerance: float = Field(
-        default=0.5,
-        gt=0,
-        description="the run stops when in its first step the 0.999 quantile of |train - rollout log-prob| is above it",
-    )
     token_deadline_seconds: float = Field(
         default=1.0,
         gt=0,
@@ -262,6 +251,32 @@ class RolloutSection(Section):
     max_restarts: int = Field(
         default=3, ge=0, description="times that each of our servers is started again before the run stops"
     )
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.urls) or self.servers or (1 if self.engine == "sglang" else min(4, os.cpu_count() or 1))
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+class RolloutSection(GenerationSection):
+    prompts_per_step: Positive = Field(
+        description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
+        "then the budget decides how many prompts a phase needs"
+    )
+    samples_per_prompt: Positive = Field(description="K of the paper: the group size")
+    router_replay: bool = Field(
+        default=False,
+        description="train on the experts that the server chose (R3), so that sampler and trainer route alike; needs "
+        "the embedded server, or SGLang 0.5.22 on a GPU",
+    )
+    logprob_tolerance: float = Field(
+        default=0.5,
+        gt=0,
+        description="the run stops when in its first step the 0.999 quantile of |train - rollout log-prob| is above it",
+    )
     partial: bool = Field(
         default=False,
         description="C3PO++: the rollout phase ends when the tokens of completed groups reach the budget (for an "
@@ -275,13 +290,22 @@ class RolloutSection(Section):
         "phase does not finish (over-sampling with early stop)",
     )
 
-    @property
-    def num_servers(self) -> int:
-        return len(self.urls) or self.servers or (1 if self.engine == "sglang" else min(4, os.cpu_count() or 1))
 
-    @property
-    def max_sequence_tokens(self) -> int:
-        return self.max_prompt_tokens + self.max_response_tokens
+def check_servers(rollout: GenerationSection, model: ServedModelSection) -> None:
+    """ValueError for what no server could be started or reached by."""
+    if rollout.port and rollout.port + rollout.num_servers - 1 > 65535:
+        raise ValueError(
+            f"rollout.port {rollout.port} leaves no room for {rollout.num_servers} servers below 65536; "
+            "set a lower port or 0"
+        )
+    twice = {url for url in rollout.urls if rollout.urls.count(url) > 1}
+    if twice:
+        raise ValueError(f"rollout.urls names {sorted(twice)[0]} more than once; each server once")
+    if rollout.engine == "sglang" and not rollout.urls and not model.trust_remote_code:
+        raise ValueError(
+            "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "
+            "read them and set model.trust_remote_code = true"
+        )
 
 
 class SyncSection(Section):
@@ -433,11 +457,14 @@ class RewardSection(Section):
     code: CodeSection = CodeSection()
     judge: JudgeSection = JudgeSection()
 
+    def kind_of(self, domain: str) -> str:
+        return self.domains.get(domain, self.kind)
+
     @model_validator(mode="after")
     def _check_judge(self) -> "RewardSection":
         if self.judge.domains and not (self.judge.url and self.judge.model):
             raise ValueError("reward.judge.domains is set, so reward.judge.url and reward.judge.model must be too")
-        programs = [d for d in self.judge.domains if self.domains.get(d, self.kind) == "code"]
+        programs = [d for d in self.judge.domains if self.kind_of(d) == "code"]
         if programs:
             raise ValueError(
                 f"reward.judge.domains names {programs[0]!r}, whose answers are programs; only tests can judge them"
@@ -445,20 +472,14 @@ class RewardSection(Section):
         return self
 
 
-class EvaluateSection(Section):
-    prompts: Positive = 512
-    samples_per_prompt: Positive = 1
-
-
 class RlConfig(RunConfig):
-    """`megatron-rl train` and `evaluate`."""
+    """`megatron-rl train` and `rollout`."""
 
     data: RlData
     rollout: RolloutSection
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
     reward: RewardSection = RewardSection()
-    evaluate: EvaluateSection = EvaluateSection()
     sync: SyncSection = SyncSection()
 
     @property
@@ -480,19 +501,7 @@ class RlConfig(RunConfig):
                 f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
                 "raise it or shorten the responses"
             )
-        if self.rollout.port and self.rollout.port + self.rollout.num_servers - 1 > 65535:
-            raise ValueError(
-                f"rollout.port {self.rollout.port} leaves no room for {self.rollout.num_servers} servers below 65536; "
-                "set a lower port or 0"
-            )
-        twice = {url for url in self.rollout.urls if self.rollout.urls.count(url) > 1}
-        if twice:
-            raise ValueError(f"rollout.urls names {sorted(twice)[0]} more than once; each server once")
-        if self.rollout.engine == "sglang" and not self.rollout.urls and not self.model.trust_remote_code:
-            raise ValueError(
-                "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "
-                "read them and set model.trust_remote_code = true"
-            )
+        check_servers(self.rollout, self.model)
         if self.reward.overlong_buffer_tokens > longest:
             raise ValueError(
                 f"reward.overlong_buffer_tokens {self.reward.overlong_buffer_tokens} must be at most "

@@ -29,7 +29,7 @@ class Rewards:
 
     async def verdict(self, domain: str, question: str, answer: str, text: str) -> Verdict:
         """Of one response `text`. Does not block the event loop; cancelling it ends the work on it."""
-        pool = self._pools[self._section.domains.get(domain, self._section.kind)]
+        pool = self._pools[self._section.kind_of(domain)]
         verdict = await pool.score_async(text, answer)
         if self._judge is None or verdict.reason != "wrong" or domain not in self._section.judge.domains:
             return verdict

@@ -42,10 +42,16 @@ def choice_verdict(response_text: str, answer: str) -> Verdict:
     boxed = boxed_answer(response_text)
     if boxed is None:
         return make_verdict("no_answer")
-    chosen, right = (_CHOICE.fullmatch(without_text_marks(clean(side)).strip()) for side in (boxed, answer))
+    right = choice_letter(answer)
     if right is None:
         return make_verdict("error", details=f"the reference answer {answer!r:.80} is no letter of a choice")
-    return make_verdict("correct" if chosen and chosen[1].upper() == right[1].upper() else "wrong")
+    return make_verdict("correct" if choice_letter(boxed) == right else "wrong")
+
+
+def choice_letter(answer: str) -> str | None:
+    """B of "(b)", "B. Paris" and "\\text{B}"; None where the answer is no letter of a choice."""
+    match = _CHOICE.fullmatch(without_text_marks(clean(answer)).strip())
+    return match[1].upper() if match else None
 
 
 def settle_stem(response_text: str, answer: str) -> Verdict | str:

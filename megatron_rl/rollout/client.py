@@ -34,11 +34,15 @@ class ServerLost(ServerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """One response to sample: the tokens before it, its seed, and how many tokens it may have."""
+    """One response to sample: the tokens before it, its seed, and how many tokens it may have.
+
+    top_p: below 1 for evaluation only. Log-probs are those of the whole distribution, from which it then does not come.
+    """
 
     input_ids: Sequence[int]
     seed: int
     max_new_tokens: int
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +98,12 @@ class GenerationClient:
         routed: RoutedShape | None = None,
     ) -> list[Generated]:
         """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
-        shared = {"temperature": temperature, "top_p": 1.0, "top_k": -1}
+        shared = {"temperature": temperature, "top_k": -1}
         body = {
             "input_ids": [list(one.input_ids) for one in wanted],
             "sampling_params": [
-                shared | {"max_new_tokens": one.max_new_tokens, "sampling_seed": one.seed} for one in wanted
+                shared | {"max_new_tokens": one.max_new_tokens, "sampling_seed": one.seed, "top_p": one.top_p}
+                for one in wanted
             ],
             "return_logprob": True,
         }

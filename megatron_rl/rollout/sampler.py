@@ -79,29 +79,27 @@ class Sampler:
         seed: int,
         eos_token_id: int,
         journal: Journal | None = None,
+        top_p: float = 1.0,
     ) -> None:
         """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
-        has those that a killed phase had completed."""
+        has those that a killed phase had completed. top_p: see `Continuation`."""
         self._servers, self._rewards, self._decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
         self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
+        self._top_p = top_p
 
-    async def sample(
-        self, questions: Sequence[Question], policy_version: int, samples_per_prompt: int | None = None
-    ) -> list[Group]:
+    async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
         """A scored group for every question, in their order. A group goes as one request."""
-        size = samples_per_prompt or self._rollout.samples_per_prompt
-        return await together(self._group(question, policy_version, size) for question in questions)
+        return await together(self._group(question, policy_version) for question in questions)
 
     async def as_completed(
         self, questions: Sequence[Question], policy_version: int
     ) -> AsyncIterator[tuple[Question, Group]]:
         """The same, each as it comes."""
-        size = self._rollout.samples_per_prompt
 
         async def one(question: Question) -> tuple[Question, Group]:
-            return question, await self._group(question, policy_version, size)
+            return question, await self._group(question, policy_version)
 
         tasks = [asyncio.create_task(one(question)) for question in questions]
         try:
@@ -168,12 +166,12 @@ class Sampler:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
 
-    async def _group(self, question: Question, policy_version: int, size: int) -> Group:
+    async def _group(self, question: Question, policy_version: int) -> Group:
         done = self._recall(question)
         if done is not None:
             return done
         async with self._in_flight:
-            responses = await self._continue(_blank(question, size), policy_version)
+            responses = await self._continue(_blank(question, self._rollout.samples_per_prompt), policy_version)
         return await self._score(question, responses)
 
     async def _continue(
@@ -186,6 +184,7 @@ class Sampler:
                     input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
                     seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
                     max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
+                    top_p=self._top_p,
                 )
                 for response in responses
             ],

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import Fault, SharedFault
+from megatron_rl.errors import EXIT_STOPPED, Fault, SharedFault
 from megatron_rl.records import Plan
 from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
@@ -29,7 +29,7 @@ from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import EXIT_STOPPED, StopRequested, StopSignals, told_in_words
+from megatron_rl.train.resilience import StopRequested, StopSignals, told_in_words
 from megatron_rl.train.serving import NodeServers, num_nodes
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.state import latest_step

@@ -15,8 +15,6 @@ from megatron_rl.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped cleanly, run again with --resume
-
 
 class StopRequested(Exception):
     """Raised on rank 0 where a phase can be abandoned."""

@@ -14,11 +14,12 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer, render_chat
 from megatron_rl.data.prompts import Chat, read_chats
+from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.train.batch import MicroBatch, TrainSequence
 from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals, told_in_words
+from megatron_rl.train.resilience import StopSignals, told_in_words
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 

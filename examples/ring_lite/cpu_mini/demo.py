@@ -89,16 +89,8 @@ class Demo:
         if (run_dir / "hf").exists():
             return
         command = {"sft": "sft", "rl": "train"}[stage]
-        data = self.folder / "data"
-        paths = {"run_dir": run_dir, "model.path": model}
-        paths |= (
-            {"data.train": data / "sft.jsonl"}
-            if stage == "sft"
-            else {
-                "data.train": data / "train.jsonl",
-                "data.test": data / "test.jsonl",
-            }
-        )
+        data = self.folder / "data" / {"sft": "sft.jsonl", "rl": "train.jsonl"}[stage]
+        paths = {"run_dir": run_dir, "model.path": model, "data.train": data}
         options = stages.settings(paths | ({"train.steps": steps} if steps else {}))
         if stage == "rl" and self.arguments.engine == "sglang":
             # The Python file that SGLang has to run is the one that make_tiny_model.py wrote.
@@ -110,26 +102,24 @@ class Demo:
         stages.run_python(title, "-m", "megatron_rl.cli", command, HERE / f"{stage}.toml", *self.common, *options)
 
     def evaluate(self, when: str, model: Path) -> dict:
-        output = self.folder / f"accuracy_{when}.json"
-        if not output.exists():
-            options = stages.settings(
-                {"data.test": self.folder / "data/test.jsonl", "run_dir": self.folder, "seed": self.arguments.seed}
-            )
-            options += ["--model", str(model), "--output", str(output)]
-            stages.run_python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "rl.toml", *options)
-        return json.loads(output.read_text())
+        output = self.folder / f"accuracy_{when}"
+        if not (output / "results.json").exists():
+            paths = {"benchmarks.unseen.path": self.folder / "data/test.jsonl", "seed": self.arguments.seed}
+            options = [*stages.settings(paths), "--model", model, "--output", output, "--resume"]
+            stages.run_python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "evaluate.toml", *options)
+        return json.loads((output / "results.json").read_text())["benchmarks"]["unseen"]
 
     def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
         """The run's files where a reader looks for them, summary.json, and the result in words."""
         seconds = sum(row["step_seconds"] for row in rows)
         tokens = [row["num_loss_tokens"] for row in rows]
         summary = {
-            "accuracy_before": before["accuracy"],
-            "accuracy_before_interval": [before["low"], before["high"]],
-            "accuracy_after": after["accuracy"],
-            "accuracy_after_interval": [after["low"], after["high"]],
-            "accuracy_before_by_kind": before["by_kind"],
-            "accuracy_after_by_kind": after["by_kind"],
+            "accuracy_before": before["average"]["value"],
+            "accuracy_before_interval": [before["average"]["low"], before["average"]["high"]],
+            "accuracy_after": after["average"]["value"],
+            "accuracy_after_interval": [after["average"]["low"], after["average"]["high"]],
+            "accuracy_before_by_kind": {kind: found["value"] for kind, found in before["by_kind"].items()},
+            "accuracy_after_by_kind": {kind: found["value"] for kind, found in after["by_kind"].items()},
             "num_test_prompts": after["num_prompts"],
             "rl_steps": len(rows),
             "rl_seconds": seconds,
@@ -157,7 +147,8 @@ class Demo:
 
 
 def interval(result: dict) -> str:
-    return f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    average = result["average"]
+    return f"{average['value']:.3f} [{average['low']:.3f}, {average['high']:.3f}]"
 
 
 def git_commit() -> str:

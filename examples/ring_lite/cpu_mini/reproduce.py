@@ -81,8 +81,7 @@ def train(folder: Path, name: str, seed: int, steps: int, nproc: list) -> list[d
         options = stages.settings(
             {
                 "run_dir": run_dir, "seed": seed, "model.path": folder / "sft/hf", "algorithm.name": name,
-                "data.train": folder / "data/train.jsonl", "data.test": folder / "data/test.jsonl",
-                "train.steps": steps,
+                "data.train": folder / "data/train.jsonl", "train.steps": steps,
             }
         )  # fmt: skip
         if (run_dir / "checkpoints/latest").exists():

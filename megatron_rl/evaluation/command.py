@@ -1,0 +1,195 @@
+"""`megatron-rl evaluate`: sample what is missing, then compute every number from the responses in the folder."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
+from megatron_rl.config.schema import JudgeSection, RewardSection
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.prompts import Prompt, read_prompts
+from megatron_rl.errors import EXIT_STOPPED, Fault
+from megatron_rl.evaluation.report import average_of, markdown, show
+from megatron_rl.evaluation.responses import as_line, judged, read_judged
+from megatron_rl.evaluation.results import BenchmarkResult, summarise
+from megatron_rl.evaluation.settings import claim_folder, settings_of
+from megatron_rl.records import Group
+from megatron_rl.reward.rewards import Rewards
+from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.resumable import sample_into, whole_groups
+from megatron_rl.rollout.sampler import Question, Sampler
+from megatron_rl.rollout.standalone import no_advantages, serving
+
+log = logging.getLogger(__name__)
+
+# Evaluation must not repeat the random numbers of training.
+_SEED_OFFSET = 1_000_000_007
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One that is to be run. questions: those without a response yet. path: of the responses."""
+
+    name: str
+    section: BenchmarkSection
+    reward: RewardSection
+    num_prompts: int
+    questions: tuple[Question, ...]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Of what this call sampled; the responses of earlier ones are not counted."""
+
+    num_responses: int
+    seconds: float
+    tokens_per_second: float
+
+
+def run_evaluation(config: EvaluateConfig, folder: Path, names: Sequence[str], resume: bool) -> int:
+    """Evaluate `config.model.path` on the benchmarks called `names`, on all without any, and leave everything in
+    `folder`. Returns the exit code; Fault when too many responses of a benchmark could not be judged."""
+    sections = _chosen(config, names)
+    settings = settings_of(config, sections)
+    claim_folder(folder, settings, resume)
+    try:
+        speeds = asyncio.run(_sample(config, sections, folder))
+    except (KeyboardInterrupt, Fault) as error:
+        log.warning("the responses so far are in %s; --resume goes on with them", folder)
+        if isinstance(error, Fault):
+            raise
+        return EXIT_STOPPED
+    results = {
+        name: summarise([r for r in read_judged(_path(folder, name)) if r.sample_index < section.samples], section.at)
+        for name, section in sections.items()
+    }
+    _write(folder, settings, results, speeds)
+    _check_rewards(config.reward.max_error_share, results, folder)
+    return 0
+
+
+async def _sample(
+    config: EvaluateConfig, sections: Mapping[str, BenchmarkSection], folder: Path
+) -> dict[str, Speed | None]:
+    """What is wrong with data, rewards or sandbox is found before a server starts."""
+    tokenizer = load_tokenizer(config.model.path)
+    benchmarks = [_benchmark(config, name, section, tokenizer, folder) for name, section in sections.items()]
+    speeds: dict[str, Speed | None] = dict.fromkeys(sections)
+    left = [benchmark for benchmark in benchmarks if benchmark.questions]
+    model, rollout = config.model, config.rollout.as_rollout()
+    with ExitStack() as closing:
+        rewards = [closing.enter_context(Rewards(benchmark.reward)) for benchmark in left]
+        if left:
+            async with serving(model.path, model.dtype, rollout, folder, "evaluate_server") as servers:
+                for benchmark, judge in zip(left, rewards, strict=True):
+                    speeds[benchmark.name] = await _run(config, benchmark, servers, judge, tokenizer)
+    return speeds
+
+
+async def _run(
+    config: EvaluateConfig, benchmark: Benchmark, servers: ServerPool, rewards: Rewards, tokenizer: Any
+) -> Speed:
+    log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), benchmark.num_prompts)
+
+    def lines(question: Question, group: Group) -> str:
+        (sample,) = group.samples
+        kind, text = benchmark.reward.kind_of(question.prompt.domain), tokenizer.decode(sample.response.output_ids)
+        return as_line(judged(sample, question.prompt, benchmark.num_prompts, kind, text))
+
+    eos = load_bailing_config(config.model.path).eos_token_id
+    sampler = Sampler(
+        *(servers, rewards, tokenizer.decode, no_advantages, config.rollout.as_rollout()),
+        *(config.seed + _SEED_OFFSET, eos),
+        top_p=config.rollout.top_p,
+    )
+    started = time.perf_counter()
+    num_tokens = await sample_into(benchmark.path, sampler, benchmark.questions, lines, "responses")
+    seconds = time.perf_counter() - started
+    return Speed(num_responses=len(benchmark.questions), seconds=seconds, tokens_per_second=num_tokens / seconds)
+
+
+def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, BenchmarkSection]:
+    for name in names:
+        if name not in config.benchmarks:
+            raise ValueError(f"--benchmark {name} is not one of the configuration's: {', '.join(config.benchmarks)}")
+    return {name: section for name, section in config.benchmarks.items() if not names or name in names}
+
+
+def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
+    prompts = read_prompts(section.path)[: section.prompts]
+    if section.prompts is not None and len(prompts) < section.prompts:
+        raise ValueError(
+            f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
+        )
+    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, section.path)
+    path = _path(folder, name)
+    done = whole_groups(path, 1, "remove the file") if path.exists() else set()
+    return Benchmark(
+        name=name,
+        section=section,
+        reward=_reward(config.reward, section),
+        num_prompts=len(prompts),
+        questions=tuple(q for q in _questions(prompts, input_ids, section.samples) if q.prompt_id not in done),
+        path=path,
+    )
+
+
+def _questions(prompts: Sequence[Prompt], input_ids: Mapping[str, tuple[int, ...]], num_samples: int) -> list[Question]:
+    """All prompts, so many times over. So every response is saved by itself, and more samples can follow later."""
+    return [
+        Question(prompt_id=i * len(prompts) + place, prompt=prompt, input_ids=input_ids[prompt.id])
+        for i in range(num_samples)
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _reward(reward: RewardSection, section: BenchmarkSection) -> RewardSection:
+    """How this benchmark is judged. Not validated again: "choice" is for evaluation only."""
+    if section.reward is None:
+        return reward
+    return reward.model_copy(update={"kind": section.reward, "domains": {}, "judge": JudgeSection()})
+
+
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    results: Mapping[str, BenchmarkResult],
+    speeds: Mapping[str, Speed | None],
+) -> None:
+    """results.json, results.md, and the table on the terminal."""
+    model = settings["model"]["path"]
+    record = {
+        "model": model,
+        "average": asdict(average_of(results)),
+        "benchmarks": {
+            name: asdict(result) | {"speed": asdict(speed) if (speed := speeds[name]) else None}
+            for name, result in results.items()
+        },
+        "settings": settings,
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=1))
+    (folder / "results.md").write_text(markdown(results, model))
+    show(results, model)
+
+
+def _check_rewards(max_error_share: float, results: Mapping[str, BenchmarkResult], folder: Path) -> None:
+    for name, result in results.items():
+        if result.error_share > max_error_share:
+            counts = ", ".join(f"{reason} {count}" for reason, count in result.reasons.items())
+            raise Fault(
+                f"{name}: a share of {result.error_share:.2f} of the responses could not be judged ({counts}), more "
+                f"than reward.max_error_share = {max_error_share:g}; they count as wrong, so do not trust the results. "
+                f'"details" in {_path(folder, name)} says why'
+            )
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"

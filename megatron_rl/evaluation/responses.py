@@ -1,0 +1,70 @@
+"""Judged responses: the lines of the file that an evaluation leaves for each benchmark. All numbers come from them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.records import Sample
+from megatron_rl.reward.answers import boxed_answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """position: sample_index * prompts of the benchmark + the prompt's place among them.
+    kind: the group of prompts that this one is counted with: "kind" of its meta, else its domain.
+    judged_as: the kind of reward.
+    answer: what the response gives in its last box; None without one, and for programs.
+    score, reason, details: the verdict's.
+    num_tokens: of the response, the end-of-sequence token included. finish_reason: "stop" or "length".
+    """
+
+    position: int
+    sample_index: int
+    prompt_id: str
+    kind: str
+    judged_as: str
+    prompt: str
+    response: str
+    answer: str | None
+    score: float
+    reason: str
+    details: str
+    num_tokens: int
+    finish_reason: str
+
+
+def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, text: str) -> Judged:
+    """text: of the response."""
+    position = sample.response.prompt_id
+    return Judged(
+        position=position,
+        sample_index=position // num_prompts,
+        prompt_id=prompt.id,
+        kind=str(prompt.meta.get("kind", prompt.domain)),
+        judged_as=judged_as,
+        prompt=prompt.prompt,
+        response=text,
+        answer=None if judged_as == "code" else boxed_answer(text),
+        score=sample.reward,
+        reason=sample.reason,
+        details=sample.details,
+        num_tokens=sample.response.num_output_tokens,
+        finish_reason=sample.response.finish_reason,
+    )
+
+
+def as_line(row: Judged) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+
+
+def read_judged(path: Path) -> list[Judged]:
+    """By position, whatever order they were completed in. ValueError names a line that is none."""
+    rows = []
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(Judged(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is no judged response ({error}); remove the file") from None
+    return sorted(rows, key=lambda row: row.position)

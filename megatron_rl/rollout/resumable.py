@@ -1,0 +1,72 @@
+"""A file of responses that grows group by group, and with which a run that was killed goes on.
+
+JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position".
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_rl.records import Group
+from megatron_rl.rollout.sampler import Question, Sampler
+
+log = logging.getLogger(__name__)
+
+_TELL_EVERY_SECONDS = 10.0
+
+
+async def sample_into(
+    path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
+) -> int:
+    """Append `lines` of every question's group as it completes; what is written survives. Tells how far it is, counting
+    groups as `noun`. Returns the number of tokens that were generated."""
+    started = told = time.perf_counter()
+    num_groups = num_tokens = 0
+    reward = 0.0
+    with path.open("a") as file:
+        async for question, group in sampler.as_completed(questions, 0):
+            file.write(lines(question, group))
+            file.flush()
+            os.fsync(file.fileno())
+            num_groups += 1
+            num_tokens += sum(sample.response.num_output_tokens for sample in group.samples)
+            reward += sum(sample.reward for sample in group.samples) / len(group.samples)
+            if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_groups == len(questions):
+                told = time.perf_counter()
+                log.info(
+                    "%d of %d %s, mean reward %.3f, %.0f tokens/s",
+                    *(num_groups, len(questions), noun, reward / num_groups, num_tokens / (told - started)),
+                )
+    return num_tokens
+
+
+def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
+    """Positions of the groups of `size` responses in the file. A last group that a kill cut short is cut off;
+    ValueError for any other that is not whole, and nothing is changed.
+
+    remedy: the end of its message.
+    """
+    sizes: dict[int, int] = {}
+    end_of_whole = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                position = int(json.loads(line)["position"])
+            except (ValueError, KeyError, TypeError):
+                if file.read(1):
+                    raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
+                break  # the last one, cut short
+            end += len(line)
+            sizes[position] = sizes.get(position, 0) + 1
+            if sizes[position] == size:
+                end_of_whole = end
+    last = next(reversed(sizes), None)
+    for position, count in sizes.items():
+        if count > size or (count < size and position != last):
+            raise ValueError(f"{path}: the group at position {position} has {count} responses, not {size}; {remedy}")
+    with path.open("r+b") as file:
+        file.truncate(end_of_whole)
+    return {position for position, count in sizes.items() if count == size}
