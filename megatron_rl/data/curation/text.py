@@ -1,0 +1,98 @@
+"""The normal form of a prompt, in which two prompts are compared, and the hashes that are kept of it.
+
+A normal form is a sequence of tokens: words in one case, numbers, single ideographs, and the signs that mean something.
+What carries no meaning (spaces, prose punctuation, quotation marks, LaTeX's dollar signs and spacing) is no token;
+`3 + 4` and `3 - 4`, `5!` and `5`, or `1.5` and `15` stay different.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import xxhash
+
+# Left out: LaTeX that only spaces, sizes or delimits.
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|d(?=frac)|t(?=frac)|q?quad|[,;:!\s()\[\]])|[$`]")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
+_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_TOKEN = re.compile(
+    rf"\d*\.?\d+|[{_IDEOGRAPHS}]|[^\W\d_{_IDEOGRAPHS}]+"
+    r"|(?<=[\d)])!|(?<=\b[a-z])[!']"  # a factorial or a derivative, not the end of a sentence
+    r"|[^\w\s.,;:?!'\"]"
+)
+_SAME_SIGN = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
+                            "×": "*", "·": "*", "_": " "})  # fmt: skip
+_NUMBER_WORDS = frozenset(
+    "zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen "
+    "half third quarter twice thrice double triple second fourth fifth sixth seventh eighth ninth tenth".split()
+)
+
+
+def tokens(text: str) -> list[str]:
+    """The normal form of `text`."""
+    text = unicodedata.normalize("NFKC", text.translate(_SAME_SIGN)).casefold()
+    if "\\" in text or "$" in text or "`" in text:
+        text = _LAYOUT.sub(" ", text)
+    return _TOKEN.findall(_THOUSANDS.sub("", text))
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that stand for `text`."""
+    return xxhash.xxh3_128_digest(text.encode())
+
+
+def short_digest(text: str) -> int:
+    """64 bits that stand for `text`."""
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def numbers_digest(words: Sequence[str]) -> int:
+    """Of the numbers among the tokens, in their order, written in digits or in English.
+
+    Without "one" and "first", which are also a pronoun and an adverb: swapped for another number they still show.
+    """
+    return short_digest(" ".join(word for word in words if word[-1].isdigit() or word in _NUMBER_WORDS))
+
+
+def token_hashes(words: Sequence[str]) -> np.ndarray:
+    """uint64 [number of tokens]."""
+    return np.array([_token_hash(word) for word in words], np.uint64)
+
+
+def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
+    """uint64 [number of tokens - size + 1]: one for each run of `size` tokens, empty where there are fewer.
+
+    A sum of products modulo 2^64 with fixed odd factors, so a run has the same hash wherever it stands.
+    """
+    count = len(hashes) - size + 1
+    if count < 1:
+        return np.empty(0, np.uint64)
+    factors = _factors(size)
+    total = hashes[:count] * factors[0]
+    for offset in range(1, size):
+        total += hashes[offset : offset + count] * factors[offset]
+    return total ^ (total >> np.uint64(32))
+
+
+def shingles(words: Sequence[str], size: int) -> np.ndarray:
+    """The set of runs of `size` tokens as sorted hashes; a shorter text is one run. Empty only without tokens."""
+    return np.unique(ngram_hashes(token_hashes(words), min(size, len(words)))) if words else np.empty(0, np.uint64)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """|A and B| / |A or B| of two sets as `shingles` gives them."""
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common) if common else 0.0
+
+
+@lru_cache(maxsize=1 << 17)
+def _token_hash(word: str) -> int:
+    return short_digest(word)
+
+
+@lru_cache
+def _factors(size: int) -> np.ndarray:
+    return np.array([short_digest(f"factor {size} {index}") | 1 for index in range(size)], np.uint64)
