@@ -5,13 +5,13 @@ import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import Section
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=Section)
 
 
 def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
@@ -75,6 +75,8 @@ def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in kind.model_fields.items():
         nested = field.annotation
+        if get_origin(nested) is tuple:  # an array of tables
+            nested = get_args(nested)[0]
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             keys += _keys(nested, f"{prefix}{name}.")
         else:

@@ -1,4 +1,4 @@
-"""Tests of programs: from the layouts of data sets to the JSON that reward/code.py reads as the answer of a code row."""
+"""Tests of programs: from the layouts of data sets to the JSON that reward/code.py reads."""
 
 import json
 from collections.abc import Callable, Mapping

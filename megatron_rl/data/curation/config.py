@@ -119,10 +119,10 @@ class Benchmark(Input):
 class DuplicateSection(Section):
     exact: bool = True
     near: bool = True
-    threshold: Fraction = Field(default=0.8, description="Jaccard similarity from which two prompts are near-duplicates")
+    threshold: Fraction = Field(default=0.8, description="Jaccard similarity from which two prompts are the same")
     shingle_tokens: Positive = Field(default=3, description="similarity is that of the sets of runs of so many tokens")
     bands: Positive = Field(default=16, description="of the signature; more find more pairs below the threshold too")
-    band_rows: Positive = Field(default=5, description="a pair of similarity s is looked at with 1 - (1 - s^rows)^bands")
+    band_rows: Positive = Field(default=5, description="a pair of similarity s is found with 1 - (1 - s^rows)^bands")
     same_numbers: bool = Field(default=True, description="near-duplicates whose numbers differ are different questions")
     same_answer: bool = Field(default=True, description="near-duplicates whose answers differ are different questions")
     verbatim_domains: tuple[str, ...] = Field(

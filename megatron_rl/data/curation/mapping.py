@@ -27,9 +27,7 @@ class Unusable(Exception):
 
 def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
     """The record of a row; raises Unusable. What it lets through keeps the contract of data/prompts.py."""
-    if not isinstance(row, Mapping):
-        raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
-    prompt = _prompt(row, layout)
+    prompt = prompt_of(row, layout)
     answer = _tests(row, layout) if layout.tests else _answer(row, layout)
     domain = layout.domain or _text(row, layout.domain_column)
     if not domain.strip():
@@ -49,8 +47,22 @@ def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
     return record
 
 
-def look_up(row: Any, column: str) -> Any:
-    """The value at a dotted path: keys of objects, positions in lists (-1 is the last). Unusable where it ends early."""
+def prompt_of(row: object, layout: Layout) -> str:
+    """The question of a row; raises Unusable."""
+    if not isinstance(row, Mapping):
+        raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
+    text = _text(row, layout.prompt)
+    for pattern in layout.remove:
+        text = re.sub(pattern, "", text)
+    below = _optional(row, layout.append).rstrip()
+    text = f"{text.rstrip()}\n\n{below}" if below else text
+    if not text.strip():
+        raise Unusable("missing_prompt", f"column {layout.prompt!r} is empty")
+    return text
+
+
+def _look_up(row: Any, column: str) -> Any:
+    """The value at a dotted path: keys of objects, positions in lists (-1 is the last). Raises Unusable."""
     value = _find(row, column)
     if value is _ABSENT:
         known = ", ".join(map(str, row)) if isinstance(row, Mapping) else _shown(row)
@@ -74,7 +86,7 @@ def _find(row: Any, column: str) -> Any:
 
 def _text(row: Any, column: str) -> str:
     """Text, or a number as text; "" for null. A list of one is its item."""
-    value = look_up(row, column)
+    value = _look_up(row, column)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if value is None:
@@ -86,17 +98,6 @@ def _text(row: Any, column: str) -> str:
 
 def _optional(row: Any, column: str) -> str:
     return _text(row, column) if column and _find(row, column) is not _ABSENT else ""
-
-
-def _prompt(row: Any, layout: Layout) -> str:
-    text = _text(row, layout.prompt)
-    for pattern in layout.remove:
-        text = re.sub(pattern, "", text)
-    below = _optional(row, layout.append).rstrip()
-    text = f"{text.rstrip()}\n\n{below}" if below else text
-    if not text.strip():
-        raise Unusable("missing_prompt", f"column {layout.prompt!r} is empty")
-    return text
 
 
 def _answer(row: Any, layout: Layout) -> str:
@@ -113,7 +114,7 @@ def _answer(row: Any, layout: Layout) -> str:
 
 
 def _tests(row: Any, layout: Layout) -> str:
-    value = look_up(row, layout.tests_column) if layout.tests_column else None
+    value = _look_up(row, layout.tests_column) if layout.tests_column else None
     if layout.tests_column and not value:
         raise Unusable("missing_answer", f"column {layout.tests_column!r} has no tests")
     try:

@@ -46,7 +46,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # DAPO-Math-17k: verl, with instructions around every question
     "dapo": {
         **_VERL,
-        "remove": (r"\ASolve the following math problem step by step\.[^\n]*\n+", r"\n+Remember to put your answer.*\Z"),
+        "remove": (
+            r"\ASolve the following math problem step by step\.[^\n]*\n+",
+            r"\n+Remember to put your answer.*\Z",
+        ),
     },
     # APPS and TACO: input_output is JSON text
     "apps": {

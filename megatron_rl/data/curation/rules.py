@@ -35,8 +35,8 @@ _DRAWN_IN_TEXT = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|picture|asy)\}|```
 _PART = re.compile(r"(?:(?<=\s)|^)(?:\(([a-e]|[1-5]|i{1,3}|iv|v)\)|([a-e]|[1-5]|i{1,3}|iv)[.)](?=\s)"
                    r"|(?:part|question|problem)\s+([a-e]|[1-5]|i{1,3}|iv)\s*[:.)])", re.IGNORECASE)  # fmt: skip
 _ASKS = re.compile(
-    r"\?|^\W*(?:also,? |then,? |hence,? |now,? )*(?:find|determine|calculate|compute|evaluate|prove|show|solve|what|how|"
-    r"which|why|explain|describe|state|sketch|draw|write|give|express|estimate|derive|verify|deduce|simplify|factor|"
+    r"\?|^\W*(?:also,? |then,? |hence,? |now,? )*(?:find|determine|calculate|compute|evaluate|prove|show|solve|what|"
+    r"how|which|why|explain|describe|state|sketch|draw|write|give|express|estimate|derive|verify|deduce|simplify|factor|"
     r"list)\b",
     re.IGNORECASE,
 )
@@ -57,7 +57,7 @@ def invalid_characters(record: Prompt) -> str | None:
     for text in texts:
         found = None if text.isascii() and text.isprintable() else _BAD_CHARACTER.search(text) or _MOJIBAKE.search(text)
         if found:
-            return f"{ascii(found[0])} at character {found.start()}"
+            return f"{found[0]!a} at character {found.start()}"
     return None
 
 

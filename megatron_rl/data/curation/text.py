@@ -24,10 +24,10 @@ _TOKEN = re.compile(
 )
 _SAME_SIGN = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
                             "×": "*", "·": "*", "_": " "})  # fmt: skip
-_NUMBER_WORDS = frozenset(
-    "zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen "
-    "half third quarter twice thrice double triple second fourth fifth sixth seventh eighth ninth tenth".split()
+_NUMBER_WORDS = re.compile(
+    r"zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|"
+    r"(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|dozen|half|quarter|twice|thrice|double|"
+    r"triple|second|third|(?:four|fif|six|seven|eigh|nin|ten)th"
 )
 
 
@@ -54,7 +54,7 @@ def numbers_digest(words: Sequence[str]) -> int:
 
     Without "one" and "first", which are also a pronoun and an adverb: swapped for another number they still show.
     """
-    return short_digest(" ".join(word for word in words if word[-1].isdigit() or word in _NUMBER_WORDS))
+    return short_digest(" ".join(word for word in words if word[-1].isdigit() or _NUMBER_WORDS.fullmatch(word)))
 
 
 def token_hashes(words: Sequence[str]) -> np.ndarray:
@@ -77,9 +77,9 @@ def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
     return total ^ (total >> np.uint64(32))
 
 
-def shingles(words: Sequence[str], size: int) -> np.ndarray:
-    """The set of runs of `size` tokens as sorted hashes; a shorter text is one run. Empty only without tokens."""
-    return np.unique(ngram_hashes(token_hashes(words), min(size, len(words)))) if words else np.empty(0, np.uint64)
+def shingles(hashes: np.ndarray, size: int) -> np.ndarray:
+    """The set of runs of `size` tokens, sorted; a shorter text is one run. hashes: of the tokens, at least one."""
+    return np.unique(ngram_hashes(hashes, min(size, len(hashes))))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
