@@ -11,6 +11,8 @@ from megatron_rl.data.curation.mapping import Unusable, prompt_of
 from megatron_rl.data.curation.sources import parsed, read_pieces
 from megatron_rl.data.curation.text import digest, ngram_hashes, token_hashes, tokens
 
+_PHRASE_PROMPTS = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
@@ -45,6 +47,8 @@ class Index:
 
     def _best(self, length: int, ngrams: np.ndarray) -> tuple[float, int, int, int] | None:
         """(share, prompt, position, length) of the prompt with which the row shares most, None if it shares nothing."""
+        if not len(ngrams) or not len(self.hashes):
+            return None
         left = np.searchsorted(self.hashes, ngrams)
         hits = np.flatnonzero(self.hashes[np.minimum(left, len(self.hashes) - 1)] == ngrams)
         if not len(hits):
@@ -73,8 +77,8 @@ def build_index(benchmarks: Iterable[Benchmark], settings: ContaminationSection)
     whole: dict[bytes, int] = {}
     for file, line, prompt in _prompts(benchmarks):
         words = tokens(prompt)
-        if words:
-            whole.setdefault(digest(" ".join(words)), len(files))
+        if not words or whole.setdefault(digest(" ".join(words)), len(files)) != len(files):
+            continue  # a benchmark that comes twice makes no phrases
         length = min(settings.ngram_tokens, len(words))
         parts.append(np.empty(0, np.uint64))
         if length >= min(settings.min_tokens, settings.ngram_tokens):
@@ -84,19 +88,27 @@ def build_index(benchmarks: Iterable[Benchmark], settings: ContaminationSection)
         lines.append(line)
     if not files:
         return None
-    sizes = np.array([len(part) for part in parts], np.int32)
-    hashes, items = np.concatenate(parts), np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
-    order = np.argsort(hashes, kind="stable")
+    hashes = np.concatenate(parts)
+    items = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+    hashes, items = _without_phrases(hashes, items)
     return Index(
         settings=settings,
-        hashes=hashes[order],
-        items=items[order],
-        sizes=sizes,
+        hashes=hashes,
+        items=items,
+        sizes=np.bincount(items, minlength=len(files)).astype(np.int32),
         lengths=tuple(sorted(lengths)),
         files=tuple(files),
         lines=np.array(lines, np.int32),
         whole=whole,
     )
+
+
+def _without_phrases(hashes: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sorted by hash, without n-grams that _PHRASE_PROMPTS prompts have: "where m and n are relatively prime"."""
+    order = np.argsort(hashes, kind="stable")
+    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    order = order[counts[group[order]] < _PHRASE_PROMPTS]
+    return hashes[order], items[order]
 
 
 def _prompts(benchmarks: Iterable[Benchmark]) -> Iterable[tuple[str, int, str]]:

@@ -3,7 +3,7 @@
 import glob
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ class Piece:
     """Rows of one file. rows: lines of JSON, as bytes, or objects. lines: where each stands, from 1."""
 
     file: str
-    rows: list[bytes] | list[dict[str, Any]]
+    rows: Sequence[bytes | dict[str, Any]]
     lines: list[int]
 
 

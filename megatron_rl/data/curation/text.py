@@ -30,6 +30,8 @@ _NUMBER_WORDS = re.compile(
     r"triple|second|third|(?:four|fif|six|seven|eigh|nin|ten)th"
 )
 
+_CACHED_TOKENS = 1 << 17
+
 
 def tokens(text: str) -> list[str]:
     """The normal form of `text`."""
@@ -54,7 +56,7 @@ def numbers_digest(words: Sequence[str]) -> int:
 
     Without "one" and "first", which are also a pronoun and an adverb: swapped for another number they still show.
     """
-    return short_digest(" ".join(word for word in words if word[-1].isdigit() or _NUMBER_WORDS.fullmatch(word)))
+    return short_digest(" ".join(filter(_is_number, words)))
 
 
 def token_hashes(words: Sequence[str]) -> np.ndarray:
@@ -88,7 +90,12 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(a) + len(b) - common) if common else 0.0
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(_CACHED_TOKENS)
+def _is_number(word: str) -> bool:
+    return word[-1].isdigit() or _NUMBER_WORDS.fullmatch(word) is not None
+
+
+@lru_cache(_CACHED_TOKENS)
 def _token_hash(word: str) -> int:
     return short_digest(word)
 

@@ -19,14 +19,13 @@ from megatron_rl.errors import Fault
 _AHEAD = 3  # pieces in flight for each worker
 
 Task = tuple[int, int, Piece]  # number of the source, number of the file, rows
+Done = tuple[Task, Inspected, int]  # peak memory in bytes of the worker, 0 for this process
 
 _inspector: Inspector
 
 
-def inspected(
-    tasks: Iterable[Task], config: CurationConfig, index: Index | None
-) -> Iterator[tuple[Task, Inspected, int]]:
-    """Each task with its result and the peak memory in bytes of the process that did it (0: this process)."""
+def inspected(tasks: Iterable[Task], config: CurationConfig, index: Index | None) -> Iterator[Done]:
+    """Each task with its result."""
     if config.workers == 1:
         inspector = Inspector(config, index)
         for task in tasks:
@@ -49,7 +48,7 @@ def inspected(
                 future.cancel()
 
 
-def _next(waiting: deque[tuple[Task, "Future[tuple[Inspected, int]]"]]) -> tuple[Task, Inspected, int]:
+def _next(waiting: deque[tuple[Task, "Future[tuple[Inspected, int]]"]]) -> Done:
     task, future = waiting.popleft()
     try:
         return task, *future.result()
