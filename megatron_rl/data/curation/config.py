@@ -1,6 +1,7 @@
 """What `tools/prepare_data.py` reads from TOML. Field descriptions are the reference."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,14 +27,17 @@ def _answer_pattern(text: str) -> str:
     return text
 
 
-def _rule(name: str) -> str:
-    if name not in RULES:
-        raise ValueError(f"must be one of {', '.join(RULES)}")
-    return name
+def _one_of(known: Iterable[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name and name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
-RuleName = Annotated[str, AfterValidator(_rule)]
+RuleName = Annotated[str, _one_of(RULES)]
 
 
 class Layout(Section):
@@ -49,7 +53,7 @@ class Layout(Section):
     answer_pattern: Annotated[str, AfterValidator(_answer_pattern)] | None = Field(
         default=None, description="regular expression whose group is the answer; the last match counts"
     )
-    tests: Literal["", *TEST_LAYOUTS] = Field(  # type: ignore[valid-type]
+    tests: Annotated[str, _one_of(TEST_LAYOUTS)] = Field(
         default="", description="how the row gives the tests of a program, instead of `answer`"
     )
     tests_column: str = Field(default="", description="where, for the layouts json and input_output")
@@ -71,7 +75,7 @@ class Input(Layout):
     hf: str = Field(default="", description='"org/name", streamed by the library `datasets`')
     hf_config: str | None = None
     split: str = "train"
-    preset: Literal["", *PRESETS] = ""  # type: ignore[valid-type]
+    preset: Annotated[str, _one_of(PRESETS)] = ""
 
     @model_validator(mode="after")
     def _check(self) -> "Input":
@@ -171,8 +175,14 @@ class CurationConfig(Section):
         default=0.1, ge=0, le=1, description="of the rows of a source; above it the layout is taken to be wrong"
     )
     rules: tuple[RuleName, ...] = Field(default=tuple(RULES), description="defects to look for")
-    source: tuple[Source, ...] = Field(min_length=1)
+    source: tuple[Source, ...]
     benchmark: tuple[Benchmark, ...] = ()
     duplicates: DuplicateSection = DuplicateSection()
     contamination: ContaminationSection = ContaminationSection()
     difficulty: DifficultySection = DifficultySection()
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> "CurationConfig":
+        if not self.source:
+            raise ValueError("there is nothing to curate; add a [[source]]")
+        return self

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.data.curation.config import DifficultySection
-from megatron_rl.data.curation.sources import files_of
+from megatron_rl.data.curation.sources import files_of, numbered_lines
 from megatron_rl.data.curation.text import short_digest
 
 # By the digest of the prompt as it stands: (responses that solve it, responses).
@@ -55,16 +55,15 @@ def read_difficulty(settings: DifficultySection) -> Difficulty | None:
 def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
     rates: dict[int, tuple[int, int]] = {}
     for path in (path for pattern in patterns for path in files_of(pattern)):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line)
-                    key, reward = short_digest(row["prompt"]), float(row["reward"])
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}:{number} is not a scored response ({type(error).__name__}: {error}); "
-                        "difficulty takes what megatron-rl rollout writes"
-                    ) from None
-                solved, total = rates.get(key, (0, 0))
-                rates[key] = solved + (reward >= passing_reward), total + 1
+        for number, line in numbered_lines(path):
+            try:
+                row = json.loads(line)
+                key, reward = short_digest(row["prompt"]), float(row["reward"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}:{number} is not a scored response ({type(error).__name__}: {error}); "
+                    "difficulty takes what megatron-rl rollout writes"
+                ) from None
+            solved, total = rates.get(key, (0, 0))
+            rates[key] = solved + (reward >= passing_reward), total + 1
     return rates

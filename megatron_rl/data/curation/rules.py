@@ -34,6 +34,7 @@ _REFERS_TO_IMAGE = re.compile(
 _DRAWN_IN_TEXT = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|picture|asy)\}|```|<svg", re.IGNORECASE)
 _PART = re.compile(r"(?:(?<=\s)|^)(?:\(([a-e]|[1-5]|i{1,3}|iv|v)\)|([a-e]|[1-5]|i{1,3}|iv)[.)](?=\s)"
                    r"|(?:part|question|problem)\s+([a-e]|[1-5]|i{1,3}|iv)\s*[:.)])", re.IGNORECASE)  # fmt: skip
+_REFERS_TO_PART = re.compile(r"\b(?:in|from|of|to) part \(?[a-e]\b", re.IGNORECASE)
 _ASKS = re.compile(
     r"\?|^\W*(?:also,? |then,? |hence,? |now,? )*(?:find|determine|calculate|compute|evaluate|prove|show|solve|what|"
     r"how|which|why|explain|describe|state|sketch|draw|write|give|express|estimate|derive|verify|deduce|simplify|factor|"
@@ -85,9 +86,12 @@ def multiple_choice(record: Prompt) -> str | None:
 
 
 def multi_part(record: Prompt) -> str | None:
-    """Parts that are labelled in their order, of which at least two ask for something."""
-    if is_program(record) or not _asks_twice(record.prompt):
+    """Parts that are labelled in their order, of which at least two ask for something; or one of them alone."""
+    if is_program(record):
         return None
+    if not _asks_twice(record.prompt):
+        reference = _REFERS_TO_PART.search(record.prompt)
+        return reference and reference[0]
     return f"parts {', '.join(label for label, _ in _parts(record.prompt))}"
 
 

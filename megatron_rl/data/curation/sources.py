@@ -36,11 +36,20 @@ def read_pieces(given: Input) -> Iterator[Piece]:
 def files_of(pattern: str) -> list[Path]:
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not paths:
-        raise ValueError(f"no file matches path = {pattern!r}; correct it")
+        raise ValueError(f"no file matches {pattern!r}; correct the path")
     for path in paths:
         if path.suffix != ".parquet" and not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
             raise ValueError(f"{path} is none of .jsonl, .jsonl.gz and .parquet; convert it, or narrow the glob")
     return paths
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """From 1, those that are not blank."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from None
 
 
 def parsed(row: bytes | dict[str, Any]) -> Any:
@@ -49,13 +58,9 @@ def parsed(row: bytes | dict[str, Any]) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Piece]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        numbered = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        try:
-            while piece := _filled(numbered):
-                yield Piece(file=str(path), rows=[row for _, row in piece], lines=[number for number, _ in piece])
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from None
+    numbered = numbered_lines(path)
+    while piece := _filled(numbered):
+        yield Piece(file=str(path), rows=[row for _, row in piece], lines=[number for number, _ in piece])
 
 
 def _filled(numbered: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

@@ -1,8 +1,8 @@
 """The normal form of a prompt, in which two prompts are compared, and the hashes that are kept of it.
 
 A normal form is a sequence of tokens: words in one case, numbers, single ideographs, and the signs that mean something.
-What carries no meaning (spaces, prose punctuation, quotation marks, LaTeX's dollar signs and spacing) is no token;
-`3 + 4` and `3 - 4`, `5!` and `5`, or `1.5` and `15` stay different.
+What carries no meaning (spaces, prose punctuation, quotation marks, LaTeX's dollar signs, backslashes and spacing) is
+no token; `3 + 4` and `3 - 4`, `5!` and `5`, or `1.5` and `15` stay different.
 """
 
 import re
@@ -20,7 +20,7 @@ _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(
     rf"\d*\.?\d+|[{_IDEOGRAPHS}]|[^\W\d_{_IDEOGRAPHS}]+"
     r"|(?<=[\d)])!|(?<=\b[a-z])[!']"  # a factorial or a derivative, not the end of a sentence
-    r"|[^\w\s.,;:?!'\"]"
+    r"|[^\w\s.,;:?!'\"\\、。「」]"
 )
 _SAME_SIGN = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
                             "×": "*", "·": "*", "_": " "})  # fmt: skip

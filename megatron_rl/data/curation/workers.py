@@ -33,6 +33,7 @@ def inspected(tasks: Iterable[Task], config: CurationConfig, index: Index | None
         return
     # forkserver: a fork of a process with threads may hang.
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # datasketch alone brings scipy: load it once
     arguments = (config, index, os.getpid())
     with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
         waiting: deque[tuple[Task, Future[tuple[Inspected, int]]]] = deque()
