@@ -16,8 +16,10 @@ _BAD_CHARACTER = re.compile(
 # UTF-8 that somebody read as Latin-1 or Windows-1252: of accents, signs and spaces, and of dashes and quotation marks.
 _MOJIBAKE = re.compile("[ÃÂ][\u00a0-\u00bf]|â€[\u0080-\u00bf\u0152-\u0178\u02c6\u02dc\u2013-\u203a\u20ac\u2122]|ï»¿")
 _IMAGE = re.compile(
-    r"!\[[^\]\n]*\]\([^)\s]+[^)\n]*\)|<img\b|<image>|\\includegraphics|data:image/|cdn\.mathpix\.com", re.IGNORECASE
+    r"!\[[^\]\n]{0,200}\]\([^)\n]{1,500}\)|<img\b|<image>|\\includegraphics|data:image/|cdn\.mathpix\.com",
+    re.IGNORECASE,
 )
+_IMAGE_WORDS = ("![", "image", "<img", "graph", "mathpix", "figure", "diagram", "picture", "illustration", "drawing")
 _PLACEHOLDER = re.compile(r"\[image\]", re.IGNORECASE)
 _PICTURE = r"(?:figure|diagram|picture|illustration|drawing)"
 _BESIDE = r"(?:below|above|shown|(?:at|on|to) (?:the )?(?:right|left))"
@@ -32,9 +34,11 @@ _REFERS_TO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 _DRAWN_IN_TEXT = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|picture|asy)\}|```|<svg", re.IGNORECASE)
+# What any two options or parts have: without it the longer expressions need not look.
+_SECOND_LABEL = re.compile(r"(?:[Bb2]|[Ii][Ii])\s*[.):]")
 _PART = re.compile(r"(?:(?<=\s)|^)(?:\(([a-e]|[1-5]|i{1,3}|iv|v)\)|([a-e]|[1-5]|i{1,3}|iv)[.)](?=\s)"
                    r"|(?:part|question|problem)\s+([a-e]|[1-5]|i{1,3}|iv)\s*[:.)])", re.IGNORECASE)  # fmt: skip
-_REFERS_TO_PART = re.compile(r"\b(?:in|from|of|to) part \(?[a-e]\b", re.IGNORECASE)
+_REFERS_TO_PART = re.compile(r"\b(?:in|from|of|to) part (?:\([a-e]\)|[a-e]\b)", re.IGNORECASE)
 _ASKS = re.compile(
     r"\?|^\W*(?:also,? |then,? |hence,? |now,? )*(?:find|determine|calculate|compute|evaluate|prove|show|solve|what|"
     r"how|which|why|explain|describe|state|sketch|draw|write|give|express|estimate|derive|verify|deduce|simplify|factor|"
@@ -45,6 +49,8 @@ _ASKS = re.compile(
 _OPTION_LINE = re.compile(r"^[ \t>*-]*(?:\\text(?:bf|rm)?\{)?\(?([A-Ja-j])\s*[.):](?!\w)", re.MULTILINE)
 _OPTION_IN_BRACKETS = re.compile(r"(?<![\w)])(?:\\(?:text|math)(?:bf|rm)?\{\s*)?\(([A-J])\)")
 _OPTION_INLINE = re.compile(r"(?<=\s)([A-J])[.)](?=\s*\S)")
+_LETTER_ANSWER = re.compile(r"\W*(?:\\text(?:bf)?\{)?\W*[A-Ja-j]\W*")
+_LONGEST_WORD = 40  # characters of an answer that is one word or letter, with what may be around it
 _WORD_ANSWER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf)\s*\{)?\s*(true|false|yes|no)\b\s*\}?\W*", re.IGNORECASE)
 
 
@@ -63,6 +69,9 @@ def invalid_characters(record: Prompt) -> str | None:
 
 
 def image(record: Prompt) -> str | None:
+    small = record.prompt.lower()
+    if not any(word in small for word in _IMAGE_WORDS):  # ten times as fast as the expressions
+        return None
     found = _IMAGE.search(record.prompt)
     if not found and not is_program(record) and not _DRAWN_IN_TEXT.search(record.prompt):
         found = _PLACEHOLDER.search(record.prompt) or _REFERS_TO_IMAGE.search(record.prompt)
@@ -71,9 +80,9 @@ def image(record: Prompt) -> str | None:
 
 def multiple_choice(record: Prompt) -> str | None:
     """Options labelled A, B, C, ... in their order; two are enough at the beginning of lines when the answer is one."""
-    if is_program(record):
+    if is_program(record) or not _SECOND_LABEL.search(record.prompt):
         return None
-    is_letter = bool(re.fullmatch(r"\W*(?:\\text(?:bf)?\{)?\W*[A-Ja-j]\W*", record.answer))
+    is_letter = bool(_LETTER_ANSWER.fullmatch(record.answer[:_LONGEST_WORD]))
     for pattern, least in (
         (_OPTION_LINE, 2 if is_letter else 3),
         (_OPTION_IN_BRACKETS, 2 if is_letter else 3),
@@ -96,12 +105,12 @@ def multi_part(record: Prompt) -> str | None:
 
 
 def true_or_false(record: Prompt) -> str | None:
-    found = None if is_program(record) else _WORD_ANSWER.fullmatch(record.answer)
+    found = None if is_program(record) else _WORD_ANSWER.fullmatch(record.answer[:_LONGEST_WORD])
     return found and f"the answer is {found[1]}"
 
 
 def _asks_twice(prompt: str) -> bool:
-    return sum(bool(_ASKS.search(text)) for _, text in _parts(prompt)) >= 2
+    return bool(_SECOND_LABEL.search(prompt)) and sum(bool(_ASKS.search(text)) for _, text in _parts(prompt)) >= 2
 
 
 def _parts(prompt: str) -> list[tuple[str, str]]:

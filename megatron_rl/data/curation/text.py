@@ -23,19 +23,22 @@ _TOKEN = re.compile(
     r"|[^\w\s.,;:?!'\"\\、。「」]"
 )
 _SAME_SIGN = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
-                            "×": "*", "·": "*", "_": " "})  # fmt: skip
+                            "×": "*", "·": "*"})  # fmt: skip
 _NUMBER_WORDS = re.compile(
     r"zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|"
     r"(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|dozen|half|quarter|twice|thrice|double|"
     r"triple|second|third|(?:four|fif|six|seven|eigh|nin|ten)th"
 )
 
+_BASE = 0xD6E8FEB86659FD93  # odd, so it has an inverse
 _CACHED_TOKENS = 1 << 17
 
 
 def tokens(text: str) -> list[str]:
     """The normal form of `text`."""
-    text = unicodedata.normalize("NFKC", text.translate(_SAME_SIGN)).casefold()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_SAME_SIGN))
+    text = text.casefold()
     if "\\" in text or "$" in text or "`" in text:
         text = _LAYOUT.sub(" ", text)
     return _TOKEN.findall(_THOUSANDS.sub("", text))
@@ -61,22 +64,24 @@ def numbers_digest(words: Sequence[str]) -> int:
 
 def token_hashes(words: Sequence[str]) -> np.ndarray:
     """uint64 [number of tokens]."""
-    return np.array([_token_hash(word) for word in words], np.uint64)
+    return np.fromiter(map(_token_hash, words), np.uint64, len(words))
 
 
 def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
     """uint64 [number of tokens - size + 1]: one for each run of `size` tokens, empty where there are fewer.
 
-    A sum of products modulo 2^64 with fixed odd factors, so a run has the same hash wherever it stands.
+    h_i + h_(i+1) B + h_(i+2) B^2 + ... modulo 2^64, as a difference of sums from the beginning, divided by B^i: that
+    takes as long for long runs as for short ones.
     """
     count = len(hashes) - size + 1
     if count < 1:
         return np.empty(0, np.uint64)
-    factors = _factors(size)
-    total = hashes[:count] * factors[0]
-    for offset in range(1, size):
-        total += hashes[offset : offset + count] * factors[offset]
-    return total ^ (total >> np.uint64(32))
+    powers, inverses = _powers(len(hashes).bit_length())
+    sums = np.cumsum(hashes * powers[: len(hashes)])
+    runs = sums[size - 1 :].copy()
+    runs[1:] -= sums[: count - 1]
+    runs *= inverses[:count]
+    return runs ^ (runs >> np.uint64(32))
 
 
 def shingles(hashes: np.ndarray, size: int) -> np.ndarray:
@@ -101,5 +106,8 @@ def _token_hash(word: str) -> int:
 
 
 @lru_cache
-def _factors(size: int) -> np.ndarray:
-    return np.array([short_digest(f"factor {size} {index}") | 1 for index in range(size)], np.uint64)
+def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """B^i and B^-i modulo 2^64 for i below 2^bits."""
+    bases = _BASE, pow(_BASE, -1, 1 << 64)
+    powers, inverses = (np.cumprod(np.array([1] + [base] * ((1 << bits) - 1), np.uint64)) for base in bases)
+    return powers, inverses
