@@ -6,7 +6,8 @@ The id of a generated row says what must become of it: `keep:17`, `near_duplicat
 planted near-duplicate is computed here, by plain sets of word triples. Rows to keep include what is easily dropped by
 mistake: the same text with another number, with another answer, or less similar than the threshold, and endings that
 benchmark rows have too. Prints one JSON object: by reason the number planted and found, recall, the share of rows to
-keep that were dropped, rows/s, rows per second of CPU time, and the peak of resident anonymous memory, all processes together.
+keep that were dropped, rows/s, rows per second of CPU time, and the peak of resident anonymous memory; all processes
+together.
 """
 
 import argparse

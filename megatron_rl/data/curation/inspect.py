@@ -44,7 +44,6 @@ class Inspected:
     """What is left of a piece. lines: JSON of the records, one after the other; rows: ROW [number of records];
     bands: uint64 [number of records, bands]."""
 
-    num_rows: int
     lines: bytes
     rows: np.ndarray
     bands: np.ndarray
@@ -77,9 +76,7 @@ class Inspector:
                 dropped.append(Dropped(reason=reason, file=piece.file, line=line, details=details, row=row))
         rows, bands = rows[: len(lines)], bands[: len(lines)]
         rows["source"], rows["file"] = source, file
-        return Inspected(
-            num_rows=len(piece.rows), lines=b"".join(lines), rows=rows, bands=bands.copy(), dropped=dropped
-        )
+        return Inspected(lines=b"".join(lines), rows=rows, bands=bands.copy(), dropped=dropped)
 
     def _one(
         self, number: int, raw: Any, row: np.void, bands: np.ndarray
@@ -88,7 +85,7 @@ class Inspector:
         source, layout = self._sources[number]
         try:
             value = parsed(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             text = raw.decode(errors="backslashreplace")
             return "malformed", {"details": f"not valid UTF-8 JSON: {error}"}, text
         try:

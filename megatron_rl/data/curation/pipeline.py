@@ -1,11 +1,9 @@
 """The curation of prompts: every row alone first, then rows against each other, then what models made of them."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -14,21 +12,17 @@ import numpy as np
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.contamination import build_index
 from megatron_rl.data.curation.difficulty import Difficulty, read_difficulty
-from megatron_rl.data.curation.duplicates import Twin, exact_duplicates, near_duplicates
 from megatron_rl.data.curation.inspect import Dropped
 from megatron_rl.data.curation.output import DROPPED, KEPT, REPORT, whole_output
 from megatron_rl.data.curation.report import Report, SourceCount
 from megatron_rl.data.curation.sources import read_pieces
+from megatron_rl.data.curation.verdicts import Verdicts, check_measured, find_twins, record_reader
 from megatron_rl.data.curation.workers import Task, inspected, peak_rss_bytes
-from megatron_rl.data.prompts import Prompt
 
 Progress = Callable[[str, int], None]  # stage, rows so far
 
-_Reasons = dict[int, tuple[str, dict[str, Any]]]  # position of a row -> why it is dropped, with details
-
 _RECORDS = "records.jsonl"  # of every row that is not dropped for itself
 _JUDGE_MALFORMED_FROM_ROWS = 1000
-_CACHED_RECORDS = 1 << 12
 
 
 def curate(config: CurationConfig, force: bool = False, progress: Progress = lambda stage, rows: None) -> Report:
@@ -48,22 +42,21 @@ class _Curation:
         self._dropped: list[Counter[str]] = [Counter() for _ in config.source]
         self._first_malformed: dict[int, str] = {}
         self._files: list[str] = []
+        self._difficulty: Difficulty | None = None
         self._worker_peak_bytes = 0
 
     def run(self) -> Report:
         seconds: dict[str, float] = {}
         started = time.perf_counter()
-        difficulty = read_difficulty(self._config.difficulty)
+        self._difficulty = read_difficulty(self._config.difficulty)
         with (self._folder / DROPPED).open("w") as dropped:
             rows, bands = self._inspect(dropped)
             seconds["rows"] = time.perf_counter() - started
             with (self._folder / _RECORDS).open("rb") as records:
-                reasons = self._compare(rows, bands, records)
+                verdicts = self._judge(rows, bands, records)
                 del bands
-                if difficulty:
-                    _measure(difficulty, rows, reasons)
                 seconds["duplicates"] = time.perf_counter() - started - seconds["rows"]
-                self._write(rows, reasons, records, dropped)
+                self._write(verdicts, records, dropped)
         seconds["writing"] = time.perf_counter() - started - sum(seconds.values())
         report = self._report(seconds)
         text = json.dumps(report.as_json() | {"config": self._config.model_dump(mode="json")}, indent=2)
@@ -115,41 +108,24 @@ class _Curation:
                 f"The first: {self._first_malformed[source]}"
             )
 
-    def _compare(self, rows: np.ndarray, bands: np.ndarray, records: BinaryIO) -> _Reasons:
-        """Reason and details of every duplicate, by its position in `rows`."""
-        settings = self._config.duplicates
-        record = _reader(records, rows["size"])
-        twins: dict[int, Twin] = {}
-        if settings.exact:
-            twins |= exact_duplicates(rows["prompt"], rows["answer"], record)
-            self._progress("exact duplicates", len(twins))
-        if settings.near:
-            compared = rows["near"].copy()
-            compared[list(twins)] = False
-            positions = np.flatnonzero(compared)
-            twins |= near_duplicates(positions, bands, record, settings)
-            self._progress("near-duplicates", len(twins))
-        return {row: (twin.reason, self._details(twin, rows, record)) for row, twin in twins.items()}
+    def _judge(self, rows: np.ndarray, bands: np.ndarray, records: BinaryIO) -> Verdicts:
+        if self._difficulty:
+            check_measured(self._difficulty, rows)
+        record = record_reader(records, rows["size"])
+        twins = find_twins(rows, bands, record, self._config.duplicates, self._progress)
+        return Verdicts(rows=rows, files=self._files, record=record, twins=twins, difficulty=self._difficulty)
 
-    def _details(self, twin: Twin, rows: np.ndarray, record: Callable[[int], Prompt]) -> dict[str, Any]:
-        other = rows[twin.of]
-        details = {"of": record(twin.of).id, "of_file": self._files[other["file"]], "of_line": int(other["line"])}
-        return details | ({"similarity": round(twin.similarity, 3)} if twin.reason == "near_duplicate" else {})
-
-    def _write(self, rows: np.ndarray, reasons: _Reasons, records: BinaryIO, dropped: TextIO) -> None:
-        again = _repeated_ids(rows["identity"], reasons)
+    def _write(self, verdicts: Verdicts, records: BinaryIO, dropped: TextIO) -> None:
+        again = verdicts.repeated_ids()
         records.seek(0)
         with (self._folder / KEPT).open("wb") as kept:
-            for position, size in enumerate(rows["size"].tolist()):
+            for row, size in enumerate(verdicts.rows["size"].tolist()):
                 line = records.read(size)
-                if position in reasons:
-                    self._drop(rows[position], reasons[position], json.loads(line), dropped)
-                elif position in again:
-                    row = json.loads(line)
-                    row["id"] = f"{row['id']}~{position}"
-                    kept.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                why = verdicts.why(row)
+                if why:
+                    self._drop(verdicts.rows[row], why, json.loads(line), dropped)
                 else:
-                    kept.write(line)
+                    kept.write(_with_number(line, row) if row in again else line)
 
     def _drop(self, row: np.void, why: tuple[str, dict[str, Any]], record: object, dropped: TextIO) -> None:
         reason, details = why
@@ -170,36 +146,7 @@ class _Curation:
         )
 
 
-def _reader(records: BinaryIO, sizes: np.ndarray) -> Callable[[int], Prompt]:
-    """Record of a row. Rows that are compared lie close together or come often, so a few thousand are kept."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-
-    @lru_cache(_CACHED_RECORDS)
-    def record(row: int) -> Prompt:
-        size = int(sizes[row])
-        return Prompt(**json.loads(os.pread(records.fileno(), size, int(ends[row]) - size)))
-
-    return record
-
-
-def _measure(difficulty: Difficulty, rows: np.ndarray, reasons: _Reasons) -> None:
-    """Add the rows that their pass rates rule out."""
-    num_measured = 0
-    for position, prompt in enumerate(rows["text"].tolist()):
-        num_measured += prompt in difficulty.model
-        if position not in reasons and (why := difficulty.judge(prompt)):
-            reasons[position] = why
-    if not num_measured:
-        raise ValueError(
-            f"none of the {len(difficulty.model)} prompts of difficulty.rollouts is among the rows; matched are "
-            "equal texts, so sample the kept.jsonl of these sources"
-        )
-
-
-def _repeated_ids(identities: np.ndarray, reasons: _Reasons) -> set[int]:
-    """Rows that stay and have the id of one before them that stays."""
-    stays = np.ones(len(identities), bool)
-    stays[list(reasons)] = False
-    positions = np.flatnonzero(stays)
-    _, first = np.unique(identities[positions], return_index=True)
-    return set(np.delete(positions, first).tolist())
+def _with_number(line: bytes, number: int) -> bytes:
+    row = json.loads(line)
+    row["id"] = f"{row['id']}~{number}"
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()

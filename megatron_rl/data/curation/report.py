@@ -38,7 +38,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             **_counts(self.total),
-            "sources": {source.name: _counts(source) for source in self.sources},
+            "sources": [{"source": source.name, **_counts(source)} for source in self.sources],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
             "rows_per_second": round(self.rows_per_second),
             "peak_rss_bytes": self.peak_rss_bytes,
