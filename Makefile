@@ -29,7 +29,7 @@ LENGTHS ?=
 # What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
 SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 
-.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox reproduce-mini clean
+.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -125,6 +125,9 @@ bench-rewards: install  ## the math reward beside plain math-verify on labelled 
 
 bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on real tasks, as JSON
 	$(BIN)/python tools/bench_sandbox.py
+
+bench-curation: install  ## a million generated prompts with planted duplicates, contamination and defects: what curation finds, rows/s, memory, as JSON
+	$(BIN)/python tools/bench_curation.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)

@@ -23,6 +23,9 @@ INSTALL = [
     "pebble~=5.2",
     'pyseccomp==0.1.2; sys_platform == "linux"',  # optional at run time: one layer of the code sandbox
     "psutil~=7.2",
+    "datasketch~=2.0",  # curation: MinHash
+    "pyarrow~=26.0",  # curation: Parquet
+    "xxhash~=4.1",  # curation: digests
 ]
 
 setup(

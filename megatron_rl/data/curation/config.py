@@ -1,0 +1,188 @@
+"""What `tools/prepare_data.py` reads from TOML. Field descriptions are the reference."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from megatron_rl.config.schema import Fraction, Positive, Section
+from megatron_rl.data.curation.code_tests import TEST_LAYOUTS
+from megatron_rl.data.curation.presets import PRESETS
+from megatron_rl.data.curation.rules import RULES
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression ({error})") from None
+    return text
+
+
+def _answer_pattern(text: str) -> str:
+    if _pattern(text) and re.compile(text).groups != 1:
+        raise ValueError("must have exactly one group, which is the answer; write other groups as (?:...)")
+    return text
+
+
+def _one_of(known: Iterable[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name and name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+RuleName = Annotated[str, _one_of(RULES)]
+
+
+class Layout(Section):
+    """Which column is what. A column is a dotted path: `reward_model.ground_truth`, `prompt.-1.content`."""
+
+    prompt: str = Field(default="", description="column of the question")
+    answer: str = Field(default="", description="column of the reference answer")
+    answer_from: Literal["text", "boxed", "stated"] = Field(
+        default="text",
+        description="text: the column as it stands; boxed: its last \\boxed{}; stated: what a solution without a box "
+        "says its answer is (reward/answers.py)",
+    )
+    answer_pattern: Annotated[str, AfterValidator(_answer_pattern)] | None = Field(
+        default=None, description="regular expression whose group is the answer; the last match counts"
+    )
+    tests: Annotated[str, _one_of(TEST_LAYOUTS)] = Field(
+        default="", description="how the row gives the tests of a program, instead of `answer`"
+    )
+    tests_column: str = Field(default="", description="where, for the layouts json and input_output")
+    domain: str = Field(default="", description="the domain of every row; or else domain_column")
+    domain_column: str = ""
+    id_column: str = Field(default="", description="may be missing in a row: the id is then a hash of the content")
+    source_column: str = Field(default="", description="may be missing in a row: the source is then path or hf")
+    append: str = Field(default="", description="column whose text goes below the prompt where it is not empty")
+    remove: tuple[Pattern, ...] = Field(
+        default=(), description="regular expressions whose matches are cut out of the prompt: instructions to the model"
+    )
+    meta: tuple[str, ...] = Field(default=(), description="columns to keep in `meta`; an object is merged into it")
+
+
+class Input(Layout):
+    """Files or a Hugging Face dataset. The preset's layout, and over it the keys that are given here."""
+
+    path: str = Field(default="", description="file or glob: .jsonl, .jsonl.gz, .parquet")
+    hf: str = Field(default="", description='"org/name", streamed by the library `datasets`')
+    hf_config: str | None = None
+    split: str = "train"
+    preset: Annotated[str, _one_of(PRESETS)] = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Input":
+        if bool(self.path) == bool(self.hf):
+            raise ValueError(f"needs either path or hf, got path = {self.path!r} and hf = {self.hf!r}")
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.path or f"hf:{self.hf}/{self.split}"
+
+    def layout(self) -> Layout:
+        given = {name: getattr(self, name) for name in self.model_fields_set & set(Layout.model_fields)}
+        return Layout.model_validate({**PRESETS.get(self.preset, {}), **given})
+
+
+class Source(Input):
+    """Rows to curate."""
+
+    skip_rules: tuple[RuleName, ...] = Field(default=(), description="rules that are not applied to this source")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Source":
+        layout = self.layout()
+        if not layout.prompt or not (layout.answer or layout.tests) or not (layout.domain or layout.domain_column):
+            raise ValueError(
+                f"{self.name} needs the columns prompt, answer (or tests) and domain (or domain_column); "
+                f"set them, or a preset: {', '.join(PRESETS)}"
+            )
+        if layout.tests in ("json", "input_output") and not layout.tests_column:
+            raise ValueError(f'{self.name}: tests = "{layout.tests}" needs tests_column')
+        return self
+
+
+class Benchmark(Input):
+    """Questions that must not be trained on; only their prompts are read."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Benchmark":
+        if not self.layout().prompt:
+            raise ValueError(f"{self.name} needs the column prompt; set it, or a preset: {', '.join(PRESETS)}")
+        return self
+
+
+class DuplicateSection(Section):
+    exact: bool = True
+    near: bool = True
+    threshold: Fraction = Field(default=0.8, description="Jaccard similarity from which two prompts are the same")
+    shingle_tokens: Positive = Field(default=3, description="similarity is that of the sets of runs of so many tokens")
+    bands: Positive = Field(default=16, description="of the signature; more find more pairs below the threshold too")
+    band_rows: Positive = Field(default=5, description="a pair of similarity s is found with 1 - (1 - s^rows)^bands")
+    same_numbers: bool = Field(default=True, description="near-duplicates whose numbers differ are different questions")
+    same_answer: bool = Field(default=True, description="near-duplicates whose answers differ are different questions")
+    verbatim_domains: tuple[str, ...] = Field(
+        default=("code_io",),
+        description="domains in which every character of the prompt counts: no normal form and no near-duplicates",
+    )
+
+
+class ContaminationSection(Section):
+    ngram_tokens: Positive = Field(default=13, description="length of the runs of tokens that are looked up")
+    min_share: Fraction = Field(
+        default=0.4, description="share of the runs of the benchmark's prompt, or of the row's, that both must have"
+    )
+    min_tokens: Positive = Field(
+        default=8, description="shorter benchmark prompts must be equal; up to ngram_tokens they must be contained"
+    )
+
+
+class DifficultySection(Section):
+    rollouts: tuple[str, ...] = Field(
+        default=(), description="files (or globs) that `megatron-rl rollout` wrote with the model to be trained"
+    )
+    stronger: tuple[str, ...] = Field(default=(), description="the same of a stronger model")
+    max_pass_rate: float = Field(default=1.0, gt=0, le=1, description="rows that the model solves so often are dropped")
+    min_pass_rate: float = Field(
+        default=0.0, ge=0, lt=1, description="rows that neither model solves more often are dropped"
+    )
+    passing_reward: float = Field(default=1.0, description="the least reward of a solved response")
+    unmeasured: Literal["keep", "drop"] = "keep"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DifficultySection":
+        if self.stronger and not self.rollouts:
+            raise ValueError("difficulty.stronger needs difficulty.rollouts, those of the model to be trained")
+        if self.min_pass_rate >= self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate must be below max_pass_rate, got {self.min_pass_rate} and {self.max_pass_rate}"
+            )
+        return self
+
+
+class CurationConfig(Section):
+    output: Path = Field(description="folder for kept.jsonl, dropped.jsonl and report.json")
+    workers: Positive = Field(default=2, description="processes that read rows; 1 is this process itself")
+    max_malformed_share: float = Field(
+        default=0.1, ge=0, le=1, description="of the rows of a source; above it the layout is taken to be wrong"
+    )
+    rules: tuple[RuleName, ...] = Field(default=tuple(RULES), description="defects to look for")
+    source: tuple[Source, ...]
+    benchmark: tuple[Benchmark, ...] = ()
+    duplicates: DuplicateSection = DuplicateSection()
+    contamination: ContaminationSection = ContaminationSection()
+    difficulty: DifficultySection = DifficultySection()
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> "CurationConfig":
+        if not self.source:
+            raise ValueError("there is nothing to curate; add a [[source]]")
+        return self

@@ -1,0 +1,69 @@
+"""How often models solved a prompt, from what `megatron-rl rollout` wrote, and which prompts that rules out."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.data.curation.config import DifficultySection
+from megatron_rl.data.curation.sources import files_of, numbered_lines
+from megatron_rl.data.curation.text import short_digest
+
+# By the digest of the prompt as it stands: (responses that solve it, responses).
+Rates = Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difficulty:
+    """stronger: None without rollouts of a stronger model."""
+
+    settings: DifficultySection
+    model: Rates
+    stronger: Rates | None
+
+    def judge(self, prompt: int) -> tuple[str, dict[str, Any]] | None:
+        """Reason and details for dropping the prompt of this digest, or None.
+
+        too_easy: the model solves it always, or max_pass_rate of the time. too_hard: neither the model nor the stronger
+        one does more than min_pass_rate of the time; with a stronger model, only if that was measured as well.
+        """
+        if prompt not in self.model:
+            return ("unmeasured", {}) if self.settings.unmeasured == "drop" else None
+        solved, total = self.model[prompt]
+        details: dict[str, Any] = {"pass_rate": round(solved / total, 4), "num_responses": total}
+        if solved >= self.settings.max_pass_rate * total:
+            return "too_easy", details
+        if solved > self.settings.min_pass_rate * total:
+            return None
+        if self.stronger is None:
+            return "too_hard", details
+        if prompt not in self.stronger:
+            return None
+        solved, total = self.stronger[prompt]
+        details |= {"stronger_pass_rate": round(solved / total, 4), "stronger_num_responses": total}
+        return ("too_hard", details) if solved <= self.settings.min_pass_rate * total else None
+
+
+def read_difficulty(settings: DifficultySection) -> Difficulty | None:
+    """None without rollouts. ValueError names a line that is no scored response."""
+    if not settings.rollouts:
+        return None
+    model, stronger = (_rates(paths, settings.passing_reward) for paths in (settings.rollouts, settings.stronger))
+    return Difficulty(settings=settings, model=model, stronger=stronger if settings.stronger else None)
+
+
+def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
+    rates: dict[int, tuple[int, int]] = {}
+    for path in (path for pattern in patterns for path in files_of(pattern)):
+        for number, line in numbered_lines(path):
+            try:
+                row = json.loads(line)
+                key, reward = short_digest(row["prompt"]), float(row["reward"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}:{number} is not a scored response ({type(error).__name__}: {error}); "
+                    "difficulty takes what megatron-rl rollout writes"
+                ) from None
+            solved, total = rates.get(key, (0, 0))
+            rates[key] = solved + (reward >= passing_reward), total + 1
+    return rates

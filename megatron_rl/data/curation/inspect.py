@@ -1,0 +1,137 @@
+"""What is done with one row on its own: mapping, rules, benchmarks, and the hashes by which rows are compared later."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash
+
+from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.data.curation.contamination import Index
+from megatron_rl.data.curation.mapping import Unusable, to_prompt
+from megatron_rl.data.curation.rules import RULES
+from megatron_rl.data.curation.sources import Piece, parsed
+from megatron_rl.data.curation.text import digest, numbers_digest, shingles, short_digest, token_hashes, tokens
+from megatron_rl.data.prompts import Prompt
+
+# prompt: digest of what exact duplicates have in common, as two halves. near: whether it is compared by bands.
+# text, identity: of the prompt as it stands and of the id. size: bytes of its line.
+ROW = np.dtype(
+    [("prompt", "<u8", 2), ("answer", "<u8"), ("text", "<u8"), ("identity", "<u8"), ("size", "<u4"), ("line", "<u4"),
+     ("file", "<u4"), ("source", "<u2"), ("near", "?")]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """row: the record, or the raw row where there is none. details: of the reason."""
+
+    reason: str
+    file: str
+    line: int
+    details: Mapping[str, Any]
+    row: Any
+
+    def as_line(self) -> str:
+        found = {"reason": self.reason, "file": self.file, "line": self.line, **self.details, "row": self.row}
+        return json.dumps(found, default=str) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What is left of a piece. lines: JSON of the records, one after the other; rows: ROW [number of records];
+    bands: uint64 [number of records, bands]."""
+
+    lines: bytes
+    rows: np.ndarray
+    bands: np.ndarray
+    dropped: list[Dropped]
+
+
+class Inspector:
+    """Made once per process; `inspect` keeps no state."""
+
+    def __init__(self, config: CurationConfig, index: Index | None) -> None:
+        self._sources = [(source, source.layout()) for source in config.source]
+        self._rules = {name: RULES[name] for name in RULES if name in config.rules}
+        self._settings = config.duplicates
+        self._index = index
+        self._permutations = MinHash(config.duplicates.bands * config.duplicates.band_rows, seed=1).permutations
+
+    def inspect(self, source: int, file: int, piece: Piece) -> Inspected:
+        """source, file: what the rows are numbered with."""
+        lines: list[bytes] = []
+        dropped: list[Dropped] = []
+        rows = np.zeros(len(piece.rows), ROW)
+        bands = np.zeros((len(piece.rows), self._settings.bands), np.uint64)
+        for line, raw in zip(piece.lines, piece.rows, strict=True):
+            found = self._one(source, raw, rows[len(lines)], bands[len(lines)])
+            if isinstance(found, bytes):
+                rows[len(lines)]["line"] = line
+                lines.append(found)
+            else:
+                reason, details, row = found
+                dropped.append(Dropped(reason=reason, file=piece.file, line=line, details=details, row=row))
+        rows, bands = rows[: len(lines)], bands[: len(lines)]
+        rows["source"], rows["file"] = source, file
+        return Inspected(lines=b"".join(lines), rows=rows, bands=bands.copy(), dropped=dropped)
+
+    def _one(
+        self, number: int, raw: Any, row: np.void, bands: np.ndarray
+    ) -> bytes | tuple[str, Mapping[str, Any], object]:
+        """The record's line, with `row` and `bands` filled in; or reason, details and row of a dropped one."""
+        source, layout = self._sources[number]
+        try:
+            value = parsed(raw)
+        except (ValueError, RecursionError) as error:
+            text = raw.decode(errors="backslashreplace")
+            return "malformed", {"details": f"not valid UTF-8 JSON: {error}"}, text
+        try:
+            record = to_prompt(value, layout, source.name)
+        except Unusable as unusable:
+            return unusable.reason, {"details": unusable.detail}, value
+        for name, rule in self._rules.items():
+            if name not in source.skip_rules and (found := rule(record)):
+                return name, {"details": found}, as_row(record)
+        words = tokens(record.prompt)
+        hashes = token_hashes(words)
+        contamination = self._index and self._index.find(words, hashes)
+        if contamination:
+            return "contamination", contamination, as_row(record)
+        line = (json.dumps(as_row(record), ensure_ascii=False) + "\n").encode()
+        row["size"] = len(line)
+        self._hash(record, words, hashes, row, bands)
+        return line
+
+    def _hash(self, record: Prompt, words: list[str], hashes: np.ndarray, row: np.void, bands: np.ndarray) -> None:
+        verbatim = record.domain in self._settings.verbatim_domains
+        same = record.prompt.strip() if verbatim or not words else " ".join(words)
+        row["prompt"] = np.frombuffer(digest(same), np.uint64)
+        row["answer"] = short_digest(record.answer.strip())
+        row["text"] = short_digest(record.prompt)
+        row["identity"] = short_digest(record.id)
+        if self._settings.near and not verbatim and words:
+            row["near"] = True
+            numbers = numbers_digest(words) if self._settings.same_numbers else 0
+            bands[:] = self._bands(shingles(hashes, self._settings.shingle_tokens), numbers)
+
+    def _bands(self, runs: np.ndarray, numbers: int) -> np.ndarray:
+        """One hash for each band of the MinHash signature. Rows with other numbers share none."""
+        signature = MinHash(
+            len(self._permutations[0]), hashfunc=int, permutations=self._permutations, scheme="affine32"
+        )
+        signature.update_batch((runs >> np.uint64(32)).tolist())
+        values = signature.hashvalues.astype(np.uint64).reshape(self._settings.bands, self._settings.band_rows)
+        mixed = np.full(self._settings.bands, numbers, np.uint64)
+        for column in values.T:
+            mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        return mixed
+
+
+def as_row(record: Prompt) -> dict[str, Any]:
+    """In the contract of data/prompts.py."""
+    row = {"id": record.id, "domain": record.domain, "prompt": record.prompt, "answer": record.answer}
+    return row | {"source": record.source} | ({"meta": record.meta} if record.meta else {})

@@ -1,0 +1,43 @@
+"""The folder that a run writes: all three files or none, report.json last."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "report.json"
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def whole_output(folder: Path, force: bool) -> Iterator[Path]:
+    """A place to write KEPT, DROPPED and REPORT; they are moved to `folder` when the body ends without an error.
+
+    ValueError when another run writes there, or, without `force`, when a result is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes to {folder}; wait for it, or set another output") from None
+        there = [name for name in (KEPT, DROPPED, REPORT) if (folder / name).exists()]
+        if there and not force:
+            raise ValueError(
+                f"{folder} already holds {', '.join(there)}; set another output, or overwrite with --force"
+            )
+        partial = folder / _PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            (folder / REPORT).unlink(missing_ok=True)
+            for name in (KEPT, DROPPED, REPORT):
+                (partial / name).replace(folder / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(directory)

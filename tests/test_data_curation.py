@@ -1,0 +1,253 @@
+"""Curation from files to files: what is written, what is refused, and that a run is whole or nothing."""
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.data.curation.pipeline import curate
+from megatron_rl.data.curation.report import Report
+from megatron_rl.data.prompts import read_prompts
+
+TOOL = Path(__file__).parents[1] / "tools" / "prepare_data.py"
+TEXT = (
+    "A train leaves the old station at noon and travels north along the river for 3 hours before it meets another "
+    "train that left the harbour at the same time and travels south twice as fast; how far apart are the two?"
+)
+
+
+def rows_of(*prompts: str, **fields: Any) -> list[dict[str, Any]]:
+    return [{"domain": "math", "prompt": prompt, "answer": "7", **fields} for prompt in prompts]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open()]
+
+
+def config(folder: Path, *paths: Path, **values: Any) -> CurationConfig:
+    sources = [{"path": str(path), "preset": "ours"} for path in paths]
+    return CurationConfig.model_validate({"output": folder / "out", "workers": 1, "source": sources, **values})
+
+
+def run(folder: Path, rows: list[Any], **values: Any) -> tuple[Report, list[dict[str, Any]], list[dict[str, Any]]]:
+    report = curate(config(folder, write(folder / "rows.jsonl", rows), **values), force=True)
+    return report, read(folder / "out" / "kept.jsonl"), read(folder / "out" / "dropped.jsonl")
+
+
+def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp_path: Path) -> None:
+    good = rows_of("What is 3+4?", meta={"level": 1})[0]
+    yes = rows_of("Is 7 prime?")[0] | {"answer": "Yes"}
+    report, kept, dropped = run(tmp_path, [good, yes, {"prompt": "no domain", "answer": "1"}], max_malformed_share=0.5)
+    prompt = read_prompts(tmp_path / "out" / "kept.jsonl")[0]
+    assert (prompt.prompt, prompt.answer, prompt.domain, prompt.meta) == ("What is 3+4?", "7", "math", {"level": 1})
+    assert kept[0]["source"] == str(tmp_path / "rows.jsonl")
+    assert [(row["reason"], row["file"], row["line"], row["details"], row["row"]["prompt"]) for row in dropped] == [
+        ("true_or_false", f"{tmp_path}/rows.jsonl", 2, "the answer is Yes", "Is 7 prime?"),
+        ("malformed", f"{tmp_path}/rows.jsonl", 3, "no column 'domain'; the row has prompt, answer", "no domain"),
+    ]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (written["rows"], written["kept"]) == (3, 1)
+    assert written["dropped"] == {"true_or_false": 1, "malformed": 1} == dict(report.total.dropped)
+    assert written["config"]["duplicates"]["threshold"] == 0.8
+    assert "1 of 3 rows kept" in report.table()
+    assert sorted(os.listdir(tmp_path / "out")) == ["dropped.jsonl", "kept.jsonl", "report.json"]
+
+
+def test_parquet_gz_several_files_and_workers_give_the_same(tmp_path: Path) -> None:
+    rows = rows_of(*(f"{TEXT} {word}" for word in "abcdefgh")) + rows_of("What is 3+4?", "what is 3 + 4", "Is it?")
+    rows[-1]["answer"] = "no"
+    expected = run(tmp_path, rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=3)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n\n" for row in rows)
+    write(tmp_path / "part1.jsonl", rows[:4])
+    write(tmp_path / "part2.jsonl", rows[4:])
+    for name, workers in (("rows.parquet", 1), ("rows.jsonl.gz", 1), ("part*.jsonl", 2)):
+        report = curate(config(tmp_path, tmp_path / name, workers=workers), force=True)
+        assert report.total.dropped == expected[0].total.dropped
+        kept = read(tmp_path / "out" / "kept.jsonl")
+        assert [{**row, "source": ""} for row in kept] == [{**row, "source": ""} for row in expected[1]]
+
+
+def test_many_malformed_rows_are_a_wrong_preset(tmp_path: Path) -> None:
+    rows = [*rows_of("What is 3+4?"), {"question": "q", "answer": "1"}]
+    message = (
+        r"1 of 2 rows do not have the layout that was given, above max_malformed_share = 0\.1; correct the preset or "
+        r"the columns\. The first: .*rows\.jsonl:2: no column 'prompt'; the row has question, answer"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, rows)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_line_that_is_no_json_is_a_malformed_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", rows_of("What is 3+4?"))
+    path.write_bytes(path.read_bytes() + b'{"prompt": "\xff"}\n')
+    report = curate(config(tmp_path, path, max_malformed_share=0.5))
+    assert report.total.dropped == {"malformed": 1}
+    assert read(tmp_path / "out" / "dropped.jsonl")[0]["row"] == '{"prompt": "\\xff"}\n'
+
+
+def test_rules_can_be_left_out_for_all_or_for_one_source(tmp_path: Path) -> None:
+    rows = [rows_of("Is 7 prime?")[0] | {"answer": "yes"}]
+    assert run(tmp_path, rows)[1] == []
+    assert len(run(tmp_path, rows, rules=["image"])[1]) == 1
+    source = {"path": str(tmp_path / "rows.jsonl"), "preset": "ours", "skip_rules": ["true_or_false"]}
+    assert len(run(tmp_path, rows, source=[source])[1]) == 1
+
+
+def test_contaminated_rows_name_the_benchmark_and_what_they_share(tmp_path: Path) -> None:
+    ending = "where m and n are relatively prime positive integers find m + n times the number of all of them"
+    others = [f"{word * 3} {ending}" for word in ("ab", "cd", "ef")]
+    write(
+        tmp_path / "bench.jsonl",
+        [{"q": text} for text in (TEXT, "What is 8+9?", "Name the sum of all primes up to 97", *others)],
+    )
+    words = TEXT.split()
+    rows = rows_of(
+        f"Answer this: {TEXT.upper()}",
+        " ".join(words[:30]) + " and so on, as one can see?",
+        "what is 8 + 9",
+        "Please name the sum of all primes up to 97, if you can.",
+        " ".join(words[:20]) + " which is a question that only begins like the other, because it soon turns to ships, "
+        "sails, anchors and captains of whom 3 are old and the others are young. How old is the youngest captain?",
+        "Compute: what is 8 + 9 + 10?",
+        f"Let x be 3 {ending}",
+    )  # fmt: skip
+    _, kept, dropped = run(tmp_path, rows, benchmark=[{"path": str(tmp_path / "bench.jsonl"), "prompt": "q"}])
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in rows[4:]]
+    assert {row["reason"] for row in dropped} == {"contamination"}
+    # Of the second's 37 words 31 in a row are the benchmark's ("and" too): 19 of 25 runs of 13.
+    assert [(row["benchmark_line"], row["share"]) for row in dropped] == [(1, 1.0), (1, 0.76), (2, 1.0), (3, 1.0)]
+    assert dropped[0]["benchmark"] == str(tmp_path / "bench.jsonl")
+    assert dropped[0]["ngram"] == "a train leaves the old station at noon and travels north along the"
+    assert dropped[3]["ngram"] == "name the sum of all primes up to 97"
+
+
+def test_a_benchmark_row_without_a_prompt_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "bench.jsonl", [{"q": "What is it?"}, {"question": "What?"}])
+    with pytest.raises(ValueError, match=r"bench\.jsonl:2: no benchmark row: no column 'q'; the row has question"):
+        run(tmp_path, rows_of("Q?"), benchmark=[{"path": str(tmp_path / "bench.jsonl"), "prompt": "q"}])
+
+
+def rollouts(path: Path, **rewards: list[float]) -> str:
+    rows = [{"prompt": f"{name}?", "reward": reward} for name, given in rewards.items() for reward in given]
+    return str(write(path, rows))
+
+
+def test_difficulty_drops_what_is_always_solved_and_what_no_model_solves(tmp_path: Path) -> None:
+    rows = rows_of("easy?", "some?", "hard?", "hopeless?", "half?", "new?")
+    model = rollouts(tmp_path / "a.jsonl", easy=[1, 1], some=[1, 0, 0, 0], hard=[0, 0], hopeless=[0, 0], half=[0])
+    stronger = rollouts(tmp_path / "b.jsonl", hard=[0, 1], hopeless=[0, 0], some=[0])
+
+    def left(**difficulty: Any) -> str:
+        return " ".join(row["prompt"] for row in run(tmp_path, rows, difficulty={"rollouts": [model], **difficulty})[1])
+
+    assert left() == "some? new?"
+    assert left(stronger=[stronger]) == "some? hard? half? new?"
+    assert left(stronger=[stronger], unmeasured="drop") == "some? hard? half?"
+    assert left(stronger=[stronger], min_pass_rate=0.25) == "hard? half? new?"
+    dropped = run(tmp_path, rows, difficulty={"rollouts": [model], "stronger": [stronger]})[2]
+    assert [(row["reason"], row["row"]["prompt"], row["pass_rate"], row["num_responses"]) for row in dropped] == [
+        ("too_easy", "easy?", 1.0, 2),
+        ("too_hard", "hopeless?", 0.0, 2),
+    ]
+    assert dropped[1]["stronger_pass_rate"] == 0.0
+
+
+def test_rollouts_of_other_prompts_or_of_no_prompts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of the 1 prompts of difficulty.rollouts is among the rows"):
+        run(tmp_path, rows_of("Q?"), difficulty={"rollouts": [rollouts(tmp_path / "a.jsonl", other=[1])]})
+    write(tmp_path / "b.jsonl", [{"prompt": "Q?"}])
+    with pytest.raises(ValueError, match=r"b\.jsonl:1 is not a scored response \(KeyError: 'reward'\)"):
+        run(tmp_path, rows_of("Q?"), difficulty={"rollouts": [str(tmp_path / "b.jsonl")]})
+
+
+def test_a_result_is_overwritten_only_by_force(tmp_path: Path) -> None:
+    given = config(tmp_path, write(tmp_path / "rows.jsonl", rows_of("Q?")))
+    curate(given)
+    with pytest.raises(ValueError, match=r"out already holds kept\.jsonl, dropped\.jsonl, report\.json; .*--force"):
+        curate(given)
+    curate(given, force=True)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    directory = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another run writes to"):
+        run(tmp_path, rows_of("Q?"))
+    os.close(directory)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.parquet").write_text("a")
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-9])
+    for name, message in (
+        ("b.jsonl", "no file matches"),
+        ("a.csv", r"a\.csv is none of \.jsonl, \.jsonl\.gz and \.parquet"),
+        ("a.parquet", r"a\.parquet does not read as Parquet"),
+        ("a.jsonl", "has no rows"),
+        ("a.jsonl.gz", "is no whole gzip file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curate(config(tmp_path, tmp_path / name))
+
+
+def test_hugging_face_datasets_are_streamed_where_the_library_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        assert (name, subset, split, streaming) == ("org/set", "main", "test", True)
+        return iter(rows_of("Q?", "R?", "q"))
+
+    source = {"hf": "org/set", "hf_config": "main", "split": "test", "preset": "ours"}
+    given = CurationConfig.model_validate({"output": tmp_path / "out", "workers": 1, "source": [source]})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="hf = 'org/set' needs the library datasets, which is not installed"):
+        curate(given)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert curate(given).total.num_kept == 2
+    assert read(tmp_path / "out" / "dropped.jsonl")[0]["file"] == "hf:org/set/test"
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", rows_of(*(f"{TEXT} {n}" for n in range(50_000))))
+    text = f'output = "{tmp_path}/out"\n[[source]]\npath = "{tmp_path}/rows.jsonl"\npreset = "ours"\n'
+    (tmp_path / "c.toml").write_text(text)
+    process = subprocess.Popen([sys.executable, TOOL, tmp_path / "c.toml"], stderr=subprocess.DEVNULL)
+    records = tmp_path / "out" / ".partial" / "records.jsonl"
+    while process.poll() is None and not (records.exists() and records.stat().st_size):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert os.listdir(tmp_path / "out") == [".partial"]
+    write(tmp_path / "rows.jsonl", rows_of("Q?"))
+    report = curate(config(tmp_path, tmp_path / "rows.jsonl"))
+    assert report.total.num_kept == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["dropped.jsonl", "kept.jsonl", "report.json"]
+
+
+def test_the_tool_says_what_to_correct(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, TOOL, tmp_path / "no.toml"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"prepare_data: config file {tmp_path}/no.toml does not exist\n")

@@ -1,0 +1,255 @@
+"""Layouts of data sets to one record, and the configuration that names them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.load import load_config
+from megatron_rl.data.curation.code_tests import problem_of_tests
+from megatron_rl.data.curation.config import CurationConfig, Source
+from megatron_rl.data.curation.mapping import Unusable, to_prompt
+from megatron_rl.data.curation.presets import PRESETS
+from megatron_rl.data.prompts import Prompt, prompt_id
+from megatron_rl.reward.code import TEST_TYPES
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+
+# preset, row -> domain, prompt, answer (tests as an object), meta
+LAYOUTS: list[tuple[str, dict[str, Any], tuple[str, str, Any, dict[str, Any]]]] = [
+    (
+        "ours",
+        {"domain": "stem", "prompt": "Mass?", "answer": "3 kg", "source": "book", "meta": {"page": 7}},
+        ("stem", "Mass?", "3 kg", {"page": 7}),
+    ),
+    (
+        "code_tests",
+        {"prompt": "Add.", "tests": {"type": "asserts", "asserts": ["assert add(1, 2) == 3"]}},
+        ("code", "Add.", {"type": "asserts", "asserts": ["assert add(1, 2) == 3"]}, {}),
+    ),
+    ("gsm8k", {"question": "How many?", "answer": "2*3=<<2*3=6>>6\n#### 1,006"}, ("math", "How many?", "1,006", {})),
+    (
+        "math",
+        {"problem": "Halve 1.", "solution": "\\boxed{2} no: \\boxed{\\frac{1}{2}}.", "level": "Level 1"},
+        ("math", "Halve 1.", "\\frac{1}{2}", {"level": "Level 1"}),
+    ),
+    ("numina", {"problem": "x?", "solution": "so 5", "answer": "5"}, ("math", "x?", "5", {})),
+    (
+        "verl",
+        {"prompt": MESSAGES, "reward_model": {"ground_truth": "2"}, "data_source": "sums"},
+        ("math", "1+1?", "2", {}),
+    ),
+    (
+        "dapo",
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": "Solve the following math problem step by step. Mind this.\n\nWhat is 2+3?\n\n"
+                    'Remember to put your answer on its own line after "Answer:".',
+                }
+            ],
+            "reward_model": {"ground_truth": ["5"]},
+        },
+        ("math", "What is 2+3?", "5", {}),
+    ),
+    (
+        "apps",
+        {
+            "question": "Sum them.",
+            "input_output": '{"inputs": ["1 2\\n", ["3 4", "5"]], "outputs": ["3\\n", "12"]}',
+            "starter_code": "",
+            "difficulty": "interview",
+        },
+        (
+            "code",
+            "Sum them.",
+            {
+                "type": "stdin_stdout",
+                "cases": [{"input": "1 2\n", "output": "3\n"}, {"input": "3 4\n5", "output": "12"}],
+            },
+            {"difficulty": "interview"},
+        ),
+    ),
+    (
+        "apps",
+        {
+            "question": "Sum.",
+            "input_output": '{"fn_name": "f", "inputs": [[1, 2], [3, 4]], "outputs": [[3], [7]]}',
+            "starter_code": "def f(a, b):\n",
+        },
+        (
+            "code",
+            "Sum.\n\ndef f(a, b):",
+            {"type": "function_io", "fn_name": "f", "inputs": [[1, 2], [3, 4]], "outputs": [3, 7]},
+            {},
+        ),
+    ),
+    (
+        "mbpp",
+        {
+            "text": "Negate.",
+            "task_id": 3,
+            "test_setup_code": "",
+            "test_list": ["assert n(1) == -1", "assert n(0) == 0"],
+            "challenge_test_list": [],
+        },
+        (
+            "code",
+            "Negate.\n\nassert n(1) == -1",
+            {"type": "asserts", "setup": "", "asserts": ["assert n(1) == -1", "assert n(0) == 0"]},
+            {"task_id": 3},
+        ),
+    ),
+    (
+        "humaneval",
+        {
+            "task_id": "T/1",
+            "prompt": "def f():\n",
+            "entry_point": "f",
+            "test": "def check(c):\n    assert c() is None\n",
+        },
+        (
+            "code",
+            "def f():\n",
+            {
+                "type": "humaneval",
+                "test": "def check(c):\n    assert c() is None\n",
+                "entry_point": "f",
+                "prefix": "def f():\n",
+            },
+            {},
+        ),
+    ),
+]
+
+
+def mapped(row: object, **source: Any) -> Prompt:
+    given = Source(path="rows.jsonl", **source)
+    return to_prompt(row, given.layout(), given.name)
+
+
+def unusable(row: object, **source: Any) -> tuple[str, str]:
+    with pytest.raises(Unusable) as caught:
+        mapped(row, **source)
+    return caught.value.reason, caught.value.detail
+
+
+@pytest.mark.parametrize(("preset", "row", "expected"), LAYOUTS, ids=[preset for preset, _, _ in LAYOUTS])
+def test_every_preset_reads_its_layout(preset: str, row: dict[str, Any], expected: tuple[str, str, Any, Any]) -> None:
+    record = mapped(row, preset=preset)
+    answer = json.loads(record.answer) if record.domain == "code" else record.answer
+    assert (record.domain, record.prompt, answer, record.meta) == expected
+
+
+def test_every_preset_is_tried_above() -> None:
+    assert {preset for preset, _, _ in LAYOUTS} == set(PRESETS)
+
+
+def test_the_id_and_the_source_are_the_rows_own_where_it_has_them() -> None:
+    row = {"domain": "math", "prompt": "p", "answer": "a"}
+    record = mapped(row, preset="ours")
+    assert (record.id, record.source) == (prompt_id("math", "p", "a"), "rows.jsonl")
+    record = mapped({**row, "id": 12, "source": "s"}, preset="ours")
+    assert (record.id, record.source) == ("12", "s")
+
+
+def test_a_key_beside_a_preset_goes_before_it() -> None:
+    record = mapped({"question": "q", "target": 3.5, "kind": "stem"}, preset="gsm8k", answer="target", domain="physics",
+                    answer_pattern=None)  # fmt: skip
+    assert (record.domain, record.answer) == ("physics", "3.5")
+
+
+def test_answers_can_be_taken_out_of_a_solution() -> None:
+    columns = {"prompt": "q", "answer": "a", "domain": "math"}
+    row = {"q": "?", "a": "First 3. So the answer is 12."}
+    assert mapped(row, answer_from="stated", **columns).answer == "12"
+    assert mapped(row, answer_pattern=r"(\d+)\.", **columns).answer == "12"
+    assert unusable(row, answer_from="boxed", **columns)[0] == "missing_answer"
+
+
+@pytest.mark.parametrize("answer", [None, "", "  ", "$$", "N/A", "null", "?", "See solution.", "not found"])
+def test_what_stands_for_no_answer_is_a_missing_answer(answer: object) -> None:
+    assert unusable({"problem": "p", "answer": answer}, preset="numina")[0] == "missing_answer"
+
+
+@pytest.mark.parametrize("answer", ["0", "None", "none", "\\emptyset", "-1", "Na", False])
+def test_short_answers_are_answers(answer: object) -> None:
+    assert mapped({"problem": "p", "answer": answer}, preset="numina").answer == str(answer)
+
+
+def test_a_malformed_row_is_told_what_is_wrong() -> None:
+    assert unusable([1], preset="ours") == ("malformed", "a row must be an object, got [1]")
+    assert unusable({"text": "t", "n": 1}, preset="numina") == ("malformed", "no column 'problem'; the row has text, n")
+    assert unusable({"prompt": [], "data_source": ""}, preset="verl") == (
+        "malformed",
+        "no column 'prompt.-1.content'; the row has prompt, data_source",
+    )
+    assert unusable({"problem": {"a": 1}, "answer": "1"}, preset="numina") == (
+        "malformed",
+        "column 'problem' must be text or a number, got {'a': 1}",
+    )
+    assert unusable({"problem": " \n", "answer": "1"}, preset="numina")[0] == "missing_prompt"
+    assert unusable({"problem": "a\ud800", "answer": "1"}, preset="numina") == (
+        "invalid_characters",
+        "half of a surrogate pair, '\\ud800'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tests", "detail"),
+    [
+        ({"type": "asserts", "asserts": []}, "there is no test in it"),
+        ({"type": "asserts", "asserts": [" "]}, "there is no test in it"),
+        ({"type": "humaneval", "test": "assert True", "entry_point": "f"}, "there is no test in it"),
+        ({"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}, "ValueError: zip"),
+        ({"type": "stdin_stdout", "cases": [{"input": "1"}]}, "KeyError: 'output'"),
+        ({"type": "magic"}, "ValueError: type must be asserts, humaneval, function_io or stdin_stdout, got 'magic'"),
+        ({}, "KeyError: 'type'"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_a_reason(tests: dict[str, Any], detail: str) -> None:
+    found = problem_of_tests(json.dumps(tests))
+    assert found is not None
+    assert found.startswith(detail)
+    if tests:
+        assert unusable({"prompt": "p", "tests": tests}, preset="code_tests")[0] == "unreadable_tests"
+
+
+def test_code_rows_without_tests_have_no_answer() -> None:
+    assert unusable({"question": "q", "input_output": ""}, preset="apps")[0] == "missing_answer"
+    assert unusable({"question": "q", "input_output": "{"}, preset="apps")[0] == "unreadable_tests"
+    assert unusable({"domain": "code", "prompt": "p", "answer": "42"}, preset="ours")[0] == "unreadable_tests"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
+def test_all_tests_of_the_real_code_rows_are_read() -> None:
+    kinds = set()
+    for line in (SHARED / "code_dev.jsonl").open():
+        kinds.add(json.loads(mapped(json.loads(line), preset="code_tests").answer)["type"])
+    assert kinds == set(TEST_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("source = []", "there is nothing to curate; add a [[source]]"),
+        ('[[source]]\npreset = "ours"', "source.0: needs either path or hf, got path = '' and hf = ''"),
+        ('[[source]]\npath = "a"\nprompt = "p"', "a needs the columns prompt, answer (or tests) and domain"),
+        ('[[source]]\npath = "a"\npreset = "our"', "source.0.preset: must be one of ours, code_tests"),
+        ('[[source]]\npath = "a"\npreset = "ours"\nanwser = "b"', "key source.0.anwser; did you mean source.answer?"),
+        ('rules = ["images"]\n[[source]]\npath = "a"\npreset = "ours"', "rules.0: must be one of invalid_characters"),
+        ('[[source]]\npath = "a"\npreset = "ours"\nremove = ["("]', "is not a regular expression"),
+        ('[[source]]\npath = "a"\npreset = "ours"\nanswer_pattern = "a"', "must have exactly one group"),
+        ('[[source]]\npath = "a"\ntests = "json"\nprompt = "p"\ndomain = "code"', 'tests = "json" needs tests_column'),
+        ('[[source]]\npath = "a"\npreset = "ours"\n[[benchmark]]\npath = "b"', "b needs the column prompt"),
+        ('[[source]]\npath = "a"\npreset = "ours"\n[difficulty]\nstronger = ["b"]', "difficulty.stronger needs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_says_what_to_change(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(f'output = "out"\n{text}\n')
+    with pytest.raises(ValueError) as caught:
+        load_config(CurationConfig, tmp_path / "c.toml")
+    assert message in str(caught.value)
