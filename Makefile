@@ -29,7 +29,7 @@ LENGTHS ?=
 # What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
 SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 
-.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation reproduce-mini clean
+.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -101,6 +101,9 @@ bench: install  ## generation and end-to-end throughput, as JSON
 
 bench-convert: install  ## conversion of a synthetic 16.8B checkpoint both ways against cp, as JSON (70 GB of disk, 8 minutes)
 	$(BIN)/python tools/bench_convert.py
+
+bench-checkpoint: install  ## checkpoints: seconds that training waits, GB/s against cp, reading and verifying, as JSON (12 GB of disk)
+	MEGATRON_RL_DEVICE=cpu $(BIN)/python tools/bench_checkpoint.py
 
 bench-logprob: install  ## memory and time of log-probs without logits, against the plain formula, as JSON
 	$(BIN)/python tools/bench_logprob.py

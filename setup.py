@@ -25,7 +25,7 @@ INSTALL = [
     "psutil~=7.2",
     "datasketch~=2.0",  # curation: MinHash
     "pyarrow~=26.0",  # curation: Parquet
-    "xxhash~=4.1",  # curation: digests
+    "xxhash~=4.1",  # digests of rows and of checkpoints
 ]
 
 setup(

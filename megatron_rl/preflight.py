@@ -14,6 +14,8 @@ from megatron_rl.rollout.server import find_sglang, on_gpu
 
 # Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
 _BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
+# What a checkpoint holds of each; it is copied before it is written.
+_SAVED_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 14}
 # Of a chunk of tokens, as in model/logprobs.py, which imports torch.
 _LOGITS_BYTES = 128 * 2**20
 
@@ -100,13 +102,15 @@ def _check_port(port: int) -> None:
 
 
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
-    """Host memory of a run on this machine: training state of all ranks, logits of a chunk, server and cache."""
+    """Host memory of a run on this machine: training state of all ranks, the copy of it that becomes a checkpoint,
+    logits of a chunk, server and cache."""
     layout = config.parallel.layout(world_size)
     weights = bailing.num_parameters()
     # Weights and gradients on every data- and context-parallel rank, optimizer state once; two exports in the shared
     # folder.
     replicas = layout.data * layout.context
     state = weights * (8 * replicas + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
+    state += weights * _SAVED_BYTES_PER_PARAMETER[config.model.dtype]
     if isinstance(config, RlConfig) and config.algorithm.kl_coefficient:
         state += weights * 8 * replicas
     logits = 3 * min(4 * config.train.micro_batch_tokens * bailing.vocab_size, _LOGITS_BYTES) * replicas

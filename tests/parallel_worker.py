@@ -24,6 +24,7 @@ from megatron_rl.model.build import load_sharded_state, load_weights, mpu, shard
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.session import Session
 
@@ -162,7 +163,7 @@ def main(folder: Path) -> None:
         load_sharded_state(session.model, dist_checkpointing.load(template, str(folder_of_weights)))
         session.trainer.optimizer.reload_model_params()
     if "resume_from" in spec:
-        state.load(Path(spec["resume_from"]), session.trainer)
+        state.load(Path(spec["resume_from"]) / MEGATRON, session.trainer)
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
     layout = session.layout
@@ -219,8 +220,9 @@ def main(folder: Path) -> None:
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))
     if "save_to" in spec:
-        options = {"model_dir": Path(spec["model"]), "keep_last": 1, "control": session.control}
-        state.save(Path(spec["save_to"]), 1, session.trainer, {"step": 1}, b"", **options)
+        checkpoints = Checkpoints(Path(spec["save_to"]), config.train, Path(spec["model"]), session.control)
+        checkpoints.save(1, session.trainer, {"step": 1}, b"")
+        checkpoints.settle(wait=True)
     if session.rank == 0:
         out["grad_norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
         (folder / "result.json").write_text(json.dumps(dataclasses.asdict(metrics)))

@@ -105,6 +105,7 @@ def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained
     convert(Job(source=step, destination=folder / "exported", to_megatron=False))
     weights = {name.removeprefix("weight/"): t for name, t in trained.items() if name.startswith("weight/")}
     assert_same(folder / "exported", weights)
+    assert not (folder / "exported/checksums.json").exists()  # those of the checkpoint
     num_ranks, parallel = LAYOUTS[loaded]
     run_ranks(num_ranks, make_spec(step, parallel=parallel, whole_gradients=False, export=True), folder / "again")
     assert_same(folder / "again" / "hf", weights)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_disk import NO_MOUNT, resize, small_disk
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -279,6 +281,39 @@ def test_the_warm_start_works_from_the_command_line(inputs: Path, tmp_path: Path
     finish([PYTHON, "-m", "megatron_rl.cli", "sft", str(config)])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint_as_configured(
+    inputs: Path, tmp_path: Path
+) -> None:
+    config, disk = tmp_path / "sft.toml", tmp_path / "sft/checkpoints"
+    config.write_text(
+        f'run_dir = "{tmp_path}/sft"\n[model]\npath = "{inputs}/model"\n'
+        f'[data]\ntrain = "{inputs}/data/sft.jsonl"\nbatch_tokens = 400\n'
+        "[train]\nsteps = 4\nsave_every = 2\nmicro_batch_tokens = 400\n"
+    )
+    arguments = [PYTHON, "-m", "megatron_rl.cli", "sft", str(config)]
+    with small_disk(disk, 2**28) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        finish(arguments)
+        weights = disk / "step_4/megatron/__0_0.distcp"
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+        usage = shutil.disk_usage(disk)
+        resize(disk, usage.used + len(content) // 2)
+        arguments += ["--resume", "--set", "train.steps=6"]
+        said = finish(arguments, code=1)
+        assert "damaged: step_4 (megatron/__0_0.distcp has checksum" in said
+        assert "going on from step_2 instead" in said
+        assert f"checkpoint {disk}/step_4 was not written: too little room (" in said
+        assert "Traceback" not in said
+        said = finish([*arguments, "--set", "train.on_save_error=continue"])
+        assert "damaged: " not in said
+        rows = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["num_failed_saves"]) for row in rows[2:]] == [(2, 0), (3, 0), (4, 1), (5, 1)]
+        assert sorted(path.name for path in disk.iterdir()) == ["latest", "step_2", "step_4.damaged"]
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,34 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 
 
+@pytest.fixture(scope="module")
+def saved_by_tp2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
+    """A checkpoint of two tensor-parallel ranks after a step, and the weights that they exported then."""
+    folder = tmp_path_factory.mktemp("tp2")
+    spec = make_spec(model, whole_gradients=False, parallel={"tensor": 2}, save_to=str(folder / "checkpoints"))
+    return f"{folder}/checkpoints/step_1", run_ranks(2, spec, folder / "run")
+
+
+@pytest.mark.parametrize("after", ["EP2", "one rank"])
+def test_a_checkpoint_of_tensor_parallel_ranks_is_the_same_model_and_optimizer_in_another_layout(
+    after: str,
+    model: Path,
+    saved_by_tp2: tuple[str, dict[str, torch.Tensor]],
+    after_two_steps: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    checkpoint, saved = saved_by_tp2
+    num_ranks, parallel = LAYOUTS.get(after, (1, {}))
+    spec = make_spec(model, whole_gradients=False, parallel=parallel, resume_from=checkpoint)
+    found = run_ranks(num_ranks, spec, tmp_path / "run")
+    config, _ = load_reference(model)
+    weights = {name.removeprefix("weight/"): t.double() for name, t in saved.items() if name.startswith("weight/")}
+    for i, row in enumerate(spec["sequences"]):
+        expected = logprobs_and_entropy(config, weights, row)[0].detach()
+        assert float((found[f"logprobs/{i}"] - expected).abs().max()) < 2e-5
+    assert worst(found, after_two_steps, "weight/") < (1e-4, "")
+
+
 @pytest.mark.parametrize(
     "parallel",
     [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}],

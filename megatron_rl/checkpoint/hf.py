@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
 
@@ -204,7 +205,7 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
     and with `changes` other fields; without a difference it stays byte for byte."""
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json") and file.name != "driver.json":
+            if not file.name.endswith(".index.json") and file.name not in ("driver.json", CHECKSUMS):
                 shutil.copyfile(file, destination / file.name)
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:

@@ -88,7 +88,20 @@ class TrainSection(Section):
         "on top"
     )
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 saves at the end only")
-    keep_last: Positive = Field(default=2, description="checkpoints that are kept")
+    keep_last: Positive = Field(default=2, description="newest checkpoints that are kept")
+    keep_every: int = Field(
+        default=0, ge=0, description="checkpoints whose step is a multiple of this are kept for ever; 0 keeps none"
+    )
+    async_save: bool = Field(
+        default=True,
+        description="write checkpoints beside training, from a copy in memory as large as what a rank writes; at most "
+        "one at a time",
+    )
+    on_save_error: Literal["stop", "continue"] = Field(
+        default="stop",
+        description="when a checkpoint cannot be written (a full disk): stop ends the run, continue warns, counts it "
+        "in num_failed_saves and goes on. The last good one stays",
+    )
     phase_deadline_seconds: float = Field(
         default=3600.0,
         gt=0,

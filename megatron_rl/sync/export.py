@@ -13,6 +13,7 @@ from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_
 from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.errors import SharedFault
 from megatron_rl.model.build import Model, owns_export, tensor_group
+from megatron_rl.sync.together import together
 
 
 def export_tensors(
@@ -99,18 +100,9 @@ def export_directory(model: Model, source: Path, destination: Path, control: Any
 
 
 def _together(work: Callable[[], Any] | None, destination: Path, control: Any) -> list[Any]:
-    """Collective: what each rank's work returned, once all have done theirs; SharedFault on all when one failed."""
-    mine: tuple[Any, str | None] = None, None
     try:
-        if work is not None:
-            mine = work(), None
-    except OSError as error:
-        mine = None, f"rank {dist.get_rank()}: {error}"
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine, group=control)
-    for _, failure in found:
-        if failure is not None:
-            raise SharedFault(
-                f"weights could not be written to {destination} ({failure}); make room or set another place"
-            )
-    return [result for result, _ in found]
+        return together(work, control)
+    except SharedFault as fault:
+        raise SharedFault(
+            f"weights could not be written to {destination} ({fault}); make room or set another place"
+        ) from None

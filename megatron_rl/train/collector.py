@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,6 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.errors import Fault
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response
 from megatron_rl.reward.rewards import Rewards
@@ -35,7 +35,7 @@ from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_wa
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
-from megatron_rl.train.resilience import StopSignals
+from megatron_rl.train.resilience import StopSignals, disk_error
 from megatron_rl.train.serving import NodeServers
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class Collector:
         self._rewards = Rewards(config.reward)
         bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
-        self._journal = Journal(config.run_dir / "journal", _identity(config, self._stream.digest), _disk_is_full)
+        lost = partial(disk_error, config, "groups of this phase are not kept for a resume")
+        self._journal = Journal(config.run_dir / "journal", _identity(config, self._stream.digest), lost)
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
@@ -193,11 +194,11 @@ class Collector:
         )
         if refill:
             self.tokens_per_prompt = shortfall.per_prompt
-        phase.write(
-            config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl",
-            self._prompt_of,
-            self._tokenizer.decode,
-        )
+        try:
+            path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
+            phase.write(path, self._prompt_of, self._tokenizer.decode)
+        except OSError as error:
+            disk_error(config, "the responses of this step are not written", error)
         phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._tokenizer.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)
@@ -314,7 +315,3 @@ def _identity(config: RlConfig, data: str) -> str:
     if config.optimizer.schedule != "constant":
         values["steps"] = config.train.steps
     return hashlib.sha256(json.dumps([data, values], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _disk_is_full(error: OSError) -> None:
-    raise Fault(str(error))

@@ -29,10 +29,9 @@ from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import StopRequested, StopSignals, told_in_words
+from megatron_rl.train.resilience import StopRequested, StopSignals, disk_error, told_in_words
 from megatron_rl.train.serving import NodeServers, num_nodes
 from megatron_rl.train.session import Session, should_save
-from megatron_rl.train.state import latest_step
 from megatron_rl.train.trainer import StepResult
 
 log = logging.getLogger(__name__)
@@ -88,14 +87,17 @@ def _steps(config: RlConfig, session: Session, first: int, leader: "Leader | Non
         if isinstance(work, Stop):
             if work.save and step > first:
                 session.save(step, *_driver_state(leader, step))
+            session.settle(wait=True)
             return work.exit_code
         session.watch.enter("train", step)
         results = _train(session, config, objective, *work)
         if leader:
             leader.end(step, results)
+        session.settle()
         skips.check(results)
         if should_save(step + 1, config):
             session.save(step + 1, *_driver_state(leader, step + 1))
+    session.settle(wait=True)
     last = leader.finish() if leader else _follow(session, config.train.steps, transport)
     assert isinstance(last, Stop)
     if last.exit_code == 0:
@@ -182,7 +184,8 @@ class Leader:
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._started = self._trained_from = 0.0
-        self._gate_failure: Fault | None = None
+        # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
+        self._failure: Fault | None = None
         try:
             self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, source)
             if restored:
@@ -200,11 +203,11 @@ class Leader:
         """Weights to the servers, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
-            saved = latest_step(self._session.checkpoints)
+            saved = self._session.checkpoints.latest
             if saved is not None:
                 self.collector.forget_before(saved)
-            if self._gate_failure is not None:
-                raise self._gate_failure
+            if self._failure is not None:
+                raise self._failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
                 schedule, sync_seconds = self._collect(step)
         except StopRequested:
@@ -242,25 +245,31 @@ class Leader:
             **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
             "train_seconds": now - self._trained_from,
             "step_seconds": seconds,
+            "num_failed_saves": self._session.checkpoints.num_failed_saves,
             "trained_tokens_per_second": trained / (now - self._trained_from),
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
         }
         for alarm in (alarms := self._alarms.check(row)):
             log.warning("step %d: %s", step + 1, alarm)
         row["num_alarms"] = len(alarms)
-        self._metrics.write(row)
-        if row["num_skipped_steps"]:
-            self._keep_skipped(step, results)
+        try:
+            self._metrics.write(row)
+            if row["num_skipped_steps"]:
+                self._keep_skipped(step, results)
+        except OSError as error:
+            try:
+                disk_error(self._config, "the metrics of this step are not written", error)
+            except Fault as fault:
+                self._failure = fault
         tolerance = self._config.rollout.logprob_tolerance
         if step == self._first and row["logprob_difference_p999"] > tolerance:
-            # Raised at the start of the next step: there the other ranks listen, here they may be saving.
             found = row["logprob_difference_p999"]
-            self._gate_failure = Fault(
+            self._failure = Fault(
                 f"log-probs of servers and trainer differ by {found:.3g} at the 99.9th percentile in the first step "
                 f"(rollout.logprob_tolerance {tolerance:g}): the servers run other weights or another model, or the "
                 "precision is too low"
             )
-            log.error("%s", self._gate_failure)
+            log.error("%s", self._failure)
         console.print(
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
@@ -285,9 +294,9 @@ class Leader:
 
     def finish(self) -> Stop:
         """After the last step: the run is over. Raises what the gate has found in it."""
-        if self._gate_failure is not None:
-            self._tell(self._gate_failure)
-            raise self._gate_failure
+        if self._failure is not None:
+            self._tell(self._failure)
+            raise self._failure
         stop = Stop(exit_code=0, save=False)
         self._order(stop)
         return stop

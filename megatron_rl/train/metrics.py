@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, and one line per step for the person at the terminal."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -37,8 +38,9 @@ class MetricsLog:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):  # a full disk was told when it was written to
+                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import Fault
 from megatron_rl.train.watch import Watch
 
@@ -52,6 +54,15 @@ class StopSignals:
 # What torch's errors say when another rank is gone, or does not answer.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "Gloo")
 _NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def disk_error(config: RunConfig, what: str, error: OSError) -> None:
+    """What could not be written besides a checkpoint: a warning, or a Fault, as train.on_save_error says."""
+    free = shutil.disk_usage(config.run_dir).free
+    message = f"{error.filename or config.run_dir}: {error.strerror} ({free:,} bytes are free); {what}"
+    if config.train.on_save_error == "stop":
+        raise Fault(f"{message}. Make room and --resume, or set train.on_save_error = 'continue' to go on without")
+    log.warning("%s (train.on_save_error)", message)
 
 
 @contextmanager

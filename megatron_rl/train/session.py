@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.sync.export import export_directory
-from megatron_rl.train import state
+from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.trainer import Trainer
 from megatron_rl.train.watch import Watch
 
@@ -42,8 +43,8 @@ class Session:
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
-        self.checkpoints = config.run_dir / "checkpoints"
-        state.refuse_to_overwrite(self.checkpoints, resume)
+        directory = config.run_dir / "checkpoints"
+        refuse_to_overwrite(directory, resume)
         if self.rank == 0:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.toml").write_text(dump_config(config))
@@ -56,7 +57,8 @@ class Session:
         self.model = build_model(self.bailing, config.model, config.moe, self.layout, distributed_optimizer)
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
-        self._found = state.latest(self.checkpoints) if resume else None
+        self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
+        self._resume = resume
 
     @property
     def context_group(self) -> Any:
@@ -68,25 +70,18 @@ class Session:
         return self.rank == 0
 
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
-        """Collective: load the newest checkpoint; the driver's state and carried samples, or None in a new run."""
-        if self._found is None:
-            return None
-        log.info("resuming from %s", self._found)
-        return state.load(self._found, self.trainer)
+        """Collective: load the newest whole checkpoint; the driver's state and carried samples, or None in a new
+        run."""
+        return self.checkpoints.restore(self.trainer) if self._resume else None
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
-        """Collective: a checkpoint after `step` completed steps."""
+        """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
         self.watch.enter("save", step)
-        state.save(
-            self.checkpoints,
-            step,
-            self.trainer,
-            driver,
-            carried,
-            model_dir=self.config.model.path,
-            keep_last=self.config.train.keep_last,
-            control=self.control,
-        )
+        self.checkpoints.save(step, self.trainer, driver, carried)
+
+    def settle(self, wait: bool = False) -> None:
+        """Collective, at every step boundary and with `wait` before the run ends: see train/checkpoints.py."""
+        self.checkpoints.settle(wait)
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: true on every rank when it is on one."""
@@ -100,6 +95,7 @@ class Session:
         export_directory(self.model, self.config.model.path, destination, self.control)
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -58,15 +58,18 @@ def _steps(
     for step in range(first, config.train.steps):
         if session.any_rank(signals.name is not None):
             session.save(step, {"step": step})
+            session.settle(wait=True)
             return EXIT_STOPPED
         session.watch.enter("train", step)
         started = time.perf_counter()
         result = session.trainer.train_step(*_placed(config, session, next(batches)))
         if metrics is not None:
-            _report(config, metrics, alarms, step, result, time.perf_counter() - started)
+            _report(config, session, metrics, alarms, step, result, time.perf_counter() - started)
+        session.settle()
         skips.check([result])
         if should_save(step + 1, config):
             session.save(step + 1, {"step": step + 1})
+    session.settle(wait=True)
     session.export(config.run_dir / "hf")
     return 0
 
@@ -88,7 +91,13 @@ def _placed(
 
 
 def _report(
-    config: SftConfig, metrics: MetricsLog, alarms: Alarms, step: int, result: StepResult, seconds: float
+    config: SftConfig,
+    session: Session,
+    metrics: MetricsLog,
+    alarms: Alarms,
+    step: int,
+    result: StepResult,
+    seconds: float,
 ) -> None:
     row = {
         "step": step,
@@ -98,6 +107,7 @@ def _report(
         "learning_rate": result.learning_rate,
         "num_loss_tokens": result.num_loss_tokens,
         "step_seconds": seconds,
+        "num_failed_saves": session.checkpoints.num_failed_saves,
         "trained_tokens_per_second": result.num_forward_tokens / seconds,
     }
     for alarm in (found := alarms.check(row)):

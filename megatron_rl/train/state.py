@@ -1,17 +1,11 @@
-"""Training state on disk: Megatron's distributed checkpoint plus the driver's own state, whole or not at all.
+"""The trainer's state as Megatron's distributed checkpoint: model, optimizer, schedule and RNG, for any layout.
 
-A run's `checkpoints/` holds `step_N/` directories and `latest`, a file with the newest one's name that is replaced
-atomically after everything in it is on disk. A `step_N/` holds `megatron/` (model and optimizer, any parallel layout),
-`driver.json` (step, cursor, counters) and `carried.npz` (surplus responses), and config.json and the tokenizer, so that
-it is a checkpoint like a converted one (checkpoint/read.py): a model to start from, to compare or to export.
+Megatron plans on all ranks who writes what. Then every rank writes its file, without word to the others, and rank 0
+adds the index; train/checkpoints.py says when, and what makes a whole checkpoint of it.
 """
 
-import json
-import logging
-import os
+import dataclasses
 import queue
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +15,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
-from megatron_rl.checkpoint.hf import copy_companions
-from megatron_rl.checkpoint.read import newest
+from megatron_rl.checkpoint.checksums import Checksum, checksum_on_disk
 from megatron_rl.model.build import load_sharded_state, sharded_state
 
 device.import_megatron()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
-log = logging.getLogger(__name__)
-
-# A synchronous save writes in this process, so its queue of results can be a plain one. Megatron would start a
-# multiprocessing manager for it: seconds at every run's first checkpoint, and a process that outlives a SIGKILL.
+# Nobody reads it, but megatron would start a multiprocessing manager for it: seconds at every run's first checkpoint,
+# and a process that outlives a SIGKILL.
 filesystem_async._results_queue = queue.Queue()
 
 # The layout-independent format: every optimizer state tensor under its parameter's name and full shape.
@@ -43,101 +39,157 @@ _OPTIMIZER_METADATA = {
 }
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    path = newest(directory)
-    if path is not None and not (path / "driver.json").is_file():
-        raise ValueError(
-            f"{directory / 'latest'} names {path.name}, which is not a whole checkpoint; write the name of another "
-            "into it"
-        )
-    return path
-
-
-def latest_step(directory: Path) -> int | None:
-    """The completed steps that the newest whole checkpoint of a run covers, or None."""
-    path = latest(directory)
-    return None if path is None else int(path.name.removeprefix("step_"))
-
-
-def refuse_to_overwrite(directory: Path, resume: bool) -> None:
-    """ValueError when a run's checkpoints would be written over, or when `resume` would start anew without a word."""
-    if latest(directory) is not None:
-        if not resume:
-            raise ValueError(
-                f"{directory.parent} holds a run; add --resume to continue it, or set run_dir to a new folder"
-            )
-    elif resume and any(directory.glob("step_*")):
-        raise ValueError(
-            f"{directory} has checkpoints but no file 'latest'; write the name of the one to resume from into it"
-        )
-
-
-def _sharded(trainer: Any, is_loading: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What goes to disk (or the template to load into), and the whole state of each part of the optimizer.
+def _to_save(trainer: Any) -> dict[str, Any]:
+    """Collective. What goes to disk; `load` makes the template that it is read into.
 
     Megatron chains one optimizer for dense and one for expert parameters, or a single one, depending on the layout.
     Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
     and weight decay are the schedule's and the configuration's.
     """
     model = sharded_state(trainer.model)
-    parts = [
-        part.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
-        for part in trainer.optimizer.chained_optimizers
-    ]
-    stored = {
+    parts = trainer.optimizer.chained_optimizers
+    return {
         "model": model,
-        "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
-        "optimizer_step": max(group["step"] for part in parts for group in part["optimizer"]["param_groups"]),
+        "optimizer": {str(i): _optimizer_state(part, model) for i, part in enumerate(parts)},
+        "optimizer_step": max(
+            group["step"] for part in parts for group in part.state_dict()["optimizer"]["param_groups"]
+        ),
         "scheduler": trainer.scheduler.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    return stored, parts
 
 
-def save(
-    directory: Path,
-    step: int,
-    trainer: Any,
-    driver: dict[str, Any],
-    carried: bytes,
-    *,
-    model_dir: Path,
-    keep_last: int,
-    control: Any,
-) -> Path:
-    """Collective. `driver` and `carried` are rank 0's. model_dir: where config.json and the tokenizer come from.
-    Returns the checkpoint's path on every rank."""
-    final = directory / f"step_{step}"
-    if latest(directory) == final:
-        return final  # a stop right after a scheduled save: what is there is whole, so leave it alone
-    partial = directory / f".step_{step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "megatron").mkdir(parents=True)
-    dist.barrier(group=control)
-    dist_checkpointing.save(_sharded(trainer, is_loading=False)[0], str(partial / "megatron"))
-    dist.barrier(group=control)
-    if dist.get_rank() == 0:
-        (partial / "carried.npz").write_bytes(carried)
-        (partial / "driver.json").write_text(json.dumps(driver, indent=1))
-        copy_companions(model_dir, partial, trainer.model.dtype)
-        for path in (partial / "carried.npz", partial / "driver.json", partial):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(directory)
-        _replace_text(directory / "latest", final.name)
-        _forget_old(directory, final, keep_last)
-    dist.barrier(group=control)
-    return final
+def _optimizer_state(part: Any, model: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """One part of the optimizer in megatron's `fully_reshardable` format; nothing on ranks that will not write it.
+
+    Megatron's own way there copies everything five times, for all ranks that share a parameter.
+    """
+    entries = {entry.data: entry for entry in nested_values(model)}
+    state: dict[int, dict[str, Any]] = {}
+    for parameter, tensors in _whole_states(part):
+        entry = entries[parameter]
+        state[len(state)] = {
+            name: dataclasses.replace(
+                entry,
+                key=f"optimizer.state.{name}.{entry.key}",
+                data=tensor.view(entry.data.shape),
+                **({} if isinstance(entry, ShardedTensorFactory) else {"dtype": tensor.dtype}),
+            )
+            for name, tensor in tensors.items()
+        }
+    return state
 
 
-def load(path: Path, trainer: Any) -> tuple[dict[str, Any], bytes]:
-    """Collective. Restores model, optimizer, schedule and RNG; returns the driver's state and carried responses."""
+def _whole_states(part: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Collective: each parameter with the flat tensors of its state, on the first rank of those that share them."""
+    group, names = part.data_parallel_group_gloo, ("param", *part.optimizer_state_keys)
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (buckets,) = ranges.values()
+        if group.size() == 1:
+            for parameter in buffer.param_index_map:
+                own = part._get_main_param_and_optimizer_states(parameter)
+                yield parameter, {name: own[name].detach() for name in names}
+            continue
+        whole = {name: _gathered(part, buffer, buckets, name, group) for name in names}
+        if group.rank() == 0:
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                yield parameter, {name: tensor[start:end] for name, tensor in whole.items()}
+
+
+def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any) -> torch.Tensor:
+    """One kind of state of all parameters of a buffer, at their places in it, on the group's first rank."""
+    leads = group.rank() == 0
+    whole = torch.empty(buffer.numel if leads else 0)
+    for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
+        share = bucket.grad_data.numel() // group.size()
+        mine = torch.empty(share)
+        for parameter, where in ranges["param_map"].items():
+            place = mine[where["gbuf_local"].start : where["gbuf_local"].end]
+            place.copy_(part._get_main_param_and_optimizer_states(parameter)[name].detach())
+        shares = list(whole[bucket.offset : bucket.offset + bucket.grad_data.numel()].split(share)) if leads else None
+        dist.gather(mine, shares, group=group, group_dst=0)
+    return whole
+
+
+class Part:
+    """What this rank writes of a checkpoint: at most one file, that Megatron has planned together with the others."""
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        """Collective, on the trainer's groups. folder: an empty one."""
+        stored = _to_save(trainer)
+        entries = [*nested_values(stored["model"]), *nested_values(stored["optimizer"])]
+        planning = _Planning()
+        dist_checkpointing.save(stored, str(folder), planning, async_sharded_save=True, async_strategy="mcore")
+        self._writer, self._metadata, self._folder = planning.writer, planning.metadata, folder
+        # What megatron has not copied for a reason of its own (views, on a CPU) may be what is trained.
+        self._live = {entry.data.untyped_storage().data_ptr() for entry in entries}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            sum(data.getbuffer().nbytes for _, data in objects) + sum(tensor.nbytes for _, tensor in tensors)
+            for _, _, (objects, tensors) in self._writer.write_buckets
+        )
+
+    def to_host(self, copy: bool) -> None:
+        """Before `write`. copy: so that training may change the weights in between."""
+
+        def change(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if copy and tensor.untyped_storage().data_ptr() in self._live else tensor
+
+        self._writer.write_buckets = [
+            (path, name, (objects, [(item, change(tensor)) for item, tensor in tensors]))
+            for path, name, (objects, tensors) in self._writer.preload_tensors(self._writer.write_buckets)
+        ]
+
+    def write(self) -> tuple[list[Any], dict[str, Checksum]]:
+        """This rank's file, on disk. Returns megatron's account of it, and its checksum by name. Not collective."""
+        transforms = [self._writer.transforms]
+        account: list[Any] = []
+        files: dict[str, Checksum] = {}
+        for bucket in self._writer.write_buckets:
+            path, name, _ = bucket
+            # Its own caller keeps no more of an error than that there was one.
+            _, results = FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, None, None, use_fsync=False)
+            if isinstance(results, Exception):
+                raise results
+            account += results
+            files[name] = checksum_on_disk(Path(path))
+        return account, files
+
+    def finish(self, accounts: list[list[Any]]) -> None:
+        """Rank 0, when all ranks have written: what tells megatron where everything is."""
+        self._writer.finish(self._metadata, accounts)
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+
+
+class _Planning(TorchDistSaveShardedStrategy):
+    """Megatron's way to save as far as its plan. What it does after that is collective on the groups that train."""
+
+    writer: Any
+    metadata: Any  # on rank 0
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Any:
+        self.writer, self.metadata = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, async_strategy)
+
+
+def load(folder: Path, trainer: Any) -> None:
+    """Collective. Restores model, optimizer, schedule and RNG from megatron's folder of a checkpoint."""
     _initialize_adam(trainer.optimizer)
-    template, parts = _sharded(trainer, is_loading=True)
-    state = dist_checkpointing.load(template, str(path / "megatron"))
+    model = sharded_state(trainer.model)
+    parts = [
+        part.sharded_state_dict(model, is_loading=True, metadata=_OPTIMIZER_METADATA)
+        for part in trainer.optimizer.chained_optimizers
+    ]
+    template = {
+        "model": model,
+        "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
+        "optimizer_step": 0,
+        "scheduler": trainer.scheduler.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    state = dist_checkpointing.load(template, str(folder))
     load_sharded_state(trainer.model, state["model"])
     for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
         for group in part["optimizer"]["param_groups"]:
@@ -147,7 +199,6 @@ def load(path: Path, trainer: Any) -> tuple[dict[str, Any], bytes]:
             optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"][str(i)])
     trainer.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
-    return json.loads((path / "driver.json").read_text()), (path / "carried.npz").read_bytes()
 
 
 def _initialize_adam(optimizer: Any) -> None:
@@ -180,28 +231,3 @@ def _without_step(adam: Any) -> Iterator[None]:
     yield
     for parameter, step in steps.items():
         adam.state[parameter]["step"] = step.clone()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _forget_old(directory: Path, newest: Path, keep_last: int) -> None:
-    """Delete all but `newest` and the `keep_last` - 1 most recent before it. Other names are somebody's own copies."""
-    saved = [path for path in directory.iterdir() if re.fullmatch(r"step_\d+", path.name) and path != newest]
-    saved.sort(key=lambda path: path.stat().st_mtime)
-    for path in saved[: max(0, len(saved) - (keep_last - 1))]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""What several ranks do together and one of them may fail at: all of them learn of it at the same point."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rl.errors import SharedFault
+
+log = logging.getLogger(__name__)
+
+
+def together(work: Callable[[], Any] | None, group: Any) -> list[Any]:
+    """Collective: what each rank's work returned, by rank, once all have done theirs; SharedFault on all of them when
+    one failed, with its reason. None is no work on this rank."""
+    mine: tuple[Any, str | None] = None, None
+    try:
+        if work is not None:
+            mine = work(), None
+    except Exception as error:  # whatever it is, the other ranks wait to be told
+        mine = None, f"rank {dist.get_rank()}: {_told(error)}"
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    for _, failure in found:
+        if failure is not None:
+            raise SharedFault(failure)
+    return [result for result, _ in found]
+
+
+def _told(error: BaseException) -> str:
+    """An error in words: the OSError that it began with, if it did. torch.save on a full disk ends in a RuntimeError
+    about its own position."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    log.error("unexpected failure", exc_info=error)
+    return repr(error)
