@@ -29,7 +29,10 @@ LENGTHS ?=
 # What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
 SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 
-.PHONY: help install install-sandbox install-sglang demo test test-sglang test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint reproduce-mini clean
+# A whole Slurm on one machine, for the tests of the launch scripts.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+
+.PHONY: help install install-sandbox install-sglang install-slurm demo test test-sglang test-slurm test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint reproduce-mini clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +64,18 @@ install-sandbox:  ## bubblewrap, which holds the programs of code rewards (by ap
 	    "$(SANDBOX_PACKAGES) (bubblewrap 0.8.0 or newer)" >&2; \
 	fi
 
+install-slurm:  ## Slurm's daemons and commands, for make test-slurm (by apt-get, as root)
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	if { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; } || \
+	  echo "install-slurm: apt-get failed; the tests with Slurm will skip" >&2; \
+	else \
+	  echo "install-slurm: for the tests with Slurm ask an administrator for: apt-get install -y" \
+	    "--no-install-recommends $(SLURM_PACKAGES)" >&2; \
+	fi
+
 install-sglang: $(SGLANG_STAMP)  ## make .venv-sglang with real SGLang for a CPU (two minutes, 3.4 GB)
 
 # Its own environment: SGLang pins other versions than ours. Its metadata asks for CUDA packages, hence --no-deps.
@@ -82,6 +97,10 @@ test: install install-sandbox  ## the fast tests
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
 	$(BIN)/python -m pytest tests/real_sglang
+
+# Not two at a time: the jobs share one small cluster.
+test-slurm: install install-slurm  ## the tests of the launch scripts on a real Slurm of two nodes (four minutes)
+	$(BIN)/python -m pytest tests/slurm
 
 test-kill: install  ## KILLS=30 SIGKILLs at random moments: every run ends with the numbers of one that was not killed
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/kill

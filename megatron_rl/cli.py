@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", _sft, "supervised fine-tuning over packed chats"),
         ("evaluate", _evaluate, "avg@k, pass@k and maj@k of a model directory on benchmarks"),
         ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
+        ("serve", _serve, "generation servers for a training run on other machines, until SIGTERM"),
+        ("plan", _plan, "layout, budget, memory per GPU and how to start a run, from the configuration alone"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="TOML file")
@@ -63,12 +65,30 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
             command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
             command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+        elif name == "serve":
+            command.add_argument(
+                "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
+            )
+            command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
+        elif name == "plan":
+            command.add_argument("--nodes", type=int, default=1)
+            command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="training ranks of a node")
+            command.add_argument(
+                "--serving-nodes", type=int, default=0, metavar="N", help="of the nodes; 0: all do both"
+            )
+            command.add_argument(
+                "--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict"
+            )
+            command.add_argument("--json", action="store_true")
         else:
             command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
             command.add_argument("--nproc", type=int, default=0, help="start this many ranks here, through torchrun")
         if name == "train":
             command.add_argument(
                 "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
+            )
+            command.add_argument(
+                "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
             )
     convert = commands.add_parser(
         "convert",
@@ -145,6 +165,12 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     from megatron_rl.preflight import check_before_start
 
     config = load_config(kind, arguments.config, arguments.set)
+    if getattr(arguments, "servers", None):
+        from megatron_rl.rollout.serve import registered_urls
+
+        urls = registered_urls(arguments.servers, config.rollout.ready_deadline_seconds)
+        arguments.set.append(f"rollout.urls={urls!r}")
+        config = load_config(kind, arguments.config, arguments.set)
     world_size = arguments.nproc or int(os.environ.get("WORLD_SIZE", "1"))
     rollouts = getattr(arguments, "rollouts", None)
     if "RANK" not in os.environ:
@@ -165,6 +191,20 @@ def _same_command(arguments: argparse.Namespace) -> list[str]:
     rollouts = ["--rollouts", str(arguments.rollouts)] if getattr(arguments, "rollouts", None) else []
     resume = ["--resume"] if arguments.resume else []
     return [arguments.command, str(arguments.config), *overrides, *resume, *rollouts]
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.schema import RlConfig
+    from megatron_rl.rollout.serve import run_serve
+
+    return run_serve(load_config(RlConfig, arguments.config, arguments.set), arguments.register, arguments.of)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_rl.plan import run_plan
+
+    return run_plan(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ def run_under_torchrun(arguments: list[str], num_ranks: int) -> int:
             for rank in psutil.Process(torchrun.pid).children():
                 rank.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, pass_on)
         code = torchrun.wait()
         return int(exit_file.read_text()) if exit_file.exists() else code or 1

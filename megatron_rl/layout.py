@@ -1,5 +1,6 @@
 """Parallel layout arithmetic: how ranks are divided, and what divides what. No torch, no megatron."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.config.bailing import BailingConfig
@@ -49,46 +50,53 @@ class Layout:
 
     def check(self, model: BailingConfig) -> None:
         """ValueError when this world or this model cannot be divided so."""
-        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        for problem in self.problems(model):
+            raise ValueError(problem)
+
+    def problems(self, model: BailingConfig) -> Iterator[str]:
+        """All that cannot be divided, each with its remedy."""
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
+        small = [name for name in sizes if getattr(self, name) < 1]
+        yield from (f"parallel.{name} must be at least 1, got {getattr(self, name)}" for name in small)
+        if small:
+            return
         product = self.tensor * self.pipeline * self.context
         if self.world_size % product:
-            raise ValueError(
+            yield (
                 f"{self.world_size} training process(es) cannot be divided by tensor {self.tensor} x pipeline "
                 f"{self.pipeline} x context {self.context} = {product}; start a multiple of {product} processes "
                 "(torchrun --nproc_per_node) or change [parallel]"
             )
         expert_product = self.expert * self.expert_tensor * self.pipeline
         if self.world_size % expert_product:
-            raise ValueError(
+            yield (
                 f"{self.world_size} training process(es) cannot be divided by expert {self.expert} x expert_tensor "
                 f"{self.expert_tensor} x pipeline {self.pipeline} = {expert_product}; change [parallel]"
             )
-        _must_divide("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
-        _must_divide("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads)
-        _must_divide("expert", self.expert, "num_experts", model.num_experts)
-        _must_divide("expert_tensor", self.expert_tensor, "moe_intermediate_size", model.moe_intermediate_size)
+        yield from _undivided("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
+        yield from _undivided("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads)
+        yield from _undivided("expert", self.expert, "num_experts", model.num_experts)
+        yield from _undivided("expert_tensor", self.expert_tensor, "moe_intermediate_size", model.moe_intermediate_size)
         if model.num_shared_experts:
-            _must_divide("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
+            yield from _undivided("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
         if model.first_k_dense_replace:
-            _must_divide("tensor", self.tensor, "intermediate_size", model.intermediate_size)
+            yield from _undivided("tensor", self.tensor, "intermediate_size", model.intermediate_size)
         if self.virtual_pipeline > 1 and self.pipeline < 3:
             # With two stages the next rank is the previous one too, and megatron's exchange of shapes (needed for
             # micro-batches of different lengths) then takes what the one sends forward for what it sends backward.
-            raise ValueError(
+            yield (
                 f"parallel.virtual_pipeline {self.virtual_pipeline} needs parallel.pipeline of at least 3, got "
                 f"{self.pipeline}; set virtual_pipeline to 1 or more pipeline stages"
             )
         num_stages = self.pipeline * self.virtual_pipeline
         if num_stages > model.num_hidden_layers:
-            raise ValueError(
+            yield (
                 f"parallel.pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {num_stages} must be "
                 f"at most num_hidden_layers {model.num_hidden_layers}"
             )
 
 
-def _must_divide(name: str, size: int, what: str, number: int) -> None:
+def _undivided(name: str, size: int, what: str, number: int) -> Iterator[str]:
     if number % size:
         divisors = [d for d in range(1, number + 1) if number % d == 0]
-        raise ValueError(f"parallel.{name} must divide {what} {number}, got {size}; it can be one of {divisors}")
+        yield f"parallel.{name} must divide {what} {number}, got {size}; it can be one of {divisors}"

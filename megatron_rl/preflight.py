@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -9,15 +10,9 @@ import psutil
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
+from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
-
-# Weights, main gradients and two Adam moments in fp32; bf16 adds an fp32 master copy.
-_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
-# What a checkpoint holds of each; it is copied before it is written.
-_SAVED_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 14}
-# Of a chunk of tokens, as in model/logprobs.py, which imports torch.
-_LOGITS_BYTES = 128 * 2**20
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
@@ -26,7 +21,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     rollouts: a file to train from in place of servers.
     """
     bailing = load_bailing_config(config.model.path)
-    config.parallel.layout(world_size).check(bailing)
+    for problem in problems(config, bailing, world_size):
+        raise ValueError(problem)
     data = [config.data.train] if isinstance(config, SftConfig) else []
     if isinstance(config, RlConfig):
         data += config.data.train_files
@@ -40,10 +36,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
     if isinstance(config, RlConfig):
         rollout = config.rollout
-        _check_lengths(rollout, bailing)
         starts_servers = not rollout.urls and rollouts is None
         if rollout.router_replay:
-            routed_shape(bailing)
             if rollouts is not None:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
             if rollout.engine == "sglang" and starts_servers and not on_gpu():
@@ -60,15 +54,17 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
     bailing = load_bailing_config(config.model.path)
-    _check_lengths(config.rollout, bailing)
+    for problem in _length_problems(config.rollout, bailing):
+        raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
-    needed = server_bytes(config.rollout, config.model.dtype, bailing, copies=1)
+    one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
+    needed = config.rollout.num_servers * sum(one)
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
 
 
-def _check_lengths(rollout: GenerationSection, bailing: BailingConfig) -> None:
+def _length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
-        raise ValueError(
+        yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
             f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
         )
@@ -81,6 +77,23 @@ def _check_servers(rollout: RolloutSection) -> None:
     if rollout.port:
         for i in range(rollout.num_servers):
             _check_port(rollout.port + i)
+
+
+def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iterator[str]:
+    """What the configuration and the model's shape alone say against a run, whatever machine it is for."""
+    yield from config.parallel.layout(world_size).problems(bailing)
+    if config.parallel.context > 1 and config.model.layers == "transformer_engine":
+        yield (
+            f"parallel.context = {config.parallel.context} needs local layers; set model.layers = 'local' or "
+            "parallel.context = 1"
+        )
+    if isinstance(config, RlConfig):
+        yield from _length_problems(config.rollout, bailing)
+        if config.rollout.router_replay:
+            try:
+                routed_shape(bailing)
+            except ValueError as error:
+                yield str(error)
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -102,31 +115,19 @@ def _check_port(port: int) -> None:
 
 
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
-    """Host memory of a run on this machine: training state of all ranks, the copy of it that becomes a checkpoint,
-    logits of a chunk, server and cache."""
+    """Host memory of a run on this machine: all ranks, the copy that becomes a checkpoint, two exports in the shared
+    folder, the reference, servers."""
     layout = config.parallel.layout(world_size)
-    weights = bailing.num_parameters()
-    # Weights and gradients on every data- and context-parallel rank, optimizer state once; two exports in the shared
-    # folder.
-    replicas = layout.data * layout.context
-    state = weights * (8 * replicas + _BYTES_PER_PARAMETER[config.model.dtype] - 8 + 8)
-    state += weights * _SAVED_BYTES_PER_PARAMETER[config.model.dtype]
-    if isinstance(config, RlConfig) and config.algorithm.kl_coefficient:
-        state += weights * 8 * replicas
-    logits = 3 * min(4 * config.train.micro_batch_tokens * bailing.vocab_size, _LOGITS_BYTES) * replicas
-    total = state + logits
-    if isinstance(config, RlConfig) and not config.rollout.urls:
-        # Twice the weights: while new ones come, the old ones serve.
-        total += server_bytes(config.rollout, config.model.dtype, bailing, copies=2)
+    stages = rank_bytes(config, bailing, layout)
+    ranks_per_stage = world_size // layout.pipeline
+    total = ranks_per_stage * sum(rank.total for rank in stages)
+    total += bailing.num_parameters() * (SAVED_BYTES[config.model.dtype] + 2 * ITEM_BYTES[config.model.dtype])
+    if isinstance(config, RlConfig):
+        if config.algorithm.kl_coefficient:
+            total += ranks_per_stage * sum(rank.weights for rank in stages)
+        if not config.rollout.urls:
+            total += config.rollout.num_servers * sum(server_bytes(config.rollout, config.model.dtype, bailing))
     return total
-
-
-def server_bytes(rollout: GenerationSection, dtype: str, bailing: BailingConfig, copies: int) -> int:
-    """Host memory of the servers on this machine: so many copies of the weights, and the cache."""
-    weights = (4 if dtype == "float32" else 2) * bailing.num_parameters()
-    per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim * 4
-    slots = rollout.max_running_requests * rollout.max_sequence_tokens
-    return (copies * weights + per_token * slots) * rollout.num_servers
 
 
 def _check_memory(needed: int, dtype: str, bailing: BailingConfig, largest: str) -> None:

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_rl"
 LAYERS = {
     "cli": 5,
     "preflight": 4,
+    "plan": 4,
     "launch": 4,
     "train": 4,
     "evaluation": 3,
@@ -23,6 +24,7 @@ LAYERS = {
     "records": 0,
     "device": 0,
     "layout": 0,
+    "memory": 0,
     "lifeline": 0,
     "errors": 0,
     "": 0,
@@ -63,25 +65,14 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    for part in (
-        "config",
-        "records",
-        "data",
-        "reward",
-        "c3po",
-        "layout",
-        "lifeline",
-        "rollout",
-        "evaluation",
-        "preflight",
-        "cli",
-    ):
+    torchless = ("config", "records", "data", "reward", "layout", "memory", "preflight", "plan")
+    for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
         assert paths
         for path in paths:
             roots = {name.split(".")[0] for name in imports_of(path)}
             assert not roots & {"megatron", "sglang"}, path
-            if part in ("config", "records", "data", "reward", "layout", "preflight") or (path.name in (
+            if part in torchless or (path.name in (
                 "budget.py", "packing.py", "plan.py", "advantage.py", "client.py", "sampler.py", "server.py",
             ) and "embedded" not in path.parts):  # fmt: skip
                 assert "torch" not in roots, path

@@ -3,6 +3,7 @@
 Nothing here imports torch or megatron, so a wrong configuration is refused in a fraction of a second.
 """
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -268,6 +269,14 @@ class GenerationSection(Section):
     @property
     def num_servers(self) -> int:
         return len(self.urls) or self.servers or (1 if self.engine == "sglang" else min(4, os.cpu_count() or 1))
+
+    @property
+    def sglang_tensor_size(self) -> int:
+        """GPUs that one SGLang server is divided over by tensor parallelism."""
+        names = ("--tp", "--tp-size", "--tensor-parallel-size")
+        words = [part for argument in self.sglang_arguments for part in argument.replace("=", " ").split()]
+        sizes = [int(size) for name, size in itertools.pairwise(words) if name in names and size.isdigit()]
+        return sizes[-1] if sizes else 1
 
     @property
     def max_sequence_tokens(self) -> int:

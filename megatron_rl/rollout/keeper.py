@@ -137,6 +137,7 @@ def start_servers(
                 dtype,
                 host=host,
                 port=rollout.port + i if rollout.port else 0,
+                number=i,
             )
             for i in range(rollout.num_servers)
         ],

@@ -177,10 +177,11 @@ class SglangServer(GenerationServer):
         dtype: str = "float32",
         weight_version: str = "0",
         on_cpu: bool,
+        gpus: Sequence[str] = (),
         arguments: Sequence[str] = (),
     ) -> None:
-        """python: the interpreter of an environment with sglang. on_cpu: see rollout/sglang_cpu. arguments: further
-        ones of launch_server, after ours, so that they win."""
+        """python: the interpreter of an environment with sglang. on_cpu: see rollout/sglang_cpu. gpus: those that it
+        may use, all when none is named. arguments: further ones of launch_server, after ours, so that they win."""
         port = port or _free_port(host)
         options = {
             "--model-path": model_path,
@@ -193,7 +194,7 @@ class SglangServer(GenerationServer):
         }
         # The directory's configuration_bailing_moe.py describes a model that transformers does not know.
         flags: list[object] = ["--trust-remote-code", "--sleep-on-idle"]
-        environment = {}
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         if on_cpu:
             # Without a limit it takes 70 % of the memory for its cache.
             flags += ["--device", "cpu", "--max-total-tokens", max_running_requests * context_length]
@@ -210,11 +211,19 @@ def _free_port(host: str) -> int:
 
 
 def server_starter(
-    model_path: Path, log_path: Path, rollout: RolloutSection, dtype: str, *, host: str = "127.0.0.1", port: int = 0
+    model_path: Path,
+    log_path: Path,
+    rollout: RolloutSection,
+    dtype: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    number: int = 0,
 ) -> Callable[[int], GenerationServer]:
     """A function that starts this server: with 0 the first time, later at the port that it had.
 
-    port: where the first one listens; 0 picks. ValueError when there is no SGLang to start.
+    port: where the first one listens; 0 picks. number: of this server among this machine's `rollout.num_servers`, which
+    share its GPUs. ValueError when there is no SGLang to start, or fewer GPUs than servers.
     """
     shared: dict[str, Any] = {
         "host": host,
@@ -224,6 +233,7 @@ def server_starter(
     }
     if rollout.engine == "sglang":
         python = find_sglang(rollout)
+        gpus = gpu_share(visible_gpus(), number, rollout.num_servers)
         routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
         return lambda again: SglangServer(
             model_path,
@@ -231,6 +241,7 @@ def server_starter(
             python=python,
             port=again or port,
             on_cpu=not on_gpu(),
+            gpus=gpus,
             arguments=(*routed, *rollout.sglang_arguments),
             **shared,
         )
@@ -257,3 +268,23 @@ def find_sglang(rollout: RolloutSection) -> Path:
 def on_gpu() -> bool:
     """True where servers will find an NVIDIA GPU."""
     return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and Path("/dev/nvidia0").exists()
+
+
+def visible_gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    if not on_gpu():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def gpu_share(gpus: Sequence[str], number: int, num_servers: int) -> list[str]:
+    """The GPUs of one server of several on this machine: equally many each, none shared."""
+    if gpus and len(gpus) < num_servers:
+        raise ValueError(
+            f"rollout.servers = {num_servers} on a machine with {len(gpus)} GPUs; each needs one, set fewer"
+        )
+    size = len(gpus) // num_servers
+    return list(gpus[number * size : (number + 1) * size])

@@ -30,7 +30,7 @@ from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.resilience import StopRequested, StopSignals, disk_error, told_in_words
-from megatron_rl.train.serving import NodeServers, num_nodes
+from megatron_rl.train.serving import NodeServers, is_one_machine
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 
@@ -59,7 +59,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                 folder = WeightFolder(
                     session.control,
                     session.bailing.num_parameters() * session.model.dtype.itemsize,
-                    shared=config.run_dir if num_nodes() > 1 else None,
+                    shared=None if is_one_machine(config.rollout.urls) else config.run_dir,
                 )
                 parts.callback(folder.close)
                 session.export(folder.path)  # what servers start with, now and whenever one is started again

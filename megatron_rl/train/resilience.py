@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ class StopSignals:
 
     A Ctrl-C under torchrun comes twice, from the terminal and from torchrun, so what follows the first signal within
     `repeat_seconds` is the same request and not a second one.
+
+    Slurm signals every process of a step, and SIGUSR1 ends whoever does not expect it: servers, workers, sandboxes.
+    They inherit this thread's mask, in which it is blocked; a thread of its own takes it for this process.
     """
 
     repeat_seconds = 3.0
@@ -36,6 +40,12 @@ class StopSignals:
         self._since = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        threading.Thread(target=self._take, name="sigusr1", daemon=True).start()
+
+    def _take(self) -> None:
+        while True:
+            self._handle(signal.sigwait({signal.SIGUSR1}), None)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.name is not None and time.monotonic() - self._since < self.repeat_seconds:

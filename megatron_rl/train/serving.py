@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
+from megatron_rl.rollout.serve import address_towards
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,12 @@ def num_nodes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def is_one_machine(urls: Sequence[str]) -> bool:
+    """True when this run's ranks and servers share memory. urls: rollout.urls."""
+    hosts = {urlsplit(url).hostname or "" for url in urls}
+    return num_nodes() <= 1 and all(ipaddress.ip_address(address_towards(host)).is_loopback for host in hosts)
+
+
 def node_address() -> str:
     """This machine as the others of the run see it; loopback when there are no others."""
     return "127.0.0.1" if num_nodes() <= 1 else address_towards(os.environ["MASTER_ADDR"])
@@ -106,15 +113,3 @@ def own_address(urls: Sequence[str]) -> str:
             f"servers reach this machine at different addresses ({', '.join(sorted(others))}); put all into one network"
         )
     return others.pop() if others else "127.0.0.1"
-
-
-def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`. ValueError when there is no such host."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

@@ -1,0 +1,88 @@
+"""`megatron-rl serve`: generation servers on machines of their own, and the folder where a training run finds them."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.rollout.keeper import start_servers
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_SECONDS = 0.2
+
+
+class _StopRequested(Exception):
+    """A signal came."""
+
+
+def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
+    """Start `rollout.num_servers` servers on this machine, register their urls in `folder`, and keep them running until
+    SIGTERM or SIGINT. Returns the exit code; Fault when one cannot be kept alive.
+
+    They listen on the address by which this machine reaches MASTER_ADDR, where the training run is; without that on
+    loopback. num_processes: how many like this one register in the folder.
+    """
+    if config.rollout.urls:
+        raise ValueError("this command starts servers; leave rollout.urls empty")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks training runs to save; see train/resilience.py
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    try:
+        with start_servers(
+            config.model.path, folder, config.rollout, config.model.dtype, name=name, host=host
+        ) as keeper:
+            keeper.wait_ready()
+            partial = folder / f".{name}.partial"
+            partial.write_text(json.dumps({"urls": keeper.urls, "num_processes": num_processes}))
+            partial.replace(folder / f"{name}.json")
+            log.info("serving at %s", ", ".join(keeper.urls))
+            while True:
+                keeper.check()
+                time.sleep(_LOOK_EVERY_SECONDS)
+    except _StopRequested:
+        return 0
+
+
+def _stop(number: int, _: Any) -> None:
+    raise _StopRequested
+
+
+def registered_urls(folder: Path, deadline_seconds: float) -> list[str]:
+    """The urls of all servers that `run_serve` registers in `folder`, once all of its processes have. ValueError after
+    the deadline."""
+    give_up = time.monotonic() + deadline_seconds
+    told = False
+    while True:
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        expected = found[0]["num_processes"] if found else "any"
+        if len(found) == expected:
+            return [url for one in found for url in one["urls"]]
+        if time.monotonic() > give_up:
+            raise ValueError(
+                f"{len(found)} of {expected} serving processes have registered in {folder} within "
+                f"{deadline_seconds:g} s (rollout.ready_deadline_seconds); see the logs in that folder"
+            )
+        if not told:
+            log.info("waiting for generation servers to register in %s", folder)
+            told = True
+        time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`. ValueError when there is no such host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

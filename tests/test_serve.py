@@ -1,0 +1,131 @@
+"""Servers on machines of their own: how a run finds them, and which GPUs each gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from tiny_model import write_tiny_model
+
+from megatron_rl.errors import EXIT_STOPPED
+from megatron_rl.rollout.serve import registered_urls
+from megatron_rl.rollout.server import gpu_share
+from megatron_rl.train.serving import is_one_machine
+
+
+def register(folder: Path, name: str, *urls: str, num_processes: int = 2) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"urls": urls, "num_processes": num_processes}))
+
+
+def test_a_run_waits_until_all_processes_have_registered(tmp_path: Path) -> None:
+    register(tmp_path, "b", "http://b:1", "http://b:2")
+    with pytest.raises(ValueError, match=r"1 of 2 serving processes have registered in .* within 0.3 s"):
+        registered_urls(tmp_path, 0.3)
+    threading.Timer(0.5, register, (tmp_path, "a", "http://a:1")).start()
+    assert registered_urls(tmp_path, 20) == ["http://a:1", "http://b:1", "http://b:2"]
+
+
+def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'run_dir = "{tmp_path}/run"\nmodel.path = "{model}"\ndata.train = "none"\nbudget.tokens = 64\n'
+        "rollout = {prompts_per_step = 1, samples_per_prompt = 2, servers = 1}\n"
+        "train = {steps = 1, micro_batch_tokens = 128}\n"
+    )
+    folder = tmp_path / "servers"
+    command = [sys.executable, "-m", "megatron_rl.cli", "serve", str(config), "--register", str(folder)]
+    process = subprocess.Popen(command, env=os.environ | {"MASTER_ADDR": "localhost"}, stderr=subprocess.PIPE)
+    try:
+        (url,) = registered_urls(folder, 60)
+        (path,) = folder.glob("*.pid")
+        server = psutil.Process(int(path.read_text()))
+        process.send_signal(signal.SIGUSR1)  # which is for training runs
+        server.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        server.kill()
+        give_up = time.monotonic() + 60
+        while int(path.read_text()) == server.pid or not is_ready(url):
+            assert time.monotonic() < give_up, "it did not come back"
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert not psutil.pid_exists(int(path.read_text()))
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_servers_of_one_machine_share_its_gpus() -> None:
+    gpus = [str(i) for i in range(8)]
+    assert [gpu_share(gpus, i, 3) for i in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert gpu_share(gpus, 0, 1) == gpus
+    assert gpu_share([], 3, 4) == []
+    with pytest.raises(ValueError, match="rollout.servers = 3 on a machine with 2 GPUs"):
+        gpu_share(["0", "1"], 0, 3)
+
+
+def test_weights_pass_through_memory_on_one_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_one_machine([])
+    assert is_one_machine(["http://127.0.0.1:1", "http://localhost:2"])
+    own = (
+        "http://"
+        + next(  # this machine's address on a network is not loopback; where there is none, any will do
+            (
+                a.address
+                for n in psutil.net_if_addrs().values()
+                for a in n
+                if a.family.name == "AF_INET" and a.address[:4] != "127."
+            ),
+            "10.0.0.1",
+        )
+    )
+    if own != "http://10.0.0.1":
+        assert not is_one_machine(["http://127.0.0.1:1", f"{own}:1"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not is_one_machine([])
+
+
+# One thread more than the main one when the signals are set up, as libraries start them; a child that knows nothing.
+SIGNALLED = """
+import subprocess, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals
+signals = StopSignals()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("ready", child.pid, flush=True)
+while signals.name != "SIGUSR1":
+    time.sleep(0.05)
+sys.exit(EXIT_STOPPED)
+"""
+
+
+def test_sigusr1_asks_for_a_stop_and_spares_the_children() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SIGNALLED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline().split()[1]))
+    try:
+        for one in (child.pid, process.pid):  # as Slurm does: every process of a step
+            os.kill(one, signal.SIGUSR1)
+        assert process.wait(20) == EXIT_STOPPED
+        assert child.is_running()
+    finally:
+        child.kill()
+        process.kill()
