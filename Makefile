@@ -102,7 +102,7 @@ test-sglang: install install-sglang  ## the tests that need real SGLang servers
 test-slurm: install install-slurm  ## the tests of the launch scripts on a real Slurm of two nodes (four minutes)
 	$(BIN)/python -m pytest tests/slurm
 
-test-kill: install  ## KILLS=30 SIGKILLs at random moments: every run ends with the numbers of one that was not killed
+test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with the numbers of one that was not killed
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/kill
 
 check: install  ## lint and types

@@ -107,7 +107,8 @@ def test_weights_pass_through_memory_on_one_machine_only(monkeypatch: pytest.Mon
 SIGNALLED = """
 import subprocess, sys, threading, time
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-from megatron_rl.train.resilience import EXIT_STOPPED, StopSignals
+from megatron_rl.errors import EXIT_STOPPED
+from megatron_rl.train.resilience import StopSignals
 signals = StopSignals()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("ready", child.pid, flush=True)

@@ -22,9 +22,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 STEPS = 6
-KILLS_PER_CHAIN = 5
 PHASES = ("sync", "rollout", "reward", "train", "save")
-CHAINS = max(1, round(int(os.environ.get("KILLS", "30")) / KILLS_PER_CHAIN))
+KILLS = int(os.environ.get("KILLS", "30"))
+KILLS_PER_CHAIN = min(STEPS - 1, -(-KILLS // 2))  # one chain of one rank, the next of two
+CHAINS = -(-KILLS // KILLS_PER_CHAIN)
 CONFIG = """
 run_dir = "{run}"
 threads = 1
@@ -73,10 +74,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(inputs: Path, folder: Path, ranks: int) -> subprocess.Popen[bytes]:
+def start(inputs: Path, folder: Path, ranks: int, *options: str) -> subprocess.Popen[bytes]:
     config = folder / "config.toml"
     config.write_text(CONFIG.format(inputs=inputs, run=folder / "run", steps=STEPS))
-    command = [PYTHON, "-m", "megatron_rl.cli", "train", config, "--resume"]
+    command = [PYTHON, "-m", "megatron_rl.cli", "train", config, "--resume", *options]
     if ranks > 1:
         command += ["--nproc", str(ranks)]
     with (folder / "log.txt").open("ab") as log:
@@ -160,7 +161,7 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
     rng = random.Random(f"kill {chain}")
     ranks = 1 + chain % 2
     for step in range(KILLS_PER_CHAIN):
-        phase = PHASES[(step + chain) % len(PHASES)]
+        phase = PHASES[(chain * KILLS_PER_CHAIN + step) % len(PHASES)]
         # A checkpoint is made after every second step, and called by the number of steps before it.
         place = step if phase != "save" else 2 * (step // 2) + 2
         run = start(inputs, tmp_path, ranks)
@@ -177,3 +178,31 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
     for mine, theirs in zip(found.metrics, undisturbed[ranks].metrics, strict=True):
         assert mine == theirs
     assert found.sampled == undisturbed[ranks].sampled
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, "lost contact with another rank"),
+        (signal.SIGSTOP, "not done after train.phase_deadline_seconds = 25"),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_ends_the_run_soon_and_leaves_nothing(
+    inputs: Path, tmp_path: Path, number: signal.Signals, message: str
+) -> None:
+    run = start(inputs, tmp_path, 2, "--set", "train.steps=500", "--set", "train.phase_deadline_seconds=25")
+    processes: list[psutil.Process] = []
+    try:
+        wait_for("train", 2, tmp_path, run)
+        processes = tree(run)
+        (rank,) = (p for p in processes if "megatron_rl.cli" in p.cmdline() and p.environ().get("RANK") == "1")
+        rank.send_signal(number)
+        assert run.wait(timeout=120) == 1
+        assert message in (tmp_path / "log.txt").read_text()
+        _, left = psutil.wait_procs(processes, timeout=20)
+        assert left == []
+        assert (tmp_path / "run/stacks/rank_0.txt").exists() == (number == signal.SIGSTOP)
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.kill()
