@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
     rng = random.Random(f"kill {chain}")
     ranks = 1 + chain % 2
     for step in range(KILLS_PER_CHAIN):
-        phase = PHASES[(chain * KILLS_PER_CHAIN + step) % len(PHASES)]
+        phase = PHASES[(3 * chain + step) % len(PHASES)]
         # A checkpoint is made after every second step, and called by the number of steps before it.
         place = step if phase != "save" else 2 * (step // 2) + 2
         run = start(inputs, tmp_path, ranks)
