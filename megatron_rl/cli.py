@@ -1,6 +1,7 @@
 """`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,9 @@ from typing import Any
 from megatron_rl import __version__, lifeline
 from megatron_rl.errors import Fault
 from megatron_rl.launch import leave, run_under_torchrun
+
+# What a disk says, and not a mistake of ours.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or type(error) is Fault:
             sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
         code = 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
+        code = 1
     except KeyboardInterrupt:
         code = 130
     return leave(code)

@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_sample
 
+from megatron_rl.config.schema import RewardSection, RolloutSection
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.journal import Journal
+from megatron_rl.rollout.sampler import Question, Sampler
 
 
 def group(prompt_id: int) -> Group:
@@ -113,28 +117,70 @@ def test_phases_that_a_checkpoint_covers_are_deleted_and_others_kept(tmp_path: P
     for step in (3, 4, 5):
         write(tmp_path, [group(0)], step=step)
     (tmp_path / "step_notes.journal").write_text("mine")
-    Journal(tmp_path, "a", refuse).forget_before(5)
+    Journal(tmp_path, "a", refuse).forget(lambda step: step < 5)
     assert {path.name for path in tmp_path.iterdir()} == {"step_000005.journal", "step_notes.journal"}
 
 
-def test_a_full_disk_is_told_once_and_costs_the_journal_only(tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_is_told_once_and_costs_the_journal_only(tmp_path: Path) -> None:
     told: list[OSError] = []
     journal = Journal(tmp_path, "a", told.append)
     journal.open(4)
 
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     async def append() -> None:
         await journal.append(group(0))
-        monkeypatch.setattr(os, "fsync", full)
+        assert journal._file is not None
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, journal._file.fileno())  # type: ignore[attr-defined]
+        os.close(full)
         await asyncio.gather(journal.append(group(1)), journal.append(group(2)))
         await journal.append(group(3))
 
     asyncio.run(append())
     assert [error.errno for error in told] == [errno.ENOSPC]
-    monkeypatch.undo()
-    assert 0 in found(tmp_path, range(4))  # and perhaps what was written but not synced
+    assert sorted(found(tmp_path, range(4))) == [0]
+
+
+def test_a_group_without_a_verdict_is_not_kept(tmp_path: Path) -> None:
+    late = replace(group(1), samples=tuple(replace(s, reason="timeout") for s in group(1).samples))
+    write(tmp_path, [group(0), late])
+    assert sorted(found(tmp_path, range(4))) == [0]
+
+
+def test_a_phase_that_samples_anew_takes_the_later_ones_with_it(tmp_path: Path) -> None:
+    for step in (3, 4, 5, 6):
+        write(tmp_path, [group(0)], step=step)
+    assert sorted(found(tmp_path, range(4), step=4)) == [0]
+    assert sorted(found(tmp_path, range(4), step=5)) == [0]  # nothing was sampled in step 4, so step 5 is as it was
+
+    async def sample_another() -> None:
+        journal = Journal(tmp_path, "a", refuse)
+        journal.open(4)
+        await journal.append(group(1))
+        journal.close()
+
+    asyncio.run(sample_another())
+    assert sorted(found(tmp_path, range(4), step=4)) == [0, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000003.journal", "step_000004.journal"}
+
+
+def test_a_group_in_the_journal_is_not_sampled_again(tmp_path: Path) -> None:
+    write(tmp_path, [group(7)])
+    journal = Journal(tmp_path, "a", refuse)
+    journal.open(4)
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2)
+
+    class NoServers:
+        num_slots = 4
+
+    def rank_of_reward(responses: object, rewards: np.ndarray) -> np.ndarray:
+        return rewards * 10
+
+    sampler = Sampler(NoServers(), Rewards(RewardSection()), str, rank_of_reward, rollout, 1, 0, journal)  # type: ignore[arg-type]
+    prompt = Prompt(id="x", domain="math", prompt="?", answer="1")
+    (recalled,) = asyncio.run(sampler.sample([Question(prompt_id=7, prompt=prompt, input_ids=(5, 6))], 4))
+    assert same(recalled, group(7))
+    assert [sample.advantage for sample in recalled.samples] == [10.0, 0.0]  # of the present run
+    journal.close()
 
 
 def test_groups_that_end_together_share_an_fsync(tmp_path: Path, monkeypatch) -> None:

@@ -131,6 +131,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
         assert torch.equal(found[name], once[name]), name
 
 
+def test_a_run_whose_steps_were_all_skipped_is_saved_and_goes_on(model: Path, tmp_path: Path) -> None:
+    options = {"whole_gradients": False}
+    run_ranks(1, make_spec(model, **options, poisoned_rank=0, save_to=str(tmp_path / "saved")), tmp_path / "skipped")
+    resumed = make_spec(model, **options, resume_from=str(tmp_path / "saved/step_1"))
+    found = run_ranks(1, resumed, tmp_path / "resumed")
+    once = run_ranks(1, make_spec(model, **options), tmp_path / "once")
+    assert all(torch.equal(found[name], once[name]) for name in once if name.startswith("weight/"))
+
+
 def test_a_loss_that_is_not_finite_skips_the_step(model: Path, tmp_path: Path) -> None:
     spec = make_spec(model, whole_gradients=False)
     spec["sequences"][3]["advantage"] = float("nan")

@@ -118,8 +118,8 @@ def test_when_all_checkpoints_are_damaged_each_is_named(reports: tuple[dict, dic
     for report in (found["damaged"] for found in reports):
         said = report["nothing left"]
         assert "step_3 (driver.json has checksum" in said
-        assert "step_2 (checksums.json cannot be read (No such file or directory))" in said
-        assert "step_1 (carried.npz cannot be read (No such file or directory))" in said
+        assert "step_2 (checksums.json is missing)" in said
+        assert "step_1 (carried.npz is missing)" in said
 
 
 # -- checksums -----------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_what_differs_from_what_was_written_is_told(folder: Path) -> None:
     (folder / "file2").write_bytes(bytes(202))
     (folder / "file3").write_bytes(bytes(300) + b"\x01")
     lines = sorted(damage(folder))
-    assert lines[0] == "file0 cannot be read (No such file or directory)"
+    assert lines[0] == "file0 is missing"
     assert lines[1] == "file1 has 100 bytes; 101 were written"
     assert lines[2] == "file2 has 202 bytes; 201 were written"
     assert lines[3].startswith("file3 has checksum ")

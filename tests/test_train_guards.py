@@ -27,7 +27,7 @@ def result(skipped: bool) -> StepResult:
 
 
 def test_so_many_skipped_steps_in_a_row_are_allowed_and_one_more_is_not() -> None:
-    guard = SkipGuard(SECTION)
+    guard = SkipGuard(SECTION, "Batches: run_dir/skipped. ")
     guard.check([result(True), result(True)])
     guard.check([result(False), result(True)])
     guard.check([result(True)])

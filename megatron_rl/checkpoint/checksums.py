@@ -42,8 +42,8 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     try:
         content = json.loads((folder / CHECKSUMS).read_text())
         files = {name: Checksum(**fields) for name, fields in content.items()}
-    except OSError as error:
-        return [f"{CHECKSUMS} cannot be read ({error.strerror})"] if share == 0 else []
+    except FileNotFoundError:
+        return [f"{CHECKSUMS} is missing"] if share == 0 else []
     except (ValueError, TypeError, AttributeError) as error:
         return [f"{CHECKSUMS} is damaged ({error})"] if share == 0 else []
     mine = sorted(files, key=lambda name: (-files[name].num_bytes, name))[share::num_shares]
@@ -56,8 +56,8 @@ def _difference(path: Path, expected: Checksum) -> str:
         if num_bytes != expected.num_bytes:
             return f"has {num_bytes:,} bytes; {expected.num_bytes:,} were written"
         found = _checksum(path).xxh3_128
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    except FileNotFoundError:
+        return "is missing"
     return "" if found == expected.xxh3_128 else f"has checksum {found}; what was written had {expected.xxh3_128}"
 
 

@@ -113,7 +113,7 @@ class TrainSection(Section):
         default=3,
         ge=0,
         description="optimizer steps in a row that may be skipped for a loss or gradient that is not finite; one more "
-        "stops the run. Their batches are in run_dir/skipped",
+        "stops the run. The batches of RL are in run_dir/skipped",
     )
     grad_norm_alarm: float = Field(
         default=10.0,

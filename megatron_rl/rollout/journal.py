@@ -3,7 +3,8 @@
 One file for each phase: records of [length, uint64][blake2b of the content, 16 bytes][content], the first a JSON
 header, each other one group (rollout/archive.py). The last record of a file may be cut short; it and what follows is
 cut off. Files are kept until a checkpoint covers their phase, so what a run does again after a kill, it does with the
-same responses and without sampling them.
+same responses and without sampling them. As soon as a phase samples anything anew, the files of later phases go: their
+responses came from weights that may never be again.
 """
 
 import asyncio
@@ -14,10 +15,11 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from megatron_rl.records import Group
+from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class Journal:
         """identity: of everything that decides what a phase samples beside its weights and cursor; groups of another
         one are not used. on_error: told when the disk takes no more; the phase goes on unless it raises."""
         self._folder, self._identity, self._on_error = folder, identity, on_error
-        self._file: BinaryIO | None = None
+        self._file: RawIOBase | None = None
         self._found: dict[int, Group] = {}
         self._queue: list[bytes] = []
         self._lock = asyncio.Lock()
@@ -40,15 +42,13 @@ class Journal:
     def open(self, step: int) -> int:
         """Begin or resume the phase of `step`. The number of groups that it has already."""
         self.close()
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step_{step:06d}.journal"
         header = json.dumps({"step": step, "identity": self._identity}).encode()
-        self._found = {}
+        self._found, self._step, self._is_new = {}, step, False
         try:
-            whole = 0
-            if path.exists():
-                whole = self._read(path, header)
-            self._file = path.open("r+b" if path.exists() else "x+b")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            whole = self._read(path, header) if path.exists() else 0
+            self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
             self._file.truncate(whole)
             self._file.seek(whole)
             if not whole:
@@ -62,8 +62,15 @@ class Journal:
         return self._found.get(prompt_id)
 
     async def append(self, group: Group) -> None:
-        """Returns when the group is on disk. Groups that come at the same time share one fsync."""
-        if self._file is None:
+        """Returns when the group is on disk. Groups that come at the same time share one fsync.
+
+        A group that could not be judged is not kept: sampled again, it may be.
+        """
+        if not self._is_new:
+            # From here on the run may go another way than the one that wrote the later phases.
+            self._is_new = True
+            self.forget(lambda step: step > self._step)
+        if self._file is None or any(sample.reason in GAVE_UP for sample in group.samples):
             return
         self._queue.append(_framed(pack_carry(Carry(samples=group.samples, since=(0,) * len(group.samples)))))
         async with self._lock:
@@ -75,22 +82,23 @@ class Journal:
                 except OSError as error:
                     self._give_up(error)
 
-    def forget_before(self, step: int) -> None:
-        """Delete the phases of earlier steps."""
+    def forget(self, which: Callable[[int], bool]) -> None:
+        """Delete the phases of those steps."""
         for path in self._folder.glob("step_*.journal"):
             found = re.fullmatch(r"step_(\d+)\.journal", path.name)
-            if found and int(found[1]) < step:
+            if found and which(int(found[1])):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None
-        self._file.write(data)
-        self._file.flush()
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
         os.fsync(self._file.fileno())
 
     def _read(self, path: Path, header: bytes) -> int:

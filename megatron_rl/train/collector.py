@@ -5,13 +5,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_rl import __version__
 from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import Shortfall
@@ -80,7 +81,7 @@ class Collector:
         bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
         lost = partial(disk_error, config, "groups of this phase are not kept for a resume")
-        self._journal = Journal(config.run_dir / "journal", _identity(config, self._stream.digest), lost)
+        self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
         try:
@@ -212,10 +213,10 @@ class Collector:
             metrics |= {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
         return plan, metrics
 
-    def forget_before(self, step: int) -> None:
-        """A checkpoint covers the steps before `step`: what they sampled is not needed any more."""
+    def forget(self, which: Callable[[int], bool]) -> None:
+        """What these steps sampled is not needed any more."""
         if self._journal is not None:
-            self._journal.forget_before(step)
+            self._journal.forget(which)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -292,7 +293,7 @@ class Collector:
         return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
 
 
-def _identity(config: RlConfig, data: str) -> str:
+def _identity(config: RlConfig, layout: Layout, data: str) -> str:
     """Of all that decides what a phase samples and trains, apart from weights and cursor."""
     relevant: Any = {
         "seed": True,
@@ -309,9 +310,15 @@ def _identity(config: RlConfig, data: str) -> str:
             "max_response_tokens",
             "temperature",
             "partial",
+            "router_replay",
         },
+        "parallel": True,
+        "train": {"micro_batch_tokens"},
     }
     values = config.model_dump(mode="json", include=relevant)
     if config.optimizer.schedule != "constant":
         values["steps"] = config.train.steps
-    return hashlib.sha256(json.dumps([data, values], sort_keys=True).encode()).hexdigest()[:16]
+    # The same path may hold another model by now.
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.model.path.iterdir())]
+    everything = [__version__, data, layout.world_size, files, values]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

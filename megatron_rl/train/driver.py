@@ -73,6 +73,8 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
             if session.is_leader:
                 leader = Leader(config, session, signals, first, restored, source, transport)
                 parts.callback(leader.close)
+                if not resume:
+                    leader.collector.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
             return EXIT_STOPPED  # before the first step: there is nothing to save yet
         return _steps(config, session, first, leader, transport)
@@ -81,13 +83,13 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
 def _steps(config: RlConfig, session: Session, first: int, leader: "Leader | None", transport: Transport | None) -> int:
     """From step `first` to the end. Returns the exit code."""
     objective = PolicyObjective(config.algorithm, session.context_group)
-    skips = SkipGuard(config.train)
+    skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
         work = leader.begin(step) if leader else _follow(session, step, transport)
         if isinstance(work, Stop):
             if work.save and step > first:
                 session.save(step, *_driver_state(leader, step))
-            session.settle(wait=True)
+                session.settle(wait=True)
             return work.exit_code
         session.watch.enter("train", step)
         results = _train(session, config, objective, *work)
@@ -203,9 +205,9 @@ class Leader:
         """Weights to the servers, rollout, plan, and everybody's samples on their way."""
         self._started = time.perf_counter()
         try:
-            saved = self._session.checkpoints.latest
-            if saved is not None:
-                self.collector.forget_before(saved)
+            # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
+            covered = step if self._config.train.save_every == 0 else self._session.checkpoints.latest or 0
+            self.collector.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
@@ -270,6 +272,7 @@ class Leader:
                 "precision is too low"
             )
             log.error("%s", self._failure)
+            self.collector.forget(lambda sampled: sampled >= step)
         console.print(
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "

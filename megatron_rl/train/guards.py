@@ -19,8 +19,9 @@ _LEAST_REWARD = 0.05
 class SkipGuard:
     """Counts optimizer steps that were skipped one after the other. On every rank, and the same on all."""
 
-    def __init__(self, section: TrainSection) -> None:
-        self._limit = section.max_skipped_steps
+    def __init__(self, section: TrainSection, hint: str) -> None:
+        """hint: a sentence for the message."""
+        self._limit, self._hint = section.max_skipped_steps, hint
         self._in_a_row = 0
 
     def check(self, results: Sequence[StepResult]) -> None:
@@ -31,7 +32,7 @@ class SkipGuard:
                 raise SharedFault(
                     f"{self._in_a_row} optimizer steps in a row had a loss or gradient that is not finite (loss "
                     f"{result.metrics['loss']:g}, gradient norm {result.grad_norm:g}); train.max_skipped_steps allows "
-                    f"{self._limit}. The weights are those before them. Their batches are in run_dir/skipped; lower "
+                    f"{self._limit}. The weights are those before them. {self._hint}Lower "
                     "optimizer.learning_rate, or start again from an earlier checkpoint"
                 )
 

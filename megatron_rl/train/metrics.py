@@ -24,7 +24,9 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.past))
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.past))
+        partial.replace(self._path)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 

@@ -81,6 +81,8 @@ class Session:
 
     def settle(self, wait: bool = False) -> None:
         """Collective, at every step boundary and with `wait` before the run ends: see train/checkpoints.py."""
+        if wait:
+            self.watch.enter("save", self.watch.step)
         self.checkpoints.settle(wait)
 
     def any_rank(self, flag: bool) -> bool:
@@ -95,6 +97,7 @@ class Session:
         export_directory(self.model, self.config.model.path, destination, self.control)
 
     def close(self) -> None:
+        self.watch.enter("close", self.watch.step)
         self.checkpoints.close()
         self.watch.close()
         if dist.is_initialized():

@@ -19,7 +19,7 @@ from megatron_rl.train.batch import MicroBatch, TrainSequence
 from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.resilience import StopSignals, told_in_words
+from megatron_rl.train.resilience import StopSignals, disk_error, told_in_words
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 
@@ -54,10 +54,11 @@ def _steps(
 ) -> int:
     """From step `first` to the end. Returns the exit code."""
     batches = itertools.islice(sequence_batches(sequences, config.data.batch_tokens, config.seed), first, None)
-    skips, alarms = SkipGuard(config.train), Alarms(config.train, metrics.past if metrics else ())
+    skips, alarms = SkipGuard(config.train, ""), Alarms(config.train, metrics.past if metrics else ())
     for step in range(first, config.train.steps):
         if session.any_rank(signals.name is not None):
-            session.save(step, {"step": step})
+            if step > first:
+                session.save(step, {"step": step})
             session.settle(wait=True)
             return EXIT_STOPPED
         session.watch.enter("train", step)
@@ -112,7 +113,10 @@ def _report(
     }
     for alarm in (found := alarms.check(row)):
         log.warning("step %d: %s", step + 1, alarm)
-    metrics.write(row | {"num_alarms": len(found)})
+    try:
+        metrics.write(row | {"num_alarms": len(found)})
+    except OSError as error:
+        disk_error(config, "the metrics of this step are not written", error)
     if step % 20 == 0 or step + 1 == config.train.steps:
         console.print(
             f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "

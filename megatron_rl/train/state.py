@@ -46,6 +46,7 @@ def _to_save(trainer: Any) -> dict[str, Any]:
     Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
     and weight decay are the schedule's and the configuration's.
     """
+    _initialize_adam(trainer.optimizer)  # all steps so far may have been skipped
     model = sharded_state(trainer.model)
     parts = trainer.optimizer.chained_optimizers
     return {

@@ -174,6 +174,7 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
             for process in tree(run):
                 process.kill()
     finish(start(inputs, tmp_path, ranks), tmp_path)
+    assert "groups of this phase were completed before" in (tmp_path / "log.txt").read_text()
     found = outcome(tmp_path)
     for mine, theirs in zip(found.metrics, undisturbed[ranks].metrics, strict=True):
         assert mine == theirs
