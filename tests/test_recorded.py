@@ -88,6 +88,9 @@ def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> 
     (tmp_path / "file").write_text(cut)
     assert whole_groups(tmp_path / "file", 2, "set it right") == {4}
     assert (tmp_path / "file").read_text() == odd[: len(odd) // 2]
+    (tmp_path / "file").write_text(odd[:-1])  # all but the end of the line, to which the next response would be added
+    assert whole_groups(tmp_path / "file", 2, "set it right") == {4}
+    assert (tmp_path / "file").read_text() == odd[: len(odd) // 2]
 
 
 def test_a_file_of_groups_of_another_size_is_left_alone(tmp_path: Path) -> None:
