@@ -23,7 +23,7 @@ SLURM = "examples/ring_lite/slurm"
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration, as text or JSON. Returns the exit code: 2 when something does not divide or
     fit."""
-    kind = "sft" if "rollout" not in tomllib.loads(_text(arguments.config)) else "train"
+    kind = "sft" if "rollout" not in _sections(arguments.config) else "train"
     config = load_config(SftConfig if kind == "sft" else RlConfig, arguments.config, arguments.set)
     nodes, gpus, serving = arguments.nodes, arguments.gpus_per_node, arguments.serving_nodes
     if gpus < 1 or nodes <= serving or serving < 0:
@@ -53,9 +53,12 @@ def run_plan(arguments: argparse.Namespace) -> int:
     return 2 if found else 0
 
 
-def _text(path: Path) -> str:
-    """ValueErrors of a file that cannot be read are `load_config`'s."""
-    return path.read_text() if path.is_file() else ""
+def _sections(path: Path) -> dict[str, Any]:
+    """None of a file that cannot be read: `load_config` says why."""
+    try:
+        return tomllib.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return {}
 
 
 def _model(bailing: BailingConfig) -> dict[str, int]:

@@ -106,6 +106,12 @@ def test_a_line_that_is_no_json_is_a_malformed_row(tmp_path: Path) -> None:
     assert read(tmp_path / "out" / "dropped.jsonl")[0]["row"] == '{"prompt": "\\xff"}\n'
 
 
+def test_half_a_surrogate_pair_in_meta_costs_its_row_only(tmp_path: Path) -> None:
+    rows = [*rows_of("What is 3+4?"), *rows_of("What is 2+5?", meta={"by": ["\ud83d"]})]
+    report, kept, _ = run(tmp_path, rows)
+    assert ([row["prompt"] for row in kept], report.total.dropped) == (["What is 3+4?"], {"invalid_characters": 1})
+
+
 def test_rules_can_be_left_out_for_all_or_for_one_source(tmp_path: Path) -> None:
     rows = [rows_of("Is 7 prime?")[0] | {"answer": "yes"}]
     assert run(tmp_path, rows)[1] == []
@@ -181,6 +187,14 @@ def test_rollouts_of_other_prompts_or_of_no_prompts_are_refused(tmp_path: Path) 
         run(tmp_path, rows_of("Q?"), difficulty={"rollouts": [str(tmp_path / "b.jsonl")]})
 
 
+def test_responses_that_nobody_could_judge_are_no_measurement(tmp_path: Path) -> None:
+    given_up = [{"prompt": "new?", "reward": 0.0, "reason": reason} for reason in ("timeout", "error")]
+    wrong = [{"prompt": "hard?", "reward": 0.0, "reason": "wrong"}]
+    model = str(write(tmp_path / "a.jsonl", given_up + wrong))
+    kept = run(tmp_path, rows_of("new?", "hard?"), difficulty={"rollouts": [model]})[1]
+    assert [row["prompt"] for row in kept] == ["new?"]
+
+
 def test_a_result_is_overwritten_only_by_force(tmp_path: Path) -> None:
     given = config(tmp_path, write(tmp_path / "rows.jsonl", rows_of("Q?")))
     curate(given)
@@ -203,12 +217,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("a")
     (tmp_path / "a.jsonl").write_text("\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-9])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 100)
     for name, message in (
         ("b.jsonl", "no file matches"),
         ("a.csv", r"a\.csv is none of \.jsonl, \.jsonl\.gz and \.parquet"),
         ("a.parquet", r"a\.parquet does not read as Parquet"),
         ("a.jsonl", "has no rows"),
         ("a.jsonl.gz", "is no whole gzip file"),
+        ("b.jsonl.gz", r"b\.jsonl\.gz is no whole gzip file .*; fetch it again"),
     ):
         with pytest.raises(ValueError, match=message):
             curate(config(tmp_path, tmp_path / name))

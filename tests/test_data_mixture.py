@@ -117,7 +117,11 @@ def test_a_digest_tells_whether_a_cursor_still_means_the_same() -> None:
         ([Stage(sources=(source("a", 3, 2.0), source("b", 3)), num_prompts=5), stages[1]], 1),
         ([Stage(sources=(source("a", 4), source("b", 3)), num_prompts=5), Stage(sources=(source("a", 4),))], 1),
     ]
+    copied = Source(path=Path("copy of a"), prompts=source("a", 3).prompts, weight=1.0)
+    others.append(([stages[0], Stage(sources=(copied,))], 1))  # begins, where the file itself goes on
     assert digest not in {PromptStream(*other).digest for other in others}
+    elsewhere = [Stage(sources=(copied, source("b", 3)), num_prompts=5), Stage(sources=(copied,))]
+    assert PromptStream(elsewhere, 1).digest == digest
 
 
 def write(path: Path, *rows: dict[str, str]) -> Path:

@@ -325,6 +325,10 @@ def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: 
     rollouts.write_text("".join(lines[:-2]) + lines[-2][:40])
     finish(command(inputs, tmp_path, "rollout", "--prompts", "6", "--output", str(rollouts), "--resume"))
     assert sorted(rollouts.read_text().splitlines(keepends=True)) == sorted(lines)
+    other = ["--resume", "--set", "rollout.temperature=0.5", "--set", "seed=99"]
+    message = finish(command(inputs, tmp_path, "rollout", "--output", str(rollouts), *other), code=2)
+    assert "rollouts.jsonl holds responses with other settings: seed was " in message
+    assert "rollout.temperature was 1.0, now 0.5; data.digest was " in message
     # These are the groups that the whole run sampled in its first step, in whatever order they were completed.
     finish(command(inputs, tmp_path, "train", "--rollouts", str(rollouts), "--set", "train.steps=1"))
     (row,), expected = rows_of(tmp_path), rows_of(whole)[0]

@@ -211,6 +211,19 @@ def test_answers_that_cannot_be_judged_are_told_and_fail(inputs: Path, tmp_path:
     assert results(tmp_path / "out")["benchmarks"]["ones"]["error_share"] == share > 0.2
 
 
+def test_what_no_judge_got_to_is_judged_again_from_its_text(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("evaluate_server*"))
+    rows = [json.loads(line) for line in (whole / "ones.jsonl").open()]
+    for row in rows[::3]:
+        row |= {"score": 0.0, "reason": "timeout", "details": "not done after 3 s"}
+    write(tmp_path / "out/ones.jsonl", rows)
+    patience = ["reward.timeout_seconds=30", "reward.judge.timeout_seconds=300", "reward.judge.concurrent=1"]
+    evaluate_here(inputs, tmp_path / "out", *patience)
+    assert results(tmp_path / "out")["benchmarks"] == results(whole)["benchmarks"]
+    assert lines(tmp_path / "out", "ones") == lines(whole, "ones")
+    assert not list((tmp_path / "out").glob("evaluate_server*")), "nothing was left to sample"
+
+
 @pytest.mark.parametrize(
     ("change", "names", "message"),
     [
@@ -243,6 +256,10 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     more = load_config(EvaluateConfig, inputs / "evaluate.toml", ["benchmarks.twos.prompts=9"])
     with pytest.raises(ValueError, match=r"twos.jsonl holds 8 prompts, benchmarks.twos.prompts is 9; lower it"):
         run_evaluation(more, tmp_path / "new", [], resume=False)
+    short = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_prompt_tokens=1"])
+    with pytest.raises(ValueError, match=r"over rollout.max_prompt_tokens = 1"):
+        run_evaluation(short, tmp_path / "new", [], resume=False)
+    assert not (tmp_path / "new").exists(), "the corrected command needs it"
     with pytest.raises(ValueError, match=r"pass_at 8 is more than samples 5; raise samples"):
         load_config(EvaluateConfig, inputs / "evaluate.toml", ["benchmarks.ones.pass_at=[8]"])
     with pytest.raises(ValueError, match="benchmarks is required"):

@@ -173,6 +173,14 @@ def test_what_does_not_fit_is_exit_code_2(tmp_path: Path, options: list[str], co
     assert message in plan(tmp_path, *options, code=code)[1]
 
 
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    for text in (b"[rollout\n", b"a = '\xff'"):
+        (tmp_path / "bad.toml").write_bytes(text)
+        command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(tmp_path / "bad.toml")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, "bad.toml is not valid TOML" in done.stderr) == (2, True), done.stderr
+
+
 def test_as_text_and_without_torch(tmp_path: Path) -> None:
     plan(tmp_path, "--gpu-memory-gb", "0")
     script = (

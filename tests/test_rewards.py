@@ -4,12 +4,15 @@ import asyncio
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from megatron_rl.config.schema import JudgeSection, RewardSection
+from megatron_rl.reward import model_judge
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import Verdict
 
@@ -27,6 +30,12 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append((body, self.headers.get("Authorization")))
         reply = self.replies.pop(0)
+        if reply is None:  # the connection breaks
+            self.close_connection = True
+            return
+        if isinstance(reply, threading.Event):  # the endpoint hangs
+            reply.wait(60)
+            return
         if isinstance(reply, int):
             self._send(reply, {"error": "busy"})
         else:
@@ -92,17 +101,56 @@ def test_the_judge_is_asked_only_what_rules_call_wrong(endpoint, monkeypatch) ->
 
 def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatch) -> None:
     url, handler = endpoint
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(model_judge, "_PAUSE_SECONDS", 0)
     section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20))
-    handler.replies += [503, "VERDICT: SAME", "Hm.", 400, 500, 500, 500]
+    handler.replies += [503, None, "VERDICT: SAME", "Hm.", 400, 500, 500, 500, None, None, None]
     box = "\\boxed{a}"
-    assert verdict(section, "d", "b", box).reason == "correct"  # asked again after the 503
+    assert verdict(section, "d", "b", box).reason == "correct"  # asked again after the 503 and the break
     silent = verdict(section, "d", "b", box)
     assert (silent.reason, silent.details) == ("error", "the judge gave no verdict: 'Hm.'")
     assert "400" in verdict(section, "d", "b", box).details
     assert verdict(section, "d", "b", box).reason == "error"
+    assert "RemoteProtocolError" in verdict(section, "d", "b", box).details
     assert handler.replies == []
     assert verdict(section, "d", "b", "\\boxed{" + "a" * 21 + "}").reason == "wrong"  # nothing left to reply
+
+
+def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, monkeypatch) -> None:
+    url, handler = endpoint
+    monkeypatch.setattr(model_judge, "_PAUSE_SECONDS", 0)
+    hung = threading.Event()
+    judge = JudgeSection(domains=("d",), url=url, model="judge-1", timeout_seconds=0.5)
+    handler.replies += [hung, "VERDICT: SAME", hung]
+    assert verdict(RewardSection(judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
+    patient = RewardSection(judge=judge.model_copy(update={"timeout_seconds": 50.0}))
+
+    async def cancelled() -> None:
+        with Rewards(patient) as rewards:
+            await asyncio.wait_for(rewards.verdict("d", "Which?", "b", "\\boxed{a}"), 0.5)
+
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(cancelled())  # waits for threads that are left
+    assert time.monotonic() - started < 10
+    hung.set()
+
+
+def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:
+    url, handler = endpoint
+    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY"))
+    handler.replies.append("VERDICT: SAME")
+    monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # as `$(cat key)` does not leave it, but a file does
+    assert verdict(section, "d", "b", "\\boxed{a}").reason == "correct"
+    assert handler.asked[0][1] == "Bearer s3cret"
+    for key in ("s3cret\nmore", "s3cr\u00e9t"):
+        monkeypatch.setenv("JUDGE_KEY", key)
+        with pytest.raises(
+            ValueError, match="variable JUDGE_KEY .* holds characters that no HTTP header takes"
+        ) as told:
+            Rewards(section)
+        assert "s3cr" not in str(told.value)
+    error = httpx.LocalProtocolError("Illegal header value b'Bearer s3cret'")
+    assert model_judge._shown(error) == "LocalProtocolError"
 
 
 def test_a_judge_that_cannot_be_asked_is_refused_before_the_run(endpoint, monkeypatch) -> None:

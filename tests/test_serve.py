@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,9 +42,17 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
         "train = {steps = 1, micro_batch_tokens = 128}\n"
     )
     folder = tmp_path / "servers"
+    folder.mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    register(folder, f"{socket.gethostname()}-{gone.pid}", "http://gone:1", num_processes=1)  # it was killed
+    stale = time.monotonic() + 60
     command = [sys.executable, "-m", "megatron_rl.cli", "serve", str(config), "--register", str(folder)]
     process = subprocess.Popen(command, env=os.environ | {"MASTER_ADDR": "localhost"}, stderr=subprocess.PIPE)
     try:
+        while list(folder.glob(f"*-{gone.pid}.json")):
+            assert time.monotonic() < stale, "the registration of a process that is gone stays"
+            time.sleep(0.1)
         (url,) = registered_urls(folder, 60)
         (path,) = folder.glob("*.pid")
         server = psutil.Process(int(path.read_text()))
@@ -63,6 +72,7 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
         process.kill()
     assert process.returncode == 0, said
     assert not psutil.pid_exists(int(path.read_text()))
+    assert not list(folder.glob("*.json")), "nobody should be sent to servers that are gone"
 
 
 def is_ready(url: str) -> bool:
@@ -130,3 +140,13 @@ def test_sigusr1_asks_for_a_stop_and_spares_the_children() -> None:
     finally:
         child.kill()
         process.kill()
+
+
+def test_a_job_whose_training_step_has_just_ended_still_finishes() -> None:
+    script = Path(__file__).parents[1] / "examples/ring_lite/slurm/job.sh"
+    parts = f"sed -n '/^pass_on/,/^}}/p' {script}"
+    job = f'set -euo pipefail; signalled=0; say() {{ :; }}; true & training_step=$!; wait; eval "$({parts})"; '
+    done = subprocess.run(
+        ["bash", "-c", f"{job} pass_on; echo $signalled"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")

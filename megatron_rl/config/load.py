@@ -19,7 +19,7 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) 
         raise ValueError(f"config file {path} does not exist")
     try:
         values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(values, override)

@@ -119,9 +119,14 @@ def _turns(stages: Sequence[Stage]) -> Iterator[tuple[Path, int]]:
 def _digest(stages: Sequence[Stage], seed: int) -> str:
     """16 hexadecimal digits that are others as soon as any position could have another prompt."""
     digest = hashlib.sha256(str(seed).encode())
+    paths: list[Path] = []
     for stage in stages:
         digest.update(json.dumps([stage.num_prompts, [source.weight for source in stage.sources]]).encode())
         for source in stage.sources:
+            if source.path in paths:  # goes on where it was; a copy of it would begin
+                digest.update(f"file {paths.index(source.path)} again".encode())
+            else:
+                paths.append(source.path)
             for p in source.prompts:
                 digest.update(json.dumps([p.id, p.domain, p.prompt, p.answer]).encode())
     return digest.hexdigest()[:16]

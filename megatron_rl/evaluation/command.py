@@ -3,10 +3,11 @@
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import EXIT_STOPPED, Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
-from megatron_rl.evaluation.responses import as_line, judged, read_judged
+from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
-from megatron_rl.evaluation.settings import claim_folder, settings_of
+from megatron_rl.evaluation.settings import checked_settings, settings_of
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.resumable import sample_into, whole_groups
 from megatron_rl.rollout.sampler import Question, Sampler
+from megatron_rl.rollout.settings import write_settings
 from megatron_rl.rollout.standalone import no_advantages, serving
 
 log = logging.getLogger(__name__)
@@ -35,13 +38,15 @@ _SEED_OFFSET = 1_000_000_007
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One that is to be run. questions: those without a response yet. path: of the responses."""
+    """One that is to be run. questions: those without a response yet. given_up: responses without a verdict.
+    path: of the responses."""
 
     name: str
     section: BenchmarkSection
     reward: RewardSection
-    num_prompts: int
+    prompts: tuple[Prompt, ...]
     questions: tuple[Question, ...]
+    given_up: tuple[Judged, ...]
     path: Path
 
 
@@ -59,9 +64,9 @@ def run_evaluation(config: EvaluateConfig, folder: Path, names: Sequence[str], r
     `folder`. Returns the exit code; Fault when too many responses of a benchmark could not be judged."""
     sections = _chosen(config, names)
     settings = settings_of(config, sections)
-    claim_folder(folder, settings, resume)
+    claimed = checked_settings(folder, settings, resume)
     try:
-        speeds = asyncio.run(_sample(config, sections, folder))
+        speeds = asyncio.run(_sample(config, sections, folder, claimed))
     except (KeyboardInterrupt, Fault) as error:
         log.warning("the responses so far are in %s; --resume goes on with them", folder)
         if isinstance(error, Fault):
@@ -77,32 +82,57 @@ def run_evaluation(config: EvaluateConfig, folder: Path, names: Sequence[str], r
 
 
 async def _sample(
-    config: EvaluateConfig, sections: Mapping[str, BenchmarkSection], folder: Path
+    config: EvaluateConfig, sections: Mapping[str, BenchmarkSection], folder: Path, claimed: Mapping[str, Any]
 ) -> dict[str, Speed | None]:
-    """What is wrong with data, rewards or sandbox is found before a server starts."""
+    """What is wrong with data, rewards or sandbox is found before a server starts, and before `folder` is claimed by
+    writing the settings `claimed`."""
     tokenizer = load_tokenizer(config.model.path)
     benchmarks = [_benchmark(config, name, section, tokenizer, folder) for name, section in sections.items()]
     speeds: dict[str, Speed | None] = dict.fromkeys(sections)
-    left = [benchmark for benchmark in benchmarks if benchmark.questions]
+    left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.given_up]
     model, rollout = config.model, config.rollout.as_rollout()
     with ExitStack() as closing:
         rewards = [closing.enter_context(Rewards(benchmark.reward)) for benchmark in left]
-        if left:
+        write_settings(folder / "settings.json", claimed)
+        judges = list(zip(left, rewards, strict=True))
+        for benchmark, judge in judges:
+            if benchmark.given_up:
+                await _judge_again(benchmark, judge)
+        if any(benchmark.questions for benchmark in left):
             async with serving(model.path, model.dtype, rollout, folder, "evaluate_server") as servers:
-                for benchmark, judge in zip(left, rewards, strict=True):
-                    speeds[benchmark.name] = await _run(config, benchmark, servers, judge, tokenizer)
+                for benchmark, judge in judges:
+                    if benchmark.questions:
+                        speeds[benchmark.name] = await _run(config, benchmark, servers, judge, tokenizer)
     return speeds
+
+
+async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
+    """The responses whose judge gave up, from their text; the file is replaced as a whole."""
+    log.info("%s: judging %d responses again whose judge gave up", benchmark.name, len(benchmark.given_up))
+
+    async def again(row: Judged) -> Judged:
+        prompt = benchmark.prompts[row.position % len(benchmark.prompts)]
+        verdict = await rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, row.response)
+        return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
+
+    found = {row.position: row for row in await asyncio.gather(*map(again, benchmark.given_up))}
+    partial = benchmark.path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.writelines(as_line(found.get(row.position, row)) for row in read_judged(benchmark.path))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(benchmark.path)
 
 
 async def _run(
     config: EvaluateConfig, benchmark: Benchmark, servers: ServerPool, rewards: Rewards, tokenizer: Any
 ) -> Speed:
-    log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), benchmark.num_prompts)
+    log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), len(benchmark.prompts))
 
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
         kind, text = benchmark.reward.kind_of(question.prompt.domain), tokenizer.decode(sample.response.output_ids)
-        return as_line(judged(sample, question.prompt, benchmark.num_prompts, kind, text))
+        return as_line(judged(sample, question.prompt, len(benchmark.prompts), kind, text))
 
     eos = load_bailing_config(config.model.path).eos_token_id
     sampler = Sampler(
@@ -136,8 +166,9 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
         name=name,
         section=section,
         reward=_reward(config.reward, section),
-        num_prompts=len(prompts),
+        prompts=tuple(prompts),
         questions=tuple(q for q in _questions(prompts, input_ids, section.samples) if q.prompt_id not in done),
+        given_up=tuple(row for row in read_judged(path) if row.reason in GAVE_UP) if done else (),
         path=path,
     )
 
@@ -187,7 +218,7 @@ def _check_rewards(max_error_share: float, results: Mapping[str, BenchmarkResult
             raise Fault(
                 f"{name}: a share of {result.error_share:.2f} of the responses could not be judged ({counts}), more "
                 f"than reward.max_error_share = {max_error_share:g}; they count as wrong, so do not trust the results. "
-                f'"details" in {_path(folder, name)} says why'
+                f'"details" in {_path(folder, name)} says why; --resume judges them again'
             )
 
 

@@ -14,8 +14,7 @@ _SANDBOX_SECONDS = 10.0
 
 
 class Rewards:
-    """Owns a pool for each kind of reward that a configuration names, and the connection to its judge. `close()` ends
-    them."""
+    """Owns a pool for each kind of reward that a configuration names. `close()` ends them."""
 
     def __init__(self, section: RewardSection) -> None:
         """Fault (SandboxUnavailable) when programs are to be judged and nothing can hold them; ValueError when the
@@ -38,8 +37,6 @@ class Rewards:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
-        if self._judge is not None:
-            self._judge.close()
 
     def __enter__(self) -> Self:
         return self

@@ -53,12 +53,12 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
     end_of_whole = end = 0
     with path.open("rb") as file:
         for line in file:
+            if not line.endswith(b"\n"):
+                break  # the last one, cut short
             try:
                 position = int(json.loads(line)["position"])
             except (ValueError, KeyError, TypeError):
-                if file.read(1):
-                    raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
-                break  # the last one, cut short
+                raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
             end += len(line)
             sizes[position] = sizes.get(position, 0) + 1
             if sizes[position] == size:

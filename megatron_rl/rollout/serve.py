@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import start_servers
 
@@ -34,6 +36,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     name = f"{socket.gethostname()}-{os.getpid()}"
+    _remove_stale(folder)
     host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
         with start_servers(
@@ -49,6 +52,16 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
                 time.sleep(_LOOK_EVERY_SECONDS)
     except _StopRequested:
         return 0
+    finally:
+        (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """What processes of this machine registered that were killed."""
+    for path in folder.glob(f"{socket.gethostname()}-*.json"):
+        pid = path.stem.rpartition("-")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            path.unlink(missing_ok=True)
 
 
 def _stop(number: int, _: Any) -> None:

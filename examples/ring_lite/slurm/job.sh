@@ -30,7 +30,7 @@ say() {
 pass_on() {
   signalled=$((signalled + 1))
   say "SIGUSR1: asking the ranks to save and end"
-  if [ -n "$training_step" ]; then kill -USR1 "$training_step"; fi
+  if [ -n "$training_step" ]; then kill -USR1 "$training_step" 2>/dev/null || true; fi # it may have ended by now
 }
 
 # The address by which this cluster reaches a node.
@@ -109,7 +109,7 @@ run() {
   LOCAL_WORLD_SIZE=$ranks step "$1" "$ranks" "${training_nodes[@]}" -- bash -c "$as_rank" rank \
     megatron-rl "$1" "$config" "${@:3}" --resume "${with_servers[@]}" &
   training_step=$!
-  if [ "$signalled" != 0 ]; then kill -USR1 "$training_step"; fi
+  if [ "$signalled" != 0 ]; then kill -USR1 "$training_step" 2>/dev/null || true; fi
   while :; do # a trap interrupts `wait`
     seen=$signalled
     code=0

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_rl.data.curation.config import DifficultySection
 from megatron_rl.data.curation.sources import files_of, numbered_lines
 from megatron_rl.data.curation.text import short_digest
+from megatron_rl.reward.verdict import GAVE_UP
 
 # By the digest of the prompt as it stands: (responses that solve it, responses).
 Rates = Mapping[int, tuple[int, int]]
@@ -59,11 +60,14 @@ def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
             try:
                 row = json.loads(line)
                 key, reward = short_digest(row["prompt"]), float(row["reward"])
+                gave_up = row.get("reason") in GAVE_UP
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number} is not a scored response ({type(error).__name__}: {error}); "
                     "difficulty takes what megatron-rl rollout writes"
                 ) from None
+            if gave_up:  # scored 0, though nobody knows whether it solves the prompt
+                continue
             solved, total = rates.get(key, (0, 0))
             rates[key] = solved + (reward >= passing_reward), total + 1
     return rates

@@ -136,8 +136,9 @@ def _meta(row: Any, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_encodable(record: Prompt) -> None:
+    meta = json.dumps(record.meta, ensure_ascii=False)
     try:
-        "\0".join((record.id, record.domain, record.prompt, record.answer, record.source)).encode()
+        "\0".join((record.id, record.domain, record.prompt, record.answer, record.source, meta)).encode()
     except UnicodeEncodeError as error:
         raise Unusable("invalid_characters", f"half of a surrogate pair, {error.object[error.start]!r}") from None
 

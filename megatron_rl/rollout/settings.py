@@ -1,0 +1,59 @@
+"""What the responses in a file depend on, kept beside it, so that `--resume` never mixes those of two settings."""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_NUM_TOLD = 3
+# How long a judge may take says which responses it gives up on, not what it says of the others.
+_NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "reward.judge.concurrent"}
+
+
+def model_settings(path: Path, dtype: str) -> dict[str, Any]:
+    files = {file.name: _state(file) for file in sorted(path.iterdir()) if file.is_file()}
+    return {"path": str(path.resolve()), "dtype": dtype, "files": files}
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1))
+    os.replace(partial, path)
+
+
+def read_settings(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """ValueError for a file that `write_settings` did not write, with these keys."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if all(isinstance(found[key], dict) for key in keys):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} does not say what its responses were made with; name another --output")
+
+
+def refuse_differences(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError that names them. what: the folder or file, and what it holds."""
+    then, here = dict(_leaves(before)), dict(_leaves(now))
+    changed = [key for key in then | here if then.get(key) != here.get(key) and key not in _NOT_COMPARED]
+    if changed:
+        told = "; ".join(f"{key} was {then.get(key)!r}, now {here.get(key)!r}" for key in changed[:_NUM_TOLD])
+        more = f"; and {len(changed) - _NUM_TOLD} more" if len(changed) > _NUM_TOLD else ""
+        raise ValueError(f"{what} with other settings: {told}{more}; set them as they were, or name another --output")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _state(file: Path) -> str:
+    """Cheap, and another one whenever the file was written again: hashing the weights would take minutes."""
+    found = file.stat()
+    return f"{found.st_size} bytes of {datetime.fromtimestamp(found.st_mtime, UTC).isoformat()}"
