@@ -55,6 +55,10 @@ def folder(cluster: Cluster) -> Path:
     return cluster.folder
 
 
+# The kernel tells its boot time, from which a process's age is counted, in whole seconds.
+_CLOCK_SECONDS = 1.5
+
+
 class Job:
     """A submitted run. What it waits for has a deadline; then it tells what the job and its ranks said."""
 
@@ -83,7 +87,7 @@ class Job:
         for process in psutil.process_iter():
             try:
                 is_step = process.name() == "slurmstepd" and f"[{self.id}." in " ".join(process.cmdline())
-                if process.create_time() > self._submitted and (
+                if process.create_time() > self._submitted - _CLOCK_SECONDS and (
                     is_step or process.environ().get("SLURM_JOB_ID") == self.id
                 ):
                     found.append(process)
