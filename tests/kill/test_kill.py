@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from small_disk import NO_MOUNT, small_disk
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
@@ -207,3 +209,29 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_soon_and_leaves_nothing(
         for process in processes:
             if process.is_running():
                 process.kill()
+
+
+def test_a_disk_that_takes_no_more_rollouts_stops_the_run_or_costs_it_the_log_as_configured(
+    inputs: Path, tmp_path: Path
+) -> None:
+    log, run_dir = tmp_path / "log.txt", tmp_path / "run"
+    with small_disk(run_dir / "journal", 8192) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        options = ["--set", "train.steps=2", "--set", "train.on_save_error=continue"]
+        finish(start(inputs, tmp_path, 1, *options), tmp_path)
+        said = log.read_text()
+        assert "No space left on device" in said
+        assert "groups of this phase are not kept for a resume (train.on_save_error)" in said
+        assert start(inputs, tmp_path, 1, "--set", "train.steps=3").wait(timeout=120) == 1
+        said = log.read_text()[len(said) :]
+        assert "groups of this phase are not kept for a resume. Make room and --resume" in said
+        assert "Traceback" not in said
+    with small_disk(tmp_path / "full", 4096):
+        shutil.rmtree(run_dir / "rollouts")
+        (run_dir / "rollouts").symlink_to(tmp_path / "full")
+        already = len(log.read_text())
+        finish(start(inputs, tmp_path, 1, "--set", "train.steps=3", "--set", "train.on_save_error=continue"), tmp_path)
+        assert "the responses of this step are not written (train.on_save_error)" in log.read_text()[already:]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
