@@ -30,9 +30,9 @@ _HEAD = struct.Struct("<Q16s")
 class Journal:
     """Owns the file of the present phase. `close()` closes it."""
 
-    def __init__(self, folder: Path, identity: str, on_error: Callable[[OSError], None]) -> None:
+    def __init__(self, folder: Path, identity: str, on_error: Callable[[OSError], Exception | None]) -> None:
         """identity: of everything that decides what a phase samples beside its weights and cursor; groups of another
-        one are not used. on_error: told when the disk takes no more; the phase goes on unless it raises."""
+        one are not used. on_error: what to raise when the disk takes no more; None to go on without."""
         self._folder, self._identity, self._on_error = folder, identity, on_error
         self._file: RawIOBase | None = None
         self._found: dict[int, Group] = {}
@@ -118,7 +118,9 @@ class Journal:
         """No more groups are kept in this phase."""
         self.close()
         self._queue = []
-        self._on_error(error)
+        fault = self._on_error(error)
+        if fault is not None:
+            raise fault from error
 
 
 def _framed(content: bytes) -> bytes:

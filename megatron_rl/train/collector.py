@@ -36,7 +36,7 @@ from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_wa
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
-from megatron_rl.train.resilience import StopSignals, disk_error
+from megatron_rl.train.resilience import StopSignals, disk_fault
 from megatron_rl.train.serving import NodeServers
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Collector:
         self._rewards = Rewards(config.reward)
         bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
-        lost = partial(disk_error, config, "groups of this phase are not kept for a resume")
+        lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         replace = self._keeper.replace if self._keeper else None
         self.pool = ServerPool(source.urls, config.rollout, replace, routed)
@@ -199,7 +199,8 @@ class Collector:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
             phase.write(path, self._prompt_of, self._tokenizer.decode)
         except OSError as error:
-            disk_error(config, "the responses of this step are not written", error)
+            if fault := disk_fault(config, "the responses of this step are not written", error):
+                raise fault from error
         phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._tokenizer.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)

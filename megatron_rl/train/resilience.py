@@ -66,13 +66,15 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wai
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
-def disk_error(config: RunConfig, what: str, error: OSError) -> None:
-    """What could not be written besides a checkpoint: a warning, or a Fault, as train.on_save_error says."""
+def disk_fault(config: RunConfig, what: str, error: OSError) -> Fault | None:
+    """What to raise when something besides a checkpoint could not be written; None, after a warning, where
+    train.on_save_error says to go on."""
     free = shutil.disk_usage(config.run_dir).free
     message = f"{error.filename or config.run_dir}: {error.strerror} ({free:,} bytes are free); {what}"
     if config.train.on_save_error == "stop":
-        raise Fault(f"{message}. Make room and --resume, or set train.on_save_error = 'continue' to go on without")
+        return Fault(f"{message}. Make room and --resume, or set train.on_save_error = 'continue' to go on without")
     log.warning("%s (train.on_save_error)", message)
+    return None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from megatron_rl.train.batch import MicroBatch, TrainSequence
 from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.resilience import StopSignals, disk_error, told_in_words
+from megatron_rl.train.resilience import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
 
@@ -116,7 +116,8 @@ def _report(
     try:
         metrics.write(row | {"num_alarms": len(found)})
     except OSError as error:
-        disk_error(config, "the metrics of this step are not written", error)
+        if fault := disk_fault(config, "the metrics of this step are not written", error):
+            raise fault from error
     if step % 20 == 0 or step + 1 == config.train.steps:
         console.print(
             f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "
