@@ -27,6 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from bench_sync import SHAPE  # noqa: E402
 from parallel import run_ranks  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 
@@ -38,17 +39,6 @@ from megatron_rl.train.checkpoints import Checkpoints  # noqa: E402
 from megatron_rl.train.objective import CrossEntropy  # noqa: E402
 from megatron_rl.train.session import Session  # noqa: E402
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 512,
-    "num_shared_experts": 1,
-}
 ROOM = 3.2  # checkpoints that have to fit: one that is kept, one that is written, a copy
 SEQUENCE = 256
 
@@ -63,7 +53,7 @@ def main() -> int:
     folder = arguments.folder
     folder.mkdir(parents=True)
     try:
-        model = write_tiny_model(folder / "model", **SHAPE, num_hidden_layers=arguments.layers)
+        model = write_tiny_model(folder / "model", **SHAPE | {"num_hidden_layers": arguments.layers})
         spec = {"model": str(model.resolve()), "rounds": arguments.rounds}
         for ranks in arguments.ranks:
             where = folder / f"ranks{ranks}"

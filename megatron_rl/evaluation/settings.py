@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
-from megatron_rl.rollout.settings import model_settings, read_settings, refuse_differences
+from megatron_rl.rollout.settings import model_settings, read_settings, refuse_differences, reward_settings
 
 
 def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSection]) -> dict[str, Any]:
@@ -22,9 +22,7 @@ def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSectio
             "max_response_tokens": rollout.max_response_tokens,
             "seed": config.seed,
         },
-        "reward": config.reward.model_dump(
-            mode="json", exclude={"workers", "max_error_share", "overlong_buffer_tokens"}
-        ),
+        "reward": reward_settings(config.reward),
         "benchmarks": {name: _benchmark(section) for name, section in benchmarks.items()},
     }
 

@@ -11,7 +11,13 @@ from megatron_rl.data.mixture import load_stream
 from megatron_rl.rollout.recorded import group_rows
 from megatron_rl.rollout.resumable import sample_into, whole_groups
 from megatron_rl.rollout.sampler import Question
-from megatron_rl.rollout.settings import model_settings, read_settings, refuse_differences, write_settings
+from megatron_rl.rollout.settings import (
+    model_settings,
+    read_settings,
+    refuse_differences,
+    reward_settings,
+    write_settings,
+)
 from megatron_rl.rollout.standalone import sampling
 
 log = logging.getLogger(__name__)
@@ -61,9 +67,7 @@ def _settings(config: RlConfig, model: Path, digest: str) -> dict[str, Any]:
             "max_prompt_tokens": rollout.max_prompt_tokens,
             "max_response_tokens": rollout.max_response_tokens,
         },
-        "reward": config.reward.model_dump(
-            mode="json", exclude={"workers", "max_error_share", "overlong_buffer_tokens"}
-        ),
+        "reward": reward_settings(config.reward),
         "data": {"digest": digest},
     }
 

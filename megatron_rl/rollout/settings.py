@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.schema import RewardSection
+
 _NUM_TOLD = 3
 # How long a judge may take says which responses it gives up on, not what it says of the others.
 _NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "reward.judge.concurrent"}
@@ -15,6 +17,11 @@ _NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "rewa
 def model_settings(path: Path, dtype: str) -> dict[str, Any]:
     files = {file.name: _state(file) for file in sorted(path.iterdir()) if file.is_file()}
     return {"path": str(path.resolve()), "dtype": dtype, "files": files}
+
+
+def reward_settings(reward: RewardSection) -> dict[str, Any]:
+    """What decides a verdict."""
+    return reward.model_dump(mode="json", exclude={"workers", "max_error_share", "overlong_buffer_tokens"})
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves
+from megatron_rl.rollout.settings import model_settings
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
@@ -298,7 +299,6 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
     """Of all that decides what a phase samples and trains, apart from weights and cursor."""
     relevant: Any = {
         "seed": True,
-        "model": {"path", "dtype"},
         "moe": True,
         "optimizer": True,
         "algorithm": True,
@@ -320,6 +320,6 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
     if config.optimizer.schedule != "constant":
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.model.path.iterdir())]
-    everything = [__version__, data, layout.world_size, files, values]
+    model = model_settings(config.model.path, config.model.dtype)
+    everything = [__version__, data, layout.world_size, model, values]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

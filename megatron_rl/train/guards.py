@@ -1,5 +1,6 @@
 """What a run watches itself for: steps that had to be skipped, gradients that jump, rewards that collapse."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.train.trainer import StepResult
+
+log = logging.getLogger(__name__)
 
 _GRADIENTS, _FEWEST_GRADIENTS = 50, 10
 _REWARDS = 10
@@ -48,6 +51,13 @@ class Alarms:
         self._best = 0.0
         for row in past:
             self.check(row)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Log what is wrong with the row of a new step, and count it in the row."""
+        found = self.check(row)
+        for message in found:
+            log.warning("step %d: %s", row["step"] + 1, message)
+        row["num_alarms"] = len(found)
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
         """The row of a new step; messages, in most cases none."""

@@ -130,9 +130,7 @@ class Leader:
             "trained_tokens_per_second": trained / (now - self._trained_from),
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
         }
-        for alarm in (alarms := self._alarms.check(row)):
-            log.warning("step %d: %s", step + 1, alarm)
-        row["num_alarms"] = len(alarms)
+        self._alarms.report(row)
         try:
             self._metrics.write(row)
             if row["num_skipped_steps"]:

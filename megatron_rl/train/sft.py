@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the trainer with cross-entropy over packed chats."""
 
 import itertools
-import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,6 @@ from megatron_rl.train.objective import CrossEntropy
 from megatron_rl.train.resilience import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import StepResult
-
-log = logging.getLogger(__name__)
 
 
 def run_sft(config: SftConfig, resume: bool) -> int:
@@ -111,10 +108,9 @@ def _report(
         "num_failed_saves": session.checkpoints.num_failed_saves,
         "trained_tokens_per_second": result.num_forward_tokens / seconds,
     }
-    for alarm in (found := alarms.check(row)):
-        log.warning("step %d: %s", step + 1, alarm)
+    alarms.report(row)
     try:
-        metrics.write(row | {"num_alarms": len(found)})
+        metrics.write(row)
     except OSError as error:
         if fault := disk_fault(config, "the metrics of this step are not written", error):
             raise fault from error
