@@ -88,7 +88,7 @@ $(SGLANG_STAMP): megatron_rl/rollout/sglang_cpu/requirements.txt Makefile
 	touch $@
 
 demo: install $(if $(filter sglang,$(ENGINE)),install-sglang)  ## warm-start and train a tiny Ling-lite; NPROC=2 TP=2 (or EP, PP), ENGINE=sglang
-	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/demo.py --run $(RUN) --seed $(SEED) --nproc $(NPROC) \
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/demo.py --run $(RUN) --seed $(SEED) --nproc $(NPROC) \
 	  --tensor $(TP) --expert $(EP) --pipeline $(PP) --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS))
 
 # Two at a time, each file in one process; more would only wait for each other where there are two cores.
@@ -152,7 +152,7 @@ bench-curation: install  ## a million generated prompts with planted duplicates,
 	$(BIN)/python tools/bench_curation.py
 
 reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
-	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/cpu_mini/reproduce.py --nproc $(NPROC)
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/reproduce.py --nproc $(NPROC)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -229,11 +229,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.load import load_config
-    from megatron_rl.config.schema import RlConfig
+    from megatron_rl.config.kinds import kind_of
+    from megatron_rl.config.load import load_config, read_values
+    from megatron_rl.config.schema import RlConfig, SamplingConfig
     from megatron_rl.rollout.command import run_rollout
 
-    config = load_config(RlConfig, arguments.config, arguments.set)
+    kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
+    config = load_config(kind, arguments.config, arguments.set)
     if arguments.prompts is not None and arguments.prompts < 1:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     return run_rollout(

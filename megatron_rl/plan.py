@@ -4,14 +4,13 @@ GPU, and of the model only config.json."""
 import argparse
 import json
 import sys
-import tomllib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
-from megatron_rl.config.load import load_config
+from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.layout import Layout
 from megatron_rl.memory import rank_bytes, server_bytes
@@ -23,7 +22,7 @@ SLURM = "examples/ring_lite/slurm"
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration, as text or JSON. Returns the exit code: 2 when something does not divide or
     fit."""
-    kind = "sft" if "rollout" not in _sections(arguments.config) else "train"
+    kind = "sft" if kind_of(read_values(arguments.config, arguments.set)) is SftConfig else "train"
     config = load_config(SftConfig if kind == "sft" else RlConfig, arguments.config, arguments.set)
     nodes, gpus, serving = arguments.nodes, arguments.gpus_per_node, arguments.serving_nodes
     if gpus < 1 or nodes <= serving or serving < 0:
@@ -51,14 +50,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
     for problem in found:
         sys.stderr.write(f"megatron-rl plan: {problem}\n")
     return 2 if found else 0
-
-
-def _sections(path: Path) -> dict[str, Any]:
-    """None of a file that cannot be read: `load_config` says why."""
-    try:
-        return tomllib.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        return {}
 
 
 def _model(bailing: BailingConfig) -> dict[str, int]:

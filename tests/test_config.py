@@ -6,8 +6,9 @@ import pytest
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.load import dump_config, load_config, read_values
+from megatron_rl.config.schema import RlConfig, SamplingConfig
 from megatron_rl.layout import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(tmp_path: P
     paths = sorted(ROOT.glob("examples/**/*.toml"))
     assert len(paths) >= 2
     for path in paths:
-        kind = {"sft": SftConfig, "evaluate": EvaluateConfig}.get(path.stem, RlConfig)
+        kind = kind_of(read_values(path))
         config = load_config(kind, path)
         assert load_config(kind, write(tmp_path, dump_config(config))) == config
 
@@ -179,3 +180,31 @@ def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> N
         load_bailing_config(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_bailing_config(tmp_path)
+
+
+def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "first.toml").write_text(RL.replace("steps = 2", "steps = 2\nsave_every = 1"))
+    (tmp_path / "second.toml").write_text('base = "first.toml"\nseed = 5\n[rollout]\nprompts_per_step = 7\n')
+    config = load_config(RlConfig, write(tmp_path, 'base = "second.toml"\n[train]\nsteps = 3\n'))
+    assert (config.seed, config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (5, 7, 4)
+    assert (config.train.steps, config.train.save_every, config.budget.tokens) == (3, 1, 200)
+    (tmp_path / "mixed.toml").write_text('base = "first.toml"\n[data]\ntrain = {"b.jsonl" = 2}\n')
+    assert load_config(RlConfig, tmp_path / "mixed.toml").data.train == {Path("b.jsonl"): 2}  # not joined: a path below
+
+
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing\.toml does not exist, which is the base of .*c\.toml"):
+        load_config(RlConfig, write(tmp_path, 'base = "missing.toml"'))
+    with pytest.raises(ValueError, match="is its own base"):
+        load_config(RlConfig, write(tmp_path, 'base = "c.toml"'))
+    with pytest.raises(ValueError, match="base must be the name of a TOML file"):
+        load_config(RlConfig, write(tmp_path, "base = 3"))
+
+
+def test_sampling_needs_no_word_about_training(tmp_path: Path) -> None:
+    text = RL[: RL.index("[budget]")]
+    path = write(tmp_path, text)
+    assert kind_of(read_values(path)) is SamplingConfig
+    assert load_config(SamplingConfig, path).rollout.samples_per_prompt == 4
+    with pytest.raises(ValueError, match="budget is required"):
+        load_config(RlConfig, path)

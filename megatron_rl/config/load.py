@@ -14,20 +14,46 @@ C = TypeVar("C", bound=BaseModel)
 
 def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     """Read a TOML file, apply `key.path=value` overrides (TOML values; bare words are strings), validate."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply_override(values, override)
+    values = read_values(Path(path), overrides)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
         raise ValueError(f"{path}: " + "; ".join(lines)) from None
+
+
+def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file and the files under its `base` keys say, with overrides applied; not validated.
+
+    base = "other.toml" (beside the file): its values, where this file has none. Tables are joined key by key; anything
+    else, lists too, is replaced.
+    """
+    values = _with_base(path, ())
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist" + (f", which is the base of {seen[-1]}" if seen else ""))
+    if path.resolve() in (other.resolve() for other in seen):
+        raise ValueError(f"{path} is its own base, by way of {', '.join(map(str, seen))}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the name of a TOML file beside it, got {base!r}")
+    return _joined(_with_base(path.parent / base, (*seen, path)), values)
+
+
+def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _joined(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both
 
 
 def dump_config(config: BaseModel) -> str:

@@ -22,14 +22,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ServedModelSection(Section):
-    path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
+class ServingSection(Section):
+    """How servers run a model, whichever it is."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = Field(
         default=False,
         description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
         "a model that transformers does not know",
     )
+
+
+class ServedModelSection(ServingSection):
+    path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
 
 
 class ModelSection(ServedModelSection):
@@ -313,7 +318,7 @@ class RolloutSection(GenerationSection):
     )
 
 
-def check_servers(rollout: GenerationSection, model: ServedModelSection) -> None:
+def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
     """ValueError for what no server could be started or reached by."""
     if rollout.port and rollout.port + rollout.num_servers - 1 > 65535:
         raise ValueError(
@@ -494,14 +499,34 @@ class RewardSection(Section):
         return self
 
 
-class RlConfig(RunConfig):
-    """`megatron-rl train` and `rollout`."""
+class SamplingConfig(Section):
+    """`megatron-rl rollout`: sampled and scored responses to training prompts. It knows nothing of training."""
 
+    run_dir: Path = Field(description="everything that is written lands here")
+    seed: int = Field(default=1, ge=0)
+    model: ServedModelSection
     data: RlData
     rollout: RolloutSection
+    reward: RewardSection = RewardSection()
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> "SamplingConfig":
+        check_servers(self.rollout, self.model)
+        longest = self.rollout.max_response_tokens
+        if self.reward.overlong_buffer_tokens > longest:
+            raise ValueError(
+                f"reward.overlong_buffer_tokens {self.reward.overlong_buffer_tokens} must be at most "
+                f"rollout.max_response_tokens {longest}"
+            )
+        return self
+
+
+class RlConfig(RunConfig, SamplingConfig):
+    """`megatron-rl train`, and `rollout` of its rollout phase alone."""
+
+    model: ModelSection
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
-    reward: RewardSection = RewardSection()
     sync: SyncSection = SyncSection()
 
     @property
@@ -522,12 +547,6 @@ class RlConfig(RunConfig):
                 f"train.micro_batch_tokens {self.train.micro_batch_tokens}{shared} is smaller than one sequence can be "
                 f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
                 "raise it or shorten the responses"
-            )
-        check_servers(self.rollout, self.model)
-        if self.reward.overlong_buffer_tokens > longest:
-            raise ValueError(
-                f"reward.overlong_buffer_tokens {self.reward.overlong_buffer_tokens} must be at most "
-                f"rollout.max_response_tokens {longest}"
             )
         if self.rollout.samples_per_prompt < 2:
             raise ValueError("rollout.samples_per_prompt must be at least 2: a group of one has no advantage")

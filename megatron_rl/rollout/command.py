@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.schema import RlConfig
+from megatron_rl.config.schema import SamplingConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.rollout.recorded import group_rows
@@ -23,7 +23,7 @@ from megatron_rl.rollout.standalone import sampling
 log = logging.getLogger(__name__)
 
 
-def run_rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, resume: bool) -> int:
+def run_rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Path, resume: bool) -> int:
     """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`.
     Returns the exit code."""
     if path.exists() and not resume:
@@ -32,7 +32,7 @@ def run_rollout(config: RlConfig, model: Path, num_prompts: int, path: Path, res
     return 0
 
 
-async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path) -> None:
+async def _rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
     stream = load_stream(config.data, config.seed)
     input_ids = rendered_prompts(stream.prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train")
@@ -53,7 +53,7 @@ async def _rollout(config: RlConfig, model: Path, num_prompts: int, path: Path) 
     log.info("%s: %d groups of %d responses", path, num_groups, config.rollout.samples_per_prompt)
 
 
-def _settings(config: RlConfig, model: Path, digest: str) -> dict[str, Any]:
+def _settings(config: SamplingConfig, model: Path, digest: str) -> dict[str, Any]:
     """What the responses depend on. Not among them: how fast it goes, and how many prompts are taken, since more can
     follow. digest: of the prompts in their order."""
     rollout = config.rollout

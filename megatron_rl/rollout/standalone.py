@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import RlConfig, RolloutSection
+from megatron_rl.config.schema import RolloutSection, SamplingConfig
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.keeper import start_servers
@@ -38,7 +38,7 @@ async def serving(
 
 
 @asynccontextmanager
-async def sampling(config: RlConfig, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
+async def sampling(config: SamplingConfig, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
     eos = load_bailing_config(model).eos_token_id
     async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:

@@ -1,6 +1,6 @@
 """The paper's comparison in miniature: C3PO, GRPO and DAPO from one checkpoint, in the shape of its Figure 7.
 
-    make reproduce-mini       or   .venv/bin/python examples/ring_lite/cpu_mini/reproduce.py --run runs/reproduce
+    make reproduce-mini       or   .venv/bin/python examples/ring_lite/reproduce.py --run runs/reproduce
 
 One tiny model is warm-started on problems of very different lengths; each algorithm then trains it with several seeds,
 on the same prompts in the same order, with the same learning rate and about as many tokens per step. Writes table.md,
@@ -17,8 +17,8 @@ import stages
 
 from megatron_rl import lifeline
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = Path(__file__).parents[2]
+CONFIGS = Path(__file__).parent / "demo"
 ALGORITHMS = ("c3po", "grpo", "dapo")
 # What Figure 7 shows, by the names of metrics.jsonl.
 QUANTITIES = {
@@ -60,7 +60,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
                 "train.steps": 170,
             }
         )  # fmt: skip
-        stages.run_python("warm start", "-m", "megatron_rl.cli", "sft", HERE / "sft.toml", *nproc, *options)
+        stages.run_python("warm start", "-m", "megatron_rl.cli", "sft", CONFIGS / "sft.toml", *nproc, *options)
     runs = {
         name: [train(folder, name, seed, arguments.steps, nproc) for seed in arguments.seeds] for name in ALGORITHMS
     }
@@ -86,7 +86,7 @@ def train(folder: Path, name: str, seed: int, steps: int, nproc: list) -> list[d
         )  # fmt: skip
         if (run_dir / "checkpoints/latest").exists():
             options.append("--resume")
-        config = HERE / "reproduce.toml"
+        config = CONFIGS / "reproduce.toml"
         stages.run_python(f"{name}, seed {seed}", "-m", "megatron_rl.cli", "train", config, *nproc, *options)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row | {"tokens_per_second": row["num_generated_tokens"] / row["step_seconds"]} for row in rows]

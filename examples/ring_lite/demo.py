@@ -1,6 +1,6 @@
 """The laptop demo: a tiny Ling-lite is warm-started on written-out solutions and trained by C3PO, stage by stage.
 
-    make demo                       or   .venv/bin/python examples/ring_lite/cpu_mini/demo.py --run runs/demo
+    make demo                       or   .venv/bin/python examples/ring_lite/demo.py --run runs/demo
     make demo NPROC=2 TP=2          divides training over two processes
     make demo ENGINE=sglang         trains against a real SGLang server (make install-sglang)
 
@@ -20,8 +20,8 @@ import stages
 
 from megatron_rl import lifeline
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = Path(__file__).parents[2]
+CONFIGS = Path(__file__).parent / "demo"
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
 KINDS = ["sort", "filter"]
 DIFFICULTIES = ["1"]
@@ -99,14 +99,16 @@ class Demo:
             options.append("--resume")
         if self.arguments.nproc > 1:
             options += ["--nproc", str(self.arguments.nproc)]
-        stages.run_python(title, "-m", "megatron_rl.cli", command, HERE / f"{stage}.toml", *self.common, *options)
+        stages.run_python(title, "-m", "megatron_rl.cli", command, CONFIGS / f"{stage}.toml", *self.common, *options)
 
     def evaluate(self, when: str, model: Path) -> dict:
         output = self.folder / f"accuracy_{when}"
         if not (output / "results.json").exists():
             paths = {"benchmarks.unseen.path": self.folder / "data/test.jsonl", "seed": self.arguments.seed}
             options = [*stages.settings(paths), "--model", model, "--output", output, "--resume"]
-            stages.run_python(f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", HERE / "evaluate.toml", *options)
+            stages.run_python(
+                f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", CONFIGS / "evaluate.toml", *options
+            )
         return json.loads((output / "results.json").read_text())["benchmarks"]["unseen"]
 
     def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
