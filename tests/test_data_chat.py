@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt
+from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt, response_decoder
 from megatron_rl.data.prompts import Message
+from megatron_rl.reward.code import last_block
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
 SYSTEM = Message(role="system", content="be brief")
@@ -163,3 +164,13 @@ def test_data_and_reward_import_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_eos_that_ends_a_response_is_no_part_of_its_text(ling) -> None:
+    program = "```python\nx = 1\n```"
+    decode, eos = response_decoder(ling, ling.eos_token_id), ling.eos_token_id
+    ids = ling.encode(program, add_special_tokens=False)
+    assert decode([*ids, eos]) == decode(ids) == program
+    assert last_block(decode([*ids, eos])) is not None  # a fence with eos behind it would close nothing
+    assert decode([eos, *ids]) == "<|endoftext|>" + program
+    assert decode([]) == ""

@@ -3,7 +3,7 @@
 Special tokens that are written out inside a message (`<|endoftext|>`) are encoded as such: filter the data for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,17 @@ def rendered_prompts(
                 "raise it or drop the prompt"
             )
     return rendered
+
+
+def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable[[Sequence[int]], str]:
+    """Text of a response's token ids [n], without the token `eos` where that ends it: what rewards judge, and what files
+    of responses hold. Other special tokens stay visible."""
+
+    def decode(ids: Sequence[int]) -> str:
+        ended = bool(ids) and ids[-1] == eos
+        return str(tokenizer.decode(list(ids[:-1] if ended else ids)))
+
+    return decode
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.schema import JudgeSection, RewardSection
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import EXIT_STOPPED, Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
@@ -129,14 +129,16 @@ async def _run(
 ) -> Speed:
     log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), len(benchmark.prompts))
 
+    eos = load_bailing_config(config.model.path).eos_token_id
+    decode = response_decoder(tokenizer, eos)
+
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
-        kind, text = benchmark.reward.kind_of(question.prompt.domain), tokenizer.decode(sample.response.output_ids)
+        kind, text = benchmark.reward.kind_of(question.prompt.domain), decode(sample.response.output_ids.tolist())
         return as_line(judged(sample, question.prompt, len(benchmark.prompts), kind, text))
 
-    eos = load_bailing_config(config.model.path).eos_token_id
     sampler = Sampler(
-        *(servers, rewards, tokenizer.decode, no_advantages, config.rollout.as_rollout()),
+        *(servers, rewards, decode, no_advantages, config.rollout.as_rollout()),
         *(config.seed + _SEED_OFFSET, eos),
         top_p=config.rollout.top_p,
     )

@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import SamplingConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.rollout.recorded import group_rows
 from megatron_rl.rollout.resumable import sample_into, whole_groups
@@ -38,6 +39,7 @@ async def _rollout(config: SamplingConfig, model: Path, num_prompts: int, path: 
     input_ids = rendered_prompts(stream.prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train")
     done = _claim(path, _settings(config, model, stream.digest), config.rollout.samples_per_prompt)
     taken, _ = stream.take(0, num_prompts)
+    decode = response_decoder(tokenizer, load_bailing_config(model).eos_token_id)
     questions = [
         Question(prompt_id=position, prompt=prompt, input_ids=input_ids[prompt.id])
         for position, prompt in enumerate(taken)
@@ -46,7 +48,7 @@ async def _rollout(config: SamplingConfig, model: Path, num_prompts: int, path: 
     async with sampling(config, model, tokenizer, "rollout_server", config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
-            lambda question, group: group_rows(group, question.prompt, tokenizer.decode),
+            lambda question, group: group_rows(group, question.prompt, decode),
             "prompts",
         )
     num_groups = len(done) + len(questions)

@@ -20,7 +20,7 @@ Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 
 
 def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
-    """The lines of a group. decode: text of output ids."""
+    """The lines of a group. decode: text of output ids, as in data/chat.py."""
     rows = [
         {
             "prompt_id": prompt.id,

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RolloutSection, SamplingConfig
+from megatron_rl.data.chat import response_decoder
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.keeper import start_servers
@@ -43,7 +44,7 @@ async def sampling(config: SamplingConfig, model: Path, tokenizer: Any, name: st
     eos = load_bailing_config(model).eos_token_id
     async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:
         with Rewards(config.reward) as rewards:
-            yield Sampler(servers, rewards, tokenizer.decode, no_advantages, config.rollout, seed, eos)
+            yield Sampler(servers, rewards, response_decoder(tokenizer, eos), no_advantages, config.rollout, seed, eos)
 
 
 def no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:

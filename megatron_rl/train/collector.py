@@ -20,7 +20,7 @@ from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
@@ -90,6 +90,7 @@ class Collector:
         except BaseException:
             self.close()
             raise
+        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._sampler = Sampler(
             self.pool,
             self._rewards,
@@ -198,11 +199,11 @@ class Collector:
             self.tokens_per_prompt = shortfall.per_prompt
         try:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, self._prompt_of, self._tokenizer.decode)
+            phase.write(path, self._prompt_of, self._decode)
         except OSError as error:
             if fault := disk_fault(config, "the responses of this step are not written", error):
                 raise fault from error
-        phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._tokenizer.decode)
+        phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)
         metrics |= {
@@ -281,9 +282,6 @@ class Collector:
     def _question(self, position: int) -> Question:
         (prompt,), _ = self._stream.take(position, 1)
         return Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _advantages(self, responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
         longest, buffer = self._config.rollout.max_response_tokens, self._config.reward.overlong_buffer_tokens
