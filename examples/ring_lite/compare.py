@@ -1,0 +1,201 @@
+"""Arms of a comparison from the miniature's distilled checkpoint, over several seeds: tables, intervals, a figure.
+
+    .venv/bin/python examples/ring_lite/compare.py algorithms              C3PO, GRPO, DAPO        (the paper's Fig. 7)
+    .venv/bin/python examples/ring_lite/compare.py stages                  two stages or a mixture (Table 4)
+    .venv/bin/python examples/ring_lite/compare.py checkpoints --seeds 1   RL from every epoch     (Table 2)
+    .venv/bin/python examples/ring_lite/compare.py budgets | cut | refill | partial | icepop
+
+Needs what pipeline.py leaves up to its stage `select`. An arm is one configuration or several that follow each other,
+each from the model that the one before made; arms of one seed take the same prompts in the same order. Writes
+runs/ring_lite/compare/NAME.{md,json,png}. Runs that are there already are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import stages
+import tables
+
+from megatron_rl import lifeline
+
+HERE = Path(__file__).parent
+RUN = Path("runs/ring_lite")
+CHOSEN = RUN / "select/chosen"
+STAGE_1, STAGE_2 = "cpu_mini/stage1_math", "cpu_mini/stage2_code_science"
+C3PO = {"c3po": [STAGE_1]}
+COMPARISONS: dict[str, dict[str, list[str]]] = {
+    "algorithms": C3PO | {"grpo": ["ablations/grpo"], "dapo": ["ablations/dapo"]},
+    "budgets": C3PO | {"half": ["ablations/budget_half"], "double": ["ablations/budget_double"]},
+    "cut": C3PO | {"whole responses": ["ablations/cut_response"]},
+    "refill": C3PO | {"short": ["ablations/under_full_short"]},
+    "partial": C3PO | {"c3po++": ["ablations/partial"]},
+    "icepop": C3PO | {"icepop": ["ablations/icepop"]},
+    "stages": {"two-stage": [STAGE_1, STAGE_2], "mixed": ["ablations/mixed"]},
+}
+# What Figure 7 shows, by the names of metrics.jsonl.
+QUANTITIES = {
+    "num_loss_tokens": "tokens per step",
+    "grad_norm": "gradient norm",
+    "step_seconds": "seconds per step",
+    "tokens_per_second": "throughput (generated tokens/s, end to end)",
+    "response_tokens_mean": "response length (tokens)",
+    "reward": "reward",
+}
+SETTLED = 5  # the first steps warm up the learning rate and the machine, and are left out of the table
+AT_AN_END = 20
+# Half the width of a 95 % interval of a mean of n values, in standard errors: Student's t with n - 1 degrees.
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*COMPARISONS, "checkpoints"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--nproc", type=int, default=1, help="training processes")
+    arguments = parser.parse_args()
+    if not (CHOSEN / "config.json").exists():
+        parser.error(f"{CHOSEN} is not there; run examples/ring_lite/pipeline.py first")
+    lifeline.watch_parent()
+    return stages.exit_code(lambda: compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    name, seeds = arguments.name, arguments.seeds
+    if name == "checkpoints":
+        epochs = sorted((RUN / "sft/epochs").iterdir(), key=lambda path: int(path.name.rpartition("_")[2]))
+        arms = {path.name: ([STAGE_1, STAGE_2], path) for path in epochs}
+    else:
+        arms = {arm: (configs, CHOSEN) for arm, configs in COMPARISONS[name].items()}
+    steps: dict[str, list[list[dict[str, Any]]]] = {arm: [] for arm in arms}
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in seeds:  # seed by seed, so that what disturbs the machine for a while disturbs every arm
+        for arm, (configs, start) in arms.items():
+            rows, model = [], start
+            for config in configs:
+                one, model = train(config, model, seed, arguments.nproc)
+                rows += one
+            steps[arm].append(rows)
+            results[arm].append(evaluate(model))
+    folder = RUN / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([accuracy_table(results, seeds), step_table(steps)]) + "\n"
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps({"accuracy": results, "steps": summary(steps)}, indent=1))
+    plot(steps, folder / f"{name}.png")
+    print(text)
+    print(f"[{stages.seconds():5.0f} s] {folder / name}.md, .json, .png")
+    return 0
+
+
+def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[str, Any]], Path]:
+    """The rows of metrics.jsonl, and the model that it made; from an earlier call if it is there."""
+    source = "_".join(model.relative_to(RUN).parts).removesuffix("_hf").replace("compare_", "")
+    run_dir = RUN / "compare" / f"{Path(config).name}-{seed}-from-{source}"
+    if not (run_dir / "hf/config.json").exists():
+        options = stages.settings({"run_dir": run_dir, "model.path": model, "seed": seed})
+        options += ["--resume"] if (run_dir / "checkpoints/latest").exists() else []
+        options += ["--nproc", str(nproc)] if nproc > 1 else []
+        stages.run_python(
+            f"{Path(config).name}, seed {seed}, from {model}",
+            *("-m", "megatron_rl.cli", "train", HERE / f"{config}.toml", *options),
+        )
+    rows = tables.metrics(run_dir)
+    return [
+        row | {"tokens_per_second": row["num_generated_tokens"] / row["step_seconds"]} for row in rows
+    ], run_dir / "hf"
+
+
+def evaluate(model: Path) -> dict[str, Any]:
+    folder = model.parent / "evaluation"
+    if not tables.results(folder):
+        command = ("-m", "megatron_rl.cli", "evaluate", HERE / "cpu_mini/evaluate.toml")
+        stages.run_python(f"evaluation of {model}", *command, "--model", model, "--output", folder, "--resume")
+    return tables.results(folder)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds, and half the width of its 95 % interval; nan for one seed, of which nothing is known."""
+    half = _T[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in _T else float("nan")
+    return statistics.mean(values), half
+
+
+def cell(values: Sequence[float], digits: int = 3) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}g}" if half != half else f"{mean:.{digits}g} ± {half:.2g}"
+
+
+def accuracy_table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
+    """In the shape of the paper's tables 2 and 4: an arm per row, a benchmark per column, in percent."""
+    domains = tables.DOMAINS[:3]
+    rows = []
+    for arm, of_seeds in results.items():
+        scores = [[100 * found[domain]["average"]["value"] for domain in domains] for found in of_seeds]
+        columns = [*zip(*scores, strict=True), [statistics.mean(one) for one in scores]]
+        rows.append([arm, *(cell(column) for column in columns)])
+    told = (
+        f"Accuracy after training, percent: mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % interval."
+    )
+    return told + "\n\n" + tables.as_table(["", *domains, "average"], rows)
+
+
+def summary(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """By arm, quantity and statistic: a value for each seed, over its steps."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for arm, of_seeds in steps.items():
+        found[arm] = {}
+        for name in QUANTITIES:
+            columns = [[float(row[name]) for row in rows[SETTLED:]] for rows in of_seeds]
+            means, deviations = [*map(statistics.mean, columns)], [*map(statistics.pstdev, columns)]
+            found[arm][name] = {
+                "mean": means,
+                "cv": [d / m if m else 0.0 for d, m in zip(deviations, means, strict=True)],
+                "max": [max(column) for column in columns],
+                "first": [statistics.mean(float(row[name]) for row in rows[:AT_AN_END]) for rows in of_seeds],
+                "last": [statistics.mean(float(row[name]) for row in rows[-AT_AN_END:]) for rows in of_seeds],
+            }
+    return found
+
+
+def step_table(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+    found = summary(steps)
+    rows = []
+    for name, title in QUANTITIES.items():
+        rows.append([title, *(cell(arm[name]["mean"], 4) for arm in found.values())])
+        if name != "reward":
+            variation = [cell([100 * value for value in arm[name]["cv"]], 2) for arm in found.values()]
+            rows.append([f"{title}: variation over steps, %", *variation])
+    rows.append(["largest gradient norm", *(cell(arm["grad_norm"]["max"]) for arm in found.values())])
+    for end in ("first", "last"):
+        rows.append([f"reward of the {end} {AT_AN_END} steps", *(cell(arm["reward"][end]) for arm in found.values())])
+    told = f"Over the steps of a run after the first {SETTLED}: mean over seeds ± half of its 95 % interval."
+    return told + "\n\n" + tables.as_table(["", *found], rows)
+
+
+def plot(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Every quantity over the steps: the mean of the seeds, and the range of the seeds as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    for axis, (name, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
+        for arm, of_seeds in steps.items():
+            values = np.array([[row[name] for row in rows] for rows in of_seeds])
+            (line,) = axis.plot(values.mean(0), label=arm, linewidth=1.2)
+            axis.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=line.get_color(), alpha=0.18)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What the miniature came to: tables.md, tables.json and rl.png in its folder, from the files that the stages left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOMAINS = ("math", "code", "science", "general")
+RL_STAGES = ("stage1_math", "stage2_code_science")
+# Of metrics.jsonl; the first is drawn for each domain.
+PANELS = {
+    "reward": "reward",
+    "entropy": "policy entropy (nats)",
+    "grad_norm": "gradient norm",
+    "num_loss_tokens": "tokens that carry loss",
+    "response_tokens_mean": "response length (tokens)",
+    "step_seconds": "seconds per step",
+}
+
+
+def write(run: Path, models: list[str]) -> None:
+    """models: names of evaluations, in the order of their stages. What has not run yet is left out."""
+    found = {name: results(run / "evaluation" / name.replace(" ", "_")) for name in models}
+    found = {name: benchmarks for name, benchmarks in found.items() if benchmarks}
+    engines = {name: results(run / "evaluation" / name) for name in ("embedded", "sglang")}
+    parts = []
+    if found:
+        parts += ["## Accuracy after each stage (percent, 95 % interval)", accuracy_table(found)]
+        parts += ["## What each stage should do", *(f"- {line}" for line in verdicts(found))]
+    choice = run / "select/results.md"
+    if choice.exists():
+        parts += ["## Choice of the distilled checkpoint", choice.read_text()]
+    if all(engines.values()):
+        parts += ["## The export on two engines, at temperature 0.01", engine_table(run, engines)]
+    if (run / "seconds.json").exists():
+        parts += ["## Seconds of each stage", cost_table(json.loads((run / "seconds.json").read_text()))]
+    (run / "tables.md").write_text("\n\n".join(parts) + "\n")
+    (run / "tables.json").write_text(json.dumps({"accuracy": found, "engines": engines}, indent=1))
+    rows = {name: metrics(run / name) for name in RL_STAGES if (run / name / "metrics.jsonl").exists()}
+    if rows:
+        plot(rows, run / "rl.png")
+    print("\n\n".join(parts))
+    print(f"\n{run / 'tables.md'}, {run / 'rl.png'}")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """By benchmark; nothing where the evaluation has not run."""
+    path = folder / "results.json"
+    return json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
+    header = ["after", *DOMAINS, "with an answer", "tokens"]
+    rows = []
+    for name, benchmarks in found.items():
+        told = [benchmarks[domain] for domain in DOMAINS]
+        reasoning = told[:-1]
+        answered = 1 - sum(b["no_answer_share"] for b in reasoning) / len(reasoning)
+        tokens = sum(b["response_tokens_mean"] for b in reasoning) / len(reasoning)
+        rows.append([name, *(percent(b["average"]) for b in told), f"{100 * answered:.1f}", f"{tokens:.0f}"])
+    return as_table(header, rows)
+
+
+def verdicts(found: dict[str, dict[str, Any]]) -> list[str]:
+    """In words, with yes or no in front. Only differences that the intervals of both sides bear out count as a gain."""
+
+    def value(model: str, domain: str) -> float:
+        return float(found[model][domain]["average"]["value"])
+
+    def gain(before: str, after: str, domain: str) -> str:
+        up = found[after][domain]["average"]["low"] > found[before][domain]["average"]["high"]
+        change = f"{100 * value(before, domain):.1f} -> {100 * value(after, domain):.1f}"
+        return f"{'yes' if up else 'NO'}: {after} raises {domain}: {change}"
+
+    lines = []
+    if "distilled" in found:
+        answered = min(1 - found["distilled"][domain]["no_answer_share"] for domain in DOMAINS[:3])
+        told = f"distilled responses hold an answer or a program in {100 * answered:.1f} % of the worst domain"
+        lines.append(f"{'yes' if answered >= 0.9 else 'NO'}: {told}")
+    if {"distilled", "stage 1"} <= found.keys():
+        lines.append(gain("distilled", "stage 1", "math"))
+    if {"stage 1", "stage 2"} <= found.keys():
+        lines += [gain("stage 1", "stage 2", domain) for domain in ("code", "science")]
+        lost = value("stage 1", "math") - value("stage 2", "math")
+        lines.append(f"{'yes' if lost <= 0.05 else 'NO'}: stage 2 loses at most 0.05 on math: {lost:+.3f}")
+    if {"stage 2", "final"} <= found.keys():
+        lines.append(gain("stage 2", "final", "general"))
+    return lines
+
+
+def engine_table(run: Path, engines: dict[str, dict[str, Any]]) -> str:
+    texts = {name: responses(run / "evaluation" / name) for name in engines}
+    rows = []
+    for domain in DOMAINS:
+        one, other = (texts[name][domain] for name in engines)
+        same = sum(one[key]["response"] == other[key]["response"] for key in one) / len(one)
+        verdict = sum(one[key]["score"] == other[key]["score"] for key in one) / len(one)
+        scores = [percent(benchmarks[domain]["average"]) for benchmarks in engines.values()]
+        rows.append([domain, *scores, f"{100 * same:.1f}", f"{100 * verdict:.1f}"])
+    return as_table(["benchmark", *engines, "same text", "same verdict"], rows)
+
+
+def responses(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """By benchmark and position."""
+    found = {}
+    for domain in DOMAINS:
+        lines = (folder / f"{domain}.jsonl").read_text().splitlines()
+        found[domain] = {row["position"]: row for row in map(json.loads, lines)}
+    return found
+
+
+def cost_table(seconds: dict[str, float]) -> str:
+    rows = [[name, f"{took:.0f}"] for name, took in seconds.items()]
+    return as_table(["stage", "seconds"], [*rows, ["all", f"{sum(seconds.values()):.0f}"]])
+
+
+def plot(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Both stages one after the other over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    first = 0
+    for name, rows in stages.items():
+        steps = range(first, first + len(rows))
+        for axis, (quantity, title) in zip(axes.flat, PANELS.items(), strict=True):
+            split = [key for key in rows[0] if key.startswith(f"{quantity}/")] if quantity == "reward" else []
+            for key in split or [quantity]:
+                label = key.partition("/")[2] or name.partition("_")[2]
+                axis.plot(
+                    steps, [row[key] for row in rows], linewidth=1.2, label=label if quantity == "reward" else None
+                )
+            axis.set_title(title, fontsize=10)
+            axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
+            axis.grid(alpha=0.3)
+        first += len(rows)
+    axes.flat[0].legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step (stage 1, then stage 2)", fontsize=9)
+    figure.savefig(path, dpi=110)
