@@ -21,6 +21,8 @@ SEED ?= 1
 RUN ?= runs/demo
 # Steps of reinforcement learning in the demo; empty keeps the configuration's number.
 STEPS ?=
+# What ring-lite-compare compares.
+WHAT ?= algorithms
 # How many in make test-kill.
 KILLS ?= 30
 # Response lengths for bench-schedule; empty takes the tool's default.
@@ -32,7 +34,7 @@ SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 # A whole Slurm on one machine, for the tests of the launch scripts.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: help install install-sandbox install-sglang install-slurm demo test test-sglang test-slurm test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint reproduce-mini clean
+.PHONY: help install install-sandbox install-sglang install-slurm demo test test-sglang test-slurm test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -151,8 +153,11 @@ bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items
 bench-curation: install  ## a million generated prompts with planted duplicates, contamination and defects: what curation finds, rows/s, memory, as JSON
 	$(BIN)/python tools/bench_curation.py
 
-reproduce-mini: install  ## C3PO, GRPO and DAPO from one tiny checkpoint: table and figure in runs/reproduce (a quarter of an hour)
-	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/reproduce.py --nproc $(NPROC)
+ring-lite-mini: install install-sandbox install-sglang  ## the paper's recipe in miniature, every stage: tables and plots in runs/ring_lite (half an hour)
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/pipeline.py --nproc $(NPROC)
+
+ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoints, ... from the miniature's distilled checkpoint, over three seeds
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/compare.py $(WHAT) --nproc $(NPROC)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
