@@ -80,13 +80,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
         elif name == "plan":
-            command.add_argument("--nodes", type=int, default=1)
-            command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="training ranks of a node")
+            command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
+            command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
+            command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
             command.add_argument(
-                "--serving-nodes", type=int, default=0, metavar="N", help="of the nodes; 0: all do both"
-            )
-            command.add_argument(
-                "--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict"
+                "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
             )
             command.add_argument("--json", action="store_true")
         else:
@@ -211,7 +209,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_rl.plan import run_plan
+    from megatron_rl.plan.command import run_plan
 
     return run_plan(arguments)
 

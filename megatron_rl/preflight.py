@@ -54,7 +54,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
     bailing = load_bailing_config(config.model.path)
-    for problem in _length_problems(config.rollout, bailing):
+    for problem in length_problems(config.rollout, bailing):
         raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
     one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
@@ -62,7 +62,8 @@ def check_before_evaluation(config: EvaluateConfig) -> None:
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
 
 
-def _length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
+def length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
+    """Sequences that are longer than the model can read."""
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
@@ -88,7 +89,7 @@ def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iter
             "parallel.context = 1"
         )
     if isinstance(config, RlConfig):
-        yield from _length_problems(config.rollout, bailing)
+        yield from length_problems(config.rollout, bailing)
         if config.rollout.router_replay:
             try:
                 routed_shape(bailing)

@@ -1,15 +1,22 @@
 """Configuration: what is wrong is named, with the remedy, before anything heavy is imported."""
 
+import argparse
+import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
+from tiny_model import TINY_CONFIG
 
+from megatron_rl.config import bailing
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig
 from megatron_rl.layout import Layout
+from megatron_rl.plan.command import run_plan
 
 ROOT = Path(__file__).parents[1]
 RL = """
@@ -34,13 +41,26 @@ def write(tmp_path: Path, text: str) -> Path:
     return tmp_path / "c.toml"
 
 
-def test_every_shipped_configuration_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
-    paths = sorted(ROOT.glob("examples/**/*.toml"))
-    assert len(paths) >= 2
-    for path in paths:
-        kind = kind_of(read_values(path))
-        config = load_config(kind, path)
-        assert load_config(kind, write(tmp_path, dump_config(config))) == config
+SHIPPED = sorted(ROOT.glob("examples/**/*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # paths in them start from the root of a checkout
+    kind = kind_of(read_values(path))
+    config = load_config(kind, path)
+    assert load_config(kind, write(tmp_path, dump_config(config))) == config
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    # Those of the paper's size say what the model will look like, before there is one.
+    of_the_paper = "paper_256gpu" in path.parts or path.name == "one_node_8gpu.toml"
+    overrides = [] if of_the_paper else [f"model.path={tmp_path}"]
+    options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb"))
+    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, **options))
+    said = capsys.readouterr()
+    assert (code, said.err) == (0, "")
+    assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
 
 
 def test_an_evaluation_needs_a_model_and_a_benchmark_and_has_the_settings_of_the_paper(tmp_path: Path) -> None:
@@ -180,6 +200,37 @@ def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> N
         load_bailing_config(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_bailing_config(tmp_path)
+
+
+def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ling-lite-base's config.json has 0.1 where the chat model's has 0."""
+    shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
+    bailing._tell_of_dropout.cache_clear()
+    with caplog.at_level(logging.INFO, "megatron_rl"):
+        assert load_bailing_config(tmp_path) == load_bailing_config(tmp_path)
+    assert load_bailing_config(tmp_path) == BailingConfig.model_validate(TINY_CONFIG)
+    assert [r.getMessage() for r in caplog.records] == [
+        "config.json asks for embedding_dropout 0.1, output_dropout 0.1; training and servers here run without dropout"
+    ]
+
+
+def test_what_sglang_is_told_last_is_what_counts(tmp_path: Path) -> None:
+    given = ["--tp-size 2", "--mem-fraction-static", "0.4", "--tp=8", "--mem-fraction-static=0.5"]
+    rollout = load_config(RlConfig, write(tmp_path, RL), [f"rollout.sglang_arguments={given}"]).rollout
+    assert (rollout.sglang_tensor_size, rollout.sglang_memory_share) == (8, 0.5)
+    rollout = load_config(RlConfig, write(tmp_path, RL)).rollout
+    assert (rollout.sglang_tensor_size, rollout.sglang_memory_share) == (1, None)
+
+
+def test_a_cluster_has_nodes_that_train(tmp_path: Path) -> None:
+    options = ["cluster.nodes=34", "cluster.serving_nodes=2"]
+    config = load_config(RlConfig, write(tmp_path, RL), options)
+    assert config.cluster is not None and config.cluster.training_ranks == 256
+    with pytest.raises(ValueError, match="nodes 1 less serving_nodes 1 leaves none to train"):
+        load_config(RlConfig, write(tmp_path, RL), ["cluster.serving_nodes=1"])
+    with pytest.raises(ValueError, match=r"unknown key cluster.node; did you mean cluster.nodes\?"):
+        load_config(RlConfig, write(tmp_path, RL), ["cluster.node=1"])
 
 
 def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:

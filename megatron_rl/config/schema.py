@@ -22,6 +22,33 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+class ClusterSection(Section):
+    """The machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no more."""
+
+    nodes: Positive = 1
+    gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")
+    serving_nodes: int = Field(default=0, ge=0, description="of the nodes, which serve only; 0: all do both")
+    gpu_memory_gb: float = Field(default=80.0, ge=0, description="of 2^30 bytes; 0 asks for no verdict")
+
+    @property
+    def training_ranks(self) -> int:
+        return (self.nodes - self.serving_nodes) * self.gpus_per_node
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> "ClusterSection":
+        if self.nodes <= self.serving_nodes:
+            raise ValueError(
+                f"nodes {self.nodes} less serving_nodes {self.serving_nodes} leaves none to train; ask for more nodes"
+            )
+        return self
+
+
+class CommandConfig(Section):
+    """What a file of any kind may say."""
+
+    cluster: ClusterSection | None = None
+
+
 class ServingSection(Section):
     """How servers run a model, whichever it is."""
 
@@ -30,6 +57,11 @@ class ServingSection(Section):
         default=False,
         description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
         "a model that transformers does not know",
+    )
+    shape: Path | None = Field(
+        default=None,
+        description="for `megatron-rl plan` alone, while the model itself is not there yet: a config.json of the same "
+        "shape, or a folder that has one",
     )
 
 
@@ -138,7 +170,7 @@ class MoeSection(Section):
     z_loss_coefficient: float = Field(default=1e-7, ge=0, description="a_z of Eq. 6")
 
 
-class RunConfig(Section):
+class RunConfig(CommandConfig):
     """What SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
@@ -278,10 +310,22 @@ class GenerationSection(Section):
     @property
     def sglang_tensor_size(self) -> int:
         """GPUs that one SGLang server is divided over by tensor parallelism."""
-        names = ("--tp", "--tp-size", "--tensor-parallel-size")
+        size = self._sglang_argument("--tp", "--tp-size", "--tensor-parallel-size")
+        return int(size) if size.isdigit() else 1
+
+    @property
+    def sglang_memory_share(self) -> float | None:
+        """Of the memory that is free on a GPU when an SGLang server starts, what it takes for weights and cache; None
+        where SGLang decides."""
+        try:
+            return float(self._sglang_argument("--mem-fraction-static"))
+        except ValueError:
+            return None
+
+    def _sglang_argument(self, *names: str) -> str:
+        """The last value given under one of these names; empty when there is none."""
         words = [part for argument in self.sglang_arguments for part in argument.replace("=", " ").split()]
-        sizes = [int(size) for name, size in itertools.pairwise(words) if name in names and size.isdigit()]
-        return sizes[-1] if sizes else 1
+        return next((value for name, value in reversed([*itertools.pairwise(words)]) if name in names), "")
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -499,7 +543,7 @@ class RewardSection(Section):
         return self
 
 
-class SamplingConfig(Section):
+class SamplingConfig(CommandConfig):
     """`megatron-rl rollout`: sampled and scored responses to training prompts. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
