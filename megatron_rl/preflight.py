@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
@@ -23,7 +24,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     bailing = load_bailing_config(config.model.path)
     for problem in problems(config, bailing, world_size):
         raise ValueError(problem)
-    data = [config.data.train] if isinstance(config, SftConfig) else []
+    data = config.data.files if isinstance(config, SftConfig) else []
     if isinstance(config, RlConfig):
         data += config.data.train_files
     if rollouts is not None:
@@ -34,6 +35,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
+    if isinstance(config, SftConfig):
+        refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     if isinstance(config, RlConfig):
         rollout = config.rollout
         starts_servers = not rollout.urls and rollouts is None

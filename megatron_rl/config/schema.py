@@ -110,16 +110,46 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     learning_rate: float = Field(default=3e-6, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    min_learning_rate: float = Field(default=0.0, ge=0, description="where the cosine ends")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly; the first has 0"
+    )
+    warmup_share: float | None = Field(
+        default=None, ge=0, lt=1, description="instead of warmup_steps: their share of all optimizer steps, rounded"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
 
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "OptimizerSection":
+        if self.warmup_steps and self.warmup_share is not None:
+            raise ValueError(
+                f"set either warmup_steps or warmup_share, got {self.warmup_steps} and {self.warmup_share:g}"
+            )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is where a cosine ends; set schedule = 'cosine', or "
+                "leave it out"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} must be at most learning_rate {self.learning_rate:g}"
+            )
+        return self
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Of `num_steps` optimizer steps. A share leaves at least one of them."""
+        if self.warmup_share is None:
+            return self.warmup_steps
+        return min(round(self.warmup_share * num_steps), num_steps - 1)
+
 
 class TrainSection(Section):
-    steps: Positive = Field(description="rollout-and-train steps (RL) or optimizer steps (SFT)")
+    """What SFT and RL runs share."""
+
     micro_batch_tokens: Positive = Field(
         description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
         "sequence may be as long as what they hold together. Padding to multiples of 2 x context and of tensor comes "
@@ -165,6 +195,28 @@ class TrainSection(Section):
     )
 
 
+class RlTrainSection(TrainSection):
+    steps: Positive = Field(description="rollout-and-train steps")
+
+
+class SftTrainSection(TrainSection):
+    steps: Positive | None = Field(default=None, description="optimizer steps")
+    epochs: Positive | None = Field(
+        default=None,
+        description="instead of steps: how often as many chats are seen as all files of data.train hold together. At "
+        "the end of each there is a checkpoint, and a Hugging Face directory run_dir/epochs/epoch_N",
+    )
+    validate_every: int = Field(
+        default=0, ge=0, description="steps between validations, besides those at the end of each epoch and of the run"
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "SftTrainSection":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set either train.steps or train.epochs, not both and not neither")
+        return self
+
+
 class MoeSection(Section):
     load_balance_coefficient: float = Field(default=1e-5, ge=0, description="a_bal of Eq. 6")
     z_loss_coefficient: float = Field(default=1e-7, ge=0, description="a_z of Eq. 6")
@@ -188,26 +240,59 @@ class RunConfig(CommandConfig):
         return self.train.micro_batch_tokens * self.parallel.context
 
 
+Weights = dict[Path, Annotated[float, Field(gt=0)]]
+
+
+def weights_of(train: Path | Weights) -> Weights:
+    return {train: 1.0} if isinstance(train, Path) else train
+
+
 class SftData(Section):
-    train: Path = Field(description="JSONL of {messages: [{role, content}, ...]}")
+    train: Path | Weights = Field(
+        description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
+        '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
+    )
+    validation: Path | None = Field(
+        default=None, description="the same of chats that are not trained on; their loss and token entropy are logged"
+    )
     batch_tokens: Positive = Field(description="tokens per optimizer step, prompt tokens included")
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "SftData":
+        if not self.weights:
+            raise ValueError('data.train names no file; write {"file.jsonl" = 1}')
+        return self
+
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.train)
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.weights, *([self.validation] if self.validation else [])]
 
 
 class SftConfig(RunConfig):
     """`megatron-rl sft`: cross-entropy over packed chats."""
 
+    train: SftTrainSection
     data: SftData
 
     @model_validator(mode="after")
     def _check(self) -> "SftConfig":
-        if self.optimizer.warmup_steps >= self.train.steps:
+        if self.train.steps is not None:
+            self.check_warmup(self.train.steps)
+        if self.train.validate_every and self.data.validation is None:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below train.steps {self.train.steps}"
+                f"train.validate_every {self.train.validate_every} has nothing to validate on; set data.validation"
             )
         return self
 
-
-Weights = dict[Path, Annotated[float, Field(gt=0)]]
+    def check_warmup(self, num_steps: int) -> None:
+        """ValueError when it leaves none of the run's optimizer steps, which without train.steps only the data say."""
+        if self.optimizer.warmup_steps >= num_steps:
+            known = f"train.steps {num_steps}" if self.train.steps else f"the {num_steps} steps of train.epochs"
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below {known}")
 
 
 class DataStage(Section):
@@ -245,7 +330,7 @@ class RlData(Section):
     def weights_by_stage(self) -> list[tuple[int | None, Weights]]:
         """(prompts, weights by file) of every stage; prompts is None for the last."""
         stages = self.stages or (DataStage(train=self.train or {}),)
-        return [(s.prompts, {s.train: 1.0} if isinstance(s.train, Path) else s.train) for s in stages]
+        return [(s.prompts, weights_of(s.train)) for s in stages]
 
     @property
     def train_files(self) -> list[Path]:
@@ -569,6 +654,7 @@ class RlConfig(RunConfig, SamplingConfig):
     """`megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
+    train: RlTrainSection
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()

@@ -35,7 +35,7 @@ def run_rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Pat
 async def _rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
     stream = load_stream(config.data, config.seed)
-    input_ids = rendered_prompts(stream.prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+    input_ids = rendered_prompts(stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
     done = _claim(path, _settings(config, model, stream.digest), config.rollout.samples_per_prompt)
     taken, _ = stream.take(0, num_prompts)
     questions = [
