@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", _sft, "supervised fine-tuning over packed chats"),
         ("evaluate", _evaluate, "avg@k, pass@k and maj@k of a model directory on benchmarks"),
         ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
+        ("select", _select, "choose one of several model directories by the token entropy of its policy"),
         ("serve", _serve, "generation servers for a training run on other machines, until SIGTERM"),
         ("plan", _plan, "layout, budget, memory per GPU and how to start a run, from the configuration alone"),
     ):
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
             command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
             command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+        elif name == "select":
+            command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
         elif name == "serve":
             command.add_argument(
                 "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
@@ -224,6 +227,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config = load_config(EvaluateConfig, arguments.config, [*arguments.set, *model])
     check_before_evaluation(config)
     return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.selection import SelectConfig
+    from megatron_rl.preflight import check_before_selection
+    from megatron_rl.selection.command import run_selection
+
+    config = load_config(SelectConfig, arguments.config, arguments.set)
+    check_before_selection(config)
+    return run_selection(config, arguments.resume)
 
 
 def _rollout(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,11 @@ from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
+from megatron_rl.config.selection import SelectConfig
 from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
+from megatron_rl.selection.candidates import find_candidates
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
@@ -63,6 +65,23 @@ def check_before_evaluation(config: EvaluateConfig) -> None:
     one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
     needed = config.rollout.num_servers * sum(one)
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
+
+
+def check_before_selection(config: SelectConfig) -> None:
+    """ValueError for the first thing that would fail once servers start, for any of the candidates."""
+    for path in config.data.train_files:
+        if not path.is_file():
+            raise ValueError(f"data file {path} does not exist")
+    _check_run_dir(config.run_dir)
+    _check_servers(config.rollout)
+    for candidate in find_candidates(config.candidates):
+        bailing = load_bailing_config(candidate.path)
+        for problem in length_problems(config.rollout, bailing):
+            raise ValueError(f"candidate {candidate.path}: {problem}")
+        one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
+        needed = config.rollout.num_servers * sum(one)  # of one candidate after the other
+        largest = "rollout.max_running_requests or rollout.max_response_tokens"
+        _check_memory(needed, config.model.dtype, bailing, largest)
 
 
 def length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:

@@ -628,18 +628,18 @@ class RewardSection(Section):
         return self
 
 
-class SamplingConfig(CommandConfig):
-    """`megatron-rl rollout`: sampled and scored responses to training prompts. It knows nothing of training."""
+class RolloutPhase(CommandConfig):
+    """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
     seed: int = Field(default=1, ge=0)
-    model: ServedModelSection
+    model: ServingSection
     data: RlData
     rollout: RolloutSection
     reward: RewardSection = RewardSection()
 
     @model_validator(mode="after")
-    def _check_sampling(self) -> "SamplingConfig":
+    def _check_sampling(self) -> "RolloutPhase":
         check_servers(self.rollout, self.model)
         longest = self.rollout.max_response_tokens
         if self.reward.overlong_buffer_tokens > longest:
@@ -648,6 +648,12 @@ class SamplingConfig(CommandConfig):
                 f"rollout.max_response_tokens {longest}"
             )
         return self
+
+
+class SamplingConfig(RolloutPhase):
+    """`megatron-rl rollout`: sampled and scored responses to training prompts."""
+
+    model: ServedModelSection
 
 
 class RlConfig(RunConfig, SamplingConfig):

@@ -49,6 +49,14 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
 
     remedy: the end of its message.
     """
+    positions, end = find_groups(path, size, remedy)
+    with path.open("r+b") as file:
+        file.truncate(end)
+    return positions
+
+
+def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
+    """The same without changing anything, and the number of bytes up to the end of the last whole group."""
     sizes: dict[int, int] = {}
     end_of_whole = end = 0
     with path.open("rb") as file:
@@ -58,7 +66,7 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
             try:
                 position = int(json.loads(line)["position"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
+                raise ValueError(f"{path}: a line after byte {end} is no response; {remedy}") from None
             end += len(line)
             sizes[position] = sizes.get(position, 0) + 1
             if sizes[position] == size:
@@ -67,6 +75,4 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
     for position, count in sizes.items():
         if count > size or (count < size and position != last):
             raise ValueError(f"{path}: the group at position {position} has {count} responses, not {size}; {remedy}")
-    with path.open("r+b") as file:
-        file.truncate(end_of_whole)
-    return {position for position, count in sizes.items() if count == size}
+    return {position for position, count in sizes.items() if count == size}, end_of_whole
