@@ -3,14 +3,24 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
+from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import ClusterSection, CommandConfig, RunConfig, ServedModelSection, ServingSection
-from megatron_rl.plan.serving import plan_serving
+from megatron_rl.config.schema import (
+    ClusterSection,
+    CommandConfig,
+    RolloutPhase,
+    RunConfig,
+    SamplingConfig,
+    ServedModelSection,
+)
+from megatron_rl.config.selection import SelectConfig
+from megatron_rl.plan.serving import plan_serving, plan_teacher
 from megatron_rl.plan.text import as_text
 from megatron_rl.plan.training import plan_training
 
@@ -22,18 +32,25 @@ def run_plan(arguments: argparse.Namespace) -> int:
     config = load_config(kind, arguments.config, arguments.set)
     assert isinstance(config, CommandConfig)
     cluster = _cluster(config.cluster or ClusterSection(), arguments)
-    bailing, shape = _shape(config.model)  # type: ignore[attr-defined]  # every kind has a model
     plan: dict[str, Any] = {"run_dir": str(config.run_dir)} if hasattr(config, "run_dir") else {}
-    plan |= {"cluster": cluster.model_dump(), "model": _model(bailing)} | ({"shape": str(shape)} if shape else {})
-    if isinstance(config, RunConfig):
-        found = plan_training(config, bailing, cluster, arguments.config, arguments.set)
-    else:
-        found = plan_serving(config, bailing, cluster, arguments.config, arguments.set)
-    plan |= found
+    plan |= {"cluster": cluster.model_dump()} | _plan(config, cluster, arguments.config, arguments.set)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if arguments.json else as_text(plan))
     for problem in plan["problems"]:
         sys.stderr.write(f"megatron-rl plan: {problem}\n")
     return 2 if plan["problems"] else 0
+
+
+def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """path, overrides: of the configuration, as they were given."""
+    if getattr(config, "teacher", None) is not None:
+        assert isinstance(config, SamplingConfig)
+        return plan_teacher(config, path, overrides)
+    assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
+    bailing, shape = _shape(config)
+    found: dict[str, Any] = {"model": _model(bailing)} | ({"shape": str(shape)} if shape else {})
+    if isinstance(config, RunConfig):
+        return found | plan_training(config, bailing, cluster, path, overrides)
+    return found | plan_serving(config, bailing, cluster, path, overrides)
 
 
 def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSection:
@@ -48,17 +65,29 @@ def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSec
     return ClusterSection.model_construct(**values)
 
 
-def _shape(model: ServingSection) -> tuple[BailingConfig, Path | None]:
-    """Of model.path, or while that has no config.json of model.shape, which then comes second."""
-    if isinstance(model, ServedModelSection) and (model.shape is None or (model.path / "config.json").is_file()):
-        return load_bailing_config(model.path), None
-    shape = model.shape
-    if shape is None:
-        raise ValueError("model.shape is not set, which says for a plan what the candidates look like")
+def _shape(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[BailingConfig, Path | None]:
+    """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
+    ValueError when there is none of them."""
+    here = _models(config)
+    found = [path for path in here if (path / "config.json").is_file()]
+    shape = config.model.shape
+    if found or shape is None:
+        return load_bailing_config((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape
     if not path.is_file():
         raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
     return read_bailing_config(path), path
+
+
+def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
+    """Where this configuration's model may lie; never empty."""
+    if isinstance(config, SelectConfig):
+        candidates = config.candidates
+        if isinstance(candidates, Path):
+            return [*sorted(candidates.iterdir()), candidates] if candidates.is_dir() else [candidates]
+        return list(candidates)
+    assert isinstance(config.model, ServedModelSection)
+    return [config.model.path]
 
 
 def _model(bailing: BailingConfig) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The plan of what only samples, on one machine: `megatron-rl rollout` and `evaluate`."""
+"""The plan of what only samples, on one machine: `megatron-rl rollout`, `select` and `evaluate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import ClusterSection, CommandConfig, SamplingConfig
+from megatron_rl.config.selection import SelectConfig
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight import length_problems
 
@@ -15,28 +16,40 @@ def plan_serving(
     config: CommandConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given. ValueError for more than one node."""
-    assert isinstance(config, SamplingConfig | EvaluateConfig)
+    assert isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig)
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
     found = list(length_problems(config.rollout, bailing))
     parts, servers, against = plan_servers(config.rollout, config.model.dtype, bailing, cluster, updates=False)
     memory = {"serving_gpu": parts | {"total": sum(parts.values())}}
     found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
-    options = "".join(f" --set '{override}'" for override in overrides)
-    if isinstance(config, EvaluateConfig):
-        responses, command = _of_benchmarks(config), f"evaluate {path} --output runs/evaluation"
-    else:
-        responses, command = _of_prompts(config), f"rollout {path}"
     return {
-        "responses": responses,
+        "responses": _responses(config),
         "servers": servers,
         "memory": memory,
-        "launch": [f"megatron-rl {command}{options}"],
+        "launch": [_command(config, path, overrides)],
         "problems": found,
     }
 
 
-def _of_prompts(config: SamplingConfig) -> dict[str, Any]:
+def plan_teacher(config: SamplingConfig, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Of `megatron-rl rollout` with an endpoint that answers: nothing is served here."""
+    return {"responses": _responses(config), "launch": [_command(config, path, overrides)], "problems": []}
+
+
+def _command(config: CommandConfig, path: Path, overrides: Sequence[str]) -> str:
+    options = "".join(f" --set '{override}'" for override in overrides)
+    if isinstance(config, EvaluateConfig):
+        return f"megatron-rl evaluate {path} --output runs/evaluation{options}"
+    return f"megatron-rl {'select' if isinstance(config, SelectConfig) else 'rollout'} {path}{options}"
+
+
+def _responses(config: SamplingConfig | SelectConfig | EvaluateConfig) -> dict[str, Any]:
+    if isinstance(config, EvaluateConfig):
+        return _of_benchmarks(config)
+    if isinstance(config, SelectConfig):
+        prompts, samples = config.prompts, config.rollout.samples_per_prompt
+        return {"prompts": prompts, "samples": samples, "total": prompts * samples, "of": "each candidate"}
     prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     return {"prompts": prompts, "samples": samples, "total": prompts * samples}
 

@@ -12,6 +12,7 @@ def as_text(plan: dict[str, Any]) -> str:
         ("model", _model(plan)),
         ("topology", _topology(plan)),
         ("layout", _layout(plan)),
+        ("batch", _batch(plan)),
         ("budget", _budget(plan)),
         ("responses", _responses(plan)),
         ("servers", _servers(plan)),
@@ -23,17 +24,22 @@ def as_text(plan: dict[str, Any]) -> str:
 
 
 def _model(plan: dict[str, Any]) -> Iterator[str]:
+    if "model" not in plan:
+        yield "a teacher's, at an endpoint; nothing is served here"
+        return
     model = plan["model"]
     yield f"{model['parameters']:,} parameters, {model['active_parameters']:,} of them active"
     if "shape" in plan:
-        yield f"by {plan['shape']}; model.path is not there yet"
+        yield f"by {plan['shape']}, since the model is not there yet"
 
 
 def _topology(plan: dict[str, Any]) -> Iterator[str]:
     cluster = plan["cluster"]
     nodes, gpus, serving = cluster["nodes"], cluster["gpus_per_node"], cluster["serving_nodes"]
     told = f"{nodes} node{'s' if nodes > 1 else ''} x {gpus} GPUs = {nodes * gpus}"
-    if "layout" not in plan:
+    if "model" not in plan:
+        yield "one machine without a GPU"
+    elif "layout" not in plan:
         yield f"{told}, all of them to serve"
     elif serving:
         yield f"{told}, of which {serving} x {gpus} = {serving * gpus} serve and {(nodes - serving) * gpus} train"
@@ -52,10 +58,13 @@ def _layout(plan: dict[str, Any]) -> Iterator[str]:
         yield f"layers per stage {', '.join(map(str, layout['layers_per_stage']))}"
 
 
-def _budget(plan: dict[str, Any]) -> Iterator[str]:
+def _batch(plan: dict[str, Any]) -> Iterator[str]:
     if "batch" in plan:
         yield f"{plan['batch']['step_tokens']:,} tokens per optimizer step"
         yield _per_rank(plan["batch"])
+
+
+def _budget(plan: dict[str, Any]) -> Iterator[str]:
     budget = plan.get("budget")
     if budget is None:
         return
@@ -74,10 +83,9 @@ def _budget(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _per_rank(numbers: dict[str, int]) -> str:
-    return (
-        f"{numbers['tokens_per_data_rank']:,} per data-parallel rank, in {numbers['min_micro_batches']} micro-batches "
-        "or more"
-    )
+    count = numbers["min_micro_batches"]
+    batches = f"{count} micro-batch{'' if count == 1 else 'es'}"
+    return f"{numbers['tokens_per_data_rank']:,} per data-parallel rank, in {batches} or more"
 
 
 def _responses(plan: dict[str, Any]) -> Iterator[str]:
@@ -85,9 +93,8 @@ def _responses(plan: dict[str, Any]) -> Iterator[str]:
     if responses is None:
         return
     if "benchmarks" not in responses:
-        yield " x ".join(f"{n:,} {name}" for name, n in responses.items() if name != "total") + (
-            f" = {responses['total']:,}"
-        )
+        told = f"{responses['prompts']:,} prompts x {responses['samples']} samples = {responses['total']:,}"
+        yield f"{told} of {responses['of']}" if "of" in responses else told
         return
     unknown = []
     for name, one in responses["benchmarks"].items():
