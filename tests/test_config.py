@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")
     assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
+
+
+def test_the_tables_of_the_papers_values_have_every_key_of_the_files_and_a_source() -> None:
+    text = (ROOT / "docs/paper_configs.md").read_text()
+    names = []
+    for table in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
+        name, *lines = table.splitlines()
+        rows = [re.fullmatch(r"\| `(.+?)` \| `(.+)` \| (.+) \|", line) for line in lines if line.startswith("| `")]
+        assert all(rows), name
+        told = tomllib.loads("\n".join(f"{row[1]} = {row[2]}" for row in rows if row))
+        written = tomllib.loads((ROOT / "examples/ring_lite" / name).read_text())
+        assert told == {key: value for key, value in written.items() if key != "base"}, name
+        names.append(ROOT / "examples/ring_lite" / name)
+    assert sorted(names) == [
+        path for path in SHIPPED if "paper_256gpu" in path.parts or path.name.startswith("one_node")
+    ]
 
 
 def test_an_evaluation_needs_a_model_and_a_benchmark_and_has_the_settings_of_the_paper(tmp_path: Path) -> None:

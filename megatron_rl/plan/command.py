@@ -85,6 +85,8 @@ def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
         candidates = config.candidates
         if isinstance(candidates, Path):
             return [*sorted(candidates.iterdir()), candidates] if candidates.is_dir() else [candidates]
+        if not candidates:
+            raise ValueError("candidates names no directory")
         return list(candidates)
     assert isinstance(config.model, ServedModelSection)
     return [config.model.path]
