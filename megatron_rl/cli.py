@@ -250,9 +250,12 @@ def _rollout(arguments: argparse.Namespace) -> int:
     config = load_config(kind, arguments.config, arguments.set)
     if arguments.prompts is not None and arguments.prompts < 1:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
+    if config.teacher is not None and arguments.model:
+        raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
+    model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
     return run_rollout(
         config,
-        arguments.model or config.model.path,
+        model,
         arguments.prompts or config.rollout.prompts_per_step,
         arguments.output or config.run_dir / "rollouts.jsonl",
         arguments.resume,

@@ -13,6 +13,7 @@ from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
+from megatron_rl.rollout.recorded import check_first_row
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
 from megatron_rl.selection.candidates import find_candidates
@@ -34,6 +35,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
+    if rollouts is not None:
+        check_first_row(rollouts)
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")

@@ -6,7 +6,7 @@ Nothing here imports torch or megatron, so a wrong configuration is refused in a
 import itertools
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -569,17 +569,62 @@ class CodeSection(Section):
     endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
 
 
-class JudgeSection(Section):
+class EndpointSection(Section):
+    """A model behind an OpenAI-compatible endpoint: megatron_rl/endpoint.py."""
+
+    url: str = Field(default="", description="of the server, such as http://host:port/v1")
+    model: str = Field(default="", description="the name under which that server has it")
+    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="for one reply, after which it is asked again")
+    concurrent: Positive = Field(default=16, description="requests at a time")
+
+
+class JudgeSection(EndpointSection):
     """A model that is asked about answers that rules call wrong: reward/model_judge.py."""
 
     domains: tuple[str, ...] = Field(default=(), description="whose wrong answers it is asked about; empty is off")
-    url: str = Field(default="", description="of an OpenAI-compatible server, such as http://host:port/v1")
-    model: str = Field(default="", description="the name under which that server has it")
-    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    concurrent: Positive = Field(default=16, description="questions at a time")
     max_tokens: Positive = Field(default=1024, description="of its reply")
     max_answer_characters: Positive = Field(default=1000, description="a longer answer is wrong without asking")
+
+
+class TeacherSection(EndpointSection):
+    """A model that answers the prompts in place of a checkpoint: rollout/teacher.py. Temperature, length and number of
+    its responses are rollout.temperature, max_response_tokens and samples_per_prompt."""
+
+    url: str = Field(min_length=1, description="of an OpenAI-compatible server, such as http://host:port/v1")
+    model: str = Field(min_length=1, description="the name under which that server has it")
+    timeout_seconds: float = Field(default=600.0, gt=0, description="for one response, after which it is asked again")
+    concurrent: Positive = Field(default=64, description="responses at a time")
+    tries: Positive = Field(
+        default=5, description="requests for a response before it has failed, and its prompt with it"
+    )
+    max_failure_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="the run stops when a greater share of prompts failed; --resume asks them again. 1 is off",
+    )
+    system: str = Field(default="", description="system message before every prompt; empty: none")
+    top_p: Fraction = 1.0
+    send_seed: bool = Field(
+        default=True,
+        description="send a seed, another for each response; false for servers that refuse the key `seed`",
+    )
+    extra: dict[str, Any] = Field(
+        default={},
+        description='further keys of each request, such as {reasoning_effort = "high"}; max_completion_tokens among '
+        "them takes the place of max_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _check_extra(self) -> "TeacherSection":
+        taken = {"model", "messages", "n", "stream", "temperature", "top_p", "max_tokens", "seed"} & self.extra.keys()
+        if taken:
+            raise ValueError(
+                f"teacher.extra names {sorted(taken)[0]!r}, which a request has from elsewhere (rollout.temperature, "
+                "rollout.max_response_tokens, rollout.samples_per_prompt, teacher.top_p, seed); take it out"
+            )
+        return self
 
 
 # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
@@ -633,14 +678,27 @@ class RolloutPhase(CommandConfig):
 
     run_dir: Path = Field(description="everything that is written lands here")
     seed: int = Field(default=1, ge=0)
-    model: ServingSection
+    model: ServingSection | None = None
     data: RlData
     rollout: RolloutSection
     reward: RewardSection = RewardSection()
 
+    @property
+    def starts_servers(self) -> bool:
+        return True
+
+    @property
+    def serving(self) -> ServingSection:
+        """How servers run the model, where servers are started."""
+        assert self.model is not None
+        return self.model
+
     @model_validator(mode="after")
     def _check_sampling(self) -> "RolloutPhase":
-        check_servers(self.rollout, self.model)
+        if self.starts_servers:
+            if self.model is None:
+                raise ValueError("model is required, a checkpoint to sample from; or teacher, an endpoint that answers")
+            check_servers(self.rollout, self.model)
         longest = self.rollout.max_response_tokens
         if self.reward.overlong_buffer_tokens > longest:
             raise ValueError(
@@ -653,7 +711,14 @@ class RolloutPhase(CommandConfig):
 class SamplingConfig(RolloutPhase):
     """`megatron-rl rollout`: sampled and scored responses to training prompts."""
 
-    model: ServedModelSection
+    model: ServedModelSection | None = None
+    teacher: TeacherSection | None = Field(
+        default=None, description="an endpoint that answers instead of model, which may then be left out"
+    )
+
+    @property
+    def starts_servers(self) -> bool:
+        return self.teacher is None
 
 
 class RlConfig(RunConfig, SamplingConfig):
@@ -668,6 +733,17 @@ class RlConfig(RunConfig, SamplingConfig):
     @property
     def probe_tolerance(self) -> float:
         return self.sync.probe_tolerance or (1e-3 if self.model.dtype == "float32" else 0.1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_teacher(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("teacher") is not None:
+            raise ValueError(
+                "teacher is for `megatron-rl rollout` with a configuration without budget, train, optimizer and "
+                "algorithm; training needs responses of its own policy, with their log-probs: remove teacher, or make "
+                "SFT rows of what the teacher answers (docs/distillation.md)"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check_budget(self) -> "RlConfig":

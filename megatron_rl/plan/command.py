@@ -18,6 +18,7 @@ from megatron_rl.config.schema import (
     RunConfig,
     SamplingConfig,
     ServedModelSection,
+    ServingSection,
 )
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.plan.serving import plan_serving, plan_teacher
@@ -42,8 +43,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given."""
-    if getattr(config, "teacher", None) is not None:
-        assert isinstance(config, SamplingConfig)
+    if isinstance(config, SamplingConfig) and config.teacher is not None:
         return plan_teacher(config, path, overrides)
     assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
     bailing, shape = _shape(config)
@@ -70,7 +70,7 @@ def _shape(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[BailingCo
     ValueError when there is none of them."""
     here = _models(config)
     found = [path for path in here if (path / "config.json").is_file()]
-    shape = config.model.shape
+    shape = _served(config).shape
     if found or shape is None:
         return load_bailing_config((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape
@@ -88,8 +88,13 @@ def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
         if not candidates:
             raise ValueError("candidates names no directory")
         return list(candidates)
-    assert isinstance(config.model, ServedModelSection)
-    return [config.model.path]
+    model = _served(config)
+    assert isinstance(model, ServedModelSection)
+    return [model.path]
+
+
+def _served(config: RunConfig | RolloutPhase | EvaluateConfig) -> ServingSection:
+    return config.serving if isinstance(config, RolloutPhase) else config.model
 
 
 def _model(bailing: BailingConfig) -> dict[str, int]:

@@ -20,7 +20,8 @@ def plan_serving(
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
     found = list(length_problems(config.rollout, bailing))
-    parts, servers, against = plan_servers(config.rollout, config.model.dtype, bailing, cluster, updates=False)
+    dtype = (config.model if isinstance(config, EvaluateConfig) else config.serving).dtype
+    parts, servers, against = plan_servers(config.rollout, dtype, bailing, cluster, updates=False)
     memory = {"serving_gpu": parts | {"total": sum(parts.values())}}
     found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
     return {

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.records import Group
@@ -18,29 +19,52 @@ log = logging.getLogger(__name__)
 _TELL_EVERY_SECONDS = 10.0
 
 
-async def sample_into(
-    path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
-) -> int:
-    """Append `lines` of every question's group as it completes; what is written survives. Tells how far it is, counting
-    groups as `noun`. Returns the number of tokens that were generated."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A group that is complete. lines: its rows. num_tokens: generated for it. reward: their mean."""
+
+    lines: str
+    num_tokens: int
+    reward: float
+
+
+async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
+    """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
+    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
     started = told = time.perf_counter()
-    num_groups = num_tokens = 0
+    num_done = num_tokens = 0
     reward = 0.0
     with path.open("a") as file:
-        async for question, group in sampler.as_completed(questions, 0):
-            file.write(lines(question, group))
+        async for group in groups:
+            file.write(group.lines)
             file.flush()
             os.fsync(file.fileno())
-            num_groups += 1
-            num_tokens += sum(sample.response.num_output_tokens for sample in group.samples)
-            reward += sum(sample.reward for sample in group.samples) / len(group.samples)
-            if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_groups == len(questions):
+            num_done += 1
+            num_tokens += group.num_tokens
+            reward += group.reward
+            if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_done == num_groups:
                 told = time.perf_counter()
                 log.info(
                     "%d of %d %s, mean reward %.3f, %.0f tokens/s",
-                    *(num_groups, len(questions), noun, reward / num_groups, num_tokens / (told - started)),
+                    *(num_done, num_groups, noun, reward / num_done, num_tokens / (told - started)),
                 )
     return num_tokens
+
+
+async def sample_into(
+    path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
+) -> int:
+    """Append `lines` of every question's group, see `write_groups`."""
+
+    async def finished() -> AsyncIterator[Finished]:
+        async for question, group in sampler.as_completed(questions, 0):
+            yield Finished(
+                lines=lines(question, group),
+                num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
+                reward=sum(sample.reward for sample in group.samples) / len(group.samples),
+            )
+
+    return await write_groups(path, finished(), len(questions), noun)
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:

@@ -40,6 +40,7 @@ async def serving(
 @asynccontextmanager
 async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
+    assert config.model is not None  # with a teacher there is nothing to serve
     eos = load_bailing_config(model).eos_token_id
     with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
         async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:
