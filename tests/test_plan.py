@@ -62,12 +62,17 @@ EXPERT, ROUTER, SHARED = 3 * 2048 * 1408, 64 * 2048, 3 * 2048 * 2816
 VOCABULARY = 126464 * 2048
 
 
-def plan(folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The plan as JSON, and what was said against it."""
+def written(folder: Path) -> Path:
+    """The configuration, with the shape of its model."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model/config.json").write_text(json.dumps(LING_LITE))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
-    command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(folder / "config.toml"), "--json", *options]
+    return folder / "config.toml"
+
+
+def plan(folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The plan as JSON, and what was said against it."""
+    command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(written(folder)), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return (json.loads(done.stdout) if done.stdout else {}), done.stderr
@@ -138,8 +143,7 @@ def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
 
 
 def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(tmp_path, "--gpu-memory-gb", "0")
-    config = tmp_path / "config.toml"
+    config = written(tmp_path)
 
     def planned(servers: int, arguments: str) -> dict[str, Any]:
         options = (f"rollout.servers={servers}", f"rollout.sglang_arguments={arguments.split()}")
@@ -156,8 +160,7 @@ def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_shape_of_a_model_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(tmp_path, "--gpu-memory-gb", "0")
-    config, model = tmp_path / "config.toml", tmp_path / "model"
+    config, model = written(tmp_path), tmp_path / "model"
     for shape in (model, model / "config.json"):
         found = run_in_process(capsys, config, "model.path=later", f"model.shape={shape}")
         assert found["shape"] == str(model / "config.json")
@@ -168,7 +171,7 @@ def test_the_shape_of_a_model_that_is_not_there_yet(tmp_path: Path, capsys: pyte
 
 
 def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(tmp_path, "--gpu-memory-gb", "0")
+    written(tmp_path)
     model = f'[model]\npath = "{tmp_path}/model"\ndtype = "bfloat16"\ntrust_remote_code = true\n'
     sampling = tmp_path / "sampling.toml"
     rollout = "prompts_per_step = 100\nsamples_per_prompt = 4\nmax_response_tokens = 8192\nmax_prompt_tokens = 2048\n"
@@ -208,6 +211,20 @@ def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["responses"]["total"] == 980
     (problem,) = run_in_process(capsys, evaluation, "rollout.max_response_tokens=16384")["problems"]
     assert "= 18432 is over the model's max_position_embeddings 16384" in problem
+
+
+def test_a_plan_of_a_selection_and_of_a_teacher(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = Path("examples/ring_lite/paper_256gpu")
+    found = run_in_process(capsys, folder / "select.toml", "prompts=100", "rollout.samples_per_prompt=3")
+    assert found["responses"] == {"prompts": 100, "samples": 3, "total": 300, "of": "each candidate"}
+    assert found["memory"]["serving_gpu"]["total"] == round(0.85 * 80 * 2**30)
+    assert found["launch"][0].startswith("megatron-rl select ")
+    found = run_in_process(capsys, folder / "distill.toml", "rollout.prompts_per_step=100")
+    assert found["responses"] == {"prompts": 100, "samples": 4, "total": 400}
+    assert not {"memory", "servers", "model"} & found.keys(), "nothing is served here"
 
 
 def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
