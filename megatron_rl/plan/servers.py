@@ -44,7 +44,8 @@ def plan_servers(
         "max_sequence_tokens": rollout.max_sequence_tokens,
     }
     found = []
-    if rollout.engine == "sglang" and rollout.num_servers * num_gpus > cluster.gpus_per_node:
+    crowded = rollout.engine == "sglang" and rollout.num_servers * num_gpus > cluster.gpus_per_node
+    if crowded and cluster.gpu_memory_gb:  # without a verdict it may be a machine without GPUs
         found.append(
             f"rollout.servers {rollout.num_servers} x --tp-size {num_gpus:g} is more than the {cluster.gpus_per_node} "
             "GPUs of a node (--gpus-per-node); lower one of them"
