@@ -35,6 +35,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
         plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
         if isinstance(config, RlConfig):
             plan["budget"] = _budget(config, layout)
+        if isinstance(config, SftConfig):
+            plan["training"] = _training(config, layout)
         plan["memory"] = memory = _memory(config, bailing, layout, gpus, colocated=not serving)
         limit = round(arguments.gpu_memory_gb * 2**30)
         for name in ("training_gpu", "serving_gpu"):
@@ -78,6 +80,20 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
         "min_responses": -(-sum(budgets) // config.rollout.max_response_tokens),
         "tokens_per_data_rank": per_rank,
         "min_micro_batches": -(-per_rank // config.micro_batch_cap),
+    }
+
+
+def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:
+    """optimizer_steps, warmup_steps: None where they follow from the data. weights: of the files, as shares."""
+    steps, total = config.train.steps, sum(config.data.weights.values())
+    return {
+        "optimizer_steps": steps,
+        "epochs": config.train.epochs,
+        "warmup_steps": config.optimizer.num_warmup_steps(steps) if steps else None,
+        "warmup_share": config.optimizer.warmup_share,
+        "step_tokens": config.data.batch_tokens,
+        "min_micro_batches": -(-config.data.batch_tokens // layout.data // config.micro_batch_cap),
+        "weights": {str(path): weight / total for path, weight in config.data.weights.items()},
     }
 
 
@@ -143,9 +159,31 @@ def _as_text(plan: dict[str, Any]) -> str:
             ]
         else:
             lines.append(f"budget    none; {budget['responses_of_first_phase']:,} responses per phase")
+    if training := plan.get("training"):
+        lines += _told_training(training)
     for name, parts in plan.get("memory", {}).items():
         told = ", ".join(f"{part.replace('_', ' ')} {n / 2**30:.2f}" for part, n in parts.items() if part != "total")
         lines.append(f"memory    {parts['total'] / 2**30:.1f} GiB on the fullest {name.replace('_', ' ')}, estimated:")
         lines.append(f"          {told}")
     lines += [f"launch    {plan['launch'][0]}", *(f"          {line}" for line in plan["launch"][1:])]
     return "\n".join(lines) + "\n"
+
+
+def _told_training(training: dict[str, Any]) -> list[str]:
+    if training["optimizer_steps"]:
+        length = f"{training['optimizer_steps']:,} optimizer steps"
+        warmup = f"{training['warmup_steps']:,} of them warm-up"
+    else:
+        length = (
+            f"{training['epochs']} epoch(s); how many optimizer steps follows from the data, when the run reads them"
+        )
+        share = training["warmup_share"]
+        warmup = f"warm-up over {share:.2%} of them" if share is not None else "warm-up as optimizer.warmup_steps says"
+    files = ", ".join(f"{path} {share:.1%}" for path, share in training["weights"].items())
+    return [
+        f"training  {length}",
+        f"          {warmup}",
+        f"          {training['step_tokens']:,} tokens at most per step, on a data-parallel rank in "
+        f"{training['min_micro_batches']} micro-batches or more",
+        f"          data {files}",
+    ]
