@@ -22,6 +22,7 @@ from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage
 from megatron_rl.data.prompts import Chat, Message
+from megatron_rl.preflight import check_before_start
 from megatron_rl.train.chats import ChatBatches, validation_parts
 from megatron_rl.train.epochs import EpochLoss
 from megatron_rl.train.trainer import StepResult
@@ -213,6 +214,13 @@ def test_validation_chats_are_others_than_those_trained_on_and_fit(here: Path) -
         validation_parts(config_of("data.batch_tokens=12"), tokenizer, set())
     with pytest.raises(ValueError, match=r"data.train: chat \w+ has \d+ tokens; train.micro_batch_tokens allows 12"):
         ChatBatches(config_of("train.micro_batch_tokens=12"), tokenizer)
+
+
+def test_files_that_are_not_there_are_named_before_anything_starts(here: Path) -> None:
+    check_before_start(config_of(f"run_dir={here}/other"), 1, resume=False)
+    for change in ("data.validation=none.jsonl", 'data.train={"a.jsonl"=1,"none.jsonl"=1}'):
+        with pytest.raises(ValueError, match=r"data file none.jsonl does not exist"):
+            check_before_start(config_of(f"run_dir={here}/other", change), 1, resume=False)
 
 
 # -- what an epoch leaves ------------------------------------------------------------------------------------------
