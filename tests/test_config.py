@@ -15,7 +15,7 @@ from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import dump_config, load_config, read_values
-from megatron_rl.config.schema import RlConfig, SamplingConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
 from megatron_rl.layout import Layout
 from megatron_rl.plan.command import run_plan
 
@@ -123,6 +123,45 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(RlConfig, write(tmp_path, RL), [change, "rollout.servers=2"] if "=" in change else [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.epochs=2"], r"train: set either train.steps or train.epochs, not both and not neither"),
+        (["train={micro_batch_tokens=9}"], r"train: set either train.steps or train.epochs"),
+        (["optimizer.warmup_steps=2"], r"optimizer.warmup_steps 2 must be below train.steps 2"),
+        (
+            ["optimizer.warmup_steps=1", "optimizer.warmup_share=0.1"],
+            "either warmup_steps or warmup_share, got 1 and 0.1",
+        ),
+        (["optimizer.warmup_share=1"], r"warmup_share: .*less than 1, got 1"),
+        (
+            ["optimizer.min_learning_rate=1e-7"],
+            "min_learning_rate 1e-07 is where a cosine ends; set schedule = 'cosine'",
+        ),
+        (
+            ["optimizer={schedule='cosine',min_learning_rate=1}"],
+            "min_learning_rate 1 must be at most learning_rate 3e-06",
+        ),
+        (["train.validate_every=2"], "train.validate_every 2 has nothing to validate on; set data.validation"),
+        (["data.train={}"], r'data.train names no file; write \{"file.jsonl" = 1\}'),
+        (["data.train={'a'=0}"], r"data.train.*: .*greater than 0, got 0"),
+        (["data.validate=a"], r"unknown key data.validate; did you mean data.validation\?"),
+    ],
+)
+def test_a_mistake_about_fine_tuning_is_named_with_its_remedy(tmp_path: Path, changes: list[str], message: str) -> None:
+    text = 'run_dir = "r"\nmodel.path = "m"\ndata = {train = "a", batch_tokens = 9}\n'
+    text += "train = {steps = 2, micro_batch_tokens = 9}\n"
+    with pytest.raises(ValueError, match=message):
+        load_config(SftConfig, write(tmp_path, text), changes)
+
+
+def test_the_epochs_of_fine_tuning_are_not_for_reinforcement_learning(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown key train.epochs"):
+        load_config(RlConfig, write(tmp_path, RL), ["train.epochs=2"])
+    options = ["optimizer={schedule='cosine',warmup_share=0.1,min_learning_rate=1e-7}"]
+    assert load_config(RlConfig, write(tmp_path, RL), options).optimizer.num_warmup_steps(20) == 2
 
 
 def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> None:

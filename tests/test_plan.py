@@ -326,7 +326,13 @@ def test_a_plan_of_fine_tuning(tmp_path: Path) -> None:
     plan(tmp_path, "--gpu-memory-gb", "0")
     config = tmp_path / "config.toml"
     text = f'run_dir = "r"\nmodel.path = "{tmp_path}/model"\nmodel.dtype = "bfloat16"\nparallel.expert = 8\n'
-    config.write_text(text + 'data = {train = "x", batch_tokens = 9}\ntrain = {steps = 3, micro_batch_tokens = 4096}\n')
+    text += 'data = {train = {"x" = 3, "y" = 1}, batch_tokens = 65536}\noptimizer = {warmup_share = 0.01}\n'
+    config.write_text(text + "train = {epochs = 3, micro_batch_tokens = 4096}\n")
     command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"megatron-rl sft {config} --nproc 8" in done.stdout
+    assert "3 epoch(s); how many optimizer steps follows from the data" in done.stdout
+    assert "warm-up over 1.00% of them" in done.stdout
+    assert "65,536 tokens at most per optimizer step" in done.stdout
+    assert "8,192 per data-parallel rank, in 2 micro-batches or more" in done.stdout
+    assert "data x 75.0%, y 25.0%" in done.stdout

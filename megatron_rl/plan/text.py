@@ -12,7 +12,7 @@ def as_text(plan: dict[str, Any]) -> str:
         ("model", _model(plan)),
         ("topology", _topology(plan)),
         ("layout", _layout(plan)),
-        ("batch", _batch(plan)),
+        ("training", _training(plan)),
         ("budget", _budget(plan)),
         ("responses", _responses(plan)),
         ("servers", _servers(plan)),
@@ -58,10 +58,20 @@ def _layout(plan: dict[str, Any]) -> Iterator[str]:
         yield f"layers per stage {', '.join(map(str, layout['layers_per_stage']))}"
 
 
-def _batch(plan: dict[str, Any]) -> Iterator[str]:
-    if "batch" in plan:
-        yield f"{plan['batch']['step_tokens']:,} tokens per optimizer step"
-        yield _per_rank(plan["batch"])
+def _training(plan: dict[str, Any]) -> Iterator[str]:
+    if "training" not in plan:
+        return
+    training = plan["training"]
+    if training["optimizer_steps"]:
+        yield f"{training['optimizer_steps']:,} optimizer steps"
+        yield f"{training['warmup_steps']:,} of them warm-up"
+    else:
+        yield f"{training['epochs']} epoch(s); how many optimizer steps follows from the data, when the run reads them"
+        share = training["warmup_share"]
+        yield f"warm-up over {share:.2%} of them" if share is not None else "warm-up as optimizer.warmup_steps says"
+    yield f"{training['step_tokens']:,} tokens at most per optimizer step"
+    yield _per_rank(training)
+    yield "data " + ", ".join(f"{path} {share:.1%}" for path, share in training["weights"].items())
 
 
 def _budget(plan: dict[str, Any]) -> Iterator[str]:

@@ -28,7 +28,7 @@ def plan_training(
         if isinstance(config, RlConfig):
             plan["budget"] = _budget(config, layout)
         elif isinstance(config, SftConfig):
-            plan["batch"] = _per_rank(config.data.batch_tokens, config, layout)
+            plan["training"] = _training(config, layout)
         plan |= _memory(config, bailing, layout, cluster, found)
         found += over_limit(
             plan["memory"], cluster, {"training_gpu": _remedy(config, cluster), "serving_gpu": SERVING_REMEDY}
@@ -53,6 +53,19 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
         "filling_mean_tokens": sum(budgets) / responses,
         "min_responses": -(-sum(budgets) // config.rollout.max_response_tokens),
         **_per_rank(budgets[0], config, layout),
+    }
+
+
+def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:
+    """optimizer_steps, warmup_steps: None where they follow from the data. weights: of the files, as shares."""
+    steps, total = config.train.steps, sum(config.data.weights.values())
+    return {
+        "optimizer_steps": steps,
+        "epochs": config.train.epochs,
+        "warmup_steps": config.optimizer.num_warmup_steps(steps) if steps else None,
+        "warmup_share": config.optimizer.warmup_share,
+        **_per_rank(config.data.batch_tokens, config, layout),
+        "weights": {str(path): weight / total for path, weight in config.data.weights.items()},
     }
 
 

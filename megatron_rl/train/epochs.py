@@ -1,6 +1,7 @@
 """The end of an epoch of supervised fine-tuning: its training loss, and the model as it is then."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,8 @@ class EpochDirectories:
     def write(self, epoch: int, note: dict[str, float | None]) -> None:
         """Collective: the present weights, unless those of just this epoch are there: a run that was killed after it
         comes here again."""
-        path, text = epoch_path(self._run_dir, epoch), json.dumps({"epoch": epoch, **note}, indent=1) + "\n"
+        finite = {name: None if value is None or not math.isfinite(value) else value for name, value in note.items()}
+        path, text = epoch_path(self._run_dir, epoch), json.dumps({"epoch": epoch, **finite}, indent=1) + "\n"
         if not self._agreed(_text(path / SFT_NOTE) == text):
             self._session.export(path, {SFT_NOTE: text})
 

@@ -131,12 +131,8 @@ class _Run:
         return {f"validation_{name}": found[name] for name in ("loss", "entropy")}
 
     def _end_epoch(self, epoch: int, num_steps: int, train_loss: float | None, validated: dict[str, float]) -> None:
-        note = {
-            "step": num_steps,
-            "validation_loss": validated.get("validation_loss"),
-            "validation_entropy": validated.get("validation_entropy"),
-            "train_loss": train_loss,
-        }
+        measured = {name: validated.get(name) for name in ("validation_loss", "validation_entropy")}
+        note = {"step": num_steps, **measured, "train_loss": train_loss}
         self._directories.write(epoch, note)
         if self._session.is_leader:
             told = "none" if train_loss is None else f"{train_loss:.4f}"
