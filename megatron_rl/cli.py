@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", _sft, "supervised fine-tuning over packed chats"),
         ("evaluate", _evaluate, "avg@k, pass@k and maj@k of a model directory on benchmarks"),
         ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
+        ("select", _select, "choose one of several model directories by the token entropy of its policy"),
         ("serve", _serve, "generation servers for a training run on other machines, until SIGTERM"),
         ("plan", _plan, "layout, budget, memory per GPU and how to start a run, from the configuration alone"),
     ):
@@ -74,19 +75,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
             command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
             command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+        elif name == "select":
+            command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
         elif name == "serve":
             command.add_argument(
                 "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
             )
             command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
         elif name == "plan":
-            command.add_argument("--nodes", type=int, default=1)
-            command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="training ranks of a node")
+            command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
+            command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
+            command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
             command.add_argument(
-                "--serving-nodes", type=int, default=0, metavar="N", help="of the nodes; 0: all do both"
-            )
-            command.add_argument(
-                "--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict"
+                "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
             )
             command.add_argument("--json", action="store_true")
         else:
@@ -211,7 +212,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_rl.plan import run_plan
+    from megatron_rl.plan.command import run_plan
 
     return run_plan(arguments)
 
@@ -228,6 +229,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
 
 
+def _select(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.config.selection import SelectConfig
+    from megatron_rl.preflight import check_before_selection
+    from megatron_rl.selection.command import run_selection
+
+    config = load_config(SelectConfig, arguments.config, arguments.set)
+    check_before_selection(config)
+    return run_selection(config, arguments.resume)
+
+
 def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
@@ -238,9 +250,12 @@ def _rollout(arguments: argparse.Namespace) -> int:
     config = load_config(kind, arguments.config, arguments.set)
     if arguments.prompts is not None and arguments.prompts < 1:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
+    if config.teacher is not None and arguments.model:
+        raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
+    model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
     return run_rollout(
         config,
-        arguments.model or config.model.path,
+        model,
         arguments.prompts or config.rollout.prompts_per_step,
         arguments.output or config.run_dir / "rollouts.jsonl",
         arguments.resume,

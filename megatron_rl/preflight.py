@@ -7,12 +7,16 @@ from pathlib import Path
 
 import psutil
 
+from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
+from megatron_rl.config.selection import SelectConfig
 from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
+from megatron_rl.rollout.recorded import check_first_row
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
+from megatron_rl.selection.candidates import find_candidates
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
@@ -23,7 +27,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     bailing = load_bailing_config(config.model.path)
     for problem in problems(config, bailing, world_size):
         raise ValueError(problem)
-    data = [config.data.train] if isinstance(config, SftConfig) else []
+    data = config.data.files if isinstance(config, SftConfig) else []
     if isinstance(config, RlConfig):
         data += config.data.train_files
     if rollouts is not None:
@@ -31,9 +35,13 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
+    if rollouts is not None:
+        check_first_row(rollouts)
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
+    if isinstance(config, SftConfig):
+        refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     if isinstance(config, RlConfig):
         rollout = config.rollout
         starts_servers = not rollout.urls and rollouts is None
@@ -54,7 +62,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
     bailing = load_bailing_config(config.model.path)
-    for problem in _length_problems(config.rollout, bailing):
+    for problem in length_problems(config.rollout, bailing):
         raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
     one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
@@ -62,7 +70,25 @@ def check_before_evaluation(config: EvaluateConfig) -> None:
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
 
 
-def _length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
+def check_before_selection(config: SelectConfig) -> None:
+    """ValueError for the first thing that would fail once servers start, for any of the candidates."""
+    for path in config.data.train_files:
+        if not path.is_file():
+            raise ValueError(f"data file {path} does not exist")
+    _check_run_dir(config.run_dir)
+    _check_servers(config.rollout)
+    for candidate in find_candidates(config.candidates):
+        bailing = load_bailing_config(candidate.path)
+        for problem in length_problems(config.rollout, bailing):
+            raise ValueError(f"candidate {candidate.path}: {problem}")
+        one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
+        needed = config.rollout.num_servers * sum(one)  # of one candidate after the other
+        largest = "rollout.max_running_requests or rollout.max_response_tokens"
+        _check_memory(needed, config.model.dtype, bailing, largest)
+
+
+def length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
+    """Sequences that are longer than the model can read."""
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
@@ -88,7 +114,7 @@ def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iter
             "parallel.context = 1"
         )
     if isinstance(config, RlConfig):
-        yield from _length_problems(config.rollout, bailing)
+        yield from length_problems(config.rollout, bailing)
         if config.rollout.router_replay:
             try:
                 routed_shape(bailing)

@@ -25,7 +25,7 @@ from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.objective import PolicyObjective
+from megatron_rl.train.objective import CrossEntropy, PolicyObjective
 from megatron_rl.train.session import Session
 
 
@@ -188,6 +188,14 @@ def main(folder: Path) -> None:
     logprobs = session.trainer.logprobs([session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
         out |= whole_logprobs(logprobs, mine, sequences, session)
+
+    if calls is None:
+        half = len(mine) // 2 // layout.micro_batch_multiple * layout.micro_batch_multiple
+        parts = [part for part in (mine[:half], mine[half:]) if part]
+        passes = [[session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in part] for part in parts]
+        measured = session.trainer.measure(passes, CrossEntropy())
+        if session.rank == 0:
+            out["measured"] = torch.tensor([measured["loss"], measured["entropy"]], dtype=torch.float64)
 
     start = {name: p.detach().clone() for name, p in session.model.parameters_by_canonical_name().items()}
     for number, options in enumerate(spec["algorithms"]):

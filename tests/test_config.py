@@ -1,15 +1,23 @@
 """Configuration: what is wrong is named, with the remedy, before anything heavy is imported."""
 
+import argparse
+import json
+import logging
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_model import TINY_CONFIG
 
+from megatron_rl.config import bailing
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import dump_config, load_config, read_values
-from megatron_rl.config.schema import RlConfig, SamplingConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
 from megatron_rl.layout import Layout
+from megatron_rl.plan.command import run_plan
 
 ROOT = Path(__file__).parents[1]
 RL = """
@@ -34,13 +42,43 @@ def write(tmp_path: Path, text: str) -> Path:
     return tmp_path / "c.toml"
 
 
-def test_every_shipped_configuration_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
-    paths = sorted(ROOT.glob("examples/**/*.toml"))
-    assert len(paths) >= 2
-    for path in paths:
-        kind = kind_of(read_values(path))
-        config = load_config(kind, path)
-        assert load_config(kind, write(tmp_path, dump_config(config))) == config
+SHIPPED = sorted(ROOT.glob("examples/**/*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # paths in them start from the root of a checkout
+    kind = kind_of(read_values(path))
+    config = load_config(kind, path)
+    assert load_config(kind, write(tmp_path, dump_config(config))) == config
+    # Those of the paper's size say what a model will look like that is not there yet.
+    values = read_values(path)
+    with_shape = "teacher" in values or "shape" in values.get("model", {})
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 4096}))
+    overrides = [] if with_shape else [f"model.shape={tmp_path}"]
+    options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb"))
+    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, **options))
+    said = capsys.readouterr()
+    assert (code, said.err) == (0, "")
+    assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
+
+
+def test_the_tables_of_the_papers_values_have_every_key_of_the_files_and_a_source() -> None:
+    text = (ROOT / "docs/paper_configs.md").read_text()
+    names = []
+    for table in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
+        name, *lines = table.splitlines()
+        rows = [re.fullmatch(r"\| `(.+?)` \| `(.+)` \| (.+) \|", line) for line in lines if line.startswith("| `")]
+        assert all(rows), name
+        told = tomllib.loads("\n".join(f"{row[1]} = {row[2]}" for row in rows if row))
+        written = tomllib.loads((ROOT / "examples/ring_lite" / name).read_text())
+        assert told == {key: value for key, value in written.items() if key != "base"}, name
+        names.append(ROOT / "examples/ring_lite" / name)
+    assert sorted(names) == [
+        path for path in SHIPPED if "paper_256gpu" in path.parts or path.name.startswith("one_node")
+    ]
 
 
 def test_an_evaluation_needs_a_model_and_a_benchmark_and_has_the_settings_of_the_paper(tmp_path: Path) -> None:
@@ -86,6 +124,45 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(RlConfig, write(tmp_path, RL), [change, "rollout.servers=2"] if "=" in change else [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.epochs=2"], r"train: set either train.steps or train.epochs, not both and not neither"),
+        (["train={micro_batch_tokens=9}"], r"train: set either train.steps or train.epochs"),
+        (["optimizer.warmup_steps=2"], r"optimizer.warmup_steps 2 must be below train.steps 2"),
+        (
+            ["optimizer.warmup_steps=1", "optimizer.warmup_share=0.1"],
+            "either warmup_steps or warmup_share, got 1 and 0.1",
+        ),
+        (["optimizer.warmup_share=1"], r"warmup_share: .*less than 1, got 1"),
+        (
+            ["optimizer.min_learning_rate=1e-7"],
+            "min_learning_rate 1e-07 is where a cosine ends; set schedule = 'cosine'",
+        ),
+        (
+            ["optimizer={schedule='cosine',min_learning_rate=1}"],
+            "min_learning_rate 1 must be at most learning_rate 3e-06",
+        ),
+        (["train.validate_every=2"], "train.validate_every 2 has nothing to validate on; set data.validation"),
+        (["data.train={}"], r'data.train names no file; write \{"file.jsonl" = 1\}'),
+        (["data.train={'a'=0}"], r"data.train.*: .*greater than 0, got 0"),
+        (["data.validate=a"], r"unknown key data.validate; did you mean data.validation\?"),
+    ],
+)
+def test_a_mistake_about_fine_tuning_is_named_with_its_remedy(tmp_path: Path, changes: list[str], message: str) -> None:
+    text = 'run_dir = "r"\nmodel.path = "m"\ndata = {train = "a", batch_tokens = 9}\n'
+    text += "train = {steps = 2, micro_batch_tokens = 9}\n"
+    with pytest.raises(ValueError, match=message):
+        load_config(SftConfig, write(tmp_path, text), changes)
+
+
+def test_the_epochs_of_fine_tuning_are_not_for_reinforcement_learning(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown key train.epochs"):
+        load_config(RlConfig, write(tmp_path, RL), ["train.epochs=2"])
+    options = ["optimizer={schedule='cosine',warmup_share=0.1,min_learning_rate=1e-7}"]
+    assert load_config(RlConfig, write(tmp_path, RL), options).optimizer.num_warmup_steps(20) == 2
 
 
 def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> None:
@@ -180,6 +257,37 @@ def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> N
         load_bailing_config(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_bailing_config(tmp_path)
+
+
+def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ling-lite-base's config.json has 0.1 where the chat model's has 0."""
+    shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
+    bailing._tell_of_dropout.cache_clear()
+    with caplog.at_level(logging.INFO, "megatron_rl"):
+        assert load_bailing_config(tmp_path) == load_bailing_config(tmp_path)
+    assert load_bailing_config(tmp_path) == BailingConfig.model_validate(TINY_CONFIG)
+    assert [r.getMessage() for r in caplog.records] == [
+        "config.json asks for embedding_dropout 0.1, output_dropout 0.1; training and servers here run without dropout"
+    ]
+
+
+def test_what_sglang_is_told_last_is_what_counts(tmp_path: Path) -> None:
+    given = ["--tp-size 2", "--mem-fraction-static", "0.4", "--tp=8", "--mem-fraction-static=0.5"]
+    rollout = load_config(RlConfig, write(tmp_path, RL), [f"rollout.sglang_arguments={given}"]).rollout
+    assert (rollout.sglang_tensor_size, rollout.sglang_memory_share) == (8, 0.5)
+    rollout = load_config(RlConfig, write(tmp_path, RL)).rollout
+    assert (rollout.sglang_tensor_size, rollout.sglang_memory_share) == (1, None)
+
+
+def test_a_cluster_has_nodes_that_train(tmp_path: Path) -> None:
+    options = ["cluster.nodes=34", "cluster.serving_nodes=2"]
+    config = load_config(RlConfig, write(tmp_path, RL), options)
+    assert config.cluster is not None and config.cluster.training_ranks == 256
+    with pytest.raises(ValueError, match="nodes 1 less serving_nodes 1 leaves none to train"):
+        load_config(RlConfig, write(tmp_path, RL), ["cluster.serving_nodes=1"])
+    with pytest.raises(ValueError, match=r"unknown key cluster.node; did you mean cluster.nodes\?"):
+        load_config(RlConfig, write(tmp_path, RL), ["cluster.node=1"])
 
 
 def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:

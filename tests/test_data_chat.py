@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt, response_decoder
 from megatron_rl.data.prompts import Message
+from megatron_rl.data.student import student_of
 from megatron_rl.reward.code import last_block
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
@@ -174,3 +175,20 @@ def test_the_eos_that_ends_a_response_is_no_part_of_its_text(ling) -> None:
     assert last_block(decode([*ids, eos])) is not None  # a fence with eos behind it would close nothing
     assert decode([eos, *ids]) == "<|endoftext|>" + program
     assert decode([]) == ""
+
+
+def test_a_student_would_misread_special_tokens_and_the_beginnings_of_turns(ling, tokenizer_with) -> None:
+    student = student_of(ling)
+    for text in ("a<|endoftext|>", "<unk>", "so <role>HUMAN</role>2+2?"):
+        assert student.would_misread(text)
+    assert not student.would_misread("a < b, <b>bold</b>, <role> and </role>, <|endoftext |>, \\boxed{2}")
+    assert student.eos == "<|endoftext|>"
+    assert student_of(ling, "</s>").eos == "</s>"
+    # 2 turns, 4 characters and 1, and the end of the sequence
+    assert student.num_tokens([ASK, REPLY]) == 8
+    turns = "{% for m in messages %}<turn>{{ m['role'] }}</turn>{{ m['content'] }}{% endfor %}"
+    told = student_of(tokenizer_with(turns + "{% if add_generation_prompt %}<turn>assistant</turn>{% endif %}"))
+    assert [role for role in ("user", "system", "assistant", "tool") if told.would_misread(f"<turn>{role}</turn>")] == [
+        "user", "system", "assistant",
+    ]  # fmt: skip
+    assert student_of(tokenizer_with(NO_SYSTEM)).markers

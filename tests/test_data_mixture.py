@@ -16,7 +16,7 @@ from megatron_rl.data.prompts import Prompt
 
 def source(name: str, count: int, weight: float = 1.0) -> Source:
     prompts = (Prompt(id=f"{name}{i}", domain=name, prompt=f"{i}?", answer=str(i)) for i in range(count))
-    return Source(path=Path(name), prompts=tuple(prompts), weight=weight)
+    return Source(path=Path(name), rows=tuple(prompts), weight=weight)
 
 
 def one_file(count: int, seed: int) -> PromptStream:
@@ -32,7 +32,7 @@ def some_stages(draw: st.DrawFn) -> list[Stage]:
         chosen = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
         weights = [draw(st.floats(0.01, 10)) for _ in chosen]
         sources = (source(name, sizes[name], weight) for name, weight in zip(chosen, weights, strict=True))
-        stages.append(Stage(sources=tuple(sources), num_prompts=num_prompts))
+        stages.append(Stage(sources=tuple(sources), num_rows=num_prompts))
     return stages
 
 
@@ -65,7 +65,7 @@ def test_every_file_has_its_share_of_its_stage_at_every_position(stages: list[St
     taken, _ = PromptStream(stages, seed).take(0, 150)
     first = 0
     for stage in stages:
-        part = taken[first : first + stage.num_prompts] if stage.num_prompts else taken[first:]
+        part = taken[first : first + stage.num_rows] if stage.num_rows else taken[first:]
         first += len(part)
         total = sum(one.weight for one in stage.sources)
         counts: Counter[str] = Counter()
@@ -80,7 +80,7 @@ def test_every_file_has_its_share_of_its_stage_at_every_position(stages: list[St
 @given(stages=some_stages(), seed=st.integers(0, 99))
 def test_a_file_goes_through_whole_epochs_across_its_stages(stages: list[Stage], seed: int) -> None:
     taken, _ = PromptStream(stages, seed).take(0, 150)
-    sizes = {str(one.path): len(one.prompts) for stage in stages for one in stage.sources}
+    sizes = {str(one.path): len(one.rows) for stage in stages for one in stage.sources}
     for name, size in sizes.items():
         of_file = [p.id for p in taken if p.domain == name]
         for first in range(0, len(of_file) - size + 1, size):
@@ -97,7 +97,7 @@ def test_epochs_and_seeds_have_different_orders() -> None:
     stream = one_file(50, seed=1)
     first, second = stream.take(0, 50)[0], stream.take(50, 50)[0]
     assert first != second
-    assert first != list(source("p", 50).prompts)
+    assert first != list(source("p", 50).rows)
     assert first != one_file(50, seed=2).take(0, 50)[0]
 
 
@@ -107,20 +107,20 @@ def test_a_stream_refuses_what_it_cannot_serve() -> None:
 
 
 def test_a_digest_tells_whether_a_cursor_still_means_the_same() -> None:
-    stages = [Stage(sources=(source("a", 3), source("b", 3)), num_prompts=5), Stage(sources=(source("a", 3),))]
+    stages = [Stage(sources=(source("a", 3), source("b", 3)), num_rows=5), Stage(sources=(source("a", 3),))]
     digest = PromptStream(stages, 1).digest
     assert PromptStream(list(stages), 1).digest == digest
     others = [
         (stages, 2),
         (stages[1:], 1),
-        ([Stage(sources=stages[0].sources, num_prompts=6), stages[1]], 1),
-        ([Stage(sources=(source("a", 3, 2.0), source("b", 3)), num_prompts=5), stages[1]], 1),
-        ([Stage(sources=(source("a", 4), source("b", 3)), num_prompts=5), Stage(sources=(source("a", 4),))], 1),
+        ([Stage(sources=stages[0].sources, num_rows=6), stages[1]], 1),
+        ([Stage(sources=(source("a", 3, 2.0), source("b", 3)), num_rows=5), stages[1]], 1),
+        ([Stage(sources=(source("a", 4), source("b", 3)), num_rows=5), Stage(sources=(source("a", 4),))], 1),
     ]
-    copied = Source(path=Path("copy of a"), prompts=source("a", 3).prompts, weight=1.0)
+    copied = Source(path=Path("copy of a"), rows=source("a", 3).rows, weight=1.0)
     others.append(([stages[0], Stage(sources=(copied,))], 1))  # begins, where the file itself goes on
     assert digest not in {PromptStream(*other).digest for other in others}
-    elsewhere = [Stage(sources=(copied, source("b", 3)), num_prompts=5), Stage(sources=(copied,))]
+    elsewhere = [Stage(sources=(copied, source("b", 3)), num_rows=5), Stage(sources=(copied,))]
     assert PromptStream(elsewhere, 1).digest == digest
 
 
@@ -139,7 +139,7 @@ def test_a_configuration_gives_stages_of_weighted_files(tmp_path: Path) -> None:
     config = load_config(RlData, tmp_path / "data.toml", [])
     assert config.train_files == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     stream = load_stream(config, seed=3)
-    assert len(stream.prompts) == 18
+    assert len(stream.rows) == 18
     taken, _ = stream.take(0, 15)
     assert [p.domain for p in taken].count("a") == 6
     assert {p.domain for p in taken[8:]} == {"b"}
@@ -152,10 +152,10 @@ def test_a_configuration_gives_stages_of_weighted_files(tmp_path: Path) -> None:
 def test_the_same_id_for_two_prompts_is_refused_and_the_same_prompt_in_two_files_is_not(tmp_path: Path) -> None:
     row = {"id": "7", "domain": "math", "prompt": "1+1?", "answer": "2"}
     a, b = write(tmp_path / "a.jsonl", row), write(tmp_path / "b.jsonl", row | {"source": "elsewhere"})
-    assert len(load_stream(RlData(train={a: 1, b: 1}), seed=1).prompts) == 1
+    assert len(load_stream(RlData(train={a: 1, b: 1}), seed=1).rows) == 1
     write(b, row | {"answer": "3"})
     with pytest.raises(ValueError, match=r"id '7' is a prompt in .*a.jsonl and another one in .*b.jsonl"):
-        _ = load_stream(RlData(train={a: 1, b: 1}), seed=1).prompts
+        _ = load_stream(RlData(train={a: 1, b: 1}), seed=1).rows
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ LAYERS = {
     "launch": 4,
     "train": 4,
     "evaluation": 3,
+    "selection": 3,
     "sync": 3,
     "model": 2,
     "rollout": 2,
@@ -26,6 +27,7 @@ LAYERS = {
     "layout": 0,
     "memory": 0,
     "lifeline": 0,
+    "endpoint": 0,
     "errors": 0,
     "": 0,
 }
@@ -65,8 +67,8 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    torchless = ("config", "records", "data", "reward", "layout", "memory", "preflight", "plan")
-    for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "cli"):
+    torchless = ("config", "records", "endpoint", "data", "reward", "layout", "memory", "preflight", "plan")
+    for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
         assert paths
         for path in paths:

@@ -152,9 +152,14 @@ def test_a_loss_that_is_not_finite_skips_the_step(model: Path, tmp_path: Path) -
 def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict[str, torch.Tensor]) -> None:
     spec = make_spec(model)
     config, weights = load_reference(model)
+    by_token = []
     for i, row in enumerate(spec["sequences"]):
-        expected = logprobs_and_entropy(config, weights, row)[0].detach()
-        assert float((alone[f"logprobs/{i}"] - expected).abs().max()) < 2e-5
+        logprobs, entropy = (x.detach() for x in logprobs_and_entropy(config, weights, row))
+        assert float((alone[f"logprobs/{i}"] - logprobs).abs().max()) < 2e-5
+        by_token.append(torch.stack([-logprobs, entropy]))
+    # What fine-tuning validates by: cross-entropy and entropy per loss token over all sequences.
+    measured = {"measured": torch.cat(by_token, dim=1).mean(dim=1)}
+    assert worst(alone, measured, "measured") < (1e-6, "")
     policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
     gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(alone, gradients, "grad/") < (1e-4, "")
@@ -204,7 +209,7 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     spec = make_spec(model, dtype="float64", moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
     spec |= {"algorithms": ALGORITHMS, "reference_scale": 1.1}
     found, expected = run_ranks(num_ranks, spec, tmp_path / "run"), exact(layout)
-    for prefix in ("logprobs/", "grad/", "weight/"):
+    for prefix in ("logprobs/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
     # Megatron computes the norm in fp32.
     assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
@@ -228,7 +233,7 @@ def test_the_interleaved_pipeline_gives_the_gradient_of_one_process_to_rounding(
     losses = moe(Layout(world_size=num_ranks, **parallel))
     spec = make_spec(model, dtype="float64", moe=losses, parallel=parallel, algorithms=ALGORITHMS, reference_scale=1.1)
     found = run_ranks(num_ranks, spec, tmp_path / "run")
-    for prefix in ("logprobs/", "grad/", "weight/"):
+    for prefix in ("logprobs/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
 
 

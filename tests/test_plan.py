@@ -1,5 +1,6 @@
 """`megatron-rl plan`: Ling-lite's numbers, worked out here by hand, and all that does not divide told at once."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from tiny_model import TINY_CONFIG
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.layout import Layout
 from megatron_rl.memory import stage_parameters
+from megatron_rl.plan.command import run_plan
+
+ROOT = Path(__file__).parents[1]
 
 LING_LITE = TINY_CONFIG | {
     "vocab_size": 126464,
@@ -58,12 +62,17 @@ EXPERT, ROUTER, SHARED = 3 * 2048 * 1408, 64 * 2048, 3 * 2048 * 2816
 VOCABULARY = 126464 * 2048
 
 
-def plan(folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The plan as JSON, and what was said against it."""
+def written(folder: Path) -> Path:
+    """The configuration, with the shape of its model."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model/config.json").write_text(json.dumps(LING_LITE))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
-    command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(folder / "config.toml"), "--json", *options]
+    return folder / "config.toml"
+
+
+def plan(folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The plan as JSON, and what was said against it."""
+    command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(written(folder)), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return (json.loads(done.stdout) if done.stdout else {}), done.stderr
@@ -97,6 +106,125 @@ def test_the_papers_run_on_256_gpus(tmp_path: Path) -> None:
         f"{tmp_path}/config.toml --set 'rollout.max_running_requests=32'"
     ]
     assert not (tmp_path / "run").exists(), "a plan makes nothing"
+
+
+def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb")
+    values = {"json": True} | dict.fromkeys(names) | options
+    run_plan(argparse.Namespace(config=config, set=list(overrides), **values))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = Path("examples/ring_lite/paper_256gpu/stage1_math.toml")
+    found = run_in_process(capsys, config)
+    assert found["problems"] == []
+    assert found["cluster"] == {"nodes": 32, "gpus_per_node": 8, "serving_nodes": 0, "gpu_memory_gb": 80.0}
+    assert found["model"]["parameters"] == 16_801_974_272
+    assert found["shape"] == "examples/ring_lite/ling_lite_1_5/config.json"
+    budget = found["budget"]
+    assert (budget["tokens"], budget["scope"], budget["step_tokens"]) == (409_600, "per_gpu", 409_600 * 256)
+    assert (budget["responses_of_first_phase"], budget["filling_mean_tokens"]) == (512 * 16, 12_800.0)
+    # 55 % of what the trainer's state leaves free of 80 GiB, for a quarter of the weights and the cache.
+    memory = found["memory"]["training_gpu"]
+    state = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    assert memory["server_weights"] == 2 * 16_801_974_272 // 4
+    assert memory["server_weights"] + memory["server_cache"] == round(0.55 * (80 * 2**30 - state))
+    assert found["servers"]["full_length_responses"] == memory["server_cache"] * 4 // (24_576 * 57_344)
+    assert memory["total"] < 80 * 2**30
+    assert found["launch"][1] == f"sbatch --nodes=32 --gpus-per-node=8 examples/ring_lite/slurm/train.sbatch {config}"
+    # Options come before the file.
+    found = run_in_process(capsys, config, nodes=34, serving_nodes=2, gpu_memory_gb=192.0)
+    assert found["layout"]["world_size"] == 256
+    assert found["memory"]["serving_gpu"]["total"] == pytest.approx(0.55 * 192 * 2**30, abs=1)
+
+
+def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(tmp_path)
+
+    def planned(servers: int, arguments: str) -> dict[str, Any]:
+        options = (f"rollout.servers={servers}", f"rollout.sglang_arguments={arguments.split()}")
+        return run_in_process(capsys, config, *options, "model.recompute=true")
+
+    # Over 8 GPUs each has an eighth of the weights, and one of 4 key-value heads.
+    memory = planned(1, "--tp-size 8")["memory"]["training_gpu"]
+    assert memory["server_weights"] == 2 * 16_801_974_272 // 8
+    assert memory["server_cache"] == 64 * 16_384 * 57_344 // 4
+    (problem,) = planned(4, "--tp-size 4 --mem-fraction-static 0.3")["problems"]
+    assert problem.startswith("rollout.servers 4 x --tp-size 4 is more than the 8 GPUs of a node")
+    (problem,) = planned(2, "--tp-size 4 --mem-fraction-static 0.1")["problems"]
+    assert problem.startswith("--mem-fraction-static 0.1 leaves no cache for one response of 16384 tokens")
+
+
+def test_the_shape_of_a_model_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, model = written(tmp_path), tmp_path / "model"
+    for shape in (model, model / "config.json"):
+        found = run_in_process(capsys, config, "model.path=later", f"model.shape={shape}")
+        assert found["shape"] == str(model / "config.json")
+        assert found["model"]["parameters"] == 16_801_974_272
+    assert "shape" not in run_in_process(capsys, config, "model.shape=/nowhere"), "the model itself comes first"
+    with pytest.raises(ValueError, match="model.shape /nowhere is neither a config.json nor a folder that has one"):
+        run_in_process(capsys, config, "model.path=later", "model.shape=/nowhere")
+
+
+def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path)
+    model = f'[model]\npath = "{tmp_path}/model"\ndtype = "bfloat16"\ntrust_remote_code = true\n'
+    sampling = tmp_path / "sampling.toml"
+    rollout = "prompts_per_step = 100\nsamples_per_prompt = 4\nmax_response_tokens = 8192\nmax_prompt_tokens = 2048\n"
+    sampling.write_text(
+        f'run_dir = "r"\n{model}[data]\ntrain = "x"\n[rollout]\nengine = "sglang"\nservers = 8\n{rollout}'
+    )
+    found = run_in_process(capsys, sampling, "rollout.max_running_requests=16")
+    assert (found["problems"], found["launch"]) == (
+        [],
+        [f"megatron-rl rollout {sampling} --set 'rollout.max_running_requests=16'"],
+    )
+    assert found["responses"] == {"prompts": 100, "samples": 4, "total": 400}
+    assert found["memory"] == {
+        "serving_gpu": {
+            "server_weights": 2 * 16_801_974_272,
+            "server_cache": 16 * 10_240 * 57_344,
+            "total": 2 * 16_801_974_272 + 16 * 10_240 * 57_344,
+        }
+    }
+    with pytest.raises(ValueError, match="this command runs on one machine, got --nodes 2"):
+        run_in_process(capsys, sampling, nodes=2)
+
+    (tmp_path / "seen.jsonl").write_text("{}\n" * 30)
+    evaluation = tmp_path / "evaluation.toml"
+    evaluation.write_text(
+        f"{model}[rollout]\nmax_prompt_tokens = 2048\nmax_response_tokens = 8192\n"
+        f'[benchmarks.seen]\npath = "{tmp_path}/seen.jsonl"\nsamples = 32\n'
+        f'[benchmarks.first]\npath = "{tmp_path}/seen.jsonl"\nsamples = 2\nprompts = 10\n'
+        '[benchmarks.unseen]\npath = "nowhere.jsonl"\n'
+    )
+    found = run_in_process(capsys, evaluation)
+    assert {name: one["total"] for name, one in found["responses"]["benchmarks"].items()} == {
+        "seen": 960,
+        "first": 20,
+        "unseen": None,
+    }
+    assert found["responses"]["total"] == 980
+    (problem,) = run_in_process(capsys, evaluation, "rollout.max_response_tokens=16384")["problems"]
+    assert "= 18432 is over the model's max_position_embeddings 16384" in problem
+
+
+def test_a_plan_of_a_selection_and_of_a_teacher(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = Path("examples/ring_lite/paper_256gpu")
+    found = run_in_process(capsys, folder / "select.toml", "prompts=100", "rollout.samples_per_prompt=3")
+    assert found["responses"] == {"prompts": 100, "samples": 3, "total": 300, "of": "each candidate"}
+    assert found["memory"]["serving_gpu"]["total"] == round(0.85 * 80 * 2**30)
+    assert found["launch"][0].startswith("megatron-rl select ")
+    found = run_in_process(capsys, folder / "distill.toml", "rollout.prompts_per_step=100")
+    assert found["responses"] == {"prompts": 100, "samples": 4, "total": 400}
+    assert not {"memory", "servers", "model"} & found.keys(), "nothing is served here"
 
 
 def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
@@ -198,7 +326,13 @@ def test_a_plan_of_fine_tuning(tmp_path: Path) -> None:
     plan(tmp_path, "--gpu-memory-gb", "0")
     config = tmp_path / "config.toml"
     text = f'run_dir = "r"\nmodel.path = "{tmp_path}/model"\nmodel.dtype = "bfloat16"\nparallel.expert = 8\n'
-    config.write_text(text + 'data = {train = "x", batch_tokens = 9}\ntrain = {steps = 3, micro_batch_tokens = 4096}\n')
+    text += 'data = {train = {"x" = 3, "y" = 1}, batch_tokens = 65536}\noptimizer = {warmup_share = 0.01}\n'
+    config.write_text(text + "train = {epochs = 3, micro_batch_tokens = 4096}\n")
     command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"megatron-rl sft {config} --nproc 8" in done.stdout
+    assert "3 epoch(s); how many optimizer steps follows from the data" in done.stdout
+    assert "warm-up over 1.00% of them" in done.stdout
+    assert "65,536 tokens at most per optimizer step" in done.stdout
+    assert "8,192 per data-parallel rank, in 2 micro-batches or more" in done.stdout
+    assert "data x 75.0%, y 25.0%" in done.stdout

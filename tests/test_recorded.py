@@ -10,7 +10,7 @@ from samples import make_sample
 
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
-from megatron_rl.rollout.command import _claim
+from megatron_rl.rollout.command import claim
 from megatron_rl.rollout.recorded import group_rows, read_groups
 from megatron_rl.rollout.resumable import whole_groups
 
@@ -97,7 +97,7 @@ def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> 
 def test_responses_of_unknown_settings_are_not_gone_on_with(tmp_path: Path) -> None:
     write(tmp_path / "file", Group(prompt_id=0, samples=(make_sample(0, 0, 5),)))
     with pytest.raises(ValueError, match=r"file.settings.json is missing, so nobody knows .*; name another --output"):
-        _claim(tmp_path / "file", {"seed": 1}, 1)
+        claim(tmp_path / "file", {"seed": 1}, 1)
 
 
 def test_a_file_of_groups_of_another_size_is_left_alone(tmp_path: Path) -> None:

@@ -1,67 +1,25 @@
 """Which reward judges what, and a model's second opinion over HTTP."""
 
 import asyncio
-import http.server
-import json
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
+from stand_in import StandIn, stand_in
 
+from megatron_rl import endpoint as endpoint_module
 from megatron_rl.config.schema import JudgeSection, RewardSection
-from megatron_rl.reward import model_judge
+from megatron_rl.endpoint import Endpoint
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import Verdict
 
 
-class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Serves /v1/models and /v1/chat/completions; `replies` are given out in turn, a number being a status."""
-
-    replies: list[Any]
-    asked: list[tuple[dict[str, Any], str | None]]
-
-    def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "judge-1"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append((body, self.headers.get("Authorization")))
-        reply = self.replies.pop(0)
-        if reply is None:  # the connection breaks
-            self.close_connection = True
-            return
-        if isinstance(reply, threading.Event):  # the endpoint hangs
-            reply.wait(60)
-            return
-        if isinstance(reply, int):
-            self._send(reply, {"error": "busy"})
-        else:
-            self._send(200, {"choices": [{"message": {"content": reply}}]})
-
-    def _send(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
-    handler = type("Scripted", (Endpoint,), {"replies": [], "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def endpoint() -> Iterator[tuple[str, type[StandIn]]]:
+    with stand_in("judge-1") as found:
+        yield found
 
 
 def verdict(section: RewardSection, domain: str, answer: str, text: str, question: str = "Which?") -> Verdict:
@@ -101,7 +59,7 @@ def test_the_judge_is_asked_only_what_rules_call_wrong(endpoint, monkeypatch) ->
 
 def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatch) -> None:
     url, handler = endpoint
-    monkeypatch.setattr(model_judge, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
     section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20))
     handler.replies += [503, None, "VERDICT: SAME", "Hm.", 400, 500, 500, 500, None, None, None]
     box = "\\boxed{a}"
@@ -117,7 +75,7 @@ def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatc
 
 def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, monkeypatch) -> None:
     url, handler = endpoint
-    monkeypatch.setattr(model_judge, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
     hung = threading.Event()
     judge = JudgeSection(domains=("d",), url=url, model="judge-1", timeout_seconds=0.5)
     handler.replies += [hung, "VERDICT: SAME", hung]
@@ -138,10 +96,12 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
 def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:
     url, handler = endpoint
     section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY"))
-    handler.replies.append("VERDICT: SAME")
+    handler.replies += ["VERDICT: SAME", (400, "no such key: s3cret")]
     monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # as `$(cat key)` does not leave it, but a file does
     assert verdict(section, "d", "b", "\\boxed{a}").reason == "correct"
     assert handler.asked[0][1] == "Bearer s3cret"
+    assert verdict(section, "d", "b", "\\boxed{a}").details == 'the judge failed: HTTP 400: "no such key: ..."'
+    asker = Endpoint(section.judge, "reward.judge")
     for key in ("s3cret\nmore", "s3cr\u00e9t"):
         monkeypatch.setenv("JUDGE_KEY", key)
         with pytest.raises(
@@ -150,7 +110,10 @@ def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:
             Rewards(section)
         assert "s3cr" not in str(told.value)
     error = httpx.LocalProtocolError("Illegal header value b'Bearer s3cret'")
-    assert model_judge._shown(error) == "LocalProtocolError"
+    assert asker._shown(error) == "LocalProtocolError"
+    with pytest.raises(ValueError, match=r"reward.judge.url must hold neither a password nor a query") as told:
+        Endpoint(section.judge.model_copy(update={"url": url.replace("://", "://me:s3cret@")}), "reward.judge")
+    assert "s3cr" not in str(told.value)
 
 
 def test_a_judge_that_cannot_be_asked_is_refused_before_the_run(endpoint, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from megatron_rl.train.resilience import told_in_words
 from megatron_rl.train.trainer import StepResult
 from megatron_rl.train.watch import Watch
 
-SECTION = TrainSection(steps=1, micro_batch_tokens=1, max_skipped_steps=2)
+SECTION = TrainSection(micro_batch_tokens=1, max_skipped_steps=2)
 
 
 def result(skipped: bool) -> StepResult:

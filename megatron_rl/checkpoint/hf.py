@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rl.checkpoint.checksums import CHECKSUMS
+from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
 
@@ -201,11 +202,12 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 
 
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
-    """config.json, tokenizer files, chat template and code files. With `dtype`, config.json's torch_dtype becomes it,
-    and with `changes` other fields; without a difference it stays byte for byte."""
+    """config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of `source`.
+    With `dtype`, config.json's torch_dtype becomes it, and with `changes` other fields; without a difference it stays
+    byte for byte."""
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json") and file.name not in ("driver.json", CHECKSUMS):
+            if not file.name.endswith(".index.json") and file.name not in ("driver.json", CHECKSUMS, SFT_NOTE):
                 shutil.copyfile(file, destination / file.name)
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
@@ -217,9 +219,27 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
 def replace_directory(source: Path, destination: Path) -> None:
     """Rename `source` to `destination`; an old `destination` is moved aside first and deleted after."""
     os.chmod(source, 0o755)
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.rename(old)
+    old = _moved_aside(destination)
     source.rename(destination)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_directory(target: Path, link: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, whatever was there before."""
+    partial = link.with_name(f".{link.name}.link")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target, link.parent))
+    old = _moved_aside(link)
+    partial.rename(link)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _moved_aside(directory: Path) -> Path:
+    """Where a directory is now that had the name before; a link is only removed."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        directory.rename(old)
+    return old

@@ -4,15 +4,29 @@ This is the one reader of `config.json` in the package; it imports neither torch
 training side, the embedded server and the tools share it.
 """
 
+import functools
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+log = logging.getLogger(__name__)
+
+# Ling-lite-base asks for 0.1 after the embedding and after each block, the chat models for none.
+_DROPOUTS = ("attention_dropout", "embedding_dropout", "output_dropout")
+
 
 class BailingConfig(BaseModel):
-    """Architecture fields of `BailingMoeForCausalLM`, version 1, under their Hugging Face names."""
+    """Architecture fields of `BailingMoeForCausalLM`, version 1, under their Hugging Face names.
+
+    Dropout is read and left out. The released modelling code (github.com/inclusionAI/Ring, models/
+    modeling_bailing_moe.py) never applies `embedding_dropout` and `output_dropout`, and `attention_dropout` only while
+    it trains; servers apply none. Training here has none either, since a policy with dropout is not the one that
+    sampled.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -51,9 +65,6 @@ class BailingConfig(BaseModel):
             "hidden_act": "silu",
             "norm_softmax": False,
             "use_qk_norm": False,
-            "attention_dropout": 0.0,
-            "embedding_dropout": 0.0,
-            "output_dropout": 0.0,
         }
         for name, supported in plain.items():
             if values.get(name, supported) != supported:
@@ -105,8 +116,14 @@ def load_bailing_config(model_dir: str | Path) -> BailingConfig:
         raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
     if not path.is_file():
         raise ValueError(f"{model_dir} holds no config.json; it must be a Hugging Face model directory")
+    return read_bailing_config(path)
+
+
+def read_bailing_config(path: Path) -> BailingConfig:
+    """Read one file; ValueError names the file, the field and the value."""
     try:
-        return BailingConfig.model_validate(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        config = BailingConfig.model_validate(values)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     except ValidationError as error:
@@ -114,3 +131,13 @@ def load_bailing_config(model_dir: str | Path) -> BailingConfig:
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
         )
         raise ValueError(f"{path}: {problems}") from None
+    dropouts = ", ".join(f"{name} {values[name]}" for name in _DROPOUTS if values.get(name))
+    if dropouts and os.environ.get("RANK", "0") == "0":
+        _tell_of_dropout(dropouts)
+    return config
+
+
+@functools.cache
+def _tell_of_dropout(dropouts: str) -> None:
+    """Once in a process: many parts of a run read config.json."""
+    log.info("config.json asks for %s; training and servers here run without dropout", dropouts)

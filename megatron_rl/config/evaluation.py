@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_rl.config.schema import (
+    CommandConfig,
     Fraction,
     GenerationSection,
     Positive,
@@ -56,7 +57,7 @@ class EvaluationSampling(GenerationSection):
         return RolloutSection(prompts_per_step=1, samples_per_prompt=1, **self.model_dump(exclude={"top_p"}))
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(CommandConfig):
     """`megatron-rl evaluate`."""
 
     seed: int = Field(default=1, ge=0)

@@ -4,6 +4,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
@@ -97,7 +98,7 @@ def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in kind.model_fields.items():
         nested = field.annotation
-        if get_origin(nested) is tuple:  # an array of tables
+        if get_origin(nested) in (tuple, UnionType):  # an array of tables; a section that may be missing
             nested = get_args(nested)[0]
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             keys += _keys(nested, f"{prefix}{name}.")

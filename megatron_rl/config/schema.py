@@ -6,7 +6,7 @@ Nothing here imports torch or megatron, so a wrong configuration is refused in a
 import itertools
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,33 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+class ClusterSection(Section):
+    """The machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no more."""
+
+    nodes: Positive = 1
+    gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")
+    serving_nodes: int = Field(default=0, ge=0, description="of the nodes, which serve only; 0: all do both")
+    gpu_memory_gb: float = Field(default=80.0, ge=0, description="of 2^30 bytes; 0 asks for no verdict")
+
+    @property
+    def training_ranks(self) -> int:
+        return (self.nodes - self.serving_nodes) * self.gpus_per_node
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> "ClusterSection":
+        if self.nodes <= self.serving_nodes:
+            raise ValueError(
+                f"nodes {self.nodes} less serving_nodes {self.serving_nodes} leaves none to train; ask for more nodes"
+            )
+        return self
+
+
+class CommandConfig(Section):
+    """What a file of any kind may say."""
+
+    cluster: ClusterSection | None = None
+
+
 class ServingSection(Section):
     """How servers run a model, whichever it is."""
 
@@ -30,6 +57,11 @@ class ServingSection(Section):
         default=False,
         description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
         "a model that transformers does not know",
+    )
+    shape: Path | None = Field(
+        default=None,
+        description="for `megatron-rl plan` alone, while the model itself is not there yet: a config.json of the same "
+        "shape, or a folder that has one",
     )
 
 
@@ -78,16 +110,46 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     learning_rate: float = Field(default=3e-6, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    min_learning_rate: float = Field(default=0.0, ge=0, description="where the cosine ends")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly; the first has 0"
+    )
+    warmup_share: float | None = Field(
+        default=None, ge=0, lt=1, description="instead of warmup_steps: their share of all optimizer steps, rounded"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
 
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "OptimizerSection":
+        if self.warmup_steps and self.warmup_share is not None:
+            raise ValueError(
+                f"set either warmup_steps or warmup_share, got {self.warmup_steps} and {self.warmup_share:g}"
+            )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is where a cosine ends; set schedule = 'cosine', or "
+                "leave it out"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} must be at most learning_rate {self.learning_rate:g}"
+            )
+        return self
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Of `num_steps` optimizer steps. A share leaves at least one of them."""
+        if self.warmup_share is None:
+            return self.warmup_steps
+        return min(round(self.warmup_share * num_steps), num_steps - 1)
+
 
 class TrainSection(Section):
-    steps: Positive = Field(description="rollout-and-train steps (RL) or optimizer steps (SFT)")
+    """What SFT and RL runs share."""
+
     micro_batch_tokens: Positive = Field(
         description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
         "sequence may be as long as what they hold together. Padding to multiples of 2 x context and of tensor comes "
@@ -133,12 +195,34 @@ class TrainSection(Section):
     )
 
 
+class RlTrainSection(TrainSection):
+    steps: Positive = Field(description="rollout-and-train steps")
+
+
+class SftTrainSection(TrainSection):
+    steps: Positive | None = Field(default=None, description="optimizer steps")
+    epochs: Positive | None = Field(
+        default=None,
+        description="instead of steps: how often as many chats are seen as all files of data.train hold together. At "
+        "the end of each there is a checkpoint, and a Hugging Face directory run_dir/epochs/epoch_N",
+    )
+    validate_every: int = Field(
+        default=0, ge=0, description="steps between validations, besides those at the end of each epoch and of the run"
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "SftTrainSection":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set either train.steps or train.epochs, not both and not neither")
+        return self
+
+
 class MoeSection(Section):
     load_balance_coefficient: float = Field(default=1e-5, ge=0, description="a_bal of Eq. 6")
     z_loss_coefficient: float = Field(default=1e-7, ge=0, description="a_z of Eq. 6")
 
 
-class RunConfig(Section):
+class RunConfig(CommandConfig):
     """What SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
@@ -156,26 +240,59 @@ class RunConfig(Section):
         return self.train.micro_batch_tokens * self.parallel.context
 
 
+Weights = dict[Path, Annotated[float, Field(gt=0)]]
+
+
+def weights_of(train: Path | Weights) -> Weights:
+    return {train: 1.0} if isinstance(train, Path) else train
+
+
 class SftData(Section):
-    train: Path = Field(description="JSONL of {messages: [{role, content}, ...]}")
+    train: Path | Weights = Field(
+        description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
+        '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
+    )
+    validation: Path | None = Field(
+        default=None, description="the same of chats that are not trained on; their loss and token entropy are logged"
+    )
     batch_tokens: Positive = Field(description="tokens per optimizer step, prompt tokens included")
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "SftData":
+        if not self.weights:
+            raise ValueError('data.train names no file; write {"file.jsonl" = 1}')
+        return self
+
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.train)
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.weights, *([self.validation] if self.validation else [])]
 
 
 class SftConfig(RunConfig):
     """`megatron-rl sft`: cross-entropy over packed chats."""
 
+    train: SftTrainSection
     data: SftData
 
     @model_validator(mode="after")
     def _check(self) -> "SftConfig":
-        if self.optimizer.warmup_steps >= self.train.steps:
+        if self.train.steps is not None:
+            self.check_warmup(self.train.steps)
+        if self.train.validate_every and self.data.validation is None:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below train.steps {self.train.steps}"
+                f"train.validate_every {self.train.validate_every} has nothing to validate on; set data.validation"
             )
         return self
 
-
-Weights = dict[Path, Annotated[float, Field(gt=0)]]
+    def check_warmup(self, num_steps: int) -> None:
+        """ValueError when it leaves none of the run's optimizer steps, which without train.steps only the data say."""
+        if self.optimizer.warmup_steps >= num_steps:
+            known = f"train.steps {num_steps}" if self.train.steps else f"the {num_steps} steps of train.epochs"
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below {known}")
 
 
 class DataStage(Section):
@@ -213,7 +330,7 @@ class RlData(Section):
     def weights_by_stage(self) -> list[tuple[int | None, Weights]]:
         """(prompts, weights by file) of every stage; prompts is None for the last."""
         stages = self.stages or (DataStage(train=self.train or {}),)
-        return [(s.prompts, {s.train: 1.0} if isinstance(s.train, Path) else s.train) for s in stages]
+        return [(s.prompts, weights_of(s.train)) for s in stages]
 
     @property
     def train_files(self) -> list[Path]:
@@ -278,10 +395,22 @@ class GenerationSection(Section):
     @property
     def sglang_tensor_size(self) -> int:
         """GPUs that one SGLang server is divided over by tensor parallelism."""
-        names = ("--tp", "--tp-size", "--tensor-parallel-size")
+        size = self._sglang_argument("--tp", "--tp-size", "--tensor-parallel-size")
+        return int(size) if size.isdigit() else 1
+
+    @property
+    def sglang_memory_share(self) -> float | None:
+        """Of the memory that is free on a GPU when an SGLang server starts, what it takes for weights and cache; None
+        where SGLang decides."""
+        try:
+            return float(self._sglang_argument("--mem-fraction-static"))
+        except ValueError:
+            return None
+
+    def _sglang_argument(self, *names: str) -> str:
+        """The last value given under one of these names; empty when there is none."""
         words = [part for argument in self.sglang_arguments for part in argument.replace("=", " ").split()]
-        sizes = [int(size) for name, size in itertools.pairwise(words) if name in names and size.isdigit()]
-        return sizes[-1] if sizes else 1
+        return next((value for name, value in reversed([*itertools.pairwise(words)]) if name in names), "")
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -440,17 +569,62 @@ class CodeSection(Section):
     endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
 
 
-class JudgeSection(Section):
+class EndpointSection(Section):
+    """A model behind an OpenAI-compatible endpoint: megatron_rl/endpoint.py."""
+
+    url: str = Field(default="", description="of the server, such as http://host:port/v1")
+    model: str = Field(default="", description="the name under which that server has it")
+    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="for one reply, after which it is asked again")
+    concurrent: Positive = Field(default=16, description="requests at a time")
+
+
+class JudgeSection(EndpointSection):
     """A model that is asked about answers that rules call wrong: reward/model_judge.py."""
 
     domains: tuple[str, ...] = Field(default=(), description="whose wrong answers it is asked about; empty is off")
-    url: str = Field(default="", description="of an OpenAI-compatible server, such as http://host:port/v1")
-    model: str = Field(default="", description="the name under which that server has it")
-    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    concurrent: Positive = Field(default=16, description="questions at a time")
     max_tokens: Positive = Field(default=1024, description="of its reply")
     max_answer_characters: Positive = Field(default=1000, description="a longer answer is wrong without asking")
+
+
+class TeacherSection(EndpointSection):
+    """A model that answers the prompts in place of a checkpoint: rollout/teacher.py. Temperature, length and number of
+    its responses are rollout.temperature, max_response_tokens and samples_per_prompt."""
+
+    url: str = Field(min_length=1, description="of an OpenAI-compatible server, such as http://host:port/v1")
+    model: str = Field(min_length=1, description="the name under which that server has it")
+    timeout_seconds: float = Field(default=600.0, gt=0, description="for one response, after which it is asked again")
+    concurrent: Positive = Field(default=64, description="responses at a time")
+    tries: Positive = Field(
+        default=5, description="requests for a response before it has failed, and its prompt with it"
+    )
+    max_failure_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="the run stops when a greater share of prompts failed; --resume asks them again. 1 is off",
+    )
+    system: str = Field(default="", description="system message before every prompt; empty: none")
+    top_p: Fraction = 1.0
+    send_seed: bool = Field(
+        default=True,
+        description="send a seed, another for each response; false for servers that refuse the key `seed`",
+    )
+    extra: dict[str, Any] = Field(
+        default={},
+        description='further keys of each request, such as {reasoning_effort = "high"}; max_completion_tokens among '
+        "them takes the place of max_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _check_extra(self) -> "TeacherSection":
+        taken = {"model", "messages", "n", "stream", "temperature", "top_p", "max_tokens", "seed"} & self.extra.keys()
+        if taken:
+            raise ValueError(
+                f"teacher.extra names {sorted(taken)[0]!r}, which a request has from elsewhere (rollout.temperature, "
+                "rollout.max_response_tokens, rollout.samples_per_prompt, teacher.top_p, seed); take it out"
+            )
+        return self
 
 
 # The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
@@ -499,19 +673,32 @@ class RewardSection(Section):
         return self
 
 
-class SamplingConfig(Section):
-    """`megatron-rl rollout`: sampled and scored responses to training prompts. It knows nothing of training."""
+class RolloutPhase(CommandConfig):
+    """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
     seed: int = Field(default=1, ge=0)
-    model: ServedModelSection
+    model: ServingSection | None = None
     data: RlData
     rollout: RolloutSection
     reward: RewardSection = RewardSection()
 
+    @property
+    def starts_servers(self) -> bool:
+        return True
+
+    @property
+    def serving(self) -> ServingSection:
+        """How servers run the model, where servers are started."""
+        assert self.model is not None
+        return self.model
+
     @model_validator(mode="after")
-    def _check_sampling(self) -> "SamplingConfig":
-        check_servers(self.rollout, self.model)
+    def _check_sampling(self) -> "RolloutPhase":
+        if self.starts_servers:
+            if self.model is None:
+                raise ValueError("model is required, a checkpoint to sample from; or teacher, an endpoint that answers")
+            check_servers(self.rollout, self.model)
         longest = self.rollout.max_response_tokens
         if self.reward.overlong_buffer_tokens > longest:
             raise ValueError(
@@ -521,10 +708,24 @@ class SamplingConfig(Section):
         return self
 
 
+class SamplingConfig(RolloutPhase):
+    """`megatron-rl rollout`: sampled and scored responses to training prompts."""
+
+    model: ServedModelSection | None = None
+    teacher: TeacherSection | None = Field(
+        default=None, description="an endpoint that answers instead of model, which may then be left out"
+    )
+
+    @property
+    def starts_servers(self) -> bool:
+        return self.teacher is None
+
+
 class RlConfig(RunConfig, SamplingConfig):
     """`megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
+    train: RlTrainSection
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
@@ -532,6 +733,17 @@ class RlConfig(RunConfig, SamplingConfig):
     @property
     def probe_tolerance(self) -> float:
         return self.sync.probe_tolerance or (1e-3 if self.model.dtype == "float32" else 0.1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_teacher(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("teacher") is not None:
+            raise ValueError(
+                "teacher is for `megatron-rl rollout` with a configuration without budget, train, optimizer and "
+                "algorithm; training needs responses of its own policy, with their log-probs: remove teacher, or make "
+                "SFT rows of what the teacher answers (docs/distillation.md)"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check_budget(self) -> "RlConfig":

@@ -63,8 +63,8 @@ def rendered_prompts(
 
 
 def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable[[Sequence[int]], str]:
-    """Text of a response's token ids [n], without the token `eos` where that ends it: what rewards judge, and what files
-    of responses hold. Other special tokens stay visible."""
+    """Text of a response's token ids [n], without the token `eos` where that ends it: what rewards judge, and what
+    files of responses hold. Other special tokens stay visible."""
 
     def decode(ids: Sequence[int]) -> str:
         ended = bool(ids) and ids[-1] == eos

@@ -1,73 +1,95 @@
-"""The order in which training goes through its prompts: stages, each a weighted mixture of files."""
+"""The order in which training goes through its rows: stages, each a weighted mixture of files. RL has prompts, SFT
+chats and one stage."""
 
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from megatron_rl.config.schema import RlData
-from megatron_rl.data.prompts import Prompt, read_prompts
+from megatron_rl.config.schema import RlData, SftData, Weights
+from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
+
+Row = TypeVar("Row", bound=Prompt | Chat)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """The prompts of one file. weight: its share of the stage, relative to the other weights."""
+class Source(Generic[Row]):
+    """The rows of one file. weight: its share of the stage, relative to the other weights."""
 
     path: Path
-    prompts: tuple[Prompt, ...]
+    rows: tuple[Row, ...]
     weight: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """num_prompts: after which the next stage begins; None for the last."""
+class Stage(Generic[Row]):
+    """num_rows: after which the next stage begins; None for the last."""
 
-    sources: tuple[Source, ...]
-    num_prompts: int | None = None
+    sources: tuple[Source[Row], ...]
+    num_rows: int | None = None
 
 
-class PromptStream:
-    """Prompts in a seeded order. A pure function of (stages, seed, cursor), where the cursor counts prompts from the
-    start of training; it is all that a checkpoint has to keep.
+class Stream(ABC, Generic[Row]):
+    """Rows in a seeded order. A pure function of (stages, seed, cursor), where the cursor counts rows from the start of
+    training; it is all that a checkpoint has to keep.
 
-    Files take turns so that after any number of prompts each has had its weight's share of the stage, to within one
-    prompt for every other file. In its turns a file goes through one seeded permutation of its rows after the other,
-    each row once in every epoch; a file of several stages goes on where it was. So a prompt can come twice in a step
+    Files take turns so that after any number of rows each has had its weight's share of the stage, to within one row
+    for every other file. In its turns a file goes through one seeded permutation of its rows after the other, each row
+    once in every epoch of the file; a file of several stages goes on where it was. So a row can come twice in a step
     only where an epoch of its file ends.
     """
 
-    def __init__(self, stages: Sequence[Stage], seed: int) -> None:
+    def __init__(self, stages: Sequence[Stage[Row]], seed: int) -> None:
         self.seed = seed
-        self._sources = {source.path: source.prompts for stage in stages for source in stage.sources}
+        self._sources: dict[Path, tuple[Row, ...]] = {
+            source.path: source.rows for stage in stages for source in stage.sources
+        }
         self._paths = list(self._sources)
-        # Where each position's prompt is: its file, and the how manieth of that file it is. Grows on demand.
+        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand.
         self._file, self._turn = array("L"), array("Q")
         self._turns = _turns(stages)
-        self._order = lru_cache(maxsize=4 * len(self._paths))(self._permutation)
-        self.digest = _digest(stages, seed)
+        self._order = lru_cache(maxsize=4 * len(self._paths))(self.permutation)
+        self.digest = self._digest(stages)
+
+    @abstractmethod
+    def permutation(self, length: int, epoch: int) -> list[int]:
+        """The order of a file's rows in its epoch `epoch`."""
+
+    @staticmethod
+    @abstractmethod
+    def content(row: Row) -> list[Any]:
+        """What two rows with the same id must have in common."""
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """Every prompt once. ValueError when two that differ have the same id."""
-        found: dict[str, tuple[Prompt, Path]] = {}
-        for path, prompts in self._sources.items():
-            for prompt in prompts:
-                other, where = found.setdefault(prompt.id, (prompt, path))
-                if (other.domain, other.prompt, other.answer) != (prompt.domain, prompt.prompt, prompt.answer):
+    def num_rows(self) -> int:
+        """Of all files together."""
+        return sum(len(rows) for rows in self._sources.values())
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row once. ValueError when two that differ have the same id."""
+        found: dict[str, tuple[Row, Path]] = {}
+        for path, rows in self._sources.items():
+            for row in rows:
+                other, where = found.setdefault(row.id, (row, path))
+                if self.content(other) != self.content(row):
+                    kind = type(row).__name__.lower()
                     raise ValueError(
-                        f"id {prompt.id!r} is a prompt in {where} and another one in {path}; give one of them another "
+                        f"id {row.id!r} is a {kind} in {where} and another one in {path}; give one of them another "
                         "id, or leave the ids out: then they are made from the content"
                     )
-        return [prompt for prompt, _ in found.values()]
+        return [row for row, _ in found.values()]
 
-    def take(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
-        """The `count` prompts from `cursor` on, and the cursor after them."""
+    def take(self, cursor: int, count: int) -> tuple[list[Row], int]:
+        """The `count` rows from `cursor` on, and the cursor after them."""
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
         while len(self._file) < cursor + count:
@@ -76,37 +98,82 @@ class PromptStream:
             self._turn.append(turn)
         return [self._at(position) for position in range(cursor, cursor + count)], cursor + count
 
-    def _at(self, position: int) -> Prompt:
+    def _at(self, position: int) -> Row:
         path = self._paths[self._file[position]]
         epoch, index = divmod(self._turn[position], len(self._sources[path]))
         return self._sources[path][self._order(len(self._sources[path]), epoch)[index]]
 
-    def _permutation(self, length: int, epoch: int) -> list[int]:
-        order = list(range(length))
-        random.Random(f"prompt order {self.seed} {epoch}").shuffle(order)
-        return order
+    def _digest(self, stages: Sequence[Stage[Row]]) -> str:
+        """16 hexadecimal digits that are others as soon as any position could have another row."""
+        digest = hashlib.sha256(str(self.seed).encode())
+        paths: list[Path] = []
+        for stage in stages:
+            digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
+            for source in stage.sources:
+                if source.path in paths:  # goes on where it was; a copy of it would begin
+                    digest.update(f"file {paths.index(source.path)} again".encode())
+                else:
+                    paths.append(source.path)
+                    for row in source.rows:
+                        digest.update(json.dumps([row.id, *self.content(row)]).encode())
+        return digest.hexdigest()[:16]
+
+
+class PromptStream(Stream[Prompt]):
+    def permutation(self, length: int, epoch: int) -> list[int]:
+        return _shuffled(length, f"prompt order {self.seed} {epoch}")
+
+    @staticmethod
+    def content(row: Prompt) -> list[Any]:
+        return [row.domain, row.prompt, row.answer]
+
+
+class ChatStream(Stream[Chat]):
+    def permutation(self, length: int, epoch: int) -> list[int]:
+        return _shuffled(length, f"sft order {self.seed} {epoch}")[::-1]
+
+    @staticmethod
+    def content(row: Chat) -> list[Any]:
+        return [[message.role, message.content] for message in row.messages]
 
 
 def load_stream(data: RlData, seed: int) -> PromptStream:
     """Reads every file once. ValueError for rows that are wrong."""
-    prompts: dict[Path, tuple[Prompt, ...]] = {}
+    return PromptStream(_stages(data.weights_by_stage, read_prompts), seed)
+
+
+def load_chats(data: SftData, seed: int) -> ChatStream:
+    """As `load_stream`, of data.train."""
+    return ChatStream(_stages([(None, data.weights)], read_chats), seed)
+
+
+def _stages(
+    weights_by_stage: Sequence[tuple[int | None, Weights]], read: Callable[[Path], list[Row]]
+) -> list[Stage[Row]]:
+    rows: dict[Path, tuple[Row, ...]] = {}
     stages = []
-    for num_prompts, weights in data.weights_by_stage:
+    for num_rows, weights in weights_by_stage:
         for path in weights:
-            if path not in prompts:
-                prompts[path] = tuple(read_prompts(path))
-        sources = (Source(path=path, prompts=prompts[path], weight=weight) for path, weight in weights.items())
-        stages.append(Stage(sources=tuple(sources), num_prompts=num_prompts))
-    return PromptStream(stages, seed)
+            if path not in rows:
+                rows[path] = tuple(read(path))
+        sources = tuple(Source(path=path, rows=rows[path], weight=weight) for path, weight in weights.items())
+        stages.append(Stage(sources=sources, num_rows=num_rows))
+    return stages
 
 
-def _turns(stages: Sequence[Stage]) -> Iterator[tuple[Path, int]]:
+def _shuffled(length: int, seed: str) -> list[int]:
+    order = list(range(length))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:
     """The file of each position, and how many turns it has had before."""
     turns: Counter[Path] = Counter()
     for stage in stages:
         total = sum(source.weight for source in stage.sources)
         credit = [0.0] * len(stage.sources)
-        for _ in count() if stage.num_prompts is None else range(stage.num_prompts):
+        for _ in count() if stage.num_rows is None else range(stage.num_rows):
             # Smooth weighted round robin: everybody earns its share, the richest pays for a turn.
             credit = [c + source.weight / total for c, source in zip(credit, stage.sources, strict=True)]
             chosen = credit.index(max(credit))
@@ -114,19 +181,3 @@ def _turns(stages: Sequence[Stage]) -> Iterator[tuple[Path, int]]:
             path = stage.sources[chosen].path
             yield path, turns[path]
             turns[path] += 1
-
-
-def _digest(stages: Sequence[Stage], seed: int) -> str:
-    """16 hexadecimal digits that are others as soon as any position could have another prompt."""
-    digest = hashlib.sha256(str(seed).encode())
-    paths: list[Path] = []
-    for stage in stages:
-        digest.update(json.dumps([stage.num_prompts, [source.weight for source in stage.sources]]).encode())
-        for source in stage.sources:
-            if source.path in paths:  # goes on where it was; a copy of it would begin
-                digest.update(f"file {paths.index(source.path)} again".encode())
-            else:
-                paths.append(source.path)
-            for p in source.prompts:
-                digest.update(json.dumps([p.id, p.domain, p.prompt, p.answer]).encode())
-    return digest.hexdigest()[:16]

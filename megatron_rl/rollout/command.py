@@ -2,17 +2,22 @@
 
 import asyncio
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import SamplingConfig
+from megatron_rl.config.schema import RolloutPhase, SamplingConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.mixture import PromptStream, load_stream
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.endpoint import Endpoint
+from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.recorded import group_rows
-from megatron_rl.rollout.resumable import sample_into, whole_groups
+from megatron_rl.rollout.resumable import sample_into, whole_groups, write_groups
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.rollout.settings import (
+    ANOTHER_OUTPUT,
     model_settings,
     read_settings,
     refuse_differences,
@@ -20,72 +25,111 @@ from megatron_rl.rollout.settings import (
     write_settings,
 )
 from megatron_rl.rollout.standalone import sampling
+from megatron_rl.rollout.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
 
-def run_rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Path, resume: bool) -> int:
-    """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`.
-    Returns the exit code."""
+def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, path: Path, resume: bool) -> int:
+    """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`, or
+    by the configuration's teacher without one. Returns the exit code."""
     if path.exists() and not resume:
         raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
-    asyncio.run(_rollout(config, model, num_prompts, path))
+    if model is None:
+        asyncio.run(_ask_teacher(config, num_prompts, path))
+    else:
+        asyncio.run(_sample(config, model, num_prompts, path))
     return 0
 
 
-async def _rollout(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
+async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
     stream = load_stream(config.data, config.seed)
-    input_ids = rendered_prompts(stream.prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train")
-    done = _claim(path, _settings(config, model, stream.digest), config.rollout.samples_per_prompt)
-    taken, _ = stream.take(0, num_prompts)
+    input_ids = rendered_prompts(stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+    left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
+    questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]
+    await sample_questions(config, model, tokenizer, questions, path, "rollout_server")
+    log.info("%s: %d groups of %d responses", path, num_prompts, config.rollout.samples_per_prompt)
+
+
+async def sample_questions(
+    config: RolloutPhase, model: Path, tokenizer: Any, questions: Sequence[Question], path: Path, server: str
+) -> None:
+    """Append every question's scored group to `path`. server: what the logs of the servers are called after."""
     decode = response_decoder(tokenizer, load_bailing_config(model).eos_token_id)
-    questions = [
-        Question(prompt_id=position, prompt=prompt, input_ids=input_ids[prompt.id])
-        for position, prompt in enumerate(taken)
-        if position not in done
-    ]
-    async with sampling(config, model, tokenizer, "rollout_server", config.seed) as sampler:
+    async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
             lambda question, group: group_rows(group, question.prompt, decode),
             "prompts",
         )
-    num_groups = len(done) + len(questions)
-    log.info("%s: %d groups of %d responses", path, num_groups, config.rollout.samples_per_prompt)
 
 
-def _settings(config: SamplingConfig, model: Path, digest: str) -> dict[str, Any]:
-    """What the responses depend on. Not among them: how fast it goes, and how many prompts are taken, since more can
-    follow. digest: of the prompts in their order."""
-    rollout = config.rollout
+def sampling_settings(config: RolloutPhase, model: Path, digest: str) -> dict[str, Any]:
+    """What the responses of a model depend on. digest: of the prompts in their order."""
     return {
-        "model": model_settings(model, config.model.dtype),
+        "model": model_settings(model, config.serving.dtype),
+        **_settings(config, digest, ["engine", "max_prompt_tokens"]),
+    }
+
+
+async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> None:
+    section = config.teacher
+    assert section is not None
+    endpoint = Endpoint(section, "teacher", section.tries)
+    stream = load_stream(config.data, config.seed)
+    with Rewards(config.reward) as rewards:
+        asked = {"url", "model", "system", "top_p", "send_seed", "extra"}
+        settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}
+        left = _left(config, stream, num_prompts, path, settings)
+        teacher = Teacher(config, section, endpoint, rewards)
+        await write_groups(path, teacher.as_completed(left), len(left), "prompts")
+    num_answered = num_prompts - teacher.num_failed
+    log.info("%s: %d groups of %d responses", path, num_answered, config.rollout.samples_per_prompt)
+
+
+def _left(
+    config: SamplingConfig, stream: PromptStream, num_prompts: int, path: Path, settings: Mapping[str, Any]
+) -> list[tuple[int, Prompt]]:
+    """(position, prompt) of those among the first `num_prompts` that have no responses in `path` yet, which is claimed
+    for these settings."""
+    done = claim(path, settings, config.rollout.samples_per_prompt)
+    taken, _ = stream.take(0, num_prompts)
+    return [(position, prompt) for position, prompt in enumerate(taken) if position not in done]
+
+
+def _settings(config: RolloutPhase, digest: str, of_rollout: Collection[str]) -> dict[str, Any]:
+    """What the responses depend on beside the model. Not among them: how fast it goes, and how many prompts are taken,
+    since more can follow. digest: of the prompts in their order. of_rollout: further keys of the section that count."""
+    keys = {"samples_per_prompt", "temperature", "max_response_tokens", *of_rollout}
+    return {
         "seed": config.seed,
-        "rollout": {
-            "engine": rollout.engine,
-            "samples_per_prompt": rollout.samples_per_prompt,
-            "temperature": rollout.temperature,
-            "max_prompt_tokens": rollout.max_prompt_tokens,
-            "max_response_tokens": rollout.max_response_tokens,
-        },
+        "rollout": config.rollout.model_dump(mode="json", include=keys),
         "reward": reward_settings(config.reward),
         "data": {"digest": digest},
     }
 
 
-def _claim(path: Path, settings: dict[str, Any], size: int) -> set[int]:
-    """Keep `settings` beside the responses; returns the positions that have theirs, `size` each. ValueError when those
-    were sampled with other settings."""
-    beside = path.with_name(f"{path.name}.settings.json")
-    done: set[int] = set()
-    if path.exists():
-        if not beside.is_file():
-            raise ValueError(
-                f"{beside} is missing, so nobody knows what the responses in {path} were sampled with; name another "
-                "--output"
-            )
-        refuse_differences(f"{path} holds responses", read_settings(beside, ["rollout"]), settings)
-        done = whole_groups(path, size, "name another --output")
-    write_settings(beside, settings)
+def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOTHER_OUTPUT) -> set[int]:
+    """Keep `settings` beside the responses; returns the positions that have theirs, `size` each. ValueError as for
+    `check_claim`."""
+    check_claim(path, settings, remedy)
+    done = whole_groups(path, size, remedy) if path.exists() else set()
+    write_settings(_beside(path), settings)
     return done
+
+
+def check_claim(path: Path, settings: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT) -> None:
+    """ValueError, which ends in `remedy`, when there are responses and they were sampled with other settings. Changes
+    nothing."""
+    if path.exists():
+        if not _beside(path).is_file():
+            raise ValueError(
+                f"{_beside(path)} is missing, so nobody knows what the responses in {path} were sampled with; {remedy}"
+            )
+        before = read_settings(_beside(path), ["rollout"], remedy)
+        refuse_differences(f"{path} holds responses", before, settings, remedy)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.settings.json")

@@ -1,7 +1,7 @@
 """Scored responses in a file: what `megatron-rl rollout` writes and `megatron-rl train --rollouts` trains from.
 
 JSONL, one row per response, the rows of a group one after the other. Text for people, token ids and log-probs for
-training; a float32 comes back from its decimal digits as it was.
+training; a float32 comes back from its decimal digits as it was. The rows of rollout/teacher.py have text alone.
 """
 
 import json
@@ -70,6 +70,12 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
     return groups, {sample.response.prompt_id: prompt for sample, prompt in rows}
 
 
+def check_first_row(path: Path) -> None:
+    """ValueError when what the file begins with cannot be trained from; `read_groups` comes when a model is loaded."""
+    with path.open() as file:
+        _row(file.readline(), f"{path} line 1")
+
+
 def with_advantages(group: Group, advantages: Advantages) -> Group:
     """The group with the advantages that the present configuration gives its rewards."""
     samples = group.samples
@@ -100,6 +106,11 @@ def _row(line: str, where: str) -> tuple[Sample, Prompt]:
         )
         prompt = Prompt(id=str(row["prompt_id"]), domain=str(row["domain"]), prompt=str(row["prompt"]), answer="")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
+        if isinstance(error, KeyError) and error.args == ("output_ids",):
+            raise ValueError(
+                f"{where} has no token ids and log-probs: neither what an endpoint (teacher) answers nor a run's own "
+                "rollouts/ has. Sample from a checkpoint, or train on it by SFT (tools/make_sft_data.py makes its rows)"
+            ) from None
         raise ValueError(
             f"{where} is not a scored response ({type(error).__name__}: {error}): {line[:100]!r}"
         ) from None

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.records import Group
@@ -18,29 +19,52 @@ log = logging.getLogger(__name__)
 _TELL_EVERY_SECONDS = 10.0
 
 
-async def sample_into(
-    path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
-) -> int:
-    """Append `lines` of every question's group as it completes; what is written survives. Tells how far it is, counting
-    groups as `noun`. Returns the number of tokens that were generated."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A group that is complete. lines: its rows. num_tokens: generated for it. reward: their mean."""
+
+    lines: str
+    num_tokens: int
+    reward: float
+
+
+async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
+    """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
+    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
     started = told = time.perf_counter()
-    num_groups = num_tokens = 0
+    num_done = num_tokens = 0
     reward = 0.0
     with path.open("a") as file:
-        async for question, group in sampler.as_completed(questions, 0):
-            file.write(lines(question, group))
+        async for group in groups:
+            file.write(group.lines)
             file.flush()
             os.fsync(file.fileno())
-            num_groups += 1
-            num_tokens += sum(sample.response.num_output_tokens for sample in group.samples)
-            reward += sum(sample.reward for sample in group.samples) / len(group.samples)
-            if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_groups == len(questions):
+            num_done += 1
+            num_tokens += group.num_tokens
+            reward += group.reward
+            if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_done == num_groups:
                 told = time.perf_counter()
                 log.info(
                     "%d of %d %s, mean reward %.3f, %.0f tokens/s",
-                    *(num_groups, len(questions), noun, reward / num_groups, num_tokens / (told - started)),
+                    *(num_done, num_groups, noun, reward / num_done, num_tokens / (told - started)),
                 )
     return num_tokens
+
+
+async def sample_into(
+    path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
+) -> int:
+    """Append `lines` of every question's group, see `write_groups`."""
+
+    async def finished() -> AsyncIterator[Finished]:
+        async for question, group in sampler.as_completed(questions, 0):
+            yield Finished(
+                lines=lines(question, group),
+                num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
+                reward=sum(sample.reward for sample in group.samples) / len(group.samples),
+            )
+
+    return await write_groups(path, finished(), len(questions), noun)
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
@@ -49,6 +73,14 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
 
     remedy: the end of its message.
     """
+    positions, end = find_groups(path, size, remedy)
+    with path.open("r+b") as file:
+        file.truncate(end)
+    return positions
+
+
+def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
+    """The same without changing anything, and the number of bytes up to the end of the last whole group."""
     sizes: dict[int, int] = {}
     end_of_whole = end = 0
     with path.open("rb") as file:
@@ -58,7 +90,7 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
             try:
                 position = int(json.loads(line)["position"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: a line after byte {end} is no response; name another --output") from None
+                raise ValueError(f"{path}: a line after byte {end} is no response; {remedy}") from None
             end += len(line)
             sizes[position] = sizes.get(position, 0) + 1
             if sizes[position] == size:
@@ -67,6 +99,4 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
     for position, count in sizes.items():
         if count > size or (count < size and position != last):
             raise ValueError(f"{path}: the group at position {position} has {count} responses, not {size}; {remedy}")
-    with path.open("r+b") as file:
-        file.truncate(end_of_whole)
-    return {position for position, count in sizes.items() if count == size}
+    return {position for position, count in sizes.items() if count == size}, end_of_whole

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rl.config.schema import RewardSection
 
+ANOTHER_OUTPUT = "name another --output"
 _NUM_TOLD = 3
 # How long a judge may take says which responses it gives up on, not what it says of the others.
 _NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "reward.judge.concurrent"}
@@ -31,25 +32,27 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def read_settings(path: Path, keys: Collection[str]) -> dict[str, Any]:
-    """ValueError for a file that `write_settings` did not write, with these keys."""
+def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPUT) -> dict[str, Any]:
+    """ValueError, which ends in `remedy`, for a file that `write_settings` did not write, with these keys."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         if all(isinstance(found[key], dict) for key in keys):
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} does not say what its responses were made with; name another --output")
+    raise ValueError(f"{path} does not say what its responses were made with; {remedy}")
 
 
-def refuse_differences(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_differences(
+    what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT
+) -> None:
     """ValueError that names them. what: the folder or file, and what it holds."""
     then, here = dict(_leaves(before)), dict(_leaves(now))
     changed = [key for key in then | here if then.get(key) != here.get(key) and key not in _NOT_COMPARED]
     if changed:
         told = "; ".join(f"{key} was {then.get(key)!r}, now {here.get(key)!r}" for key in changed[:_NUM_TOLD])
         more = f"; and {len(changed) - _NUM_TOLD} more" if len(changed) > _NUM_TOLD else ""
-        raise ValueError(f"{what} with other settings: {told}{more}; set them as they were, or name another --output")
+        raise ValueError(f"{what} with other settings: {told}{more}; set them as they were, or {remedy}")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import RolloutSection, SamplingConfig
+from megatron_rl.config.schema import RolloutPhase, RolloutSection
 from megatron_rl.data.chat import response_decoder
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
@@ -39,11 +39,12 @@ async def serving(
 
 
 @asynccontextmanager
-async def sampling(config: SamplingConfig, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
+async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
+    assert config.model is not None  # with a teacher there is nothing to serve
     eos = load_bailing_config(model).eos_token_id
-    async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:
-        with Rewards(config.reward) as rewards:
+    with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
+        async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:
             yield Sampler(servers, rewards, response_decoder(tokenizer, eos), no_advantages, config.rollout, seed, eos)
 
 

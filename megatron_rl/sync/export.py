@@ -64,12 +64,14 @@ def exported_names(model: Model) -> list[str]:
     ]
 
 
-def export_directory(model: Model, source: Path, destination: Path, control: Any) -> None:
+def export_directory(
+    model: Model, source: Path, destination: Path, control: Any, notes: dict[str, str] | None = None
+) -> None:
     """Write a whole Hugging Face directory: one safetensors file per rank that owns tensors, index, companion files.
 
     source: the directory that config.json, tokenizer and code files are copied from. control: a gloo group of all
-    ranks. The directory appears under its name only when complete. Every rank sees it when this returns; SharedFault on
-    every rank when one of them could not write its part.
+    ranks. notes: further files, text by name. The directory appears under its name only when complete. Every rank sees
+    it when this returns; SharedFault on every rank when one of them could not write its part.
     """
     rank = dist.get_rank()
     partial = destination.with_name(f".{destination.name}.partial")
@@ -92,6 +94,8 @@ def export_directory(model: Model, source: Path, destination: Path, control: Any
     def finish() -> None:
         write_index(partial, names_by_shard, table)
         copy_companions(source, partial, model.dtype)
+        for name, text in (notes or {}).items():
+            (partial / name).write_text(text)
         replace_directory(partial, destination)
 
     _together(make if rank == 0 else None, destination, control)

@@ -61,7 +61,7 @@ class Collector:
         self._tokenizer = load_tokenizer(config.model.path)
         self._stream = load_stream(config.data, config.seed)
         self._input_ids = rendered_prompts(
-            self._stream.prompts, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
+            self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
         )
         self.cursor = 0
         self.carry = Carry()
@@ -315,7 +315,7 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         "train": {"micro_batch_tokens"},
     }
     values = config.model_dump(mode="json", include=relevant)
-    if config.optimizer.schedule != "constant":
+    if config.optimizer.schedule != "constant" or config.optimizer.warmup_share is not None:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)

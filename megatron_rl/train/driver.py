@@ -82,7 +82,7 @@ def _steps(config: RlConfig, session: Session, first: int, leader: Leader | None
             leader.end(step, results)
         session.settle()
         skips.check(results)
-        if should_save(step + 1, config):
+        if should_save(step + 1, config.train.steps, config):
             session.save(step + 1, *_driver_state(leader, step + 1))
     session.settle(wait=True)
     last = leader.finish() if leader else _follow(session, config.train.steps, transport)

@@ -43,6 +43,11 @@ class Session:
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
+        if self.rank == 0 and config.cluster is not None and config.cluster.training_ranks != world_size:
+            log.warning(
+                "this configuration is meant for %d training ranks (cluster), and %d started",
+                *(config.cluster.training_ranks, world_size),
+            )
         directory = config.run_dir / "checkpoints"
         refuse_to_overwrite(directory, resume)
         if self.rank == 0:
@@ -91,10 +96,10 @@ class Session:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
-    def export(self, destination: Path) -> None:
-        """Collective: a Hugging Face directory of the present weights."""
+    def export(self, destination: Path, notes: dict[str, str] | None = None) -> None:
+        """Collective: a Hugging Face directory of the present weights. notes: text by the name of its file there."""
         self.watch.enter("export", self.watch.step)
-        export_directory(self.model, self.config.model.path, destination, self.control)
+        export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
     def close(self) -> None:
         self.watch.enter("close", self.watch.step)
@@ -104,7 +109,7 @@ class Session:
             dist.destroy_process_group()
 
 
-def should_save(step: int, config: RunConfig) -> bool:
-    """True after `step` completed steps when a checkpoint is due; the last step always is."""
+def should_save(step: int, last: int, config: RunConfig) -> bool:
+    """True after `step` completed steps of `last` when a checkpoint is due; after the last one it always is."""
     every = config.train.save_every
-    return step == config.train.steps or (every > 0 and step % every == 0)
+    return step == last or (every > 0 and step % every == 0)

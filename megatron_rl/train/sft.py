@@ -1,20 +1,18 @@
-"""Supervised fine-tuning: the trainer with cross-entropy over packed chats."""
+"""Supervised fine-tuning: the trainer with cross-entropy over packed chats. docs/sft.md says what a run does."""
 
-import itertools
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
+from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
-from megatron_rl.data.chat import load_tokenizer, render_chat
-from megatron_rl.data.prompts import Chat, read_chats
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.train.batch import MicroBatch, TrainSequence
+from megatron_rl.train.chats import ChatBatches, validation_parts
+from megatron_rl.train.epochs import EpochDirectories, EpochLoss
 from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.objective import CrossEntropy
@@ -24,132 +22,148 @@ from megatron_rl.train.trainer import StepResult
 
 
 def run_sft(config: SftConfig, resume: bool) -> int:
-    """Train for `train.steps` optimizer steps and export `run_dir/hf`. Returns the exit code."""
+    """Train for `train.steps` or `train.epochs` and leave `run_dir/hf`. Returns the exit code."""
     signals = StopSignals()
-    chats = read_chats(config.data.train)
     tokenizer = load_tokenizer(config.model.path)
-    limit = min(config.micro_batch_cap, config.data.batch_tokens)
-    sequences = [_sequence(chat, tokenizer, limit) for chat in chats]
-    session = Session(config, config.train.steps, resume)
+    batches = ChatBatches(config, tokenizer)
+    validation = validation_parts(config, tokenizer, batches.messages)
+    config.check_warmup(batches.num_steps)
+    refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
+    session = Session(config, batches.num_steps, resume)
     with ExitStack() as parts, told_in_words(session.watch):
         parts.callback(session.close)
         restored = session.restore()
-        first = restored[0]["step"] if restored else 0
-        metrics = MetricsLog(config.run_dir, first) if session.is_leader else None
+        driver: dict[str, Any] = restored[0] if restored else batches.state(0)
+        batches.check(driver)
+        metrics = MetricsLog(config.run_dir, driver["step"]) if session.is_leader else None
         if metrics is not None:
             parts.callback(metrics.close)
-        return _steps(config, session, sequences, first, metrics, signals)
+        run = _Run(config, session, batches, validation, metrics)
+        return run.steps(driver, signals)
 
 
-def _steps(
-    config: SftConfig,
-    session: Session,
-    sequences: Sequence[TrainSequence],
-    first: int,
-    metrics: MetricsLog | None,
-    signals: StopSignals,
-) -> int:
-    """From step `first` to the end. Returns the exit code."""
-    batches = itertools.islice(sequence_batches(sequences, config.data.batch_tokens, config.seed), first, None)
-    skips, alarms = SkipGuard(config.train, ""), Alarms(config.train, metrics.past if metrics else ())
-    for step in range(first, config.train.steps):
-        if session.any_rank(signals.name is not None):
-            if step > first:
-                session.save(step, {"step": step})
-            session.settle(wait=True)
-            return EXIT_STOPPED
-        session.watch.enter("train", step)
-        started = time.perf_counter()
-        result = session.trainer.train_step(*_placed(config, session, next(batches)))
-        if metrics is not None:
-            _report(config, session, metrics, alarms, step, result, time.perf_counter() - started)
-        session.settle()
-        skips.check([result])
-        if should_save(step + 1, config):
-            session.save(step + 1, {"step": step + 1})
-    session.settle(wait=True)
-    session.export(config.run_dir / "hf")
-    return 0
+class _Run:
+    """The loop and what it needs. metrics: on rank 0."""
 
+    def __init__(
+        self,
+        config: SftConfig,
+        session: Session,
+        batches: ChatBatches,
+        validation: Sequence[Sequence[TrainSequence]],
+        metrics: MetricsLog | None,
+    ) -> None:
+        self._config, self._session, self._metrics = config, session, metrics
+        self._batches, self._validation = batches, validation
+        self._alarms = Alarms(config.train, metrics.past if metrics else ())
+        self._num_epochs = config.train.epochs or 0
+        self._directories = EpochDirectories(session, self._num_epochs)
 
-def _placed(
-    config: SftConfig, session: Session, batch: Sequence[TrainSequence]
-) -> tuple[list[MicroBatch], CrossEntropy, float]:
-    """This rank's micro-batches of a step, its objective and its denominator."""
-    layout = session.layout
-    placed = pack_micro_batches(
-        [len(s.token_ids) for s in batch],
-        layout.data,
-        config.micro_batch_cap,
-        cost_model(session.bailing),
-        multiple_of=layout.micro_batch_multiple,
-    )
-    mine = [session.trainer.micro_batch([batch[i] for i in one]) for one in placed[layout.data_rank(session.rank)]]
-    return mine, CrossEntropy(), float(sum(len(s.loss_positions) for s in batch))
+    def steps(self, driver: dict[str, Any], signals: StopSignals) -> int:
+        """From where `driver` says to the end. Returns the exit code."""
+        config, session, batches = self._config, self._session, self._batches
+        skips, epoch_loss = SkipGuard(config.train, ""), EpochLoss(driver.get("epoch_loss", (0.0, 0)))
+        first, last = driver["step"], batches.num_steps
 
+        def save(step: int) -> None:
+            session.save(step, batches.state(step) | {"epoch_loss": epoch_loss.state})
 
-def _report(
-    config: SftConfig,
-    session: Session,
-    metrics: MetricsLog,
-    alarms: Alarms,
-    step: int,
-    result: StepResult,
-    seconds: float,
-) -> None:
-    row = {
-        "step": step,
-        **result.metrics,
-        "num_skipped_steps": int(result.skipped),
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "num_loss_tokens": result.num_loss_tokens,
-        "step_seconds": seconds,
-        "num_failed_saves": session.checkpoints.num_failed_saves,
-        "trained_tokens_per_second": result.num_forward_tokens / seconds,
-    }
-    alarms.report(row)
-    try:
-        metrics.write(row)
-    except OSError as error:
-        if fault := disk_fault(config, "the metrics of this step are not written", error):
-            raise fault from error
-    if step % 20 == 0 or step + 1 == config.train.steps:
-        console.print(
-            f"sft {step + 1}/{config.train.steps}  loss {row['loss']:.4f}  "
-            f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s"
+        for step in range(first, last):
+            if session.any_rank(signals.name is not None):
+                if step > first:
+                    save(step)
+                session.settle(wait=True)
+                return EXIT_STOPPED
+            session.watch.enter("train", step)
+            started = time.perf_counter()
+            batch = batches[step]
+            result = session.trainer.train_step(
+                self._placed(batch), CrossEntropy(), float(sum(len(s.loss_positions) for s in batch))
+            )
+            seconds = time.perf_counter() - started
+            ended = batches.epochs_ended(step)
+            losses = epoch_loss.add(result, ended, batches.num_seen(step + 1) % batches.num_chats)
+            ends_epoch = bool(ended) and self._num_epochs > 0
+            validated = self._validate(step) if ends_epoch or self._validation_is_due(step + 1) else {}
+            self._report(step, result, seconds, validated)
+            session.settle()
+            skips.check([result])
+            if ends_epoch:
+                for epoch, loss in zip(ended, losses, strict=True):
+                    self._end_epoch(epoch, step + 1, loss, validated)
+            if ends_epoch or should_save(step + 1, last, config):
+                save(step + 1)
+        session.settle(wait=True)
+        if self._num_epochs:
+            self._directories.link_last(config.run_dir / "hf")
+        else:
+            session.export(config.run_dir / "hf")
+        return 0
+
+    def _placed(self, batch: Sequence[TrainSequence]) -> list[MicroBatch]:
+        """This rank's micro-batches of a batch."""
+        session, layout = self._session, self._session.layout
+        placed = pack_micro_batches(
+            [len(s.token_ids) for s in batch],
+            layout.data,
+            self._config.micro_batch_cap,
+            cost_model(session.bailing),
+            multiple_of=layout.micro_batch_multiple,
         )
+        mine = placed[layout.data_rank(session.rank)]
+        return [session.trainer.micro_batch([batch[i] for i in one]) for one in mine]
 
+    def _validation_is_due(self, num_steps: int) -> bool:
+        every = self._config.train.validate_every
+        return num_steps == self._batches.num_steps or (every > 0 and num_steps % every == 0)
 
-def sequence_batches(sequences: Sequence[TrainSequence], batch_tokens: int, seed: int) -> Iterator[list[TrainSequence]]:
-    """Endless batches of whole sequences, at most `batch_tokens` tokens each, in a seeded order, epoch after epoch."""
-    batch: list[TrainSequence] = []
-    used = 0
-    for epoch in itertools.count():
-        order = list(range(len(sequences)))
-        random.Random(f"sft order {seed} {epoch}").shuffle(order)
-        for index in order[::-1]:
-            sequence = sequences[index]
-            if used + len(sequence.token_ids) > batch_tokens:
-                yield batch
-                batch, used = [], 0
-            batch.append(sequence)
-            used += len(sequence.token_ids)
+    def _validate(self, step: int) -> dict[str, float]:
+        """Loss and token entropy per target token over all chats of data.validation; nothing without them."""
+        if not self._validation:
+            return {}
 
+        def passes() -> Iterator[list[MicroBatch]]:
+            for part in self._validation:
+                self._session.watch.enter("validate", step)
+                yield self._placed(part)
 
-def _sequence(chat: Chat, tokenizer: Any, limit: int) -> TrainSequence:
-    ids, mask = render_chat(tokenizer, chat.messages)
-    if len(ids) > limit:
-        raise ValueError(
-            f"chat {chat.id} has {len(ids)} tokens; data.batch_tokens and train.micro_batch_tokens allow {limit}: "
-            "raise them or drop the chat"
-        )
-    positions = np.flatnonzero(mask).astype(np.int32)
-    return TrainSequence(
-        token_ids=np.array(ids, np.int32),
-        loss_positions=positions,
-        weight=1.0,
-        advantage=0.0,
-        rollout_logprobs=np.full(len(positions), np.nan, np.float32),
-        num_stale_tokens=len(positions),
-    )
+        found = self._session.trainer.measure(passes(), CrossEntropy())
+        return {f"validation_{name}": found[name] for name in ("loss", "entropy")}
+
+    def _end_epoch(self, epoch: int, num_steps: int, train_loss: float | None, validated: dict[str, float]) -> None:
+        measured = {name: validated.get(name) for name in ("validation_loss", "validation_entropy")}
+        note = {"step": num_steps, **measured, "train_loss": train_loss}
+        self._directories.write(epoch, note)
+        if self._session.is_leader:
+            told = "none" if train_loss is None else f"{train_loss:.4f}"
+            console.print(f"sft epoch {epoch}/{self._num_epochs} ended with step {num_steps}  train loss {told}")
+
+    def _report(self, step: int, result: StepResult, seconds: float, validated: dict[str, float]) -> None:
+        if self._metrics is None:
+            return
+        row = {
+            "step": step,
+            **result.metrics,
+            "num_skipped_steps": int(result.skipped),
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "num_loss_tokens": result.num_loss_tokens,
+            "step_seconds": seconds,
+            "num_failed_saves": self._session.checkpoints.num_failed_saves,
+            "trained_tokens_per_second": result.num_forward_tokens / seconds,
+            **validated,
+        }
+        self._alarms.report(row)
+        try:
+            self._metrics.write(row)
+        except OSError as error:
+            if fault := disk_fault(self._config, "the metrics of this step are not written", error):
+                raise fault from error
+        last = self._batches.num_steps
+        if step % 20 == 0 or step + 1 == last or validated:
+            told = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in validated.items())
+            console.print(
+                f"sft {step + 1}/{last}  loss {row['loss']:.4f}{told}  "
+                f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s",
+                soft_wrap=True,
+            )

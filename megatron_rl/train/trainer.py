@@ -20,7 +20,7 @@ constant D = `denominator` (Phi for C3PO). Step by step:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ class Trainer:
             OptimizerConfig(
                 optimizer="adam",
                 lr=optimizer.learning_rate,
-                min_lr=0.0,
+                min_lr=optimizer.min_learning_rate,
                 weight_decay=optimizer.weight_decay,
                 adam_beta1=optimizer.beta1,
                 adam_beta2=optimizer.beta2,
@@ -87,13 +87,14 @@ class Trainer:
             ),
             list(model.chunks),
         )
+        num_warmup_steps = optimizer.num_warmup_steps(num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=optimizer.learning_rate,
-            min_lr=0.0,
-            lr_warmup_steps=optimizer.warmup_steps,
-            lr_decay_steps=max(num_steps, optimizer.warmup_steps + 1),
+            min_lr=optimizer.min_learning_rate,
+            lr_warmup_steps=num_warmup_steps,
+            lr_decay_steps=max(num_steps, num_warmup_steps + 1),
             lr_decay_style=optimizer.schedule,
             start_wd=optimizer.weight_decay,
             end_wd=optimizer.weight_decay,
@@ -151,7 +152,7 @@ class Trainer:
             router.load_balance_loss = router.z_loss = 0.0
             router.num_replayed = router.num_replaced = 0
         self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
-        tally.reduce(self._control, mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
+        self._reduce(tally)
         metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
@@ -164,6 +165,9 @@ class Trainer:
             num_padding_tokens=num_places - num_tokens,
             metrics=metrics,
         )
+
+    def _reduce(self, tally: Tally) -> None:
+        tally.reduce(self._control, mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
 
     def _update(self, may: bool) -> tuple[float, bool]:
         """Step optimizer and schedule if `may` and the gradient is finite; the gradient's norm, and whether they were.
@@ -197,6 +201,19 @@ class Trainer:
         metrics = {name: mean for (name, coefficient), mean in zip(on.items(), means, strict=True) if coefficient}
         num_replayed, num_replaced = sums[3:].tolist()
         return metrics | ({"router_replay_changed_share": num_replaced / num_replayed} if num_replayed else {})
+
+    def measure(self, passes: Iterable[Sequence[MicroBatch]], objective: Objective) -> dict[str, float]:
+        """`Tally.metrics` of an objective under the present weights, all divided by the loss tokens; nothing changes.
+
+        Collective. passes: this rank's micro-batches, in parts that are held in memory one at a time; every data-
+        parallel rank has as many of both.
+        """
+        tally = Tally(objective.reports)
+        with torch.no_grad():
+            for batches in passes:
+                self._run(batches, 1.0, partial(self._loss, objective, 1.0, tally), forward_only=True)
+        self._reduce(tally)
+        return tally.metrics(tally.num_tokens)
 
     def logprobs(self, batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.

@@ -1,0 +1,51 @@
+"""The configuration of `megatron-rl select`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rl.config.schema import Positive, RolloutPhase, RolloutSection, ServingSection
+
+
+class SelectionRollout(RolloutSection):
+    prompts_per_step: Positive = Field(default=1, description="not used: `prompts` says how many there are")
+
+
+class SelectConfig(RolloutPhase):
+    """`megatron-rl select`: one of several model directories, by the token entropy of its policy."""
+
+    model: ServingSection = ServingSection()
+    rollout: SelectionRollout
+    candidates: Path | tuple[Path, ...] = Field(
+        description="a folder whose subdirectories are Hugging Face directories of BailingMoE models, or a list of "
+        "such directories"
+    )
+    prompts: Annotated[int, Field(ge=2)] = Field(
+        default=128, description="so many of the run's order of data.train are answered, the same by every candidate"
+    )
+    band: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
+        default=(0.3, 0.5), description="lowest and highest entropy that are accepted, in nats per token; the paper's"
+    )
+    prefer: Literal["lowest", "highest", "accuracy", "validation_loss"] = Field(
+        default="lowest",
+        description="which of several candidates in the band: that of the lowest or highest entropy, of the highest "
+        "accuracy, or of the lowest validation_loss in its sft.json; selection/choice.py says why",
+    )
+    require_band: bool = Field(
+        default=False, description="choose none when none is within the band; else the nearest to it is chosen"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "SelectConfig":
+        low, high = self.band
+        if low >= high:
+            raise ValueError(f"band must be [lowest, highest] with the first below the second, got [{low:g}, {high:g}]")
+        if self.rollout.temperature != 1.0:
+            raise ValueError(
+                f"rollout.temperature must be 1, got {self.rollout.temperature:g}: the entropy is that of the policy "
+                "itself, which only its own samples show; leave it out"
+            )
+        if self.rollout.urls:
+            raise ValueError("servers are started with each candidate in turn; leave rollout.urls empty")
+        return self

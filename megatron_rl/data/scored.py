@@ -1,0 +1,70 @@
+"""Rows of rollouts as text, whoever wrote them: `megatron-rl rollout` with a checkpoint or an endpoint, or a training
+run (rollouts/step_N.jsonl)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.data.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """reasoning: what an endpoint's model thought before the response, where it keeps that apart; else "".
+    reward: None of a response that was never finished. reason, finish_reason: as recorded.
+    has_eos: whether the response, if it ended by itself, ends with the text of an end-of-sequence token."""
+
+    prompt_id: str
+    domain: str
+    prompt: str
+    response: str
+    reasoning: str
+    reward: float | None
+    reason: str
+    finish_reason: str
+    has_eos: bool
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
+    """(byte at which it begins, line, its name) of every line that is not blank."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield offset, line, f"{path} line {number}"
+            offset += len(line)
+
+
+def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Scored:
+    """ValueError for a line that is none, named `where`. prompts: by id, for a run's rows, which have the prompt as the
+    chat template renders it and no domain."""
+    try:
+        row = json.loads(line)
+        if "domain" in row:
+            domain, prompt = row["domain"], row["prompt"]
+        elif row["prompt_id"] in prompts:
+            domain, prompt = prompts[row["prompt_id"]].domain, prompts[row["prompt_id"]].prompt
+        else:
+            raise ValueError(
+                f"it has no domain, as in a training run's rollouts; name the data file with id {row['prompt_id']!r} "
+                "by --prompts"
+            )
+        unjudged = "outcome" in row and "reward" not in row
+        found = Scored(
+            prompt_id=str(row["prompt_id"]),
+            domain=domain,
+            prompt=prompt,
+            response=row["response"],
+            reasoning=row.get("reasoning", ""),
+            reward=None if unjudged else float(row["reward"]),
+            reason="" if unjudged else str(row["reason"]),
+            finish_reason=str(row["finish_reason"]),
+            has_eos="policy_version" in row or "policy_versions" in row,
+        )
+        for text in (found.domain, found.prompt, found.response, found.reasoning):
+            text.encode()  # half a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "" if line.endswith(b"\n") else "; it is cut short: go on with megatron-rl rollout --resume"
+        raise ValueError(f"{where} is no scored response ({type(error).__name__}: {error}){remedy}") from None
+    return found

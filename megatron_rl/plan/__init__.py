@@ -1,0 +1,1 @@
+"""`megatron-rl plan`: what a configuration means on so many GPUs, before anything is started."""

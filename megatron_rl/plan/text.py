@@ -1,0 +1,137 @@
+"""A plan in words."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_rl.plan.servers import GIB
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for title, part in (
+        ("model", _model(plan)),
+        ("topology", _topology(plan)),
+        ("layout", _layout(plan)),
+        ("training", _training(plan)),
+        ("budget", _budget(plan)),
+        ("responses", _responses(plan)),
+        ("servers", _servers(plan)),
+        *(("memory", _memory(name, parts, plan)) for name, parts in plan.get("memory", {}).items()),
+        ("launch", iter(plan["launch"])),
+    ):
+        lines += [f"{title if number == 0 else '':<10}{line}" for number, line in enumerate(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _model(plan: dict[str, Any]) -> Iterator[str]:
+    if "model" not in plan:
+        yield "a teacher's, at an endpoint; nothing is served here"
+        return
+    model = plan["model"]
+    yield f"{model['parameters']:,} parameters, {model['active_parameters']:,} of them active"
+    if "shape" in plan:
+        yield f"by {plan['shape']}, since the model is not there yet"
+
+
+def _topology(plan: dict[str, Any]) -> Iterator[str]:
+    cluster = plan["cluster"]
+    nodes, gpus, serving = cluster["nodes"], cluster["gpus_per_node"], cluster["serving_nodes"]
+    told = f"{nodes} node{'s' if nodes > 1 else ''} x {gpus} GPUs = {nodes * gpus}"
+    if "model" not in plan:
+        yield "one machine without a GPU"
+    elif "layout" not in plan:
+        yield f"{told}, all of them to serve"
+    elif serving:
+        yield f"{told}, of which {serving} x {gpus} = {serving * gpus} serve and {(nodes - serving) * gpus} train"
+    elif "servers" in plan:
+        yield f"{told}, each to train and to serve"
+    else:
+        yield f"{told}, all of them to train"
+
+
+def _layout(plan: dict[str, Any]) -> Iterator[str]:
+    if "layout" not in plan:
+        return
+    layout = plan["layout"]
+    yield ", ".join(f"{name} {size}" for name, size in layout.items() if name != "layers_per_stage")
+    if "layers_per_stage" in layout:
+        yield f"layers per stage {', '.join(map(str, layout['layers_per_stage']))}"
+
+
+def _training(plan: dict[str, Any]) -> Iterator[str]:
+    if "training" not in plan:
+        return
+    training = plan["training"]
+    if training["optimizer_steps"]:
+        yield f"{training['optimizer_steps']:,} optimizer steps"
+        yield f"{training['warmup_steps']:,} of them warm-up"
+    else:
+        yield f"{training['epochs']} epoch(s); how many optimizer steps follows from the data, when the run reads them"
+        share = training["warmup_share"]
+        yield f"warm-up over {share:.2%} of them" if share is not None else "warm-up as optimizer.warmup_steps says"
+    yield f"{training['step_tokens']:,} tokens at most per optimizer step"
+    yield _per_rank(training)
+    yield "data " + ", ".join(f"{path} {share:.1%}" for path, share in training["weights"].items())
+
+
+def _budget(plan: dict[str, Any]) -> Iterator[str]:
+    budget = plan.get("budget")
+    if budget is None:
+        return
+    if "tokens" not in budget:
+        yield f"none; {budget['responses_of_first_phase']:,} responses per phase"
+        return
+    world = plan["layout"]["world_size"]
+    product = f" x {world} = {budget['step_tokens']:,}" if budget["scope"] == "per_gpu" else ""
+    yield f"{budget['tokens']:,}{product} tokens per optimizer step"
+    yield f"{budget['optimizer_steps']} optimizer step(s) per phase"
+    yield _per_rank(budget)
+    yield (
+        f"filled by the first phase's {budget['responses_of_first_phase']:,} responses at a mean of "
+        f"{budget['filling_mean_tokens']:,.1f} tokens; by {budget['min_responses']:,} of the longest"
+    )
+
+
+def _per_rank(numbers: dict[str, int]) -> str:
+    count = numbers["min_micro_batches"]
+    batches = f"{count} micro-batch{'' if count == 1 else 'es'}"
+    return f"{numbers['tokens_per_data_rank']:,} per data-parallel rank, in {batches} or more"
+
+
+def _responses(plan: dict[str, Any]) -> Iterator[str]:
+    responses = plan.get("responses")
+    if responses is None:
+        return
+    if "benchmarks" not in responses:
+        told = f"{responses['prompts']:,} prompts x {responses['samples']} samples = {responses['total']:,}"
+        yield f"{told} of {responses['of']}" if "of" in responses else told
+        return
+    unknown = []
+    for name, one in responses["benchmarks"].items():
+        if one["prompts"] is None:
+            unknown.append(f"{name} x {one['samples']}")
+        else:
+            yield f"{name}: {one['prompts']:,} prompts x {one['samples']} samples = {one['total']:,}"
+    if responses["total"]:
+        yield f"{responses['total']:,} in all" + (", without the next" if unknown else "")
+    if unknown:
+        yield f"data that are not here yet, so prompts are not counted, x samples: {', '.join(unknown)}"
+
+
+def _servers(plan: dict[str, Any]) -> Iterator[str]:
+    if "servers" not in plan:
+        return
+    servers = plan["servers"]
+    gpus = servers["gpus_each"]
+    yield f"{servers['per_node']} per node, each over {gpus:g} GPU{'' if gpus == 1 else 's'}"
+    yield (
+        f"each answers up to {servers['slots']} at a time, and has cache for {servers['full_length_responses']:,} "
+        f"of full length ({servers['max_sequence_tokens']:,} tokens)"
+    )
+
+
+def _memory(name: str, parts: dict[str, int], plan: dict[str, Any]) -> Iterator[str]:
+    limit = plan["cluster"]["gpu_memory_gb"]
+    of_limit = f" of {limit:g}" if limit else ""
+    yield f"{parts['total'] / GIB:.1f} GiB{of_limit} on the fullest {name.replace('_', ' ')}, estimated:"
+    yield ", ".join(f"{part.replace('_', ' ')} {n / GIB:.2f}" for part, n in parts.items() if part != "total")

@@ -1,0 +1,121 @@
+"""The plan of `megatron-rl train` and `sft`: layout, budget, memory of a GPU, and how to start it on every node."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.schema import ClusterSection, RlConfig, RunConfig, SftConfig
+from megatron_rl.layout import Layout
+from megatron_rl.memory import rank_bytes
+from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
+from megatron_rl.preflight import problems
+
+SLURM = "examples/ring_lite/slurm"
+
+
+def plan_training(
+    config: RunConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """path, overrides: of the configuration, as they were given."""
+    layout = config.parallel.layout(cluster.training_ranks)
+    found = list(problems(config, bailing, layout.world_size))
+    plan: dict[str, Any] = {"layout": asdict(layout)}
+    if not found:
+        plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
+        if isinstance(config, RlConfig):
+            plan["budget"] = _budget(config, layout)
+        elif isinstance(config, SftConfig):
+            plan["training"] = _training(config, layout)
+        plan |= _memory(config, bailing, layout, cluster, found)
+        found += over_limit(
+            plan["memory"], cluster, {"training_gpu": _remedy(config, cluster), "serving_gpu": SERVING_REMEDY}
+        )
+    kind = "sft" if isinstance(config, SftConfig) else "train"
+    return plan | {"launch": _launch(kind, cluster, path, overrides), "problems": found}
+
+
+def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
+    """phase_tokens: Phi of all optimizer steps of a phase. filling_mean_tokens: the mean length at which the first
+    phase's responses are just enough. min_micro_batches: of a rank in one optimizer step, prompts not counted."""
+    responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    found: dict[str, Any] = {"responses_of_first_phase": responses}
+    if not chosen_algorithm(config.algorithm).uses_budget:
+        return found
+    budgets = config.phase_budgets(layout.world_size)
+    return found | {
+        "tokens": config.budget.tokens,
+        "scope": config.budget.scope,
+        "optimizer_steps": len(budgets),
+        "phase_tokens": sum(budgets),
+        "filling_mean_tokens": sum(budgets) / responses,
+        "min_responses": -(-sum(budgets) // config.rollout.max_response_tokens),
+        **_per_rank(budgets[0], config, layout),
+    }
+
+
+def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:
+    """optimizer_steps, warmup_steps: None where they follow from the data. weights: of the files, as shares."""
+    steps, total = config.train.steps, sum(config.data.weights.values())
+    return {
+        "optimizer_steps": steps,
+        "epochs": config.train.epochs,
+        "warmup_steps": config.optimizer.num_warmup_steps(steps) if steps else None,
+        "warmup_share": config.optimizer.warmup_share,
+        **_per_rank(config.data.batch_tokens, config, layout),
+        "weights": {str(path): weight / total for path, weight in config.data.weights.items()},
+    }
+
+
+def _per_rank(step_tokens: int, config: RunConfig, layout: Layout) -> dict[str, int]:
+    per_rank = -(-step_tokens // layout.data)
+    return {
+        "step_tokens": step_tokens,
+        "tokens_per_data_rank": per_rank,
+        "min_micro_batches": -(-per_rank // config.micro_batch_cap),
+    }
+
+
+def _memory(
+    config: RunConfig, bailing: BailingConfig, layout: Layout, cluster: ClusterSection, found: list[str]
+) -> dict[str, Any]:
+    """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others; the servers in
+    numbers. found: gets what speaks against these."""
+    colocated = not cluster.serving_nodes
+    training = asdict(max(rank_bytes(config, bailing, layout), key=lambda rank: rank.total))
+    memory, servers = {"training_gpu": training}, {}
+    if isinstance(config, RlConfig) and (not colocated or not config.rollout.urls):
+        # Servers start when the trainer has its state, and before it has seen a token.
+        state = sum(training[part] for part in ("weights", "gradients", "optimizer"))
+        parts, numbers, against = plan_servers(
+            config.rollout, config.model.dtype, bailing, cluster, taken_bytes=state if colocated else 0
+        )
+        target = training if colocated else memory.setdefault("serving_gpu", {})
+        target |= parts
+        if colocated:  # on nodes of their own job.sh divides the GPUs
+            servers = {"servers": numbers}
+            found += against
+    return {"memory": {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}, **servers}
+
+
+def _remedy(config: RunConfig, cluster: ClusterSection) -> str:
+    recompute = "" if config.model.recompute else "model.recompute = true, "
+    servers = ""
+    if isinstance(config, RlConfig) and not cluster.serving_nodes and not config.rollout.urls:
+        servers = "a smaller --mem-fraction-static or rollout.max_running_requests, "
+    return f"set {recompute}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
+
+
+def _launch(kind: str, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> list[str]:
+    nodes, gpus, serving = cluster.nodes, cluster.gpus_per_node, cluster.serving_nodes
+    options = "".join(f" --set '{override}'" for override in overrides)
+    script = "separate" if serving else kind
+    slurm = f"sbatch --nodes={nodes} --gpus-per-node={gpus} {SLURM}/{script}.sbatch {path}{options}"
+    if serving:
+        return [f"SERVING_NODES={serving} {slurm}"]
+    if nodes == 1:
+        return [f"megatron-rl {kind} {path}{options} --nproc {gpus}", slurm]
+    torchrun = f"torchrun --nnodes {nodes} --nproc_per_node {gpus} --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500"
+    return [f"{torchrun} -m megatron_rl.cli {kind} {path}{options} --resume", slurm]

@@ -1,0 +1,1 @@
+"""Which distilled checkpoint reinforcement learning starts from: that whose policy has the right token entropy."""

@@ -1,0 +1,205 @@
+"""`megatron-rl select`: sample from every candidate, measure its policy, choose one, and link to it."""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.errors import EXIT_STOPPED, Fault
+from megatron_rl.rollout.command import check_claim, claim, sample_questions, sampling_settings
+from megatron_rl.rollout.resumable import find_groups
+from megatron_rl.rollout.sampler import Question
+from megatron_rl.selection.candidates import Candidate, find_candidates
+from megatron_rl.selection.choice import Measured, check_preference, choose, is_in, straddled_ends
+from megatron_rl.selection.measure import measure
+from megatron_rl.selection.report import markdown, show, verdict
+
+log = logging.getLogger(__name__)
+
+_REMEDY = "set run_dir to a new folder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One candidate's part. path: of its responses. settings: what they depend on. done: positions in the file."""
+
+    candidate: Candidate
+    path: Path
+    tokenizer: Any
+    input_ids: dict[str, tuple[int, ...]]
+    settings: dict[str, Any]
+    done: frozenset[int]
+
+
+def run_selection(config: SelectConfig, resume: bool) -> int:
+    """Leaves everything in `config.run_dir`. Returns the exit code.
+
+    ValueError for what can be known to fail before a server starts, and when no candidate is within a band that is
+    required; Fault when they are to be chosen by accuracy and too many responses could not be judged.
+    """
+    candidates = find_candidates(config.candidates)
+    check_preference(candidates, config.prefer)
+    _check_link(config.run_dir / "chosen")
+    stream = load_stream(config.data, config.seed)
+    prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
+    jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
+    _check_same_tokens(jobs)
+    _check_unfinished(jobs, config, resume)
+    try:
+        asyncio.run(_sample(config, jobs, prompts))
+    except (KeyboardInterrupt, Fault) as error:
+        log.warning("the responses so far are in %s; --resume goes on with them", config.run_dir)
+        if isinstance(error, Fault):
+            raise
+        return EXIT_STOPPED
+    _conclude(config, [measure(job.candidate, job.path, config.prompts) for job in jobs])
+    return 0
+
+
+def _distinct(prompts: list[Prompt], num_prompts: int) -> list[Prompt]:
+    """Intervals count prompts, so none may come twice, as it does where the order begins a file's next epoch."""
+    distinct = {prompt.id for prompt in prompts}
+    if len(distinct) < len(prompts):
+        raise ValueError(
+            f"the first {len(prompts)} prompts of the order of data.train are {len(distinct)} different ones, of "
+            f"{num_prompts} in all; lower prompts, or add data"
+        )
+    return prompts
+
+
+def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], digest: str) -> _Job:
+    path = config.run_dir / f"{candidate.name}.jsonl"
+    tokenizer = load_tokenizer(candidate.path)
+    settings = sampling_settings(config, candidate.path, digest)
+    check_claim(path, settings, _REMEDY)
+    done = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)[0] if path.exists() else set()
+    return _Job(
+        candidate=candidate,
+        path=path,
+        tokenizer=tokenizer,
+        input_ids=rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train"),
+        settings=settings,
+        done=frozenset(done),
+    )
+
+
+def _check_same_tokens(jobs: Sequence[_Job]) -> None:
+    """Nats per token of different tokens are different units."""
+    first, *others = jobs
+    for other in others:
+        differs = next((name for name, ids in first.input_ids.items() if other.input_ids[name] != ids), None)
+        eos = [load_bailing_config(job.candidate.path).eos_token_id for job in (first, other)]
+        if differs is not None or eos[0] != eos[1]:
+            what = (
+                f"prompt {differs} is other tokens" if differs is not None else f"the eos token is {eos[0]}, {eos[1]}"
+            )
+            raise ValueError(
+                f"candidates {first.candidate.path} and {other.candidate.path} have different tokenizers or chat "
+                f"templates ({what}), so their entropies per token do not compare; choose among models of one tokenizer"
+            )
+
+
+def _check_unfinished(jobs: Sequence[_Job], config: SelectConfig, resume: bool) -> None:
+    """ValueError for responses that lack some and may not be gone on with. Where nothing is missing there is nothing to
+    go on with."""
+    missing = [job for job in jobs if not job.done.issuperset(range(config.prompts))]
+    begun = [job for job in jobs if job.path.exists()]
+    if begun and missing and not resume:
+        raise ValueError(
+            f"{config.run_dir} holds responses, and those of {len(missing)} of {len(jobs)} candidates are not "
+            f"complete; add --resume to go on with them, or {_REMEDY}"
+        )
+
+
+async def _sample(config: SelectConfig, jobs: Sequence[_Job], prompts: Sequence[Prompt]) -> None:
+    """One candidate after the other, each with servers of its own."""
+    for number, job in enumerate(jobs, start=1):
+        done = claim(job.path, job.settings, config.rollout.samples_per_prompt, _REMEDY)
+        questions = [
+            Question(prompt_id=position, prompt=prompt, input_ids=job.input_ids[prompt.id])
+            for position, prompt in enumerate(prompts)
+            if position not in done
+        ]
+        if questions:
+            name = job.candidate.name
+            log.info("candidate %d of %d, %s: %d prompts", number, len(jobs), name, len(questions))
+            await sample_questions(config, job.candidate.path, job.tokenizer, questions, job.path, f"{name}_server")
+
+
+def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
+    """Choose, and leave results.json, results.md, the table on the terminal, and the link `chosen`."""
+    _check_rewards(config, measured)
+    best, in_band = choose(measured, config.band, config.prefer)
+    chosen = None if config.require_band and not in_band else best
+    record = {
+        "chosen": chosen and chosen.candidate.name,
+        "path": chosen and str(chosen.candidate.path),
+        "in_band": in_band,
+        "band": config.band,
+        "prefer": config.prefer,
+        "candidates": {one.candidate.name: _record(one, config.band) for one in measured},
+    }
+    said = verdict(measured, best, in_band, config.band, config.prefer, chosen)
+    title = f"{config.run_dir}: {measured[0].num_prompts} prompts x {measured[0].samples_per_prompt} responses"
+    link = config.run_dir / "chosen"
+    if chosen is None:
+        link.unlink(missing_ok=True)  # an earlier choice is none of these results
+    (config.run_dir / "results.json").write_text(json.dumps(record, indent=1))
+    (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said))
+    show(measured, chosen, title, said)
+    if chosen is None:
+        raise ValueError(
+            f"no candidate is within band = [{config.band[0]:g}, {config.band[1]:g}] and require_band is set; add "
+            "candidates, widen band, or set require_band = false to take the nearest"
+        )
+    _point(link, chosen.candidate.path)
+
+
+def _record(one: Measured, band: tuple[float, float]) -> dict[str, Any]:
+    values = asdict(one)
+    del values["candidate"]
+    return {
+        "path": str(one.candidate.path),
+        "in_band": is_in(one.entropy.value, band),
+        "straddles": straddled_ends(one.entropy, band),
+        **values,
+        "response_tokens_mean": one.response_tokens_mean,
+        "sft": asdict(one.candidate.sft),
+    }
+
+
+def _check_rewards(config: SelectConfig, measured: Sequence[Measured]) -> None:
+    """Entropies stand without verdicts, a choice by accuracy does not."""
+    for one in measured:
+        if one.error_share > config.reward.max_error_share:
+            path = config.run_dir / f"{one.candidate.name}.jsonl"
+            message = (
+                f"{one.candidate.name}: a share of {one.error_share:.2f} of the responses could not be judged, more "
+                f"than reward.max_error_share = {config.reward.max_error_share:g}, and they count as wrong; "
+                f'"details" in {path} says why. Remove that file and add --resume to sample it again'
+            )
+            if config.prefer == "accuracy":
+                raise Fault(message)
+            log.warning("%s", message)
+
+
+def _check_link(link: Path) -> None:
+    if link.exists() and not link.is_symlink():
+        raise ValueError(f"{link} is where the link to the chosen candidate goes; remove it, or {_REMEDY}")
+
+
+def _point(link: Path, target: Path) -> None:
+    """Make `link` a relative link to `target`, whatever it was a link to; there is one at any time."""
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()), target_is_directory=True)
+    os.replace(partial, link)
