@@ -114,8 +114,8 @@ class Stream(ABC, Generic[Row]):
                     digest.update(f"file {paths.index(source.path)} again".encode())
                 else:
                     paths.append(source.path)
-                    for row in source.rows:
-                        digest.update(json.dumps([row.id, *self.content(row)]).encode())
+                for row in source.rows:
+                    digest.update(json.dumps([row.id, *self.content(row)]).encode())
         return digest.hexdigest()[:16]
 
 
