@@ -154,6 +154,11 @@ def test_a_teacher_that_says_nothing_is_waited_for_in_words_and_asked_again(
 
 def test_a_prompt_that_fails_has_no_rows_until_it_is_asked_again(endpoint, rollout, tmp_path: Path, caplog) -> None:
     _, handler = endpoint
+    handler.replies.append({"message": {"content": ["no", "text"]}})
+    rollout("--prompts", "4", "--set", "teacher.max_failure_share=0.3", "--set", "teacher.concurrent=1")
+    assert '1 of 4 prompts got no answer (the last: no chat completion: {"choices": [{"message":' in caplog.text
+    assert len(rows_of(tmp_path)) == 3 * 2
+    (tmp_path / "out.jsonl").unlink()
     handler.replies += [503, None, (429, "slow down")]  # each is asked again
     refused = (400, {"error": "what a question"})
     handler.answer = staticmethod(lambda body: refused if question(body) == "Say 3" else answer(body))
