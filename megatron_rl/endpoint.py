@@ -188,5 +188,7 @@ def _asked_pause(response: httpx.Response) -> float:
 
 
 def _clean(value: object) -> str:
-    """None is ""; half a surrogate pair, which no file takes, becomes "?"."""
-    return "" if value is None else str(value).encode(errors="replace").decode()
+    """None is ""; half a surrogate pair, which no file takes, becomes "?". TypeError for what is no text."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return (value or "").encode(errors="replace").decode()

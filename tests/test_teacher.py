@@ -1,6 +1,8 @@
 """`megatron-rl rollout` with an endpoint as teacher: what is asked, what is written, failures, and going on."""
 
+import gc
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,26 @@ def test_a_run_that_was_killed_goes_on_and_asks_only_what_is_missing(endpoint, r
     assert len(handler.asked) == 3 * 2
 
 
+def test_a_teacher_that_says_nothing_is_waited_for_in_words_and_asked_again(
+    endpoint, rollout, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    _, handler = endpoint
+    monkeypatch.setattr(teacher_module, "_TELL_EVERY_SECONDS", 0.05)
+    handler.replies.append(hung := threading.Event())
+    rollout("--prompts", "1", "--set", "teacher.timeout_seconds=0.3", "--set", "teacher.concurrent=1")
+    hung.set()
+    assert "waiting for 1 prompts; 0 responses so far" in caplog.text
+    assert "; asking again in 0 s" in caplog.text
+    assert len(rows_of(tmp_path)) == 2
+
+
 def test_a_prompt_that_fails_has_no_rows_until_it_is_asked_again(endpoint, rollout, tmp_path: Path, caplog) -> None:
     _, handler = endpoint
+    handler.replies.append({"message": {"content": ["no", "text"]}})
+    rollout("--prompts", "4", "--set", "teacher.max_failure_share=0.3", "--set", "teacher.concurrent=1")
+    assert '1 of 4 prompts got no answer (the last: no chat completion: {"choices": [{"message":' in caplog.text
+    assert len(rows_of(tmp_path)) == 3 * 2
+    (tmp_path / "out.jsonl").unlink()
     handler.replies += [503, None, (429, "slow down")]  # each is asked again
     refused = (400, {"error": "what a question"})
     handler.answer = staticmethod(lambda body: refused if question(body) == "Say 3" else answer(body))
@@ -153,7 +173,7 @@ def test_a_prompt_that_fails_has_no_rows_until_it_is_asked_again(endpoint, rollo
 
 
 def test_a_teacher_that_fails_too_often_ends_the_run_and_what_came_is_kept(
-    endpoint, rollout, tmp_path: Path, monkeypatch
+    endpoint, rollout, tmp_path: Path, monkeypatch, caplog
 ) -> None:
     _, handler = endpoint
     monkeypatch.setattr(teacher_module, "_MIN_FAILED", 2)
@@ -162,7 +182,15 @@ def test_a_teacher_that_fails_too_often_ends_the_run_and_what_came_is_kept(
     assert "prompts got no answer from teacher-1 at http" in told
     assert "teacher.max_failure_share = 0.2. The last: HTTP 500" in told
     assert len(handler.asked) < 2 * 12, "it did not ask on"
-    assert all(row["prompt_id"] == "p0" for row in rows_of(tmp_path))
+
+    async def lost(*_: object) -> None:
+        raise endpoint_module.EndpointError("the line is cut")
+
+    monkeypatch.setattr(endpoint_module.Endpoint, "ask", lost)
+    assert "The last: the line is cut" in rollout("--resume", code=1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text, "one message says it"
+    assert {row["prompt_id"] for row in rows_of(tmp_path)} <= {"p0"}
     handler.model = "other"
     assert "teacher.model 'teacher-1' is not served at http" in rollout("--resume", code=2)
 

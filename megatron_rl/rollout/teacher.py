@@ -59,8 +59,10 @@ class Teacher:
                 )
                 if not done:
                     log.info("waiting for %d prompts; %d responses so far", len(running), self._num_responses)
-                for task in done:
-                    error = task.exception()
+                ended = [
+                    (task, task.exception()) for task in done
+                ]  # all looked at, or asyncio prints those that are not
+                for task, error in ended:
                     if error is None:
                         num_done += 1
                         yield task.result()
