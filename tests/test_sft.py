@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
-from megatron_rl.checkpoint.hf import link_directory, replace_directory
+from megatron_rl.checkpoint.hf import copy_companions, link_directory, replace_directory
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import OptimizerSection, SftConfig
 from megatron_rl.data.batches import batch_ends, epochs_ended
@@ -266,6 +266,15 @@ def test_a_directory_becomes_a_link_and_a_link_a_directory(tmp_path: Path) -> No
     assert not (tmp_path / "hf").is_symlink()
     assert (tmp_path / "epochs/two/name").read_text() == "epochs/two"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs", "hf"]
+
+
+def test_what_was_measured_of_an_epoch_is_not_said_of_models_that_are_made_of_it(tmp_path: Path) -> None:
+    for name in ("epoch_1", "next"):
+        (tmp_path / name).mkdir()
+    for name in ("config.json", "sft.json", "tokenizer.json"):
+        (tmp_path / "epoch_1" / name).write_text("{}")
+    copy_companions(tmp_path / "epoch_1", tmp_path / "next")
+    assert {path.name for path in (tmp_path / "next").iterdir()} == {"config.json", "tokenizer.json"}
 
 
 def test_a_share_of_the_steps_warms_up() -> None:

@@ -1,12 +1,10 @@
 """What supervised fine-tuning trains and validates on: chats as token sequences, and the batches of its steps."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import SftConfig
@@ -15,7 +13,7 @@ from megatron_rl.data.chat import render_chat
 from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
 from megatron_rl.train.batch import TrainSequence
-from megatron_rl.train.metrics import console
+from megatron_rl.train.metrics import bar
 
 
 class ChatBatches:
@@ -106,8 +104,7 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
     """
     limit, key = min(_limits(config))
     found = {}
-    quiet = os.environ.get("RANK", "0") != "0"
-    for chat in track(chats, f"tokenizing {where}", console=console, transient=True, disable=quiet):
+    for chat in bar(chats, f"tokenizing {where}"):
         ids, mask = render_chat(tokenizer, chat.messages)
         if len(ids) > limit:
             raise ValueError(

@@ -3,12 +3,23 @@
 import contextlib
 import json
 import math
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
+
+
+def bar(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, with a progress bar while they are gone through; on rank 0 at a terminal."""
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    return track(items, what, console=console, transient=True, disable=not shown)
 
 
 class MetricsLog:

@@ -14,7 +14,7 @@ from megatron_rl.train.batch import MicroBatch, TrainSequence
 from megatron_rl.train.chats import ChatBatches, validation_parts
 from megatron_rl.train.epochs import EpochDirectories, EpochLoss
 from megatron_rl.train.guards import Alarms, SkipGuard
-from megatron_rl.train.metrics import MetricsLog, console
+from megatron_rl.train.metrics import MetricsLog, bar, console
 from megatron_rl.train.objective import CrossEntropy
 from megatron_rl.train.resilience import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.session import Session, should_save
@@ -123,7 +123,7 @@ class _Run:
             return {}
 
         def passes() -> Iterator[list[MicroBatch]]:
-            for part in self._validation:
+            for part in bar(self._validation, "validating"):
                 self._session.watch.enter("validate", step)
                 yield self._placed(part)
 
