@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
-    _quieten_libraries()
+    quieten_libraries()
     lifeline.watch_parent()
     try:
         code = int(arguments.run(arguments))
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     return leave(code)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Deprecations inside torch, megatron-core and transformers are for their authors; ours still show."""
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|transformers)(\.|$)")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

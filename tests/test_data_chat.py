@@ -182,8 +182,6 @@ def test_a_student_would_misread_special_tokens_and_the_beginnings_of_turns(ling
     for text in ("a<|endoftext|>", "<unk>", "so <role>HUMAN</role>2+2?"):
         assert student.would_misread(text)
     assert not student.would_misread("a < b, <b>bold</b>, <role> and </role>, <|endoftext |>, \\boxed{2}")
-    assert student.eos == "<|endoftext|>"
-    assert student_of(ling, "</s>").eos == "</s>"
     # 2 turns, 4 characters and 1, and the end of the sequence
     assert student.num_tokens([ASK, REPLY]) == 8
     turns = "{% for m in messages %}<turn>{{ m['role'] }}</turn>{{ m['content'] }}{% endfor %}"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_sft_data
 import make_tiny_model
 
-STUDENT = Student(eos="$", markers=("$", "<A>"), num_tokens=lambda messages: sum(len(m.content) for m in messages))
+STUDENT = Student(markers=("$", "<A>"), num_tokens=lambda messages: sum(len(m.content) for m in messages))
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -60,13 +60,12 @@ ROWS = st.lists(
         prompt_id=st.sampled_from("xy"),
         domain=st.sampled_from(["math", "code"]),
         prompt=st.sampled_from(["a", "b", "c<A>"]),
-        response=st.sampled_from(["1", "22", "333", "4444", "1$", "22$", "$", " ", "a<A>$", "<A>"]),
+        response=st.sampled_from(["1", "22", "333", "4444", "1$", " ", "<A>"]),
         reasoning=st.sampled_from(["", "", "hm"]),
         reward=st.sampled_from([0.0, 0.5, 1.0]),
         reason=st.sampled_from(["correct", "wrong", "timeout"]),
         finish_reason=st.sampled_from(["stop", "stop", "stop", "length"]),
-    )
-    | st.builds(row, response=st.sampled_from(["1$", "22$", "333"]), policy_version=st.just(0)),
+    ),
     max_size=40,
 )
 
@@ -76,19 +75,14 @@ def by_hand(rows: list[dict[str, Any]], min_reward: float, reasoning: bool) -> t
     dropped: Counter[str] = Counter()
     found: dict[Any, set[str]] = defaultdict(set)
     for one in rows:
-        text, local = one["response"], "policy_version" in one
-        ends = text[-1:] == "$"
-        if local and ends:
-            text = text[:-1]
+        text = one["response"]
         if one["reason"] == "timeout":
             dropped["no_verdict"] += 1
         elif one["reward"] < min_reward:
             dropped["low_reward"] += 1
         elif one["finish_reason"] == "length":
             dropped["unfinished"] += 1
-        elif local and not ends:
-            dropped["other_eos"] += 1
-        elif text in ("", " ", "$"):
+        elif text == " ":
             dropped["empty"] += 1
         elif "$" in text or "<A>" in one["prompt"] + text:
             dropped["special_token"] += 1
@@ -187,13 +181,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_tool_writes_a_file_for_each_domain_and_a_summary(model: str, tmp_path: Path, capsys) -> None:
-    eos = make_tiny_model.EOS
     rollouts = write(
         tmp_path / "in.jsonl",
         [
-            row(response=f"two{eos}", policy_version=0),
+            row(response="two", policy_version=0),
             row(response="two"),
-            row(response=f"one{eos}and{eos}", policy_version=0),
+            row(response=f"one{make_tiny_model.EOS}and", policy_version=0),
             row(response="<role>HUMAN</role>"),
             row(response="a long one"),
             row(domain="code", prompt="f?", response="def", reasoning="f is easy"),
@@ -204,7 +197,7 @@ def test_the_tool_writes_a_file_for_each_domain_and_a_summary(model: str, tmp_pa
     step = write(
         tmp_path / "step.jsonl",
         [
-            {"prompt_id": "q", "prompt": "<role>HUMAN</role>2+2?<role>ASSISTANT</role>", "response": f"4{eos}",
+            {"prompt_id": "q", "prompt": "<role>HUMAN</role>2+2?<role>ASSISTANT</role>", "response": "4",
              "policy_versions": {"3": 2}, "finish_reason": "stop", "reward": 1.0, "reason": "correct",
              "outcome": "trained"},
             {"prompt_id": "q", "prompt": "2+2?", "response": "", "policy_versions": {}, "finish_reason": "",

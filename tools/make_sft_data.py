@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_rl.cli import quieten_libraries
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.distillation import Distillation, Selection
 from megatron_rl.data.distillation_report import table, total
@@ -53,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-share", type=float, default=0.02, help="of the prompts (default: %(default)s)")
     add("--by-domain", action="store_true", help="a file for each domain: OUTPUT_DOMAIN.jsonl")
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="data files of a training run's rollouts")
-    add("--eos", help="the text that ends the teacher's responses, where it is not the student's end-of-sequence token")
     add("--seed", type=int, default=1, help="of --per-prompt and --validation")
     add("--force", action="store_true", help="overwrite what is there")
     return parser
@@ -92,7 +92,7 @@ def _prompts(paths: list[Path]) -> dict[str, Prompt]:
 
 def _run(arguments: argparse.Namespace) -> None:
     selection = _selection(arguments)
-    student = student_of(load_tokenizer(arguments.model), arguments.eos)
+    student = student_of(load_tokenizer(arguments.model))
     inputs = (*arguments.rollouts, *arguments.prompts)
     work = Distillation(arguments.rollouts, selection, student, _prompts(arguments.prompts), Progress())
     with SftFiles(arguments.output, arguments.validation, arguments.by_domain, arguments.force, inputs) as files:
@@ -115,6 +115,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
+    quieten_libraries()
     try:
         _run(_parser().parse_args(argv))
     except ValueError as error:

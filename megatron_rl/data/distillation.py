@@ -139,7 +139,7 @@ class Distillation:
 
     def _candidate(self, line: bytes, where: str) -> Candidate:
         row = read_scored(line, where, self._prompts)
-        text = row.response.removesuffix(self._student.eos) if row.has_eos else row.response
+        text = row.response
         if row.reasoning and self._selection.with_reasoning:
             text = f"<think>\n{row.reasoning.strip()}\n</think>\n\n{text}"
         return Candidate(row=row, text=text)
@@ -153,9 +153,7 @@ class Distillation:
             return "low_reward"
         if row.finish_reason != "stop":
             return "unfinished"
-        if row.has_eos and not row.response.endswith(student.eos):
-            return "other_eos"
-        if not row.response.removesuffix(student.eos).strip():
+        if not row.response.strip():
             return "empty"
         if student.would_misread(row.prompt) or student.would_misread(text):
             return "special_token"

@@ -12,8 +12,7 @@ from megatron_rl.data.prompts import Prompt
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """reasoning: what an endpoint's model thought before the response, where it keeps that apart; else "".
-    reward: None of a response that was never finished. reason, finish_reason: as recorded.
-    has_eos: whether the response, if it ended by itself, ends with the text of an end-of-sequence token."""
+    reward: None of a response that was never finished. reason, finish_reason: as recorded."""
 
     prompt_id: str
     domain: str
@@ -23,7 +22,6 @@ class Scored:
     reward: float | None
     reason: str
     finish_reason: str
-    has_eos: bool
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -60,7 +58,6 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
             reward=None if unjudged else float(row["reward"]),
             reason="" if unjudged else str(row["reason"]),
             finish_reason=str(row["finish_reason"]),
-            has_eos="policy_version" in row or "policy_versions" in row,
         )
         for text in (found.domain, found.prompt, found.response, found.reasoning):
             text.encode()  # half a surrogate pair is no text

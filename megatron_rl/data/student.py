@@ -17,10 +17,8 @@ _TURN = re.compile(r"<([^<>\s]+)>[^<>\s]+</\1>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Student:
-    """eos: the text that a response of a checkpoint ends with. markers: texts that are no ordinary words to the model,
-    none of them empty. num_tokens: of a conversation."""
+    """markers: texts that are no ordinary words to the model, none of them empty. num_tokens: of a conversation."""
 
-    eos: str
     markers: tuple[str, ...]
     num_tokens: Callable[[Sequence[Message]], int]
 
@@ -29,12 +27,10 @@ class Student:
         return any(marker in text for marker in self.markers)
 
 
-def student_of(tokenizer: "PreTrainedTokenizerBase", eos: str | None = None) -> Student:
-    """eos: of a teacher with another end-of-sequence token than the tokenizer's."""
+def student_of(tokenizer: "PreTrainedTokenizerBase") -> Student:
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {str(token) for token in tokenizer.all_special_tokens}
     return Student(
-        eos=eos or str(tokenizer.eos_token),
         markers=tuple(sorted((special | _turns(tokenizer)) - {""})),
         num_tokens=lambda messages: len(render_chat(tokenizer, messages)[0]),
     )
