@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.c3po.budget import apportion
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
@@ -68,6 +69,8 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
         return found
     budgets = config.phase_budgets(layout.world_size)
     per_rank = -(-budgets[0] // layout.data)
+    if config.budget.domains:
+        found["domain_tokens"] = apportion(budgets[0], config.budget.domains)
     return found | {
         "tokens": config.budget.tokens,
         "scope": config.budget.scope,
@@ -135,6 +138,7 @@ def _as_text(plan: dict[str, Any]) -> str:
             product = f" x {layout['world_size']} = {budget['step_tokens']:,}" if budget["scope"] == "per_gpu" else ""
             lines += [
                 f"budget    {budget['tokens']:,}{product} tokens per optimizer step",
+                *[f"          of them {n:,} of {domain}" for domain, n in budget.get("domain_tokens", {}).items()],
                 f"          {budget['optimizer_steps']} optimizer step(s) per phase",
                 f"          {budget['tokens_per_data_rank']:,} per data-parallel rank, in "
                 f"{budget['min_micro_batches']} micro-batches or more",

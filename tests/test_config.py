@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
@@ -80,12 +81,26 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
             "reward.overlong_buffer_tokens=65",
             r"overlong_buffer_tokens 65 must be at most rollout.max_.* 64",
         ),
+        ("budget.domains={code = 0.5, math = 0.6}", r"shares of budget.domains must sum to 1, got 0.5 \+ 0.6 = 1.1"),
+        ("budget.domains={code = 0.7, math = 0.3}", r"gives 'math' 0.3 of budget.tokens 200, which is less .* 64\)"),
+        ("budget={tokens = 200, domains = {a = 1}, under_full = 'short'}", r"needs budget.under_full = 'refill', got"),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(RlConfig, write(tmp_path, RL), [change, "rollout.servers=2"] if "=" in change else [change])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_domains_divide_the_budget_of_an_algorithm_that_has_one(tmp_path: Path, name: str) -> None:
+    change = [f"algorithm.name={name}", "budget.domains={code = 0.6, science = 0.4}"]
+    if ALGORITHMS[name].uses_budget:
+        config = load_config(RlConfig, write(tmp_path, RL), change)
+        assert config.budget.domains == {"code": 0.6, "science": 0.4}
+    else:
+        with pytest.raises(ValueError, match=f"divides the token budget, and algorithm '{name}' has none; set"):
+            load_config(RlConfig, write(tmp_path, RL), change)
 
 
 def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ ROLLOUT = RolloutSection(
 )
 
 
-def questions(first: int) -> Callable[[int], list[Question]]:
-    """take(n) of a stream of prompts that begins at `first`."""
+def questions(first: int) -> Callable[[str, int], list[Question]]:
+    """take(domain, n) of a stream of prompts of one domain that begins at `first`."""
     position = first
 
-    def take(count: int) -> list[Question]:
+    def take(_: str, count: int) -> list[Question]:
         nonlocal position
         position += count
         return [question(i) for i in range(position - count, position)]
@@ -80,7 +80,7 @@ async def phase(
         [(question(group.prompt_id), group) for group in resumed],
         questions(first),
         version,
-        shortfall,
+        [shortfall],
         lambda group: group.prompt_id % 5 != 4,  # some groups teach nothing
         max_waves=100,
     )
@@ -381,7 +381,9 @@ def test_a_phase_that_never_fills_says_so() -> None:
     async def run() -> None:
         shortfall = Shortfall(unit="tokens", missing=100, per_prompt=50.0)
         servers: Any = FakePool(2)
-        await sampler(servers, ROLLOUT).fill_partially([], questions(0), 0, shortfall, lambda group: False, max_waves=2)
+        await sampler(servers, ROLLOUT).fill_partially(
+            [], questions(0), 0, [shortfall], lambda group: False, max_waves=2
+        )
 
     with pytest.raises(ValueError, match="still lacks 100 tokens after .* prompts .*equal rewards"):
         asyncio.run(run())

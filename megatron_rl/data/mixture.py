@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.prompts import Prompt, read_prompts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class PromptStream:
         self._paths = list(self._sources)
         # Where each position's prompt is: its file, and the how manieth of that file it is. Grows on demand.
         self._file, self._turn = array("L"), array("Q")
+        self._stages = tuple(stages)
         self._turns = _turns(stages)
         self._order = lru_cache(maxsize=4 * len(self._paths))(self._permutation)
         self.digest = _digest(stages, seed)
@@ -66,6 +70,19 @@ class PromptStream:
                     )
         return [prompt for prompt, _ in found.values()]
 
+    def check_shares(self, shares: Mapping[str, float]) -> None:
+        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others."""
+        for number, stage in enumerate(self._stages, start=1):
+            where = f"stage {number} of data.stages" if len(self._stages) > 1 else "data.train"
+            check_domains((prompt for source in stage.sources for prompt in source.prompts), shares, where)
+            of_file = {source.path: frozenset(prompt.domain for prompt in source.prompts) for source in stage.sources}
+            if len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
+                log.warning(
+                    "budget.domains says how much of each domain is trained; the weights of %s only say how files of "
+                    "the same domain mix",
+                    where,
+                )
+
     def take(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
         """The `count` prompts from `cursor` on, and the cursor after them."""
         if cursor < 0 or count < 0:
@@ -75,6 +92,17 @@ class PromptStream:
             self._file.append(self._paths.index(path))
             self._turn.append(turn)
         return [self._at(position) for position in range(cursor, cursor + count)], cursor + count
+
+    def positions_of(self, domain: str, cursor: int, count: int) -> tuple[list[int], int]:
+        """The first `count` positions from `cursor` on whose prompts are of this domain, and the cursor after them. So
+        every domain can go through the one order by itself. domain: one that the last stage has, or "" for any."""
+        found: list[int] = []
+        while len(found) < count:
+            (prompt,), after = self.take(cursor, 1)
+            if domain in ("", prompt.domain):
+                found.append(cursor)
+            cursor = after
+        return found, cursor
 
     def _at(self, position: int) -> Prompt:
         path = self._paths[self._file[position]]
@@ -98,6 +126,21 @@ def load_stream(data: RlData, seed: int) -> PromptStream:
         sources = (Source(path=path, prompts=prompts[path], weight=weight) for path, weight in weights.items())
         stages.append(Stage(sources=tuple(sources), num_prompts=num_prompts))
     return PromptStream(stages, seed)
+
+
+def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
+    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
+    found = {prompt.domain for prompt in prompts}
+    for domain in sorted(found - shares.keys()):
+        raise ValueError(
+            f"{where} has prompts of domain {domain!r}, which has no share in budget.domains "
+            f"({', '.join(sorted(shares))}); give it one, or leave its prompts out"
+        )
+    for domain in sorted(shares.keys() - found):
+        raise ValueError(
+            f"budget.domains has a share for {domain!r}, but {where} has no prompts of that domain "
+            f"({', '.join(sorted(found))}); add some, or take the share out"
+        )
 
 
 def _turns(stages: Sequence[Stage]) -> Iterator[tuple[Path, int]]:

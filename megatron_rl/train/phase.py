@@ -113,6 +113,7 @@ class Phase:
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
             **_by_domain(seen, prompt_of),
+            **self._loss_tokens_by_domain(prompt_of),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
             "num_generated_tokens": found.num_generated_tokens,
@@ -145,6 +146,15 @@ class Phase:
             "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.steps),
             "micro_batch_imbalance": self._imbalance(cost),
         }
+
+    def _loss_tokens_by_domain(self, prompt_of: PromptOf) -> dict[str, int]:
+        """num_loss_tokens/D of each domain D, of the last optimizer step as num_loss_tokens is; nothing where there is
+        only one."""
+        domains = [prompt_of(sample.response.prompt_id).domain for sample in self.schedule.samples]
+        counts = dict.fromkeys(sorted(set(domains)), 0)
+        for selected in self.schedule.plan.steps[-1].selected:
+            counts[domains[selected.index]] += selected.num_loss_tokens
+        return {f"num_loss_tokens/{domain}": n for domain, n in counts.items()} if len(counts) > 1 else {}
 
     def _imbalance(self, cost: CostModel) -> float:
         """Barrier cost of the phase over what it would be if every rank were always busy; 1 is perfect."""
