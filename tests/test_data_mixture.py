@@ -12,6 +12,7 @@ from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.train.collector import saved_by_domain
 
 
 def source(name: str, count: int, weight: float = 1.0) -> Source:
@@ -121,6 +122,14 @@ def test_shares_of_the_budget_must_be_of_the_domains_of_every_stage(caplog: pyte
     weighted = Stage(sources=(source("code", 3, 2.0), source("math", 3)))
     PromptStream([weighted], 1).check_shares(shares)
     assert "the weights of data.train only say how files of the same domain mix" in caplog.text
+
+
+def test_cursors_of_a_checkpoint_are_those_of_the_same_domains() -> None:
+    assert saved_by_domain({"code": 7, "math": 3}, {"math": 0.9, "code": 0.1}) == {"code": 7, "math": 3}
+    assert saved_by_domain(7, {"": 1.0}) == saved_by_domain({"": 7}, {"": 1.0}) == {"": 7}
+    for saved, shares in (({"": 7}, {"code": 1.0}), ({"code": 7}, {"": 1.0}), (7, {"code": 1.0})):
+        with pytest.raises(ValueError, match="budget.domains was set or taken out since this run began"):
+            saved_by_domain(saved, shares)
 
 
 def test_pieces_are_consecutive_in_any_order_of_asking() -> None:

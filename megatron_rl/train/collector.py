@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,8 @@ class Collector:
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         self._shares = config.budget.domains or {ANY: 1.0}
         self._tokenizer = load_tokenizer(config.model.path)
+        bailing = load_bailing_config(config.model.path)
+        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._stream = load_stream(config.data, config.seed)
         self._input_ids = rendered_prompts(
             self._stream.prompts, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
@@ -88,7 +90,6 @@ class Collector:
             return
         self._keeper = source.keeper
         self._rewards = Rewards(config.reward)
-        bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
@@ -99,7 +100,6 @@ class Collector:
         except BaseException:
             self.close()
             raise
-        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._sampler = Sampler(
             self.pool,
             self._rewards,
@@ -133,13 +133,8 @@ class Collector:
                 "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
                 "model.path set to the checkpoint"
             )
-        cursors, tokens_per_prompt = _by_domain(state["cursor"]), _by_domain(state["tokens_per_prompt"])
-        if cursors.keys() != self.cursors.keys():
-            raise ValueError(
-                "budget.domains was set or taken out since this run began, and prompts are counted by domain with it "
-                "only; put it back as it was, or start a new run with model.path set to the checkpoint"
-            )
-        self.cursors, self.tokens_per_prompt = cursors, tokens_per_prompt
+        self.cursors = saved_by_domain(state["cursor"], self._shares)
+        self.tokens_per_prompt = saved_by_domain(state["tokens_per_prompt"], self._shares)
         self.carry = unpack_carry(carried)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -329,9 +324,16 @@ class Collector:
         return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
 
 
-def _by_domain(saved: Any) -> dict[str, Any]:
-    """From a checkpoint; one that was written before budgets had domains has a bare number."""
-    return saved if isinstance(saved, dict) else {ANY: saved}
+def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
+    """What a checkpoint has for each domain with a share. One that was written before there were any has a bare number,
+    for all. ValueError when the domains are others."""
+    found: dict[str, Any] = saved if isinstance(saved, dict) else {ANY: saved}
+    if found.keys() != shares.keys():
+        raise ValueError(
+            "budget.domains was set or taken out since this run began, and prompts are counted by domain with it only; "
+            "put it back as it was, or start a new run with model.path set to the checkpoint"
+        )
+    return found
 
 
 def _identity(config: RlConfig, layout: Layout, data: str) -> str:
