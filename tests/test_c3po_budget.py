@@ -1,15 +1,29 @@
 """The token budget: exact, conserving, deterministic, without a preference for short responses."""
 
+import asyncio
 import random
 from collections import Counter
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import make_sample
 
-from megatron_rl.c3po.budget import Shortfall, select, selection_order
+from megatron_rl.c3po.budget import (
+    ANY,
+    Shortfall,
+    apportion,
+    most_lacking,
+    select,
+    select_by_domain,
+    selection_order,
+    shortfalls,
+)
+from megatron_rl.records import Group
+from megatron_rl.rollout.sampler import fill_in_waves
 
+SHARES = {"code": 0.5, "math": 0.3, "science": 0.2}
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
@@ -146,3 +160,115 @@ def test_filtered_groups_count_for_nothing_in_the_prediction() -> None:
     tokens = Shortfall(unit="tokens", missing=100, per_prompt=None)
     tokens.add(4, [[5, 5], [10, 20]])  # 40 tokens of 4 prompts, 60 to go
     assert (tokens.missing, tokens.more_prompts(6)) == (60, 7)
+
+
+@pytest.mark.parametrize(
+    ("total", "shares", "expected"),
+    [
+        (100, {"a": 0.29, "b": 0.71}, {"a": 29, "b": 71}),  # 0.29 * 100 is 28.999999999999996
+        (10, {"a": 0.333, "b": 0.333, "c": 0.334}, {"a": 3, "b": 3, "c": 4}),
+        (5, {"b": 0.5, "a": 0.5}, {"a": 3, "b": 2}),
+        (7, {"a": 1.0}, {"a": 7}),
+    ],
+)
+def test_whole_parts_go_to_the_largest_remainders(total: int, shares: dict[str, float], expected: dict) -> None:
+    assert apportion(total, shares) == expected
+
+
+@given(total=st.integers(0, 10**9), weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
+def test_whole_parts_sum_to_the_whole_and_are_off_by_less_than_one(total: int, weights: list[int]) -> None:
+    shares = {str(i): weight / sum(weights) for i, weight in enumerate(weights)}
+    parts = apportion(total, shares)
+    assert sum(parts.values()) == total
+    for i, weight in enumerate(weights):
+        assert abs(parts[str(i)] * sum(weights) - total * weight) < sum(weights) * 1.001
+
+
+@given(
+    candidates=st.lists(st.tuples(st.integers(1, 50), st.sampled_from(sorted(SHARES))), min_size=1, max_size=60),
+    budgets=st.lists(st.integers(1, 120), min_size=1, max_size=3),
+    cut=st.sampled_from(["token", "response"]),
+    seed=st.integers(0, 99),
+)
+def test_every_domain_is_selected_in_order_from_its_part_of_each_budget_and_from_nothing_else(
+    candidates: list[tuple[int, str]], budgets: list[int], cut: Literal["token", "response"], seed: int
+) -> None:
+    lengths, domains = [n for n, _ in candidates], [domain for _, domain in candidates]
+    order = selection_order(0, [1] * len(lengths), seed)
+    found = select_by_domain(lengths, domains, order, budgets, SHARES, cut)
+    picked = [pick.index for step in found.steps for pick in step]
+    assert Counter([*picked, *found.left_over]) == Counter(range(len(lengths)))
+    for part in (*([pick.index for pick in step] for step in found.steps), list(found.left_over)):
+        assert part == sorted(part, key=order.index)
+    for domain in SHARES:
+        left = [i for i in order if domains[i] == domain]
+        for step, budget in zip(found.steps, budgets, strict=True):
+            # Whole responses in order, from where the step before ended, until the part is full.
+            mine = [pick for pick in step if domains[pick.index] == domain]
+            assert [pick.index for pick in mine] == left[: len(mine)]
+            whole, wanted = sum(lengths[pick.index] for pick in mine), apportion(budget, SHARES)[domain]
+            tokens = sum(pick.num_loss_tokens for pick in mine)
+            assert tokens == (min(wanted, whole) if cut == "token" else whole)
+            assert not mine or whole - lengths[mine[-1].index] < wanted
+            left = left[len(mine) :]
+            assert whole >= wanted or not left
+    trained = sum(pick.num_loss_tokens for step in found.steps for pick in step)
+    assert trained + found.num_cut_tokens + sum(lengths[i] for i in found.left_over) == sum(lengths)
+    alone = select_by_domain(lengths, [ANY] * len(lengths), order, budgets, {ANY: 1.0}, cut)
+    assert alone == select(lengths, order, budgets, cut)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    phi=st.integers(60, 500),
+    num_steps=st.integers(1, 3),
+    longest=st.fixed_dictionaries({domain: st.integers(5, 60) for domain in SHARES}),
+    filtered=st.floats(0, 0.6),
+    seed=st.integers(0, 10_000),
+)
+def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
+    phi: int, num_steps: int, longest: dict[str, int], filtered: float, seed: int
+) -> None:
+    # Prompts of a domain bring two responses of up to `longest` tokens, or nothing where the group is filtered.
+    dice = random.Random(seed)
+    budgets = [phi] * num_steps
+    per_prompt: dict[str, float | None] = dict.fromkeys(SHARES)
+    carried: list[tuple[str, int]] = []
+    for _ in range(3):
+        have = Counter({domain: sum(n for d, n in carried if d == domain) for domain in SHARES})
+        needs = shortfalls(budgets, SHARES, have, per_prompt, 60)
+        fresh: list[tuple[str, int]] = []
+        for need in needs:
+
+            async def wave(count: int, domain: str = need.domain) -> list[Group]:
+                return [
+                    Group(
+                        prompt_id=i, samples=tuple(make_sample(i, j, dice.randint(1, longest[domain])) for j in (0, 1))
+                    )
+                    for i in range(count)
+                ]
+
+            found = asyncio.run(fill_in_waves(wave, 4, need, lambda _: dice.random() >= filtered, 1000))
+            fresh += [(need.domain, s.response.num_output_tokens) for group in found.kept for s in group.samples]
+        per_prompt = {need.domain: need.per_prompt for need in needs}
+        candidates = [*carried, *fresh]
+        order = selection_order(len(carried), [2] * (len(fresh) // 2), seed)
+        domains = [domain for domain, _ in candidates]
+        selection = select_by_domain([n for _, n in candidates], domains, order, budgets, SHARES)
+        for step in selection.steps:
+            tokens: Counter[str] = Counter()
+            for pick in step:
+                tokens[domains[pick.index]] += pick.num_loss_tokens
+            assert tokens == apportion(phi, SHARES)
+            assert tokens.total() == phi
+        carried = [candidates[i] for i in selection.left_over]
+
+
+def test_a_free_slot_goes_to_the_domain_whose_open_prompts_cover_least_of_what_it_lacks() -> None:
+    code = Shortfall(unit="tokens", domain="code", missing=900, per_prompt=300.0)  # three more prompts
+    science = Shortfall(unit="tokens", domain="science", missing=600, per_prompt=20.0)  # thirty
+    assert most_lacking([code, science], Counter(code=1, science=9)) is science
+    assert most_lacking([code, science], Counter(code=1, science=11)) is code
+    unknown = Shortfall(unit="tokens", domain="science", missing=600, per_prompt=None)
+    assert most_lacking([code, unknown], Counter(code=4, science=2)) is unknown  # 4 / 900 against 2 / 600
+    assert most_lacking([code, unknown], Counter(code=4, science=3)) is code

@@ -65,3 +65,29 @@ def test_the_tokens_of_a_resumed_response_are_stale_up_to_where_these_weights_to
     resumed = replace(sample, response=replace(sample.response, policy_versions=versions))
     (step,) = make_schedule([Group(prompt_id=0, samples=(resumed,))], budgets=(budget,)).plan.steps
     assert (step.selected[0].num_stale_tokens, step.selected[0].num_loss_tokens) == expected
+
+
+def test_domains_share_the_budget_and_not_the_denominator() -> None:
+    # Prompts with an even id are science with short responses, the others code with long ones.
+    groups = [
+        Group(prompt_id=p, samples=tuple(make_sample(p, i, 25 if p % 2 else 3) for i in range(2))) for p in range(12)
+    ]
+    old = (make_sample(1001, 0, 6, version=2), make_sample(1000, 0, 4, version=2))
+    shares = {"code": 0.7, "science": 0.3}
+    options = {"shares": shares, "domain_of": lambda prompt_id: "code" if prompt_id % 2 else "science"}
+    result = make_schedule(groups, old, budgets=(40, 40), **options)
+    trained = set()
+    for step in result.plan.steps:
+        tokens = {0: 0, 1: 0}
+        for selected in step.selected:
+            sample = result.samples[selected.index]
+            tokens[sample.response.prompt_id % 2] += selected.num_loss_tokens
+            trained.add(sample.id)
+        assert tokens == {0: 12, 1: 28}
+        assert step.denominator == 40
+    # The carried ones of each domain are its first.
+    assert {(1001, 0), (1000, 0)} <= {result.samples[s.index].id for s in result.plan.steps[0].selected}
+    kept = {s.id for s in result.carried}
+    assert trained.isdisjoint(kept)
+    assert trained | kept == {s.id for g in groups for s in g.samples} | {s.id for s in old}
+    assert make_schedule(groups[::-1], old, budgets=(40, 40), **options).plan == result.plan

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_model import TINY_CONFIG
 
+from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.config import bailing
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
@@ -118,6 +119,9 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
             "reward.overlong_buffer_tokens=65",
             r"overlong_buffer_tokens 65 must be at most rollout.max_.* 64",
         ),
+        ("budget.domains={code = 0.5, math = 0.6}", r"shares of budget.domains must sum to 1, got 0.5 \+ 0.6 = 1.1"),
+        ("budget.domains={code = 0.7, math = 0.3}", r"gives 'math' 0.3 of budget.tokens 200, which is less .* 64\)"),
+        ("budget={tokens = 200, domains = {a = 1}, under_full = 'short'}", r"needs budget.under_full = 'refill', got"),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )
@@ -163,6 +167,17 @@ def test_the_epochs_of_fine_tuning_are_not_for_reinforcement_learning(tmp_path: 
         load_config(RlConfig, write(tmp_path, RL), ["train.epochs=2"])
     options = ["optimizer={schedule='cosine',warmup_share=0.1,min_learning_rate=1e-7}"]
     assert load_config(RlConfig, write(tmp_path, RL), options).optimizer.num_warmup_steps(20) == 2
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_domains_divide_the_budget_of_an_algorithm_that_has_one(tmp_path: Path, name: str) -> None:
+    change = [f"algorithm.name={name}", "budget.domains={code = 0.6, science = 0.4}"]
+    if ALGORITHMS[name].uses_budget:
+        config = load_config(RlConfig, write(tmp_path, RL), change)
+        assert config.budget.domains == {"code": 0.6, "science": 0.4}
+    else:
+        with pytest.raises(ValueError, match=f"divides the token budget, and algorithm '{name}' has none; set"):
+            load_config(RlConfig, write(tmp_path, RL), change)
 
 
 def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.train.collector import saved_by_domain
 
 
 def source(name: str, count: int, weight: float = 1.0) -> Source:
@@ -85,6 +86,50 @@ def test_a_file_goes_through_whole_epochs_across_its_stages(stages: list[Stage],
         of_file = [p.id for p in taken if p.domain == name]
         for first in range(0, len(of_file) - size + 1, size):
             assert len(set(of_file[first : first + size])) == size
+
+
+@settings(max_examples=60, deadline=None)
+@given(stages=some_stages(), seed=st.integers(0, 99), takes=st.lists(st.integers(0, 9), max_size=6))
+def test_every_domain_goes_through_the_one_order_by_itself(stages: list[Stage], seed: int, takes: list[int]) -> None:
+    domains = sorted(str(one.path) for one in stages[-1].sources)
+    found: dict[str, list[int]] = {domain: [] for domain in domains}
+    cursors = dict.fromkeys(domains, 0)
+    for number in takes:
+        for domain in domains:
+            # a new stream each time: the cursors are the state
+            positions, cursors[domain] = PromptStream(stages, seed).positions_of(domain, cursors[domain], number)
+            found[domain] += positions
+    whole, _ = PromptStream(stages, seed).take(0, max([0, *cursors.values()]))
+    for domain, positions in found.items():
+        assert positions == [i for i, prompt in enumerate(whole[: cursors[domain]]) if prompt.domain == domain]
+        assert len(positions) == sum(takes)
+    assert PromptStream(stages, seed).positions_of("", 3, 4) == ([3, 4, 5, 6], 7)
+
+
+def test_shares_of_the_budget_must_be_of_the_domains_of_every_stage(caplog: pytest.LogCaptureFixture) -> None:
+    both = Stage(sources=(source("code", 3), source("math", 3)), num_rows=5)
+    shares = {"code": 0.5, "math": 0.5}
+    PromptStream([both, Stage(sources=(source("math", 3), source("code", 3)))], 1).check_shares(shares)
+    assert not caplog.records
+    with pytest.raises(
+        ValueError, match=r"data.train has prompts of domain 'math', which has no share .*\(code\); give"
+    ):
+        PromptStream([Stage(sources=both.sources)], 1).check_shares({"code": 1.0})
+    with pytest.raises(
+        ValueError, match="a share for 'code', but stage 2 of data.stages has no prompts of that domain"
+    ):
+        PromptStream([both, Stage(sources=(source("math", 3),))], 1).check_shares(shares)
+    weighted = Stage(sources=(source("code", 3, 2.0), source("math", 3)))
+    PromptStream([weighted], 1).check_shares(shares)
+    assert "the weights of data.train only say how files of the same domain mix" in caplog.text
+
+
+def test_cursors_of_a_checkpoint_are_those_of_the_same_domains() -> None:
+    assert saved_by_domain({"code": 7, "math": 3}, {"math": 0.9, "code": 0.1}) == {"code": 7, "math": 3}
+    assert saved_by_domain(7, {"": 1.0}) == saved_by_domain({"": 7}, {"": 1.0}) == {"": 7}
+    for saved, shares in (({"": 7}, {"code": 1.0}), ({"code": 7}, {"": 1.0}), (7, {"code": 1.0})):
+        with pytest.raises(ValueError, match="budget.domains was set or taken out since this run began"):
+            saved_by_domain(saved, shares)
 
 
 def test_pieces_are_consecutive_in_any_order_of_asking() -> None:

@@ -14,6 +14,9 @@ import psutil
 import pytest
 from small_disk import NO_MOUNT, resize, small_disk
 
+from megatron_rl.config.schema import RlData
+from megatron_rl.data.mixture import load_stream
+
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 CONFIG = """
@@ -109,20 +112,33 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
         assert abs(row["correction_weight"] - 1.0) < 0.1
 
 
-def test_a_mixture_of_domains_trains_each_with_its_reward_and_resumes_only_as_what_it_was(
+def test_a_mixture_of_domains_trains_each_with_its_reward_and_budget_and_resumes_only_as_what_it_was(
     inputs: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) | {"domain": "physics"} for line in (inputs / "data/train.jsonl").open()][:20]
     physics = tmp_path / "physics.jsonl"
     physics.write_text("".join(json.dumps(row | {"id": f"p{i}"}) + "\n" for i, row in enumerate(rows)))
     mixture = f'data.train={{"{inputs}/data/train.jsonl" = 2, "{physics}" = 1}}'
-    options = ["--set", "train.steps=2", "--set", mixture, "--set", "reward.domains.physics=stem"]
-    finish(command(inputs, tmp_path, "train", *options))
-    for row in rows_of(tmp_path):
-        assert {key for key in row if key.startswith("reward/")} == {"reward/tasks", "reward/physics"}
-    samples = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").open()]
-    positions = {s["position"]: s["prompt_id"].startswith("p") for s in samples}
-    assert [positions[i] for i in range(4)].count(True) == 1  # one in three, from the first step on
+    options = ["--set", mixture, "--set", "reward.domains.physics=stem"]
+    options += ["--set", "budget.domains={tasks = 0.35, physics = 0.65}"]
+    said = finish(command(inputs, tmp_path, "train", *options, "--set", "train.steps=1"))
+    assert "the weights of data.train only say how files of the same domain mix" in " ".join(said.split())
+    finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "train.steps=2"))
+    rows = rows_of(tmp_path)
+    assert {key for row in rows for key in row if key.startswith("reward/")} == {"reward/tasks", "reward/physics"}
+    for row in rows:
+        assert (row["num_loss_tokens"], row["num_loss_tokens/tasks"], row["num_loss_tokens/physics"]) == (300, 105, 195)
+    # Each domain has gone through the one order by itself, the resumed run from where the first one was.
+    order, _ = load_stream(RlData(train={inputs / "data/train.jsonl": 2, physics: 1}), seed=1).take(0, 60)
+    taken: dict[str, list[int]] = {"tasks": [], "physics": []}
+    for step in range(2):
+        for line in (tmp_path / f"run/rollouts/step_{step:06d}.jsonl").open():
+            position = json.loads(line)["position"]
+            if position not in taken[order[position].domain]:
+                taken[order[position].domain].append(position)
+    for domain, positions in taken.items():
+        assert len(positions) > 1
+        assert sorted(positions) == [i for i, prompt in enumerate(order) if prompt.domain == domain][: len(positions)]
     said = finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "seed=2"), code=2)
     assert "are not those that this run began with" in said
 
@@ -329,8 +345,10 @@ def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: 
     message = finish(command(inputs, tmp_path, "rollout", "--output", str(rollouts), *other), code=2)
     assert "rollouts.jsonl holds responses with other settings: seed was " in message
     assert "rollout.temperature was 1.0, now 0.5; data.digest was " in message
-    # These are the groups that the whole run sampled in its first step, in whatever order they were completed.
-    finish(command(inputs, tmp_path, "train", "--rollouts", str(rollouts), "--set", "train.steps=1"))
+    # These are the groups that the whole run sampled in its first step, in whatever order they were completed. All of
+    # the budget for one domain is no other budget.
+    options = ["--set", "train.steps=1", "--set", "budget.domains={tasks = 1.0}"]
+    finish(command(inputs, tmp_path, "train", "--rollouts", str(rollouts), *options))
     (row,), expected = rows_of(tmp_path), rows_of(whole)[0]
     for name in ("reward", "loss", "grad_norm", "num_loss_tokens", "logprob_difference_p999"):
         assert row[name] == expected[name], name

@@ -36,11 +36,11 @@ ROLLOUT = RolloutSection(
 )
 
 
-def questions(first: int) -> Callable[[int], list[Question]]:
-    """take(n) of a stream of prompts that begins at `first`."""
+def questions(first: int) -> Callable[[str, int], list[Question]]:
+    """take(domain, n) of a stream of prompts of one domain that begins at `first`."""
     position = first
 
-    def take(count: int) -> list[Question]:
+    def take(_: str, count: int) -> list[Question]:
         nonlocal position
         position += count
         return [question(i) for i in range(position - count, position)]
@@ -48,8 +48,8 @@ def questions(first: int) -> Callable[[int], list[Question]]:
     return take
 
 
-def question(position: int) -> Question:
-    prompt = Prompt(id=str(position), prompt="", answer="7", domain="math")
+def question(position: int, domain: str = "math") -> Question:
+    prompt = Prompt(id=str(position), prompt="", answer="7", domain=domain)
     return Question(prompt_id=position, prompt=prompt, input_ids=(5 + position % 50, 6))
 
 
@@ -80,7 +80,7 @@ async def phase(
         [(question(group.prompt_id), group) for group in resumed],
         questions(first),
         version,
-        shortfall,
+        [shortfall],
         lambda group: group.prompt_id % 5 != 4,  # some groups teach nothing
         max_waves=100,
     )
@@ -299,6 +299,51 @@ def test_every_response_that_is_started_ends_in_one_place(
     asyncio.run(run())
 
 
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.fixed_dictionaries({"code": st.integers(0, 300), "science": st.integers(1, 300)}),
+    num_phases=st.integers(1, 4),
+)
+def test_a_phase_goes_on_until_every_domain_has_enough_and_takes_prompts_of_those_that_have_not(
+    seed: int, tokens: dict[str, int], num_phases: int
+) -> None:
+    dice = random.Random(seed)
+    order = [question(i, dice.choice(["code", "science", "science"])) for i in range(2000)]
+    by_domain = {d: [one for one in order if one.prompt.domain == d] for d in tokens}
+    taken = dict.fromkeys(tokens, 0)
+
+    async def run() -> None:
+        pool: Any = FakePool(seed)
+        carried: list[UnfinishedGroup] = []
+        for number in range(num_phases):
+            pool.next_phase()
+            needs = [Shortfall(unit="tokens", domain=d, missing=n, per_prompt=None) for d, n in tokens.items()]
+
+            def take(domain: str, count: int) -> list[Question]:
+                assert next(need for need in needs if need.domain == domain).missing > 0  # noqa: B023
+                taken[domain] += count
+                return by_domain[domain][taken[domain] - count : taken[domain]]
+
+            before = dict(taken)
+            resumed = [(order[group.prompt_id], group) for group in carried]
+            found = await sampler(pool, ROLLOUT).fill_partially(
+                resumed, take, number, needs, lambda group: group.prompt_id % 5 != 4, max_waves=100
+            )
+            ids = [group.prompt_id for group in [*found.kept, *found.filtered, *found.unfinished, *found.purged]]
+            started = [one.prompt_id for d in tokens for one in by_domain[d][before[d] : taken[d]]]
+            assert Counter(ids) == Counter([*started, *(group.prompt_id for group in carried)])
+            brought = dict.fromkeys(tokens, 0)
+            for group in found.kept:
+                brought[order[group.prompt_id].prompt.domain] += sum(
+                    s.response.num_output_tokens for s in group.samples
+                )
+            assert all(brought[d] >= tokens[d] for d in tokens)
+            carried = found.unfinished
+
+    asyncio.run(run())
+
+
 def test_a_phase_stops_with_the_group_that_fills_the_budget() -> None:
     async def run() -> Collected:
         alone = ROLLOUT.model_copy(update={"samples_per_prompt": 1})  # one response at a time: nothing ends beside it
@@ -379,9 +424,11 @@ def test_a_response_that_a_lower_limit_leaves_no_room_is_finished_as_it_is() -> 
 
 def test_a_phase_that_never_fills_says_so() -> None:
     async def run() -> None:
-        shortfall = Shortfall(unit="tokens", missing=100, per_prompt=50.0)
+        shortfall = Shortfall(unit="tokens", domain="math", missing=100, per_prompt=50.0)
         servers: Any = FakePool(2)
-        await sampler(servers, ROLLOUT).fill_partially([], questions(0), 0, shortfall, lambda group: False, max_waves=2)
+        await sampler(servers, ROLLOUT).fill_partially(
+            [], questions(0), 0, [shortfall], lambda group: False, max_waves=2
+        )
 
-    with pytest.raises(ValueError, match="still lacks 100 tokens after .* prompts .*equal rewards"):
+    with pytest.raises(ValueError, match="still lacks 100 tokens of domain 'math' after .* prompts .*equal rewards"):
         asyncio.run(run())

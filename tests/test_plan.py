@@ -247,7 +247,9 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
         "total": training["total"],
     }
     assert training["total"] == sum(training.values()) - training["total"]
+    options += ["--set", "budget.domains={code = 0.6, science = 0.4}"]
     recomputed, _ = plan(tmp_path, *options, "--set", "model.recompute=true")
+    assert recomputed["budget"]["domain_tokens"] == {"code": 62_914_560, "science": 41_943_040}
     assert recomputed["memory"]["training_gpu"]["activations"] == 28 * 16_384 * 2048 * 2 // 2 + layer
 
 
@@ -313,12 +315,14 @@ def test_as_text_and_without_torch(tmp_path: Path) -> None:
     plan(tmp_path, "--gpu-memory-gb", "0")
     script = (
         "import sys\nfrom megatron_rl import cli\n"
-        f"assert cli.main(['plan', {str(tmp_path / 'config.toml')!r}, '--nodes', '32', '--gpu-memory-gb', '0']) == 0\n"
+        f"arguments = ['plan', {str(tmp_path / 'config.toml')!r}, '--nodes', '32', '--gpu-memory-gb', '0']\n"
+        "assert cli.main([*arguments, '--set', 'budget.domains={code = 0.6, science = 0.4}']) == 0\n"
         "heavy = {'torch', 'megatron', 'sglang', 'transformers'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "409,600 x 256 = 104,857,600 tokens per optimizer step" in done.stdout
+    assert "of them 62,914,560 of code\n          of them 41,943,040 of science\n" in done.stdout
     assert "torchrun --nnodes 32 --nproc_per_node 8" in done.stdout
 
 

@@ -69,6 +69,11 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     # prompts 0 and 2 are code, with 1 of 2 and 2 of 2 right; 1 and 3 are math, with 1 of 2 each
     assert (metrics["reward/code"], metrics["reward/math"]) == (3 / 4, 1 / 2)
     assert (metrics["response_tokens_mean/code"], metrics["num_samples/math"]) == ((5 + 10 + 7 + 9) / 4, 4)
+    tokens: Counter[str] = Counter()
+    for sample, _, num_loss_tokens in phase.outcomes():
+        tokens[prompt_of(sample.response.prompt_id).domain] += num_loss_tokens
+    assert {"code": metrics["num_loss_tokens/code"], "math": metrics["num_loss_tokens/math"]} == tokens
+    assert tokens["code"] >= 6  # the carried response, and 14 tokens more of one of the two or both
     assert metrics["uniform_group_share"] == 1 / 4
     assert metrics["budget_use"] == 1.0
     assert metrics["num_dropped_equal_rewards"] == metrics["num_dropped_not_needed"] == 2

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 from bench_embedded import SHAPE, Connection  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 
-from megatron_rl.c3po.budget import Shortfall  # noqa: E402
+from megatron_rl.c3po.budget import ANY, Shortfall  # noqa: E402
 from megatron_rl.config.schema import RewardSection, RolloutSection  # noqa: E402
 from megatron_rl.data.prompts import Prompt  # noqa: E402
 from megatron_rl.records import Group, UnfinishedGroup  # noqa: E402
@@ -39,7 +39,7 @@ from megatron_rl.reward.rewards import Rewards  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
-from megatron_rl.rollout.sampler import Question, Sampler, sampling_seed  # noqa: E402
+from megatron_rl.rollout.sampler import Question, Sampler, fill_in_waves, sampling_seed  # noqa: E402
 
 GROUP_SIZE, PROMPT_TOKENS, SLOTS, SEED = 8, 16, 64, 1
 MEAN_TOKENS, LONGEST = 48, 960
@@ -173,7 +173,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
     unfinished: Sequence[UnfinishedGroup] = []
     seconds, lengths, purged = [], [], 0
 
-    def take(count: int) -> list[Question]:
+    def take(_: str, count: int) -> list[Question]:
         nonlocal cursor
         first, cursor = cursor, cursor + count
         return [question(i) for i in range(first, cursor)]
@@ -186,9 +186,12 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
         started = time.perf_counter()
         if partial:
             resumed = [(question(group.prompt_id), group) for group in unfinished]
-            found = await sampler.fill_partially(resumed, take, step, shortfall, everything, 100)
+            found = await sampler.fill_partially(resumed, take, step, [shortfall], everything, 100)
         else:
-            found = await sampler.fill(take, step, shortfall, everything, 100)
+            found = await fill_in_waves(
+                lambda count, step=step: sampler.sample(take(ANY, count), step),
+                *(ROLLOUT.prompts_per_step, shortfall, everything, 100),
+            )
         seconds.append(time.perf_counter() - started)
         unfinished, per_prompt = found.unfinished, shortfall.per_prompt
         purged += len(found.purged)

@@ -8,6 +8,7 @@
     Eq. 3, the selection of Psi, |Psi| = Phi     budget.py         selection_order, select
         Fig. 3, the cut of the crossing response budget.py         select, `cut`
         too few tokens: refill                   budget.py         Shortfall; surplus is carried: plan.py
+        Phi divided over domains (not the paper) budget.py         apportion, select_by_domain; a Shortfall for each
     Eq. 6, entropy, balance and z loss           loss.py; megatron's router with model/router.py (a_bal, a_z of the
                                                  configuration's [moe])
     the synchronous step                         packing.py        micro-batches balanced between barriers

@@ -6,9 +6,12 @@ the tail of the response that crosses Phi is masked, so that exactly Phi tokens 
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
+
+ANY = ""  # stands for every domain, where domains have no budgets of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +82,53 @@ def select(
     return Selection(steps=tuple(steps), left_over=tuple(remaining), num_cut_tokens=num_cut)
 
 
+def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """`total` in whole parts by largest remainders: what rounding down leaves goes to those that lost most by it, of
+    equal ones to the first name.
+
+    shares: by name; they sum to 1, to within the rounding of floats. They count as the decimals that they are written
+    as, so 0.29 of 100 is 29.
+    """
+    exact = {name: Fraction(str(share)) for name, share in shares.items()}
+    quotas = {name: total * share / sum(exact.values()) for name, share in exact.items()}
+    parts = {name: math.floor(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(shares, key=lambda name: (parts[name] - quotas[name], name))
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def select_by_domain(
+    lengths: Sequence[int],
+    domains: Sequence[str],
+    order: Sequence[int],
+    budgets: Sequence[int],
+    shares: Mapping[str, float],
+    cut: Literal["token", "response"] = "token",
+) -> Selection:
+    """`select` for every domain by itself, from its part of each budget.
+
+    domains: of every candidate, each of them in `shares`. The other arguments as `select` and `apportion` take them.
+    """
+    parts = [apportion(budget, shares) for budget in budgets]
+    found = [
+        select(lengths, [i for i in order if domains[i] == domain], [part[domain] for part in parts], cut)
+        for domain in shares
+    ]
+    place = {index: n for n, index in enumerate(order)}
+    together = ([pick for one in found for pick in one.steps[step]] for step in range(len(budgets)))
+    return Selection(
+        steps=tuple(tuple(sorted(picks, key=lambda pick: place[pick.index])) for picks in together),
+        left_over=tuple(sorted((i for one in found for i in one.left_over), key=place.__getitem__)),
+        num_cut_tokens=sum(one.num_cut_tokens for one in found),
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Shortfall:
     """What a rollout phase still lacks, and how many prompts should be sampled for it. The sampler only asks.
 
+    domain: whose prompts can bring it; ANY is every prompt's.
     unit: what is counted; responses' tokens for a budget, whole groups otherwise.
     missing: in that unit; at most 0 when nothing is missing.
     per_prompt: what one prompt is expected to bring, filtered groups counted as nothing; None before anything is known.
@@ -92,6 +138,7 @@ class Shortfall:
     unit: Literal["tokens", "groups"]
     missing: float
     per_prompt: float | None
+    domain: str = ANY
     _gained: float = 0.0
     _num_prompts: int = 0
 
@@ -122,3 +169,42 @@ class Shortfall:
         self._num_prompts += num_prompts
         if self._gained:  # before anything was kept there is nothing to plan by
             self.per_prompt = self._gained / self._num_prompts
+
+
+def shortfalls(
+    budgets: Sequence[int],
+    shares: Mapping[str, float],
+    carried: Mapping[str, int],
+    per_prompt: Mapping[str, float | None],
+    longest: int,
+) -> list[Shortfall]:
+    """What a phase lacks of every domain so that `select_by_domain` can fill its part of all budgets.
+
+    carried: tokens that are there already. per_prompt: what one prompt brings. Both by domain, as shares are.
+    longest: tokens of the longest response.
+    """
+    # What crosses the budget of one optimizer step is not there for the next. Without domains the last step of several
+    # may be short by that much.
+    spare = 0 if ANY in shares else (len(budgets) - 1) * (longest - 1)
+    parts = [apportion(budget, shares) for budget in budgets]
+    return [
+        Shortfall(
+            unit="tokens",
+            domain=domain,
+            missing=sum(part[domain] for part in parts) + spare - carried.get(domain, 0),
+            per_prompt=per_prompt[domain],
+        )
+        for domain in shares
+    ]
+
+
+def most_lacking(needs: Sequence[Shortfall], num_open: Mapping[str, int]) -> Shortfall:
+    """The one whose open prompts are expected to bring the smallest part of what it lacks.
+
+    needs: all of them lack something. num_open: by domain, prompts that are being sampled.
+    """
+    # Before all are known, the known ones cannot be compared with the others but by number.
+    is_known = all(need.per_prompt is not None for need in needs)
+    return min(
+        needs, key=lambda need: num_open[need.domain] * ((need.per_prompt or 1) if is_known else 1) / need.missing
+    )

@@ -1,6 +1,6 @@
 """Scored samples in, a plan for one train phase out. Pure: the same arguments give the same plan on any machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_rl.c3po.algorithms import Algorithm, normalise
-from megatron_rl.c3po.budget import Pick, select, selection_order
+from megatron_rl.c3po.budget import ANY, Pick, select_by_domain, selection_order
 from megatron_rl.c3po.packing import CostModel, pack_micro_batches
 from megatron_rl.records import Group, Plan, Sample, Selected, StepPlan
 
@@ -45,6 +45,8 @@ def schedule(
     token_cap: int,
     cost: CostModel,
     micro_batch_multiple: int = 1,
+    shares: Mapping[str, float] | None = None,
+    domain_of: Callable[[int], str] = lambda prompt_id: ANY,
 ) -> Schedule:
     """Build the plan of one train phase.
 
@@ -52,13 +54,16 @@ def schedule(
     policy_version: of the weights now being trained.
     seed: decides the order of selection.
     micro_batch_multiple: see `pack_micro_batches`.
+    shares: of every budget, by the prompt's domain, which `domain_of` gives; see `select_by_domain`. The denominator is
+        Phi all the same.
     """
     groups = sorted(groups, key=lambda group: group.prompt_id)
     samples = (*carried, *(sample for group in groups for sample in group.samples))
     lengths = [sample.response.num_output_tokens for sample in samples]
     order = selection_order(len(carried), [len(group.samples) for group in groups], seed)
     if algorithm.uses_budget:
-        selection = select(lengths, order, budgets, cut)
+        domains = [domain_of(sample.response.prompt_id) for sample in samples]
+        selection = select_by_domain(lengths, domains, order, budgets, shares or {ANY: 1.0}, cut)
         per_step, left_over, num_cut = selection.steps, selection.left_over, selection.num_cut_tokens
     else:
         per_step = _split([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))

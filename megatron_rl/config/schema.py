@@ -495,6 +495,13 @@ class BudgetSection(Section):
     """The token budget Phi of one optimizer step (Eq. 2)."""
 
     tokens: Positive = Field(description="Phi: response tokens that carry loss in one optimizer step")
+    domains: dict[str, Fraction] = Field(
+        default={},
+        description="shares of Phi by the domain of the prompt, such as {code = 0.6, science = 0.4}, that sum to 1: so "
+        "many tokens of each are in every optimizer step, however long its responses are. Prompts of each domain are "
+        "taken as its share needs them, so the weights of data.train only say how files of the same domain mix. Needs "
+        "under_full = 'refill'. Default: whatever the prompts in their order bring",
+    )
     scope: Literal["global", "per_gpu"] = Field(default="global", description="per_gpu multiplies by training ranks")
     cut: Literal["token", "response"] = Field(
         default="token", description="token: exactly Phi tokens; response: whole responses, overshooting"
@@ -504,6 +511,19 @@ class BudgetSection(Section):
     )
     max_staleness: int = Field(default=1, ge=0, description="steps a surplus response may wait before it is dropped")
     max_waves: Positive = Field(default=8, description="rollout waves per step before the run stops with an error")
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> "BudgetSection":
+        total = sum(self.domains.values())
+        if self.domains and abs(total - 1) > 1e-9:
+            shares = " + ".join(map(str, self.domains.values()))
+            raise ValueError(f"the shares of budget.domains must sum to 1, got {shares} = {total:.10g}; change one")
+        if self.domains and self.under_full != "refill":
+            raise ValueError(
+                f"budget.domains needs budget.under_full = 'refill', got {self.under_full!r}: the part of a domain is "
+                "filled by sampling more of its prompts; set refill, or take budget.domains out"
+            )
+        return self
 
 
 class AlgorithmSection(Section):
@@ -752,6 +772,17 @@ class RlConfig(RunConfig, SamplingConfig):
             raise ValueError(
                 f"budget.tokens {self.budget.tokens} is smaller than one response can be "
                 f"(rollout.max_response_tokens {longest}); set budget.tokens to at least {longest}"
+            )
+        for domain, share in self.budget.domains.items():
+            if share * self.budget.tokens < longest:
+                raise ValueError(
+                    f"budget.domains gives {domain!r} {share:g} of budget.tokens {self.budget.tokens}, which is less "
+                    f"than one response can be (rollout.max_response_tokens {longest}); raise its share or the budget"
+                )
+        if self.budget.domains and self.algorithm.name != "c3po":
+            raise ValueError(
+                f"budget.domains divides the token budget, and algorithm {self.algorithm.name!r} has none; set "
+                "algorithm.name = 'c3po', or take budget.domains out"
             )
         if self.micro_batch_cap < self.rollout.max_sequence_tokens:
             shared = f" x parallel.context {self.parallel.context}" if self.parallel.context > 1 else ""

@@ -3,11 +3,12 @@ chats and one stage."""
 
 import hashlib
 import json
+import logging
 import random
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -18,6 +19,8 @@ from megatron_rl.config.schema import RlData, SftData, Weights
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
 
 Row = TypeVar("Row", bound=Prompt | Chat)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class Stream(ABC, Generic[Row]):
         self._paths = list(self._sources)
         # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand.
         self._file, self._turn = array("L"), array("Q")
+        self._stages = tuple(stages)
         self._turns = _turns(stages)
         self._order = lru_cache(maxsize=4 * len(self._paths))(self.permutation)
         self.digest = self._digest(stages)
@@ -127,6 +131,30 @@ class PromptStream(Stream[Prompt]):
     def content(row: Prompt) -> list[Any]:
         return [row.domain, row.prompt, row.answer]
 
+    def check_shares(self, shares: Mapping[str, float]) -> None:
+        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others."""
+        for number, stage in enumerate(self._stages, start=1):
+            where = f"stage {number} of data.stages" if len(self._stages) > 1 else "data.train"
+            check_domains((prompt for source in stage.sources for prompt in source.rows), shares, where)
+            of_file = {source.path: frozenset(prompt.domain for prompt in source.rows) for source in stage.sources}
+            if len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
+                log.warning(
+                    "budget.domains says how much of each domain is trained; the weights of %s only say how files of "
+                    "the same domain mix",
+                    where,
+                )
+
+    def positions_of(self, domain: str, cursor: int, count: int) -> tuple[list[int], int]:
+        """The first `count` positions from `cursor` on whose prompts are of this domain, and the cursor after them. So
+        every domain can go through the one order by itself. domain: one that the last stage has, or "" for any."""
+        found: list[int] = []
+        while len(found) < count:
+            (prompt,), after = self.take(cursor, 1)
+            if domain in ("", prompt.domain):
+                found.append(cursor)
+            cursor = after
+        return found, cursor
+
 
 class ChatStream(Stream[Chat]):
     def permutation(self, length: int, epoch: int) -> list[int]:
@@ -165,6 +193,21 @@ def _shuffled(length: int, seed: str) -> list[int]:
     order = list(range(length))
     random.Random(seed).shuffle(order)
     return order
+
+
+def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
+    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
+    found = {prompt.domain for prompt in prompts}
+    for domain in sorted(found - shares.keys()):
+        raise ValueError(
+            f"{where} has prompts of domain {domain!r}, which has no share in budget.domains "
+            f"({', '.join(sorted(shares))}); give it one, or leave its prompts out"
+        )
+    for domain in sorted(shares.keys() - found):
+        raise ValueError(
+            f"budget.domains has a share for {domain!r}, but {where} has no prompts of that domain "
+            f"({', '.join(sorted(found))}); add some, or take the share out"
+        )
 
 
 def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:

@@ -84,6 +84,7 @@ def _budget(plan: dict[str, Any]) -> Iterator[str]:
     world = plan["layout"]["world_size"]
     product = f" x {world} = {budget['step_tokens']:,}" if budget["scope"] == "per_gpu" else ""
     yield f"{budget['tokens']:,}{product} tokens per optimizer step"
+    yield from (f"of them {count:,} of {domain}" for domain, count in budget.get("domain_tokens", {}).items())
     yield f"{budget['optimizer_steps']} optimizer step(s) per phase"
     yield _per_rank(budget)
     yield (

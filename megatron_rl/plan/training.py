@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.c3po.budget import apportion
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ClusterSection, RlConfig, RunConfig, SftConfig
 from megatron_rl.layout import Layout
@@ -45,6 +46,8 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
     if not chosen_algorithm(config.algorithm).uses_budget:
         return found
     budgets = config.phase_budgets(layout.world_size)
+    if config.budget.domains:
+        found["domain_tokens"] = apportion(budgets[0], config.budget.domains)
     return found | {
         "tokens": config.budget.tokens,
         "scope": config.budget.scope,

@@ -8,6 +8,7 @@ fill the budget, and leaves the rest unfinished for the next phase.
 import asyncio
 import hashlib
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.c3po.budget import ANY, Shortfall, most_lacking
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
@@ -51,6 +52,17 @@ class Collected:
     unfinished: list[UnfinishedGroup] = field(default_factory=list)
     purged: list[UnfinishedGroup] = field(default_factory=list)
     num_generated_tokens: int = 0
+
+
+def joined(parts: Sequence[Collected]) -> Collected:
+    """What several brought, as one."""
+    return Collected(
+        kept=[group for part in parts for group in part.kept],
+        filtered=[group for part in parts for group in part.filtered],
+        unfinished=[group for part in parts for group in part.unfinished],
+        purged=[group for part in parts for group in part.purged],
+        num_generated_tokens=sum(part.num_generated_tokens for part in parts),
+    )
 
 
 def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
@@ -109,58 +121,40 @@ class Sampler:
             for left in tasks:
                 left.cancel()
 
-    async def fill(
-        self,
-        take: Callable[[int], list[Question]],
-        policy_version: int,
-        shortfall: Shortfall,
-        keep: Callable[[Group], bool],
-        max_waves: int,
-    ) -> Collected:
-        """Sample in waves until nothing is missing.
-
-        take: gives the next n questions. shortfall: counted down as waves arrive. ValueError after `max_waves` waves.
-        """
-        return await fill_in_waves(
-            lambda count: self.sample(take(count), policy_version),
-            self._rollout.prompts_per_step,
-            shortfall,
-            keep,
-            max_waves,
-        )
-
     async def fill_partially(
         self,
         resumed: Sequence[tuple[Question, UnfinishedGroup]],
-        take: Callable[[int], list[Question]],
+        take: Callable[[str, int], list[Question]],
         policy_version: int,
-        shortfall: Shortfall,
+        needs: Sequence[Shortfall],
         keep: Callable[[Group], bool],
         max_waves: int,
     ) -> Collected:
         """C3PO++: sample until nothing is missing, then stop what still runs.
 
-        resumed: unfinished groups of the last phase; they go first. Every response is a request of its own, so that a
-        slot is given away as soon as its response ends. ValueError when `max_waves` times as many prompts as should do
-        have brought too little.
+        resumed: unfinished groups of the last phase; they go first. take: gives the next n questions of a domain.
+        needs: of every domain, or one for all; counted down as groups are completed. A free slot goes to a domain that
+        lacks something. Every response is a request of its own, so that a slot is given away as soon as its response
+        ends. ValueError when `max_waves` times as many prompts as should do have brought too little.
         """
-        if shortfall.missing <= 0:
+        if all(need.missing <= 0 for need in needs):
             return Collected(unfinished=[group for _, group in resumed])
-        phase = _PartialPhase(self, policy_version, shortfall, keep)
+        phase = _PartialPhase(self, policy_version, needs, keep)
         for question, group in resumed:
             phase.start(question, [self._ended(response) for response in group.responses], group.retention)
         size = self._rollout.samples_per_prompt
-        wave = max(self._rollout.prompts_per_step, math.ceil(shortfall.missing / (shortfall.per_prompt or math.inf)))
-        limit, num_started = max_waves * wave, 0
+        wave = sum(math.ceil(max(0.0, need.missing) / (need.per_prompt or math.inf)) for need in needs)
+        limit, num_started = max_waves * max(self._rollout.prompts_per_step, wave), 0
         try:
-            while shortfall.missing > 0:
-                count = shortfall.prompts_to_start(phase.num_running, self._servers.num_slots, size)
+            while lacking := [need for need in needs if need.missing > 0]:
+                count = lacking[0].prompts_to_start(phase.num_running, self._servers.num_slots, size)
                 if count == 0 or num_started < limit:
-                    for question in take(count):
+                    for _ in range(count):
+                        (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
                         phase.start(question, _blank(question, size), 0)
                     num_started += count
                 if not await phase.advance():
-                    raise _never_filled(shortfall, phase.found, f"{num_started} prompts")
+                    raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
             await phase.stop(self._servers.abort_all)
         finally:
             phase.cancel()
@@ -266,21 +260,23 @@ class _PartialPhase:
     """The groups in flight of one partial phase, and what has come of it."""
 
     def __init__(
-        self, sampler: Sampler, policy_version: int, shortfall: Shortfall, keep: Callable[[Group], bool]
+        self, sampler: Sampler, policy_version: int, needs: Sequence[Shortfall], keep: Callable[[Group], bool]
     ) -> None:
-        self._sampler, self._version, self._shortfall, self._keep = sampler, policy_version, shortfall, keep
+        self._sampler, self._version, self._needs, self._keep = sampler, policy_version, needs, keep
         self._open: dict[int, _Open] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self.num_running = 0
+        self.num_running = 0  # responses
+        self.num_open: Counter[str] = Counter()  # groups, by the domain of their need
         self.found = Collected()
 
     def start(self, question: Question, responses: Sequence[Response], retention: int) -> None:
         done = self._sampler._recall(question)
+        self.num_open[self._need(question).domain] += 1
         if done is not None:
             now = sum(int((s.response.policy_versions == self._version).sum()) for s in done.samples)
             self.found.num_generated_tokens += now
-            self._spawn(self._add(done))
+            self._spawn(self._add(question, done))
             return
         self._open[question.prompt_id] = _Open(question, list(responses), retention)
         left = [response for response in responses if not response.finish_reason]
@@ -342,12 +338,17 @@ class _PartialPhase:
         group = self._open[prompt_id]
         scored = await self._sampler._score(group.question, group.responses)
         del self._open[prompt_id]
-        await self._add(scored)
+        await self._add(group.question, scored)
 
-    async def _add(self, scored: Group) -> None:
+    async def _add(self, question: Question, scored: Group) -> None:
         good = self._keep(scored)
         (self.found.kept if good else self.found.filtered).append(scored)
-        self._shortfall.add(1, [[s.response.num_output_tokens for s in scored.samples]] if good else [])
+        need = self._need(question)
+        self.num_open[need.domain] -= 1
+        need.add(1, [[s.response.num_output_tokens for s in scored.samples]] if good else [])
+
+    def _need(self, question: Question) -> Shortfall:
+        return next(need for need in self._needs if need.domain in (ANY, question.prompt.domain))
 
 
 def _raise_first(ended: Iterable["asyncio.Task[None]"]) -> None:
@@ -393,7 +394,9 @@ def _num_tokens(group: Group) -> int:
 
 def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueError:
     return ValueError(
-        f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit} after {after} (budget.max_waves), of "
+        f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit}"
+        + (f" of domain {shortfall.domain!r}" if shortfall.domain != ANY else "")
+        + f" after {after} (budget.max_waves), of "
         f"{len(found.kept) + len(found.filtered)} groups {len(found.filtered)} had equal rewards and were filtered "
         "out; raise budget.max_waves, lower the budget or choose prompts of fitting difficulty"
     )

@@ -5,7 +5,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,24 +16,25 @@ import numpy as np
 from megatron_rl import __version__
 from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.c3po.budget import ANY, Shortfall, apportion, shortfalls
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.mixture import check_domains, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
-from megatron_rl.records import Group, Response
+from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+from megatron_rl.rollout.client import together
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.routing import routed_shape
-from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves
+from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
@@ -58,14 +60,21 @@ class Collector:
         self._config, self._layout, self._signals, self._cost = config, layout, signals, cost
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(layout.world_size)
+        self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
+        self._shares = config.budget.domains or {ANY: 1.0}
         self._tokenizer = load_tokenizer(config.model.path)
+        bailing = load_bailing_config(config.model.path)
+        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._stream = load_stream(config.data, config.seed)
         self._input_ids = rendered_prompts(
             self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
         )
-        self.cursor = 0
+        if config.budget.domains:
+            self._stream.check_shares(config.budget.domains)
+        # By domain: where it is in the one order of prompts, and what one of its prompts brings.
+        self.cursors = dict.fromkeys(self._shares, 0)
+        self.tokens_per_prompt: dict[str, float | None] = dict.fromkeys(self._shares)
         self.carry = Carry()
-        self.tokens_per_prompt: float | None = None
         self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
@@ -76,10 +85,11 @@ class Collector:
             if config.rollout.router_replay:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
             self._recorded = read_groups(source, self._advantages)
+            if config.budget.domains:
+                check_domains(self._recorded[1].values(), config.budget.domains, f"--rollouts {source}")
             return
         self._keeper = source.keeper
         self._rewards = Rewards(config.reward)
-        bailing = load_bailing_config(config.model.path)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
@@ -90,7 +100,6 @@ class Collector:
         except BaseException:
             self.close()
             raise
-        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._sampler = Sampler(
             self.pool,
             self._rewards,
@@ -105,7 +114,7 @@ class Collector:
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
         state = {
-            "cursor": self.cursor,
+            "cursor": self.cursors,
             "tokens_per_prompt": self.tokens_per_prompt,
             "from_rollouts": self._recorded is not None,
             "data": self._stream.digest,
@@ -124,7 +133,8 @@ class Collector:
                 "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
                 "model.path set to the checkpoint"
             )
-        self.cursor, self.tokens_per_prompt = state["cursor"], state["tokens_per_prompt"]
+        self.cursors = saved_by_domain(state["cursor"], self._shares)
+        self.tokens_per_prompt = saved_by_domain(state["tokens_per_prompt"], self._shares)
         self.carry = unpack_carry(carried)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -136,7 +146,7 @@ class Collector:
         """What every serving server makes of the next prompts' tokens: their urls, and the question for the trainer."""
         assert self.pool is not None
         tokens: list[int] = []
-        position = self.cursor
+        position = min(self.cursors.values())
         while len(tokens) < num_tokens:
             (prompt,), position = self._stream.take(position, 1)
             tokens += self._input_ids[prompt.id]
@@ -152,34 +162,29 @@ class Collector:
         """
         config = self._config
         started = time.perf_counter()
-        refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         since = {s.id: step for s, step in zip(self.carry.samples, self.carry.since, strict=True)}
         oldest = policy_version - config.budget.max_staleness
         fresh_enough = [sample for sample in self.carry.samples if since[sample.id] >= oldest]
         stale = [sample for sample in self.carry.samples if since[sample.id] < oldest]
-        if refill:
-            missing = sum(self._budgets) - sum(s.response.num_output_tokens for s in fresh_enough)
-            shortfall = Shortfall(unit="tokens", missing=missing, per_prompt=self.tokens_per_prompt)
-        else:
-            shortfall = Shortfall(unit="groups", missing=config.rollout.prompts_per_step, per_prompt=1.0)
-        cursor = self.cursor
+        needs = self._needs(fresh_enough)
+        cursors = dict(self.cursors)
         num_recalled = self._journal.open(policy_version) if self._journal is not None else 0
         if num_recalled:
             log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
         try:
-            found = self.run(self._rollout(policy_version, shortfall))
+            found = self.run(self._rollout(policy_version, needs))
         except BaseException:
-            self.cursor = cursor
+            self.cursors = cursors
             raise
         rollout_seconds = time.perf_counter() - started
-        wanted = len(found.kept) if refill else config.rollout.prompts_per_step
+        wanted = len(found.kept) if self._refill else config.rollout.prompts_per_step
         plan = schedule(
             found.kept[:wanted],
             fresh_enough,
             algorithm=self._algorithm,
             budgets=self._budgets,
             cut=config.budget.cut,
-            keep_surplus=refill,
+            keep_surplus=self._refill,
             max_response_tokens=config.rollout.max_response_tokens,
             policy_version=policy_version,
             # A different permutation every phase, from the run's seed alone.
@@ -188,6 +193,8 @@ class Collector:
             token_cap=config.micro_batch_cap,
             cost=self._cost,
             micro_batch_multiple=self._layout.micro_batch_multiple,
+            shares=self._shares,
+            domain_of=self._domain_of,
         )
         phase = Phase(collected=found, unneeded=found.kept[wanted:], stale=stale, schedule=plan)
         self.carry = Carry(
@@ -195,8 +202,8 @@ class Collector:
             since=tuple(since.get(sample.id, policy_version) for sample in plan.carried),
             unfinished=tuple(found.unfinished),
         )
-        if refill:
-            self.tokens_per_prompt = shortfall.per_prompt
+        if self._refill:
+            self.tokens_per_prompt = {need.domain: need.per_prompt for need in needs}
         try:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
             phase.write(path, self._prompt_of, self._decode)
@@ -230,32 +237,52 @@ class Collector:
         if self._journal is not None:
             self._journal.close()
 
-    async def _rollout(self, policy_version: int, shortfall: Shortfall) -> Collected:
-        waves = self._config.budget.max_waves
+    def _needs(self, carried: Sequence[Sample]) -> list[Shortfall]:
+        """What a phase lacks beside the carried samples, of each domain."""
+        if not self._refill:
+            return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step, per_prompt=1.0)]
+        tokens: Counter[str] = Counter()
+        for sample in carried:
+            tokens[self._domain_of(sample.response.prompt_id)] += sample.response.num_output_tokens
+        longest = self._config.rollout.max_response_tokens
+        return shortfalls(self._budgets, self._shares, tokens, self.tokens_per_prompt, longest)
+
+    async def _rollout(self, policy_version: int, needs: Sequence[Shortfall]) -> Collected:
         if self._recorded is None and self._config.rollout.partial:
             resumed = [(self._question(group.prompt_id), group) for group in self.carry.unfinished]
             return await self._sampler.fill_partially(
-                resumed, self._take, policy_version, shortfall, self._is_wanted, waves
+                resumed, self._take, policy_version, needs, self._is_wanted, self._config.budget.max_waves
             )
+        found = joined(await together(self._fill(policy_version, need) for need in needs))
         if self._recorded is not None:
-            first_wave = self._config.rollout.prompts_per_step
-            found = await fill_in_waves(self._take_recorded, first_wave, shortfall, self._is_wanted, waves)
             found.num_generated_tokens = 0
-        else:
-            found = await self._sampler.fill(self._take, policy_version, shortfall, self._is_wanted, waves)
         found.purged += self.carry.unfinished  # of a run that was partial when it was saved
         return found
 
-    async def _take_recorded(self, count: int) -> list[Group]:
+    async def _fill(self, policy_version: int, need: Shortfall) -> Collected:
+        """Domains fill side by side, each in waves of its own: what one brings does not depend on the others."""
+
+        async def groups(count: int) -> list[Group]:
+            if self._recorded is not None:
+                return self._take_recorded(need.domain, count)
+            return await self._sampler.sample(self._take(need.domain, count), policy_version)
+
+        first_wave = max(1, apportion(self._config.rollout.prompts_per_step, self._shares)[need.domain])
+        return await fill_in_waves(groups, first_wave, need, self._is_wanted, self._config.budget.max_waves)
+
+    def _take_recorded(self, domain: str, count: int) -> list[Group]:
         assert self._recorded is not None
         groups = self._recorded[0]
-        if self.cursor + count > len(groups):
+        first = self.cursors[domain]
+        left = [i for i in range(first, len(groups)) if self._domain_of(groups[i].prompt_id) == domain]
+        if count > len(left):
+            of_domain = f" of domain {domain!r}" if domain != ANY else ""
             raise ValueError(
-                f"the phase needs {count} more groups and {len(groups) - self.cursor} of the {len(groups)} of "
+                f"the phase needs {count} more groups{of_domain} and {len(left)} of the {len(groups)} of "
                 "--rollouts are left; record more, or lower train.steps or the budget"
             )
-        first, self.cursor = self.cursor, self.cursor + count
-        return groups[first : self.cursor]
+        self.cursors[domain] = left[count - 1] + 1
+        return [groups[i] for i in left[:count]]
 
     def _prompt_of(self, position: int) -> Prompt:
         """The prompt at this position of the stream, or of the recorded file."""
@@ -275,9 +302,13 @@ class Collector:
             await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
         return task.result()
 
-    def _take(self, count: int) -> list[Question]:
-        first, self.cursor = self.cursor, self.cursor + count
-        return [self._question(position) for position in range(first, first + count)]
+    def _domain_of(self, position: int) -> str:
+        """Of the prompt there, as far as the budget tells domains apart."""
+        return self._prompt_of(position).domain if self._config.budget.domains else ANY
+
+    def _take(self, domain: str, count: int) -> list[Question]:
+        positions, self.cursors[domain] = self._stream.positions_of(domain, self.cursors[domain], count)
+        return [self._question(position) for position in positions]
 
     def _question(self, position: int) -> Question:
         (prompt,), _ = self._stream.take(position, 1)
@@ -291,6 +322,18 @@ class Collector:
     def _is_wanted(self, group: Group) -> bool:
         """Dynamic sampling drops groups that teach nothing: all right or all wrong."""
         return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
+
+
+def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
+    """What a checkpoint has for each domain with a share. One that was written before there were any has a bare number,
+    for all. ValueError when the domains are others."""
+    found: dict[str, Any] = saved if isinstance(saved, dict) else {ANY: saved}
+    if found.keys() != shares.keys():
+        raise ValueError(
+            "budget.domains was set or taken out since this run began, and prompts are counted by domain with it only; "
+            "put it back as it was, or start a new run with model.path set to the checkpoint"
+        )
+    return found
 
 
 def _identity(config: RlConfig, layout: Layout, data: str) -> str:

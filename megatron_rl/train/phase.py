@@ -112,7 +112,7 @@ class Phase:
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
-            **_by_domain(seen, prompt_of),
+            **self._by_domain(seen, prompt_of),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
             "num_generated_tokens": found.num_generated_tokens,
@@ -146,6 +146,29 @@ class Phase:
             "micro_batch_imbalance": self._imbalance(cost),
         }
 
+    def _by_domain(self, seen: Sequence[Sample], prompt_of: PromptOf) -> dict[str, float]:
+        """reward/D, response_tokens_mean/D and num_samples/D of each domain D among the samples seen, and
+        num_loss_tokens/D of the last optimizer step, as num_loss_tokens is; nothing where there is only one domain."""
+        domain_of = {s.id: prompt_of(s.response.prompt_id).domain for s in (*seen, *self.schedule.samples)}
+        domains = sorted(set(domain_of.values()))
+        if len(domains) == 1:
+            return {}
+        found: dict[str, float] = {}
+        for domain in domains:
+            # With budgets by domain, carried samples may be all that a phase needs of one.
+            if members := [sample for sample in seen if domain_of[sample.id] == domain]:
+                found[f"reward/{domain}"] = float(np.mean([sample.reward for sample in members]))
+                found[f"response_tokens_mean/{domain}"] = float(
+                    np.mean([s.response.num_output_tokens for s in members])
+                )
+                found[f"num_samples/{domain}"] = len(members)
+            found[f"num_loss_tokens/{domain}"] = sum(
+                selected.num_loss_tokens
+                for selected in self.schedule.plan.steps[-1].selected
+                if domain_of[self.schedule.samples[selected.index].id] == domain
+            )
+        return found
+
     def _imbalance(self, cost: CostModel) -> float:
         """Barrier cost of the phase over what it would be if every rank were always busy; 1 is perfect."""
         barrier = busy = 0.0
@@ -169,21 +192,6 @@ def _row(response: Response, prompt_of: PromptOf, decode: Decode) -> dict[str, A
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_output_tokens,
     }
-
-
-def _by_domain(samples: Sequence[Sample], prompt_of: PromptOf) -> dict[str, float]:
-    """reward/D and response_tokens_mean/D of each domain D; nothing where there is only one."""
-    domains: dict[str, list[Sample]] = {}
-    for sample in samples:
-        domains.setdefault(prompt_of(sample.response.prompt_id).domain, []).append(sample)
-    if len(domains) == 1:
-        return {}
-    found: dict[str, float] = {}
-    for domain, members in sorted(domains.items()):
-        found[f"reward/{domain}"] = float(np.mean([sample.reward for sample in members]))
-        found[f"response_tokens_mean/{domain}"] = float(np.mean([s.response.num_output_tokens for s in members]))
-        found[f"num_samples/{domain}"] = len(members)
-    return found
 
 
 def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:
