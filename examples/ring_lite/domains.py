@@ -53,13 +53,13 @@ def _boxed(steps: str, answer: object) -> str:
 
 
 def chain(rng: random.Random) -> Problem:
-    """`7+8-5=?` -> `7+8=15,15-5=10,\\boxed{10}`: two to nine sums, never below 0 or above 29."""
-    size = rng.randint(2, 9)
-    total = rng.randint(1, 20)
+    """`7-5+4=?` -> `7-5=2,2+4=6,\\boxed{6}`: two to twelve sums, never below 0 or above 9."""
+    size = rng.randint(2, 12)
+    total = rng.randint(1, 9)
     question, steps = str(total), ""
     for _ in range(size):
-        term = rng.randint(2, 9)
-        sign = "-" if (rng.random() < 0.5 and total >= term) or total + term > 29 else "+"
+        term = rng.choice([n for n in range(1, 10) if n <= max(total, 9 - total)])
+        sign = "-" if total + term > 9 or (total >= term and rng.random() < 0.5) else "+"
         after = total + term if sign == "+" else total - term
         question += f"{sign}{term}"
         steps += f"{total}{sign}{term}={after},"
@@ -69,7 +69,7 @@ def chain(rng: random.Random) -> Problem:
 
 def equation(rng: random.Random) -> Problem:
     """`3k+4=19,k?` -> `3k=19-4=15,k=15/3=5,\\boxed{5}`."""
-    x, root, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
+    x, root, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 5), rng.randint(1, 9)
     product = root * factor
     steps = f"{factor}{x}={product + term}-{term}={product},{x}={product}/{factor}={root},"
     question = f"{factor}{x}+{term}={product + term},{x}?"
@@ -78,7 +78,7 @@ def equation(rng: random.Random) -> Problem:
 
 def value(rng: random.Random) -> Problem:
     """`f(k)=3k+4,f(5)?` -> `3*5=15,15+4=19,\\boxed{19}`."""
-    x, factor, term, at = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
+    x, factor, term, at = rng.choice(_LETTERS), rng.randint(2, 5), rng.randint(1, 9), rng.randint(2, 9)
     product = factor * at
     steps = f"{factor}*{at}={product},{product}+{term}={product + term},"
     question = f"f({x})={factor}{x}+{term},f({at})?"
@@ -167,15 +167,15 @@ _LAWS = (
 )
 
 
-def _round(rng: random.Random) -> int:
-    """A digit above 1 with up to two zeros."""
-    return rng.randint(2, 9) * rng.choice([1, 10, 100])
+def _round(rng: random.Random, largest: int) -> int:
+    """A digit from 2 to `largest`, with up to two zeros."""
+    return rng.randint(2, largest) * rng.choice([1, 10, 100])
 
 
 def law(rng: random.Random) -> Problem:
     """`v=40m/s,t=3s,d?` -> `d=v*t=40*3=120,\\boxed{120 m}`."""
     asked, one, other, unit, unit_one, unit_other = rng.choice(_LAWS)
-    left, right = _round(rng), _round(rng)
+    left, right = rng.sample([_round(rng, 9), _round(rng, 5)], 2)
     known = [f"{one}={left}{unit_one}", f"{other}={right}{unit_other}"]
     rng.shuffle(known)
     answer = f"{left * right} {unit}"
@@ -189,9 +189,9 @@ def law(rng: random.Random) -> Problem:
 
 
 def journey(rng: random.Random) -> Problem:
-    """`4m/s 3s,5m/s 2s,d?` -> `4*3=12,5*2=10,12+10=22,\\boxed{22 m}`: two to four legs."""
+    """`4m/s 3s,2m/s 2s,d?` -> `4*3=12,2*2=4,12+4=16,\\boxed{16 m}`: two to four legs."""
     size = rng.randint(2, 4)
-    legs = [(rng.randint(2, 5), rng.randint(2, 5)) for _ in range(size)]
+    legs = [(rng.randint(1, 4), rng.randint(1, 3)) for _ in range(size)]
     steps = "".join(f"{v}*{t}={v * t}," for v, t in legs)
     total = legs[0][0] * legs[0][1]
     for v, t in legs[1:]:
@@ -203,11 +203,11 @@ def journey(rng: random.Random) -> Problem:
 
 
 def inverse(rng: random.Random) -> Problem:
-    """`t=3s,d=120m,v?` -> `v=d/t=120/3=40,\\boxed{40 m/s}`."""
+    """`t=30s,d=1200m,v?` -> `v=d/t=1200/30=40,\\boxed{40 m/s}`."""
     product, asked, one, unit, unit_asked, unit_one = rng.choice(_LAWS)
     if rng.random() < 0.5:
         asked, one, unit_asked, unit_one = one, asked, unit_one, unit_asked
-    result, given = _round(rng), rng.randint(2, 9)
+    result, given = _round(rng, 9), _round(rng, 5)
     known = [f"{product}={result * given}{unit}", f"{one}={given}{unit_one}"]
     rng.shuffle(known)
     answer = f"{result} {unit_asked}"
