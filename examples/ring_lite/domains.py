@@ -52,19 +52,27 @@ def _boxed(steps: str, answer: object) -> str:
 # -- math --------------------------------------------------------------------------------------------------------------
 
 
+def _sums(numbers: list[int]) -> str:
+    """`7-5+4` -> `7-5+4=2+4=6`, for [7, -5, 4]: the first two become one until one is left."""
+    lines = [numbers]
+    while len(lines[-1]) > 1:
+        first, second, *rest = lines[-1]
+        lines.append([first + second, *rest])
+    return "=".join("".join([str(line[0]), *(f"{n:+d}" for n in line[1:])]) for line in lines)
+
+
 def chain(rng: random.Random) -> Problem:
-    """`7-5+4=?` -> `7-5=2,2+4=6,\\boxed{6}`: two to twelve sums, never below 0 or above 9."""
-    size = rng.randint(2, 12)
-    total = rng.randint(1, 9)
-    question, steps = str(total), ""
+    """`7-5+4=?` -> `2+4=6,\\boxed{6}`: one to eight sums, never below 0 or above 9."""
+    size = rng.randint(1, 8)
+    numbers = [rng.randint(1, 9)]
     for _ in range(size):
-        term = rng.choice([n for n in range(1, 10) if n <= max(total, 9 - total)])
-        sign = "-" if total + term > 9 or (total >= term and rng.random() < 0.5) else "+"
-        after = total + term if sign == "+" else total - term
-        question += f"{sign}{term}"
-        steps += f"{total}{sign}{term}={after},"
-        total = after
-    return Problem(kind="chain", size=size, question=f"{question}=?", response=_boxed(steps, total), answer=str(total))
+        total = sum(numbers)
+        numbers.append(rng.choice([n for n in range(-total, 10 - total) if n]))
+    question, _, steps = _sums(numbers).partition("=")
+    answer = str(sum(numbers))
+    return Problem(
+        kind="chain", size=size, question=f"{question}=?", response=_boxed(f"{steps},", answer), answer=answer
+    )
 
 
 def equation(rng: random.Random) -> Problem:
@@ -167,15 +175,15 @@ _LAWS = (
 )
 
 
-def _round(rng: random.Random, largest: int) -> int:
-    """A digit from 2 to `largest`, with up to two zeros."""
-    return rng.randint(2, largest) * rng.choice([1, 10, 100])
+def _round(rng: random.Random) -> int:
+    """A digit above 1 with up to two zeros."""
+    return rng.randint(2, 9) * rng.choice([1, 10, 100])
 
 
 def law(rng: random.Random) -> Problem:
     """`v=40m/s,t=3s,d?` -> `d=v*t=40*3=120,\\boxed{120 m}`."""
     asked, one, other, unit, unit_one, unit_other = rng.choice(_LAWS)
-    left, right = rng.sample([_round(rng, 9), _round(rng, 5)], 2)
+    left, right = rng.sample([_round(rng), rng.randint(2, 5)], 2)
     known = [f"{one}={left}{unit_one}", f"{other}={right}{unit_other}"]
     rng.shuffle(known)
     answer = f"{left * right} {unit}"
@@ -189,25 +197,23 @@ def law(rng: random.Random) -> Problem:
 
 
 def journey(rng: random.Random) -> Problem:
-    """`4m/s 3s,2m/s 2s,d?` -> `4*3=12,2*2=4,12+4=16,\\boxed{16 m}`: two to four legs."""
-    size = rng.randint(2, 4)
-    legs = [(rng.randint(1, 4), rng.randint(1, 3)) for _ in range(size)]
-    steps = "".join(f"{v}*{t}={v * t}," for v, t in legs)
-    total = legs[0][0] * legs[0][1]
-    for v, t in legs[1:]:
-        steps += f"{total}+{v * t}={total + v * t},"
-        total += v * t
-    question = ",".join(f"{v}m/s {t}s" for v, t in legs) + ",d?"
-    answer = f"{total} m"
-    return Problem(kind="journey", size=size, question=question, response=_boxed(steps, answer), answer=answer)
+    """`4m/s 3s,2m/s 2s,1m/s 3s,d?` -> `12+4+3=16+3=19,\\boxed{19 m}`: two to five legs."""
+    size = rng.randint(2, 5)
+    legs = [(rng.randint(1, 5), rng.randint(1, 3)) for _ in range(size)]
+    distances = [speed * seconds for speed, seconds in legs]
+    question = ",".join(f"{speed}m/s {seconds}s" for speed, seconds in legs) + ",d?"
+    answer = f"{sum(distances)} m"
+    return Problem(
+        kind="journey", size=size, question=question, response=_boxed(f"{_sums(distances)},", answer), answer=answer
+    )
 
 
 def inverse(rng: random.Random) -> Problem:
-    """`t=30s,d=1200m,v?` -> `v=d/t=1200/30=40,\\boxed{40 m/s}`."""
+    """`t=3s,d=120m,v?` -> `v=d/t=120/3=40,\\boxed{40 m/s}`."""
     product, asked, one, unit, unit_asked, unit_one = rng.choice(_LAWS)
     if rng.random() < 0.5:
         asked, one, unit_asked, unit_one = one, asked, unit_one, unit_asked
-    result, given = _round(rng, 9), _round(rng, 5)
+    result, given = _round(rng), rng.randint(2, 5)
     known = [f"{product}={result * given}{unit}", f"{one}={given}{unit_one}"]
     rng.shuffle(known)
     answer = f"{result} {unit_asked}"
@@ -272,9 +278,9 @@ def prompt_row(domain: str, problem: Problem) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--worked", type=int, default=6000, help="solutions of each domain")
-    parser.add_argument("--train", type=int, default=6000, help="prompts of each domain")
-    parser.add_argument("--test", type=int, default=400, help="prompts of each domain")
+    parser.add_argument("--worked", type=int, default=3000, help="solutions of each domain")
+    parser.add_argument("--train", type=int, default=3000, help="prompts of each domain")
+    parser.add_argument("--test", type=int, default=300, help="prompts of each domain")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
