@@ -79,7 +79,7 @@ def recipe(seed: int) -> tuple[Stage, ...]:
         Stage(
             name="base",
             title="a tiny BailingMoE with random weights",
-            commands=((ROOT / "tools/make_tiny_model.py", RUN / "base", "--seed", seed),),
+            commands=((ROOT / "tools/make_tiny_model.py", RUN / "base", "--init-std", "0.06", "--seed", seed),),
             makes="base/config.json",
         ),
         Stage(
