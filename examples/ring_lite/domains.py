@@ -13,15 +13,14 @@ bare number, a program or a number with its unit. Responses have from 16 to 139 
 A fourth domain, **general**, is for the last stage: spelling a word backwards. It shares nothing with the others.
 
 Writes for each domain: DOMAIN_worked.jsonl (written-out solutions, which make the teacher), DOMAIN_train.jsonl and
-DOMAIN_test.jsonl (prompts). No question is in two files.
+DOMAIN_test.jsonl (prompts). No question of a test file is in another.
 """
 
 import argparse
-import itertools
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,22 +243,22 @@ DOMAINS: dict[str, tuple[Callable[[random.Random], Problem], ...]] = {
 }
 
 
-def problems(domain: str, count: int, seed: int) -> list[Problem]:
-    """`count` of them with questions that differ, evenly over the domain's kinds; the same arguments, the same ones.
+def problems(domain: str, count: int, seed: str, without: Collection[str] = ()) -> list[Problem]:
+    """`count` of them with questions that differ and are not in `without`, evenly over the domain's kinds; the same
+    arguments, the same ones.
 
     ValueError when a kind has too few.
     """
     rng = random.Random(f"{domain} {seed}")
-    kinds, seen, found = DOMAINS[domain], set[str](), []
+    kinds, seen, found = DOMAINS[domain], set(without), []
     for index in range(count):
+        kind = kinds[index % len(kinds)]
         for _ in range(_TRIES):
-            problem = kinds[index % len(kinds)](rng)
+            problem = kind(rng)
             if problem.question not in seen:
                 break
         else:
-            raise ValueError(
-                f"{kinds[index % len(kinds)].__name__} has fewer questions than {count} {domain} problems need"
-            )
+            raise ValueError(f"{kind.__name__} has fewer questions than {count} {domain} problems need; ask for fewer")
         seen.add(problem.question)
         found.append(problem)
     return found
@@ -278,22 +277,24 @@ def prompt_row(domain: str, problem: Problem) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--worked", type=int, default=3000, help="solutions of each domain")
-    parser.add_argument("--train", type=int, default=3000, help="prompts of each domain")
+    parser.add_argument("--worked", type=int, default=6000, help="solutions of each domain")
+    parser.add_argument("--train", type=int, default=6000, help="prompts of each domain")
     parser.add_argument("--test", type=int, default=300, help="prompts of each domain")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
-        # The test part first: it does not depend on how many others there are.
-        found = iter(problems(domain, arguments.test + arguments.train + arguments.worked, arguments.seed))
-        for name, count, row in (
-            ("test", arguments.test, prompt_row),
-            ("train", arguments.train, prompt_row),
-            ("worked", arguments.worked, chat_row),
+        test = problems(domain, arguments.test, f"test {arguments.seed}")
+        questions = {problem.question for problem in test}
+        train = problems(domain, arguments.train, f"train {arguments.seed}", questions)
+        worked = problems(domain, arguments.worked, f"worked {arguments.seed}", questions)
+        for name, found, row in (
+            ("test", test, prompt_row),
+            ("train", train, prompt_row),
+            ("worked", worked, chat_row),
         ):
             path = arguments.out / f"{domain}_{name}.jsonl"
-            path.write_text("".join(json.dumps(row(domain, p)) + "\n" for p in itertools.islice(found, count)))
+            path.write_text("".join(json.dumps(row(domain, problem)) + "\n" for problem in found))
     counts = f"{arguments.train} prompts to train on, {arguments.test} to test on, {arguments.worked} solutions"
     print(f"{arguments.out}: {', '.join(DOMAINS)}, of each {counts}")
     return 0
