@@ -8,7 +8,7 @@
 
 They interfere on purpose: the same formula is evaluated in one domain and programmed in another, the letters that are
 quantities in one are unknowns in another, and only a unit tells a physical product from a plain one. The answer is a
-bare number, a program or a number with its unit. Responses have from 16 to 139 tokens.
+bare number, a program or a number with its unit. Responses have from 6 to 139 tokens.
 
 A fourth domain, **general**, is for the last stage: spelling a word backwards. It shares nothing with the others.
 
@@ -61,8 +61,8 @@ def _sums(numbers: list[int]) -> str:
 
 
 def chain(rng: random.Random) -> Problem:
-    """`7-5+4=?` -> `2+4=6,\\boxed{6}`: one to eight sums, never below 0 or above 9."""
-    size = rng.randint(1, 8)
+    """`7-5+4=?` -> `2+4=6,\\boxed{6}`: one to six sums, never below 0 or above 9."""
+    size = rng.randint(1, 6)
     numbers = [rng.randint(1, 9)]
     for _ in range(size):
         total = sum(numbers)
