@@ -2,13 +2,13 @@
 
     python examples/ring_lite/domains.py runs/ring_lite/data --seed 1
 
-- **math**: sums of many terms, linear equations, values of functions, with every step written out.
+- **math**: sums of many terms, linear equations, values of functions, counted out step by step.
 - **code**: programs, which the reward runs in the sandbox.
 - **science**: products and sums of quantities, with units.
 
 They interfere on purpose: the same formula is evaluated in one domain and programmed in another, the letters that are
 quantities in one are unknowns in another, and only a unit tells a physical product from a plain one. The answer is a
-bare number, a program or a number with its unit. Responses have from 6 to 139 tokens.
+bare number, a program or a number with its unit. Responses have from 8 to 139 tokens.
 
 A fourth domain, **general**, is for the last stage: spelling a word backwards. It shares nothing with the others.
 
@@ -51,46 +51,40 @@ def _boxed(steps: str, answer: object) -> str:
 # -- math --------------------------------------------------------------------------------------------------------------
 
 
-def _sums(numbers: list[int]) -> str:
-    """`7-5+4` -> `7-5+4=2+4=6`, for [7, -5, 4]: the first two become one until one is left."""
-    lines = [numbers]
-    while len(lines[-1]) > 1:
-        first, second, *rest = lines[-1]
-        lines.append([first + second, *rest])
-    return "=".join("".join([str(line[0]), *(f"{n:+d}" for n in line[1:])]) for line in lines)
+def _count(start: int, step: int, times: int) -> str:
+    """`4.1 8.2 12.3,` for (0, 4, 3): every value on the way, with the number of steps so far."""
+    return " ".join(f"{start + step * i}.{i}" for i in range(1, times + 1)) + ","
 
 
 def chain(rng: random.Random) -> Problem:
-    """`7-5+4=?` -> `2+4=6,\\boxed{6}`: one to six sums, never below 0 or above 9."""
+    """`7-2+3=?` -> `6.1 5.2,6.1 7.2 8.3,\\boxed{8}`: one to six sums, by counting; never below 0 or above 20."""
     size = rng.randint(1, 6)
-    numbers = [rng.randint(1, 9)]
+    total = rng.randint(1, 15)
+    question, steps = str(total), ""
     for _ in range(size):
-        total = sum(numbers)
-        numbers.append(rng.choice([n for n in range(-total, 10 - total) if n]))
-    question, _, steps = _sums(numbers).partition("=")
-    answer = str(sum(numbers))
-    return Problem(
-        kind="chain", size=size, question=f"{question}=?", response=_boxed(f"{steps},", answer), answer=answer
-    )
+        term = rng.choice([n for n in range(-5, 6) if n and 0 <= total + n <= 20])
+        question += f"{term:+d}"
+        steps += _count(total, 1 if term > 0 else -1, abs(term))
+        total += term
+    return Problem(kind="chain", size=size, question=f"{question}=?", response=_boxed(steps, total), answer=str(total))
 
 
 def equation(rng: random.Random) -> Problem:
-    """`3k+4=19,k?` -> `3k=19-4=15,k=15/3=5,\\boxed{5}`."""
-    x, root, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 5), rng.randint(1, 9)
+    """`3k+2=14,k?` -> `13.1 12.2,3.1 6.2 9.3 12.4,\\boxed{4}`: back by the term, then how often the factor goes in."""
+    x, root, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 5), rng.randint(1, 5)
     product = root * factor
-    steps = f"{factor}{x}={product + term}-{term}={product},{x}={product}/{factor}={root},"
+    steps = _count(product + term, -1, term) + _count(0, factor, root)
     question = f"{factor}{x}+{term}={product + term},{x}?"
     return Problem(kind="equation", size=1, question=question, response=_boxed(steps, root), answer=str(root))
 
 
 def value(rng: random.Random) -> Problem:
-    """`f(k)=3k+4,f(5)?` -> `3*5=15,15+4=19,\\boxed{19}`."""
-    x, factor, term, at = rng.choice(_LETTERS), rng.randint(2, 5), rng.randint(1, 9), rng.randint(2, 9)
-    product = factor * at
-    steps = f"{factor}*{at}={product},{product}+{term}={product + term},"
+    """`f(k)=3k+2,f(4)?` -> `3.1 6.2 9.3 12.4,13.1 14.2,\\boxed{14}`."""
+    x, factor, term, at = rng.choice(_LETTERS), rng.randint(2, 5), rng.randint(1, 5), rng.randint(2, 9)
+    result = factor * at + term
+    steps = _count(0, factor, at) + _count(factor * at, 1, term)
     question = f"f({x})={factor}{x}+{term},f({at})?"
-    response = _boxed(steps, product + term)
-    return Problem(kind="value", size=1, question=question, response=response, answer=str(product + term))
+    return Problem(kind="value", size=1, question=question, response=_boxed(steps, result), answer=str(result))
 
 
 # -- code --------------------------------------------------------------------------------------------------------------
@@ -174,55 +168,44 @@ _LAWS = (
 )
 
 
-def _round(rng: random.Random) -> int:
-    """A digit above 1 with up to two zeros."""
-    return rng.randint(2, 9) * rng.choice([1, 10, 100])
+def _shuffled(rng: random.Random, *known: str) -> str:
+    return ",".join(rng.sample(known, len(known)))
 
 
 def law(rng: random.Random) -> Problem:
-    """`v=40m/s,t=3s,d?` -> `d=v*t=40*3=120,\\boxed{120 m}`."""
+    """`t=3s,v=40m/s,d?` -> `d=v*t,40.1 80.2 120.3,\\boxed{120 m}`."""
     asked, one, other, unit, unit_one, unit_other = rng.choice(_LAWS)
-    left, right = rng.sample([_round(rng), rng.randint(2, 5)], 2)
-    known = [f"{one}={left}{unit_one}", f"{other}={right}{unit_other}"]
-    rng.shuffle(known)
+    left, right = rng.randint(2, 9) * rng.choice([1, 10, 100]), rng.randint(2, 9)
+    known = _shuffled(rng, f"{one}={left}{unit_one}", f"{other}={right}{unit_other}")
     answer = f"{left * right} {unit}"
-    return Problem(
-        kind="law",
-        size=1,
-        question=f"{','.join(known)},{asked}?",
-        response=_boxed(f"{asked}={one}*{other}={left}*{right}={left * right},", answer),
-        answer=answer,
-    )
-
-
-def journey(rng: random.Random) -> Problem:
-    """`4m/s 3s,2m/s 2s,1m/s 3s,d?` -> `12+4+3=16+3=19,\\boxed{19 m}`: two to five legs."""
-    size = rng.randint(2, 5)
-    legs = [(rng.randint(1, 5), rng.randint(1, 3)) for _ in range(size)]
-    distances = [speed * seconds for speed, seconds in legs]
-    question = ",".join(f"{speed}m/s {seconds}s" for speed, seconds in legs) + ",d?"
-    answer = f"{sum(distances)} m"
-    return Problem(
-        kind="journey", size=size, question=question, response=_boxed(f"{_sums(distances)},", answer), answer=answer
-    )
+    response = _boxed(f"{asked}={one}*{other},{_count(0, left, right)}", answer)
+    return Problem(kind="law", size=right, question=f"{known},{asked}?", response=response, answer=answer)
 
 
 def inverse(rng: random.Random) -> Problem:
-    """`t=3s,d=120m,v?` -> `v=d/t=120/3=40,\\boxed{40 m/s}`."""
+    """`d=120m,v=40m/s,t?` -> `t=d/v,40.1 80.2 120.3,\\boxed{3 s}`: how often one goes into the product."""
     product, asked, one, unit, unit_asked, unit_one = rng.choice(_LAWS)
     if rng.random() < 0.5:
         asked, one, unit_asked, unit_one = one, asked, unit_one, unit_asked
-    result, given = _round(rng), rng.randint(2, 5)
-    known = [f"{product}={result * given}{unit}", f"{one}={given}{unit_one}"]
-    rng.shuffle(known)
+    result, given = rng.randint(2, 9), rng.randint(2, 9) * rng.choice([1, 10, 100])
+    known = _shuffled(rng, f"{product}={result * given}{unit}", f"{one}={given}{unit_one}")
     answer = f"{result} {unit_asked}"
-    return Problem(
-        kind="inverse",
-        size=1,
-        question=f"{','.join(known)},{asked}?",
-        response=_boxed(f"{asked}={product}/{one}={result * given}/{given}={result},", answer),
-        answer=answer,
-    )
+    response = _boxed(f"{asked}={product}/{one},{_count(0, given, result)}", answer)
+    return Problem(kind="inverse", size=result, question=f"{known},{asked}?", response=response, answer=answer)
+
+
+def journey(rng: random.Random) -> Problem:
+    """`4m/s 3s,2m/s 2s,d?` -> `4.1 8.2 12.3,14.1 16.2,\\boxed{16 m}`: where it is after every second of two to five
+    legs."""
+    size = rng.randint(2, 5)
+    legs = [(rng.randint(1, 5), rng.randint(1, 4)) for _ in range(size)]
+    steps, total = "", 0
+    for speed, seconds in legs:
+        steps += _count(total, speed, seconds)
+        total += speed * seconds
+    question = ",".join(f"{speed}m/s {seconds}s" for speed, seconds in legs) + ",d?"
+    answer = f"{total} m"
+    return Problem(kind="journey", size=size, question=question, response=_boxed(steps, answer), answer=answer)
 
 
 # -- general -----------------------------------------------------------------------------------------------------------

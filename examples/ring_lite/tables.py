@@ -1,6 +1,7 @@
 """What the miniature came to: tables.md, tables.json and rl.png in its folder, from the files that the stages left."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,17 @@ def plot(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for name, rows in stages.items():
         steps = range(first, first + len(rows))
         for axis, (quantity, title) in zip(axes.flat, PANELS.items(), strict=True):
-            split = [key for key in rows[0] if key.startswith(f"{quantity}/")] if quantity == "reward" else []
+            # A row lacks the reward of a domain of which a step needed nothing new.
+            split = sorted(
+                {key for row in rows for key in row if key.startswith("reward/")} if quantity == "reward" else ()
+            )
             for key in split or [quantity]:
                 label = key.partition("/")[2] or name.partition("_")[2]
                 axis.plot(
-                    steps, [row[key] for row in rows], linewidth=1.2, label=label if quantity == "reward" else None
+                    steps,
+                    [row.get(key, math.nan) for row in rows],
+                    linewidth=1.2,
+                    label=label if quantity == "reward" else None,
                 )
             axis.set_title(title, fontsize=10)
             axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
