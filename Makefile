@@ -21,6 +21,8 @@ SEED ?= 1
 RUN ?= runs/demo
 # Steps of reinforcement learning in the demo; empty keeps the configuration's number.
 STEPS ?=
+# Not empty: every stage of ring-lite-mini for moments only, to see that it runs.
+SMOKE ?=
 # What ring-lite-compare compares.
 WHAT ?= algorithms
 # How many in make test-kill.
@@ -154,7 +156,7 @@ bench-curation: install  ## a million generated prompts with planted duplicates,
 	$(BIN)/python tools/bench_curation.py
 
 ring-lite-mini: install install-sandbox install-sglang  ## the paper's recipe in miniature, every stage: tables and plots in runs/ring_lite (half an hour)
-	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/pipeline.py --nproc $(NPROC)
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/pipeline.py --nproc $(NPROC) $(if $(SMOKE),--smoke)
 
 ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoints, ... from the miniature's distilled checkpoint, over three seeds
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/compare.py $(WHAT) --nproc $(NPROC)

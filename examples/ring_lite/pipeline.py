@@ -34,6 +34,17 @@ MODELS = {
     "stage 2": RUN / "stage2_code_science/hf",
     "final": RUN / "export",
 }
+# By configuration: so little that all stages are through in a few minutes. It shows that they run, not what they can.
+SMOKE: dict[str, dict[str, object]] = {
+    "teacher": {"train.steps": 300},
+    "distill": {"rollout.prompts_per_step": 2000},
+    "sft": {"train.epochs": 6},
+    "select": {"prompts": 12, "rollout.samples_per_prompt": 4},
+    "stage1_math": {"train.steps": 3},
+    "stage2_code_science": {"train.steps": 3},
+    "general_distill": {"rollout.prompts_per_step": 400},
+    "evaluate": {f"benchmarks.{name}.prompts": 40 for name in tables.DOMAINS},
+}
 # Almost the most probable token each time: two engines then say the same.
 GREEDY = ("--set", "rollout.temperature=0.01")
 
@@ -52,11 +63,12 @@ class Stage:
     trains: bool = False
 
 
-def recipe(seed: int) -> tuple[Stage, ...]:
-    """The stages in order."""
+def recipe(seed: int, smoke: bool = False) -> tuple[Stage, ...]:
+    """The stages in order. smoke: each only as far as `SMOKE` says."""
 
     def rl(command: str, config: str, *options: object) -> tuple[object, ...]:
-        return ("-m", "megatron_rl.cli", command, CONFIGS / f"{config}.toml", "--set", f"seed={seed}", *options)
+        values = {"seed": seed} | (SMOKE.get(config, {}) if smoke else {})
+        return ("-m", "megatron_rl.cli", command, CONFIGS / f"{config}.toml", *stages.settings(values), *options)
 
     def training(command: str, name: str, title: str) -> Stage:
         return Stage(name=name, title=title, commands=(rl(command, name),), makes=f"{name}/hf/config.json", trains=True)
@@ -126,9 +138,10 @@ def main() -> int:
     parser.add_argument(
         "--without-sglang", action="store_true", help="leave out the evaluation on a real SGLang server"
     )
+    parser.add_argument("--smoke", action="store_true", help="every stage for moments only: does it run?")
     parser.add_argument("--commands", action="store_true", help="print the commands of all stages, run nothing")
     arguments = parser.parse_args()
-    everything = recipe(arguments.seed)
+    everything = recipe(arguments.seed, arguments.smoke)
     known = [stage.name for stage in everything]
     if unknown := [name for name in arguments.only if name not in known]:
         parser.error(f"no stage is called {unknown[0]}; there are {', '.join(known)}")
@@ -148,7 +161,7 @@ def main() -> int:
 
 
 def run(chosen: list[Stage], arguments: argparse.Namespace) -> int:
-    claim_folder(arguments.seed)
+    claim_folder({"seed": arguments.seed, "smoke": arguments.smoke})
     for stage in chosen:
         if arguments.again and (RUN / stage.name).exists():
             aside = (RUN / stage.name).with_name(f"{Path(stage.name).name}-until-{datetime.now():%Y%m%d-%H%M%S}")
@@ -160,13 +173,13 @@ def run(chosen: list[Stage], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def claim_folder(seed: int) -> None:
-    """Everything in RUN is of one seed. ValueError for another one."""
+def claim_folder(wanted: dict[str, object]) -> None:
+    """Everything in RUN is of one seed, and of one size."""
     record = RUN / "pipeline.json"
-    if record.exists() and (before := json.loads(record.read_text())["seed"]) != seed:
-        raise ValueError(f"{RUN} holds a pipeline with --seed {before}; move it away, or work in another directory")
+    if record.exists() and (before := json.loads(record.read_text())) != wanted:
+        sys.exit(f"{RUN} holds a pipeline of {before}, not {wanted}; move it away, or work in another directory")
     RUN.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"seed": seed}))
+    record.write_text(json.dumps(wanted))
 
 
 def do(stage: Stage, arguments: argparse.Namespace) -> None:
