@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/ring_lite/compare.py algorithms              C3PO, GRPO, DAPO        (the paper's Fig. 7)
     .venv/bin/python examples/ring_lite/compare.py stages                  two stages or a mixture (Table 4)
-    .venv/bin/python examples/ring_lite/compare.py checkpoints --seeds 1   RL from every epoch     (Table 2)
+    .venv/bin/python examples/ring_lite/compare.py checkpoints --seeds 1   stage 1 from every epoch (Table 2)
     .venv/bin/python examples/ring_lite/compare.py budgets | cut | refill | partial | icepop
 
 Needs what pipeline.py leaves up to its stage `select`. An arm is one configuration or several that follow each other,
@@ -67,8 +67,7 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> int:
     name, seeds = arguments.name, arguments.seeds
     if name == "checkpoints":
-        epochs = sorted((RUN / "sft/epochs").iterdir(), key=lambda path: int(path.name.rpartition("_")[2]))
-        arms = {path.name: ([STAGE_1, STAGE_2], path) for path in epochs}
+        arms = {arm: ([STAGE_1], path) for arm, path in candidates().items()}
     else:
         arms = {arm: (configs, CHOSEN) for arm, configs in COMPARISONS[name].items()}
     steps: dict[str, list[list[dict[str, Any]]]] = {arm: [] for arm in arms}
@@ -90,6 +89,16 @@ def compare(arguments: argparse.Namespace) -> int:
     print(text)
     print(f"[{stages.seconds():5.0f} s] {folder / name}.md, .json, .png")
     return 0
+
+
+def candidates() -> dict[str, Path]:
+    """The epochs of the distilled model, by names that tell the entropy of the policy; the chosen one has a star."""
+    record = json.loads((RUN / "select/results.json").read_text())
+    found = {}
+    for name, measured in record["candidates"].items():
+        entropy, star = measured["entropy"]["value"], "*" if name == record["chosen"] else ""
+        found[f"{name}{star}, entropy {entropy:.3f}"] = RUN / "sft/epochs" / name
+    return found
 
 
 def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[str, Any]], Path]:
