@@ -3,6 +3,7 @@
 JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position".
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -30,11 +31,16 @@ class Finished:
 
 async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
     """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
-    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
+    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated. ValueError when
+    another process is at this file."""
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
     with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {path}; wait for it, or name another output") from None
         async for group in groups:
             file.write(group.lines)
             file.flush()
