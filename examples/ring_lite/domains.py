@@ -175,7 +175,7 @@ def _shuffled(rng: random.Random, *known: str) -> str:
 def law(rng: random.Random) -> Problem:
     """`t=3s,v=40m/s,d?` -> `d=v*t,40.1 80.2 120.3,\\boxed{120 m}`."""
     asked, one, other, unit, unit_one, unit_other = rng.choice(_LAWS)
-    left, right = rng.randint(2, 9) * rng.choice([1, 10, 100]), rng.randint(2, 9)
+    left, right = rng.randint(2, 9) * rng.choice([1, 10, 100, 1000]), rng.randint(2, 7)
     known = _shuffled(rng, f"{one}={left}{unit_one}", f"{other}={right}{unit_other}")
     answer = f"{left * right} {unit}"
     response = _boxed(f"{asked}={one}*{other},{_count(0, left, right)}", answer)
@@ -187,7 +187,7 @@ def inverse(rng: random.Random) -> Problem:
     product, asked, one, unit, unit_asked, unit_one = rng.choice(_LAWS)
     if rng.random() < 0.5:
         asked, one, unit_asked, unit_one = one, asked, unit_one, unit_asked
-    result, given = rng.randint(2, 9), rng.randint(2, 9) * rng.choice([1, 10, 100])
+    result, given = rng.randint(2, 7), rng.randint(2, 9) * rng.choice([1, 10, 100, 1000])
     known = _shuffled(rng, f"{product}={result * given}{unit}", f"{one}={given}{unit_one}")
     answer = f"{result} {unit_asked}"
     response = _boxed(f"{asked}={product}/{one},{_count(0, given, result)}", answer)
@@ -262,7 +262,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--worked", type=int, default=6000, help="solutions of each domain")
     parser.add_argument("--train", type=int, default=6000, help="prompts of each domain")
-    parser.add_argument("--test", type=int, default=300, help="prompts of each domain")
+    parser.add_argument("--test", type=int, default=600, help="prompts of each domain")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
