@@ -180,24 +180,67 @@ def test_intervals_over_seeds_are_students() -> None:
     assert compare.cell([0.25]) == "0.25"
 
 
-def benchmark(value: float, no_answer: float = 0.0) -> dict:
-    average = {"value": value, "low": value - 0.04, "high": value + 0.04}
-    return {"average": average, "no_answer_share": no_answer, "response_tokens_mean": 10.0}
+def evaluation(folder: Path, **right: int) -> tuple[dict, Path]:
+    """Of 100 prompts of each domain, of which the first so many are right."""
+    folder.mkdir()
+    found = {}
+    for domain in tables.DOMAINS:
+        count = right.get(domain, 0)
+        rows = [{"position": i, "score": float(i < count), "response": ""} for i in range(100)]
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[domain] = {"average": {"value": count / 100, "low": 0.0, "high": 1.0}, "no_answer_share": 0.0}
+    return found, folder
 
 
-def test_the_verdicts_say_no_where_a_stage_does_not_improve() -> None:
-    def scores(math: float, code: float, science: float, general: float) -> dict:
-        return dict(zip(tables.DOMAINS, map(benchmark, (math, code, science, general)), strict=True))
-
-    found = {
-        "distilled": scores(0.2, 0.5, 0.2, 0.0),
-        "stage 1": scores(0.3, 0.45, 0.2, 0.0),
-        "stage 2": scores(0.24, 0.6, 0.26, 0.0),
-        "final": scores(0.3, 0.6, 0.3, 0.8),
+def test_the_verdicts_say_no_where_a_stage_does_not_improve(tmp_path: Path) -> None:
+    made = {
+        "distilled": evaluation(tmp_path / "a", math=20, code=50, science=20),
+        "stage 1": evaluation(tmp_path / "b", math=30, code=45, science=20),
+        "stage 2": evaluation(tmp_path / "c", math=24, code=60, science=21),
+        "final": evaluation(tmp_path / "d", math=30, code=60, science=30, general=80),
     }
-    said = [line.partition(":")[0] for line in tables.verdicts(found)]
-    # Formats, math; code, science (0.06 is within both intervals), math lost; general.
+    found, folders = ({name: one[i] for name, one in made.items()} for i in range(2))
+    # One more right of 100 is within chance; ten more of the same prompts are not.
+    said = [line.partition(":")[0] for line in tables.verdicts(found, folders)]
     assert said == ["yes", "yes", "yes", "NO", "NO", "yes"]
-    found["distilled"]["code"] = benchmark(0.5, no_answer=0.2)
-    assert tables.verdicts(found)[0].startswith("NO: distilled responses hold an answer or a program in 80.0 %")
-    assert tables.verdicts({"distilled": found["distilled"]})[1:] == []
+    assert "+10.0 ± 5.9 points" in tables.verdicts(found, folders)[1]  # 1.96 sqrt(0.1 x 0.9 / 99)
+    found["distilled"]["code"]["no_answer_share"] = 0.2
+    assert tables.verdicts(found, folders)[0].startswith(
+        "NO: distilled responses hold an answer or a program in 80.0 %"
+    )
+    assert len(tables.verdicts({"distilled": found["distilled"]}, folders)) == 1
+
+
+def test_a_comparison_survives_a_skipped_step_and_says_large_numbers_in_full(tmp_path: Path) -> None:
+    def run(start: int) -> list[dict]:
+        rows = [dict.fromkeys(compare.QUANTITIES, float(start + i)) | {"num_loss_tokens": 12000.0} for i in range(40)]
+        rows[9]["grad_norm"] = None
+        return rows
+
+    steps = {"one": [run(0), run(2)], "other": [run(1), run(3)]}
+    found = compare.summary(steps)["one"]
+    assert found["reward"]["mean"] == [pytest.approx(22.0), pytest.approx(24.0)]  # of steps 5 to 39
+    assert found["grad_norm"]["max"] == [39.0, 41.0]
+    table = compare.step_table(steps)
+    assert "| tokens per step | 12,000 ± 0 | 12,000 ± 0 |" in table
+    assert "| reward | 23 ± 13 | 24 ± 13 |" in table  # 12.706 x 2 / sqrt(2) / sqrt(2)
+    compare.plot(steps, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_stage_that_is_repeated_moves_the_later_ones_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "select", "stage1_math", "evaluation/final"):
+        (pipeline.RUN / name).mkdir(parents=True)
+    (pipeline.RUN / "seconds.json").write_text(json.dumps({"base": 1.0, "select": 2.0, "stage1_math": 3.0}))
+    names = [stage.name for stage in pipeline.recipe(1)]
+    pipeline.move_aside(names[names.index("select") :])
+    assert {str(path.relative_to(pipeline.RUN)) for path in pipeline.RUN.iterdir()} == {
+        "base",
+        "evaluation",
+        "seconds.json",
+    }
+    (aside,) = (path for path in pipeline.RUN.parent.iterdir() if path != pipeline.RUN)
+    assert (aside / "select").is_dir()
+    assert (aside / "evaluation/final").is_dir()
+    assert json.loads((pipeline.RUN / "seconds.json").read_text()) == {"base": 1.0}

@@ -12,6 +12,7 @@ runs/ring_lite/compare/NAME.{md,json,png}. Runs that are there already are not r
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,9 @@ import stages
 import tables
 
 from megatron_rl import lifeline
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 RUN = Path("runs/ring_lite")
@@ -58,6 +62,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--nproc", type=int, default=1, help="training processes")
     arguments = parser.parse_args()
+    if len(arguments.seeds) not in (1, *_T):
+        parser.error(f"--seeds takes 1 to {max(_T)} of them, got {len(arguments.seeds)}")
     if not (CHOSEN / "config.json").exists():
         parser.error(f"{CHOSEN} is not there; run examples/ring_lite/pipeline.py first")
     lifeline.watch_parent()
@@ -82,7 +88,9 @@ def compare(arguments: argparse.Namespace) -> int:
             results[arm].append(evaluate(model))
     folder = RUN / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([accuracy_table(results, seeds), step_table(steps)]) + "\n"
+    # Steps of two stages and of a mixture train on other domains, so only the accuracies compare.
+    parts = [accuracy_table(results, seeds), *([step_table(steps)] if name != "stages" else [])]
+    text = "\n\n".join(parts) + "\n"
     (folder / f"{name}.md").write_text(text)
     (folder / f"{name}.json").write_text(json.dumps({"accuracy": results, "steps": summary(steps)}, indent=1))
     plot(steps, folder / f"{name}.png")
@@ -105,15 +113,27 @@ def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[st
     """The rows of metrics.jsonl, and the model that it made; from an earlier call if it is there."""
     source = "_".join(model.relative_to(RUN).parts).removesuffix("_hf").replace("compare_", "")
     run_dir = RUN / "compare" / f"{Path(config).name}-{seed}-from-{source}"
+    values = {"run_dir": run_dir, "model.path": model, "seed": seed}
+    wanted = load_config(RlConfig, HERE / f"{config}.toml", [f"{key}={value}" for key, value in values.items()])
+    # `chosen` is a link: the same path may be another model by now.
+    origin, record = str(model.resolve()), run_dir / "started_from"
+    if run_dir.exists():
+        same = load_config(RlConfig, run_dir / "config.toml") == wanted and record.read_text() == origin
+        if not same:
+            sys.exit(
+                f"{run_dir} was run with another configuration or model; move it away, or work in another directory"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(origin)
     if not (run_dir / "hf/config.json").exists():
-        options = stages.settings({"run_dir": run_dir, "model.path": model, "seed": seed})
-        options += ["--resume"] if (run_dir / "checkpoints/latest").exists() else []
+        options = stages.settings(values)
+        options.append("--resume")
         options += ["--nproc", str(nproc)] if nproc > 1 else []
         stages.run_python(
             f"{Path(config).name}, seed {seed}, from {model}",
             *("-m", "megatron_rl.cli", "train", HERE / f"{config}.toml", *options),
         )
-    rows = tables.metrics(run_dir)
+    rows = read_metrics(run_dir / "metrics.jsonl")
     return [
         row | {"tokens_per_second": row["num_generated_tokens"] / row["step_seconds"]} for row in rows
     ], run_dir / "hf"
@@ -135,7 +155,10 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def cell(values: Sequence[float], digits: int = 3) -> str:
     mean, half = mean_and_interval(values)
-    return f"{mean:.{digits}g}" if half != half else f"{mean:.{digits}g} ± {half:.2g}"
+    shown = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.{digits}g}"
+    if math.isnan(half):
+        return shown
+    return f"{shown} ± {half:,.0f}" if mean >= 1000 else f"{shown} ± {half:.2g}"
 
 
 def accuracy_table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
@@ -158,14 +181,15 @@ def summary(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[
     for arm, of_seeds in steps.items():
         found[arm] = {}
         for name in QUANTITIES:
-            columns = [[float(row[name]) for row in rows[SETTLED:]] for rows in of_seeds]
+            # A step that was skipped has no gradient norm.
+            columns = [[float(row[name]) for row in rows[SETTLED:] if row[name] is not None] for rows in of_seeds]
             means, deviations = [*map(statistics.mean, columns)], [*map(statistics.pstdev, columns)]
             found[arm][name] = {
                 "mean": means,
                 "cv": [d / m if m else 0.0 for d, m in zip(deviations, means, strict=True)],
                 "max": [max(column) for column in columns],
-                "first": [statistics.mean(float(row[name]) for row in rows[:AT_AN_END]) for rows in of_seeds],
-                "last": [statistics.mean(float(row[name]) for row in rows[-AT_AN_END:]) for rows in of_seeds],
+                "first": [statistics.mean(column[:AT_AN_END]) for column in columns],
+                "last": [statistics.mean(column[-AT_AN_END:]) for column in columns],
             }
     return found
 
@@ -196,9 +220,11 @@ def plot(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path)
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     for axis, (name, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
         for arm, of_seeds in steps.items():
-            values = np.array([[row[name] for row in rows] for rows in of_seeds])
-            (line,) = axis.plot(values.mean(0), label=arm, linewidth=1.2)
-            axis.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=line.get_color(), alpha=0.18)
+            values = np.array([[row[name] for row in rows] for rows in of_seeds], float)  # None becomes nan
+            (line,) = axis.plot(np.nanmean(values, 0), label=arm, linewidth=1.2)
+            axis.fill_between(
+                range(values.shape[1]), np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.18
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)

@@ -265,6 +265,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test", type=int, default=600, help="prompts of each domain")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
+    try:
+        write(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    counts = f"{arguments.train} prompts to train on, {arguments.test} to test on, {arguments.worked} solutions"
+    print(f"{arguments.out}: {', '.join(DOMAINS)}, of each {counts}")
+    return 0
+
+
+def write(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
         test = problems(domain, arguments.test, f"test {arguments.seed}")
@@ -278,9 +288,6 @@ def main(argv: list[str]) -> int:
         ):
             path = arguments.out / f"{domain}_{name}.jsonl"
             path.write_text("".join(json.dumps(row(domain, problem)) + "\n" for problem in found))
-    counts = f"{arguments.train} prompts to train on, {arguments.test} to test on, {arguments.worked} solutions"
-    print(f"{arguments.out}: {', '.join(DOMAINS)}, of each {counts}")
-    return 0
 
 
 if __name__ == "__main__":

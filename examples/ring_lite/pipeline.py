@@ -1,8 +1,8 @@
 """The paper's recipe in miniature, from distillation to evaluation: every stage is a command that also works alone.
 
     make ring-lite-mini             or   .venv/bin/python examples/ring_lite/pipeline.py
-    .venv/bin/python examples/ring_lite/pipeline.py --only stage2          one stage, if it is not done yet
-    .venv/bin/python examples/ring_lite/pipeline.py --only stage2 --again  once more; what it had made is moved aside
+    .venv/bin/python examples/ring_lite/pipeline.py --only sft             one stage, if it is not done yet
+    .venv/bin/python examples/ring_lite/pipeline.py --only sft --again     once more; what it and later ones made moves aside
     .venv/bin/python examples/ring_lite/pipeline.py --commands             print the commands of all stages, run nothing
 
 Stages hand over by checkpoints under runs/ring_lite of the working directory. A pipeline that was killed goes on where
@@ -42,7 +42,8 @@ SMOKE: dict[str, dict[str, object]] = {
     "select": {"prompts": 12, "rollout.samples_per_prompt": 4},
     "stage1_math": {"train.steps": 3},
     "stage2_code_science": {"train.steps": 3},
-    "general_distill": {"rollout.prompts_per_step": 400},
+    # The student of a smoke test gets nothing right.
+    "general_distill": {"rollout.prompts_per_step": 800, "model.path": RUN / "teacher/hf"},
     "evaluate": {f"benchmarks.{name}.prompts": 40 for name in tables.DOMAINS},
 }
 # Almost the most probable token each time: two engines then say the same.
@@ -108,7 +109,7 @@ def recipe(seed: int, smoke: bool = False) -> tuple[Stage, ...]:
             name="select",
             title="choice of the checkpoint by its entropy",
             commands=(rl("select", "select", "--resume"),),
-            makes="select/results.json",
+            makes="select/chosen/config.json",
         ),
         evaluation("distilled"),
         training("train", "stage1_math", "RL stage 1: mathematics"),
@@ -132,7 +133,9 @@ def recipe(seed: int, smoke: bool = False) -> tuple[Stage, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="its name; --commands lists them")
-    parser.add_argument("--again", action="store_true", help="with --only: even if it is done")
+    parser.add_argument(
+        "--again", action="store_true", help="with --only: even if it is done; later stages have to follow"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="training processes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -162,15 +165,29 @@ def main() -> int:
 
 def run(chosen: list[Stage], arguments: argparse.Namespace) -> int:
     claim_folder({"seed": arguments.seed, "smoke": arguments.smoke})
+    if arguments.again:
+        everything = recipe(arguments.seed, arguments.smoke)
+        names = [stage.name for stage in everything]
+        move_aside(names[min(names.index(stage.name) for stage in chosen) :])
     for stage in chosen:
-        if arguments.again and (RUN / stage.name).exists():
-            aside = (RUN / stage.name).with_name(f"{Path(stage.name).name}-until-{datetime.now():%Y%m%d-%H%M%S}")
-            (RUN / stage.name).rename(RUN / aside)
-            print(f"the earlier {stage.name} is now in {aside}")
         if not (RUN / stage.makes).exists():
             do(stage, arguments)
     tables.write(RUN, list(MODELS))
     return 0
+
+
+def move_aside(names: list[str]) -> None:
+    """What these stages made: the first is to be repeated, and the later ones were made from it."""
+    record = RUN / "seconds.json"
+    seconds = json.loads(record.read_text()) if record.exists() else {}
+    aside = RUN.with_name(f"{RUN.name}-until-{datetime.now():%Y%m%d-%H%M%S}")
+    for name in names:
+        seconds.pop(name, None)
+        if (RUN / name).exists():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (RUN / name).rename(aside / name)
+            print(f"the earlier {name} is now in {aside / name}")
+    record.write_text(json.dumps(seconds, indent=1))
 
 
 def claim_folder(wanted: dict[str, object]) -> None:
@@ -183,19 +200,19 @@ def claim_folder(wanted: dict[str, object]) -> None:
 
 
 def do(stage: Stage, arguments: argparse.Namespace) -> None:
-    """Run what the stage has to, and add to RUN/seconds.json how long it took."""
-    started = stages.seconds()
-    for command in stage.commands:
-        options: list[object] = []
-        if stage.trains:
-            options += ["--nproc", arguments.nproc] if arguments.nproc > 1 else []
-            options += ["--resume"] if (RUN / stage.name / "checkpoints/latest").exists() else []
-        stages.run_python(f"{stage.name}: {stage.title}", *command, *options)
-    record = RUN / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.exists() else {}
-    # A stage that was cut short and goes on has taken both times.
-    seconds[stage.name] = seconds.get(stage.name, 0.0) + stages.seconds() - started
-    record.write_text(json.dumps(seconds, indent=1))
+    """Run what the stage has to, and add to RUN/seconds.json how long it took; one that is cut short and goes on has
+    taken both times."""
+    started, record = stages.seconds(), RUN / "seconds.json"
+    try:
+        for command in stage.commands:
+            options: list[object] = []
+            if stage.trains:
+                options = ["--resume", *(["--nproc", arguments.nproc] if arguments.nproc > 1 else [])]
+            stages.run_python(f"{stage.name}: {stage.title}", *command, *options)
+    finally:
+        seconds = json.loads(record.read_text()) if record.exists() else {}
+        seconds[stage.name] = seconds.get(stage.name, 0.0) + stages.seconds() - started
+        record.write_text(json.dumps(seconds, indent=1))
 
 
 if __name__ == "__main__":

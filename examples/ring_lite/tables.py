@@ -2,8 +2,11 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
+
+from megatron_rl.train.metrics import read_metrics
 
 DOMAINS = ("math", "code", "science", "general")
 RL_STAGES = ("stage1_math", "stage2_code_science")
@@ -26,7 +29,8 @@ def write(run: Path, models: list[str]) -> None:
     parts = []
     if found:
         parts += ["## Accuracy after each stage (percent, 95 % interval)", accuracy_table(found)]
-        parts += ["## What each stage should do", *(f"- {line}" for line in verdicts(found))]
+        folders = {name: run / "evaluation" / name.replace(" ", "_") for name in found}
+        parts += ["## What each stage should do", "\n".join(f"- {line}" for line in verdicts(found, folders))]
     choice = run / "select/results.md"
     if choice.exists():
         parts += ["## Choice of the distilled checkpoint", choice.read_text()]
@@ -36,7 +40,11 @@ def write(run: Path, models: list[str]) -> None:
         parts += ["## Seconds of each stage", cost_table(json.loads((run / "seconds.json").read_text()))]
     (run / "tables.md").write_text("\n\n".join(parts) + "\n")
     (run / "tables.json").write_text(json.dumps({"accuracy": found, "engines": engines}, indent=1))
-    rows = {name: metrics(run / name) for name in RL_STAGES if (run / name / "metrics.jsonl").exists()}
+    rows = {
+        name: read_metrics(run / name / "metrics.jsonl")
+        for name in RL_STAGES
+        if (run / name / "metrics.jsonl").exists()
+    }
     if rows:
         plot(rows, run / "rl.png")
     print("\n\n".join(parts))
@@ -47,10 +55,6 @@ def results(folder: Path) -> dict[str, Any]:
     """By benchmark; nothing where the evaluation has not run."""
     path = folder / "results.json"
     return json.loads(path.read_text())["benchmarks"] if path.exists() else {}
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def as_table(header: list[str], rows: list[list[str]]) -> str:
@@ -73,16 +77,23 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
     return as_table(header, rows)
 
 
-def verdicts(found: dict[str, dict[str, Any]]) -> list[str]:
-    """In words, with yes or no in front. Only differences that the intervals of both sides bear out count as a gain."""
+def difference(before: Path, after: Path, domain: str) -> tuple[float, float]:
+    """Of the accuracies on the same prompts, and half of its 95 % interval (normal, of paired differences)."""
+    first, second = (responses(folder)[domain] for folder in (before, after))
+    changes = [second[position]["score"] - first[position]["score"] for position in first]
+    return statistics.mean(changes), 1.96 * statistics.stdev(changes) / len(changes) ** 0.5
 
-    def value(model: str, domain: str) -> float:
-        return float(found[model][domain]["average"]["value"])
+
+def verdicts(found: dict[str, dict[str, Any]], folders: dict[str, Path]) -> list[str]:
+    """In words, with yes or no in front. A gain is one whose interval is above 0."""
+
+    def change(before: str, after: str, domain: str) -> tuple[float, float, str]:
+        mean, half = difference(folders[before], folders[after], domain)
+        return mean, half, f"{100 * mean:+.1f} ± {100 * half:.1f} points"
 
     def gain(before: str, after: str, domain: str) -> str:
-        up = found[after][domain]["average"]["low"] > found[before][domain]["average"]["high"]
-        change = f"{100 * value(before, domain):.1f} -> {100 * value(after, domain):.1f}"
-        return f"{'yes' if up else 'NO'}: {after} raises {domain}: {change}"
+        mean, half, told = change(before, after, domain)
+        return f"{'yes' if mean > half else 'NO'}: {after} raises {domain}: {told}"
 
     lines = []
     if "distilled" in found:
@@ -93,8 +104,8 @@ def verdicts(found: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(gain("distilled", "stage 1", "math"))
     if {"stage 1", "stage 2"} <= found.keys():
         lines += [gain("stage 1", "stage 2", domain) for domain in ("code", "science")]
-        lost = value("stage 1", "math") - value("stage 2", "math")
-        lines.append(f"{'yes' if lost <= 0.05 else 'NO'}: stage 2 loses at most 0.05 on math: {lost:+.3f}")
+        mean, _, told = change("stage 1", "stage 2", "math")
+        lines.append(f"{'yes' if mean >= -0.05 else 'NO'}: stage 2 loses at most 5 points on math: {told}")
     if {"stage 2", "final"} <= found.keys():
         lines.append(gain("stage 2", "final", "general"))
     return lines

@@ -41,6 +41,10 @@ async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
         except BlockingIOError:
             raise ValueError(f"another process is writing {path}; wait for it, or name another output") from None
+        except OSError as error:  # a file system without locks
+            log.warning(
+                "%s cannot be locked (%s): nothing keeps a second process from writing it", path, error.strerror
+            )
         async for group in groups:
             file.write(group.lines)
             file.flush()
