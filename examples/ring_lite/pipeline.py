@@ -2,7 +2,7 @@
 
     make ring-lite-mini             or   .venv/bin/python examples/ring_lite/pipeline.py
     .venv/bin/python examples/ring_lite/pipeline.py --only sft             one stage, if it is not done yet
-    .venv/bin/python examples/ring_lite/pipeline.py --only sft --again     once more; its work and later ones' moves aside
+    .venv/bin/python examples/ring_lite/pipeline.py --only sft --again     once more; later stages have to follow
     .venv/bin/python examples/ring_lite/pipeline.py --commands             print the commands of all stages, run nothing
 
 Stages hand over by checkpoints under runs/ring_lite of the working directory. A pipeline that was killed goes on where
