@@ -5,13 +5,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.config.bailing import load_bailing_config
-
-SFT_RECORD = "sft.json"
-_FIELDS = ("epoch", "step", "validation_loss", "validation_entropy", "train_loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +73,13 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 def read_sft_record(directory: Path) -> SftRecord:
     """ValueError for a file that is none. Numbers that are not finite count as not measured."""
-    path = directory / SFT_RECORD
+    path = directory / SFT_NOTE
     if not path.is_file():
         return SftRecord()
     try:
         row = json.loads(path.read_text())
-        values = {name: float(row[name]) for name in _FIELDS if row.get(name) is not None}
+        names = [field.name for field in fields(SftRecord)]
+        values = {name: float(row[name]) for name in names if row.get(name) is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of an SFT run ({error}); remove it or put it right") from None
     return SftRecord(**{name: value for name, value in values.items() if math.isfinite(value)})
