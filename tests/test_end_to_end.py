@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from inputs import make_inputs
 from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.config.schema import RlData
@@ -49,12 +50,7 @@ phase_deadline_seconds = 120
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
-    subprocess.run([PYTHON, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
-    data = ["--num-sft", "200", "--num-train", "100", "--num-test", "8"]
-    subprocess.run([PYTHON, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"), 200, 100, 8)
 
 
 def command(inputs: Path, folder: Path, name: str, *options: str) -> list[str]:

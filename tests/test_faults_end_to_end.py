@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from inputs import make_inputs
 from liar import Exchange, liar
 from safetensors.torch import save_file
 from tiny_model import tensors_of
@@ -57,13 +58,9 @@ NUMBERS = ("reward", "num_loss_tokens", "loss", "entropy", "kl", "grad_norm", "n
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
-    make = [sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *model]
-    subprocess.run([*make, "--max-position-embeddings", "512", "--init-std", "0.1"], check=True)
-    data = ["--num-sft", "1", "--num-train", "100", "--num-test", "1"]
-    subprocess.run([sys.executable, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
-    return folder
+    return make_inputs(
+        tmp_path_factory.mktemp("inputs"), 1, 100, 1, "--max-position-embeddings", "512", "--init-std", "0.1"
+    )
 
 
 class Run:

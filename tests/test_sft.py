@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs import make_inputs
 
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.checkpoint.hf import copy_companions, link_directory, replace_directory
@@ -57,10 +58,7 @@ micro_batch_tokens = 200
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and three files of chats: 30 and 10 to train on, 9 to validate on."""
     folder = tmp_path_factory.mktemp("sft")
-    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
-    subprocess.run([PYTHON, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
-    data = ["--num-sft", "49", "--num-train", "1", "--num-test", "1"]
-    subprocess.run([PYTHON, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
+    make_inputs(folder, 49, 1, 1)
     rows = (folder / "data/sft.jsonl").read_text().splitlines(keepends=True)
     for name, part in {"a": rows[:30], "b": rows[30:40], "v": rows[40:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(part))

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 import stages
 import tables
 
@@ -211,25 +212,17 @@ def step_table(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> st
 
 def plot(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Every quantity over the steps: the mean of the seeds, and the range of the seeds as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, QUANTITIES.items(), strict=True):
-        for arm, of_seeds in steps.items():
-            values = np.array([[row[name] for row in rows] for rows in of_seeds], float)  # None becomes nan
-            (line,) = axis.plot(np.nanmean(values, 0), label=arm, linewidth=1.2)
-            axis.fill_between(
-                range(values.shape[1]), np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.18
-            )
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    with figures.panels(QUANTITIES, path) as panels:
+        for name, axis in panels.items():
+            for arm, of_seeds in steps.items():
+                values = np.array([[row[name] for row in rows] for rows in of_seeds], float)  # None becomes nan
+                (line,) = axis.plot(np.nanmean(values, 0), label=arm, linewidth=1.2)
+                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+                axis.fill_between(range(values.shape[1]), low, high, color=line.get_color(), alpha=0.18)
+            axis.set_xlabel("step", fontsize=9)
+        next(iter(panels.values())).legend(fontsize=9)
 
 
 if __name__ == "__main__":

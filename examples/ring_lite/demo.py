@@ -16,6 +16,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import figures
 import stages
 
 from megatron_rl import lifeline
@@ -160,12 +161,7 @@ def git_commit() -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Reward, entropy, gradient norm, tokens per step and step time over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
+    titles = {
         "reward": "reward (mean of the rollouts)",
         "entropy": "policy entropy (nats)",
         "grad_norm": "gradient norm",
@@ -173,15 +169,12 @@ def plot(rows: list[dict], path: Path) -> None:
         "response_tokens_mean": "response length (tokens)",
         "step_seconds": "seconds per step",
     }
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows], color="tab:blue", linewidth=1.4)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-        if name in ("num_loss_tokens", "step_seconds", "reward"):
-            axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
+    with figures.panels(titles, path) as panels:
+        for name, axis in panels.items():
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], color="tab:blue", linewidth=1.4)
+            axis.set_xlabel("step", fontsize=9)
+            if name in ("num_loss_tokens", "step_seconds", "reward"):
+                axis.set_ylim(bottom=0)
 
 
 if __name__ == "__main__":

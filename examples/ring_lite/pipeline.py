@@ -160,15 +160,14 @@ def main() -> int:
                 print("python", shlex.join(map(str, command)))
         return 0
     lifeline.watch_parent()
-    return stages.exit_code(lambda: run(chosen, arguments))
+    later = known[min(known.index(stage.name) for stage in chosen) :] if arguments.again else []
+    return stages.exit_code(lambda: run(chosen, later, arguments))
 
 
-def run(chosen: list[Stage], arguments: argparse.Namespace) -> int:
+def run(chosen: list[Stage], again: list[str], arguments: argparse.Namespace) -> int:
+    """again: stages whose work is out of date."""
     claim_folder({"seed": arguments.seed, "smoke": arguments.smoke})
-    if arguments.again:
-        everything = recipe(arguments.seed, arguments.smoke)
-        names = [stage.name for stage in everything]
-        move_aside(names[min(names.index(stage.name) for stage in chosen) :])
+    move_aside(again)
     for stage in chosen:
         if not (RUN / stage.makes).exists():
             do(stage, arguments)
@@ -178,8 +177,7 @@ def run(chosen: list[Stage], arguments: argparse.Namespace) -> int:
 
 def move_aside(names: list[str]) -> None:
     """What these stages made: the first is to be repeated, and the later ones were made from it."""
-    record = RUN / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.exists() else {}
+    seconds = tables.seconds(RUN)
     aside = RUN.with_name(f"{RUN.name}-until-{datetime.now():%Y%m%d-%H%M%S}")
     for name in names:
         seconds.pop(name, None)
@@ -187,7 +185,7 @@ def move_aside(names: list[str]) -> None:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (RUN / name).rename(aside / name)
             print(f"the earlier {name} is now in {aside / name}")
-    record.write_text(json.dumps(seconds, indent=1))
+    tables.write_seconds(RUN, seconds)
 
 
 def claim_folder(wanted: dict[str, object]) -> None:
@@ -202,7 +200,7 @@ def claim_folder(wanted: dict[str, object]) -> None:
 def do(stage: Stage, arguments: argparse.Namespace) -> None:
     """Run what the stage has to, and add to RUN/seconds.json how long it took; one that is cut short and goes on has
     taken both times."""
-    started, record = stages.seconds(), RUN / "seconds.json"
+    started = stages.seconds()
     try:
         for command in stage.commands:
             options: list[object] = []
@@ -210,9 +208,9 @@ def do(stage: Stage, arguments: argparse.Namespace) -> None:
                 options = ["--resume", *(["--nproc", arguments.nproc] if arguments.nproc > 1 else [])]
             stages.run_python(f"{stage.name}: {stage.title}", *command, *options)
     finally:
-        seconds = json.loads(record.read_text()) if record.exists() else {}
+        seconds = tables.seconds(RUN)
         seconds[stage.name] = seconds.get(stage.name, 0.0) + stages.seconds() - started
-        record.write_text(json.dumps(seconds, indent=1))
+        tables.write_seconds(RUN, seconds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import figures
+
 from megatron_rl.train.metrics import read_metrics
 
 DOMAINS = ("math", "code", "science", "general")
@@ -23,21 +25,21 @@ PANELS = {
 
 def write(run: Path, models: list[str]) -> None:
     """models: names of evaluations, in the order of their stages. What has not run yet is left out."""
-    found = {name: results(run / "evaluation" / name.replace(" ", "_")) for name in models}
+    folders = {name: run / "evaluation" / name.replace(" ", "_") for name in models}
+    found = {name: results(folder) for name, folder in folders.items()}
     found = {name: benchmarks for name, benchmarks in found.items() if benchmarks}
     engines = {name: results(run / "evaluation" / name) for name in ("embedded", "sglang")}
     parts = []
     if found:
         parts += ["## Accuracy after each stage (percent, 95 % interval)", accuracy_table(found)]
-        folders = {name: run / "evaluation" / name.replace(" ", "_") for name in found}
         parts += ["## What each stage should do", "\n".join(f"- {line}" for line in verdicts(found, folders))]
     choice = run / "select/results.md"
     if choice.exists():
         parts += ["## Choice of the distilled checkpoint", choice.read_text()]
     if all(engines.values()):
         parts += ["## The export on two engines, at temperature 0.01", engine_table(run, engines)]
-    if (run / "seconds.json").exists():
-        parts += ["## Seconds of each stage", cost_table(json.loads((run / "seconds.json").read_text()))]
+    if took := seconds(run):
+        parts += ["## Seconds of each stage", cost_table(took)]
     (run / "tables.md").write_text("\n\n".join(parts) + "\n")
     (run / "tables.json").write_text(json.dumps({"accuracy": found, "engines": engines}, indent=1))
     rows = {
@@ -55,6 +57,16 @@ def results(folder: Path) -> dict[str, Any]:
     """By benchmark; nothing where the evaluation has not run."""
     path = folder / "results.json"
     return json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+
+
+def seconds(run: Path) -> dict[str, float]:
+    """How long each stage took, by its name."""
+    path = run / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_seconds(run: Path, took: dict[str, float]) -> None:
+    (run / "seconds.json").write_text(json.dumps(took, indent=1))
 
 
 def as_table(header: list[str], rows: list[list[str]]) -> str:
@@ -132,40 +144,27 @@ def responses(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def cost_table(seconds: dict[str, float]) -> str:
-    rows = [[name, f"{took:.0f}"] for name, took in seconds.items()]
-    return as_table(["stage", "seconds"], [*rows, ["all", f"{sum(seconds.values()):.0f}"]])
+def cost_table(took: dict[str, float]) -> str:
+    rows = [[name, f"{one:.0f}"] for name, one in took.items()]
+    return as_table(["stage", "seconds"], [*rows, ["all", f"{sum(took.values()):.0f}"]])
 
 
 def plot(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Both stages one after the other over the optimizer steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    first = 0
-    for name, rows in stages.items():
-        steps = range(first, first + len(rows))
-        for axis, (quantity, title) in zip(axes.flat, PANELS.items(), strict=True):
+    with figures.panels(PANELS, path) as panels:
+        first = 0
+        for name, rows in stages.items():
+            steps = range(first, first + len(rows))
             # A row lacks the reward of a domain of which a step needed nothing new.
-            split = sorted(
-                {key for row in rows for key in row if key.startswith("reward/")} if quantity == "reward" else ()
-            )
-            for key in split or [quantity]:
+            rewards = sorted({key for row in rows for key in row if key.startswith("reward/")}) or ["reward"]
+            for key in rewards:
                 label = key.partition("/")[2] or name.partition("_")[2]
-                axis.plot(
-                    steps,
-                    [row.get(key, math.nan) for row in rows],
-                    linewidth=1.2,
-                    label=label if quantity == "reward" else None,
-                )
-            axis.set_title(title, fontsize=10)
-            axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
-            axis.grid(alpha=0.3)
-        first += len(rows)
-    axes.flat[0].legend(fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step (stage 1, then stage 2)", fontsize=9)
-    figure.savefig(path, dpi=110)
+                panels["reward"].plot(steps, [row.get(key, math.nan) for row in rows], linewidth=1.2, label=label)
+            for quantity, axis in panels.items():
+                if quantity != "reward":
+                    axis.plot(steps, [row.get(quantity, math.nan) for row in rows], linewidth=1.2)
+                axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
+            first += len(rows)
+        panels["reward"].legend(fontsize=8)
+        for axis in list(panels.values())[3:]:
+            axis.set_xlabel("optimizer step (stage 1, then stage 2)", fontsize=9)

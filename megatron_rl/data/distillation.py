@@ -10,6 +10,7 @@ import json
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import xxhash
@@ -99,7 +100,8 @@ class Distillation:
                 raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
         self._rollouts, self._selection, self._student, self._prompts = rollouts, selection, student, prompts
         self._progress = progress
-        self._sizes = [path.stat().st_size for path in rollouts]
+        # The byte, of all files one after the other, at which each begins, and their end.
+        self._begins = [*accumulate((path.stat().st_size for path in rollouts), initial=0)]
         self._asked: dict[int, _Asked] = {}
         self._seen: set[int] = set()
         self.domains: dict[str, Counts] = {}
@@ -207,7 +209,7 @@ class Distillation:
                 self._tell("written", number, offset)
 
     def _tell(self, stage: str, number: int, done: int) -> None:
-        self._progress(stage, sum(self._sizes[:number]) + done, sum(self._sizes))
+        self._progress(stage, self._begins[number] + done, self._begins[-1])
 
 
 def _digest(parts: Sequence[str]) -> int:

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import PromptStream, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
@@ -56,11 +55,10 @@ async def sample_questions(
     config: RolloutPhase, model: Path, tokenizer: Any, questions: Sequence[Question], path: Path, server: str
 ) -> None:
     """Append every question's scored group to `path`. server: what the logs of the servers are called after."""
-    decode = response_decoder(tokenizer, load_bailing_config(model).eos_token_id)
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
-            lambda question, group: group_rows(group, question.prompt, decode),
+            lambda question, group: group_rows(group, question.prompt, sampler.decode),
             "prompts",
         )
 

@@ -95,7 +95,7 @@ class Sampler:
     ) -> None:
         """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
         has those that a killed phase had completed. top_p: see `Continuation`."""
-        self._servers, self._rewards, self._decode, self._advantages = servers, rewards, decode, advantages
+        self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
         self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
@@ -201,7 +201,7 @@ class Sampler:
         return response
 
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
-        texts = [self._decode(response.output_ids.tolist()) for response in responses]
+        texts = [self.decode(response.output_ids.tolist()) for response in responses]
         prompt = question.prompt
         verdicts = await asyncio.gather(
             *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text) for text in texts)

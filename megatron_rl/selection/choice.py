@@ -18,6 +18,7 @@ nearest to it, which is said. Four epochs of one run are thin evidence: the rule
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.evaluation.statistics import Estimate
 from megatron_rl.selection.candidates import Candidate
 
@@ -82,8 +83,8 @@ def check_preference(candidates: Sequence[Candidate], prefer: str) -> None:
 def _validation_loss(candidate: Candidate) -> float:
     if candidate.sft.validation_loss is None:
         raise ValueError(
-            f"prefer = 'validation_loss' needs a validation_loss in {candidate.path}/sft.json; run SFT with validation "
-            "data, or set prefer to 'lowest', 'highest' or 'accuracy'"
+            f"prefer = 'validation_loss' needs a validation_loss in {candidate.path / SFT_NOTE}; run SFT with "
+            "validation data, or set prefer to 'lowest', 'highest' or 'accuracy'"
         )
     return candidate.sft.validation_loss
 

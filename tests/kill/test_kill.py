@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from inputs import make_inputs
 from small_disk import NO_MOUNT, small_disk
 
 ROOT = Path(__file__).parents[2]
@@ -68,12 +69,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
-    subprocess.run([PYTHON, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
-    data = ["--num-sft", "10", "--num-train", "100", "--num-test", "8"]
-    subprocess.run([PYTHON, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"), 10, 100, 8)
 
 
 def start(inputs: Path, folder: Path, ranks: int, *options: str) -> subprocess.Popen[bytes]:
