@@ -23,8 +23,9 @@ RUN ?= runs/demo
 STEPS ?=
 # Not empty: every stage of ring-lite-mini for moments only, to see that it runs.
 SMOKE ?=
-# What ring-lite-compare compares.
+# What ring-lite-compare compares, over which seeds.
 WHAT ?= algorithms
+SEEDS ?= 1 2 3
 # How many in make test-kill.
 KILLS ?= 30
 # Response lengths for bench-schedule; empty takes the tool's default.
@@ -158,8 +159,8 @@ bench-curation: install  ## a million generated prompts with planted duplicates,
 ring-lite-mini: install install-sandbox install-sglang  ## the paper's recipe in miniature, every stage: tables and plots in runs/ring_lite (half an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/pipeline.py --nproc $(NPROC) $(if $(SMOKE),--smoke)
 
-ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoints, ... from the miniature's distilled checkpoint, over three seeds
-	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/compare.py $(WHAT) --nproc $(NPROC)
+ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoints, ... from the miniature's distilled checkpoint, over SEEDS="1 2 3"
+	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/compare.py $(WHAT) --seeds $(SEEDS) --nproc $(NPROC)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,6 @@
 """`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__, lifeline
-from megatron_rl.errors import Fault
+from megatron_rl.errors import exit_code
 from megatron_rl.launch import leave, run_under_torchrun
-
-# What a disk says, and not a mistake of ours.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,20 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
     quieten_libraries()
     lifeline.watch_parent()
-    try:
-        code = int(arguments.run(arguments))
-    except (ValueError, Fault) as error:
-        # What every rank raises is told once; what befell one rank, by that rank.
-        if os.environ.get("RANK", "0") == "0" or type(error) is Fault:
-            sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
-        code = 2 if isinstance(error, ValueError) else 1
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        sys.stderr.write(f"megatron-rl {arguments.command}: {error}\n")
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
+    code = exit_code(f"megatron-rl {arguments.command}", lambda: int(arguments.run(arguments)))
     return leave(code)
 
 

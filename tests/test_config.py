@@ -150,8 +150,9 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, change: str, message
             "min_learning_rate 1 must be at most learning_rate 3e-06",
         ),
         (["train.validate_every=2"], "train.validate_every 2 has nothing to validate on; set data.validation"),
-        (["data.train={}"], r'data.train names no file; write \{"file.jsonl" = 1\}'),
-        (["data.train={'a'=0}"], r"data.train.*: .*greater than 0, got 0"),
+        (["data.train={}"], r'data.train: names no file; write \{"file.jsonl" = 1\}'),
+        (["data.train={'a'=0}"], r"data.train.a: .*greater than 0, got 0"),
+        (["data.train=3"], r'data.train: must be a file, or files with weights, .*"b.jsonl" = 1\}, got 3'),
         (["data.validate=a"], r"unknown key data.validate; did you mean data.validation\?"),
     ],
 )

@@ -207,7 +207,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     directory = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another run writes to"):
+    with pytest.raises(ValueError, match="another process is writing to"):
         run(tmp_path, rows_of("Q?"))
     os.close(directory)
 

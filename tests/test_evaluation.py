@@ -23,6 +23,7 @@ from megatron_rl.evaluation.report import markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, read_judged
 from megatron_rl.evaluation.results import summarise
 from megatron_rl.evaluation.votes import Votes, count_votes, vote
+from megatron_rl.locks import sole_writer
 from megatron_rl.preflight import check_before_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,9 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     short = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_prompt_tokens=1"])
     with pytest.raises(ValueError, match=r"over rollout.max_prompt_tokens = 1"):
         run_evaluation(short, tmp_path / "new", [], resume=False)
-    assert not (tmp_path / "new").exists(), "the corrected command needs it"
+    assert not any((tmp_path / "new").iterdir()), "the corrected command needs it"
+    with sole_writer(whole, "wait"), pytest.raises(ValueError, match="another process is writing to .*whole; wait for"):
+        run_evaluation(config, whole, [], resume=True)
     with pytest.raises(ValueError, match=r"pass_at 8 is more than samples 5; raise samples"):
         load_config(EvaluateConfig, inputs / "evaluate.toml", ["benchmarks.ones.pass_at=[8]"])
     with pytest.raises(ValueError, match="benchmarks is required"):

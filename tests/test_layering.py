@@ -29,6 +29,7 @@ LAYERS = {
     "lifeline": 0,
     "endpoint": 0,
     "errors": 0,
+    "locks": 0,
     "": 0,
 }
 

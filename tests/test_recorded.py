@@ -1,9 +1,6 @@
 """Rollouts in a file: what was sampled comes back as it was, and what cannot be trained from is named."""
 
-import asyncio
-import fcntl
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
 from megatron_rl.rollout.command import claim
 from megatron_rl.rollout.recorded import group_rows, read_groups
-from megatron_rl.rollout.resumable import Finished, whole_groups, write_groups
+from megatron_rl.rollout.resumable import whole_groups
 
 
 def rank_of_reward(_: object, rewards: np.ndarray) -> np.ndarray:
@@ -109,19 +106,3 @@ def test_a_file_of_groups_of_another_size_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"position 0 has 1 responses, not 2; set it right"):
         whole_groups(tmp_path / "file", 2, "set it right")
     assert (tmp_path / "file").read_text() == before
-
-
-def test_two_processes_never_write_one_file(tmp_path: Path) -> None:
-    """They would sample the same prompts, and every group would be there twice."""
-    path = tmp_path / "rollouts.jsonl"
-
-    async def one() -> AsyncIterator[Finished]:
-        yield Finished(lines="a\n", num_tokens=1, reward=0.0)
-
-    with path.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another process is writing .*rollouts\.jsonl; wait for it"):
-            asyncio.run(write_groups(path, one(), 1, "prompts"))
-    assert path.read_text() == ""
-    asyncio.run(write_groups(path, one(), 1, "prompts"))
-    assert path.read_text() == "a\n"

@@ -13,7 +13,7 @@ from sandboxed import why_not
 from megatron_rl.cli import _parser
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
+from megatron_rl.config.schema import RlConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.reward.code import score_code
 from megatron_rl.reward.math import judge_boxed, settle_math
@@ -103,34 +103,45 @@ def test_no_test_question_is_trained_on_and_lengths_differ_by_an_order_of_magnit
 def test_every_stage_gets_what_an_earlier_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made: set[str] = set()
+
+    def is_there(path: object, places: set[str]) -> bool:
+        return any(str(path) == one or str(path).startswith(f"{one}/") for one in places)
+
     for stage in pipeline.recipe(seed=3):
+        makes: set[str] = set()
         for command in stage.commands:
-            words = [str(word) for word in command]
-            if words[0] != "-m":
-                assert Path(words[0]).is_file()
-                made |= {word for word in words[1:] if word.startswith("runs/")}
-                continue
-            arguments = _parser().parse_args(words[2:])
-            if arguments.command == "convert":
-                assert str(arguments.source) in made
-                made.add(str(arguments.destination))
-                continue
-            config = load_config(kind_of(read_values(arguments.config)), arguments.config, arguments.set)
-            assert config.seed == 3
-            model = arguments.model if arguments.command == "evaluate" else None
-            needs = [model or (config.candidates if isinstance(config, SelectConfig) else config.model.path)]
-            if isinstance(config, SftConfig):
-                needs += [*config.data.weights, *([config.data.validation] if config.data.validation else [])]
-            elif isinstance(config, RlConfig | SamplingConfig | SelectConfig):
-                needs += config.data.train_files
+            needs, outputs = of_tool(command) if command[0] != "-m" else of_command(command, stage.name)
             for path in needs:
-                assert any(str(path) == one or str(path).startswith(f"{one}/") for one in made), (stage.name, path)
-            if hasattr(config, "run_dir"):
-                assert str(config.run_dir) == f"runs/ring_lite/{stage.name}"
-                made.add(str(config.run_dir))
-    assert {str(path) for path in pipeline.MODELS.values()} <= made | {
-        f"{one}/{n}" for one in made for n in ("hf", "chosen")
-    }
+                assert is_there(path, made | makes), (stage.name, path)
+            makes |= {str(path) for path in outputs}
+        assert is_there(f"runs/ring_lite/{stage.makes}", makes), stage.name
+        made |= makes
+    for path in pipeline.MODELS.values():
+        assert is_there(path, made)
+
+
+def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
+    """What it reads, and what it writes: --output and --validation, or its first argument."""
+    assert Path(str(command[0])).is_file()
+    named = [command[command.index(option) + 1] for option in ("--output", "--validation") if option in command]
+    outputs = named or [command[1]]
+    return [word for word in command[1:] if str(word).startswith("runs/") and word not in outputs], outputs
+
+
+def of_command(command: tuple[object, ...], stage: str) -> tuple[list[object], list[object]]:
+    """The same of one of megatron-rl's, which has the seed of the pipeline."""
+    arguments = _parser().parse_args([str(word) for word in command[2:]])
+    if arguments.command == "convert":
+        return [arguments.source], [arguments.destination]
+    config = load_config(kind_of(read_values(arguments.config)), arguments.config, arguments.set)
+    assert config.seed == 3
+    if arguments.command == "evaluate":
+        return [arguments.model, *(section.path for section in config.benchmarks.values())], [arguments.output]
+    assert str(config.run_dir) == f"runs/ring_lite/{stage}"
+    needs = [config.candidates if isinstance(config, SelectConfig) else config.model.path]
+    return [*needs, *(config.data.files if isinstance(config, SftConfig) else config.data.train_files)], [
+        *([arguments.output] if arguments.command == "rollout" else [config.run_dir])
+    ]
 
 
 def test_ablations_differ_from_their_stage_in_what_their_name_says() -> None:
@@ -178,6 +189,18 @@ def test_intervals_over_seeds_are_students() -> None:
         low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
     assert compare.cell([0.25]) == "0.25"
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    def scores(math: float, code: float) -> dict:
+        return {d: {"average": {"value": v}} for d, v in zip(tables.DOMAINS, (math, code, 0.0), strict=False)}
+
+    results = {"c3po": [scores(0.5, 0.2), scores(0.7, 0.2)], "grpo": [scores(0.52, 0.2), scores(0.74, 0.17)]}
+    _, accuracies, _, differences = compare.accuracy_tables(results, [1, 2])
+    assert "| c3po | 60 ± 127 | 20 ± 0 |" in accuracies  # 12.706 x 14.14 / sqrt(2)
+    # The seeds are 20 points apart and the arms of a seed 2 and 4: 3 ± 12.706 x 1.414 / sqrt(2).
+    assert "| grpo | +3 ± 13 | -1.5 ± 19 | +0 ± 0 | +0.5 ± 2.1 |" in differences
+    assert "c3po" not in differences
 
 
 def evaluation(folder: Path, **right: int) -> tuple[dict, Path]:

@@ -20,6 +20,7 @@ from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.evaluation.statistics import Estimate, estimate
+from megatron_rl.locks import sole_writer
 from megatron_rl.preflight import check_before_selection
 from megatron_rl.selection.candidates import Candidate, SftRecord, find_candidates
 from megatron_rl.selection.choice import Measured, check_preference, choose, straddled_ends
@@ -258,6 +259,11 @@ def test_selection_from_end_to_end(inputs: Path, capsys: pytest.CaptureFixture[s
     # A kill: what is missing is sampled again, to the same responses.
     whole = (run_dir / "epoch_10.jsonl").read_text()
     (run_dir / "epoch_10.jsonl").write_text(whole[: len(whole) // 2])
+    with (
+        sole_writer(run_dir, "wait"),
+        pytest.raises(ValueError, match="another process is writing .*set run_dir to"),
+    ):
+        run_selection(config_of(inputs), resume=True)
     with pytest.raises(
         ValueError, match="those of 1 of 2 candidates are not complete; add --resume to go on with them"
     ):

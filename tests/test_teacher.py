@@ -12,6 +12,7 @@ from stand_in import StandIn, stand_in
 
 from megatron_rl import cli
 from megatron_rl import endpoint as endpoint_module
+from megatron_rl.locks import sole_writer
 from megatron_rl.rollout import teacher as teacher_module
 from megatron_rl.rollout.recorded import check_first_row
 
@@ -139,6 +140,18 @@ def test_a_run_that_was_killed_goes_on_and_asks_only_what_is_missing(endpoint, r
     assert len(handler.asked) == 3 * 2
 
 
+def test_a_second_run_leaves_the_file_of_the_first_alone(rollout, tmp_path: Path) -> None:
+    """It would ask the same prompts, and cut off what the first is about to write."""
+    rollout("--prompts", "2")
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write('{"position": 2, ')
+    before = (tmp_path / "out.jsonl").read_text()
+    with sole_writer(tmp_path / "out.jsonl", "wait"):
+        told = rollout("--resume", code=2)
+    assert f"another process is writing to {tmp_path}/out.jsonl; wait for it, or name another --output" in told
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
 def test_a_teacher_that_says_nothing_is_waited_for_in_words_and_asked_again(
     endpoint, rollout, tmp_path: Path, monkeypatch, caplog
 ) -> None:
@@ -170,6 +183,18 @@ def test_a_prompt_that_fails_has_no_rows_until_it_is_asked_again(endpoint, rollo
     rollout("--resume")
     assert [question(body) for body, _ in handler.asked] == ["Say 3"] * 2
     assert len(rows_of(tmp_path)) == 12
+
+
+def test_a_prompt_that_always_fails_does_not_keep_a_resumed_run_from_ending(endpoint, rollout, tmp_path: Path) -> None:
+    """It is one of six, in whichever call it is asked."""
+    _, handler = endpoint
+    refused = (400, {"error": "what a question"})
+    handler.answer = staticmethod(lambda body: refused if question(body) == "Say 3" else answer(body))
+    allowed = ("--set", "teacher.max_failure_share=0.2")
+    rollout(*allowed)
+    rollout("--resume", *allowed)
+    assert len(rows_of(tmp_path)) == 10
+    assert "1 of 6 prompts got no answer" in rollout("--resume", "--set", "teacher.max_failure_share=0.1", code=1)
 
 
 def test_a_teacher_that_fails_too_often_ends_the_run_and_what_came_is_kept(

@@ -21,6 +21,7 @@ from megatron_rl.data.distillation_report import table, total
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.data.sft_files import SftFiles
 from megatron_rl.data.student import student_of
+from megatron_rl.errors import exit_code
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -90,7 +91,7 @@ def _prompts(paths: list[Path]) -> dict[str, Prompt]:
     return found
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     selection = _selection(arguments)
     student = student_of(load_tokenizer(arguments.model))
     inputs = (*arguments.rollouts, *arguments.prompts)
@@ -112,18 +113,13 @@ def _run(arguments: argparse.Namespace) -> None:
     for name, count in summary["files"].items():
         print(f"{name}: {count:,} rows")
     print(path)
+    return 0
 
 
 def main(argv: list[str]) -> int:
     quieten_libraries()
-    try:
-        _run(_parser().parse_args(argv))
-    except ValueError as error:
-        print(f"make_sft_data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    arguments = _parser().parse_args(argv)
+    return exit_code("make_sft_data", lambda: _run(arguments))
 
 
 if __name__ == "__main__":

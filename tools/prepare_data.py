@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_rl.config.load import load_config
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
-from megatron_rl.errors import Fault
+from megatron_rl.errors import exit_code
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -38,14 +38,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--force", action="store_true", help="overwrite the result of an earlier run")
     arguments = parser.parse_args(argv)
-    try:
-        config = load_config(CurationConfig, arguments.config, arguments.set)
-        report = curate(config, arguments.force, Progress())
-    except (ValueError, Fault) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("prepare_data", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(CurationConfig, arguments.config, arguments.set)
+    report = curate(config, arguments.force, Progress())
     print(report.table())
     print(f"{config.output}: kept.jsonl, dropped.jsonl, report.json")
     return 0

@@ -26,6 +26,7 @@ import tables
 from megatron_rl import lifeline
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.rollout.settings import model_settings
 from megatron_rl.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> int:
     folder = RUN / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     # Steps of two stages and of a mixture train on other domains, so only the accuracies compare.
-    parts = [accuracy_table(results, seeds), *([step_table(steps)] if name != "stages" else [])]
+    parts = [*accuracy_tables(results, seeds), *([step_table(steps)] if name != "stages" else [])]
     text = "\n\n".join(parts) + "\n"
     (folder / f"{name}.md").write_text(text)
     (folder / f"{name}.json").write_text(json.dumps({"accuracy": results, "steps": summary(steps)}, indent=1))
@@ -116,16 +117,16 @@ def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[st
     run_dir = RUN / "compare" / f"{Path(config).name}-{seed}-from-{source}"
     values = {"run_dir": run_dir, "model.path": model, "seed": seed}
     wanted = load_config(RlConfig, HERE / f"{config}.toml", [f"{key}={value}" for key, value in values.items()])
-    # `chosen` is a link: the same path may be another model by now.
-    origin, record = str(model.resolve()), run_dir / "started_from"
+    # The same path may be another model by now, and `chosen` is a link.
+    origin, record = model_settings(model, "float32"), run_dir / "started_from.json"
     if run_dir.exists():
-        same = load_config(RlConfig, run_dir / "config.toml") == wanted and record.read_text() == origin
+        same = load_config(RlConfig, run_dir / "config.toml") == wanted and json.loads(record.read_text()) == origin
         if not same:
             sys.exit(
                 f"{run_dir} was run with another configuration or model; move it away, or work in another directory"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(origin)
+    record.write_text(json.dumps(origin))
     if not (run_dir / "hf/config.json").exists():
         options = stages.settings(values)
         options.append("--resume")
@@ -154,26 +155,36 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
-def cell(values: Sequence[float], digits: int = 3) -> str:
+def cell(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """The mean and its interval; sign "+" shows that of positive ones too."""
     mean, half = mean_and_interval(values)
-    shown = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.{digits}g}"
+    shown = f"{mean:{sign},.0f}" if mean >= 1000 else f"{mean:{sign}.{digits}g}"
     if math.isnan(half):
         return shown
-    return f"{shown} ± {half:,.0f}" if mean >= 1000 else f"{shown} ± {half:.2g}"
+    return f"{shown} ± {half:,.0f}" if max(mean, half) >= 100 else f"{shown} ± {half:.2g}"
 
 
-def accuracy_table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
-    """In the shape of the paper's tables 2 and 4: an arm per row, a benchmark per column, in percent."""
+def accuracy_tables(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> list[str]:
+    """In the shape of the paper's tables 2 and 4: an arm per row, a benchmark per column, in percent. Then how they
+    differ from the first arm, seed by seed: both had the same prompts in training and in the test."""
     domains = tables.DOMAINS[:3]
-    rows = []
+    header = ["", *domains, "average"]
+    scores = {}
     for arm, of_seeds in results.items():
-        scores = [[100 * found[domain]["average"]["value"] for domain in domains] for found in of_seeds]
-        columns = [*zip(*scores, strict=True), [statistics.mean(one) for one in scores]]
-        rows.append([arm, *(cell(column) for column in columns)])
-    told = (
-        f"Accuracy after training, percent: mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % interval."
-    )
-    return told + "\n\n" + tables.as_table(["", *domains, "average"], rows)
+        columns = [[100 * found[domain]["average"]["value"] for found in of_seeds] for domain in domains]
+        scores[arm] = [*columns, [statistics.mean(one) for one in zip(*columns, strict=True)]]
+    first, *others = scores
+    differences = {
+        arm: [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(scores[first], scores[arm], strict=True)]
+        for arm in others
+    }
+    interval = f"mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % interval"
+    return [
+        f"Accuracy after training, percent: {interval}.",
+        tables.as_table(header, [[arm, *map(cell, columns)] for arm, columns in scores.items()]),
+        f"Less that of {first} of the same seed, points: {interval}.",
+        tables.as_table(header, [[arm, *(cell(c, sign="+") for c in columns)] for arm, columns in differences.items()]),
+    ]
 
 
 def summary(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megatron_rl.layout import Layout
 
@@ -240,15 +240,22 @@ class RunConfig(CommandConfig):
         return self.train.micro_batch_tokens * self.parallel.context
 
 
-Weights = dict[Path, Annotated[float, Field(gt=0)]]
+def _weights(train: object) -> object:
+    """A file alone has weight 1."""
+    if isinstance(train, str | Path):
+        return {train: 1.0}
+    if not isinstance(train, dict):
+        raise ValueError('must be a file, or files with weights, {"a.jsonl" = 3, "b.jsonl" = 1}')
+    if not train:
+        raise ValueError('names no file; write {"file.jsonl" = 1}')
+    return train
 
 
-def weights_of(train: Path | Weights) -> Weights:
-    return {train: 1.0} if isinstance(train, Path) else train
+Weights = Annotated[dict[Path, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
 
 
 class SftData(Section):
-    train: Path | Weights = Field(
+    train: Weights = Field(
         description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
         '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
     )
@@ -257,19 +264,9 @@ class SftData(Section):
     )
     batch_tokens: Positive = Field(description="tokens per optimizer step, prompt tokens included")
 
-    @model_validator(mode="after")
-    def _check_files(self) -> "SftData":
-        if not self.weights:
-            raise ValueError('data.train names no file; write {"file.jsonl" = 1}')
-        return self
-
-    @property
-    def weights(self) -> Weights:
-        return weights_of(self.train)
-
     @property
     def files(self) -> list[Path]:
-        return [*self.weights, *([self.validation] if self.validation else [])]
+        return [*self.train, *([self.validation] if self.validation else [])]
 
 
 class SftConfig(RunConfig):
@@ -299,11 +296,11 @@ class DataStage(Section):
     """A part of training with a mixture of its own."""
 
     prompts: Positive | None = Field(default=None, description="after which the next stage begins; none for the last")
-    train: Path | Weights = Field(description="as data.train")
+    train: Weights = Field(description="as data.train")
 
 
 class RlData(Section):
-    train: Path | Weights | None = Field(
+    train: Weights | None = Field(
         default=None,
         description="JSONL of {domain, prompt, answer}, or weights of several such files: "
         '{"math.jsonl" = 3, "code.jsonl" = 1} takes three prompts of the first for each of the second',
@@ -322,15 +319,12 @@ class RlData(Section):
             *before, last = (stage.prompts for stage in self.stages)
             if last is not None or None in before:
                 raise ValueError("every stage of data.stages but the last needs `prompts`, and the last has none")
-        if any(not weights for _, weights in self.weights_by_stage):
-            raise ValueError('data.train names no file; write {"file.jsonl" = 1}')
         return self
 
     @property
     def weights_by_stage(self) -> list[tuple[int | None, Weights]]:
         """(prompts, weights by file) of every stage; prompts is None for the last."""
-        stages = self.stages or (DataStage(train=self.train or {}),)
-        return [(s.prompts, weights_of(s.train)) for s in stages]
+        return [(stage.prompts, stage.train) for stage in self.stages] or [(None, self.train or {})]
 
     @property
     def train_files(self) -> list[Path]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_rl.config.schema import Positive, RolloutPhase, RolloutSection, ServingSection
 
@@ -12,12 +12,19 @@ class SelectionRollout(RolloutSection):
     prompts_per_step: Positive = Field(default=1, description="not used: `prompts` says how many there are")
 
 
+def _folder_or_list(candidates: object) -> object:
+    listed = candidates if isinstance(candidates, list | tuple) else [candidates]
+    if not all(isinstance(one, str | Path) for one in listed):
+        raise ValueError("must be a folder of model directories, or a list of model directories")
+    return candidates
+
+
 class SelectConfig(RolloutPhase):
     """`megatron-rl select`: one of several model directories, by the token entropy of its policy."""
 
     model: ServingSection = ServingSection()
     rollout: SelectionRollout
-    candidates: Path | tuple[Path, ...] = Field(
+    candidates: Annotated[Path | tuple[Path, ...], BeforeValidator(_folder_or_list)] = Field(
         description="a folder whose subdirectories are Hugging Face directories of BailingMoE models, or a list of "
         "such directories"
     )

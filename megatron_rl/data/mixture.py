@@ -172,7 +172,7 @@ def load_stream(data: RlData, seed: int) -> PromptStream:
 
 def load_chats(data: SftData, seed: int) -> ChatStream:
     """As `load_stream`, of data.train."""
-    return ChatStream(_stages([(None, data.weights)], read_chats), seed)
+    return ChatStream(_stages([(None, data.train)], read_chats), seed)
 
 
 def _stages(

@@ -21,13 +21,14 @@ from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
 from megatron_rl.evaluation.settings import checked_settings, settings_of
+from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.resumable import sample_into, whole_groups
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.settings import write_settings
+from megatron_rl.rollout.settings import ANOTHER_OUTPUT, write_settings
 from megatron_rl.rollout.standalone import no_advantages, serving
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,18 @@ def run_evaluation(config: EvaluateConfig, folder: Path, names: Sequence[str], r
     `folder`. Returns the exit code; Fault when too many responses of a benchmark could not be judged."""
     sections = _chosen(config, names)
     settings = settings_of(config, sections)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder, ANOTHER_OUTPUT):
+        return _evaluate(config, folder, sections, settings, resume)
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    folder: Path,
+    sections: Mapping[str, BenchmarkSection],
+    settings: dict[str, Any],
+    resume: bool,
+) -> int:
     claimed = checked_settings(folder, settings, resume)
     try:
         speeds = asyncio.run(_sample(config, sections, folder, claimed))

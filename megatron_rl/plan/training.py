@@ -61,14 +61,14 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
 
 def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:
     """optimizer_steps, warmup_steps: None where they follow from the data. weights: of the files, as shares."""
-    steps, total = config.train.steps, sum(config.data.weights.values())
+    steps, total = config.train.steps, sum(config.data.train.values())
     return {
         "optimizer_steps": steps,
         "epochs": config.train.epochs,
         "warmup_steps": config.optimizer.num_warmup_steps(steps) if steps else None,
         "warmup_share": config.optimizer.warmup_share,
         **_per_rank(config.data.batch_tokens, config, layout),
-        "weights": {str(path): weight / total for path, weight in config.data.weights.items()},
+        "weights": {str(path): weight / total for path, weight in config.data.train.items()},
     }
 
 

@@ -11,9 +11,10 @@ from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import PromptStream, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
+from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.recorded import group_rows
-from megatron_rl.rollout.resumable import sample_into, whole_groups, write_groups
+from megatron_rl.rollout.resumable import has_responses, sample_into, whole_groups, write_groups
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.rollout.settings import (
     ANOTHER_OUTPUT,
@@ -32,12 +33,14 @@ log = logging.getLogger(__name__)
 def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, path: Path, resume: bool) -> int:
     """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`, or
     by the configuration's teacher without one. Returns the exit code."""
-    if path.exists() and not resume:
-        raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
-    if model is None:
-        asyncio.run(_ask_teacher(config, num_prompts, path))
-    else:
-        asyncio.run(_sample(config, model, num_prompts, path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sole_writer(path, ANOTHER_OUTPUT):
+        if has_responses(path) and not resume:
+            raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
+        if model is None:
+            asyncio.run(_ask_teacher(config, num_prompts, path))
+        else:
+            asyncio.run(_sample(config, model, num_prompts, path))
     return 0
 
 
@@ -81,7 +84,7 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
         settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}
         left = _left(config, stream, num_prompts, path, settings)
         teacher = Teacher(config, section, endpoint, rewards)
-        await write_groups(path, teacher.as_completed(left), len(left), "prompts")
+        await write_groups(path, teacher.as_completed(left, num_prompts - len(left)), len(left), "prompts")
     num_answered = num_prompts - teacher.num_failed
     log.info("%s: %d groups of %d responses", path, num_answered, config.rollout.samples_per_prompt)
 
@@ -110,7 +113,7 @@ def _settings(config: RolloutPhase, digest: str, of_rollout: Collection[str]) ->
 
 def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOTHER_OUTPUT) -> set[int]:
     """Keep `settings` beside the responses; returns the positions that have theirs, `size` each. ValueError as for
-    `check_claim`."""
+    `check_claim`. Of the one process that writes there (`sole_writer`)."""
     check_claim(path, settings, remedy)
     done = whole_groups(path, size, remedy) if path.exists() else set()
     write_settings(_beside(path), settings)
@@ -120,7 +123,7 @@ def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOT
 def check_claim(path: Path, settings: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT) -> None:
     """ValueError, which ends in `remedy`, when there are responses and they were sampled with other settings. Changes
     nothing."""
-    if path.exists():
+    if has_responses(path):
         if not _beside(path).is_file():
             raise ValueError(
                 f"{_beside(path)} is missing, so nobody knows what the responses in {path} were sampled with; {remedy}"

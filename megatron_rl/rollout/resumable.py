@@ -1,9 +1,9 @@
 """A file of responses that grows group by group, and with which a run that was killed goes on.
 
-JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position".
+JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position". Who reads
+the positions in order to add what is missing holds `sole_writer` until it is added.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -31,20 +31,11 @@ class Finished:
 
 async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
     """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
-    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated. ValueError when
-    another process is at this file."""
+    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-        except BlockingIOError:
-            raise ValueError(f"another process is writing {path}; wait for it, or name another output") from None
-        except OSError as error:  # a file system without locks
-            log.warning(
-                "%s cannot be locked (%s): nothing keeps a second process from writing it", path, error.strerror
-            )
         async for group in groups:
             file.write(group.lines)
             file.flush()
@@ -75,6 +66,10 @@ async def sample_into(
             )
 
     return await write_groups(path, finished(), len(questions), noun)
+
+
+def has_responses(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:

@@ -40,12 +40,14 @@ class Teacher:
     def num_failed(self) -> int:
         return len(self._failed)
 
-    async def as_completed(self, questions: Sequence[tuple[int, Prompt]]) -> AsyncIterator[Finished]:
-        """The rows of every prompt, as it completes. questions: (position in the run's order, prompt).
+    async def as_completed(self, questions: Sequence[tuple[int, Prompt]], num_before: int) -> AsyncIterator[Finished]:
+        """The rows of every prompt, as it completes. questions: (position in the run's order, prompt). num_before:
+        prompts that an earlier call got answered.
 
-        A prompt of which a response failed has no rows. Fault when more than `teacher.max_failure_share` failed.
+        A prompt of which a response failed has no rows. Fault when more than `teacher.max_failure_share` of all,
+        answered earlier or asked now, failed.
         """
-        waiting, running, num_done = iter(questions), set[asyncio.Task[Finished]](), 0
+        waiting, running, num_answered = iter(questions), set[asyncio.Task[Finished]](), num_before
         try:
             while True:
                 # One response of each prompt fills every place; the endpoint's queue gives the first prompts theirs
@@ -64,18 +66,18 @@ class Teacher:
                 ]  # all looked at, or asyncio prints those that are not
                 for task, error in ended:
                     if error is None:
-                        num_done += 1
+                        num_answered += 1
                         yield task.result()
                     elif isinstance(error, EndpointError):
                         self._failed.append(str(error))
-                        self._check(num_done + len(self._failed), _MIN_FAILED)
+                        self._check(num_answered + len(self._failed), _MIN_FAILED)
                     else:
                         raise error
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-        self._check(len(questions), 1)
+        self._check(num_before + len(questions), 1)
         if self._failed:
             log.warning(
                 "%d of %d prompts got no answer (the last: %s); --resume asks them again",

@@ -15,6 +15,7 @@ from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import EXIT_STOPPED, Fault
+from megatron_rl.locks import sole_writer
 from megatron_rl.rollout.command import check_claim, claim, sample_questions, sampling_settings
 from megatron_rl.rollout.resumable import find_groups
 from megatron_rl.rollout.sampler import Question
@@ -48,6 +49,12 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
     """
     candidates = find_candidates(config.candidates)
     check_preference(candidates, config.prefer)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with sole_writer(config.run_dir, _REMEDY):
+        return _run(config, candidates, resume)
+
+
+def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
     stream = load_stream(config.data, config.seed)
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))

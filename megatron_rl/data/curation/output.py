@@ -1,11 +1,11 @@
 """The folder that a run writes: all three files or none, report.json last."""
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_rl.locks import sole_writer
 
 KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "report.json"
 _PARTIAL = ".partial"
@@ -18,12 +18,7 @@ def whole_output(folder: Path, force: bool) -> Iterator[Path]:
     ValueError when another run writes there, or, without `force`, when a result is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run writes to {folder}; wait for it, or set another output") from None
+    with sole_writer(folder, "set another output"):
         there = [name for name in (KEPT, DROPPED, REPORT) if (folder / name).exists()]
         if there and not force:
             raise ValueError(
@@ -39,5 +34,3 @@ def whole_output(folder: Path, force: bool) -> Iterator[Path]:
                 (partial / name).replace(folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(directory)

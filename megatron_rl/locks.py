@@ -1,0 +1,31 @@
+"""Files and folders that one process at a time may write."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def sole_writer(path: Path, remedy: str) -> Iterator[None]:
+    """Lock a folder, or a file, which is made if need be; to be entered before what is in it is looked at. A file
+    system without locks is warned of.
+
+    remedy: what to do in place of waiting. ValueError, which ends in it, while another process holds the lock.
+    """
+    handle = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {path}; wait for it, or {remedy}") from None
+        except OSError as error:
+            message = "%s cannot be locked (%s): nothing keeps a second process from writing to it"
+            log.warning(message, path, error.strerror)
+        yield
+    finally:
+        os.close(handle)
