@@ -229,9 +229,10 @@ def plot(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path)
         for name, axis in panels.items():
             for arm, of_seeds in steps.items():
                 values = np.array([[row[name] for row in rows] for rows in of_seeds], float)  # None becomes nan
-                (line,) = axis.plot(np.nanmean(values, 0), label=arm, linewidth=1.2)
-                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-                axis.fill_between(range(values.shape[1]), low, high, color=line.get_color(), alpha=0.18)
+                known = np.ma.masked_invalid(values)
+                mean, low, high = (found.filled(np.nan) for found in (known.mean(0), known.min(0), known.max(0)))
+                color = figures.draw(axis, range(values.shape[1]), mean, arm)
+                axis.fill_between(range(values.shape[1]), low, high, color=color, alpha=0.12, linewidth=0)
             axis.set_xlabel("step", fontsize=9)
         next(iter(panels.values())).legend(fontsize=9)
 

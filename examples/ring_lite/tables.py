@@ -159,10 +159,10 @@ def plot(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
             rewards = sorted({key for row in rows for key in row if key.startswith("reward/")}) or ["reward"]
             for key in rewards:
                 label = key.partition("/")[2] or name.partition("_")[2]
-                panels["reward"].plot(steps, [row.get(key, math.nan) for row in rows], linewidth=1.2, label=label)
+                figures.draw(panels["reward"], steps, [row.get(key, math.nan) for row in rows], label)
             for quantity, axis in panels.items():
                 if quantity != "reward":
-                    axis.plot(steps, [row.get(quantity, math.nan) for row in rows], linewidth=1.2)
+                    figures.draw(axis, steps, [row.get(quantity, math.nan) for row in rows], name)
                 axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
             first += len(rows)
         panels["reward"].legend(fontsize=8)
