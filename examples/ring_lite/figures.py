@@ -25,7 +25,7 @@ def panels(titles: Mapping[str, str], path: Path) -> Iterator[dict[str, Any]]:
     figure.savefig(path, dpi=110)
 
 
-def draw(axis: Any, steps: range, values: Sequence[float], label: str) -> str:
+def draw(axis: Any, steps: range, values: Sequence[float], label: str) -> Any:
     """Pale, and over it the mean of the steps around each. nan leaves a gap. Returns the colour."""
     import numpy as np
 
@@ -33,4 +33,4 @@ def draw(axis: Any, steps: range, values: Sequence[float], label: str) -> str:
     padded = np.pad(np.asarray(values, float), _AVERAGED // 2, constant_values=np.nan)
     windows = np.ma.masked_invalid(np.lib.stride_tricks.sliding_window_view(padded, _AVERAGED))
     axis.plot(steps, windows.mean(1).filled(np.nan), color=pale.get_color(), linewidth=1.6, label=label)
-    return str(pale.get_color())
+    return pale.get_color()
