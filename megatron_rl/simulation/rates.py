@@ -1,0 +1,61 @@
+"""What takes time on a cluster, measured or assumed."""
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from megatron_rl.config.schema import Section
+
+Seconds = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+
+
+class Rates(Section):
+    """Read from TOML. Whatever is not given costs nothing."""
+
+    decode: tuple[tuple[Annotated[int, Field(gt=0)], Above0], ...] = Field(
+        min_length=1,
+        description="of one engine: [responses that run at once, tokens/s of all of them], for two numbers of responses "
+        "or more; between and beyond them the time of an iteration is a straight line. One pair alone: tokens/s of "
+        "each response are the same for any number",
+    )
+    response_seconds: Seconds = Field(
+        default=0.0, description="of every response on its engine beside decoding: prefill, HTTP, the reward"
+    )
+    train_flops: Above0 = Field(description="FLOP/s that one GPU reaches in training, by the model's own FLOPs")
+    micro_batch_seconds: Seconds = Field(default=0.0, description="of every micro-batch beside its FLOPs")
+    optimizer_seconds: Seconds = Field(default=0.0, description="of every optimizer step")
+    sync_seconds: Seconds = Field(default=0.0, description="of every push of the weights to the engines")
+    switch_seconds: Seconds = Field(
+        default=0.0, description="from generation to training and back, on GPUs that do both; nothing on others"
+    )
+    step_seconds: Seconds = Field(default=0.0, description="of every step: plan, log, checkpoint")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rates":
+        numbers = [number for number, _ in self.decode]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"decode must go from few to many responses, got {numbers}")
+        seconds = [number / speed for number, speed in self.decode]
+        if seconds != sorted(seconds):
+            raise ValueError(
+                f"decode: an iteration of more responses takes no less time, got {seconds} s for {numbers}; a speed of "
+                "all responses can at most grow as their number does"
+            )
+        return self
+
+    def iteration_seconds(self, running: np.ndarray) -> np.ndarray:
+        """Of an engine that advances so many responses, at least 1, by a token."""
+        numbers = np.array([number for number, _ in self.decode], float)
+        seconds = numbers / np.array([speed for _, speed in self.decode])
+        if len(numbers) == 1:
+            return np.full(np.shape(running), seconds[0])
+        slopes = np.diff(seconds) / np.diff(numbers)
+        part = np.clip(np.searchsorted(numbers, running, side="right") - 1, 0, len(slopes) - 1)
+        # Left of its first point the line may fall below what one response can take.
+        return np.maximum(seconds[part] + slopes[part] * (running - numbers[part]), seconds[0] * running / numbers[0])
+
+    def full_speed(self, slots: int) -> float:
+        """Tokens/s of an engine whose slots are all busy."""
+        return slots / float(self.iteration_seconds(np.array([slots]))[0])
