@@ -10,13 +10,18 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Pick, Shortfall, select, selection_order, shortfalls
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, Take, roll_out, roll_out_partially
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause."""
+    """Seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause.
+
+    waves: of its rollout phase. packed: of each optimizer step that was packed into micro-batches, the forward cost of
+    the slowest ranks in FLOPs, and micro-batches per rank.
+    """
 
     rollout_seconds: float
     train_seconds: float
@@ -27,6 +32,8 @@ class Step:
     num_loss_tokens: int
     num_carried: int
     idle: dict[str, float]
+    waves: tuple[Decoded, ...]
+    packed: tuple[tuple[float, int], ...]
 
     @property
     def seconds(self) -> float:
@@ -81,7 +88,8 @@ class Cluster:
         rolled, need = self._roll_out()
         if self._refill:
             self._per_prompt = need.per_prompt
-        picks, lengths = self._select(rolled.groups, number)
+        picks = self._select(rolled.groups, number)
+        self._packed: list[tuple[float, int]] = []
         train = [self._train([pick.num_loss_tokens for pick in step]) for step in picks]
         colocated = not self._cluster.serving_nodes
         step = Step(
@@ -94,6 +102,8 @@ class Cluster:
             num_loss_tokens=sum(pick.num_loss_tokens for step in picks for pick in step),
             num_carried=len(self._carried),
             idle={},
+            waves=tuple(rolled.waves),
+            packed=tuple(self._packed),
         )
         return replace(step, idle=self._idle(step, rolled, sum(even for _, even in train)))
 
@@ -114,21 +124,22 @@ class Cluster:
             rolled = roll_out(self.engines, self._take, need, rollout.prompts_per_step, budget.max_waves)
         return rolled, need
 
-    def _select(self, groups: Sequence[np.ndarray], number: int) -> tuple[Sequence[Sequence[Pick]], list[int]]:
+    def _select(self, groups: Sequence[np.ndarray], number: int) -> Sequence[Sequence[Pick]]:
         """The picks of every optimizer step; what is left over is carried."""
         if not self._refill:
             groups = groups[: self._config.rollout.prompts_per_step]
+        seed = self._config.seed * 1_000_003 + number  # the trainer's
         lengths = [*self._carried, *(n for group in groups for n in group.tolist())]
-        order = selection_order(len(self._carried), [len(group) for group in groups], number)
+        order = selection_order(len(self._carried), [len(group) for group in groups], seed)
         if not self._algorithm.uses_budget:
             picks = [Pick(index=i, num_loss_tokens=lengths[i]) for i in order]
             parts = len(self._budgets)
-            return [picks[len(picks) * i // parts : len(picks) * (i + 1) // parts] for i in range(parts)], lengths
+            return [picks[len(picks) * i // parts : len(picks) * (i + 1) // parts] for i in range(parts)]
         selection = select(lengths, order, self._budgets, self._config.budget.cut)
         since = {i: s for i, s in enumerate(self._since)}
         left = selection.left_over if self._refill else ()
         self._carried, self._since = [lengths[i] for i in left], [since.get(i, number) for i in left]
-        return selection.steps, lengths
+        return selection.steps
 
     def _train(self, loss_tokens: Sequence[int]) -> tuple[float, float]:
         """Seconds of an optimizer step, and those of perfectly even ranks."""
@@ -143,7 +154,9 @@ class Cluster:
             packed = pack_micro_batches(
                 sequences, layout.data, config.micro_batch_cap, self._cost, multiple_of=layout.micro_batch_multiple
             )
-            self._unevenness.append(per_flop * barrier_cost(packed, sequences, self._cost) / even)
+            barrier = barrier_cost(packed, sequences, self._cost)
+            self._packed.append((barrier, len(packed[0])))
+            self._unevenness.append(per_flop * barrier / even)
             self._rows.append(len(packed[0]) / num_rows)
         uneven, rows = np.mean(self._unevenness), np.mean(self._rows) * num_rows
         return float(even * uneven + rows * rates.micro_batch_seconds + rates.optimizer_seconds), even

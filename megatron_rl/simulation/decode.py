@@ -4,7 +4,6 @@ An engine advances all of its responses by one token per iteration, and an itera
 only the order of lengths matters, and the engines of a cluster are worked out side by side.
 """
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ IterationSeconds = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """Of every engine: seconds until its last response ended, iterations, and tokens."""
+    """Of every engine: seconds until its last response ended, iterations, tokens, and responses."""
 
     seconds: np.ndarray
     iterations: np.ndarray
     tokens: np.ndarray
+    responses: np.ndarray
 
 
 def decode(lengths: Sequence[np.ndarray], slots: int, iteration_seconds: IterationSeconds) -> Decoded:
@@ -51,4 +51,9 @@ def decode(lengths: Sequence[np.ndarray], slots: int, iteration_seconds: Iterati
         nth = np.arange(len(engines)) - np.searchsorted(engines, engines)
         left[engines, places] = queue[engines, np.minimum(following[engines] + nth, most)]
         following = following + np.bincount(engines, minlength=num_engines)
-    return Decoded(seconds=seconds, iterations=iterations, tokens=np.array([float(np.sum(q)) for q in lengths]))
+    return Decoded(
+        seconds=seconds,
+        iterations=iterations,
+        tokens=np.array([float(np.sum(own)) for own in lengths]),
+        responses=np.array([len(own) for own in lengths]),
+    )

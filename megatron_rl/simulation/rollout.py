@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
-from megatron_rl.simulation.decode import decode
+from megatron_rl.simulation.decode import Decoded, decode
 from megatron_rl.simulation.rates import Rates
 
 # Lengths [n, K] of the groups of the next n prompts.
@@ -40,15 +40,18 @@ class OpenGroup:
 
 @dataclass(slots=True, kw_only=True)
 class Rolled:
-    """What a phase brought. groups: of the completed ones, the lengths [K]. unfinished: with partial rollouts, see
-    `OpenGroup`. num_tokens: that were decoded. busy_seconds: of the engines, in the mean, with something to decode."""
+    """What a phase brought.
+
+    groups: of the completed ones, the lengths [K]. unfinished, num_purged: with partial rollouts. num_tokens: that were
+    decoded. waves: without partial rollouts, what each asked of every engine.
+    """
 
     groups: list[np.ndarray] = field(default_factory=list)
     unfinished: list[OpenGroup] = field(default_factory=list)
     num_purged: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    busy_seconds: float = 0.0
+    waves: list[Decoded] = field(default_factory=list)
 
 
 def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max_waves: int) -> Rolled:
@@ -71,12 +74,10 @@ def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max
 
 def _decode_wave(engines: Engines, groups: np.ndarray, found: Rolled) -> None:
     """Whole groups, each to the engine that has the least to do, as the pool gives them out: it does not know lengths."""
-    rates = engines.rates
     queues = [groups[engine :: engines.count].reshape(-1) for engine in range(min(engines.count, len(groups)))]
-    done = decode(queues, engines.slots, rates.iteration_seconds)
-    seconds = done.seconds + rates.response_seconds * np.array([len(queue) for queue in queues])
-    found.seconds += float(seconds.max())
-    found.busy_seconds += float(seconds.sum()) / engines.count
+    wave = decode(queues, engines.slots, engines.rates.iteration_seconds)
+    found.waves.append(wave)
+    found.seconds += float((wave.seconds + engines.rates.response_seconds * wave.responses).max())
     found.num_tokens += int(groups.sum())
 
 
@@ -89,6 +90,7 @@ def roll_out_partially(
     now, num_running, serial = 0, 0, 0
     ends: list[tuple[int, int, int]] = []  # iteration, group, response
     opened: dict[int, OpenGroup] = {}
+    started_at: dict[int, int] = {}
 
     def start(group: OpenGroup) -> None:
         nonlocal num_running, serial
@@ -98,16 +100,15 @@ def roll_out_partially(
                 heapq.heappush(ends, (now + length - done, serial, i))
                 group.left += 1
         num_running += group.left
-        opened[serial] = group
+        opened[serial], started_at[serial] = group, now
         serial += 1
+
     for group in resumed:
         start(group)
     num_slots = engines.count * engines.slots
-    started_at = dict.fromkeys(opened, 0)
     while need.missing > 0:
         count = need.prompts_to_start(num_running, num_slots, group_size)
         for lengths in take(count) if count else ():
-            started_at[serial] = now
             start(OpenGroup(lengths, np.zeros(len(lengths), np.int64), 0))
         now, number, i = heapq.heappop(ends)
         group = opened[number]
@@ -129,5 +130,5 @@ def roll_out_partially(
         else:
             found.num_purged += 1
     per_iteration = float(engines.rates.iteration_seconds(np.array([engines.slots]))[0])
-    found.seconds = found.busy_seconds = now * per_iteration
+    found.seconds = now * per_iteration
     return found
