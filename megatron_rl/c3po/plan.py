@@ -66,7 +66,7 @@ def schedule(
         selection = select_by_domain(lengths, domains, order, budgets, shares or {ANY: 1.0}, cut)
         per_step, left_over, num_cut = selection.steps, selection.left_over, selection.num_cut_tokens
     else:
-        per_step = _split([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))
+        per_step = split_evenly([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(budgets))
         left_over, num_cut = (), 0
 
     steps = []
@@ -114,7 +114,7 @@ def _num_older(sample: Sample, policy_version: int, num_tokens: int) -> int:
     return int(np.searchsorted(sample.response.policy_versions[:num_tokens], policy_version))
 
 
-def _split(picks: Sequence[Pick], num_steps: int) -> tuple[tuple[Pick, ...], ...]:
+def split_evenly(picks: Sequence[Pick], num_steps: int) -> tuple[tuple[Pick, ...], ...]:
     """Consecutive parts of sizes that differ by one at most."""
     bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
     return tuple(tuple(picks[a:b]) for a, b in pairwise(bounds))

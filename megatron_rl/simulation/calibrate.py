@@ -14,8 +14,9 @@ from scipy.optimize import nnls
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.config.schema import ClusterSection, RlConfig
-from megatron_rl.simulation.cluster import Cluster, Step
+from megatron_rl.simulation.cluster import Cluster, Step, forward_passes
 from megatron_rl.simulation.rates import Rates
+from megatron_rl.simulation.workload import Groups
 from megatron_rl.train.metrics import read_metrics
 
 SETTLED = 5  # the first steps warm up the machine
@@ -24,53 +25,75 @@ _ANY_RATES = Rates(decode=((1, 1.0),), train_flops=1.0)
 
 
 class Replay:
-    """The groups that a run generated, in the order of their prompts. ValueError for a run that lacks rollouts."""
+    """The groups that a run generated, in the order of their prompts. ValueError for a run that lacks rollouts, or that
+    left responses unfinished."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, config: RlConfig) -> None:
+        if config.rollout.partial:
+            raise ValueError(f"{run_dir} has partial rollouts, whose lengths are cut off; calibrate with another run")
         self.rows = read_metrics(run_dir / "metrics.jsonl")
         if len(self.rows) <= 2 * SETTLED:
             raise ValueError(f"{run_dir} has {len(self.rows)} steps; calibrate with a run of more than {2 * SETTLED}")
-        found: dict[int, list[int]] = defaultdict(list)
-        prompt_tokens = []
+        lengths: dict[int, list[int]] = defaultdict(list)
+        rewards: dict[int, set[float]] = defaultdict(set)
         for row in self.rows:
             path = run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path} is missing; calibrate with a run whose rollouts are all there")
-            for sample in map(json.loads, path.read_text().splitlines()):
-                if set(sample["policy_versions"]) == {str(row["step"])}:  # others were carried into this step
-                    found[sample["position"]].append(sample["num_tokens"])
-        self.groups = [np.array(found[position]) for position in sorted(found)]
+            with path.open() as file:
+                for sample in map(json.loads, file):
+                    if set(sample["policy_versions"]) == {str(row["step"])}:  # others were carried into this step
+                        lengths[sample["position"]].append(sample["num_tokens"])
+                        rewards[sample["position"]].add(sample["reward"])
+        self.groups = [np.array(lengths[position]) for position in sorted(lengths)]
+        self._kept = np.array([len(rewards[position]) > 1 for position in sorted(lengths)])
         self._next = 0
 
-    def take(self, num_groups: int) -> np.ndarray:
-        groups = self.groups[self._next : self._next + num_groups]
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean over the samples that were trained."""
+        tokens = sum(row["num_forward_tokens"] - sum(row["num_loss_tokens_by_step"]) for row in self.rows)
+        return tokens / sum(row["num_trained_samples"] for row in self.rows)
+
+    @property
+    def uniform_share(self) -> float:
+        """Of groups whose rewards are all equal."""
+        return 1.0 - float(self._kept.mean())
+
+    def take(self, num_groups: int) -> Groups:
+        part = slice(self._next, self._next + num_groups)
+        groups, kept = self.groups[part], self._kept[part]
         if len(groups) < num_groups:
             raise ValueError("the run's groups are not those that its configuration makes it sample; is it whole?")
         self._next += num_groups
-        return np.stack(groups)
+        return Groups(np.stack(groups), kept)
 
 
-def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: CostModel, prompt_tokens: int) -> Rates:
+def replay(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: CostModel, rates: Rates) -> list[Step]:
+    """The steps that a run would have taken at these rates, with the lengths that it had."""
+    had = Replay(run_dir, config)
+    simulated = Cluster(config, cluster, cost, rates, had.take, had.prompt_tokens, num_packed=None)
+    return simulated.run(len(had.rows))
+
+
+def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: CostModel) -> Rates:
     """By least squares without negative terms, over the steps after the first few."""
-    replay = Replay(run_dir)
-    simulated = Cluster(config, cluster, cost, _ANY_RATES, replay.take, prompt_tokens, num_packed=10**9)
-    steps = [step for step, _ in zip(simulated, replay.rows, strict=False)]
-    steps, rows = steps[SETTLED:], replay.rows[SETTLED:]
+    steps = replay(run_dir, config, cluster, cost, _ANY_RATES)[SETTLED:]
+    rows = read_metrics(run_dir / "metrics.jsonl")[SETTLED:]
     fixed, per_running, per_response = _rollout_terms(steps, [row["rollout_seconds"] for row in rows])
-    passes = 4.0 if config.model.recompute else 3.0
     per_flop, per_micro_batch, per_step = _train_terms(steps, [row["train_seconds"] for row in rows])
-    slots = config.rollout.max_running_requests
-    ranks = cluster.training_ranks / config.parallel.layout(cluster.training_ranks).data
+    layout = config.parallel.layout(cluster.training_ranks)
+    slots = max(2, config.rollout.max_running_requests)
     known = ("rollout_seconds", "train_seconds", "update_weights_seconds")
-    rest = [row["step_seconds"] - sum(row[name] for name in known) for row in rows]
+    rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])
     return Rates(
-        decode=tuple((n, n / (fixed + per_running * n)) for n in (1, max(2, slots))),
+        decode=tuple((n, n / (fixed + per_running * n)) for n in (1, slots)),
         response_seconds=per_response,
-        train_flops=passes / (per_flop * ranks),
+        train_flops=forward_passes(config) / (per_flop * layout.world_size / layout.data),
         micro_batch_seconds=per_micro_batch,
         optimizer_seconds=per_step,
         sync_seconds=float(np.mean([row["update_weights_seconds"] for row in rows])),
-        step_seconds=max(0.0, float(np.mean(rest))),
+        step_seconds=max(0.0, float(rest)),
     )
 
 
@@ -93,7 +116,8 @@ def _rollout_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[flo
 def _train_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[float, float, float]:
     """Seconds of a FLOP of the slowest ranks, of a micro-batch, and of an optimizer step."""
     table = [
-        (sum(cost for cost, _ in step.packed), sum(rows for _, rows in step.packed), len(step.packed)) for step in steps
+        (sum(one.barrier_flops for one in step.trained), sum(one.num_rows for one in step.trained), len(step.trained))
+        for step in steps
     ]
     scale = np.array([np.mean([row[0] for row in table]) or 1.0, 1.0, 1.0])  # FLOPs are many
     terms, _ = nnls(np.array(table) / scale, np.array(seconds))

@@ -1,26 +1,39 @@
 """A run of synchronous steps on a cluster: rollout, plan, train, push, with the trainer's own selection and packing."""
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Pick, Shortfall, select, selection_order, shortfalls
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
+from megatron_rl.c3po.plan import split_evenly
 from megatron_rl.config.schema import ClusterSection, RlConfig
 from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
-from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, Take, roll_out, roll_out_partially
+from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out, roll_out_partially
+from megatron_rl.simulation.workload import Take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Seconds of one optimizer step. even: those of its FLOPs, were all ranks always busy. bubble: of the pipeline's
+    fill and drain. barrier_flops, num_rows: forward FLOPs of the slowest ranks, and micro-batches per rank, as
+    packed or estimated."""
+
+    seconds: float
+    even: float
+    bubble: float
+    barrier_flops: float
+    num_rows: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause.
 
-    waves: of its rollout phase. packed: of each optimizer step that was packed into micro-batches, the forward cost of
-    the slowest ranks in FLOPs, and micro-batches per rank.
+    waves: of its rollout phase. trained: its optimizer steps.
     """
 
     rollout_seconds: float
@@ -33,7 +46,7 @@ class Step:
     num_carried: int
     idle: dict[str, float]
     waves: tuple[Decoded, ...]
-    packed: tuple[tuple[float, int], ...]
+    trained: tuple[Trained, ...]
 
     @property
     def seconds(self) -> float:
@@ -42,10 +55,10 @@ class Step:
 
 
 class Cluster:
-    """A configuration on so many GPUs; iterate over it for its steps, which never end.
+    """A configuration on so many GPUs, which `run` takes from step to step.
 
     The first `num_packed` optimizer steps are packed into micro-batches as the trainer packs them; later ones cost what
-    perfectly even ranks would need times the mean ratio of those, since packing 32,768 responses takes a second.
+    perfectly even ranks would need times the mean ratio of those, since packing 32,768 responses takes seconds.
     """
 
     def __init__(
@@ -55,129 +68,137 @@ class Cluster:
         cost: CostModel,
         rates: Rates,
         take: Take,
-        prompt_tokens: int,
-        num_packed: int = 8,
+        prompt_tokens: float,
+        num_packed: int | None = 4,
     ) -> None:
-        """cost: of a forward pass over a sequence, in FLOPs. take: gives the lengths of groups. prompt_tokens: of every
-        prompt."""
+        """cost: of a forward pass over a sequence, in FLOPs. take: gives groups. prompt_tokens: of every prompt.
+        num_packed: None packs every step. ValueError for budget.domains."""
         if config.budget.domains:
-            raise ValueError("the simulator knows one length distribution; take budget.domains out")
+            raise ValueError("the simulator knows one length distribution: set budget.domains={}")
         self._config, self._cluster, self._cost, self._rates, self._take = config, cluster, cost, rates, take
         self._layout = config.parallel.layout(cluster.training_ranks)
-        self._prompt_tokens, self._num_packed = prompt_tokens, num_packed
+        self._prompt_tokens, self._num_packed = round(prompt_tokens), num_packed
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(cluster.training_ranks)
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         servers = len(config.rollout.urls) or (cluster.serving_nodes or cluster.nodes) * config.rollout.num_servers
         self.engines = Engines(count=servers, slots=config.rollout.max_running_requests, rates=rates)
+        self._number = 0
         self._per_prompt: float | None = None
         self._carried: list[int] = []  # lengths
         self._since: list[int] = []
         self._unfinished: list[OpenGroup] = []
-        self._unevenness: list[float] = []
-        self._rows: list[float] = []
+        self._unevenness: list[tuple[float, float]] = []  # FLOPs and micro-batches of a packed step over an even one's
 
-    def __iter__(self) -> Iterator[Step]:
-        return map(self._step, itertools.count())
+    def run(self, num_steps: int) -> list[Step]:
+        """The next steps."""
+        return [self._step() for _ in range(num_steps)]
 
-    def _step(self, number: int) -> Step:
-        config, rates = self._config, self._rates
-        oldest = number - config.budget.max_staleness
+    def _step(self) -> Step:
+        rates = self._rates
+        oldest = self._number - self._config.budget.max_staleness
         self._carried = [n for n, since in zip(self._carried, self._since, strict=True) if since >= oldest]
         self._since = [since for since in self._since if since >= oldest]
-        rolled, need = self._roll_out()
-        if self._refill:
-            self._per_prompt = need.per_prompt
-        picks = self._select(rolled.groups, number)
-        self._packed: list[tuple[float, int]] = []
-        train = [self._train([pick.num_loss_tokens for pick in step]) for step in picks]
-        colocated = not self._cluster.serving_nodes
+        rolled = self._roll_out()
+        picked = self._select(rolled.kept)
+        trained = tuple(self._train([pick.num_loss_tokens for pick in picks]) for picks in picked)
+        self._number += 1
         step = Step(
             rollout_seconds=rolled.seconds,
-            train_seconds=sum(seconds for seconds, _ in train),
+            train_seconds=sum(one.seconds for one in trained),
             sync_seconds=rates.sync_seconds,
-            switch_seconds=rates.switch_seconds if colocated else 0.0,
+            switch_seconds=0.0 if self._cluster.serving_nodes else rates.switch_seconds,
             other_seconds=rates.step_seconds,
             num_generated_tokens=rolled.num_tokens,
-            num_loss_tokens=sum(pick.num_loss_tokens for step in picks for pick in step),
+            num_loss_tokens=sum(pick.num_loss_tokens for picks in picked for pick in picks),
             num_carried=len(self._carried),
             idle={},
             waves=tuple(rolled.waves),
-            packed=tuple(self._packed),
+            trained=trained,
         )
-        return replace(step, idle=self._idle(step, rolled, sum(even for _, even in train)))
+        step.idle.update(self._idle(step))
+        return step
 
-    def _roll_out(self) -> tuple[Rolled, Shortfall]:
-        rollout, budget = self._config.rollout, self._config.budget
+    def _roll_out(self) -> Rolled:
+        rollout, budget, filters = self._config.rollout, self._config.budget, self._algorithm.dynamic_sampling
         if self._refill:
             carried = {ANY: sum(self._carried)}
-            (need,) = shortfalls(
-                self._budgets, {ANY: 1.0}, carried, {ANY: self._per_prompt}, rollout.max_response_tokens
-            )
+            known = {ANY: self._per_prompt}
+            (need,) = shortfalls(self._budgets, {ANY: 1.0}, carried, known, rollout.max_response_tokens)
         else:
             need = Shortfall(unit="groups", missing=rollout.prompts_per_step, per_prompt=1.0)
         if rollout.partial:
             size, retention = rollout.samples_per_prompt, rollout.max_retention
-            rolled = roll_out_partially(self.engines, self._take, need, self._unfinished, size, retention)
+            rolled = roll_out_partially(self.engines, self._take, need, self._unfinished, size, retention, filters)
             self._unfinished = rolled.unfinished
         else:
-            rolled = roll_out(self.engines, self._take, need, rollout.prompts_per_step, budget.max_waves)
-        return rolled, need
+            rolled = roll_out(self.engines, self._take, need, rollout.prompts_per_step, budget.max_waves, filters)
+        if self._refill:
+            self._per_prompt = need.per_prompt
+        return rolled
 
-    def _select(self, groups: Sequence[np.ndarray], number: int) -> Sequence[Sequence[Pick]]:
+    def _select(self, groups: Sequence[np.ndarray]) -> Sequence[Sequence[Pick]]:
         """The picks of every optimizer step; what is left over is carried."""
         if not self._refill:
             groups = groups[: self._config.rollout.prompts_per_step]
-        seed = self._config.seed * 1_000_003 + number  # the trainer's
+        seed = self._config.seed * 1_000_003 + self._number  # the trainer's
         lengths = [*self._carried, *(n for group in groups for n in group.tolist())]
         order = selection_order(len(self._carried), [len(group) for group in groups], seed)
         if not self._algorithm.uses_budget:
-            picks = [Pick(index=i, num_loss_tokens=lengths[i]) for i in order]
-            parts = len(self._budgets)
-            return [picks[len(picks) * i // parts : len(picks) * (i + 1) // parts] for i in range(parts)]
+            return split_evenly([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(self._budgets))
         selection = select(lengths, order, self._budgets, self._config.budget.cut)
-        since = {i: s for i, s in enumerate(self._since)}
+        since = dict(enumerate(self._since))
         left = selection.left_over if self._refill else ()
-        self._carried, self._since = [lengths[i] for i in left], [since.get(i, number) for i in left]
+        self._carried, self._since = [lengths[i] for i in left], [since.get(i, self._number) for i in left]
         return selection.steps
 
-    def _train(self, loss_tokens: Sequence[int]) -> tuple[float, float]:
-        """Seconds of an optimizer step, and those of perfectly even ranks."""
-        config, layout, rates = self._config, self._layout, self._rates
-        sequences = [self._prompt_tokens + n for n in loss_tokens]
-        passes = 4.0 if config.model.recompute else 3.0  # backward is two forwards, recomputation one more
-        per_flop = passes / (rates.train_flops * (layout.world_size // layout.data))
-        tokens = np.array(sequences, float)
-        even = per_flop * float((self._cost.linear * tokens + self._cost.quadratic * tokens**2).sum()) / layout.data
-        num_rows = tokens.sum() / layout.data / config.micro_batch_cap
-        if len(self._unevenness) < self._num_packed:
-            packed = pack_micro_batches(
-                sequences, layout.data, config.micro_batch_cap, self._cost, multiple_of=layout.micro_batch_multiple
-            )
-            barrier = barrier_cost(packed, sequences, self._cost)
-            self._packed.append((barrier, len(packed[0])))
-            self._unevenness.append(per_flop * barrier / even)
-            self._rows.append(len(packed[0]) / num_rows)
-        uneven, rows = np.mean(self._unevenness), np.mean(self._rows) * num_rows
-        return float(even * uneven + rows * rates.micro_batch_seconds + rates.optimizer_seconds), even
+    def _train(self, loss_tokens: Sequence[int]) -> Trained:
+        layout, rates, cap = self._layout, self._rates, self._config.micro_batch_cap
+        per_flop = forward_passes(self._config) / (rates.train_flops * (layout.world_size // layout.data))
+        tokens = self._prompt_tokens + np.array(loss_tokens, float)
+        even_flops = float((self._cost.linear * tokens + self._cost.quadratic * tokens**2).sum()) / layout.data
+        even_rows = tokens.sum() / layout.data / cap
+        is_packed = self._num_packed is None or len(self._unevenness) < self._num_packed
+        if is_packed:
+            sequences = tokens.astype(int).tolist()
+            multiple = layout.micro_batch_multiple
+            packed = pack_micro_batches(sequences, layout.data, cap, self._cost, multiple_of=multiple)
+            flops, rows = barrier_cost(packed, sequences, self._cost), float(len(packed[0]))
+            self._unevenness.append((flops / even_flops, rows / even_rows))
+        else:
+            flops, rows = np.mean(self._unevenness, 0) * (even_flops, even_rows)
+        work = per_flop * flops + rows * rates.micro_batch_seconds
+        # Share (p - 1) / (v m) of the work, for m micro-batches (Narayanan et al. 2021, arXiv 2104.04473, Section 2.2).
+        bubble = work * (layout.pipeline - 1) / (layout.virtual_pipeline * max(1.0, rows))
+        return Trained(
+            seconds=work + bubble + rates.optimizer_seconds,
+            even=per_flop * even_flops,
+            bubble=bubble,
+            barrier_flops=flops,
+            num_rows=rows,
+        )
 
-    def _idle(self, step: Step, rolled: Rolled, even_seconds: float) -> dict[str, float]:
-        """Shares of all GPU-seconds of the step.
-
-        tail: slots without a response, as time that full ones would have saved. uneven: ranks that wait for others at
-        the end of a micro-batch, and what micro-batches and the optimizer cost beside FLOPs. training, generating:
-        GPUs that only do the other. sync, switch, other: all GPUs.
-        """
+    def _idle(self, step: Step) -> dict[str, float]:
+        """Shares of all GPU-seconds of the step, by cause; see docs/simulator.md."""
         serving = self._cluster.serving_nodes / self._cluster.nodes
-        both = not serving
-        serves, trains = (1.0, 1.0) if both else (serving, 1.0 - serving)
+        serves, trains = (serving, 1.0 - serving) if serving else (1.0, 1.0)
+        even, bubble = sum(one.even for one in step.trained), sum(one.bubble for one in step.trained)
         lost = {
-            "tail": serves * (rolled.seconds - rolled.num_tokens / self.engines.full_speed),
-            "uneven": trains * (step.train_seconds - even_seconds),
-            "training": 0.0 if both else serves * step.train_seconds,
-            "generating": 0.0 if both else trains * step.rollout_seconds,
+            "empty_slots": serves * (step.rollout_seconds - step.num_generated_tokens / self.engines.full_speed),
+            "uneven_ranks": trains * (step.train_seconds - even - bubble),
+            "pipeline_bubble": trains * bubble,
+            "waiting_for_training": serves * step.train_seconds if serving else 0.0,
+            "waiting_for_rollout": trains * step.rollout_seconds if serving else 0.0,
             "sync": step.sync_seconds,
             "switch": step.switch_seconds,
             "other": step.other_seconds,
         }
         return {cause: seconds / step.seconds for cause, seconds in lost.items()}
+
+
+def forward_passes(config: RlConfig) -> float:
+    """What an optimizer step costs, in forward passes: a backward pass is two, recomputation is one more, and so is
+    each of the reference's log-probs and the trainer's own old ones (of all but the first optimizer step)."""
+    algorithm = config.algorithm
+    later = 1.0 - 1.0 / algorithm.optimizer_steps_per_rollout if algorithm.trains_on_own_old_logprobs else 0.0
+    return 3.0 + config.model.recompute + bool(algorithm.kl_coefficient) + later

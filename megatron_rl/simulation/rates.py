@@ -53,8 +53,9 @@ class Rates(Section):
             return np.full(np.shape(running), seconds[0])
         slopes = np.diff(seconds) / np.diff(numbers)
         part = np.clip(np.searchsorted(numbers, running, side="right") - 1, 0, len(slopes) - 1)
-        # Left of its first point the line may fall below what one response can take.
-        return np.maximum(seconds[part] + slopes[part] * (running - numbers[part]), seconds[0] * running / numbers[0])
+        line = seconds[part] + slopes[part] * (running - numbers[part])
+        # Left of the first point it may fall below what as many responses as there take.
+        return np.where(running < numbers[0], np.maximum(line, seconds[0] * running / numbers[0]), line)
 
     def full_speed(self, slots: int) -> float:
         """Tokens/s of an engine whose slots are all busy."""

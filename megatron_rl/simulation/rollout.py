@@ -1,7 +1,7 @@
 """A rollout phase: groups until the budget is filled, by the same arithmetic as the sampler's (c3po/budget.py)."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,9 +9,7 @@ import numpy as np
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.simulation.decode import Decoded, decode
 from megatron_rl.simulation.rates import Rates
-
-# Lengths [n, K] of the groups of the next n prompts.
-Take = Callable[[int], np.ndarray]
+from megatron_rl.simulation.workload import Take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +26,35 @@ class Engines:
         return self.count * self.rates.full_speed(self.slots)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OpenGroup:
-    """A group of a partial phase. lengths: [K], what its responses will have. done: tokens that each has."""
+    """A group of a partial phase. lengths: [K], what its responses will have. done: [K], tokens that each has.
+    num_running: responses that have not ended. since: the iteration of the phase in which it went on."""
 
     lengths: np.ndarray
     done: np.ndarray
-    retention: int
-    left: int = 0
+    kept: bool
+    retention: int = 0
+    num_running: int = 0
+    since: int = 0
+
+    def advance(self, now: int) -> int:
+        """Up to iteration `now` of the phase; the tokens that this brought."""
+        done = np.minimum(self.done + now - self.since, self.lengths)
+        gained = int((done - self.done).sum())
+        self.done, self.since = done, now
+        return gained
 
 
 @dataclass(slots=True, kw_only=True)
 class Rolled:
     """What a phase brought.
 
-    groups: of the completed ones, the lengths [K]. unfinished, num_purged: with partial rollouts. num_tokens: that were
-    decoded. waves: without partial rollouts, what each asked of every engine.
+    kept: lengths [K] of the groups that may be trained. unfinished, num_purged: with partial rollouts. num_tokens: that
+    were decoded. waves: without partial rollouts, what each asked of every engine.
     """
 
-    groups: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
     unfinished: list[OpenGroup] = field(default_factory=list)
     num_purged: int = 0
     num_tokens: int = 0
@@ -54,17 +62,19 @@ class Rolled:
     waves: list[Decoded] = field(default_factory=list)
 
 
-def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max_waves: int) -> Rolled:
-    """Waves, each waited for; counts `need` down. ValueError after `max_waves`."""
+def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max_waves: int, filters: bool) -> Rolled:
+    """Waves, each waited for; counts `need` down. filters: drop groups whose rewards are equal. ValueError after
+    `max_waves`."""
     found = Rolled()
     for _ in range(max_waves):
         count = need.more_prompts(first_wave)
         if count == 0:
             return found
         groups = take(count)
-        _decode_wave(engines, groups, found)
-        found.groups += list(groups)
-        need.add(count, groups.tolist())
+        _decode_wave(engines, groups.lengths, found)
+        kept = groups.lengths[groups.kept] if filters else groups.lengths
+        found.kept += list(kept)
+        need.add(count, kept.tolist())
     if need.missing > 0:
         raise ValueError(
             f"{max_waves} waves (budget.max_waves) did not fill the budget; raise rollout.prompts_per_step"
@@ -72,63 +82,66 @@ def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max
     return found
 
 
-def _decode_wave(engines: Engines, groups: np.ndarray, found: Rolled) -> None:
-    """Whole groups, each to the engine that has the least to do, as the pool gives them out: it does not know lengths."""
-    queues = [groups[engine :: engines.count].reshape(-1) for engine in range(min(engines.count, len(groups)))]
+def _decode_wave(engines: Engines, lengths: np.ndarray, found: Rolled) -> None:
+    """Whole groups, dealt to the engines in turn, as the pool gives them out: it does not know their lengths."""
+    queues = [lengths[engine :: engines.count].reshape(-1) for engine in range(min(engines.count, len(lengths)))]
     wave = decode(queues, engines.slots, engines.rates.iteration_seconds)
     found.waves.append(wave)
     found.seconds += float((wave.seconds + engines.rates.response_seconds * wave.responses).max())
-    found.num_tokens += int(groups.sum())
+    found.num_tokens += int(lengths.sum())
 
 
 def roll_out_partially(
-    engines: Engines, take: Take, need: Shortfall, resumed: Sequence[OpenGroup], group_size: int, max_retention: int
+    engines: Engines,
+    take: Take,
+    need: Shortfall,
+    resumed: Sequence[OpenGroup],
+    group_size: int,
+    max_retention: int,
+    filters: bool,
 ) -> Rolled:
     """C3PO++: every slot is busy until the completed groups fill the budget. So all engines advance alike, and one
     count of iterations serves for all."""
     found = Rolled()
-    now, num_running, serial = 0, 0, 0
-    ends: list[tuple[int, int, int]] = []  # iteration, group, response
+    now, num_running, num_ended, serial = 0, 0, 0, 0
+    ends: list[tuple[int, int]] = []  # iteration in which a response ends, its group
     opened: dict[int, OpenGroup] = {}
-    started_at: dict[int, int] = {}
 
     def start(group: OpenGroup) -> None:
         nonlocal num_running, serial
-        group.left = 0
-        for i, (length, done) in enumerate(zip(group.lengths.tolist(), group.done.tolist(), strict=True)):
-            if done < length:
-                heapq.heappush(ends, (now + length - done, serial, i))
-                group.left += 1
-        num_running += group.left
-        opened[serial], started_at[serial] = group, now
+        left = group.lengths - group.done
+        for tokens in left[left > 0].tolist():
+            heapq.heappush(ends, (now + tokens, serial))
+        group.num_running, group.since = int((left > 0).sum()), now
+        num_running += group.num_running
+        opened[serial] = group
         serial += 1
 
     for group in resumed:
         start(group)
-    num_slots = engines.count * engines.slots
     while need.missing > 0:
-        count = need.prompts_to_start(num_running, num_slots, group_size)
-        for lengths in take(count) if count else ():
-            start(OpenGroup(lengths, np.zeros(len(lengths), np.int64), 0))
-        now, number, i = heapq.heappop(ends)
+        count = need.prompts_to_start(num_running, engines.count * engines.slots, group_size)
+        if count:
+            new = take(count)
+            for lengths, kept in zip(new.lengths, new.kept.tolist(), strict=True):
+                start(OpenGroup(lengths=lengths, done=np.zeros_like(lengths), kept=kept or not filters))
+        now, number = heapq.heappop(ends)
+        num_running, num_ended = num_running - 1, num_ended + 1
         group = opened[number]
-        found.num_tokens += int(group.lengths[i] - group.done[i])
-        group.done[i] = group.lengths[i]
-        group.left -= 1
-        num_running -= 1
-        if group.left == 0:
-            found.groups.append(group.lengths)
-            need.add(1, [group.lengths.tolist()])
+        group.num_running -= 1
+        if group.num_running == 0:
+            found.num_tokens += group.advance(now)
+            if group.kept:
+                found.kept.append(group.lengths)
+            need.add(1, [group.lengths.tolist()] if group.kept else [])
             del opened[number]
-    for number, group in opened.items():
-        advanced = np.minimum(group.done + now - started_at[number], group.lengths)
-        advanced = np.where(group.done == group.lengths, group.done, advanced)
-        found.num_tokens += int((advanced - group.done).sum())
-        left = OpenGroup(group.lengths, advanced, group.retention + 1)
-        if left.retention <= max_retention:
-            found.unfinished.append(left)
+    for group in opened.values():
+        found.num_tokens += group.advance(now)
+        group.retention += 1
+        if group.retention <= max_retention:
+            found.unfinished.append(group)
         else:
             found.num_purged += 1
-    per_iteration = float(engines.rates.iteration_seconds(np.array([engines.slots]))[0])
-    found.seconds = now * per_iteration
+    iteration = float(engines.rates.iteration_seconds(np.array([engines.slots]))[0])
+    found.seconds = now * iteration + engines.rates.response_seconds * num_ended / engines.count
     return found

@@ -1,57 +1,100 @@
 """Response lengths of a run that was not made: groups of responses to one prompt, from a distribution."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import ndtr
+
+# Of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
+LOG_DEVIATION = 0.97
+_NUM_QUANTILES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """lengths: int64 [n, K], tokens of the responses of n groups, each at least 1. kept: bool [n], False where all
+    rewards are equal, which dynamic sampling drops."""
+
+    lengths: np.ndarray
+    kept: np.ndarray
+
+
+# The groups of the next n prompts.
+Take = Callable[[int], Groups]
 
 
 class Lengths:
-    """Draws the lengths of groups.
+    """Draws groups.
 
-    The members of a group resemble each other: their places in the distribution are those of normal numbers with this
+    Members of a group resemble each other: their places in the distribution are those of normal numbers with this
     correlation (a Gaussian copula). 0 makes all responses alike, 1 all members of a group equal.
     """
 
-    def __init__(self, lengths: np.ndarray, group_size: int, correlation: float, seed: int) -> None:
-        if not 0 <= correlation <= 1:
-            raise ValueError(f"the correlation of a group's lengths must be from 0 to 1, got {correlation:g}")
-        self._sorted, self._size, self._correlation = np.sort(lengths), group_size, correlation
+    def __init__(
+        self, lengths: np.ndarray, group_size: int, correlation: float, uniform_share: float, seed: int
+    ) -> None:
+        """lengths: any number of them. uniform_share: of groups whose rewards are all equal."""
+        for name, value in (("correlation of a group's lengths", correlation), ("uniform share", uniform_share)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"the {name} must be from 0 to 1, got {value:g}")
+        self._sorted, self._size = np.sort(lengths), group_size
+        self._correlation, self._uniform = correlation, uniform_share
         self._random = np.random.default_rng(seed)
 
-    @property
-    def mean(self) -> float:
-        return float(self._sorted.mean())
+    def take(self, num_groups: int) -> Groups:
+        from scipy.special import ndtr
 
-    def take(self, num_groups: int) -> np.ndarray:
-        """int64 [num_groups, group size], each at least 1."""
         shared = self._random.standard_normal((num_groups, 1))
         own = self._random.standard_normal((num_groups, self._size))
         place = ndtr(np.sqrt(self._correlation) * shared + np.sqrt(1 - self._correlation) * own)
-        return self._sorted[np.minimum((place * len(self._sorted)).astype(np.int64), len(self._sorted) - 1)]
+        lengths = self._sorted[np.minimum((place * len(self._sorted)).astype(np.int64), len(self._sorted) - 1)]
+        return Groups(lengths, self._random.random(num_groups) >= self._uniform)
 
 
-def read_lengths(path: Path, mean: float | None, longest: int) -> np.ndarray:
-    """One length per line, scaled so that their mean is `mean` once all over `longest` are cut to it. ValueError for a
-    file that holds none, and for a mean that no scale gives."""
+def lognormal() -> np.ndarray:
+    """Lengths of an assumed shape, to be scaled by `scaled`."""
+    from scipy.special import ndtri
+
+    return np.exp(LOG_DEVIATION * ndtri((np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES))
+
+
+def read_lengths(path: Path) -> np.ndarray:
+    """One length per line. ValueError for a file that holds none."""
     try:
-        raw = np.array([float(line) for line in path.read_text().split()])
+        lengths = np.array([float(line) for line in path.read_text().split()])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no file of response lengths, one per line ({error})") from None
-    if not len(raw) or raw.min() <= 0:
+    if not len(lengths) or lengths.min() <= 0:
         raise ValueError(f"{path} must hold lengths above 0, one per line")
-    if mean is not None and not 1 <= mean < longest:
+    return lengths
+
+
+def scaled(lengths: np.ndarray, mean: float | None, longest: int) -> np.ndarray:
+    """int64: times whatever makes their mean `mean` once all over `longest` are cut to it; None leaves them as they
+    are but for the cut. ValueError for a mean that no scale gives."""
+    if mean is None:
+        return np.clip(np.rint(lengths), 1, longest).astype(np.int64)
+    if not 1 <= mean < longest:
         raise ValueError(f"a mean length of {mean:g} is not between 1 and rollout.max_response_tokens = {longest}")
-    scale = 1.0 if mean is None else _scale(raw, mean, longest)
-    return np.clip(np.rint(raw * scale), 1, longest).astype(np.int64)
-
-
-def _scale(raw: np.ndarray, mean: float, longest: int) -> float:
-    """By bisection: the mean of what is cut grows with the scale, up to `longest`."""
     low, high = 0.0, 1.0
-    while np.minimum(raw * high, longest).mean() < mean:
+    while np.minimum(lengths * high, longest).mean() < mean:
         high *= 2
-    for _ in range(60):
+    for _ in range(60):  # the mean grows with the scale
         middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(raw * middle, longest).mean() < mean else (low, middle)
-    return high
+        low, high = (middle, high) if np.minimum(lengths * middle, longest).mean() < mean else (low, middle)
+    return np.clip(np.rint(lengths * high), 1, longest).astype(np.int64)
+
+
+def group_correlation(groups: Sequence[np.ndarray]) -> float:
+    """What `Lengths` takes, out of lengths of real groups of one size K > 1: the share of variance between groups
+    (one-way analysis of variance, Fisher's intraclass correlation) of their normal scores."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    table = np.stack(groups)
+    scores = ndtri((rankdata(table) - 0.5) / table.size).reshape(table.shape)
+    num_groups, size = table.shape
+    between = size * scores.mean(1).var(ddof=1)
+    within = scores.var(1, ddof=1).mean()
+    return float(np.clip((between - within) / (between + (size - 1) * within), 0.0, 1.0))
