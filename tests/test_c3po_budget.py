@@ -1,7 +1,9 @@
 """The token budget: exact, conserving, deterministic, without a preference for short responses."""
 
 import asyncio
+import itertools
 import random
+import statistics
 from collections import Counter
 from typing import Literal
 
@@ -12,6 +14,7 @@ from samples import make_sample
 
 from megatron_rl.c3po.budget import (
     ANY,
+    PromptYield,
     Shortfall,
     apportion,
     most_lacking,
@@ -140,26 +143,65 @@ def test_several_steps_select_what_single_steps_in_turn_would(
     assert rest == selection.left_over
 
 
+def brings(mean: float, deviation: float = 0.0) -> PromptYield:
+    """What two prompts brought, with this mean and standard deviation."""
+    return PromptYield().add(2, [mean - deviation, mean + deviation])
+
+
 @pytest.mark.parametrize(
-    ("missing", "per_prompt", "expected"),
-    [(0, 40.0, 0), (-5, 40.0, 0), (1000, 40.0, 26), (1, 40.0, 2), (40, 40.0, 2), (41, 40.0, 3), (41, None, 7)],
+    ("missing", "per_prompt", "margin", "expected"),
+    [
+        (0, brings(40), 1.0, 0),
+        (-5, brings(40), 1.0, 0),
+        (1000, brings(40), 1.0, 25),  # no deviation, no margin
+        (41, PromptYield(), 1.0, 7),  # nothing is known
+        (1000, brings(40, 20), 0.0, 25),
+        (900, brings(40, 20), 1.0, 25),  # 25 prompts bring 1000 less 5 * 20
+        (901, brings(40, 20), 1.0, 26),
+        (900, brings(40, 20), 2.0, 28),
+    ],
 )
-def test_a_wave_launches_the_predicted_shortfall_of_tokens_and_one_group_more(
-    missing: int, per_prompt: float | None, expected: int
+def test_a_wave_is_what_brings_the_missing_tokens_by_a_margin_of_deviations(
+    missing: int, per_prompt: PromptYield, margin: float, expected: int
 ) -> None:
-    assert Shortfall(unit="tokens", missing=missing, per_prompt=per_prompt).more_prompts(first_wave=7) == expected
+    need = Shortfall(unit="tokens", missing=missing, margin=margin, per_prompt=per_prompt)
+    assert need.more_prompts(first_wave=7) == expected
+
+
+@given(
+    missing=st.integers(1, 5000),
+    brought=st.lists(st.integers(1, 400), min_size=1, max_size=9),
+    filtered=st.integers(0, 4),
+    margin=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+)
+def test_a_wave_is_the_smallest_that_does(missing: int, brought: list[int], filtered: int, margin: float) -> None:
+    all_brought = [*brought, *([0] * filtered)]
+    mean, deviation = statistics.mean(all_brought), statistics.pstdev(all_brought)
+    per_prompt = PromptYield().add(len(all_brought), brought)
+    need = Shortfall(unit="tokens", missing=missing, margin=margin, per_prompt=per_prompt)
+    count = need.more_prompts(first_wave=1)
+    expected = next(n for n in itertools.count(1) if n * mean - margin * deviation * n**0.5 >= missing - 1e-6)
+    assert count == expected
 
 
 def test_filtered_groups_count_for_nothing_in_the_prediction() -> None:
-    need = Shortfall(unit="groups", missing=6, per_prompt=1.0)
+    need = Shortfall(unit="groups", missing=6)
     assert need.more_prompts(first_wave=6) == 6
-    need.add(6, [])  # nothing kept: nothing learnt
+    need.add(6, [])  # nothing kept: nothing to plan by
     assert (need.missing, need.more_prompts(6)) == (6, 6)
     need.add(6, [[5, 5], [1, 2], [3, 3]])  # 3 groups of 12 prompts so far
     assert (need.missing, need.more_prompts(6)) == (3, 12)
-    tokens = Shortfall(unit="tokens", missing=100, per_prompt=None)
+    tokens = Shortfall(unit="tokens", missing=100)
     tokens.add(4, [[5, 5], [10, 20]])  # 40 tokens of 4 prompts, 60 to go
-    assert (tokens.missing, tokens.more_prompts(6)) == (60, 7)
+    assert (tokens.missing, tokens.more_prompts(6)) == (60, 6)
+
+
+def test_earlier_phases_fade_from_the_prediction() -> None:
+    first = PromptYield().add(10, [100] * 10)
+    (need,) = shortfalls([1000], {ANY: 1.0}, {}, {ANY: first}, 60, 1.0)
+    need.add(8, [[50]] * 8)
+    assert need.per_prompt.mean == pytest.approx((0.8 * 10 * 100 + 8 * 50) / (0.8 * 10 + 8))
+    assert need.per_prompt.deviation == pytest.approx(25)  # half of them each 25 off
 
 
 @pytest.mark.parametrize(
@@ -232,11 +274,11 @@ def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
     # Prompts of a domain bring two responses of up to `longest` tokens, or nothing where the group is filtered.
     dice = random.Random(seed)
     budgets = [phi] * num_steps
-    per_prompt: dict[str, float | None] = dict.fromkeys(SHARES)
+    per_prompt = dict.fromkeys(SHARES, PromptYield())
     carried: list[tuple[str, int]] = []
     for _ in range(3):
         have = Counter({domain: sum(n for d, n in carried if d == domain) for domain in SHARES})
-        needs = shortfalls(budgets, SHARES, have, per_prompt, 60)
+        needs = shortfalls(budgets, SHARES, have, per_prompt, 60, 1.0)
         fresh: list[tuple[str, int]] = []
         for need in needs:
 
@@ -265,10 +307,10 @@ def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
 
 
 def test_a_free_slot_goes_to_the_domain_whose_open_prompts_cover_least_of_what_it_lacks() -> None:
-    code = Shortfall(unit="tokens", domain="code", missing=900, per_prompt=300.0)  # three more prompts
-    science = Shortfall(unit="tokens", domain="science", missing=600, per_prompt=20.0)  # thirty
+    code = Shortfall(unit="tokens", domain="code", missing=900, per_prompt=brings(300))  # three more prompts
+    science = Shortfall(unit="tokens", domain="science", missing=600, per_prompt=brings(20))  # thirty
     assert most_lacking([code, science], Counter(code=1, science=9)) is science
     assert most_lacking([code, science], Counter(code=1, science=11)) is code
-    unknown = Shortfall(unit="tokens", domain="science", missing=600, per_prompt=None)
+    unknown = Shortfall(unit="tokens", domain="science", missing=600)
     assert most_lacking([code, unknown], Counter(code=4, science=2)) is unknown  # 4 / 900 against 2 / 600
     assert most_lacking([code, unknown], Counter(code=4, science=3)) is code

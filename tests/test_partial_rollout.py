@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
-from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.c3po.budget import PromptYield, Shortfall
 from megatron_rl.config.schema import RewardSection, RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Response, UnfinishedGroup
@@ -75,7 +75,7 @@ async def phase(
     rollout: RolloutSection = ROLLOUT,
 ) -> Collected:
     """One phase that lacks so many tokens, over prompts from `first` on."""
-    shortfall = Shortfall(unit="tokens", missing=tokens, per_prompt=None)
+    shortfall = Shortfall(unit="tokens", missing=tokens)
     return await sampler(servers, rollout).fill_partially(
         [(question(group.prompt_id), group) for group in resumed],
         questions(first),
@@ -318,7 +318,7 @@ def test_a_phase_goes_on_until_every_domain_has_enough_and_takes_prompts_of_thos
         carried: list[UnfinishedGroup] = []
         for number in range(num_phases):
             pool.next_phase()
-            needs = [Shortfall(unit="tokens", domain=d, missing=n, per_prompt=None) for d, n in tokens.items()]
+            needs = [Shortfall(unit="tokens", domain=d, missing=n) for d, n in tokens.items()]
 
             def take(domain: str, count: int) -> list[Question]:
                 assert next(need for need in needs if need.domain == domain).missing > 0  # noqa: B023
@@ -424,7 +424,7 @@ def test_a_response_that_a_lower_limit_leaves_no_room_is_finished_as_it_is() -> 
 
 def test_a_phase_that_never_fills_says_so() -> None:
     async def run() -> None:
-        shortfall = Shortfall(unit="tokens", domain="math", missing=100, per_prompt=50.0)
+        shortfall = Shortfall(unit="tokens", domain="math", missing=100, per_prompt=PromptYield().add(1, [50]))
         servers: Any = FakePool(2)
         await sampler(servers, ROLLOUT).fill_partially(
             [], questions(0), 0, [shortfall], lambda group: False, max_waves=2

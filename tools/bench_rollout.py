@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 from bench_embedded import SHAPE, Connection  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 
-from megatron_rl.c3po.budget import ANY, Shortfall  # noqa: E402
+from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall  # noqa: E402
 from megatron_rl.config.schema import RewardSection, RolloutSection  # noqa: E402
 from megatron_rl.data.prompts import Prompt  # noqa: E402
 from megatron_rl.records import Group, UnfinishedGroup  # noqa: E402
@@ -169,7 +169,7 @@ async def bench_sampler(pool: ServerPool, url: str, num_groups: int, rewards: Re
 
 async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) -> tuple[list[float], dict[str, Any]]:
     """Seconds of each rollout phase under one budget per step; surplus goes to the next, as in a run."""
-    cursor, surplus, per_prompt = 0, 0, None
+    cursor, surplus, per_prompt = 0, 0, PromptYield()
     unfinished: Sequence[UnfinishedGroup] = []
     seconds, lengths, purged = [], [], 0
 
@@ -182,7 +182,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
         return True
 
     for step in range(num_phases):
-        shortfall = Shortfall(unit="tokens", missing=budget - surplus, per_prompt=per_prompt)
+        shortfall = Shortfall(unit="tokens", missing=budget - surplus, margin=1.0, per_prompt=per_prompt.faded())
         started = time.perf_counter()
         if partial:
             resumed = [(question(group.prompt_id), group) for group in unfinished]

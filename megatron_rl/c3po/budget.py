@@ -9,7 +9,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
+
+# What one phase counts for in the next one's expectation: the policy changes, and a single phase is a small sample.
+_FADING = 0.8
 
 ANY = ""  # stands for every domain, where domains have no budgets of their own
 
@@ -124,6 +127,37 @@ def select_by_domain(
     )
 
 
+class PromptYield(NamedTuple):
+    """What prompts brought, in the unit of a `Shortfall`; a filtered group brings nothing. Sums over the prompts of this
+    phase and, ever fainter, of those before."""
+
+    num_prompts: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self.total > 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.num_prompts
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of what one prompt brings."""
+        return math.sqrt(max(0.0, self.squares / self.num_prompts - self.mean**2))
+
+    def add(self, num_prompts: int, brought: Sequence[int]) -> "PromptYield":
+        """brought: by those of the prompts that brought something."""
+        squares = self.squares + sum(n * n for n in brought)
+        return PromptYield(self.num_prompts + num_prompts, self.total + sum(brought), squares)
+
+    def faded(self) -> "PromptYield":
+        """As it counts in the next phase."""
+        return PromptYield(*(_FADING * number for number in self))
+
+
 @dataclass(slots=True, kw_only=True)
 class Shortfall:
     """What a rollout phase still lacks, and how many prompts should be sampled for it. The sampler only asks.
@@ -131,28 +165,29 @@ class Shortfall:
     domain: whose prompts can bring it; ANY is every prompt's.
     unit: what is counted; responses' tokens for a budget, whole groups otherwise.
     missing: in that unit; at most 0 when nothing is missing.
-    per_prompt: what one prompt is expected to bring, filtered groups counted as nothing; None before anything is known.
-        It becomes the mean over the phase as waves are added.
+    margin: standard deviations by which more is sampled than is expected to do.
+    per_prompt: what prompts bring; those of the phase are counted as waves are added.
     """
 
     unit: Literal["tokens", "groups"]
     missing: float
-    per_prompt: float | None
+    margin: float = 0.0
+    per_prompt: PromptYield = PromptYield()
     domain: str = ANY
-    _gained: float = 0.0
-    _num_prompts: int = 0
 
     def more_prompts(self, first_wave: int) -> int:
         """Prompts of the next wave; `first_wave` while nothing is known.
 
-        Tokens get one group more than the expectation: a second wave of a few prompts leaves most decoding slots idle
-        and costs more than the surplus, which the next step uses first.
+        n prompts bring n mean ± sqrt(n) deviation, and the wave is the smallest n for which what is `margin` deviations
+        below the mean is enough.
         """
         if self.missing <= 0:
             return 0
-        if self.per_prompt is None:
+        if not self.per_prompt.is_known:
             return first_wave
-        return math.ceil(self.missing / self.per_prompt) + (self.unit == "tokens")
+        mean, spread = self.per_prompt.mean, self.margin * self.per_prompt.deviation
+        root = (spread + math.sqrt(spread * spread + 4 * mean * self.missing)) / (2 * mean)
+        return math.ceil(root * root - 1e-9)  # a whole number may come out a rounding above itself
 
     def prompts_to_start(self, num_running: int, num_slots: int, samples_per_prompt: int) -> int:
         """Prompts to start beside `num_running` responses, where unfinished responses outlive the phase (C3PO++): as
@@ -163,25 +198,23 @@ class Shortfall:
 
     def add(self, num_prompts: int, kept_lengths: Sequence[Sequence[int]]) -> None:
         """Count a wave of `num_prompts` prompts; kept_lengths: response tokens of each group that was kept."""
-        gained = sum(map(sum, kept_lengths)) if self.unit == "tokens" else len(kept_lengths)
-        self.missing -= gained
-        self._gained += gained
-        self._num_prompts += num_prompts
-        if self._gained:  # before anything was kept there is nothing to plan by
-            self.per_prompt = self._gained / self._num_prompts
+        brought = [sum(lengths) if self.unit == "tokens" else 1 for lengths in kept_lengths]
+        self.missing -= sum(brought)
+        self.per_prompt = self.per_prompt.add(num_prompts, brought)
 
 
 def shortfalls(
     budgets: Sequence[int],
     shares: Mapping[str, float],
     carried: Mapping[str, int],
-    per_prompt: Mapping[str, float | None],
+    per_prompt: Mapping[str, PromptYield],
     longest: int,
+    margin: float,
 ) -> list[Shortfall]:
     """What a phase lacks of every domain so that `select_by_domain` can fill its part of all budgets.
 
-    carried: tokens that are there already. per_prompt: what one prompt brings. Both by domain, as shares are.
-    longest: tokens of the longest response.
+    carried: tokens that are there already. per_prompt: what prompts brought, the last phase included. Both by domain, as
+    shares are. longest: tokens of the longest response. margin: see `Shortfall`.
     """
     # What crosses the budget of one optimizer step is not there for the next. Without domains the last step of several
     # may be short by that much.
@@ -192,7 +225,8 @@ def shortfalls(
             unit="tokens",
             domain=domain,
             missing=sum(part[domain] for part in parts) + spare - carried.get(domain, 0),
-            per_prompt=per_prompt[domain],
+            margin=margin,
+            per_prompt=per_prompt[domain].faded(),
         )
         for domain in shares
     ]
@@ -204,7 +238,7 @@ def most_lacking(needs: Sequence[Shortfall], num_open: Mapping[str, int]) -> Sho
     needs: all of them lack something. num_open: by domain, prompts that are being sampled.
     """
     # Before all are known, the known ones cannot be compared with the others but by number.
-    is_known = all(need.per_prompt is not None for need in needs)
+    are_known = all(need.per_prompt.is_known for need in needs)
     return min(
-        needs, key=lambda need: num_open[need.domain] * ((need.per_prompt or 1) if is_known else 1) / need.missing
+        needs, key=lambda need: num_open[need.domain] * (need.per_prompt.mean if are_known else 1) / need.missing
     )

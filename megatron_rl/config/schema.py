@@ -503,6 +503,13 @@ class BudgetSection(Section):
     under_full: Literal["refill", "short"] = Field(
         default="refill", description="too few tokens: sample more and carry the surplus, or divide by Phi anyway"
     )
+    margin: float = Field(
+        default=1.0,
+        ge=0,
+        description="under refill, standard deviations by which a wave of prompts is larger than is expected to fill "
+        "Phi. Less makes more phases wait for a second wave; more leaves more surplus, whose tokens are trained a step "
+        "late. On a cluster a second wave takes as long as the longest response: take 2 there",
+    )
     max_staleness: int = Field(default=1, ge=0, description="steps a surplus response may wait before it is dropped")
     max_waves: Positive = Field(default=8, description="rollout waves per step before the run stops with an error")
 

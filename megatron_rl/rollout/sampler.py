@@ -143,7 +143,10 @@ class Sampler:
         for question, group in resumed:
             phase.start(question, [self._ended(response) for response in group.responses], group.retention)
         size = self._rollout.samples_per_prompt
-        wave = sum(math.ceil(max(0.0, need.missing) / (need.per_prompt or math.inf)) for need in needs)
+        wave = sum(
+            math.ceil(max(0.0, need.missing) / (need.per_prompt.mean if need.per_prompt.is_known else math.inf))
+            for need in needs
+        )
         limit, num_started = max_waves * max(self._rollout.prompts_per_step, wave), 0
         try:
             while lacking := [need for need in needs if need.missing > 0]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.budget import ANY, Pick, Shortfall, select, selection_order, shortfalls
+from megatron_rl.c3po.budget import ANY, Pick, PromptYield, Shortfall, select, selection_order, shortfalls
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.c3po.plan import split_evenly
 from megatron_rl.config.schema import ClusterSection, RlConfig
@@ -84,7 +84,7 @@ class Cluster:
         servers = len(config.rollout.urls) or (cluster.serving_nodes or cluster.nodes) * config.rollout.num_servers
         self.engines = Engines(count=servers, slots=config.rollout.max_running_requests, rates=rates)
         self._number = 0
-        self._per_prompt: float | None = None
+        self._per_prompt = PromptYield()
         self._carried: list[int] = []  # lengths
         self._since: list[int] = []
         self._unfinished: list[OpenGroup] = []
@@ -124,9 +124,10 @@ class Cluster:
         if self._refill:
             carried = {ANY: sum(self._carried)}
             known = {ANY: self._per_prompt}
-            (need,) = shortfalls(self._budgets, {ANY: 1.0}, carried, known, rollout.max_response_tokens)
+            longest = rollout.max_response_tokens
+            (need,) = shortfalls(self._budgets, {ANY: 1.0}, carried, known, longest, budget.margin)
         else:
-            need = Shortfall(unit="groups", missing=rollout.prompts_per_step, per_prompt=1.0)
+            need = Shortfall(unit="groups", missing=rollout.prompts_per_step)
         if rollout.partial:
             size, retention = rollout.samples_per_prompt, rollout.max_retention
             rolled = roll_out_partially(self.engines, self._take, need, self._unfinished, size, retention, filters)

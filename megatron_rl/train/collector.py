@@ -16,7 +16,7 @@ import numpy as np
 from megatron_rl import __version__
 from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.budget import ANY, Shortfall, apportion, shortfalls
+from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall, apportion, shortfalls
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
@@ -73,7 +73,7 @@ class Collector:
             self._stream.check_shares(config.budget.domains)
         # By domain: where it is in the one order of prompts, and what one of its prompts brings.
         self.cursors = dict.fromkeys(self._shares, 0)
-        self.tokens_per_prompt: dict[str, float | None] = dict.fromkeys(self._shares)
+        self.per_prompt = dict.fromkeys(self._shares, PromptYield())
         self.carry = Carry()
         self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
@@ -115,7 +115,7 @@ class Collector:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
         state = {
             "cursor": self.cursors,
-            "tokens_per_prompt": self.tokens_per_prompt,
+            "per_prompt": self.per_prompt,
             "from_rollouts": self._recorded is not None,
             "data": self._stream.digest,
         }
@@ -134,7 +134,8 @@ class Collector:
                 "model.path set to the checkpoint"
             )
         self.cursors = saved_by_domain(state["cursor"], self._shares)
-        self.tokens_per_prompt = saved_by_domain(state["tokens_per_prompt"], self._shares)
+        known = saved_by_domain(state["per_prompt"], self._shares)
+        self.per_prompt = {domain: PromptYield(*sums) for domain, sums in known.items()}
         self.carry = unpack_carry(carried)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -203,7 +204,7 @@ class Collector:
             unfinished=tuple(found.unfinished),
         )
         if self._refill:
-            self.tokens_per_prompt = {need.domain: need.per_prompt for need in needs}
+            self.per_prompt = {need.domain: need.per_prompt for need in needs}
         try:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
             phase.write(path, self._prompt_of, self._decode)
@@ -240,12 +241,12 @@ class Collector:
     def _needs(self, carried: Sequence[Sample]) -> list[Shortfall]:
         """What a phase lacks beside the carried samples, of each domain."""
         if not self._refill:
-            return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step, per_prompt=1.0)]
+            return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step)]
         tokens: Counter[str] = Counter()
         for sample in carried:
             tokens[self._domain_of(sample.response.prompt_id)] += sample.response.num_output_tokens
         longest = self._config.rollout.max_response_tokens
-        return shortfalls(self._budgets, self._shares, tokens, self.tokens_per_prompt, longest)
+        return shortfalls(self._budgets, self._shares, tokens, self.per_prompt, longest, self._config.budget.margin)
 
     async def _rollout(self, policy_version: int, needs: Sequence[Shortfall]) -> Collected:
         if self._recorded is None and self._config.rollout.partial:
