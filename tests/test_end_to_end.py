@@ -15,8 +15,13 @@ import pytest
 from inputs import make_inputs
 from small_disk import NO_MOUNT, resize, small_disk
 
-from megatron_rl.config.schema import RlData
+from megatron_rl.c3po.packing import cost_model
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import ClusterSection, RlConfig, RlData
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.simulation.calibrate import replay
+from megatron_rl.simulation.rates import Rates
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -91,6 +96,20 @@ def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(
     assert sum(sample["num_loss_tokens"] for sample in samples) == 300
     assert {sample["outcome"] for sample in samples} <= {"trained", "carried"}
     assert {*(v for s in samples if s["position"] >= rows[0]["num_prompts"] for v in s["policy_versions"])} == {"1"}
+
+
+def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
+    run = whole / "run"
+    config = load_config(RlConfig, run / "config.toml")
+    rates = Rates(decode=((1, 1.0),), train_flops=1.0)
+    cost = cost_model(load_bailing_config(config.model.path))
+    for row, step in zip(
+        rows_of(whole), replay(run, config, ClusterSection(gpus_per_node=1), cost, rates), strict=True
+    ):
+        assert step.num_generated_tokens == row["num_generated_tokens"]
+        assert step.num_loss_tokens == row["num_loss_tokens"]
+        assert step.num_carried == row["num_carried"]
+        assert [one.num_rows for one in step.trained] == [row["num_micro_batches"]]
 
 
 def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_started_from(

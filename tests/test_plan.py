@@ -109,7 +109,7 @@ def test_the_papers_run_on_256_gpus(tmp_path: Path) -> None:
 
 
 def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb")
+    names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates")
     values = {"json": True} | dict.fromkeys(names) | options
     run_plan(argparse.Namespace(config=config, set=list(overrides), **values))
     return json.loads(capsys.readouterr().out)
@@ -122,7 +122,9 @@ def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
     config = Path("examples/ring_lite/paper_256gpu/stage1_math.toml")
     found = run_in_process(capsys, config)
     assert found["problems"] == []
-    assert found["cluster"] == {"nodes": 32, "gpus_per_node": 8, "serving_nodes": 0, "gpu_memory_gb": 80.0}
+    rates = "examples/ring_lite/rates/h800_assumed.toml"
+    cluster = {"nodes": 32, "gpus_per_node": 8, "serving_nodes": 0, "gpu_memory_gb": 80.0, "rates": rates}
+    assert found["cluster"] == cluster
     assert found["model"]["parameters"] == 16_801_974_272
     assert found["shape"] == "examples/ring_lite/ling_lite_1_5/config.json"
     budget = found["budget"]

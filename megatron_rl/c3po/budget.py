@@ -6,9 +6,11 @@ the tail of the response that crosses Phi is masked, so that exactly Phi tokens 
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 # What one phase counts for in the next one's expectation: the policy changes, and a single phase is a small sample.
@@ -65,24 +67,30 @@ def select(
     order: a permutation of the candidates; nothing is skipped, since skipping what does not fit prefers short ones.
     budgets: Phi of each optimizer step. The last steps stay short when the candidates run out.
     """
-    steps: list[tuple[Pick, ...]] = []
-    remaining = list(order)
-    num_cut = 0
-    for budget in budgets:
-        picks: list[Pick] = []
-        missing = budget
-        taken = 0
-        for index in remaining:
-            if missing <= 0:
-                break
-            tokens = min(lengths[index], missing) if cut == "token" else lengths[index]
-            num_cut += lengths[index] - tokens
-            missing -= tokens
-            taken += 1
-            picks.append(Pick(index=index, num_loss_tokens=tokens))
-        remaining = remaining[taken:]
+    ordered = [lengths[index] for index in order]
+    steps, num_cut, taken = [], 0, 0
+    for start, stop, beyond in fill(ordered, budgets):
+        picks = [Pick(index=order[i], num_loss_tokens=ordered[i]) for i in range(start, stop)]
+        if beyond and cut == "token":
+            picks[-1] = Pick(index=order[stop - 1], num_loss_tokens=ordered[stop - 1] - beyond)
+            num_cut += beyond
         steps.append(tuple(picks))
-    return Selection(steps=tuple(steps), left_over=tuple(remaining), num_cut_tokens=num_cut)
+        taken = stop
+    return Selection(steps=tuple(steps), left_over=tuple(order[taken:]), num_cut_tokens=num_cut)
+
+
+def fill(ordered: Sequence[int], budgets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Eq. 3 over lengths that are in order: per optimizer step its part [start, stop) of them, and how many tokens the
+    last of these has beyond the budget."""
+    ends = list(accumulate(ordered))
+    parts, stop, done = [], 0, 0
+    for budget in budgets:
+        start, limit = stop, done + budget
+        if budget > 0:  # a domain's part of a small budget may be nothing
+            stop = min(bisect_left(ends, limit, start) + 1, len(ends))
+        done = ends[stop - 1] if stop else 0
+        parts.append((start, stop, max(0, done - limit)))
+    return parts
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -128,8 +136,8 @@ def select_by_domain(
 
 
 class PromptYield(NamedTuple):
-    """What prompts brought, in the unit of a `Shortfall`; a filtered group brings nothing. Sums over the prompts of this
-    phase and, ever fainter, of those before."""
+    """What prompts brought, in the unit of a `Shortfall`; a filtered group brings nothing. Sums over the prompts of a
+    phase and, ever fainter, of those before it."""
 
     num_prompts: float = 0.0
     total: float = 0.0
@@ -158,6 +166,9 @@ class PromptYield(NamedTuple):
         return PromptYield(*(_FADING * number for number in self))
 
 
+NOTHING_KNOWN = PromptYield()
+
+
 @dataclass(slots=True, kw_only=True)
 class Shortfall:
     """What a rollout phase still lacks, and how many prompts should be sampled for it. The sampler only asks.
@@ -172,7 +183,7 @@ class Shortfall:
     unit: Literal["tokens", "groups"]
     missing: float
     margin: float = 0.0
-    per_prompt: PromptYield = PromptYield()
+    per_prompt: PromptYield = NOTHING_KNOWN
     domain: str = ANY
 
     def more_prompts(self, first_wave: int) -> int:
@@ -213,7 +224,7 @@ def shortfalls(
 ) -> list[Shortfall]:
     """What a phase lacks of every domain so that `select_by_domain` can fill its part of all budgets.
 
-    carried: tokens that are there already. per_prompt: what prompts brought, the last phase included. Both by domain, as
+    carried: tokens that are there already. per_prompt: what prompts brought up to the last phase. Both by domain, as
     shares are. longest: tokens of the longest response. margin: see `Shortfall`.
     """
     # What crosses the budget of one optimizer step is not there for the next. Without domains the last step of several

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from megatron_rl.c3po.algorithms import Algorithm, normalise
 from megatron_rl.c3po.budget import ANY, Pick, select_by_domain, selection_order
 from megatron_rl.c3po.packing import CostModel, pack_micro_batches
 from megatron_rl.records import Group, Plan, Sample, Selected, StepPlan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ def _num_older(sample: Sample, policy_version: int, num_tokens: int) -> int:
     return int(np.searchsorted(sample.response.policy_versions[:num_tokens], policy_version))
 
 
-def split_evenly(picks: Sequence[Pick], num_steps: int) -> tuple[tuple[Pick, ...], ...]:
+def split_evenly(picks: Sequence[T], num_steps: int) -> tuple[tuple[T, ...], ...]:
     """Consecutive parts of sizes that differ by one at most."""
     bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
     return tuple(tuple(picks[a:b]) for a, b in pairwise(bounds))

@@ -29,6 +29,9 @@ class ClusterSection(Section):
     gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")
     serving_nodes: int = Field(default=0, ge=0, description="of the nodes, which serve only; 0: all do both")
     gpu_memory_gb: float = Field(default=80.0, ge=0, description="of 2^30 bytes; 0 asks for no verdict")
+    rates: Path | None = Field(
+        default=None, description="a file of simulation/rates.py, by which plan predicts the time of a step"
+    )
 
     @property
     def training_ranks(self) -> int:

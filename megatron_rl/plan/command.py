@@ -7,21 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
+from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import (
-    ClusterSection,
-    CommandConfig,
-    RolloutPhase,
-    RunConfig,
-    SamplingConfig,
-    ServedModelSection,
-    ServingSection,
-)
-from megatron_rl.config.selection import SelectConfig
+from megatron_rl.config.schema import ClusterSection, CommandConfig, RolloutPhase, RunConfig, SamplingConfig
 from megatron_rl.plan.serving import plan_serving, plan_teacher
+from megatron_rl.plan.shape import shape_of
 from megatron_rl.plan.text import as_text
 from megatron_rl.plan.training import plan_training
 
@@ -34,7 +26,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     assert isinstance(config, CommandConfig)
     cluster = _cluster(config.cluster or ClusterSection(), arguments)
     plan: dict[str, Any] = {"run_dir": str(config.run_dir)} if hasattr(config, "run_dir") else {}
-    plan |= {"cluster": cluster.model_dump()} | _plan(config, cluster, arguments.config, arguments.set)
+    plan |= {"cluster": cluster.model_dump(mode="json")} | _plan(config, cluster, arguments.config, arguments.set)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if arguments.json else as_text(plan))
     for problem in plan["problems"]:
         sys.stderr.write(f"megatron-rl plan: {problem}\n")
@@ -46,7 +38,7 @@ def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides:
     if isinstance(config, SamplingConfig) and config.teacher is not None:
         return plan_teacher(config, path, overrides)
     assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
-    bailing, shape = _shape(config)
+    bailing, shape = shape_of(config)
     found: dict[str, Any] = {"model": _model(bailing)} | ({"shape": str(shape)} if shape else {})
     if isinstance(config, RunConfig):
         return found | plan_training(config, bailing, cluster, path, overrides)
@@ -63,38 +55,6 @@ def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSec
     if gpus < 1 or nodes <= serving or serving < 0:
         raise ValueError(f"--nodes {nodes} x --gpus-per-node {gpus} less --serving-nodes {serving} leaves no training")
     return ClusterSection.model_construct(**values)
-
-
-def _shape(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[BailingConfig, Path | None]:
-    """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
-    ValueError when there is none of them."""
-    here = _models(config)
-    found = [path for path in here if (path / "config.json").is_file()]
-    shape = _served(config).shape
-    if found or shape is None:
-        return load_bailing_config((found or here)[0]), None
-    path = shape / "config.json" if shape.is_dir() else shape
-    if not path.is_file():
-        raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
-    return read_bailing_config(path), path
-
-
-def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
-    """Where this configuration's model may lie; never empty."""
-    if isinstance(config, SelectConfig):
-        candidates = config.candidates
-        if isinstance(candidates, Path):
-            return [*sorted(candidates.iterdir()), candidates] if candidates.is_dir() else [candidates]
-        if not candidates:
-            raise ValueError("candidates names no directory")
-        return list(candidates)
-    model = _served(config)
-    assert isinstance(model, ServedModelSection)
-    return [model.path]
-
-
-def _served(config: RunConfig | RolloutPhase | EvaluateConfig) -> ServingSection:
-    return config.serving if isinstance(config, RolloutPhase) else config.model
 
 
 def _model(bailing: BailingConfig) -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.plan.servers import GIB
+from megatron_rl.simulation.forecast import PARTS
 
 
 def as_text(plan: dict[str, Any]) -> str:
@@ -17,6 +18,7 @@ def as_text(plan: dict[str, Any]) -> str:
         ("responses", _responses(plan)),
         ("servers", _servers(plan)),
         *(("memory", _memory(name, parts, plan)) for name, parts in plan.get("memory", {}).items()),
+        ("step", _step(plan)),
         ("launch", iter(plan["launch"])),
     ):
         lines += [f"{title if number == 0 else '':<10}{line}" for number, line in enumerate(part)]
@@ -136,3 +138,29 @@ def _memory(name: str, parts: dict[str, int], plan: dict[str, Any]) -> Iterator[
     of_limit = f" of {limit:g}" if limit else ""
     yield f"{parts['total'] / GIB:.1f} GiB{of_limit} on the fullest {name.replace('_', ' ')}, estimated:"
     yield ", ".join(f"{part.replace('_', ' ')} {n / GIB:.2f}" for part, n in parts.items() if part != "total")
+
+
+def _step(plan: dict[str, Any]) -> Iterator[str]:
+    step = plan.get("step")
+    if step is None:
+        return
+    if "unknown" in step:
+        yield f"time not predicted: {step['unknown']}"
+        return
+    seconds = {part: step[f"{part}_seconds"]["mean"] for part in PARTS}
+    whole, speed = step["step_seconds"]["mean"], step["tokens_per_second"]
+    told = ", ".join(f"{part} {_short(value)}" for part, value in seconds.items() if value)
+    hours = whole * step["run_steps"] / 3600
+    yield f"{_short(whole)} s predicted: {told}; {step['run_steps']:,} steps take {hours:,.1f} h"
+    yield (
+        f"{speed['mean']:,.0f} trained tokens/s, {step['tokens_per_second_per_gpu']:,.0f} per GPU, varying "
+        f"{speed['variation']:.1%} over steps"
+    )
+    causes = sorted(step["idle"].items(), key=lambda item: -item[1])
+    idle = ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for cause, share in causes if share >= 0.005)
+    yield f"GPUs idle {1 - step['busy']:.0%} of the time: {idle}"
+    yield f"by the rates of {step['rates']}; lengths {step['lengths']}"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"

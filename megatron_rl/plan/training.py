@@ -8,12 +8,18 @@ from typing import Any
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import apportion
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import ClusterSection, RlConfig, RunConfig, SftConfig
 from megatron_rl.layout import Layout
 from megatron_rl.memory import rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight import problems
+from megatron_rl.simulation.cluster import CannotSimulate
+from megatron_rl.simulation.forecast import forecast
+from megatron_rl.simulation.rates import Rates
+from megatron_rl.simulation.workload import assumed
 
+_SIMULATED_STEPS = 40
 SLURM = "examples/ring_lite/slurm"
 
 
@@ -34,6 +40,8 @@ def plan_training(
         found += over_limit(
             plan["memory"], cluster, {"training_gpu": _remedy(config, cluster), "serving_gpu": SERVING_REMEDY}
         )
+        if isinstance(config, RlConfig) and cluster.rates is not None:
+            plan["step"] = _step(config, bailing, cluster, cluster.rates)
     kind = "sft" if isinstance(config, SftConfig) else "train"
     return plan | {"launch": _launch(kind, cluster, path, overrides), "problems": found}
 
@@ -57,6 +65,17 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
         "min_responses": -(-sum(budgets) // config.rollout.max_response_tokens),
         **_per_rank(budgets[0], config, layout),
     }
+
+
+def _step(config: RlConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path) -> dict[str, Any]:
+    """What the simulator says of these rates; `unknown` has the reason where it cannot."""
+    rates = load_config(Rates, path)
+    workload = assumed(config, cluster)
+    told = {"rates": str(path), "lengths": workload.told, "run_steps": config.train.steps}
+    try:
+        return told | forecast(config, bailing, cluster, rates, workload, _SIMULATED_STEPS)
+    except CannotSimulate as error:
+        return told | {"unknown": str(error)}
 
 
 def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rates out of what a real run took: its metrics.jsonl, and the lengths in its rollouts/.
 
-The run is simulated with the lengths that it had, which gives every phase the waves and every step the micro-batches that
-it had; what each of these took is then a matter of least squares.
+The run is simulated with the lengths that it had, which gives every phase the waves and every step the micro-batches
+that it had; what each of these took is then a matter of least squares.
 """
 
 import json
@@ -32,8 +32,8 @@ class Replay:
         if config.rollout.partial:
             raise ValueError(f"{run_dir} has partial rollouts, whose lengths are cut off; calibrate with another run")
         self.rows = read_metrics(run_dir / "metrics.jsonl")
-        if len(self.rows) <= 2 * SETTLED:
-            raise ValueError(f"{run_dir} has {len(self.rows)} steps; calibrate with a run of more than {2 * SETTLED}")
+        if not self.rows:
+            raise ValueError(f"{run_dir} has no metrics.jsonl with steps; is it the directory of a run of train?")
         lengths: dict[int, list[int]] = defaultdict(list)
         rewards: dict[int, set[float]] = defaultdict(set)
         for row in self.rows:
@@ -80,10 +80,14 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
     """By least squares without negative terms, over the steps after the first few."""
     steps = replay(run_dir, config, cluster, cost, _ANY_RATES)[SETTLED:]
     rows = read_metrics(run_dir / "metrics.jsonl")[SETTLED:]
+    if len(rows) <= SETTLED:
+        raise ValueError(f"{run_dir} has {len(rows) + SETTLED} steps; calibrate with a run of more than {2 * SETTLED}")
     fixed, per_running, per_response = _rollout_terms(steps, [row["rollout_seconds"] for row in rows])
     per_flop, per_micro_batch, per_step = _train_terms(steps, [row["train_seconds"] for row in rows])
     layout = config.parallel.layout(cluster.training_ranks)
     slots = max(2, config.rollout.max_running_requests)
+    # What least squares finds to cost nothing is not measured by this run; a rate has to be finite all the same.
+    per_flop, fixed = max(per_flop, 1e-20), max(fixed, 1e-9)
     known = ("rollout_seconds", "train_seconds", "update_weights_seconds")
     rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])
     return Rates(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.budget import ANY, Pick, PromptYield, Shortfall, select, selection_order, shortfalls
+from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall, fill, selection_order, shortfalls
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.c3po.plan import split_evenly
 from megatron_rl.config.schema import ClusterSection, RlConfig
@@ -14,6 +14,10 @@ from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out, roll_out_partially
 from megatron_rl.simulation.workload import Take
+
+
+class CannotSimulate(ValueError):
+    """A configuration that the simulator does not know; the message says which part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +76,9 @@ class Cluster:
         num_packed: int | None = 4,
     ) -> None:
         """cost: of a forward pass over a sequence, in FLOPs. take: gives groups. prompt_tokens: of every prompt.
-        num_packed: None packs every step. ValueError for budget.domains."""
+        num_packed: None packs every step. CannotSimulate for budget.domains."""
         if config.budget.domains:
-            raise ValueError("the simulator knows one length distribution: set budget.domains={}")
+            raise CannotSimulate("the simulator knows one distribution of lengths: set budget.domains={}")
         self._config, self._cluster, self._cost, self._rates, self._take = config, cluster, cost, rates, take
         self._layout = config.parallel.layout(cluster.training_ranks)
         self._prompt_tokens, self._num_packed = round(prompt_tokens), num_packed
@@ -100,8 +104,8 @@ class Cluster:
         self._carried = [n for n, since in zip(self._carried, self._since, strict=True) if since >= oldest]
         self._since = [since for since in self._since if since >= oldest]
         rolled = self._roll_out()
-        picked = self._select(rolled.kept)
-        trained = tuple(self._train([pick.num_loss_tokens for pick in picks]) for picks in picked)
+        loss_tokens = self._select(rolled.kept)
+        trained = tuple(self._train(tokens) for tokens in loss_tokens)
         self._number += 1
         step = Step(
             rollout_seconds=rolled.seconds,
@@ -110,7 +114,7 @@ class Cluster:
             switch_seconds=0.0 if self._cluster.serving_nodes else rates.switch_seconds,
             other_seconds=rates.step_seconds,
             num_generated_tokens=rolled.num_tokens,
-            num_loss_tokens=sum(pick.num_loss_tokens for picks in picked for pick in picks),
+            num_loss_tokens=sum(map(sum, loss_tokens)),
             num_carried=len(self._carried),
             idle={},
             waves=tuple(rolled.waves),
@@ -138,20 +142,26 @@ class Cluster:
             self._per_prompt = need.per_prompt
         return rolled
 
-    def _select(self, groups: Sequence[np.ndarray]) -> Sequence[Sequence[Pick]]:
-        """The picks of every optimizer step; what is left over is carried."""
+    def _select(self, groups: Sequence[np.ndarray]) -> Sequence[Sequence[int]]:
+        """Loss tokens of the responses of every optimizer step; what is left over is carried."""
         if not self._refill:
             groups = groups[: self._config.rollout.prompts_per_step]
         seed = self._config.seed * 1_000_003 + self._number  # the trainer's
         lengths = [*self._carried, *(n for group in groups for n in group.tolist())]
         order = selection_order(len(self._carried), [len(group) for group in groups], seed)
+        ordered = [lengths[i] for i in order]
         if not self._algorithm.uses_budget:
-            return split_evenly([Pick(index=i, num_loss_tokens=lengths[i]) for i in order], len(self._budgets))
-        selection = select(lengths, order, self._budgets, self._config.budget.cut)
+            return split_evenly(ordered, len(self._budgets))
+        steps, taken = [], 0
+        for start, stop, beyond in fill(ordered, self._budgets):
+            steps.append(ordered[start:stop])
+            if beyond and self._config.budget.cut == "token":
+                steps[-1][-1] -= beyond
+            taken = stop
         since = dict(enumerate(self._since))
-        left = selection.left_over if self._refill else ()
+        left = order[taken:] if self._refill else []
         self._carried, self._since = [lengths[i] for i in left], [since.get(i, self._number) for i in left]
-        return selection.steps
+        return steps
 
     def _train(self, loss_tokens: Sequence[int]) -> Trained:
         layout, rates, cap = self._layout, self._rates, self._config.micro_batch_cap

@@ -16,9 +16,9 @@ class Rates(Section):
 
     decode: tuple[tuple[Annotated[int, Field(gt=0)], Above0], ...] = Field(
         min_length=1,
-        description="of one engine: [responses that run at once, tokens/s of all of them], for two numbers of responses "
-        "or more; between and beyond them the time of an iteration is a straight line. One pair alone: tokens/s of "
-        "each response are the same for any number",
+        description="of one engine: [responses that run at once, tokens/s of all of them], for two numbers of "
+        "responses or more; between and beyond them the time of an iteration is a straight line. One pair alone: an "
+        "iteration always takes as long as it does for that number",
     )
     response_seconds: Seconds = Field(
         default=0.0, description="of every response on its engine beside decoding: prefill, HTTP, the reward"

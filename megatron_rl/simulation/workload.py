@@ -6,9 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rl.config.schema import ClusterSection, RlConfig
+
 # Of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
 LOG_DEVIATION = 0.97
 _NUM_QUANTILES = 100_000
+# Of 8 responses of Qwen2.5-Math to each of 100 MATH problems, by `group_correlation`.
+GROUP_CORRELATION = 0.83
+# Assumed of prompts that nothing is known of.
+PROMPT_TOKENS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,24 @@ class Groups:
 
 # The groups of the next n prompts.
 Take = Callable[[int], Groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run that was not made would sample.
+
+    lengths: of responses, any number of them. told: where they are from, in words. correlation, uniform_share: see
+    `Lengths`. prompt_tokens: of every prompt, or the mean.
+    """
+
+    lengths: np.ndarray
+    told: str
+    correlation: float = GROUP_CORRELATION
+    uniform_share: float = 0.0
+    prompt_tokens: float
+
+    def draw(self, group_size: int, seed: int) -> "Lengths":
+        return Lengths(self.lengths, group_size, self.correlation, self.uniform_share, seed)
 
 
 class Lengths:
@@ -59,6 +83,18 @@ def lognormal() -> np.ndarray:
     return np.exp(LOG_DEVIATION * ndtri((np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES))
 
 
+def assumed(config: RlConfig, cluster: ClusterSection, mean: float | None = None) -> Workload:
+    """Where nothing is known of a run: log-normal lengths, by default of the mean that the configuration was written
+    for, with which the first phase fills the budget."""
+    rollout = config.rollout
+    responses = rollout.prompts_per_step * rollout.samples_per_prompt
+    if mean is None:
+        mean = min(sum(config.phase_budgets(cluster.training_ranks)) / responses, 0.9 * rollout.max_response_tokens)
+    lengths = scaled(lognormal(), mean, rollout.max_response_tokens)
+    prompt = min(PROMPT_TOKENS, rollout.max_prompt_tokens)
+    return Workload(lengths=lengths, told=f"log-normal, assumed, of a mean of {mean:,.0f}", prompt_tokens=prompt)
+
+
 def read_lengths(path: Path) -> np.ndarray:
     """One length per line. ValueError for a file that holds none."""
     try:
@@ -94,7 +130,7 @@ def group_correlation(groups: Sequence[np.ndarray]) -> float:
 
     table = np.stack(groups)
     scores = ndtri((rankdata(table) - 0.5) / table.size).reshape(table.shape)
-    num_groups, size = table.shape
+    size = table.shape[1]
     between = size * scores.mean(1).var(ddof=1)
     within = scores.var(1, ddof=1).mean()
     return float(np.clip((between - within) / (between + (size - 1) * within), 0.0, 1.0))

@@ -1,0 +1,40 @@
+"""Whose model a configuration is about, before the model is there."""
+
+from pathlib import Path
+
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
+from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.config.schema import RolloutPhase, RunConfig, ServedModelSection, ServingSection
+from megatron_rl.config.selection import SelectConfig
+
+
+def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[BailingConfig, Path | None]:
+    """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
+    ValueError when there is none of them."""
+    here = _models(config)
+    found = [path for path in here if (path / "config.json").is_file()]
+    shape = _served(config).shape
+    if found or shape is None:
+        return load_bailing_config((found or here)[0]), None
+    path = shape / "config.json" if shape.is_dir() else shape
+    if not path.is_file():
+        raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
+    return read_bailing_config(path), path
+
+
+def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
+    """Where this configuration's model may lie; never empty."""
+    if isinstance(config, SelectConfig):
+        candidates = config.candidates
+        if isinstance(candidates, Path):
+            return [*sorted(candidates.iterdir()), candidates] if candidates.is_dir() else [candidates]
+        if not candidates:
+            raise ValueError("candidates names no directory")
+        return list(candidates)
+    model = _served(config)
+    assert isinstance(model, ServedModelSection)
+    return [model.path]
+
+
+def _served(config: RunConfig | RolloutPhase | EvaluateConfig) -> ServingSection:
+    return config.serving if isinstance(config, RolloutPhase) else config.model
