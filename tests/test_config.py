@@ -19,6 +19,7 @@ from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
 from megatron_rl.layout import Layout
 from megatron_rl.plan.command import run_plan
+from megatron_rl.simulation.rates import Rates
 
 ROOT = Path(__file__).parents[1]
 RL = """
@@ -43,7 +44,8 @@ def write(tmp_path: Path, text: str) -> Path:
     return tmp_path / "c.toml"
 
 
-SHIPPED = sorted(ROOT.glob("examples/**/*.toml"))
+RATES = sorted(ROOT.glob("examples/ring_lite/rates/*.toml"))
+SHIPPED = sorted(set(ROOT.glob("examples/**/*.toml")) - set(RATES))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "examples")))
@@ -59,11 +61,16 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
     with_shape = "teacher" in values or "shape" in values.get("model", {})
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 4096}))
     overrides = [] if with_shape else [f"model.shape={tmp_path}"]
-    options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb"))
+    options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates"))
     code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, **options))
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")
     assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", RATES, ids=lambda path: path.name)
+def test_every_shipped_file_of_rates_loads(path: Path) -> None:
+    assert load_config(Rates, path).train_flops > 0
 
 
 def test_the_tables_of_the_papers_values_have_every_key_of_the_files_and_a_source() -> None:

@@ -138,6 +138,13 @@ def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
     assert found["servers"]["full_length_responses"] == memory["server_cache"] * 4 // (24_576 * 57_344)
     assert memory["total"] < 80 * 2**30
     assert found["launch"][1] == f"sbatch --nodes=32 --gpus-per-node=8 examples/ring_lite/slurm/train.sbatch {config}"
+    step = found["step"]
+    assert step["num_loss_tokens"] == {"mean": 409_600 * 256, "variation": 0.0}
+    # The share of 104,857,600 response tokens and prompts of 200 (1/64 of the mean response each), in 5 forward passes
+    # of 2 FLOPs per active parameter, without the embedding; attention of the mean length alone adds less than it has.
+    matmuls = 5 * 2 * (2_753_153_024 - 126_464 * 2048) * (409_600 * (1 + 200 / 12_800)) / 3e14
+    attention = 5 * 2 * 28 * 2048 * 13_000 * 409_600 / 3e14
+    assert matmuls + attention < step["train_seconds"]["mean"] < matmuls + 2 * attention + 2
     # Options come before the file.
     found = run_in_process(capsys, config, nodes=34, serving_nodes=2, gpu_memory_gb=192.0)
     assert found["layout"]["world_size"] == 256

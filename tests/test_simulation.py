@@ -1,6 +1,9 @@
 """The simulator: decoding against one that goes token by token, steps by hand, rates that are found again."""
 
+import importlib.util
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, roll_out_partially
 from megatron_rl.simulation.workload import Groups, Lengths, Take, group_correlation, lognormal, read_lengths, scaled
 
+ROOT = Path(__file__).parents[1]
 CONFIG = """
 run_dir = "run"
 [model]
@@ -282,3 +286,53 @@ def write_run(steps: list[Step], waves: list[Groups], folder: Path) -> None:
             }
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """tools/simulate_cluster.py on the paper's first stage, from the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("simulate_cluster", ROOT / "tools/simulate_cluster.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    files = [
+        "examples/ring_lite/paper_256gpu/stage1_math.toml",
+        "--rates",
+        "examples/ring_lite/rates/h800_assumed.toml",
+    ]
+    return lambda *options: module.main(module.parsed([*files, *options]))
+
+
+def test_the_tool_simulates_every_combination(
+    tool: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--vary", "algorithm.name=c3po,grpo", "--gpus", "8", "16", "--weak", "--steps", "3"]
+    tool(*options, "--output", str(tmp_path / "out"))
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert told["rates"]["train_flops"] == 3e14
+    names = [(case["name"], case["num_gpus"]) for case in told["cases"]]
+    assert names == [(f"algorithm.name={name}", gpus) for name in ("c3po", "grpo") for gpus in (8, 16)]
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1:3] for row in rows] == [[f" {name} ", f" {gpus} "] for name, gpus in names]
+    for case in told["cases"]:
+        if case["name"].endswith("c3po"):
+            assert case["num_loss_tokens"] == {"mean": 409_600 * case["num_gpus"], "variation": 0.0}
+        parts = [case[f"{part}_seconds"]["mean"] for part in ("rollout", "train", "sync", "switch", "other")]
+        assert case["step_seconds"]["mean"] == pytest.approx(sum(parts))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--gpus", "12"], "--gpus 12 is no multiple of cluster.gpus_per_node = 8"),
+        (["--vary", "rollout.partial"], "--vary takes KEY=VALUE,VALUE..., got 'rollout.partial'"),
+        (["--lengths", "/nowhere"], "/nowhere is no file of response lengths"),
+        (["--set", "budget.domains={math = 1.0}"], "set budget.domains={}"),
+    ],
+)
+def test_mistakes_at_the_tool_are_told(tool: Callable[..., None], options: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        tool(*options)

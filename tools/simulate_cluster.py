@@ -189,7 +189,7 @@ def stacked(axis: Any, labels: Sequence[str], parts: Sequence[dict[str, float]])
     axis.legend(fontsize=8)
 
 
-if __name__ == "__main__":
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", help="of megatron-rl train")
     parser.add_argument("--rates", type=Path, help="TOML with the keys of megatron_rl/simulation/rates.py")
@@ -206,4 +206,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the lengths")
     parser.add_argument("--output", type=Path, default=Path("simulation"), help="without its ending")
-    sys.exit(exit_code("simulate_cluster", lambda: main(parser.parse_args())))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("simulate_cluster", lambda: main(parsed(sys.argv[1:]))))

@@ -73,7 +73,7 @@ class Cluster:
         rates: Rates,
         take: Take,
         prompt_tokens: float,
-        num_packed: int | None = 4,
+        num_packed: int | None = 2,
     ) -> None:
         """cost: of a forward pass over a sequence, in FLOPs. take: gives groups. prompt_tokens: of every prompt.
         num_packed: None packs every step. CannotSimulate for budget.domains."""
