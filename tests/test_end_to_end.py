@@ -17,6 +17,7 @@ from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.locks import sole_writer
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -259,6 +260,11 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
     process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
     wait_until("two steps", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 2, 120)
     server = int((tmp_path / "run/server_0.pid").read_text())
+    with (
+        pytest.raises(ValueError, match="another process is writing to .*run; wait"),
+        sole_writer(tmp_path / "run", ""),
+    ):
+        pass
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75, message[-2000:]
@@ -267,6 +273,16 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
         (tmp_path / "run/checkpoints" / (tmp_path / "run/checkpoints/latest").read_text() / "driver.json").read_text()
     )
     assert saved["step"] == len(rows_of(tmp_path))
+
+
+def test_a_run_directory_that_another_run_holds_is_left_alone_by_every_rank(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with sole_writer(run, "wait"):
+        said = finish(command(inputs, tmp_path, "train", "--resume", "--nproc", "2"), code=2, seconds=60)
+    assert said.count(f"another process is writing to {run}; wait for it, or set run_dir to a new folder") == 1
+    assert "Traceback" not in said, said
+    assert list(run.iterdir()) == []
 
 
 def test_a_clean_stop_of_several_ranks_keeps_its_exit_code(inputs: Path, tmp_path: Path) -> None:
