@@ -135,6 +135,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one train phase does: its optimizer steps, in order."""
+    """What one train phase does: its optimizer steps, in order.
+
+    traced: positions in the step's sample list of those whose tokens' log-probs are written down (train/traces.py).
+    """
 
     steps: tuple[StepPlan, ...]
+    traced: tuple[int, ...] = ()

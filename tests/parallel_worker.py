@@ -28,6 +28,8 @@ from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.objective import CrossEntropy, PolicyObjective
 from megatron_rl.train.session import Session
 
+TRACED_AS = 100  # the first sequence, and so on
+
 
 def sequences_from(spec: dict) -> list[TrainSequence]:
     return [
@@ -39,8 +41,9 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
             num_stale_tokens=row["num_stale_tokens"],
             routed_experts=np.array(row["routed_experts"], np.uint8) if "routed_experts" in row else None,
+            traced_as=TRACED_AS + i if i in spec.get("traced", ()) else None,
         )
-        for row in spec["sequences"]
+        for i, row in enumerate(spec["sequences"])
     ]
 
 
@@ -220,7 +223,8 @@ def main(folder: Path) -> None:
             out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
         if number == 0:
             out |= {f"weight/{n}": t.clone() for n, t in export_tensors(session.model)}
-            metrics = result
+            out |= {f"traced/{i - TRACED_AS}": torch.from_numpy(x) for i, x in result.traced_logprobs.items()}
+            metrics = dataclasses.replace(result, traced_logprobs={})
         if number + 1 < len(spec["algorithms"]):
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():

@@ -20,6 +20,7 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import ClusterSection, RlConfig, RlData
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.locks import sole_writer
 from megatron_rl.simulation.calibrate import replay
 from megatron_rl.simulation.rates import Rates
 
@@ -112,10 +113,42 @@ def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
         assert [one.num_rows for one in step.trained] == [row["num_micro_batches"]]
 
 
+def traces_of(folder: Path, step: int) -> list[tuple[dict, dict]]:
+    """Of each traced response, its row of that step's rollouts file and that of its tokens."""
+    rollouts, tokens = (
+        [json.loads(line) for line in (folder / f"run/{name}/step_{step:06d}.jsonl").open()]
+        for name in ("rollouts", "tokens")
+    )
+    by_id = {(row["position"], row["sample_index"]): row for row in rollouts}
+    return [(by_id[row["position"], row["sample_index"]], row) for row in tokens]
+
+
+def test_the_tokens_of_the_first_trained_group_are_beside_its_responses(whole: Path) -> None:
+    for step in range(4):
+        rollouts = [json.loads(line) for line in (whole / f"run/rollouts/step_{step:06d}.jsonl").open()]
+        trained = [row for row in rollouts if row["num_loss_tokens"]]
+        first = min(row["position"] for row in trained if row["policy_versions"].keys() == {str(step)})
+        found = traces_of(whole, step)
+        assert [row for row, _ in found] == sorted(
+            (row for row in rollouts if row["position"] == first), key=lambda row: row["sample_index"]
+        )
+        for row, trace in found:
+            count, trained = row["num_tokens"], row["num_loss_tokens"]
+            assert "".join(trace["tokens"]) == row["response"]
+            assert {len(trace[name]) for name in ("tokens", "rollout_logprobs", "train_logprobs")} == {count}
+            assert [x is None for x in trace["train_logprobs"]] == [False] * trained + [True] * (count - trained)
+            assert trace["optimizer_step"] == (0 if trained else None)
+            assert {str(version): num for version, num in trace["policy_versions"]} == row["policy_versions"]
+            if row["policy_versions"] == {str(step): count}:
+                pairs = zip(trace["rollout_logprobs"], trace["train_logprobs"][:trained], strict=False)
+                assert max((abs(a - b) for a, b in pairs), default=0) < 1.5e-4  # both rounded
+
+
 def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_started_from(
     inputs: Path, tmp_path: Path
 ) -> None:
     options = ["train.steps=2", "algorithm.optimizer_steps_per_rollout=2", "algorithm.correction=icepop"]
+    options.append("train.traced_groups=1000")
     finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for x in options for o in ("--set", x))))
     for row in rows_of(tmp_path):
         assert row["num_loss_tokens_by_step"] == [300, 300]
@@ -125,6 +158,10 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
         assert abs(row["train_rollout_log_ratio_p50"]) < 2e-5
         assert row["correction_masked_share"] == 0.0
         assert abs(row["correction_weight"] - 1.0) < 0.1
+        traced = [trace for _, trace in traces_of(tmp_path, row["step"])]
+        for number in range(2):
+            of_step = [trace["train_logprobs"] for trace in traced if trace["optimizer_step"] == number]
+            assert sum(x is not None for logprobs in of_step for x in logprobs) == 300
 
 
 def test_a_mixture_of_domains_trains_each_with_its_reward_and_budget_and_resumes_only_as_what_it_was(
@@ -199,6 +236,11 @@ def test_two_context_parallel_ranks_train_the_steps_of_one_process(inputs: Path,
             assert found[name] == expected[name], name
         for name in ("loss", "entropy", "kl", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+    for (row, trace), (expected_row, expected) in zip(traces_of(tmp_path, 0), traces_of(whole, 0), strict=True):
+        assert row == expected_row
+        logprobs = [x for x in expected.pop("train_logprobs") if x is not None]
+        assert trace.pop("train_logprobs")[: len(logprobs)] == pytest.approx(logprobs, abs=2e-4)
+        assert trace == expected
 
 
 def processes_with(marker: str) -> list[psutil.Process]:
@@ -238,6 +280,11 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
     process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
     wait_until("two steps", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 2, 120)
     server = int((tmp_path / "run/server_0.pid").read_text())
+    with (
+        pytest.raises(ValueError, match="another process is writing to .*run; wait"),
+        sole_writer(tmp_path / "run", ""),
+    ):
+        pass
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75, message[-2000:]
@@ -246,6 +293,16 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
         (tmp_path / "run/checkpoints" / (tmp_path / "run/checkpoints/latest").read_text() / "driver.json").read_text()
     )
     assert saved["step"] == len(rows_of(tmp_path))
+
+
+def test_a_run_directory_that_another_run_holds_is_left_alone_by_every_rank(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with sole_writer(run, "wait"):
+        said = finish(command(inputs, tmp_path, "train", "--resume", "--nproc", "2"), code=2, seconds=60)
+    assert said.count(f"another process is writing to {run}; wait for it, or set run_dir to a new folder") == 1
+    assert "Traceback" not in said, said
+    assert list(run.iterdir()) == []
 
 
 def test_a_clean_stop_of_several_ranks_keeps_its_exit_code(inputs: Path, tmp_path: Path) -> None:

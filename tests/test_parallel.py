@@ -44,6 +44,7 @@ INTERLEAVED: dict[str, tuple[int, dict[str, int]]] = {
     "PP3-VPP2": (3, {"pipeline": 3, "virtual_pipeline": 2}),
     "TP2xPP3-VPP2": (6, {"tensor": 2, "pipeline": 3, "virtual_pipeline": 2}),
 }
+TRACED = [0, 3, 4, 8]
 COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
 # The three kinds of denominator and both levels of the ratio.
 ALGORITHMS = [
@@ -78,6 +79,7 @@ def make_spec(model: Path, **changes: object) -> dict:
         "token_cap": 80,
         "budget": 150,
         "algorithms": ALGORITHMS[:1],
+        "traced": TRACED,
         **changes,
     }
 
@@ -156,6 +158,8 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
     for i, row in enumerate(spec["sequences"]):
         logprobs, entropy = (x.detach() for x in logprobs_and_entropy(config, weights, row))
         assert float((alone[f"logprobs/{i}"] - logprobs).abs().max()) < 2e-5
+        if i in TRACED:
+            assert float((alone[f"traced/{i}"] - logprobs).abs().max()) < 2e-5
         by_token.append(torch.stack([-logprobs, entropy]))
     # What fine-tuning validates by: cross-entropy and entropy per loss token over all sequences.
     measured = {"measured": torch.cat(by_token, dim=1).mean(dim=1)}
@@ -209,7 +213,7 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     spec = make_spec(model, dtype="float64", moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
     spec |= {"algorithms": ALGORITHMS, "reference_scale": 1.1}
     found, expected = run_ranks(num_ranks, spec, tmp_path / "run"), exact(layout)
-    for prefix in ("logprobs/", "measured", "grad/", "weight/"):
+    for prefix in ("logprobs/", "traced/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
     # Megatron computes the norm in fp32.
     assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
@@ -233,7 +237,7 @@ def test_the_interleaved_pipeline_gives_the_gradient_of_one_process_to_rounding(
     losses = moe(Layout(world_size=num_ranks, **parallel))
     spec = make_spec(model, dtype="float64", moe=losses, parallel=parallel, algorithms=ALGORITHMS, reference_scale=1.1)
     found = run_ranks(num_ranks, spec, tmp_path / "run")
-    for prefix in ("logprobs/", "measured", "grad/", "weight/"):
+    for prefix in ("logprobs/", "traced/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
 
 
@@ -302,6 +306,8 @@ def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
     # The present weights are 1.1 times the leaves of the graph.
     gradients = {f"grad/{algorithm['name']}/{name}": w.grad / 1.1 for name, w in weights.items()}
     assert worst(found, gradients, f"grad/{algorithm['name']}/") < (1e-6, "")
+    traced = {f"traced/{i}": logprobs_and_entropy(config, scaled, spec["sequences"][i])[0].detach() for i in TRACED}
+    assert worst(found, traced, "traced/") < (1e-6, "")
 
 
 def test_reference_policy_and_recomputation_work_under_context_parallelism(model: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, object], message
 
 
 def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> None:
+    assert whole_groups(tmp_path / "file", 2, "set it right") == set()
+    assert not (tmp_path / "file").exists()
     # Characters at which str.splitlines would break a line.
     groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 5), make_sample(p, 1, 5))) for p in (4, 2)]
     odd = "".join(

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.errors import exit_code
+
 EOS, UNK = "<|endoftext|>", "<unk>"
 ROLES = ("<role>SYSTEM</role>", "<role>HUMAN</role>", "<role>ASSISTANT</role>")
 CHARACTERS = ("\n", *map(chr, range(32, 127)))
@@ -330,7 +332,7 @@ def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def parse_arguments(argv: list[str]) -> tuple[Path, TinyModel, bool]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
@@ -344,25 +346,21 @@ def parse_arguments(argv: list[str]) -> tuple[Path, TinyModel, bool]:
             what = {"intermediate_size": "twice the hidden size", "vocab_size": "tokens, to a multiple of 64"}.get(name)
             help_text = f"default: {what or value}"
             parser.add_argument(flag, type=type(value), default=value, choices=choices, help=help_text)
-    options = vars(parser.parse_args(argv))
-    out, force = options.pop("out"), options.pop("force")
-    try:
-        return out, TinyModel(**options), force
-    except ValueError as error:
-        parser.error(str(error))
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    out, model, force = parse_arguments(sys.argv[1:] if argv is None else argv)
-    try:
-        write_tiny_model(out, model, force=force)
-    except ValueError as error:
-        print(f"make_tiny_model: {error}", file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    options = vars(_parser().parse_args(argv))
+    return exit_code("make_tiny_model", lambda: run(options.pop("out"), options.pop("force"), options))
+
+
+def run(out: Path, force: bool, shape: dict[str, Any]) -> int:
+    model = TinyModel(**shape)
+    write_tiny_model(out, model, force=force)
     count = sum(math.prod(shape) for _, shape, _ in tensor_table(model))
     print(f"{out}: {count:,} parameters, {model.dtype}, vocabulary {model.padded_vocab_size} ({len(TOKENS)} used)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -200,6 +200,13 @@ class TrainSection(Section):
 
 class RlTrainSection(TrainSection):
     steps: Positive = Field(description="rollout-and-train steps")
+    traced_groups: int = Field(
+        default=1,
+        ge=0,
+        description="groups of every step, the first that it sampled, of whose responses each token is written "
+        "to run_dir/tokens with the log-probs of server and trainer (docs/traces.md); about 30 bytes of disk per "
+        "token; 0 writes none",
+    )
 
 
 class SftTrainSection(TrainSection):

@@ -176,7 +176,7 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
         )
     input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, section.path)
     path = _path(folder, name)
-    done = whole_groups(path, 1, "remove the file") if path.exists() else set()
+    done = whole_groups(path, 1, "remove the file")
     return Benchmark(
         name=name,
         section=section,

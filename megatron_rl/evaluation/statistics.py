@@ -23,6 +23,13 @@ class Estimate:
     high: float
 
 
+def student_95(degrees: int) -> float:
+    """Student's t distribution with so many degrees of freedom, at least 1, holds 95 % within +- this."""
+    from scipy.stats import t  # takes most of a second, which `megatron-rl --help` need not wait
+
+    return float(t.ppf(0.975, degrees))
+
+
 def pass_at(k: int, num_samples: int, num_correct: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that one of k samples is correct, without bias (Chen et al. 2021, arXiv
     2107.03374, Eq. 1). In whole numbers up to the last division, so nothing is lost to cancellation."""

@@ -115,7 +115,7 @@ def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOT
     """Keep `settings` beside the responses; returns the positions that have theirs, `size` each. ValueError as for
     `check_claim`. Of the one process that writes there (`sole_writer`)."""
     check_claim(path, settings, remedy)
-    done = whole_groups(path, size, remedy) if path.exists() else set()
+    done = whole_groups(path, size, remedy)
     write_settings(_beside(path), settings)
     return done
 

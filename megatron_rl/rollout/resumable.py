@@ -73,19 +73,21 @@ def has_responses(path: Path) -> bool:
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
-    """Positions of the groups of `size` responses in the file. A last group that a kill cut short is cut off;
-    ValueError for any other that is not whole, and nothing is changed.
+    """Positions of the groups of `size` responses in the file; none where there is no file. A last group that a kill
+    cut short is cut off; ValueError for any other that is not whole, and nothing is changed.
 
     remedy: the end of its message.
     """
     positions, end = find_groups(path, size, remedy)
-    with path.open("r+b") as file:
-        file.truncate(end)
+    if has_responses(path):
+        os.truncate(path, end)
     return positions
 
 
 def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
     """The same without changing anything, and the number of bytes up to the end of the last whole group."""
+    if not has_responses(path):
+        return set(), 0
     sizes: dict[int, int] = {}
     end_of_whole = end = 0
     with path.open("rb") as file:

@@ -88,7 +88,7 @@ def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], 
     tokenizer = load_tokenizer(candidate.path)
     settings = sampling_settings(config, candidate.path, digest)
     check_claim(path, settings, _REMEDY)
-    done = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)[0] if path.exists() else set()
+    done, _ = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)
     return _Job(
         candidate=candidate,
         path=path,

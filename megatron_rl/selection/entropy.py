@@ -22,7 +22,7 @@ mean: they differ by noise only. At another temperature or top-p the mean would 
 import math
 from collections.abc import Sequence
 
-from megatron_rl.evaluation.statistics import Z_95, Estimate
+from megatron_rl.evaluation.statistics import Estimate, student_95
 
 
 def token_entropy(surprisals: Sequence[float], num_tokens: Sequence[int]) -> Estimate:
@@ -49,16 +49,3 @@ def token_entropy(surprisals: Sequence[float], num_tokens: Sequence[int]) -> Est
     squares = math.fsum((s - value * n) ** 2 for s, n in zip(surprisals, num_tokens, strict=True))
     factor = math.exp(student_95(count - 1) * math.sqrt(count / (count - 1) * squares) / total)
     return Estimate(value=value, low=value / factor, high=value * factor)
-
-
-def student_95(degrees: int) -> float:
-    """Student's t distribution holds 95 % within +- this. Series in 1 / degrees around the normal distribution
-    (Abramowitz and Stegun 26.7.5); from 2 degrees of freedom on right to 1 %, from 7 on to 0.02 %."""
-    z, d = Z_95, degrees
-    return (
-        z
-        + (z**3 + z) / (4 * d)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * d**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * d**4)
-    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import PackedSequences, pack
+from megatron_rl.train.traces import TracedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class TrainSequence:
     num_stale_tokens: of so many first loss tokens the sampler had other weights than the optimizer step starts from.
     routed_experts: uint8 [n - 1, layers, topk], the experts to use at every position but the last, which predicts
         nothing; None leaves them to the routers.
+    traced_as: the sample (`Plan.traced`) under which the log-probs of its loss tokens are kept; None keeps none.
     """
 
     token_ids: np.ndarray
@@ -32,6 +34,7 @@ class TrainSequence:
     rollout_logprobs: np.ndarray
     num_stale_tokens: int
     routed_experts: np.ndarray | None = None
+    traced_as: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class MicroBatch:
     fresh: sampled by the weights that the optimizer step starts from. loss_index: the position before each loss token.
     response_of: each loss token's sequence. response_tokens: loss tokens of each whole sequence. old_logprobs,
     ref_logprobs: under the weights that a phase started from and under the reference policy, where the trainer worked
-    them out (`Trainer.with_old_logprobs`), else None.
+    them out (`Trainer.with_old_logprobs`), else None. traced: those of its loss tokens that are traced; None for none.
     """
 
     token_ids: Tensor  # int64 [1, T]
@@ -59,6 +62,7 @@ class MicroBatch:
     response_tokens: Tensor  # [S]
     old_logprobs: Tensor | None = None  # [M]
     ref_logprobs: Tensor | None = None  # [M]
+    traced: TracedTokens | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -133,6 +137,23 @@ def make_micro_batch(
         ),
         response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
         response_tokens=torch.tensor(counts, dtype=wide, device=device),
+        traced=_traced(sequences, mine, device),
+    )
+
+
+def _traced(
+    sequences: Sequence[TrainSequence], mine: Sequence[np.ndarray], device: torch.device
+) -> TracedTokens | None:
+    """mine: bool [m] of each sequence, which of its loss tokens this rank has."""
+    held = [np.flatnonzero(kept) for kept in mine]
+    first = np.cumsum([0, *map(len, held)])
+    traced = [(s.traced_as, first[i], held[i]) for i, s in enumerate(sequences) if s.traced_as is not None]
+    if not any(len(tokens) for *_, tokens in traced):
+        return None
+    return TracedTokens(
+        index=torch.from_numpy(np.concatenate([at + np.arange(len(tokens)) for _, at, tokens in traced])).to(device),
+        samples=np.concatenate([np.full(len(tokens), sample) for sample, _, tokens in traced]),
+        tokens=np.concatenate([tokens for *_, tokens in traced]),
     )
 
 

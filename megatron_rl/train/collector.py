@@ -64,7 +64,7 @@ class Collector:
         self._shares = config.budget.domains or {ANY: 1.0}
         self._tokenizer = load_tokenizer(config.model.path)
         bailing = load_bailing_config(config.model.path)
-        self._decode = response_decoder(self._tokenizer, bailing.eos_token_id)
+        self.decode = response_decoder(self._tokenizer, bailing.eos_token_id)
         self._stream = load_stream(config.data, config.seed)
         self._input_ids = rendered_prompts(
             self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
@@ -103,7 +103,7 @@ class Collector:
         self._sampler = Sampler(
             self.pool,
             self._rewards,
-            self._decode,
+            self.decode,
             self._advantages,
             config.rollout,
             config.seed,
@@ -207,11 +207,11 @@ class Collector:
             self.per_prompt = {need.domain: need.per_prompt for need in needs}
         try:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, self._prompt_of, self._decode)
+            phase.write(path, self._prompt_of, self.decode)
         except OSError as error:
             if fault := disk_fault(config, "the responses of this step are not written", error):
                 raise fault from error
-        phase.check_rewards(config.reward.max_error_share, self._prompt_of, self._decode)
+        phase.check_rewards(config.reward.max_error_share, self._prompt_of, self.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)
         metrics |= {

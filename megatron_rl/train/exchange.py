@@ -178,6 +178,7 @@ def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequ
                         rollout_logprobs=logprobs[logprob : logprob + count],
                         num_stale_tokens=selected.num_stale_tokens,
                         routed_experts=rest[0][routed : routed + known] if known else None,
+                        traced_as=selected.index if selected.index in plan.traced else None,
                     )
                 )
                 token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1
@@ -194,7 +195,8 @@ def _plan_from_json(plan: dict[str, Any]) -> Plan:
                 micro_batches=tuple(tuple(tuple(mb) for mb in rank) for rank in step["micro_batches"]),
             )
             for step in plan["steps"]
-        )
+        ),
+        traced=tuple(plan["traced"]),
     )
 
 

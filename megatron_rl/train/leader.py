@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import Receivers, Transport
+from megatron_rl.train import traces
 from megatron_rl.train.collector import Collector
 from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
 from megatron_rl.train.guards import Alarms
@@ -98,7 +99,8 @@ class Leader:
         except Exception as error:
             self._tell(error)
             raise
-        self._schedule = schedule
+        traced = traces.chosen(schedule, self._config.train.traced_groups)
+        self._schedule = schedule = replace(schedule, plan=replace(schedule.plan, traced=traced))
         self._row["update_weights_seconds"] = sync_seconds
         self._trained_from = time.perf_counter()
         return send_work(schedule.plan, schedule.samples, self._session.layout, self._session.control)
@@ -137,6 +139,7 @@ class Leader:
                 self._keep_skipped(step, results)
         except OSError as error:
             self._failure = disk_fault(self._config, "the metrics of this step are not written", error)
+        self._write_traces(step, results)
         tolerance = self._config.rollout.logprob_tolerance
         if step == self._first and row["logprob_difference_p999"] > tolerance:
             found = row["logprob_difference_p999"]
@@ -154,6 +157,14 @@ class Leader:
             f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
             soft_wrap=True,
         )
+
+    def _write_traces(self, step: int, results: list[StepResult]) -> None:
+        assert self._schedule is not None
+        path = self._config.run_dir / "tokens" / f"step_{step:06d}.jsonl"
+        try:
+            traces.write(path, self._schedule, [r.traced_logprobs for r in results], self.collector.decode)
+        except OSError as error:
+            self._failure = disk_fault(self._config, "the token traces of this step are not written", error)
 
     def _keep_skipped(self, step: int, results: list[StepResult]) -> None:
         """The batch of a step that was skipped, for whoever wants to know why."""

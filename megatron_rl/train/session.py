@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.locks import sole_writer
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.sync.export import export_directory
+from megatron_rl.sync.together import together
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.trainer import Trainer
 from megatron_rl.train.watch import Watch
@@ -34,7 +37,7 @@ class Session:
 
         num_optimizer_steps: the length of the learning-rate schedule. distributed_optimizer: shard the optimizer over
         data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. ValueError when the run
-        directory holds a run and `resume` is false.
+        directory holds a run and `resume` is false, or another process is running it.
         """
         self.config = config
         self.rank = int(os.environ.get("RANK", "0"))
@@ -50,20 +53,33 @@ class Session:
             )
         directory = config.run_dir / "checkpoints"
         refuse_to_overwrite(directory, resume)
-        if self.rank == 0:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.toml").write_text(dump_config(config))
-        self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_world))
         # The watch ends a rank that waits for too long; these only have to be later.
         deadline = config.train.phase_deadline_seconds + _GRACE_SECONDS
         initialize_parallel(self.layout, deadline, config.seed)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
+        self._claimed = ExitStack()
+        refused, *_ = together(self._claim if self.rank == 0 else None, self.control)
+        if refused is not None:
+            _leave_world()
+            raise ValueError(refused)
+        self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         self.model = build_model(self.bailing, config.model, config.moe, self.layout, distributed_optimizer)
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
         self._resume = resume
+
+    def _claim(self) -> str | None:
+        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends, and say
+        what runs there. Returns why not where another one is at it; nothing is written then."""
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._claimed.enter_context(sole_writer(self.config.run_dir, "set run_dir to a new folder"))
+        except ValueError as error:
+            return str(error)
+        (self.config.run_dir / "config.toml").write_text(dump_config(self.config))
+        return None
 
     @property
     def context_group(self) -> Any:
@@ -105,8 +121,14 @@ class Session:
         self.watch.enter("close", self.watch.step)
         self.checkpoints.close()
         self.watch.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_world()
+        self._claimed.close()
+
+
+def _leave_world() -> None:
+    """A process that ends with live groups may end by SIGABRT, and torchrun would tell of it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def should_save(step: int, last: int, config: RunConfig) -> bool:

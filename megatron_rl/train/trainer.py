@@ -20,11 +20,12 @@ constant D = `denominator` (Phi for C3PO). Step by step:
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,6 +37,7 @@ from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
 from megatron_rl.train.objective import Objective
 from megatron_rl.train.tally import Tally
+from megatron_rl.train.traces import gather
 
 device.import_megatron()
 
@@ -49,11 +51,12 @@ from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank.
+    """What one optimizer step did, the same on every rank but for `traced_logprobs`.
 
     skipped: the loss or the gradient was not finite, and the weights are what they were.
     num_forward_tokens, num_padding_tokens: over all ranks, each token once.
     metrics: see `Tally.metrics`.
+    traced_logprobs: float64 [num_loss_tokens] of each traced sample, in the forward pass of this step; on rank 0.
     """
 
     skipped: bool
@@ -63,6 +66,7 @@ class StepResult:
     num_forward_tokens: int
     num_padding_tokens: int
     metrics: dict[str, float]
+    traced_logprobs: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 class Trainer:
@@ -137,10 +141,11 @@ class Trainer:
         Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
         probabilities are those of logits / temperature.
         """
-        counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.token_ids.numel() for b in batches)])
+        sums = ([b.num_tokens, b.token_ids.numel(), int(b.traced is not None)] for b in batches)
+        counts = torch.tensor(list(sums)).sum(0)
         dist.all_reduce(counts, group=self._control)
         copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
-        num_tokens, num_places = (counts // copies).tolist()
+        num_tokens, num_places, num_traced = (counts // copies).tolist()
         self._num_step_tokens = max(1, num_tokens)
         if self._reference is not None:
             batches = self._with_ref_logprobs(batches, temperature)
@@ -151,8 +156,9 @@ class Trainer:
         for router in self._routers:
             router.load_balance_loss = router.z_loss = 0.0
             router.num_replayed = router.num_replaced = 0
-        self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
+        kept = self._run(batches, temperature, partial(self._loss, objective, denominator, tally))
         self._reduce(tally)
+        traced_logprobs = self._gather_traced(kept) if num_traced else {}
         metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
@@ -164,10 +170,21 @@ class Trainer:
             num_forward_tokens=num_tokens,
             num_padding_tokens=num_places - num_tokens,
             metrics=metrics,
+            traced_logprobs=traced_logprobs,
         )
 
+    @property
+    def _reports(self) -> bool:
+        """This rank has log-probs, and no other one has the same."""
+        return mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+
     def _reduce(self, tally: Tally) -> None:
-        tally.reduce(self._control, mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0)
+        tally.reduce(self._control, self._reports)
+
+    def _gather_traced(self, kept: list[Any]) -> dict[int, np.ndarray]:
+        """kept: what `_loss` left of each micro-batch."""
+        mine = [entry["traced"] for entry in kept if "traced" in entry] if self._reports else []
+        return gather(mine, self._control)
 
     def _update(self, may: bool) -> tuple[float, bool]:
         """Step optimizer and schedule if `may` and the gradient is finite; the gradient's norm, and whether they were.
@@ -298,4 +315,5 @@ class Trainer:
         logprobs, entropy = output
         terms = objective(logprobs, entropy, batch)
         tally.add(terms, len(batch.targets))
-        return terms.total / denominator, torch.ones([], dtype=torch.int), {}
+        kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
+        return terms.total / denominator, torch.ones([], dtype=torch.int), kept

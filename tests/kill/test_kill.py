@@ -61,10 +61,11 @@ phase_deadline_seconds = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """metrics: rows without times. sampled: of each step, the rows of its rollouts file."""
+    """metrics: rows without times. sampled: of each step, the rows of its rollouts file. traced: its file of tokens."""
 
     metrics: list[dict[str, Any]]
     sampled: list[list[str]]
+    traced: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ def outcome(folder: Path) -> Outcome:
     for step in range(STEPS):
         lines = (folder / f"run/rollouts/step_{step:06d}.jsonl").read_text().splitlines()
         sampled.append(sorted(lines))
-    return Outcome(metrics=metrics, sampled=sampled)
+    traced = [(folder / f"run/tokens/step_{step:06d}.jsonl").read_text() for step in range(STEPS)]
+    return Outcome(metrics=metrics, sampled=sampled, traced=traced)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,7 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
     for mine, theirs in zip(found.metrics, undisturbed[ranks].metrics, strict=True):
         assert mine == theirs
     assert found.sampled == undisturbed[ranks].sampled
+    assert found.traced == undisturbed[ranks].traced
 
 
 @pytest.mark.parametrize(
@@ -224,10 +227,13 @@ def test_a_disk_that_takes_no_more_rollouts_stops_the_run_or_costs_it_the_log_as
         assert "groups of this phase are not kept for a resume. Make room and --resume" in said
         assert "Traceback" not in said
     with small_disk(tmp_path / "full", 4096):
-        shutil.rmtree(run_dir / "rollouts")
-        (run_dir / "rollouts").symlink_to(tmp_path / "full")
+        for name in ("rollouts", "tokens"):
+            shutil.rmtree(run_dir / name)
+            (run_dir / name).symlink_to(tmp_path / "full")
         already = len(log.read_text())
         finish(start(inputs, tmp_path, 1, "--set", "train.steps=3", "--set", "train.on_save_error=continue"), tmp_path)
-        assert "the responses of this step are not written (train.on_save_error)" in log.read_text()[already:]
+        said = log.read_text()[already:]
+        assert "the responses of this step are not written (train.on_save_error)" in said
+        assert "the token traces of this step are not written (train.on_save_error)" in said
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
