@@ -10,6 +10,7 @@ LAYERS = {
     "cli": 5,
     "preflight": 4,
     "plan": 4,
+    "report": 4,
     "launch": 4,
     "train": 4,
     "evaluation": 3,
@@ -69,7 +70,7 @@ def test_imports_only_point_down() -> None:
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
     torchless = ("config", "records", "endpoint", "data", "reward", "layout", "memory", "preflight", "plan")
-    for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "cli"):
+    for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "report", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
         assert paths
         for path in paths:

@@ -21,9 +21,9 @@ def bin_width(num_steps: int, points: int) -> int:
 
 
 def binned(steps: Ints, values: Floats, width: int) -> tuple[Floats, Floats, Floats]:
-    """(mean, lowest, highest) [m] of the values [n] in each bin that has a step: bin k holds the steps from k * width on.
+    """(mean, lowest, highest) [m] of the values [n] in each bin that has a step.
 
-    steps [n] rise. NaN is a missing value; a bin of nothing else is NaN.
+    Bin k holds the steps from k * width on. steps [n] rise. NaN is a missing value; a bin of nothing else is NaN.
     """
     starts = np.flatnonzero(np.diff(steps // width, prepend=-1))
     there = np.isfinite(values)
@@ -64,7 +64,10 @@ def curves(run: Run, width: int) -> dict[str, Any]:
 
 
 def metric_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Every number of the rows [n] by its name; NaN where a row has none. rest_seconds: of a step, outside its phases."""
+    """Every number of the rows [n] by its name; NaN where a row has none.
+
+    rest_seconds: of a step, outside its phases.
+    """
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     columns = {}
     for name in names:

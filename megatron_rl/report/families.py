@@ -1,4 +1,4 @@
-"""How runs belong together: those that differ by their seed alone are a group, and one may go on from another's model."""
+"""How runs belong together: those that differ by seed alone are a group, and one may go on from another's model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.report.runs import Run
+from megatron_rl.report.runs import Run, told
 
 # What says where and how fast a run went, but not what it trained.
 _PLACES = {"run_dir", "seed", "threads", "rollout.port", "rollout.urls", "rollout.sglang_python"}
@@ -91,13 +91,15 @@ def _depth(index: int, parent_of: Sequence[int | None]) -> int:
 
 
 def _without_seed(run: Run) -> dict[str, Any]:
-    """Every value that says what is trained. Where a text names a run's own seed as a word (runs/seed_2/hf), that is *."""
+    """Every value that says what is trained. Where a path has a run's own seed as a word, runs/seed_2, that is *."""
     seed = re.compile(rf"(?<![0-9A-Za-z])(s|seed)?{run.config.get('seed', 1)}(?![0-9A-Za-z])")
-    return {
-        key: seed.sub(r"\1*", str(value)) if isinstance(value, str | dict) else value
-        for key, value in run.config_values.items()
-        if key not in _PLACES
-    }
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {without(path): weight for path, weight in value.items()}
+        return seed.sub(r"\1*", value) if isinstance(value, str) else value
+
+    return {key: without(value) for key, value in run.config_values.items() if key not in _PLACES}
 
 
 def _differences(group: Sequence[Run], others: Sequence[Sequence[Run]]) -> dict[str, str]:
@@ -105,19 +107,26 @@ def _differences(group: Sequence[Run], others: Sequence[Sequence[Run]]) -> dict[
     firsts = [other[0].config_values for other in others if other[0].kind == group[0].kind]
     mine = group[0].config_values
     keys = sorted({key for values in firsts for key in values} - _PLACES)
-    return {key: _told(mine.get(key)) for key in keys if any(values.get(key) != mine.get(key) for values in firsts)}
+    return {key: told(mine.get(key)) for key in keys if any(values.get(key) != mine.get(key) for values in firsts)}
 
 
 def _labels(found: Sequence[Sequence[Run]]) -> list[str]:
     """The values in which groups differ, while they are few and no paths; else the names of their folders."""
     differences = [_differences(group, found) for group in found]
-    keys = sorted({key for values in differences for key in values if not any("/" in v.get(key, "") for v in differences)})
+    keys = sorted(
+        {key for values in differences for key in values if not any("/" in v.get(key, "") for v in differences)}
+    )
     if 0 < len(keys) <= _MOST_NAMED and len({group[0].kind for group in found}) == 1:
-        labels = [", ".join(f"{key.split('.')[-1]} {values.get(key)}" for key in keys) for values in differences]
+        labels = [", ".join(_named(key, values.get(key, "")) for key in keys) for values in differences]
         if len(set(labels)) == len(labels):
             return labels
     labels = _without_common_end([_common_name(group) for group in found])
     return [name if labels.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(labels, start=1)]
+
+
+def _named(key: str, value: str) -> str:
+    leaf = key.split(".")[-1]
+    return value if leaf == "name" else f"{leaf} {value}"
 
 
 def _common_name(members: Sequence[Run]) -> str:
@@ -131,7 +140,3 @@ def _without_common_end(names: Sequence[str]) -> list[str]:
     while len(parts) > 1 and min(map(len, parts)) > 2 and len({tuple(p[-2:]) for p in parts}) == 1:
         parts = [p[:-2] for p in parts]
     return ["".join(p) for p in parts]
-
-
-def _told(value: Any) -> str:
-    return "not set" if value is None else str(value)

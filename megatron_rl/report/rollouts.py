@@ -12,6 +12,7 @@ from megatron_rl.report.runs import Run
 _GROUPS = 4  # of a step
 _RESPONSES = 16  # of a group
 _PROMPT_CHARACTERS = 4000
+_TOKEN = 6
 _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
 # What `megatron_rl/train/phase.py` and traces write first. Rows that begin otherwise are read whole.
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
@@ -21,11 +22,11 @@ _KEPT = (
 )
 
 
-def shown_steps(steps: Sequence[int], count: int) -> list[int]:
-    """The first, the last, and evenly spaced ones between them."""
-    if len(steps) <= count:
-        return list(steps)
-    return sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
+def evenly(items: Sequence[int], count: int) -> list[int]:
+    """So many of them: the first, the last, and evenly spaced ones between them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def steps_with_rollouts(run: Run) -> list[int]:
@@ -37,8 +38,8 @@ def steps_with_rollouts(run: Run) -> list[int]:
 def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
     """Groups of the step, each with its responses, of which each is cut to so many characters.
 
-    Traced groups come first; the others are spread over the file, whose start was carried from the step before and whose
-    end was carried into the next.
+    Traced groups come first; the others are spread over the file, of which the start was carried from the step before
+    and the end into the next.
     """
     path = run.directory / f"rollouts/step_{step:06d}.jsonl"
     traces_path = run.directory / f"tokens/step_{step:06d}.jsonl"
@@ -47,10 +48,10 @@ def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
         sizes[position] = sizes.get(position, 0) + 1
     traced = list(dict.fromkeys(position for position, _, _, _ in _lines(traces_path) if position in sizes))[:_GROUPS]
     others = [position for position in sizes if position not in traced]
-    chosen = traced + shown_steps(others, _GROUPS - len(traced)) if len(traced) < _GROUPS else traced
+    chosen = traced + evenly(others, _GROUPS - len(traced))
     traces: dict[tuple[int, int], dict[str, Any]] = {}
     for position, index, _, line in _lines(traces_path):
-        if position in traced and (row := _parsed(line)):
+        if position in traced and (row := _parsed(line)) and _is_trace(row):
             traces[position, index] = row
     rows: dict[int, list[tuple[int, dict[str, Any]]]] = {position: [] for position in chosen}
     for position, _, number, line in _lines(path):
@@ -76,6 +77,11 @@ def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
     }
 
 
+def _is_trace(row: dict[str, Any]) -> bool:
+    columns = [row.get(name) for name in ("tokens", "rollout_logprobs", "train_logprobs")]
+    return all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns)
+
+
 def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, characters: int) -> dict[str, Any]:
     found = {key: row[key] for key in _KEPT if key in row and row[key] not in ("", None)}
     found["line"] = line
@@ -95,26 +101,21 @@ def _cut(text: str, characters: int) -> list[Any]:
 
 
 def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
-    """Columns of equal length, one entry for each token that is shown, and [first, number] of those left out.
+    """Columns of equal length, one entry for each token that is shown.
 
-    versions: [version, number of tokens] in order, of all tokens. A token counts as six characters at least, as its
-    numbers take room too.
+    gap: [first, number] of the tokens left out, or None. versions: [version, number of tokens] in order, of all tokens.
     """
     tokens = [_text(token) for token in trace["tokens"]]
-    room = 0
-    for token in tokens:
-        room += max(6, len(token))
-    keep = range(len(tokens))
-    gap = None
-    if room > characters:
+    head, tail, gap = len(tokens), 0, None
+    if _fitting(tokens, characters) < len(tokens):
         head = _fitting(tokens, characters * (1 - _TAIL_SHARE))
         tail = _fitting(tokens[:head:-1], characters * _TAIL_SHARE)
         gap = [head, len(tokens) - head - tail]
-        keep = [*range(head), *range(len(tokens) - tail, len(tokens))]  # type: ignore[assignment]
+    keep = [*range(head), *range(len(tokens) - tail, len(tokens))]
     return {
-        "tokens": [tokens[i][:characters] for i in keep],
-        "rollout": [_logprob(trace["rollout_logprobs"], i) for i in keep],
-        "train": [_logprob(trace["train_logprobs"], i) for i in keep],
+        "tokens": [tokens[i] for i in keep],
+        "rollout": [_finite(trace["rollout_logprobs"][i]) for i in keep],
+        "train": [_finite(trace["train_logprobs"][i]) for i in keep],
         "versions": trace.get("policy_versions", []),
         "optimizer_step": trace.get("optimizer_step"),
         "gap": gap,
@@ -122,17 +123,16 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
 
 
 def _fitting(tokens: Sequence[str], characters: float) -> int:
-    """How many of the first tokens fit into so many characters."""
-    room = 0.0
+    """How many of the first tokens fit into so many characters, one with its numbers being worth _TOKEN at least."""
+    room = 0
     for number, token in enumerate(tokens):
-        room += max(6, len(token))
+        room += max(_TOKEN, len(token))
         if room > characters:
             return number
     return len(tokens)
 
 
-def _logprob(values: Sequence[Any], index: int) -> float | None:
-    value = values[index] if index < len(values) else None
+def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 

@@ -1,5 +1,6 @@
 """A run directory as a record: its configuration, its metrics, and when it was started."""
 
+import json
 import struct
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,13 +88,17 @@ def read_run(directory: Path, name: str) -> Run:
         raise ValueError(f"{config_path} is not valid TOML: {error}; put back what the run wrote") from None
     kind = _KINDS.get(kind_of(config))
     if kind is None or not isinstance(config.get("run_dir"), str):
-        raise ValueError(f"{config_path} is not the configuration of a `megatron-rl train` or `sft`, which alone have runs")
+        raise ValueError(
+            f"{config_path} is not the configuration of a `megatron-rl train` or `sft`, which alone have runs"
+        )
     rows = read_metrics(metrics_path)
     if not rows:
         raise ValueError(f"{metrics_path} has no step yet; wait until the run has ended its first step")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{metrics_path}, line {number} is no metrics of a step (an object with `step`); remove it")
+            raise ValueError(
+                f"{metrics_path}, line {number} is no metrics of a step (an object with `step`); remove it"
+            )
     return Run(
         directory=directory,
         name=name,
@@ -121,6 +126,13 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def told(value: Any) -> str:
+    """A value of a configuration, for people."""
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _starts(folder: Path) -> Iterator[int]:

@@ -69,14 +69,13 @@ SECTIONS = (
                 curves={
                     "standard deviation": "advantage_std",
                     "largest": "advantage_max",
-                    "mean": "advantage_mean",
                 },
             ),
         ),
     ),
     Section(
-        title="Responses",
-        text="How long they are, and what went wrong with them.",
+        title="Lengths and failures",
+        text="How long responses are, and what went wrong with them.",
         plots=(
             Plot(
                 title="Response length",
@@ -182,8 +181,8 @@ SECTIONS = (
     ),
     Section(
         title="Server against trainer",
-        text="Log-probs of the same tokens from the server that sampled and from the trainer. Look here first when a run "
-        "misbehaves: a step up is other weights, another model or too little precision.",
+        text="Log-probs of the same tokens from the server that sampled and from the trainer. Look here first when a "
+        "run misbehaves: a step up is other weights, another model or too little precision.",
         plots=(
             Plot(
                 title="Difference in log-prob",
@@ -252,7 +251,8 @@ def sections_for(present: Collection[str], zero: Collection[str]) -> list[dict[s
 
     present: metrics of any run. zero: those of them that are 0 throughout, which are listed and not drawn.
     """
-    found, drawn = [], set(_NOT_ALONE)
+    found: list[dict[str, Any]] = []
+    drawn = set(_NOT_ALONE)
     for section in SECTIONS:
         plots, silent = [], []
         for plot in section.plots:
@@ -272,7 +272,7 @@ def sections_for(present: Collection[str], zero: Collection[str]) -> list[dict[s
 
 
 def _resolved(curves: dict[str, str], present: Collection[str]) -> dict[str, str]:
-    named = {}
+    named: dict[str, str] = {}
     for label, metric in curves.items():
         if metric.endswith("/*"):
             named |= {name.split("/", 1)[1]: name for name in sorted(present) if name.startswith(metric[:-1])}
