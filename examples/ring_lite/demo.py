@@ -141,8 +141,8 @@ class Demo:
             link = self.folder / name
             if not link.is_symlink():
                 link.symlink_to(Path("rl") / name)
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         report = self.report()
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(
             f"[{stages.seconds():5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
             f"{len(rows)} steps, on {after['num_prompts']} unseen prompts\n"

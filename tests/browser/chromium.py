@@ -43,13 +43,16 @@ class Chromium:
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
+        self._target: str | None = None
 
     def open(self, url: str, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
         """A new page, until its load event. events are of this page alone."""
-        self.events.clear()
         self._session = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        if self._target:
+            self.call("Target.closeTarget", targetId=self._target)
+        self.events.clear()
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.call(
