@@ -14,6 +14,7 @@ path = "{model}"
 [data]
 train = "data/train.jsonl"
 [rollout]
+prompts_per_step = 3
 samples_per_prompt = 4
 [train]
 steps = {steps}

@@ -17,6 +17,7 @@ from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.report.sections import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -91,6 +92,18 @@ def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(
     assert sum(sample["num_loss_tokens"] for sample in samples) == 300
     assert {sample["outcome"] for sample in samples} <= {"trained", "carried"}
     assert {*(v for s in samples if s["position"] >= rows[0]["num_prompts"] for v in s["policy_versions"])} == {"1"}
+
+
+def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
+    """So that a metric that gets another name or is new is not forgotten."""
+    present = set(rows_of(whole)[0]) - {"step"}
+    known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
+    of_others = {"validation_loss", "validation_entropy", "rest_seconds"}
+    assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
+    assert present - known == {
+        *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),
+        *("num_dropped_unfinished_tokens", "num_micro_batches", "num_forward_tokens", "num_loss_tokens_by_step"),
+    }
 
 
 def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_started_from(

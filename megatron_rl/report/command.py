@@ -34,10 +34,11 @@ def run_report(
     """Write the page. Returns the exit code."""
     if steps_shown is not None and steps_shown < 0:
         raise ValueError(f"--steps-shown must be at least 0, got {steps_shown}; 0 shows no responses")
+    runs = read_runs(directories)
     output = output or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"--output must be a file in a folder that exists, got {output}")
-    page = render(page_data(read_runs(directories), steps_shown, evaluation))
+    page = render(page_data(runs, steps_shown, evaluation))
     partial = output.with_name(f"{output.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(output)

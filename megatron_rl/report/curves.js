@@ -141,7 +141,7 @@ function figure(plot) {
       const y = 1 - 0.09 * layout.annotations.length;
       layout.shapes.push(upright(start, "dash"));
       layout.annotations.push({ x: start, xanchor: start > (left + right) / 2 ? "right" : "left", yref: "paper", y, yanchor: "top", showarrow: false,
-        text: plain(run.name.slice(0, 28)), font: { size: 10, color: soft }, bgcolor: faint(css("--card"), 0.75) });
+        text: plain(run.name.slice(0, 28)) + (start > (left + right) / 2 ? " →" : ""), font: { size: 10, color: soft }, bgcolor: faint(css("--card"), 0.75) });
     }
     if (axis === "x") for (const step of run.resumed_at) layout.shapes.push(upright(start + step, "dot"));
   });

@@ -113,7 +113,10 @@ SECTIONS = (
         text="C3PO trains every step on the same number of tokens: flat lines are right here.",
         plots=(
             Plot(
-                title="Tokens that carry loss", unit="per step", kind="zero", curves={"loss tokens": "num_loss_tokens"}
+                title="Tokens per step",
+                unit="tokens",
+                kind="zero",
+                curves={"carry loss": "num_loss_tokens", "sampled": "num_generated_tokens"},
             ),
             Plot(title="Loss tokens by domain", unit="per step", kind="zero", curves={"*": "num_loss_tokens/*"}),
             Plot(

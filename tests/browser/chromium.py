@@ -76,7 +76,7 @@ class Chromium:
 
     def wait_for(self, expression: str) -> None:
         """Until it is true."""
-        self._wait(lambda: bool(self.value(expression)), expression)
+        self._wait(lambda: self.value(f"Boolean({expression})"), expression)
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and violated policies."""
