@@ -180,8 +180,8 @@ def test_facts_say_how_far_a_run_came(tmp_path: Path) -> None:
     found = dict(facts(the_run(folder, rows=rows), parent=None))
     assert found["steps"] == "20 of 30"
     assert found["state"] == "not ended"
-    assert found["reward, first and last tenth"] == "0.050 → 1.850"
-    assert found["best reward of ten steps"] == "1.450, from step 10"
+    assert found["reward, first → last tenth"] == "0.050 → 1.850"
+    assert found["best ten steps"] == "1.450 from step 10"
     assert found["tokens trained"] == "120 k"
     assert found["time in steps"] == "40 s"
 
@@ -258,6 +258,16 @@ def test_a_line_that_is_still_being_written_and_broken_traces_are_left_out(tmp_p
         file.write('{"position": 6, "sample')
     step = read_step(read_run(folder, "run"), 2, characters=100)
     assert [["trace" in r for r in group["responses"]] for group in step["groups"]] == [[False, True, False, False]]
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1)
+    path = folder / "rollouts/step_000000.jsonl"
+    path.write_text(path.read_text().replace('"reward": 1.0', '"reward": NaN').replace("-1.0", "-1e999"))
+    responses = read_step(read_run(folder, "run"), 0, characters=100)["groups"][1]["responses"]
+    assert ["reward" in r for r in responses] == [True, False, True, False]
+    assert ["advantage" in r for r in responses] == [False, True, False, True]
+    assert render(page_data(read_runs([folder]), None, ()))
 
 
 # ---------------------------------------------------------------------------------------------------------- the page

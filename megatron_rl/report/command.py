@@ -78,9 +78,8 @@ def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence
     present = {name for metrics in drawn for name in metrics}
     zero = {name for name in present if not any(np.any(m[name][-1]) for m in drawn if name in m)}
     found = groups(runs, parent_of)
-    names = [group.label for group in found] if len(found) < len(runs) else [run.name for run in runs]
     return {
-        "title": ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""),
+        "title": _title(runs, [group.label for group in found] if len(found) < len(runs) else [r.name for r in runs]),
         "subtitle": f"Run report of {written_by()}",
         "width": width,
         "runs": shown,
@@ -88,3 +87,11 @@ def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence
         "evaluations": evaluations(runs, evaluation),
         "sections": sections_for(present, zero),
     }
+
+
+def _title(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Their names, behind that of the folder that they share."""
+    folders = {run.directory.resolve().parent for run in runs}
+    shared = f"{folders.pop().name}: " if len(folders) == 1 and len(runs) > 1 else ""
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return shared + ", ".join(names[:_NAMES]) + more

@@ -66,7 +66,7 @@ function traced(trace, where, kind, said) {
 function shadingLegend() {
   const key = (name, text) => make("span", { className: "key" }, make("span", { className: `token ${name}`, textContent: "token" }), ` ${text}`);
   const words = ["below 0.001", "from 0.001", "from 0.01", "from 0.1", "from 1 nat"];
-  return make("p", { className: "note" }, "Log-prob of the trainer less that of the server: ",
+  return make("p", { className: "note" }, "Difference of the two log-probs, trainer and server: ",
     ...words.map((text, i) => key(`d${i}`, text)), key("untrained", "not trained in this step"));
 }
 
@@ -119,7 +119,7 @@ function drawBrowser() {
     return;
   }
   const prompts = step.groups.map((one, i) => {
-    const tab = button(`prompt ${i + 1}`, `prompt ${i + 1}`, { group: i, response: 0 }, false);
+    const tab = button(`${i + 1}`, `prompt ${i + 1}`, { group: i, response: 0 }, false);
     tab.setAttribute("aria-pressed", "true");
     if (i === place.group) tab.style.outline = "2px solid var(--accent)";
     return tab;
@@ -127,15 +127,15 @@ function drawBrowser() {
   const chips = group.responses.map((response, i) => {
     const { sign, text } = outcomeOf(response);
     const chip = make("button", { type: "button", title: text, onclick: go({ response: i }), className: (response.advantage ?? 0) > 0 ? "up" : (response.advantage ?? 0) < 0 ? "down" : "" },
-      make("span", { textContent: `${sign} ${short(response.reward)}` }), make("small", { textContent: response.advantage === undefined ? "–" : `adv. ${Number(response.advantage).toFixed(2)}` }));
+      make("span", { textContent: `${sign} ${short(response.reward)}` }), make("small", { textContent: response.advantage === undefined ? "–" : Number(response.advantage).toFixed(2) }));
     chip.setAttribute("aria-selected", String(i === place.response));
     return chip;
   });
   const response = group.responses[place.response = Math.min(place.response, group.responses.length - 1)];
   const more = group.total > group.responses.length ? `, of which the first ${group.responses.length} are here` : "";
-  box.append(make("div", { className: "chips" }, ...prompts, make("span", { className: "note", textContent: `of ${step.num_groups} in this step` })),
+  box.append(make("div", { className: "chips" }, "prompt", ...prompts, make("span", { className: "note", textContent: `of ${step.num_groups} in this step` })),
     make("h4", { textContent: "Prompt" }), prose(group.prompt, step.file),
-    make("h4", { textContent: `${group.total} responses${more}: reward and advantage` }), make("div", { className: "chips answers" }, ...chips),
+    make("h4", { textContent: `${group.total} responses${more}: reward, and advantage below it` }), make("div", { className: "chips answers" }, ...chips),
     make("p", { className: "note", textContent: "● trained  ◐ cut at the budget  ↻ carried into the next step  ✕ dropped" }),
     responseCard(step, response));
 }

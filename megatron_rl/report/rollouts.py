@@ -79,7 +79,13 @@ def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
 
 def _is_trace(row: dict[str, Any]) -> bool:
     columns = [row.get(name) for name in ("tokens", "rollout_logprobs", "train_logprobs")]
-    return all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns)
+    versions = row.get("policy_versions")
+    return (
+        all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns)
+        and all(isinstance(value, int | float | None) for column in columns[1:] for value in column or ())
+        and isinstance(versions, list)
+        and all(isinstance(run, list) and len(run) == 2 for run in versions)
+    )
 
 
 def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, characters: int) -> dict[str, Any]:
@@ -114,9 +120,9 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
     keep = [*range(head), *range(len(tokens) - tail, len(tokens))]
     return {
         "tokens": [tokens[i] for i in keep],
-        "rollout": [_finite(trace["rollout_logprobs"][i]) for i in keep],
-        "train": [_finite(trace["train_logprobs"][i]) for i in keep],
-        "versions": trace.get("policy_versions", []),
+        "rollout": [trace["rollout_logprobs"][i] for i in keep],
+        "train": [trace["train_logprobs"][i] for i in keep],
+        "versions": trace["policy_versions"],
         "optimizer_step": trace.get("optimizer_step"),
         "gap": gap,
     }
@@ -132,8 +138,9 @@ def _fitting(tokens: Sequence[str], characters: float) -> int:
     return len(tokens)
 
 
-def _finite(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
@@ -151,8 +158,9 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Numbers that are not finite, which a page's JSON does not have, are None."""
     try:
-        row = json.loads(line.decode(errors="replace"))
+        row = json.loads(line.decode(errors="replace"), parse_constant=lambda _: None, parse_float=_finite)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

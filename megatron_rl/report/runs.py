@@ -40,7 +40,8 @@ class Run:
     @property
     def planned_steps(self) -> int | None:
         """None for a run in epochs."""
-        return self.config.get("train", {}).get("steps")
+        steps = self.config_values.get("train.steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def has_ended(self) -> bool:

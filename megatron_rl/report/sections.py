@@ -100,12 +100,8 @@ SECTIONS = (
                     "not judged": "reward_error_share",
                 },
             ),
-            Plot(
-                title="Sampled",
-                unit="per step",
-                kind="zero",
-                curves={"prompts": "num_prompts", "responses": "num_samples"},
-            ),
+            Plot(title="Prompts", unit="completed in the step", kind="zero", curves={"prompts": "num_prompts"}),
+            Plot(title="Responses", unit="completed in the step", kind="zero", curves={"responses": "num_samples"}),
         ),
     ),
     Section(

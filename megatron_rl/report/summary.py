@@ -28,17 +28,17 @@ def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
         ("trained by", f"RL, {run.config_values.get('algorithm.name', 'c3po')}" if run.kind == "rl" else "SFT"),
         ("state", _state(run)),
         ("steps", f"{run.num_steps:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else "")),
-        ("model", _model(run)),
-        ("starts from", parent or str(run.config_values.get("model.path", "–"))),
-        ("seed", str(run.config_values.get("seed", 1))),
-        ("reward, first and last tenth", _ends(run, "reward")),
-        ("best reward of ten steps", _best(run, "reward")),
-        ("loss, first and last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
+        ("reward, first → last tenth", _ends(run, "reward")),
+        ("best ten steps", _best(run, "reward")),
+        ("loss, first → last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
         ("last validation loss", _last(run, "validation_loss")),
+        ("seed", str(run.config_values.get("seed", 1))),
         ("tokens trained", _count(sum(tokens))),
         ("tokens sampled", _count(sum(_column(run, "num_generated_tokens")))),
         ("time in steps", _hours(sum(seconds))),
-        ("seconds per step, median", f"{median(seconds):.3g}" if seconds else ""),
+        ("median step", f"{median(seconds):.3g} s" if seconds else ""),
+        ("model", _model(run)),
+        ("starts from", parent or str(run.config_values.get("model.path", "–"))),
         ("resumed at steps", ", ".join(map(str, run.resumed_at))),
         ("last step written", f"{datetime.fromtimestamp(_changed(run)):%Y-%m-%d %H:%M}"),
     ]
@@ -149,7 +149,7 @@ def _best(run: Run, name: str) -> str:
         return ""
     means = [fmean(values[i : i + 10]) for i in range(len(values) - 9)]
     at = max(range(len(means)), key=means.__getitem__)
-    return f"{means[at]:.3f}, from step {at}"
+    return f"{means[at]:.3f} from step {at}"
 
 
 def _last(run: Run, name: str) -> str:
