@@ -118,18 +118,20 @@ function drawBrowser() {
     box.append(make("p", { textContent: "No response of this step can be read." }));
     return;
   }
+  const chosen = (tab, is) => {
+    tab.setAttribute("role", "tab");
+    tab.setAttribute("aria-selected", String(is));
+    return tab;
+  };
   const prompts = step.groups.map((one, i) => {
     const tab = button(`${i + 1}`, `prompt ${i + 1}`, { group: i, response: 0 }, false);
-    tab.setAttribute("aria-pressed", "true");
-    if (i === place.group) tab.style.outline = "2px solid var(--accent)";
-    return tab;
+    return chosen(tab, i === place.group);
   });
   const chips = group.responses.map((response, i) => {
     const { sign, text } = outcomeOf(response);
     const chip = make("button", { type: "button", title: text, onclick: go({ response: i }), className: (response.advantage ?? 0) > 0 ? "up" : (response.advantage ?? 0) < 0 ? "down" : "" },
       make("span", { textContent: `${sign} ${short(response.reward)}` }), make("small", { textContent: response.advantage === undefined ? "–" : Number(response.advantage).toFixed(2) }));
-    chip.setAttribute("aria-selected", String(i === place.response));
-    return chip;
+    return chosen(chip, i === place.response);
   });
   const response = group.responses[place.response = Math.min(place.response, group.responses.length - 1)];
   const more = group.total > group.responses.length ? `, of which the first ${group.responses.length} are here` : "";

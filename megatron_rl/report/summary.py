@@ -61,8 +61,10 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
 def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Accuracy by benchmark of every `megatron-rl evaluate` output that is named or lies in a run directory."""
     found = [(folder.name, folder / "results.json") for folder in folders]
+    named = {path.resolve() for _, path in found}
     for run in runs:
-        found += [(f"{run.name}, {path.parent.name}", path) for path in sorted(run.directory.glob("*/results.json"))]
+        inside = sorted(run.directory.glob("*/results.json"))
+        found += [(f"{run.name}, {path.parent.name}", path) for path in inside if path.resolve() not in named]
     rows = []
     for name, path in found:
         try:
