@@ -37,7 +37,10 @@ SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
 # A whole Slurm on one machine, for the tests of the launch scripts.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: help install install-sandbox install-sglang install-slurm demo test test-sglang test-slurm test-kill check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint ring-lite-mini ring-lite-compare clean
+# What opens reports in the tests.
+BROWSER_PACKAGES := chromium fonts-dejavu-core
+
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser demo test test-sglang test-slurm test-kill test-browser check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +84,17 @@ install-slurm:  ## Slurm's daemons and commands, for make test-slurm (by apt-get
 	    "--no-install-recommends $(SLURM_PACKAGES)" >&2; \
 	fi
 
+install-browser:  ## Chromium, for make test-browser (by apt-get, as root)
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get install -qq -y --no-install-recommends $(BROWSER_PACKAGES) >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(BROWSER_PACKAGES) >/dev/null; } || \
+	  echo "install-browser: apt-get failed; the tests with a browser will skip" >&2; \
+	else \
+	  echo "install-browser: for the tests with a browser ask an administrator for: apt-get install -y" \
+	    "--no-install-recommends $(BROWSER_PACKAGES)" >&2; \
+	fi >/dev/null
+
 install-sglang: $(SGLANG_STAMP)  ## make .venv-sglang with real SGLang for a CPU (two minutes, 3.4 GB)
 
 # Its own environment: SGLang pins other versions than ours. Its metadata asks for CUDA packages, hence --no-deps.
@@ -109,6 +123,9 @@ test-slurm: install install-slurm  ## the tests of the launch scripts on a real 
 
 test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with the numbers of one that was not killed
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/kill
+
+test-browser: install install-browser  ## run reports in a real Chromium: no errors, no network, hostile responses, a phone
+	$(BIN)/python -m pytest tests/browser
 
 check: install  ## lint and types
 	$(BIN)/ruff check .
@@ -155,6 +172,9 @@ bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items
 
 bench-curation: install  ## a million generated prompts with planted duplicates, contamination and defects: what curation finds, rows/s, memory, as JSON
 	$(BIN)/python tools/bench_curation.py
+
+bench-report: install install-browser  ## a report of 10,000 steps: seconds to write it, its size, seconds until Chromium shows it, as JSON
+	$(BIN)/python tools/bench_report.py
 
 ring-lite-mini: install install-sandbox install-sglang  ## the paper's recipe in miniature, every stage: tables and plots in runs/ring_lite (half an hour)
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/pipeline.py --nproc $(NPROC) $(if $(SMOKE),--smoke)

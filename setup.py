@@ -19,6 +19,7 @@ INSTALL = [
     "tensorboard~=2.21",
     "rich~=15.0",
     "matplotlib~=3.11",
+    "plotly~=7.1",  # for plotly.js in it, which reports embed
     "math-verify==0.9.0",
     "pebble~=5.2",
     'pyseccomp==0.1.2; sys_platform == "linux"',  # optional at run time: one layer of the code sandbox
@@ -36,7 +37,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl.rollout.sglang_cpu": ["requirements.txt"]},
+    package_data={
+        "megatron_rl.rollout.sglang_cpu": ["requirements.txt"],
+        "megatron_rl.report": ["*.html", "*.css", "*.js"],
+    },
     install_requires=INSTALL,
     extras_require={
         "dev": [

@@ -115,7 +115,30 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none")
     verify.add_argument("--text", help="compare the log-probs of this text under both models too, in fp32")
     verify.set_defaults(run=_compare)
+    report = commands.add_parser(
+        "report",
+        help="curves and responses of runs as one HTML page",
+        description="One HTML page of one or several runs, for a browser without a network: what ran, curves, "
+        "comparison over seeds, stages one after the other, and responses token by token. docs/report.md describes it.",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the run, of several in this folder"
+    )
+    report.add_argument(
+        "--steps-shown", type=int, metavar="N", help="whose responses are in the page; default 20, of many runs fewer"
+    )
+    report.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
+    )
+    report.set_defaults(run=_report)
     return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_rl.report.command import run_report
+
+    return run_report(arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

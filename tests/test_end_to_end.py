@@ -21,6 +21,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import ClusterSection, RlConfig, RlData
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.locks import sole_writer
+from megatron_rl.report.sections import SECTIONS
 from megatron_rl.simulation.calibrate import replay
 from megatron_rl.simulation.rates import Rates
 
@@ -126,8 +127,8 @@ def traces_of(folder: Path, step: int) -> list[tuple[dict, dict]]:
 def test_the_tokens_of_the_first_trained_group_are_beside_its_responses(whole: Path) -> None:
     for step in range(4):
         rollouts = [json.loads(line) for line in (whole / f"run/rollouts/step_{step:06d}.jsonl").open()]
-        trained = [row for row in rollouts if row["num_loss_tokens"]]
-        first = min(row["position"] for row in trained if row["policy_versions"].keys() == {str(step)})
+        with_loss = [row for row in rollouts if row["num_loss_tokens"]]
+        first = min(row["position"] for row in with_loss if row["policy_versions"].keys() == {str(step)})
         found = traces_of(whole, step)
         assert [row for row, _ in found] == sorted(
             (row for row in rollouts if row["position"] == first), key=lambda row: row["sample_index"]
@@ -142,6 +143,18 @@ def test_the_tokens_of_the_first_trained_group_are_beside_its_responses(whole: P
             if row["policy_versions"] == {str(step): count}:
                 pairs = zip(trace["rollout_logprobs"], trace["train_logprobs"][:trained], strict=False)
                 assert max((abs(a - b) for a, b in pairs), default=0) < 1.5e-4  # both rounded
+
+
+def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
+    """So that a metric that gets another name or is new is not forgotten."""
+    present = set(rows_of(whole)[0]) - {"step"}
+    known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
+    of_others = {"validation_loss", "validation_entropy", "rest_seconds"}
+    assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
+    assert present - known == {
+        *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),
+        *("num_dropped_unfinished_tokens", "num_micro_batches", "num_forward_tokens", "num_loss_tokens_by_step"),
+    }
 
 
 def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_started_from(

@@ -11,6 +11,7 @@ LAYERS = {
     "preflight": 4,
     "plan": 4,
     "simulation": 4,
+    "report": 4,
     "launch": 4,
     "train": 4,
     "evaluation": 3,
@@ -69,18 +70,8 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    torchless = (
-        "config",
-        "records",
-        "endpoint",
-        "data",
-        "reward",
-        "layout",
-        "memory",
-        "preflight",
-        "plan",
-        "simulation",
-    )
+    torchless = ("config", "records", "endpoint", "data", "reward", "layout", "memory")
+    torchless += ("preflight", "plan", "simulation", "report")
     for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
         assert paths

@@ -141,12 +141,23 @@ class Demo:
             link = self.folder / name
             if not link.is_symlink():
                 link.symlink_to(Path("rl") / name)
+        report = self.report()
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         print(
             f"[{stages.seconds():5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
             f"{len(rows)} steps, on {after['num_prompts']} unseen prompts\n"
-            f"summary {self.folder / 'summary.json'}, plot {self.folder / 'plot.png'}"
+            f"summary {self.folder / 'summary.json'}, plot {self.folder / 'plot.png'}\n"
+            f"report for a browser: {report}"
         )
+
+    def report(self) -> Path:
+        """One page of both stages, with the accuracy before and after."""
+        path = self.folder / "report.html"
+        runs = [self.folder / stage for stage in ("sft", "rl")]
+        accuracy = [self.folder / f"accuracy_{when}" for when in ("before", "after")]
+        options = ["--evaluation", *accuracy, "--output", path]
+        stages.run_python("run report", "-m", "megatron_rl.cli", "report", *runs, *options)
+        return path
 
 
 def interval(result: dict) -> str:

@@ -1,0 +1,143 @@
+// The browser of responses: run, step, prompt, and the answers to it, token by token. After page.js.
+
+const place = { run: 0, step: 0, group: 0, response: 0 };
+const LIMITS = [0.001, 0.01, 0.1, 1]; // nats from which a difference in log-prob is shaded more darkly
+
+/** How a trained token is shaded. */
+function level(train, rollout) {
+  const difference = Math.abs(train - rollout);
+  return LIMITS.filter((limit) => difference >= limit).length;
+}
+
+function outcomeOf(response) {
+  const { outcome = "", num_tokens: all = 0, num_loss_tokens: trained = 0 } = response;
+  if (outcome === "trained" && trained < all) return { sign: "◐", text: `cut: ${trained} of ${all} tokens trained`, kind: "cut" };
+  if (outcome === "trained") return { sign: "●", text: `trained: all ${all} tokens`, kind: "trained" };
+  if (outcome === "carried") return { sign: "↻", text: "carried: trained first in the next step", kind: "carried" };
+  return { sign: "✕", text: label(outcome || "not trained"), kind: "dropped" };
+}
+
+/** A text that may have had its middle taken out. */
+function prose(parts, where, kind = "") {
+  const box = make("div", { className: `prose ${kind}`, dir: "auto" });
+  write(box, parts[0]);
+  if (parts.length > 1) {
+    box.append(make("span", { className: "gap", textContent: `${parts[1].toLocaleString("en")} characters left out; the whole is in ${where}` }));
+    write(box, parts[2]);
+  }
+  return box;
+}
+
+/** Tokens by their difference, with the policy's version where it changes. */
+function traced(trace, where, kind, said) {
+  const box = make("div", { className: `prose ${kind}`, dir: "auto" });
+  const [head, left] = trace.gap ?? [Infinity, 0];
+  const ends = [];
+  trace.versions.reduce((sum, [version, count]) => (ends.push([sum + count, version]), sum + count), 0);
+  const versionAt = (index) => (ends.find(([end]) => index < end) ?? [0, null])[1];
+  let version = trace.versions.length > 1 ? null : versionAt(0);
+  trace.tokens.forEach((token, i) => {
+    const index = i < head ? i : i + left;
+    if (i === head) box.append(make("span", { className: "gap", textContent: `${left.toLocaleString("en")} tokens left out; the whole is in ${where}` }));
+    if (versionAt(index) !== version) {
+      version = versionAt(index);
+      box.append(make("span", { className: "version", textContent: `v${version}` }));
+    }
+    const [train, rollout] = [trace.train[i], trace.rollout[i]];
+    const both = train !== null && rollout !== null;
+    const piece = write(make("span", { className: `token ${train === null ? "untrained" : both ? `d${level(train, rollout)}` : ""}` }), token);
+    const numbers = both
+      ? `server ${short(rollout)}, trainer ${short(train)}, ratio ${short(Math.exp(train - rollout))}`
+      : `server ${short(rollout)}, not trained in this step`;
+    piece.told = `token ${index + 1} “${label(token)}”: log-prob ${numbers}; policy version ${versionAt(index) ?? "–"}`;
+    box.append(piece);
+  });
+  const tell = (event) => {
+    if (event.target.told === undefined && event.target.parentElement?.told === undefined) return;
+    const piece = event.target.told === undefined ? event.target.parentElement : event.target;
+    box.querySelector(".chosen")?.classList.remove("chosen");
+    piece.classList.add("chosen");
+    said.textContent = piece.told;
+  };
+  box.onpointerover = box.onclick = tell;
+  return box;
+}
+
+function shadingLegend() {
+  const key = (name, text) => make("span", { className: "key" }, make("span", { className: `token ${name}`, textContent: "token" }), ` ${text}`);
+  const words = ["below 0.001", "from 0.001", "from 0.01", "from 0.1", "from 1 nat"];
+  return make("p", { className: "note" }, "Difference of the two log-probs, trainer and server: ",
+    ...words.map((text, i) => key(`d${i}`, text)), key("untrained", "not trained in this step"));
+}
+
+function responseCard(step, response) {
+  const { text, kind } = outcomeOf(response);
+  const where = `${step.file}, line ${response.line}`;
+  const badge = (words, name = "") => make("span", { className: `badge ${name}`, textContent: label(words) });
+  const badges = [badge(text)];
+  if (response.reward !== undefined) badges.unshift(badge(`reward ${short(response.reward)}`, response.reward > 0 ? "good" : "bad"));
+  if (response.reason) badges.push(badge(response.reason));
+  if (response.advantage !== undefined) badges.push(badge(`advantage ${short(response.advantage)}`));
+  badges.push(badge(`${response.num_tokens ?? "?"} tokens`));
+  if (response.finish_reason) badges.push(badge(`ended by ${response.finish_reason}`));
+  const versions = Object.entries(response.policy_versions ?? {}).map(([version, count]) => `v${version}: ${count}`);
+  if (versions.length) badges.push(badge(`sampled by policy ${versions.join(", ")} tokens`));
+  const later = response.trace?.optimizer_step > 0;
+  if (later) badges.push(badge(`trained in optimizer step ${response.trace.optimizer_step + 1} of the phase, whose weights did not sample it`));
+  const said = make("div", { className: "said", textContent: "Point at a token, or tap it, for its numbers." });
+  const card = make("div", {}, make("div", { className: "badges" }, ...badges));
+  if (response.details) card.append(make("p", { className: "note" }, write(make("span", {}), response.details)));
+  if (response.trace) card.append(traced(response.trace, where, kind, said), said, shadingLegend());
+  else card.append(prose(response.text, where, kind));
+  return card;
+}
+
+function drawBrowser() {
+  const withRollouts = data.runs.map((run, index) => index).filter((index) => data.runs[index].rollouts.length);
+  if (!withRollouts.includes(place.run)) place.run = withRollouts[0];
+  const run = data.runs[place.run];
+  const step = run.rollouts[place.step = Math.min(place.step, run.rollouts.length - 1)];
+  const group = step.groups[place.group = Math.max(0, Math.min(place.group, step.groups.length - 1))];
+  const go = (changes) => () => { Object.assign(place, changes); drawBrowser(); };
+  const button = (text, title, changes, disabled) => make("button", { type: "button", textContent: text, title, ariaLabel: title, onclick: go(changes), disabled });
+  const pager = make("div", { className: "pager" });
+  if (withRollouts.length > 1) {
+    const choice = make("select", { ariaLabel: "run", onchange: () => go({ run: Number(choice.value), step: 0, group: 0, response: 0 })() },
+      ...withRollouts.map((index) => make("option", { value: index, textContent: label(data.runs[index].name), selected: index === place.run })));
+    pager.append(choice);
+  }
+  const slider = make("input", { type: "range", min: 0, max: run.rollouts.length - 1, value: place.step, ariaLabel: "step" });
+  slider.onchange = () => go({ step: Number(slider.value), response: 0 })();
+  slider.oninput = () => { number.textContent = `step ${run.rollouts[slider.value].step}`; };
+  const number = make("output", { textContent: `step ${step.step}` });
+  pager.append(button("‹", "earlier step", { step: place.step - 1, response: 0 }, place.step === 0), number,
+    button("›", "later step", { step: place.step + 1, response: 0 }, place.step === run.rollouts.length - 1), slider);
+  const box = make("div", { className: "browser card" }, pager);
+  at("browser").replaceChildren(box, make("p", { className: "note", textContent: `${run.rollouts.length} of ${run.num_rollout_files} steps are in this page, of each some prompts; all responses are in ${label(run.directory)}/rollouts.` }));
+  if (!group) {
+    box.append(make("p", { textContent: "No response of this step can be read." }));
+    return;
+  }
+  const chosen = (tab, is) => {
+    tab.setAttribute("role", "tab");
+    tab.setAttribute("aria-selected", String(is));
+    return tab;
+  };
+  const prompts = step.groups.map((one, i) => {
+    const tab = button(`${i + 1}`, `prompt ${i + 1}`, { group: i, response: 0 }, false);
+    return chosen(tab, i === place.group);
+  });
+  const chips = group.responses.map((response, i) => {
+    const { sign, text } = outcomeOf(response);
+    const chip = make("button", { type: "button", title: text, onclick: go({ response: i }), className: (response.advantage ?? 0) > 0 ? "up" : (response.advantage ?? 0) < 0 ? "down" : "" },
+      make("span", { textContent: `${sign} ${short(response.reward)}` }), make("small", { textContent: response.advantage === undefined ? "–" : Number(response.advantage).toFixed(2) }));
+    return chosen(chip, i === place.response);
+  });
+  const response = group.responses[place.response = Math.min(place.response, group.responses.length - 1)];
+  const more = group.total > group.responses.length ? `, of which the first ${group.responses.length} are here` : "";
+  box.append(make("div", { className: "chips" }, "prompt", ...prompts, make("span", { className: "note", textContent: `of ${step.num_groups} in this step` })),
+    make("h4", { textContent: "Prompt" }), prose(group.prompt, step.file),
+    make("h4", { textContent: `${group.total} responses${more}: reward, and advantage below it` }), make("div", { className: "chips answers" }, ...chips),
+    make("p", { className: "note", textContent: "● trained  ◐ cut at the budget  ↻ carried into the next step  ✕ dropped" }),
+    responseCard(step, response));
+}

@@ -1,0 +1,178 @@
+"""What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megatron_rl import __version__
+from megatron_rl.config.bailing import read_bailing_config
+from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.report.runs import Run, flattened, told
+
+_ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
+_KINDS: dict[str, type[BaseModel]] = {"rl": RlConfig, "sft": SftConfig}
+
+
+def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
+    """(name, value) pairs. parent: the run that it started from."""
+    tokens = _column(run, "num_loss_tokens")
+    seconds = _column(run, "step_seconds")
+    found = [
+        ("trained by", f"RL, {run.config_values.get('algorithm.name', 'c3po')}" if run.kind == "rl" else "SFT"),
+        ("state", _state(run)),
+        ("steps", f"{run.num_steps:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else "")),
+        ("reward, first → last tenth", _ends(run, "reward")),
+        ("best ten steps", _best(run, "reward")),
+        ("loss, first → last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
+        ("last validation loss", _last(run, "validation_loss")),
+        ("seed", str(run.config_values.get("seed", 1))),
+        ("tokens trained", _count(sum(tokens))),
+        ("tokens sampled", _count(sum(_column(run, "num_generated_tokens")))),
+        ("time in steps", _hours(sum(seconds))),
+        ("median step", f"{median(seconds):.3g} s" if seconds else ""),
+        ("model", _model(run)),
+        ("starts from", parent or str(run.config_values.get("model.path", "–"))),
+        ("resumed at steps", ", ".join(map(str, run.resumed_at))),
+        ("last step written", f"{datetime.fromtimestamp(_changed(run)):%Y-%m-%d %H:%M}"),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def changes(run: Run) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every value that is not the default.
+
+    The default is "required" where there is none, and "unknown" where this version of the package has no such key.
+    """
+    defaults = dict(_defaults(_KINDS[run.kind]))
+    return [
+        (key, told(value), told(defaults[key]) if key in defaults else "unknown")
+        for key, value in run.config_values.items()
+        if key not in defaults or (value != defaults[key] and value != _as_toml(defaults[key]))
+    ]
+
+
+def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Accuracy by benchmark of every `megatron-rl evaluate` output that is named or lies in a run directory."""
+    found = [(folder.name, folder / "results.json") for folder in folders]
+    named = {path.resolve() for _, path in found}
+    for run in runs:
+        inside = sorted(run.directory.glob("*/results.json"))
+        found += [(f"{run.name}, {path.parent.name}", path) for path in inside if path.resolve() not in named]
+    rows = []
+    for name, path in found:
+        try:
+            benchmarks = json.loads(path.read_text())["benchmarks"]
+            shown = {
+                key: {n: float(one["average"][n]) for n in ("value", "low", "high")} for key, one in benchmarks.items()
+            }
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} does not exist; name the --output of a `megatron-rl evaluate` that has ended"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if path.parent in folders:
+                raise ValueError(f"{path} is no result of `megatron-rl evaluate`; name its --output") from None
+            continue
+        rows.append({"name": name, "benchmarks": shown})
+    return rows
+
+
+def written_by() -> str:
+    return f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, by megatron_rl {__version__}"
+
+
+def _defaults(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, field in kind.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            found += _defaults(section, f"{prefix}{name}.")
+        elif field.is_required():
+            found.append((prefix + name, "required"))
+        else:
+            found += flattened({prefix + name: field.default}) if field.default != {} else []
+            found.append((prefix + name, field.default))
+    return found
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """That a field is, where it is one, or may be one."""
+    kinds = [field.annotation, *get_args(field.annotation)] if get_origin(field.annotation) is not tuple else []
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _as_toml(value: Any) -> Any:
+    """As it is read back from the file."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
+def _state(run: Run) -> str:
+    if run.has_ended:
+        return "ended"
+    try:
+        beat = json.loads((run.directory / "heartbeat.json").read_text())
+        age, phase = time.time() - float(beat["time"]), str(beat["phase"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "not ended"
+    return f"running ({phase})" if age < _ALIVE_SECONDS else f"not ended, last seen in {phase}"
+
+
+def _model(run: Run) -> str:
+    """Its size, where its configuration is still to be found."""
+    for folder in (run.directory / "hf", run.located(str(run.config_values.get("model.path", ".")))):
+        try:
+            if (folder / "config.json").is_file():
+                return f"{_count(read_bailing_config(folder / 'config.json').num_parameters())} parameters"
+        except (ValueError, OSError):
+            continue
+    return ""
+
+
+def _column(run: Run, name: str) -> list[float]:
+    return [row[name] for row in run.rows if isinstance(row.get(name), int | float)]
+
+
+def _ends(run: Run, name: str) -> str:
+    values = _column(run, name)
+    size = max(1, len(values) // 10)
+    return f"{fmean(values[:size]):.3f} → {fmean(values[-size:]):.3f}" if values else ""
+
+
+def _best(run: Run, name: str) -> str:
+    values = _column(run, name)
+    if len(values) < 10:
+        return ""
+    means = [fmean(values[i : i + 10]) for i in range(len(values) - 9)]
+    at = max(range(len(means)), key=means.__getitem__)
+    return f"{means[at]:.3f} from step {at}"
+
+
+def _last(run: Run, name: str) -> str:
+    values = _column(run, name)
+    return f"{values[-1]:.4f}" if values else ""
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}" if number else ""
+
+
+def _hours(seconds: float) -> str:
+    if not seconds:
+        return ""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _changed(run: Run) -> float:
+    return (run.directory / "metrics.jsonl").stat().st_mtime
