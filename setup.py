@@ -27,7 +27,7 @@ INSTALL = [
     "datasketch~=2.0",  # curation: MinHash
     "pyarrow~=26.0",  # curation: Parquet
     "xxhash~=4.1",  # digests of rows and of checkpoints
-    "scipy~=1.17",  # Student's t
+    "scipy~=1.17",  # Student's t, and the least squares of the simulator
 ]
 
 setup(

@@ -154,6 +154,7 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     assert present - known == {
         *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),
         *("num_dropped_unfinished_tokens", "num_micro_batches", "num_forward_tokens", "num_loss_tokens_by_step"),
+        "num_starts",
     }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -186,17 +185,12 @@ def test_facts_say_how_far_a_run_came(tmp_path: Path) -> None:
     assert found["time in steps"] == "40 s"
 
 
-def test_the_steps_of_resuming_are_read_from_tensorboard_files(tmp_path: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
+def test_the_steps_of_resuming_are_those_with_another_start(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 30)
-    for step in (0, 7, 300):
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        writer.add_scalar("reward", 1.0, step)
-        writer.close()
-    cut = folder / "tensorboard/events.out.tfevents.1.cut"
-    cut.write_bytes(struct.pack("<Q", 80) + b"\0\0\0\0" + b"\x10\x80")
-    assert read_run(folder, "run").resumed_at == (7, 300)
+    assert read_run(folder, "run").resumed_at == (), "a run from before this was told"
+    rows = [{"step": step, "num_starts": 1 + (step >= 7) + (step >= 20)} for step in range(30)]
+    write_rows(folder / "metrics.jsonl", rows)
+    assert read_run(folder, "run").resumed_at == (7, 20)
 
 
 # ------------------------------------------------------------------------------------------------------ responses

@@ -1,11 +1,11 @@
 """A run directory as a record: its configuration, its metrics, and when it was started."""
 
 import json
-import struct
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,15 @@ def read_run(directory: Path, name: str) -> Run:
             raise ValueError(
                 f"{metrics_path}, line {number} is no metrics of a step (an object with `step`); remove it"
             )
+    rows.sort(key=lambda row: row["step"])
     return Run(
         directory=directory,
         name=name,
         kind=kind,
         config=config,
         config_text=text,
-        rows=sorted(rows, key=lambda row: row["step"]),
-        resumed_at=tuple(sorted({step for step in _starts(directory / "tensorboard") if step > 0})),
+        rows=rows,
+        resumed_at=tuple(b["step"] for a, b in pairwise(rows) if b.get("num_starts", 1) != a.get("num_starts", 1)),
     )
 
 
@@ -134,53 +135,3 @@ def told(value: Any) -> str:
     if value is None:
         return "not set"
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _starts(folder: Path) -> Iterator[int]:
-    """The first step of every start, of which each left a file of TensorBoard that begins with it.
-
-    Read by hand, as importing TensorBoard takes longer than the whole report. A record is: length (8 bytes), checksum
-    (4), Event, checksum (4). Of an Event, field 2 is the step, 0 where it is missing, and field 7 the session log.
-    """
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        with path.open("rb") as file:
-            data = file.read(4096)
-        for _ in range(3):
-            if len(data) < 12:
-                break
-            (length,) = struct.unpack("<Q", data[:8])
-            fields = dict(_fields(data[12 : 12 + length]))
-            if 7 in fields:
-                yield fields.get(2, 0)
-            data = data[16 + length :]
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int]]:
-    """(number, value) of the fields of a protocol buffer; a value that is no varint is given as 0. Stops at a cut."""
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-            if byte < 128:
-                return value, at
-
-    at = 0
-    try:
-        while at < len(message):
-            tag, at = varint(at)
-            value = 0
-            match tag & 7:
-                case 0:
-                    value, at = varint(at)
-                case 1:
-                    at += 8
-                case 2:
-                    length, at = varint(at)
-                    at += length
-                case _:
-                    at += 4
-            yield tag >> 3, value
-    except IndexError:
-        return

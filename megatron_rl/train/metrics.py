@@ -25,7 +25,7 @@ def bar(items: Sequence[T], what: str) -> Iterable[T]:
 class MetricsLog:
     """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both.
 
-    past: the rows of the steps before this start.
+    past: the rows of the steps before this start. `num_starts` in a row says how often the run had been started.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
@@ -35,6 +35,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
+        self._num_starts = 1 + max((row.get("num_starts", 1) for row in self.past), default=0)
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.past))
         partial.replace(self._path)
@@ -43,6 +44,7 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """row["step"] numbers it; numbers go to TensorBoard as well. A number that is not finite becomes null."""
+        row = row | {"num_starts": self._num_starts}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()

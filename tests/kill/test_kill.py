@@ -89,8 +89,8 @@ def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
 
 def outcome(folder: Path) -> Outcome:
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    timed = ("_seconds", "_per_second")
-    metrics = [{key: value for key, value in row.items() if not key.endswith(timed)} for row in rows]
+    others = ("_seconds", "_per_second", "num_starts")
+    metrics = [{key: value for key, value in row.items() if not key.endswith(others)} for row in rows]
     sampled = []
     for step in range(STEPS):
         lines = (folder / f"run/rollouts/step_{step:06d}.jsonl").read_text().splitlines()
