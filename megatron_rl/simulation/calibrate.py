@@ -91,14 +91,19 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
     known = ("rollout_seconds", "train_seconds", "update_weights_seconds")
     rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])
     return Rates(
-        decode=tuple((n, n / (fixed + per_running * n)) for n in (1, slots)),
-        response_seconds=per_response,
-        train_flops=forward_passes(config) / (per_flop * layout.world_size / layout.data),
-        micro_batch_seconds=per_micro_batch,
-        optimizer_seconds=per_step,
-        sync_seconds=float(np.mean([row["update_weights_seconds"] for row in rows])),
-        step_seconds=max(0.0, float(rest)),
+        decode=tuple((n, _rounded(n / (fixed + per_running * n))) for n in (1, slots)),
+        response_seconds=_rounded(per_response),
+        train_flops=_rounded(forward_passes(config) / (per_flop * layout.world_size / layout.data)),
+        micro_batch_seconds=_rounded(per_micro_batch),
+        optimizer_seconds=_rounded(per_step),
+        sync_seconds=_rounded(np.mean([row["update_weights_seconds"] for row in rows])),
+        step_seconds=_rounded(max(0.0, rest)),
     )
+
+
+def _rounded(rate: float | np.floating) -> float:
+    """As many digits as are worth reading."""
+    return float(f"{rate:.4g}")
 
 
 def _rollout_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[float, float, float]:
