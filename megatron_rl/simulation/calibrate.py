@@ -64,7 +64,10 @@ class Replay:
         part = slice(self._next, self._next + num_groups)
         groups, kept = self.groups[part], self._kept[part]
         if len(groups) < num_groups:
-            raise ValueError("the run's groups are not those that its configuration makes it sample; is it whole?")
+            raise ValueError(
+                "the run has fewer groups than its configuration makes it sample; calibrate with one that is whole and "
+                "of this version"
+            )
         self._next += num_groups
         return Groups(np.stack(groups), kept)
 
