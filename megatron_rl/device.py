@@ -47,6 +47,11 @@ def on_cuda() -> bool:
     return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and torch.cuda.is_available()
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the CUDA device that this process uses; None on a CPU."""
+    return torch.cuda.get_device_capability() if on_cuda() else None
+
+
 def torch_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 

@@ -13,6 +13,7 @@ from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
+from megatron_rl.model import providers
 from megatron_rl.rollout.recorded import check_first_row
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import find_sglang, on_gpu
@@ -108,11 +109,7 @@ def _check_servers(rollout: RolloutSection) -> None:
 def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iterator[str]:
     """What the configuration and the model's shape alone say against a run, whatever machine it is for."""
     yield from config.parallel.layout(world_size).problems(bailing)
-    if config.parallel.context > 1 and config.model.layers == "transformer_engine":
-        yield (
-            f"parallel.context = {config.parallel.context} needs local layers; set model.layers = 'local' or "
-            "parallel.context = 1"
-        )
+    yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
         yield from length_problems(config.rollout, bailing)
         if config.rollout.router_replay:

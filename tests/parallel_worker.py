@@ -135,6 +135,24 @@ def poison_next_gradient(session: Session) -> None:
     hook = parameter.register_hook(poison)
 
 
+def masters(session: Session) -> dict[str, torch.Tensor]:
+    """The optimizer's fp32 weights of this rank: the share that the model's are the rounding of, and the share that is
+    no more than its own rounding."""
+    pairs = [
+        (weight, master)
+        for part in session.trainer.optimizer.chained_optimizers
+        for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        for weight, master in zip(weights, kept, strict=True)
+    ]
+    weights, kept = (torch.cat([tensor.detach().flatten() for tensor in side]) for side in zip(*pairs, strict=True))
+    assert kept.dtype == torch.float32
+    assert {p.main_grad.dtype for p in session.model.parameters()} == {torch.float32}
+    return {
+        f"share_of_exact_masters/{session.rank}": (kept.bfloat16() == weights).double().mean(),
+        f"share_of_masters_in_bf16/{session.rank}": (kept.bfloat16() == kept).double().mean(),
+    }
+
+
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     config = SftConfig.model_validate(
@@ -150,10 +168,10 @@ def main(folder: Path) -> None:
         }
     )
     # Users have no float64; here it tells rounding from mistakes.
-    wanted = {"dtype": spec.get("dtype", "float32"), "recompute": spec.get("recompute", False)}
-    wanted["experts"] = spec.get("experts", "auto")
-    section = config.model.model_copy(update=wanted)
-    config = config.model_copy(update={"model": section})
+    options = ("dtype", "recompute", "experts", "router_dtype", "head_dtype")
+    wanted = {name: spec[name] for name in options if name in spec}
+    section_of_model = config.model.model_copy(update=wanted)
+    config = config.model_copy(update={"model": section_of_model})
     whole_gradients = spec.get("whole_gradients", True)
     session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
     if "load_by_megatron" in spec:  # in place of what the session read by itself
@@ -230,6 +248,8 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
+    if section_of_model.dtype == "bfloat16":
+        out |= masters(session)
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))
     if "save_to" in spec:

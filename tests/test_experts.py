@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.model.experts import GroupedExperts, _stacked, padded_rows
+from megatron_rl.model.experts import GroupedExperts, distance, padded_rows, stacked
 
 WIDTH, HIDDEN = 8, 16
 
@@ -22,7 +22,7 @@ def test_every_expert_has_whole_rows_and_every_token_a_row_of_its_expert(
     counts: list[int], multiple: int, reverse: bool
 ) -> None:
     rows, ends = padded_rows(torch.tensor(counts), sum(counts), multiple, reverse)
-    sizes = [-(-count // multiple) * multiple for count in counts]
+    sizes = [max(1, -(-count // multiple)) * multiple for count in counts]
     order = range(len(counts))[::-1] if reverse else range(len(counts))
     expected: dict[int, list[int]] = {}
     first = 0
@@ -34,25 +34,22 @@ def test_every_expert_has_whole_rows_and_every_token_a_row_of_its_expert(
 
 
 def parameters_in(buffer: str, count: int, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """(up, down) of each expert: apart, or in one buffer as megatron's, the last one first, or the first one first."""
+    """(up, down) of each expert, in one buffer as megatron's with the last one first, or otherwise."""
     shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)] * count
-    whole = torch.randn(sum(a * b for a, b in shapes), dtype=dtype)
-    parts, end = [], len(whole)
-    for a, b in shapes:
-        parts.append(whole[end - a * b : end].view(a, b))
-        end -= a * b
-    if buffer == "first one first":
-        parts, start = [], 0
-        for a, b in shapes:
-            parts.append(whole[start : start + a * b].view(a, b))
-            start += a * b
-    if buffer == "apart":
-        parts = [part.clone() for part in parts]
-    found = [torch.nn.Parameter(part) for part in parts]
+    order = range(len(shapes)) if buffer == "first one first" else range(len(shapes))[::-1]
+    whole = torch.randn(sum(a * b for a, b in shapes) + 64, dtype=dtype)
+    parts, start = {}, 0
+    for i in order:
+        a, b = shapes[i]
+        # A bucket ends behind the last expert's "down": between all "up"s lies as much as ever.
+        start += 64 if buffer == "uneven" and i == len(shapes) - 2 else 0
+        parts[i] = whole[start : start + a * b].view(a, b)
+        start += a * b
+    found = [torch.nn.Parameter(parts[i].clone() if buffer == "apart" else parts[i]) for i in range(len(shapes))]
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-@pytest.mark.parametrize("buffer", ["apart", "last one first", "first one first"])
+@pytest.mark.parametrize("buffer", ["apart", "last one first", "first one first", "uneven"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_grouped_experts_compute_and_learn_what_single_ones_do(
     buffer: str, dtype: torch.dtype, tolerance: float
@@ -84,18 +81,27 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
     expected = [alone, *torch.autograd.grad(alone, leaves, gradient)]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
 
 
-def test_weights_in_one_buffer_are_not_copied() -> None:
-    for buffer, reverse in (("last one first", True), ("first one first", False)):
-        weights = [up for up, _ in parameters_in(buffer, 4, torch.float32)]
-        stacked, is_reversed = _stacked(weights)
-        assert is_reversed == reverse
-        assert stacked.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
-        in_order = stacked.flip(0) if reverse else stacked
-        assert torch.equal(in_order, torch.stack(weights))
-    apart = [up for up, _ in parameters_in("apart", 4, torch.float32)]
-    stacked, is_reversed = _stacked(apart)
-    assert not is_reversed
-    assert torch.equal(stacked, torch.stack(apart))
+@pytest.mark.parametrize(
+    ("buffer", "signs", "copied"),
+    [
+        ("last one first", (-1, -1), (False, False)),
+        ("first one first", (1, 1), (False, False)),
+        ("uneven", (-1, 0), (False, True)),
+        ("apart", (0, 0), (True, True)),
+    ],
+)
+def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
+    buffer: str, signs: tuple[int, int], copied: tuple[bool, bool]
+) -> None:
+    size = 3 * WIDTH * HIDDEN  # of an expert, gate, up and down
+    for weights, sign, is_copied in zip(
+        zip(*parameters_in(buffer, 4, torch.float32), strict=True), signs, copied, strict=True
+    ):
+        assert distance(weights) == sign * size
+        reverse = signs[0] < 0
+        found = stacked(weights, reverse)
+        assert torch.equal(found.flip(0) if reverse else found, torch.stack(weights))
+        assert (found.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr()) == is_copied

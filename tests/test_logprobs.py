@@ -91,6 +91,20 @@ def test_bf16_loses_no_more_than_the_rounding_of_its_gradients() -> None:
     assert furthest(found[2:], expected[2:]) < 2**-8
 
 
+def test_rounded_logits_are_those_of_bf16_and_their_gradient_passes_the_rounding() -> None:
+    hidden, weight, targets, upstream = make_inputs(torch.bfloat16)
+    outputs = logprobs_and_entropy(hidden, weight, targets, V, temperature=0.7, logit_dtype=torch.bfloat16)
+    found = [*outputs, *torch.autograd.grad((upstream * torch.stack(outputs)).sum(), [hidden, weight])]
+    logits = (hidden.double() @ weight.double().T).float()
+    rounded = logits + (logits.bfloat16().float() - logits).detach()
+    logp = (rounded.double() / 0.7).log_softmax(-1)
+    expected = [logp[range(len(targets)), targets], -(logp.exp() * logp).sum(-1)]
+    expected += torch.autograd.grad((upstream * torch.stack(expected)).sum(), [hidden, weight])
+    assert furthest(found[:2], expected[:2]) < 1e-5
+    assert furthest(found[2:], expected[2:]) < 2**-8
+    assert furthest(logprobs_and_entropy(hidden, weight, targets, V, temperature=0.7), expected[:2]) > 1e-4
+
+
 def test_extreme_logits_give_finite_numbers() -> None:
     hidden, weight, targets, upstream = make_inputs(torch.float32)
     found = fused((hidden * 1e3).detach().requires_grad_(), weight, targets, upstream)

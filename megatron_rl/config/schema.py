@@ -78,13 +78,47 @@ class ModelSection(ServedModelSection):
         description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
         "else local",
     )
+    attention: Literal["auto", "flash", "sdpa"] = Field(
+        default="auto",
+        description="of local layers. flash: torch's variable-length flash attention, on a GPU in bfloat16; sdpa: "
+        "torch's scaled_dot_product_attention over sequences of about the same length. auto takes flash where it can",
+    )
     experts: Literal["auto", "grouped", "sequential"] = Field(
         default="auto",
         description="of local layers. grouped: all experts of a rank in two grouped matrix products of torch's own, "
-        "not in float64; sequential: two products for each. auto takes grouped on a GPU, sequential on a CPU. "
-        "Transformer Engine's layers have their own",
+        "not in float64; sequential: two products for each. auto takes grouped in bfloat16 on a GPU of compute "
+        "capability 9.0 or later. Transformer Engine's layers have their own",
+    )
+    router_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the router's logits and probabilities; servers may have them in bfloat16"
+    )
+    head_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the logits. Their products add up in float32 either way; bfloat16 rounds the sums, as servers "
+        "do that have their logits in it",
+    )
+    fp8: Literal["none", "e4m3", "hybrid"] = Field(
+        default="none",
+        description="format of the products in Transformer Engine's linear layers, weights stay bfloat16: e4m3, or "
+        "hybrid, which has e5m2 for gradients",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        default="tensorwise",
+        description="where fp8's scales come from, as megatron-core names them: tensorwise from the tensor itself; "
+        "delayed from earlier steps, which a checkpoint does not keep; blockwise, of 128 values; mxfp8, of 32, on "
+        "Blackwell",
     )
     recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
+
+    @model_validator(mode="after")
+    def _check_dtypes(self) -> "ModelSection":
+        narrow = {"router_dtype": self.router_dtype == "bfloat16", "head_dtype": self.head_dtype == "bfloat16"}
+        narrow["fp8"] = self.fp8 != "none"
+        for name in (name for name, asked in narrow.items() if asked and self.dtype != "bfloat16"):
+            raise ValueError(
+                f"{name} = '{getattr(self, name)}' needs dtype = 'bfloat16', got '{self.dtype}'; change one of them"
+            )
+        return self
 
 
 class ParallelSection(Section):

@@ -26,6 +26,7 @@ device.import_megatron()
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.fp8_utils import get_fp8_align_size  # noqa: E402
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
@@ -48,13 +49,15 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 )
 from megatron.core.utils import unwrap_model  # noqa: E402
 
-from megatron_rl.model.experts import GroupedExperts  # noqa: E402
+from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
-from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.layers import FlashAttention, PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.providers import Installed, Providers, choose  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
 
 log = logging.getLogger(__name__)
 
+_ROUTER_DTYPES = {"float32": "fp32", "bfloat16": None}  # as megatron names them; None is that of the hidden states
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -83,7 +86,7 @@ def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> N
 
 
 def transformer_config(
-    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout
+    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, providers: Providers
 ) -> TransformerConfig:
     """BailingMoE's shape as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
@@ -111,12 +114,13 @@ def transformer_config(
         moe_router_score_function="softmax",
         # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
         moe_router_pre_softmax=not bailing.norm_topk_prob,
-        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_router_dtype="fp64" if dtype == torch.float64 else _ROUTER_DTYPES[model.router_dtype],
         moe_router_load_balancing_type="aux_loss" if moe.load_balance_coefficient else "none",
         moe_aux_loss_coeff=moe.load_balance_coefficient,
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=providers.experts == "transformer_engine",
+        moe_permute_fusion=providers.permutation == "transformer_engine",
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_stages(bailing, layout) if layout.pipeline > 1 else None,
@@ -130,7 +134,11 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not device.on_cuda(),
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        fp8=None if model.fp8 == "none" else model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        gradient_accumulation_fusion=providers.weight_gradient == "apex",
+        # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
+        apply_rope_fusion=providers.transformer_engine,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         batch_p2p_comm=device.on_cuda(),
@@ -151,46 +159,19 @@ def _stages(bailing: BailingConfig, layout: Layout) -> list[list[str]]:
     return stages
 
 
-def uses_transformer_engine(model: ModelSection, layout: Layout) -> bool:
-    """The layers that this run gets. ValueError when Transformer Engine is asked for and cannot be had."""
-    if layout.context > 1 and model.layers == "transformer_engine":
-        raise ValueError(
-            f"parallel.context = {layout.context} needs local layers; set model.layers = 'local' or "
-            "parallel.context = 1"
-        )
-    if layout.context > 1 or model.layers == "local":
-        return False
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if model.layers == "transformer_engine" and not (installed and device.on_cuda()):
-        raise ValueError(
-            "model.layers = 'transformer_engine' needs a CUDA device and the package; install megatron_rl[gpu] "
-            "or set model.layers = 'local'"
-        )
-    return installed and device.on_cuda()
+def installed() -> Installed:
+    """What this process can use. Nothing is imported: Transformer Engine without a GPU would take megatron down."""
+    return Installed(
+        compute_capability=device.compute_capability(),
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        apex=importlib.util.find_spec("amp_C") is not None,
+        weight_gradient=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
 
 
-def uses_grouped_experts(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
-    """Whether a rank multiplies by all of its experts at once. ValueError when that is asked for and cannot be."""
-    if model.experts == "sequential" or uses_transformer_engine(model, layout):
-        if model.experts == "grouped":
-            raise ValueError(
-                "model.experts = 'grouped' is of local layers; set model.layers = 'local', or experts to 'auto'"
-            )
-        return False
-    several = bailing.num_experts > layout.expert
-    if model.experts == "grouped" and (model.dtype == "float64" or not several):
-        raise ValueError(
-            f"model.experts = 'grouped' needs several experts on a rank and no float64, got {bailing.num_experts} over "
-            f"parallel.expert = {layout.expert} in {model.dtype}; set model.experts = 'sequential'"
-        )
-    return several and model.dtype != "float64" and (model.experts == "grouped" or device.on_cuda())
-
-
-def _layer_submodules(
-    config: TransformerConfig, is_moe: bool, transformer_engine: bool, grouped: bool
-) -> TransformerLayerSubmodules:
+def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Providers) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
-    if transformer_engine:
+    if providers.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
         layer.mlp = _with_router(layer.mlp) if is_moe else layer.mlp
         return layer
@@ -203,13 +184,13 @@ def _layer_submodules(
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),
-                core_attention=PackedAttention,
+                core_attention=FlashAttention if providers.attention == "flash" else PackedAttention,
                 linear_proj=backend.row_parallel_linear(),
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=_with_router(mlp, grouped) if is_moe else mlp,
+        mlp=_with_router(mlp, providers.experts == "grouped") if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
         # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.
         sharded_state_dict_keys_map={
@@ -221,9 +202,10 @@ def _layer_submodules(
 def _with_router(mlp: Any, grouped: bool = False) -> Any:
     """Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
     parts = replace(mlp.keywords["submodules"], router=Router)
-    if grouped:
-        parts = replace(parts, experts=partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords))
-    return partial(mlp, submodules=parts)
+    if not grouped:
+        return partial(mlp, submodules=parts)
+    experts = partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords)
+    return partial(GroupedLayer, submodules=replace(parts, experts=experts))
 
 
 def _layer_norm(transformer_engine: bool) -> Any:
@@ -240,6 +222,7 @@ class Model:
 
     chunks: what megatron's schedules run, one for each virtual pipeline stage: a GPTModel inside megatron's DDP.
     head: what a chunk gets as `output_processor`, so that the last stage returns log-probs and not logits.
+    token_multiple: what a micro-batch's tokens on a context-parallel rank must be a multiple of.
     """
 
     chunks: tuple[DistributedDataParallel, ...]
@@ -248,6 +231,7 @@ class Model:
     bailing: BailingConfig
     layout: Layout
     dtype: torch.dtype
+    token_multiple: int
 
     def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters under the names of checkpoint/names.py. Where the head is tied to the embedding, the
@@ -277,34 +261,43 @@ def build_model(
     bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, distributed_optimizer: bool = True
 ) -> Model:
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
-    config = transformer_config(bailing, model, moe, layout)
-    transformer_engine = uses_transformer_engine(model, layout)
-    grouped = uses_grouped_experts(model, bailing, layout)
-    log.info(
-        "layers: %s; experts: %s",
-        "Transformer Engine's" if transformer_engine else "local",
-        "grouped" if grouped or transformer_engine else "one after the other, two small products for each",
-    )
+    providers = choose(model, bailing, layout, installed())
+    config = transformer_config(bailing, model, moe, layout, providers)
+    if dist.get_rank() == 0:
+        for line in providers.lines():
+            log.info("%s", line)
     dtype = DTYPES[model.dtype]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    gpts = [_gpt_model(config, bailing, transformer_engine, grouped, stage) for stage in stages]
+    gpts = [_gpt_model(config, bailing, providers, stage) for stage in stages]
     chunks = tuple(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
     )
-    head = Head(vocab_size=bailing.vocab_size, norm_head=bailing.norm_head)
-    return Model(chunks=chunks, head=head, config=config, bailing=bailing, layout=layout, dtype=dtype)
+    head = Head(
+        vocab_size=bailing.vocab_size,
+        norm_head=bailing.norm_head,
+        logit_dtype=torch.bfloat16 if model.head_dtype == "bfloat16" else None,
+    )
+    align = 1 if model.fp8 == "none" else get_fp8_align_size(config.fp8_recipe)
+    return Model(
+        chunks=chunks,
+        head=head,
+        config=config,
+        bailing=bailing,
+        layout=layout,
+        dtype=dtype,
+        token_multiple=layout.tensor * align,
+    )
 
 
 def _gpt_model(
     config: TransformerConfig,
     bailing: BailingConfig,
-    transformer_engine: bool,
-    grouped: bool,
+    providers: Providers,
     virtual_stage: int | None,
 ) -> GPTModel:
     """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
@@ -312,7 +305,7 @@ def _gpt_model(
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine, grouped),
+            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), providers),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]
@@ -320,14 +313,14 @@ def _gpt_model(
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=specs, layer_norm=_layer_norm(transformer_engine)
+            layer_specs=specs, layer_norm=_layer_norm(providers.transformer_engine)
         ),
         vocab_size=-(-bailing.vocab_size // tensor_size) * tensor_size,
         max_sequence_length=bailing.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=bailing.tie_word_embeddings,
-        position_embedding_type="rope" if transformer_engine else "none",
+        position_embedding_type="rope" if providers.transformer_engine else "none",
         rotary_base=int(bailing.rope_theta),
         vp_stage=virtual_stage,
     )

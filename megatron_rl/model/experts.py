@@ -19,8 +19,10 @@ from megatron_rl.device import import_megatron
 import_megatron()
 
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher  # noqa: E402
 
-# The weights' gradient sums over the tokens of each expert, whose rows the kernel wants in multiples of 16 bytes.
+# The weights' gradient sums over the rows of each expert. Kernels want some, and those in multiples of 16 bytes.
 _ALIGNED_BYTES = 16
 
 
@@ -32,27 +34,62 @@ class GroupedExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """[T, H], [E], [T] -> [T, H], and no bias."""
         hidden = permuted_local_hidden_states
-        up, up_reversed = _stacked([expert.linear_fc1.weight for expert in self.local_experts])
-        down, down_reversed = _stacked([expert.linear_fc2.weight for expert in self.local_experts])
-        assert up_reversed == down_reversed, "both come from one parameter buffer, in one order"
+        ups = [expert.linear_fc1.weight for expert in self.local_experts]
+        downs = [expert.linear_fc2.weight for expert in self.local_experts]
+        reverse = min(distance(ups), distance(downs)) < 0
         multiple = _ALIGNED_BYTES // hidden.dtype.itemsize
-        rows, ends = padded_rows(tokens_per_expert.to(hidden.device), len(hidden), multiple, up_reversed)
-        num_rows = len(hidden) + self.num_local_experts * (multiple - 1)
-        gate_and_up = F.grouped_mm(_spread(hidden, rows, num_rows), up.transpose(1, 2), offs=ends)
-        gate, linear = gate_and_up.chunk(2, dim=-1)
-        activated = F.silu(gate) * linear
+        rows, ends = padded_rows(tokens_per_expert.to(hidden.device), len(hidden), multiple, reverse)
+        num_rows = len(hidden) + self.num_local_experts * multiple
+        gate_and_up = F.grouped_mm(_spread(hidden, rows, num_rows), stacked(ups, reverse).transpose(1, 2), offs=ends)
+        gate, up = gate_and_up.chunk(2, dim=-1)
         # As megatron does it: the product with fp32 probabilities in fp32, then back.
-        activated = (activated * _spread(permuted_probs, rows, num_rows)[:, None]).to(hidden.dtype)
-        return F.grouped_mm(activated, down.transpose(1, 2), offs=ends).index_select(0, rows), None
+        activated = (F.silu(gate) * up * _spread(permuted_probs, rows, num_rows)[:, None]).to(hidden.dtype)
+        output = F.grouped_mm(activated, stacked(downs, reverse).transpose(1, 2), offs=ends)
+        return output.index_select(0, rows), None
+
+
+class GroupedLayer(MoELayer):
+    """Megatron's layer of GroupedExperts. Where a rank has all experts, the host waits for nothing in it."""
+
+    def __init__(self, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        if pg_collection.ep.size() == pg_collection.expt_tp.size() == 1:
+            self.token_dispatcher = _LocalDispatcher(
+                self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=pg_collection
+            )
+
+
+class _LocalDispatcher(MoEAlltoAllTokenDispatcher):
+    """Of a rank that has all experts: its tokens, sorted by expert, are the experts' input.
+
+    Megatron's own waits for the number of each expert's tokens, to sort the tokens by expert once more.
+    """
+
+    tokens_per_expert: Tensor | None
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """bool [tokens, E] -> [E], each expert's tokens."""
+        self.num_out_tokens = len(routing_map) * self.config.moe_router_topk
+        return routing_map.sum(dim=0)
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+        return tokens_per_expert
+
+    def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> tuple[Tensor, Any, Tensor]:
+        counts, self.tokens_per_expert = self.tokens_per_expert, None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
 
 
 def padded_rows(counts: Tensor, num_tokens: int, multiple: int, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Where tokens that are sorted by expert go so that every expert has a multiple of rows.
+    """Where tokens that are sorted by expert go so that every expert has a multiple of rows, and at least one multiple.
 
     counts: [E], tokens of each expert, on the device; nothing waits for their values. reverse: the last expert first.
     Returns int64 [T], the row of each token, and int32 [E], the row behind each expert's last in the order of rows.
     """
-    padded = (counts + multiple - 1) // multiple * multiple
+    padded = (counts.clamp(min=1) + multiple - 1) // multiple * multiple
     ends = (padded.flip(0) if reverse else padded).cumsum(0)
     starts = (ends.flip(0) if reverse else ends) - padded
     shift = starts - (counts.cumsum(0) - counts)
@@ -65,35 +102,39 @@ def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
 
 
-def _stacked(weights: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """Parameters of one shape as one tensor [E, ...], and whether the last comes first.
+def distance(weights: Sequence[Tensor]) -> int:
+    """Elements from one parameter to the next, all of one shape, where they lie evenly in one storage; 0 elsewhere.
 
-    Megatron's parameter buffer holds them at equal distances, the last one first, and then this is a view of it;
-    otherwise (a bucket may end between them) a copy.
+    Megatron's parameter buffer (distributed/param_and_grad_buffer.py) has the last parameter first: below 0.
     """
-    first, second = weights[0], weights[1]
-    step = second.storage_offset() - first.storage_offset()
+    first = weights[0]
+    step = weights[1].storage_offset() - first.storage_offset()
     even = abs(step) >= first.numel() and all(
         w.is_contiguous()
         and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and w.storage_offset() == first.storage_offset() + i * step
         for i, w in enumerate(weights)
     )
-    return _Stack.apply(abs(step) if even else 0, step < 0 and even, *weights), step < 0 and even
+    return step if even else 0
+
+
+def stacked(weights: Sequence[Tensor], reverse: bool) -> Tensor:
+    """Parameters of one shape as one tensor [E, ...], the last one first if `reverse`; a view of them where they lie
+    evenly in that order, else (a bucket of the buffer may end between them) a copy."""
+    ordered = weights[::-1] if reverse else weights
+    return _Stack.apply(max(0, distance(ordered)), *ordered)
 
 
 class _Stack(torch.autograd.Function):
     """Gives each of the parameters its part of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, step: int, reverse: bool, *weights: Tensor) -> Tensor:
-        ctx.reverse = reverse
+    def forward(ctx: Any, step: int, *weights: Tensor) -> Tensor:
         if not step:
             return torch.stack(weights)
-        lowest = weights[-1 if reverse else 0].detach()
-        return lowest.as_strided((len(weights), *lowest.shape), (step, *lowest.stride()))
+        first = weights[0].detach()
+        return first.as_strided((len(weights), *first.shape), (step, *first.stride()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        parts = grads[0].unbind(0)
-        return None, None, *(parts[::-1] if ctx.reverse else parts)
+        return None, *grads[0].unbind(0)

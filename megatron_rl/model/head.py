@@ -37,10 +37,14 @@ class HeadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """GPTModel's `output_processor` on the last pipeline stage; its `output_processor_context` is a HeadRequest."""
+    """GPTModel's `output_processor` on the last pipeline stage; its `output_processor_context` is a HeadRequest.
+
+    logit_dtype: see `logprobs_and_entropy`.
+    """
 
     vocab_size: int
     norm_head: bool
+    logit_dtype: torch.dtype | None = None
 
     def __call__(
         self,
@@ -69,7 +73,13 @@ class Head:
         if self.norm_head:
             hidden = hidden / column_norm(weight, self.vocab_size, group).to(hidden.dtype)
         return logprobs_and_entropy(
-            hidden, weight, context.targets, self.vocab_size, group=group, temperature=context.temperature
+            hidden,
+            weight,
+            context.targets,
+            self.vocab_size,
+            group=group,
+            temperature=context.temperature,
+            logit_dtype=self.logit_dtype,
         )
 
 

@@ -4,12 +4,15 @@ Legend: T packed tokens of this rank, C context-parallel ranks, Nq query heads, 
 rank), D head_dim, b rows of a bucket, Lq queries and Lk keys of a row.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.device import import_megatron
 from megatron_rl.model.packing import PackedSequences
@@ -18,9 +21,13 @@ import_megatron()
 
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 
+# torch 2.12 and later; before, every query head wants a key-value head of its own.
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm with the variance in fp32 (fp64 for fp64 input).
+    """Root-mean-square norm with the variance in fp32 (fp64 for fp64 input). On CUDA torch's kernel adds up in fp32 by
+    itself, and rounds once, behind the weight.
 
     Its weight is marked for sequence parallelism, where each rank sees a part of the tokens and megatron sums the
     gradients; megatron's own torch norm refuses that.
@@ -33,7 +40,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.dtype in (torch.float32, torch.float64):
+        if hidden.is_cuda or hidden.dtype in (torch.float32, torch.float64):
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
         return self.weight * normed.to(hidden.dtype)
@@ -60,11 +67,16 @@ class PackedAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any) -> Tensor:
         """query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
         packed: PackedSequences = packed_seq_params
-        assert packed.cos is not None and packed.sin is not None and packed.restore is not None
+        assert packed.cos is not None and packed.sin is not None
         query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
         if self.context_group.size() > 1:
             joined = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.context_group)
             key, value = joined.chunk(2, dim=-1)  # [C * T, Nk, D]
+        return self.attend(query, key, value, packed)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """query [T, Nq, D], key and value [C * T, Nk, D], both rotated -> [T, Nq * D]."""
+        assert packed.restore is not None
         outputs = []
         for bucket in packed.buckets:
             q, k, v = _rows(query, bucket.queries), _rows(key, bucket.keys), _rows(value, bucket.keys)
@@ -78,6 +90,32 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, packed.restore)
+
+
+class FlashAttention(PackedAttention):
+    """The same by torch's variable-length flash attention, which takes the sequences end to end, without padding: CUDA,
+    half precision, no context parallelism.
+
+    kernel: called as `torch.nn.attention.varlen.varlen_attn`.
+    """
+
+    kernel: Callable[..., Tensor] = staticmethod(varlen_attn)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        starts, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        gqa = {}
+        if _TAKES_GROUPS:
+            gqa["enable_gqa"] = query.shape[1] != key.shape[1]
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        causal = (-1, 0)
+        attended = self.kernel(
+            *(query, key, value, starts, starts, longest, longest),
+            scale=self.softmax_scale,
+            window_size=causal,
+            **gqa,
+        )
+        return attended.flatten(1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

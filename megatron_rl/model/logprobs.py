@@ -8,6 +8,7 @@ Legend: M tokens, C tokens of a chunk, H hidden size, Vp vocabulary entries of t
 padding.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def logprobs_and_entropy(
     *,
     group: Any = None,
     temperature: float = 1.0,
+    logit_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and H = -sum p log p of p = softmax(hidden @ weight.T / temperature), both [M], in nats.
@@ -36,12 +38,14 @@ def logprobs_and_entropy(
     layer: whoever hands `hidden` to the ranks adds it up.
 
     hidden: [M, H], the same on every rank. weight: [Vp, H], this rank's consecutive rows of the vocabulary; rows beyond
-    `vocab_size` are padding, without probability. targets: int64 [M], global ids.
+    `vocab_size` are padding, without probability. targets: int64 [M], global ids. logit_dtype: that to which
+    hidden @ weight.T is rounded, None: not at all; the gradient is that of the sums.
     """
     first_id, size = shard_of_vocabulary(weight, vocab_size, group)
     row_bytes = max(1, size) * _wide(hidden.dtype).itemsize
     limit = chunk_tokens or max(16, CHUNK_BYTES // row_bytes)
-    logprobs, entropy = _FusedHead.apply(hidden, weight, targets - first_id, size, 1.0 / temperature, limit, group)
+    rounding = _Rounding(scale=1.0 / temperature, dtype=logit_dtype)
+    logprobs, entropy = _FusedHead.apply(hidden, weight, targets - first_id, size, rounding, limit, group)
     return logprobs, entropy
 
 
@@ -51,12 +55,34 @@ def shard_of_vocabulary(weight: Tensor, vocab_size: int, group: Any) -> tuple[in
     return first_id, max(0, min(len(weight), vocab_size - first_id))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rounding:
+    """What logits go through: the sums rounded to `dtype` if there is one, then times `scale`."""
+
+    scale: float
+    dtype: torch.dtype | None
+
+    def logits(self, hidden: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        """hidden [C, H], rows [V, H] -> [C, V], in `out`."""
+        z = _multiply(hidden, rows.T, out=out)
+        if self.dtype is not None:
+            z.copy_(z.to(self.dtype))
+        return z if self.scale == 1.0 else z.mul_(self.scale)
+
+
 class _FusedHead(torch.autograd.Function):
-    """`local` are the targets minus this rank's first id, `size` is V, `scale` multiplies the logits."""
+    """`local` are the targets minus this rank's first id, `size` is V."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, local: Tensor, size: int, scale: float, limit: int, group: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        local: Tensor,
+        size: int,
+        rounding: "_Rounding",
+        limit: int,
+        group: Any,
     ) -> tuple[Tensor, Tensor]:
         rows, wide = _operand(weight[:size]), _wide(hidden.dtype)
         peak = hidden.new_full((len(hidden),), float("-inf"), dtype=wide)
@@ -64,9 +90,7 @@ class _FusedHead(torch.autograd.Function):
         chunks = _chunks(len(hidden), limit, size)
         logits, scratch = _buffers(chunks, hidden, size, wide, 2)
         for part in chunks:
-            z = _multiply(_operand(hidden[part]), rows.T, out=logits[: part.stop - part.start])
-            if scale != 1.0:
-                z.mul_(scale)
+            z = rounding.logits(_operand(hidden[part]), rows, out=logits[: part.stop - part.start])
             peak[part], sums[:, part] = chunk_sums(z, local[part], scratch[: len(z)])
         if group is not None and group.size() > 1:
             peak, sums = _sum_over_ranks(peak, sums, group)
@@ -74,7 +98,7 @@ class _FusedHead(torch.autograd.Function):
         log_total = total.log()
         entropy = log_total - weighted / total
         ctx.save_for_backward(hidden, weight, local, peak + log_total, entropy)
-        ctx.size, ctx.scale, ctx.limit = size, scale, limit
+        ctx.size, ctx.rounding, ctx.limit = size, rounding, limit
         ctx.set_materialize_grads(False)  # whether the entropy has a gradient is known without a look at its values
         # The difference of two logits first: it is exact where they are close, which their log-sum-exp is not.
         return target - peak - log_total, entropy
@@ -83,7 +107,7 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, local, log_sum_exp, entropy = ctx.saved_tensors
         rows, wide = _operand(weight[: ctx.size]), _wide(hidden.dtype)
-        grad_logprob, grad_entropy = (None if g is None else g.to(wide) * ctx.scale for g in grads)
+        grad_logprob, grad_entropy = (None if g is None else g.to(wide) * ctx.rounding.scale for g in grads)
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(entropy)
         with_entropy = grad_entropy is not None
@@ -93,9 +117,7 @@ class _FusedHead(torch.autograd.Function):
         logits, *scratch = _buffers(chunks, hidden, ctx.size, wide, 2 if with_entropy else 1)
         for part in chunks:
             h = _operand(hidden[part])
-            z = _multiply(h, rows.T, out=logits[: len(h)])
-            if ctx.scale != 1.0:
-                z.mul_(ctx.scale)
+            z = ctx.rounding.logits(h, rows, out=logits[: len(h)])
             logit_gradient(
                 z.sub_(log_sum_exp[part, None]),
                 local[part],

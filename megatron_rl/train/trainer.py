@@ -124,7 +124,7 @@ class Trainer:
         """This rank's part of these sequences, ready for the methods below."""
         return make_micro_batch(
             sequences,
-            multiple_of=self.model.layout.tensor,
+            multiple_of=self.model.token_multiple,
             head_dim=self.model.bailing.head_dim,
             rope_theta=self.model.bailing.rope_theta,
             dtype=self.model.dtype,

@@ -1,0 +1,63 @@
+"""Attention over packed sequences, by buckets and by a kernel of flash attention's signature, against the formula."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.model import layers
+from megatron_rl.model.layers import FlashAttention, PackedAttention
+from megatron_rl.model.packing import pack
+
+LENGTHS, HEADS, GROUPS, DIM = [7, 1, 12, 4], 4, 2, 8
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, longest: int, longest_k: int, **options: Any
+) -> Tensor:
+    """What torch's `varlen_attn` computes, sequence by sequence. It refuses what that refuses."""
+    assert starts.dtype == torch.int32
+    assert starts is starts_k
+    assert longest == longest_k == max(LENGTHS)
+    assert options.pop("window_size") == (-1, 0)
+    scale, grouped = options.pop("scale"), options.pop("enable_gqa", False)
+    assert not options
+    assert grouped or q.shape[1] == k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outputs = []
+    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        scores = torch.einsum("qnd,knd->nqk", q[a:b], k[a:b]) * (scale or q.shape[2] ** -0.5)
+        seen = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        outputs.append(torch.einsum("nqk,knd->qnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[a:b]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("takes_groups", [True, False], ids=["grouped heads", "a head for each query"])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_flash_attention_and_buckets_are_the_same(
+    scale: float | None, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_TAKES_GROUPS", takes_groups)
+    torch.manual_seed(0)
+    packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
+    inputs = [torch.randn(24, n, DIM, dtype=torch.float64, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
+    upstream = torch.randn(24, HEADS * DIM, dtype=torch.float64)
+    found = []
+    for kind in (PackedAttention, FlashAttention):
+        group = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+        attention = kind(None, softmax_scale=scale, pg_collection=group)
+        attention.kernel = plain
+        output = attention(*inputs, packed_seq_params=packed)
+        found.append([output, *torch.autograd.grad(output, inputs, upstream)])
+    for buckets, flash in zip(*found, strict=True):
+        torch.testing.assert_close(flash, buckets, rtol=1e-10, atol=1e-12)
+
+
+def test_torchs_kernel_takes_what_it_is_given() -> None:
+    """Its signature, and the shapes that it gives for these arguments; the values want a GPU."""
+    packed = pack(LENGTHS, DIM, 1e4, torch.bfloat16, torch.device("meta"))
+    q, k, v = (torch.empty(24, n, DIM, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS, GROUPS))
+    attention = FlashAttention(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
+    assert attention(q, k, v, packed_seq_params=packed).shape == (24, HEADS * DIM)
