@@ -52,6 +52,12 @@ ALGORITHMS = [
     {"name": "grpo", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
     {"name": "gspo", "clip_low": 0.01, "clip_high": 0.6, **COMMON},
 ]
+# Buckets that end within layers; three quarters of the states in host memory, and all off the device at times.
+EVERYTHING = {
+    "train": {"overlap": "on", "overlap_bucket_parameters": 5000},
+    "optimizer": {"offload_fraction": 0.75},
+    "offload_before": [0, 2],  # and the step between runs with weights that come as they are needed
+}
 # Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
 EXACT = 1e-8
 
@@ -222,7 +228,7 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
 def test_grouped_experts_train_what_sequential_ones_do(model: Path, tmp_path: Path) -> None:
     expected = run_ranks(1, make_spec(model), tmp_path / "sequential")
     parallel = {"expert": 2, "tensor": 2}
-    spec = make_spec(model, experts="grouped", recompute=True, parallel=parallel)
+    spec = make_spec(model, experts="grouped", recompute="full", parallel=parallel)
     found = run_ranks(2, spec, tmp_path / "grouped")
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, expected, prefix)[0] < 1e-5, prefix
@@ -322,7 +328,7 @@ def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
 def test_reference_policy_and_recomputation_work_under_context_parallelism(model: Path, tmp_path: Path) -> None:
     common = {"dtype": "float64", "steps": 2, "reference_scale": 1.1}
     expected = run_ranks(1, make_spec(model, **common), tmp_path / "alone")
-    spec = make_spec(model, **common, recompute=True, parallel={"context": 2, "expert": 2})
+    spec = make_spec(model, **common, recompute="full", parallel={"context": 2, "expert": 2})
     found = run_ranks(2, spec, tmp_path / "run")
     assert worst(found, expected, "weight/") < (EXACT, "")
 
@@ -351,6 +357,16 @@ def test_bfloat16_trains_close_to_float32(model: Path, alone: dict[str, torch.Te
     for i in range(9):
         assert float((found[f"logprobs/{i}"] - alone[f"logprobs/{i}"]).abs().mean()) < 0.05
     assert worst(found, alone, "weight/") < (0.02, "")
+
+
+def test_what_saves_memory_and_what_overlaps_changes_no_bit(model: Path, tmp_path: Path) -> None:
+    common = {"dtype": "bfloat16", "whole_gradients": False, "parallel": {"expert": 2}, "steps": 3}
+    expected = run_ranks(2, make_spec(model, **common), tmp_path / "plain")
+    spec = make_spec(model, **common, **EVERYTHING, recompute="selective")
+    found = run_ranks(2, spec, tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name in (name for name in expected if name.startswith("weight/")):
+        assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,12 @@ from megatron_rl.layout import Layout
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+# A file of earlier versions has a truth value.
+Recompute = Annotated[
+    Literal["none", "selective", "full"],
+    BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
+]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 class Section(BaseModel):
@@ -84,7 +90,22 @@ class ModelSection(ServedModelSection):
         "not in float64; sequential: two products for each. auto takes grouped on a GPU, sequential on a CPU. "
         "Transformer Engine's layers have their own",
     )
-    recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
+    recompute: Recompute = Field(
+        default="none",
+        description="what the backward pass computes once more, to save memory. full: every layer, of which only the "
+        "input is kept; selective: recompute_modules. true and false are full and none",
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        default=("moe",),
+        description="with selective, as megatron-core names them: core_attn, attention without its products; layernorm;"
+        " mlp, of dense layers; moe, all of a layer's router and experts; shared_experts",
+    )
+
+    @model_validator(mode="after")
+    def _check_recompute(self) -> "ModelSection":
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("recompute 'selective' recomputes nothing; name recompute_modules, or set it to 'none'")
+        return self
 
 
 class ParallelSection(Section):
@@ -131,6 +152,13 @@ class OptimizerSection(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
+    offload_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of the optimizer's states (moments, and fp32 weights beside bfloat16 ones) that live in host "
+        "memory and are on the device only while they are stepped, a part after the other",
+    )
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "OptimizerSection":
@@ -158,6 +186,17 @@ class OptimizerSection(Section):
 
 class TrainSection(Section):
     """What SFT and RL runs share."""
+
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="data-parallel ranks add up gradients beside the backward pass of the last micro-batch, and hand "
+        "each other their new weights beside the next forward pass; auto is on on a GPU, off on a CPU",
+    )
+    overlap_bucket_parameters: Positive | None = Field(
+        default=None,
+        description="how many parameters travel at once with overlap; unset is megatron-core's choice, 40 million, or "
+        "a million for each data-parallel rank where that is more",
+    )
 
     micro_batch_tokens: Positive = Field(
         description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
@@ -206,6 +245,14 @@ class TrainSection(Section):
 
 class RlTrainSection(TrainSection):
     steps: Positive = Field(description="rollout-and-train steps")
+    offload_while_generating: Literal["none", "optimizer", "all"] = Field(
+        default="none",
+        description="what leaves the device for host memory while servers on the same GPUs generate. optimizer: its "
+        "states, and gradients; all: the weights too, once the servers have the new ones",
+    )
+    offload_deadline_seconds: float = Field(
+        default=120.0, gt=0, description="how long the way back may wait until servers have released the memory"
+    )
     traced_groups: int = Field(
         default=1,
         ge=0,

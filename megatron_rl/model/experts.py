@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.device import import_megatron
+from megatron_rl.model.hooks import run_pre_hooks
 
 import_megatron()
 
@@ -32,6 +33,9 @@ class GroupedExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """[T, H], [E], [T] -> [T, H], and no bias."""
         hidden = permuted_local_hidden_states
+        for expert in self.local_experts:
+            run_pre_hooks(expert.linear_fc1)
+            run_pre_hooks(expert.linear_fc2)
         up, up_reversed = _stacked([expert.linear_fc1.weight for expert in self.local_experts])
         down, down_reversed = _stacked([expert.linear_fc2.weight for expert in self.local_experts])
         assert up_reversed == down_reversed, "both come from one parameter buffer, in one order"
