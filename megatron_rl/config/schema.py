@@ -19,7 +19,8 @@ Recompute = Annotated[
     Literal["none", "selective", "full"],
     BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
 ]
-RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+# What megatron-core 0.19.2 can recompute of local layers; norms alone want Transformer Engine.
+RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 class Section(BaseModel):
@@ -97,8 +98,9 @@ class ModelSection(ServedModelSection):
     )
     recompute_modules: tuple[RecomputeModule, ...] = Field(
         default=("moe",),
-        description="with selective, as megatron-core names them: core_attn, attention without its products; layernorm;"
-        " mlp, of dense layers; moe, all of a layer's router and experts; shared_experts",
+        description="with selective, as megatron-core names them: core_attn, attention without its projections, which "
+        "saves memory with parallel.context alone; mlp, of dense layers; moe, a layer's router and all its experts; "
+        "shared_experts",
     )
 
     @model_validator(mode="after")

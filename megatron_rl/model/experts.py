@@ -66,7 +66,7 @@ def padded_rows(counts: Tensor, num_tokens: int, multiple: int, reverse: bool = 
 
 def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """x [T, ...] -> [P, ...], zero where no token is."""
-    return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
+    return x.new_zeros(num_rows, *x.shape[1:]).index_put((rows,), x)  # index_copy would keep x for its backward pass
 
 
 def _stacked(weights: Sequence[Tensor]) -> tuple[Tensor, bool]:

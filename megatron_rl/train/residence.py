@@ -43,8 +43,11 @@ class HostMemory:
         self._known: dict[int, _Away] = {}
 
     def offload(self, tensors: Iterable[Tensor], contents: bool = True) -> None:
-        """Those that are on the device. contents: else they come back as zeros."""
-        leaving = [storage for storage in _storages(tensors) if storage.nbytes()]
+        """Those that are on the device. contents: else they come back as zeros.
+
+        On a CPU what numpy has looked at (an export, say) cannot be emptied any more, and stays.
+        """
+        leaving = [storage for storage in _storages(tensors) if storage.nbytes() and storage.resizable()]
         for storage in leaving:
             known = self._known.get(storage._cdata)
             if known is None:
