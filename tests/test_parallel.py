@@ -377,9 +377,10 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
 ) -> None:
     save = str(tmp_path / "checkpoints")
     num_ranks, parallel = LAYOUTS[before]
-    run_ranks(num_ranks, make_spec(model, whole_gradients=False, parallel=parallel, save_to=save), tmp_path / "first")
+    common = {"whole_gradients": False, **EVERYTHING}
+    run_ranks(num_ranks, make_spec(model, **common, parallel=parallel, save_to=save), tmp_path / "first")
     num_ranks, parallel = LAYOUTS[after]
-    spec = make_spec(model, whole_gradients=False, parallel=parallel, resume_from=f"{save}/step_1")
+    spec = make_spec(model, **common, parallel=parallel, resume_from=f"{save}/step_1")
     second = run_ranks(num_ranks, spec, tmp_path / "second")
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 
