@@ -81,7 +81,8 @@ def synchronize() -> None:
 
 
 def host_empty(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on."""
+    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on. With CUDA it takes
+    up to twice as much: torch rounds pinned memory up to a power of two."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_cuda())
 
 

@@ -249,6 +249,7 @@ def main(folder: Path) -> None:
             poison_next_gradient(session)
         for step in range(spec.get("steps", 1)):
             if step in spec.get("offload_before", ()):
+                session.trainer.residence.piece_bytes = 40_000
                 leave_and_come_back(session)
             result = session.trainer.train_step(batches, objective, denominator)
         if session.model.chunks[0].ddp_config.overlap_param_gather:

@@ -5,7 +5,8 @@ that it is, and megatron's buffers, their buckets and the parameters in them nee
 
 megatron-core 0.19.2 has an optimizer of its own for states in host memory (cpu_offloading/hybrid_optimizer.py). It
 steps on the host, keeps its states under other names than checkpoints want, and runs on CUDA alone (on a CPU it finds
-nothing to offload, and fails at its first step). Here the device steps, a part of the states after the other.
+nothing to offload, and fails at its first step). Here the device steps, a part of the states after the other; copies
+and steps take turns.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +24,7 @@ device.import_megatron()
 
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer  # noqa: E402
 
-# Of states that come to the device at once.
-PIECE_BYTES = 2**30
+_STATES = 3  # of a parameter: itself and two moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +93,26 @@ class HostMemory:
 
 
 class Residence:
-    """Moves what a trainer has between device and host memory."""
+    """Moves what a trainer has between device and host memory.
 
-    def __init__(
-        self, model: Model, optimizer: Any, offload_fraction: float = 0.0, piece_bytes: int = PIECE_BYTES
-    ) -> None:
-        """offload_fraction: of the optimizer's states, at least so much is on the device only in a step, in pieces of
-        `piece_bytes`. It needs megatron's distributed optimizer."""
+    piece_bytes: of states that live in host memory, so much comes to the device at once.
+    """
+
+    piece_bytes = 2**30
+
+    def __init__(self, model: Model, optimizer: Any, offload_fraction: float = 0.0) -> None:
+        """offload_fraction: of the optimizer's states, at least so much is on the device only in a step. It needs
+        megatron's distributed optimizer."""
         self._model, self._host = model, HostMemory()
-        self._piece_bytes = piece_bytes
         self._parts = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
-        self._residents: list[Tensor] = []  # parameters whose states live in host memory
+        self._residents: dict[int, Tensor] = {}  # by id, parameters whose states live in host memory
         if offload_fraction:
             parameters = [p for part in self._parts for p in _parameters(part)]
-            wanted = offload_fraction * sum(p.numel() for p in parameters)
-            while sum(p.numel() for p in self._residents) < wanted:
-                self._residents.append(parameters[len(self._residents)])
+            missing = offload_fraction * sum(p.numel() for p in parameters)
+            for p in parameters:
+                if missing > 0:
+                    self._residents[id(p)] = p
+                    missing -= p.numel()
             for part in self._parts:
                 part.step_with_ready_grads = lambda part=part: self._step_in_pieces(part)
             self._settle()
@@ -127,7 +131,7 @@ class Residence:
         after `seconds`."""
         coming = self._weights()
         if not weights:
-            stay = {storage._cdata for storage in _storages(self._states(self._residents))}
+            stay = {storage._cdata for storage in _storages(self._states(self._residents.values()))}
             coming += self._gradients()
             coming += [state for state in self._states() if state.untyped_storage()._cdata not in stay]
         device.wait_until_free(self._host.num_bytes(coming), "training", seconds)
@@ -146,7 +150,7 @@ class Residence:
         self._settle()
 
     def _settle(self) -> None:
-        self._host.offload(self._states(self._residents))
+        self._host.offload(self._states(self._residents.values()))
         device.give_back_memory()
 
     def _weights(self) -> list[Tensor]:
@@ -155,7 +159,7 @@ class Residence:
     def _gradients(self) -> list[Tensor]:
         return [p.main_grad for gpt in self._model.gpts for p in gpt.parameters()]
 
-    def _states(self, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def _states(self, parameters: Iterable[Tensor] | None = None) -> list[Tensor]:
         """Moments, and fp32 weights beside bf16 ones, of these or all of the optimizer's parameters. Where the weights
         are fp32 themselves the optimizer's are views of them."""
         weights = {storage._cdata for storage in _storages(self._weights())}
@@ -180,21 +184,22 @@ class Residence:
                     MixedPrecisionOptimizer.step_with_ready_grads(part)
                 else:
                     type(part).step_with_ready_grads(part)  # which ends with the exchange of weights
-            self._host.offload(self._states([p for p in piece if self._is_resident(p)]))
+            self._host.offload(self._states([p for p in piece if id(p) in self._residents]))
         return True
-
-    def _is_resident(self, parameter: Tensor) -> bool:
-        return any(parameter is resident for resident in self._residents)
 
     def _pieces(self, part: Any) -> Iterator[list[Tensor]]:
         """Its parameters: first those whose states stay on the device, then the others in pieces."""
         parameters = _parameters(part)
-        yield [p for p in parameters if not self._is_resident(p)]
+        yield [p for p in parameters if id(p) not in self._residents]
         piece: list[Tensor] = []
-        for p in filter(self._is_resident, parameters):
-            if piece and 3 * sum(q.nbytes for q in [*piece, p]) > self._piece_bytes:
+        num_bytes = 0
+        for p in parameters:
+            if id(p) not in self._residents:
+                continue
+            num_bytes += _STATES * p.nbytes
+            if piece and num_bytes > self.piece_bytes:
                 yield piece
-                piece = []
+                piece, num_bytes = [], _STATES * p.nbytes
             piece.append(p)
         if piece:
             yield piece
