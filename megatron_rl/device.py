@@ -1,8 +1,9 @@
 """The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
 
-`torch_device()`, `backend()` and `set_local_device()` are what the rest of the package calls; no other module says
-"cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
-adapts the following, each because megatron-core 0.19.2 names CUDA unconditionally there:
+`torch_device()`, `backend()`, `set_local_device()` and the small functions below them are what the rest of the
+package calls; no other module says "cuda". `import_megatron()` must run before anything imports `megatron.core`; with
+CUDA it does nothing, without CUDA it adapts the following, each because megatron-core 0.19.2 names CUDA
+unconditionally there:
 
 1.  `torch.cuda.current_device()` answers `torch.device("cpu")`: megatron passes it as `device=` everywhere.
 2.  `Tensor.cuda()` returns the tensor and `Tensor.record_stream()` does nothing: there is one memory and one stream.
@@ -29,17 +30,23 @@ import importlib
 import importlib.util
 import logging
 import os
+import resource
 import sys
+import time
 import types
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from megatron_rl.errors import Fault
+
 log = logging.getLogger(__name__)
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "randint", "linspace")
+_FREE_EVERY_SECONDS = 0.1
 
 
 def on_cuda() -> bool:
@@ -64,6 +71,82 @@ def backend() -> str:
 def set_local_device(local_rank: int) -> None:
     if on_cuda():
         torch.cuda.set_device(local_rank)
+
+
+def use_in_thread(where: torch.device) -> None:
+    """At a thread's start: a new one has the first device, and pinned memory would make a context there."""
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if on_cuda():
+        torch.cuda.synchronize()
+
+
+def host_empty(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on. With CUDA it takes
+    up to twice as much: torch rounds pinned memory up to a power of two."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_cuda())
+
+
+def send(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """A tensor of the host on `where`. The host does not wait for the copy; what follows on the device does."""
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
+
+
+def peak_memory_bytes() -> int:
+    """The most that tensors took on the device since `reset_peak_memory`, without what the allocator holds in reserve
+    and the CUDA context. On a CPU the most that this process ever had resident, all of it."""
+    if on_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """The peak starts again from what is allocated now. On a CPU it cannot, and stays."""
+    if on_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def give_back_memory() -> None:
+    """What tensors no longer take goes back to the driver, where other processes can have it."""
+    if on_cuda():
+        torch.cuda.empty_cache()
+
+
+def free_bytes() -> int | None:
+    """Memory of this rank's GPU that nobody holds; None on a CPU."""
+    return torch.cuda.mem_get_info()[0] if on_cuda() else None
+
+
+def wait_until_free(needed_bytes: int, what: str, seconds: float, free: Callable[[], int | None] = free_bytes) -> None:
+    """Return once so much of this rank's GPU is free; at once on a CPU. Fault after `seconds`.
+
+    what: for whom, in the messages. A server's answer to a release may come before the driver has its memory.
+    """
+    give_up = time.monotonic() + seconds
+    told = False
+    while (found := free()) is not None and found < needed_bytes:
+        if time.monotonic() > give_up:
+            raise Fault(
+                f"{what} needs {needed_bytes / 2**30:.1f} GiB of the GPU, and {found / 2**30:.1f} GiB were free after "
+                f"{seconds:g} s{_holders()}; let servers release more, or divide the model over more ranks"
+            )
+        if not told:
+            log.info("%s waits until %.1f GiB of the GPU are free", what, needed_bytes / 2**30)
+            told = True
+        time.sleep(_FREE_EVERY_SECONDS)
+
+
+def _holders() -> str:
+    """Who has this GPU's memory, as far as can be told."""
+    if not on_cuda():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    own = torch.cuda.memory_reserved()
+    return f" (of {total / 2**30:.1f}, this rank holds {own / 2**30:.1f}, others {(total - free - own) / 2**30:.1f})"
 
 
 def import_megatron() -> None:

@@ -1,13 +1,14 @@
 """Memory of a run, from shapes alone: what one training rank holds, and what its servers hold. No torch.
 
 These are estimates of the large parts, not measurements: buffers of collectives, the allocator's fragments, the CUDA
-context and whatever a kernel needs for itself come on top. On a GPU nothing of it has been measured yet.
+context and whatever a kernel needs for itself come on top. Activations are those that layers of torch's keep on a CPU
+(tests/test_memory.py); on a GPU nothing has been measured yet. Transformer Engine's layers keep less.
 """
 
 from dataclasses import asdict, dataclass
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import GenerationSection, RunConfig
+from megatron_rl.config.schema import GenerationSection, ModelSection, RunConfig
 from megatron_rl.layout import Layout
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -63,57 +64,96 @@ def stage_parameters(bailing: BailingConfig, layout: Layout) -> list[tuple[int, 
     return [(dense, routed) for dense, routed in found]
 
 
-def layer_activation_bytes(bailing: BailingConfig, layout: Layout, num_tokens: int, item_bytes: int) -> int:
-    """What one layer with experts keeps for its backward pass of `num_tokens` tokens of a context-parallel rank.
+def layer_activation_bytes(
+    bailing: BailingConfig, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+) -> dict[str, int]:
+    """What one local layer keeps for its backward pass of `num_tokens` tokens of a context-parallel rank, by part.
 
-    Elements per token, with hidden size h, q, k and v the widths of queries, keys and values, s the width of the shared
-    experts, K active experts of width m, expert_tensor e:
+    Elements per token, with hidden size h, q and k the widths of queries and of keys (as of values), w the width of a
+    dense MLP or of the shared experts, K active experts of width m, context c, expert_tensor e:
 
-        2h              the residual stream before attention and before the experts
-        2h              both after their norms: what attention and experts get
-        3q + 2k + v     q, k, v; q and k after rotary; the output of attention
-        3s              gate, up and their product
-        K (2h e + 3m)   routed copies going in and coming back, which all e ranks of a group see; gate, up, product
+        norms       4h           the residual stream before attention and before the MLP, and both after their norms
+        attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, or c above 1) the
+                                 output once more in the order of tokens, and keys and values of all c ranks
+        mlp         5w           gate and up, silu(gate), up as it is multiplied, the product; likewise shared_experts
+        moe         K (he + 5m)  of every choice the input, which all e ranks of a group see, gate and up, silu(gate),
+                                 the product, and that times the probability; experts one by one have up twice
 
-    and two fp32 numbers per expert, the router's logits and probabilities. All is divided by the tensor-parallel size:
-    by sequence parallelism, or as the weights are. Attention keeps no matrix of scores (flash attention), and experts
-    are equally loaded.
+    and 16 bytes per expert: the router's logits and probabilities in fp32, the sorting's int64. All is divided by the
+    tensor-parallel size: by sequence parallelism, or as the weights are. Experts are equally loaded. Norms are fused,
+    as on a GPU; a CPU keeps 2h more.
     """
-    h, t, e = bailing.hidden_size, layout.tensor, layout.expert_tensor
+    h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
     q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
-    routed = bailing.num_experts_per_tok * (2 * h * e + 3 * bailing.moe_intermediate_size)
-    elements = 4 * h + 3 * q + 3 * k + 3 * bailing.shared_intermediate_size + routed
-    return num_tokens * (elements * item_bytes + 2 * 4 * bailing.num_experts) // t
+    item = ITEM_BYTES[model.dtype]
+    flash = model.dtype == "bfloat16" and c == 1
+    elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
+    if moe:
+        of_expert = (6 if model.experts == "sequential" else 5) * bailing.moe_intermediate_size
+        elements["shared_experts"] = 5 * bailing.shared_intermediate_size
+        elements["moe"] = bailing.num_experts_per_tok * (h * e + of_expert)
+    else:
+        elements["mlp"] = 5 * bailing.intermediate_size
+    router = {"moe": 16 * bailing.num_experts}
+    return {
+        part: num_tokens * (number * item + router.get(part, 0)) // layout.tensor for part, number in elements.items()
+    }
+
+
+def _kept_bytes(parts: dict[str, int], bailing: BailingConfig, model: ModelSection, num_tokens: int) -> tuple[int, int]:
+    """Of a layer that keeps `parts`, with the recomputation that `model` asks for: what stays until its backward pass,
+    and what comes back for the time of that. num_tokens: whose input is kept, of a tensor-parallel rank."""
+    everything = sum(parts.values())
+    match model.recompute:
+        case "none":
+            return everything, 0
+        case "full":
+            return num_tokens * bailing.hidden_size * ITEM_BYTES[model.dtype], everything
+    again = parts.keys() & {*model.recompute_modules, *(["shared_experts"] if "moe" in model.recompute_modules else [])}
+    kept = everything - sum(parts[part] for part in again)
+    if "core_attn" in model.recompute_modules:  # q, k, v as they come, q once more, and the output
+        q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
+        inputs = num_tokens * (3 * q + 2 * k) * ITEM_BYTES[model.dtype]
+        return kept - parts["attention"] + inputs, max(parts["attention"], everything - kept)
+    return kept, everything - kept
 
 
 def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> list[RankBytes]:
     """Of a rank of every pipeline stage.
 
     The distributed optimizer divides its states over the ranks that hold the same parameters: data x context of them
-    for what is outside of experts, world / (expert x expert_tensor x pipeline) for experts. Stage p of a pipeline keeps
-    the activations of up to pipeline - p micro-batches; with recomputation only each layer's input, and everything of
-    one layer.
+    for what is outside of experts, world / (expert x expert_tensor x pipeline) for experts. Those in host memory
+    (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
+    keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has three
+    chunks of logits, and the gradient of its weight in fp32 and as it is added to the others'.
     """
-    item = ITEM_BYTES[config.model.dtype]
+    model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
     num_tokens = config.train.micro_batch_tokens
-    kept = layer_activation_bytes(bailing, layout, num_tokens, item)
-    per_stage = layout.layers_per_stage(bailing.num_hidden_layers)
+    kinds = {}
+    for moe in (False, True):
+        parts = layer_activation_bytes(bailing, model, layout, num_tokens, moe)
+        kinds[moe] = _kept_bytes(parts, bailing, model, num_tokens // layout.tensor)
+    sizes = layout.layers_per_stage(bailing.num_hidden_layers)
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     found = []
     for stage, (dense, routed) in enumerate(stage_parameters(bailing, layout)):
-        layers, in_flight = sum(per_stage[stage :: layout.pipeline]), layout.pipeline - stage
-        activations = kept * layers * in_flight
-        if config.model.recompute:
-            activations = num_tokens * bailing.hidden_size * item // layout.tensor * layers * in_flight + kept
+        mine = range(stage, len(sizes), layout.pipeline)
+        layers = [kinds[bailing.is_moe_layer(firsts[i] + j)] for i in mine for j in range(sizes[i])]
+        activations = sum(kept for kept, _ in layers) * (layout.pipeline - stage)
+        activations += max((again for _, again in layers), default=0)
         logits = 0
         if stage == layout.pipeline - 1:
-            logits = 3 * min(4 * num_tokens * -(-bailing.vocab_size // layout.tensor), _LOGITS_BYTES)
+            rows = -(-bailing.vocab_size // layout.tensor)
+            logits = 3 * min(4 * num_tokens * rows, _LOGITS_BYTES)
+            logits += rows * bailing.hidden_size * (4 if item == 4 else 4 + item)
         shards = dense / (layout.data * layout.context) + routed / expert_replicas
+        states = shards * _OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
         found.append(
             RankBytes(
                 weights=(dense + routed) * item,
                 gradients=(dense + routed) * _GRADIENT_BYTES,
-                optimizer=round(shards * _OPTIMIZER_BYTES[config.model.dtype]),
+                optimizer=round(states),
                 activations=activations,
                 logits=logits,
             )

@@ -176,7 +176,7 @@ def optimizer_state(rank: Rank) -> dict:
     for part in rank.trainer.optimizer.chained_optimizers:
         metadata = state._OPTIMIZER_METADATA
         theirs = part.sharded_state_dict(model, is_loading=False, metadata=metadata)["param_state"]
-        ours = state._optimizer_state(part, model)
+        ours = state._optimizer_state(part, model, rank.trainer.residence.read)
         counts.append(sum(len(tensors) for tensors in ours.values()))
         for i, tensors in ours.items():
             assert tensors.keys() == theirs[i].keys()

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     hidden = (hidden.chunk(size)[rank] if spec["sequence_parallel"] else hidden).clone().requires_grad_()
     logprobs, entropy = Head(vocab_size=spec["vocab_size"], norm_head=True)(
         hidden_states=hidden,
-        output_layer=SimpleNamespace(tp_group=dist.group.WORLD, weight=weight),
+        output_layer=SimpleNamespace(tp_group=dist.group.WORLD, weight=weight, _forward_pre_hooks={}),
         output_weight=None,
         context=HeadRequest(index=whole["index"], targets=whole["targets"], temperature=spec["temperature"]),
         config=SimpleNamespace(sequence_parallel=spec["sequence_parallel"]),

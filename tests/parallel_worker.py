@@ -25,6 +25,7 @@ from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.checkpoints import Checkpoints
+from megatron_rl.train.feed import Feed
 from megatron_rl.train.objective import CrossEntropy, PolicyObjective
 from megatron_rl.train.session import Session
 
@@ -153,6 +154,35 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
     }
 
 
+def leave_and_come_back(session: Session) -> None:
+    """Everything is off the device for a while, and then in the same tensors again, but for what lives in host
+    memory: fp32 weights are looked at, which bf16 ones have beside them."""
+    session.model.gather_weights()
+    parameters = session.model.parameters()
+    session.trainer.residence.offload()
+    session.trainer.residence.offload(weights=True)
+    sizes = [x.untyped_storage().nbytes() for p in parameters for x in (p, p.main_grad)]
+    assert not any(sizes), "something stayed"
+    session.trainer.residence.reload(seconds=1.0)
+    assert all(p.main_grad.count_nonzero() == 0 for p in parameters)
+    parts = session.trainer.optimizer.chained_optimizers
+    mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
+    away = sum(p.numel() for p in mains if not p.untyped_storage().nbytes())
+    if session.model.dtype == torch.bfloat16:
+        fraction = session.config.optimizer.offload_fraction
+        share = away / sum(p.numel() for p in mains)
+        assert fraction <= share <= 1 and (share < 1 or fraction == 1), share
+
+
+def assert_a_pass_waits_for_all_weights(session: Session, batches: Feed) -> None:
+    """After a step: those that no forward hook of megatron's waits for may be there by chance."""
+    session.trainer.logprobs(batches)
+    for chunk in session.model.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            assert group.param_gather_dispatched
+            assert group.param_gather_handle is None
+
+
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     config = SftConfig.model_validate(
@@ -162,16 +192,17 @@ def main(folder: Path) -> None:
             "model": {"path": spec["model"]},
             "parallel": spec.get("parallel", {}),
             "moe": spec.get("moe", {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}),
-            "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)},
-            "train": {"steps": 10, "micro_batch_tokens": spec["token_cap"], "phase_deadline_seconds": 120},
+            "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)} | spec.get("optimizer", {}),
+            "train": {"steps": 10, "micro_batch_tokens": spec["token_cap"], "phase_deadline_seconds": 120}
+            | spec.get("train", {}),
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
     # Users have no float64; here it tells rounding from mistakes.
     options = ("dtype", "recompute", "experts", "router_dtype", "head_dtype")
     wanted = {name: spec[name] for name in options if name in spec}
-    section_of_model = config.model.model_copy(update=wanted)
-    config = config.model_copy(update={"model": section_of_model})
+    section = config.model.model_copy(update=wanted)
+    config = config.model_copy(update={"model": section})
     whole_gradients = spec.get("whole_gradients", True)
     session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
     if "load_by_megatron" in spec:  # in place of what the session read by itself
@@ -229,14 +260,18 @@ def main(folder: Path) -> None:
             budget=spec["budget"],
             max_response_tokens=64,
         )
-        batches = [
-            session.trainer.micro_batch([dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_])
-            for bin_ in mine
-        ]
+        batches = session.trainer.feed(
+            [[dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_] for bin_ in mine]
+        )
         if session.rank == spec.get("poisoned_rank"):
             poison_next_gradient(session)
-        for _ in range(spec.get("steps", 1)):
+        for step in range(spec.get("steps", 1)):
+            if step in spec.get("offload_before", ()):
+                session.trainer.residence.piece_bytes = 40_000
+                leave_and_come_back(session)
             result = session.trainer.train_step(batches, objective, denominator)
+        if session.model.chunks[0].ddp_config.overlap_param_gather:
+            assert_a_pass_waits_for_all_weights(session, batches)
         if whole_gradients:
             gradients = export_tensors(session.model, lambda p: p.main_grad)
             out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
@@ -248,7 +283,7 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
-    if section_of_model.dtype == "bfloat16":
+    if section.dtype == "bfloat16":
         out |= masters(session)
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))

@@ -149,7 +149,8 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     """So that a metric that gets another name or is new is not forgotten."""
     present = set(rows_of(whole)[0]) - {"step"}
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
-    of_others = {"validation_loss", "validation_entropy", "rest_seconds"}
+    of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
+    of_others |= {"offload_seconds", "reload_seconds"}
     assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
     assert present - known == {
         *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),
@@ -162,10 +163,11 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
     inputs: Path, tmp_path: Path
 ) -> None:
     options = ["train.steps=2", "algorithm.optimizer_steps_per_rollout=2", "algorithm.correction=icepop"]
-    options.append("train.traced_groups=1000")
+    options += ["train.traced_groups=1000", "train.offload_while_generating=all", "train.overlap=on"]
     finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for x in options for o in ("--set", x))))
     for row in rows_of(tmp_path):
         assert row["num_loss_tokens_by_step"] == [300, 300]
+        assert min(row["offload_seconds"], row["reload_seconds"]) > 0
         assert row["budget_use"] == 1.0
         assert row["ratio_max"] > 1.0 + 1e-6  # the first of the two steps has moved the weights
         # Carried responses of the phase before are off-policy by its two steps; all others by rounding.

@@ -33,6 +33,13 @@ def test_every_expert_has_whole_rows_and_every_token_a_row_of_its_expert(
     assert rows.tolist() == [row for expert in range(len(counts)) for row in expected[expert]]
 
 
+def holding(weight: torch.nn.Parameter) -> torch.nn.Module:
+    """As far as grouped experts look at megatron's."""
+    module = torch.nn.Module()
+    module.weight = weight
+    return module
+
+
 def parameters_in(buffer: str, count: int, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """(up, down) of each expert, in one buffer as megatron's with the last one first, or otherwise."""
     shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)] * count
@@ -64,10 +71,7 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
 
     module = SimpleNamespace(
         num_local_experts=4,
-        local_experts=[
-            SimpleNamespace(linear_fc1=SimpleNamespace(weight=up), linear_fc2=SimpleNamespace(weight=down))
-            for up, down in experts
-        ],
+        local_experts=[SimpleNamespace(linear_fc1=holding(up), linear_fc2=holding(down)) for up, down in experts],
     )
     output, bias = GroupedExperts.forward(module, hidden, counts, probs)
     assert bias is None

@@ -52,6 +52,12 @@ ALGORITHMS = [
     {"name": "grpo", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
     {"name": "gspo", "clip_low": 0.01, "clip_high": 0.6, **COMMON},
 ]
+# Buckets that end within layers; three quarters of the states in host memory, and all off the device at times.
+EVERYTHING = {
+    "train": {"overlap": "on", "overlap_bucket_parameters": 5000},
+    "optimizer": {"offload_fraction": 0.75},
+    "offload_before": [0, 2],  # and the step between runs with weights that come as they are needed
+}
 # Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
 EXACT = 1e-8
 
@@ -224,7 +230,7 @@ def test_grouped_experts_train_what_sequential_ones_do(
     num_ranks: int, model: Path, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     parallel = {"tensor": num_ranks, "expert_tensor": num_ranks}
-    spec = make_spec(model, experts="grouped", recompute=True, parallel=parallel)
+    spec = make_spec(model, experts="grouped", recompute="full", parallel=parallel)
     found = run_ranks(num_ranks, spec, tmp_path / "grouped")
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, alone, prefix)[0] < 1e-5, prefix
@@ -324,7 +330,7 @@ def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
 def test_reference_policy_and_recomputation_work_under_context_parallelism(model: Path, tmp_path: Path) -> None:
     common = {"dtype": "float64", "steps": 2, "reference_scale": 1.1}
     expected = run_ranks(1, make_spec(model, **common), tmp_path / "alone")
-    spec = make_spec(model, **common, recompute=True, parallel={"context": 2, "expert": 2})
+    spec = make_spec(model, **common, recompute="full", parallel={"context": 2, "expert": 2})
     found = run_ranks(2, spec, tmp_path / "run")
     assert worst(found, expected, "weight/") < (EXACT, "")
 
@@ -366,6 +372,16 @@ def test_bfloat16_trains_close_to_float32(
         assert float(found[f"share_of_masters_in_bf16/{rank}"]) < 0.1
 
 
+def test_what_saves_memory_and_what_overlaps_changes_no_bit(model: Path, tmp_path: Path) -> None:
+    common = {"dtype": "bfloat16", "whole_gradients": False, "parallel": {"expert": 2}, "steps": 3}
+    expected = run_ranks(2, make_spec(model, **common), tmp_path / "plain")
+    spec = make_spec(model, **common, **EVERYTHING, recompute="selective")
+    found = run_ranks(2, spec, tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name in (name for name in expected if name.startswith("weight/")):
+        assert torch.equal(found[name], expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [("EP2", "CP2"), ("CP2-EP2", "PP3")], ids=["from EP2 to CP2", "from CP2-EP2 to PP3"]
 )
@@ -374,10 +390,11 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
 ) -> None:
     save = str(tmp_path / "checkpoints")
     num_ranks, parallel = LAYOUTS[before]
-    spec = make_spec(model, whole_gradients=False, parallel=parallel, experts="grouped", save_to=save)
+    common = {"whole_gradients": False, **EVERYTHING}
+    spec = make_spec(model, **common, parallel=parallel, experts="grouped", save_to=save)
     run_ranks(num_ranks, spec, tmp_path / "first")
     num_ranks, parallel = LAYOUTS[after]
-    spec = make_spec(model, whole_gradients=False, parallel=parallel, resume_from=f"{save}/step_1")
+    spec = make_spec(model, **common, parallel=parallel, resume_from=f"{save}/step_1")
     second = run_ranks(num_ranks, spec, tmp_path / "second")
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 

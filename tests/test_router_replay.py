@@ -100,7 +100,7 @@ def test_every_layout_uses_exactly_the_given_experts_and_has_the_gradient_of_one
     # Layers are computed again in the backward pass, while other micro-batches are on their way.
     num_ranks, parallel = LAYOUTS[name]
     cap = CAP // parallel.get("context", 1)
-    spec = replay_spec(model, parallel=parallel, token_cap=cap, recompute=True)
+    spec = replay_spec(model, parallel=parallel, token_cap=cap, recompute="full")
     found = run_ranks(num_ranks, spec, tmp_path / "run")
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, alone, prefix) < (EXACT, ""), prefix

@@ -1,5 +1,6 @@
 """The objective on a small batch: what each token's ratio refers to, and what corrections do to it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.model.packing import pack
 from megatron_rl.train.batch import MicroBatch
 from megatron_rl.train.objective import PolicyObjective
-from megatron_rl.train.tally import Terms
+from megatron_rl.train.tally import Tally, Terms
 
 log = math.log
 F64 = torch.float64
@@ -64,7 +65,7 @@ def test_a_token_of_older_weights_refers_to_what_the_sampler_recorded() -> None:
     found, terms = gradient({"clip_low": 0.2, "clip_high": 0.28}, make_batch(fresh=False))
     assert found == pytest.approx([-1.0, 0.0, -0.5, 0.0])
     assert (float(terms.sums["clip_high_share"]), float(terms.sums["clip_low_share"])) == (1.0, 1.0)
-    assert len(terms.values["logprob_difference"]) == 0
+    assert terms.values["logprob_difference"].isnan().all()  # which counts for nothing
 
 
 def test_the_trainers_own_log_probs_of_the_start_of_the_phase_come_before_the_samplers() -> None:
@@ -119,3 +120,22 @@ def test_the_kl_term_pulls_towards_the_reference() -> None:
     pull = [0.5 * (1 - r) for r in (1.0, 0.5, 2.0, 1.0)]
     assert found == pytest.approx([g + p for g, p in zip(without, pull, strict=True)])
     assert float(terms.sums["kl"]) == pytest.approx(sum(r - 1 - log(r) for r in (1.0, 0.5, 2.0, 1.0)))
+
+
+@pytest.mark.parametrize("algorithm", ["c3po", "gspo"])
+@pytest.mark.parametrize("correction", ["none", "icepop", "kpop", "tis"])
+def test_nothing_in_a_micro_batch_waits_for_a_value(algorithm: str, correction: str) -> None:
+    """On the meta device there are no values: whatever asks for one, or for a size that depends on one, raises."""
+    where = torch.device("meta")
+    batch = make_batch(fresh=True, old=PRESENT, reference=PRESENT)
+    moved = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "packed"}
+    moved = {name: x.to(where) for name, x in moved.items() if isinstance(x, torch.Tensor)}
+    section = AlgorithmSection(name=algorithm, correction=correction, kl_coefficient=0.1)
+    objective = PolicyObjective(section)
+    logprobs, entropy = (torch.empty(4, dtype=F64, device=where, requires_grad=True) for _ in range(2))
+    terms = objective(logprobs, entropy, dataclasses.replace(batch, **moved))
+    tally = Tally(objective.reports, where)
+    tally.add(terms, num_tokens=4)
+    terms.total.backward()
+    with pytest.raises(RuntimeError):
+        terms.total.item()

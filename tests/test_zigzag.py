@@ -10,7 +10,7 @@ from micro_batches import micro_batch
 
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import pack
-from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.batch import TrainSequence, size_of
 
 STALE_BEFORE = 9  # tokens at these positions were sampled by older weights
 sizes = st.integers(1, 6)
@@ -61,7 +61,8 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
         ids, padding = batch.token_ids[0], batch.padding_mask[0]
         assert len(ids) > 0
         assert len(ids) % multiple_of == 0
-        assert batch.num_tokens == int((~padding).sum())
+        assert batch.size == size_of(sequences, multiple_of, rank, size)
+        assert (batch.size.num_tokens, batch.size.num_places) == (int((~padding).sum()), len(ids))
         assert batch.packed.positions is not None
         assert torch.equal(ids[~padding] % 1000, batch.packed.positions[~padding])
         assert torch.equal(ids[batch.loss_index] + 1, batch.targets)

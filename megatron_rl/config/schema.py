@@ -14,6 +14,13 @@ from megatron_rl.layout import Layout
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+# A file of earlier versions has a truth value.
+Recompute = Annotated[
+    Literal["none", "selective", "full"],
+    BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
+]
+# What megatron-core 0.19.2 can recompute of local layers; norms alone want Transformer Engine.
+RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 class Section(BaseModel):
@@ -108,7 +115,23 @@ class ModelSection(ServedModelSection):
         "delayed from earlier steps, which a checkpoint does not keep; blockwise, of 128 values; mxfp8, of 32, on "
         "Blackwell",
     )
-    recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
+    recompute: Recompute = Field(
+        default="none",
+        description="what the backward pass computes once more, to save memory. full: every layer, of which only the "
+        "input is kept; selective: recompute_modules. true and false are full and none",
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        default=("moe",),
+        description="with selective, as megatron-core names them: core_attn, attention without its projections, which "
+        "saves memory with parallel.context alone; mlp, of dense layers; moe, a layer's router and all its experts; "
+        "shared_experts",
+    )
+
+    @model_validator(mode="after")
+    def _check_recompute(self) -> "ModelSection":
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("recompute 'selective' recomputes nothing; name recompute_modules, or set it to 'none'")
+        return self
 
     @model_validator(mode="after")
     def _check_dtypes(self) -> "ModelSection":
@@ -165,6 +188,13 @@ class OptimizerSection(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
+    offload_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of the optimizer's states (moments, and fp32 weights beside bfloat16 ones) that live in host "
+        "memory and are on the device only while they are stepped, a part after the other",
+    )
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "OptimizerSection":
@@ -192,6 +222,17 @@ class OptimizerSection(Section):
 
 class TrainSection(Section):
     """What SFT and RL runs share."""
+
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="data-parallel ranks add up gradients beside the backward pass of the last micro-batch, and hand "
+        "each other their new weights beside the next forward pass; auto is on on a GPU, off on a CPU",
+    )
+    overlap_bucket_parameters: Positive | None = Field(
+        default=None,
+        description="how many parameters travel at once with overlap; unset is megatron-core's choice, 40 million, or "
+        "a million for each data-parallel rank where that is more",
+    )
 
     micro_batch_tokens: Positive = Field(
         description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
@@ -240,6 +281,14 @@ class TrainSection(Section):
 
 class RlTrainSection(TrainSection):
     steps: Positive = Field(description="rollout-and-train steps")
+    offload_while_generating: Literal["none", "optimizer", "all"] = Field(
+        default="none",
+        description="what leaves the device for host memory while servers on the same GPUs generate. optimizer: its "
+        "states, and gradients; all: the weights too, once the servers have the new ones",
+    )
+    offload_deadline_seconds: float = Field(
+        default=120.0, gt=0, description="how long the way back may wait until servers have released the memory"
+    )
     traced_groups: int = Field(
         default=1,
         ge=0,

@@ -145,9 +145,10 @@ def transformer_config(
         # The loss returned to the schedule is already the sum over tokens divided by the constant budget: the schedule
         # and DDP must only add up (see train/trainer.py).
         calculate_per_token_loss=True,
-        recompute_granularity="full" if model.recompute else None,
-        recompute_method="uniform" if model.recompute else None,
-        recompute_num_layers=1 if model.recompute else None,
+        recompute_granularity=None if model.recompute == "none" else model.recompute,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+        recompute_modules=list(model.recompute_modules) if model.recompute == "selective" else None,
     )
 
 
@@ -235,7 +236,10 @@ class Model:
 
     def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters under the names of checkpoint/names.py. Where the head is tied to the embedding, the
-        last of several pipeline stages has a copy of it, `output_layer.weight`, which the table does not know."""
+        last of several pipeline stages has a copy of it, `output_layer.weight`, which the table does not know.
+
+        Collective after an optimizer step, with overlap: see `gather_weights`."""
+        self.gather_weights()
         experts = mpu.get_expert_model_parallel_rank() * (self.bailing.num_experts // self.layout.expert)
         return {
             canonical_name(name, get_transformer_layer_offset(self.config, gpt.vp_stage), experts): parameter
@@ -249,8 +253,18 @@ class Model:
         return unwrap_model(list(self.chunks))
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """All of this rank's, chunk by chunk."""
+        """All of this rank's, chunk by chunk. Collective as `parameters_by_canonical_name` is."""
+        self.gather_weights()
         return [parameter for gpt in self.gpts for parameter in gpt.parameters()]
+
+    def gather_weights(self) -> None:
+        """Collective: with overlap, data-parallel ranks may have only their own part of the last optimizer step yet,
+        and the rest comes as the next forward pass needs it. Whoever reads weights otherwise asks for it here."""
+        for chunk in self.chunks:
+            groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+            for group in groups if chunk.ddp_config.overlap_param_gather else ():
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
 
     @property
     def routers(self) -> list[Router]:
@@ -258,18 +272,31 @@ class Model:
 
 
 def build_model(
-    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, distributed_optimizer: bool = True
+    bailing: BailingConfig,
+    model: ModelSection,
+    moe: MoeSection,
+    layout: Layout,
+    distributed_optimizer: bool = True,
+    overlap: bool = False,
+    bucket_parameters: int | None = None,
 ) -> Model:
-    """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
+    """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`).
+
+    overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once.
+    """
     providers = choose(model, bailing, layout, installed())
     config = transformer_config(bailing, model, moe, layout, providers)
     if dist.get_rank() == 0:
         for line in providers.lines():
             log.info("%s", line)
     dtype = DTYPES[model.dtype]
+    shards = distributed_optimizer and dtype != torch.float64
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
-        use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
+        use_distributed_optimizer=shards,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and shards,
+        bucket_size=bucket_parameters,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
     gpts = [_gpt_model(config, bailing, providers, stage) for stage in stages]
@@ -277,6 +304,9 @@ def build_model(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
     )
+    if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     head = Head(
         vocab_size=bailing.vocab_size,
         norm_head=bailing.norm_head,
@@ -346,6 +376,7 @@ def sharded_state(model: Model) -> dict[str, dict[str, Any]]:
 
     Every layer under its own name, whether all layers are alike or not. Extra states are left out: only fp8 has any.
     """
+    model.gather_weights()
     states = [gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}) for gpt in model.gpts]
     return {
         f"chunk{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.device import import_megatron
+from megatron_rl.model.hooks import run_pre_hooks
 
 import_megatron()
 
@@ -34,6 +35,9 @@ class GroupedExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """[T, H], [E], [T] -> [T, H], and no bias."""
         hidden = permuted_local_hidden_states
+        for expert in self.local_experts:
+            run_pre_hooks(expert.linear_fc1)
+            run_pre_hooks(expert.linear_fc2)
         ups = [expert.linear_fc1.weight for expert in self.local_experts]
         downs = [expert.linear_fc2.weight for expert in self.local_experts]
         reverse = min(distance(ups), distance(downs)) < 0
@@ -99,7 +103,7 @@ def padded_rows(counts: Tensor, num_tokens: int, multiple: int, reverse: bool = 
 
 def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """x [T, ...] -> [P, ...], zero where no token is."""
-    return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
+    return x.new_zeros(num_rows, *x.shape[1:]).index_put((rows,), x)  # index_copy would keep x for its backward pass
 
 
 def distance(weights: Sequence[Tensor]) -> int:

@@ -2,7 +2,6 @@
 
 Megatron's GPTModel hands its last hidden states to an `output_processor` and returns what that returns. The output
 layer stays megatron's: its weight is built, sharded, saved and reduced as ever, only its product is computed elsewhere.
-Its forward does not run, so neither do forward hooks on it: DDP's `overlap_param_gather` would need one.
 
 Legend: T packed tokens, Ts of them on this rank, M loss tokens, H hidden size.
 """
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl import device
+from megatron_rl.model.hooks import run_pre_hooks
 from megatron_rl.model.logprobs import logprobs_and_entropy, shard_of_vocabulary
 
 device.import_megatron()
@@ -64,6 +64,7 @@ class Head:
         the hidden states add the parts up in backward: the gather by a reduce-scatter, the copy by an all-reduce.
         """
         group = output_layer.tp_group
+        run_pre_hooks(output_layer)
         weight = output_layer.weight if output_weight is None else output_weight
         if config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=group)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.device import import_megatron
+from megatron_rl.device import import_megatron, send
 from megatron_rl.model import zigzag
 
 import_megatron()
@@ -64,25 +64,27 @@ def pack(
         np.concatenate([zigzag.held_positions(length, context_size)[context_rank] for length in lengths])
     )
     rows = _whole_rows(lengths) if context_size == 1 else _zigzag_rows(lengths, context_rank, context_size)
-    buckets = [Bucket(queries=torch.from_numpy(q).to(device), keys=torch.from_numpy(k).to(device)) for q, k in rows]
+    buckets = [
+        Bucket(queries=send(torch.from_numpy(q), device), keys=send(torch.from_numpy(k), device)) for q, k in rows
+    ]
     # Where a token is repeated as padding, its first place is the real one; `unique` gives the first.
     _, restore = np.unique(np.concatenate([queries.flatten() for queries, _ in rows]), return_index=True)
 
     inverse = 1.0 / rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = positions[:, None].double() * inverse
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    cu_seqlens = send(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions=positions.to(device),
-        cos=angles.cos().to(device, dtype),
-        sin=angles.sin().to(device, dtype),
+        positions=send(positions, device),
+        cos=send(angles.cos().to(dtype), device),
+        sin=send(angles.sin().to(dtype), device),
         buckets=buckets,
-        restore=torch.from_numpy(restore).to(device),
+        restore=send(torch.from_numpy(restore), device),
     )
 
 

@@ -123,11 +123,12 @@ def _memory(
 
 
 def _remedy(config: RunConfig, cluster: ClusterSection) -> str:
-    recompute = "" if config.model.recompute else "model.recompute = true, "
+    recompute = "" if config.model.recompute == "full" else "model.recompute = 'full', "
+    offload = "" if config.optimizer.offload_fraction else "optimizer.offload_fraction, "
     servers = ""
     if isinstance(config, RlConfig) and not cluster.serving_nodes and not config.rollout.urls:
         servers = "a smaller --mem-fraction-static or rollout.max_running_requests, "
-    return f"set {recompute}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
+    return f"set {recompute}{offload}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
 
 
 def _launch(kind: str, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _DIGITS = 5  # significant ones in the page
-_PHASES = ("rollout_seconds", "plan_seconds", "update_weights_seconds", "train_seconds")
+_PHASES = tuple(f"{phase}_seconds" for phase in ("rollout", "plan", "update_weights", "train", "offload", "reload"))
 
 
 def bin_width(num_steps: int, points: int) -> int:

@@ -207,6 +207,8 @@ SECTIONS = (
                     "rollout": "rollout_seconds",
                     "train": "train_seconds",
                     "weights": "update_weights_seconds",
+                    "offload": "offload_seconds",
+                    "reload": "reload_seconds",
                     "plan": "plan_seconds",
                     "rest": "rest_seconds",
                 },
@@ -221,6 +223,13 @@ SECTIONS = (
                     "trained, in train": "trained_tokens_per_second",
                     "generated, end to end": "end_to_end_tokens_per_second",
                 },
+            ),
+            Plot(
+                title="Memory",
+                unit="GiB at most, of rank 0's GPU",
+                kind="zero",
+                curves={"training": "peak_memory_gb"},
+                note="The log has what was planned, at its start.",
             ),
             Plot(title="Padding", unit="share of trained tokens", kind="zero", curves={"padding": "padding_share"}),
             Plot(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rl.device import send
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import PackedSequences, pack
 from megatron_rl.train.traces import TracedTokens
@@ -38,6 +39,18 @@ class TrainSequence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What is known of a rank's part of a micro-batch before it is made.
+
+    num_tokens: without padding. num_places: with it. traced: some sequence is.
+    """
+
+    num_tokens: int
+    num_places: int
+    traced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One context-parallel rank's part of a micro-batch: its tokens, and the loss tokens that they predict.
 
@@ -65,9 +78,10 @@ class MicroBatch:
     traced: TracedTokens | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of this rank without padding."""
-        return int((~self.padding_mask).sum())
+    def size(self) -> Size:
+        """The device is asked."""
+        num_tokens = int((~self.padding_mask).sum())
+        return Size(num_tokens=num_tokens, num_places=self.token_ids.numel(), traced=self.traced is not None)
 
 
 def make_micro_batch(
@@ -119,15 +133,15 @@ def make_micro_batch(
     def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
         """Of each sequence's values by loss token, those of this rank, end to end."""
         parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(device, kind)
+        return send(torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(kind), device)
 
     packed = pack(lengths, head_dim, rope_theta, dtype, device, context_rank, context_size)
-    packed.routed_experts = None if routed is None else torch.from_numpy(routed).to(device)
+    packed.routed_experts = None if routed is None else send(torch.from_numpy(routed), device)
     return MicroBatch(
-        token_ids=torch.from_numpy(token_ids)[None].to(device),
+        token_ids=send(torch.from_numpy(token_ids)[None], device),
         packed=packed,
-        padding_mask=torch.from_numpy(padding)[None].to(device),
-        loss_index=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])).to(device),
+        padding_mask=send(torch.from_numpy(padding)[None], device),
+        loss_index=send(torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])), device),
         targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
         weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
         advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
@@ -136,8 +150,19 @@ def make_micro_batch(
             (np.arange(n) >= s.num_stale_tokens for n, s in zip(counts, sequences, strict=True)), torch.bool
         ),
         response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
-        response_tokens=torch.tensor(counts, dtype=wide, device=device),
+        response_tokens=send(torch.tensor(counts, dtype=wide), device),
         traced=_traced(sequences, mine, device),
+    )
+
+
+def size_of(sequences: Sequence[TrainSequence], multiple_of: int, context_rank: int, context_size: int) -> Size:
+    """Of the micro-batch that `make_micro_batch` makes of these sequences."""
+    lengths = [zigzag.padded_length(len(s.token_ids), context_size) for s in sequences]
+    held = (zigzag.held_positions(length, context_size)[context_rank] for length in lengths)
+    return Size(
+        num_tokens=sum(int((own < len(s.token_ids)).sum()) for own, s in zip(held, sequences, strict=True)),
+        num_places=(sum(lengths) + _padding_tokens(sum(lengths), multiple_of, context_size)) // context_size,
+        traced=any(s.traced_as is not None for s in sequences),
     )
 
 
@@ -151,7 +176,7 @@ def _traced(
     if not any(len(tokens) for *_, tokens in traced):
         return None
     return TracedTokens(
-        index=torch.from_numpy(np.concatenate([at + np.arange(len(tokens)) for _, at, tokens in traced])).to(device),
+        index=send(torch.from_numpy(np.concatenate([at + np.arange(len(t)) for _, at, t in traced])), device),
         samples=np.concatenate([np.full(len(tokens), sample) for sample, _, tokens in traced]),
         tokens=np.concatenate([tokens for *_, tokens in traced]),
     )

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.records import Plan
@@ -21,7 +22,7 @@ from megatron_rl.train.objective import PolicyObjective
 from megatron_rl.train.resilience import StopRequested, StopSignals, told_in_words
 from megatron_rl.train.serving import NodeServers, is_one_machine
 from megatron_rl.train.session import Session, should_save
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.trainer import Batches, StepResult
 
 
 def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
@@ -70,16 +71,19 @@ def _steps(config: RlConfig, session: Session, first: int, leader: Leader | None
     objective = PolicyObjective(config.algorithm, session.context_group)
     skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
+        offload_seconds = session.offload()
         work = leader.begin(step) if leader else _follow(session, step, transport)
+        reload_seconds = session.reload()
         if isinstance(work, Stop):
             if work.save and step > first:
                 session.save(step, *_driver_state(leader, step))
                 session.settle(wait=True)
             return work.exit_code
         session.watch.enter("train", step)
+        device.reset_peak_memory()
         results = _train(session, config, objective, *work)
         if leader:
-            leader.end(step, results)
+            leader.end(step, results, offload_seconds, reload_seconds)
         session.settle()
         skips.check(results)
         if should_save(step + 1, config.train.steps, config):
@@ -110,7 +114,7 @@ def _transport(
 def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:
     """The train phase: the plan's optimizer steps over this rank's samples."""
     trainer, temperature = session.trainer, config.rollout.temperature
-    batches = [[trainer.micro_batch(sequences) for sequences in step] for step in work]
+    batches: list[Batches] = [trainer.feed(step) for step in work]
     if config.algorithm.trains_on_own_old_logprobs and len(batches) > 1:
         # The first step starts from the weights that these log-probs would be of, and needs none.
         batches[1:] = [trainer.with_old_logprobs(step, temperature) for step in batches[1:]]

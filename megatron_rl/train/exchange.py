@@ -52,8 +52,13 @@ class Checksums:
     dtypes: dict[str, str]
 
 
-Order = Stop | Push | Probe | Checksums
-_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """Rank 0's word that the servers have the weights, and these may leave the device."""
+
+
+Order = Stop | Push | Probe | Checksums | Offload
+_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums, Offload)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_rl import device
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
@@ -18,7 +19,7 @@ from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import Receivers, Transport
 from megatron_rl.train import traces
 from megatron_rl.train.collector import Collector
-from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
+from megatron_rl.train.exchange import Checksums, Offload, Order, Probe, Push, Stop, Work, send_order, send_work
 from megatron_rl.train.guards import Alarms
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
@@ -38,11 +39,15 @@ def obey(order: Order, session: Session, transport: Transport | None, receivers:
         case Push():
             assert transport is not None
             session.watch.enter("sync", order.version)
+            session.reload(weights=True)
+            session.model.gather_weights()
             return transport.push(order.version, receivers)
         case Probe():
             return mean_differences(session.trainer, order, session.control)
         case Checksums():
             return weight_checksums(session.trainer, order.dtypes, session.control)
+        case Offload():
+            return session.offload(weights=True)
 
 
 class Leader:
@@ -65,7 +70,7 @@ class Leader:
         self._alarms = Alarms(config.train, ())
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
-        self._started = self._trained_from = 0.0
+        self._started = self._trained_from = self._offload_seconds = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
         try:
@@ -83,7 +88,7 @@ class Leader:
 
     def begin(self, step: int) -> tuple[Plan, Work] | Stop:
         """Weights to the servers, rollout, plan, and everybody's samples on their way."""
-        self._started = time.perf_counter()
+        self._started, self._offload_seconds = time.perf_counter(), 0.0
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
             covered = step if self._config.train.save_every == 0 else self._session.checkpoints.latest or 0
@@ -105,12 +110,18 @@ class Leader:
         self._trained_from = time.perf_counter()
         return send_work(schedule.plan, schedule.samples, self._session.layout, self._session.control)
 
-    def end(self, step: int, results: list[StepResult]) -> None:
-        """Log the step. The first one is also the gate: the servers must have sampled from the weights trained here."""
+    def end(
+        self, step: int, results: list[StepResult], offload_seconds: float = 0.0, reload_seconds: float = 0.0
+    ) -> None:
+        """Log the step. The first one is also the gate: the servers must have sampled from the weights trained here.
+
+        offload_seconds, reload_seconds: what `train.offload_while_generating` took before `begin` and behind it.
+        """
         assert self._metrics is not None and self._schedule is not None
         now = time.perf_counter()
         last = results[-1]
-        seconds = now - self._started
+        seconds = now - self._started + offload_seconds
+        train_seconds = now - self._trained_from - reload_seconds
         trained = sum(r.num_forward_tokens for r in results)
         padding = sum(r.num_padding_tokens for r in results)
         row = {
@@ -126,12 +137,15 @@ class Leader:
             **last.metrics,
             # Of the first optimizer step: its tokens are the only ones that the trained weights themselves sampled.
             **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
-            "train_seconds": now - self._trained_from,
+            "train_seconds": train_seconds,
             "step_seconds": seconds,
             "num_failed_saves": self._session.checkpoints.num_failed_saves,
-            "trained_tokens_per_second": trained / (now - self._trained_from),
+            "trained_tokens_per_second": trained / train_seconds,
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
+            **({"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}),
         }
+        if self._config.train.offload_while_generating != "none":
+            row |= {"offload_seconds": offload_seconds + self._offload_seconds, "reload_seconds": reload_seconds}
         self._alarms.report(row)
         try:
             self._metrics.write(row)
@@ -206,6 +220,8 @@ class Leader:
                     if every and step % every == 0:
                         self._prove(step)
                 pushed = time.perf_counter()
+                if self._config.train.offload_while_generating == "all":
+                    self._offload_seconds += self._order(Offload())
                 self._session.watch.enter("rollout", step)
                 schedule, self._row = self.collector.collect(policy_version=step)
                 return schedule, pushed - started

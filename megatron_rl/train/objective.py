@@ -1,5 +1,6 @@
 """What a train step minimises, and what it reports, from the log-probabilities of a micro-batch's loss tokens."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -73,8 +74,8 @@ class PolicyObjective:
             "clip_low_share": surrogate.clipped_low.sum(),
             "clip_high_share": surrogate.clipped_high.sum(),
         }
-        # Tokens that these very weights sampled: others differ by right.
-        difference = (logprobs.detach() - batch.rollout_logprobs)[batch.fresh].abs()
+        # Tokens that these very weights sampled: others differ by right. How many these are only the device knows.
+        difference = (logprobs.detach() - batch.rollout_logprobs).abs().masked_fill(~batch.fresh, math.nan)
         values = {"logprob_difference": difference, "ratio": surrogate.ratio}
         if correction is not None:
             sums |= {"correction_masked_share": (correction == 0).sum(), "correction_weight": correction.sum()}

@@ -89,7 +89,7 @@ def told_in_words(watch: Watch) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in said for part in _NO_MEMORY):
             raise Fault(
                 f"{watch.place}: out of memory ({said.splitlines()[0] if said else 'MemoryError'}); lower "
-                "train.micro_batch_tokens, set model.recompute = true, or divide the model over more ranks "
+                "train.micro_batch_tokens, set model.recompute = 'full', or divide the model over more ranks "
                 "(parallel.tensor, parallel.expert, parallel.pipeline)"
             ) from error
         if any(part in said for part in _LOST):

@@ -5,14 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from megatron_rl import device
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.errors import EXIT_STOPPED
-from megatron_rl.train.batch import MicroBatch, TrainSequence
+from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.chats import ChatBatches, validation_parts
 from megatron_rl.train.epochs import EpochDirectories, EpochLoss
+from megatron_rl.train.feed import Feed
 from megatron_rl.train.guards import Alarms, SkipGuard
 from megatron_rl.train.metrics import MetricsLog, bar, console
 from megatron_rl.train.objective import CrossEntropy
@@ -76,6 +78,7 @@ class _Run:
                 return EXIT_STOPPED
             session.watch.enter("train", step)
             started = time.perf_counter()
+            device.reset_peak_memory()
             batch = batches[step]
             result = session.trainer.train_step(
                 self._placed(batch), CrossEntropy(), float(sum(len(s.loss_positions) for s in batch))
@@ -100,7 +103,7 @@ class _Run:
             session.export(config.run_dir / "hf")
         return 0
 
-    def _placed(self, batch: Sequence[TrainSequence]) -> list[MicroBatch]:
+    def _placed(self, batch: Sequence[TrainSequence]) -> Feed:
         """This rank's micro-batches of a batch."""
         session, layout = self._session, self._session.layout
         placed = pack_micro_batches(
@@ -111,7 +114,7 @@ class _Run:
             multiple_of=layout.micro_batch_multiple,
         )
         mine = placed[layout.data_rank(session.rank)]
-        return [session.trainer.micro_batch([batch[i] for i in one]) for one in mine]
+        return session.trainer.feed([[batch[i] for i in one] for one in mine])
 
     def _validation_is_due(self, num_steps: int) -> bool:
         every = self._config.train.validate_every
@@ -122,7 +125,7 @@ class _Run:
         if not self._validation:
             return {}
 
-        def passes() -> Iterator[list[MicroBatch]]:
+        def passes() -> Iterator[Feed]:
             for part in bar(self._validation, "validating"):
                 self._session.watch.enter("validate", step)
                 yield self._placed(part)
@@ -151,6 +154,7 @@ class _Run:
             "step_seconds": seconds,
             "num_failed_saves": self._session.checkpoints.num_failed_saves,
             "trained_tokens_per_second": result.num_forward_tokens / seconds,
+            **({"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}),
             **validated,
         }
         self._alarms.report(row)

@@ -6,7 +6,7 @@ adds the index; train/checkpoints.py says when, and what makes a whole checkpoin
 
 import dataclasses
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noq
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
+
+Read = Callable[[torch.Tensor], torch.Tensor]
 
 # Nobody reads it, but megatron would start a multiprocessing manager for it: seconds at every run's first checkpoint,
 # and a process that outlives a SIGKILL.
@@ -51,7 +53,7 @@ def _to_save(trainer: Any) -> dict[str, Any]:
     parts = trainer.optimizer.chained_optimizers
     return {
         "model": model,
-        "optimizer": {str(i): _optimizer_state(part, model) for i, part in enumerate(parts)},
+        "optimizer": {str(i): _optimizer_state(part, model, trainer.residence.read) for i, part in enumerate(parts)},
         "optimizer_step": max(
             group["step"] for part in parts for group in part.state_dict()["optimizer"]["param_groups"]
         ),
@@ -60,14 +62,15 @@ def _to_save(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _optimizer_state(part: Any, model: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _optimizer_state(part: Any, model: dict[str, Any], read: Read) -> dict[int, dict[str, Any]]:
     """One part of the optimizer in megatron's `fully_reshardable` format; nothing on ranks that will not write it.
+    read: a state's numbers, which may be in host memory.
 
     Megatron's own way there copies everything five times, for all ranks that share a parameter.
     """
     entries = {entry.data: entry for entry in nested_values(model)}
     state: dict[int, dict[str, Any]] = {}
-    for parameter, tensors in _whole_states(part):
+    for parameter, tensors in _whole_states(part, read):
         entry = entries[parameter]
         state[len(state)] = {
             name: dataclasses.replace(
@@ -81,7 +84,7 @@ def _optimizer_state(part: Any, model: dict[str, Any]) -> dict[int, dict[str, An
     return state
 
 
-def _whole_states(part: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def _whole_states(part: Any, read: Read) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Collective: each parameter with the flat tensors of its state, on the first rank of those that share them."""
     group, names = part.data_parallel_group_gloo, ("param", *part.optimizer_state_keys)
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
@@ -89,15 +92,15 @@ def _whole_states(part: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Ten
         if group.size() == 1:
             for parameter in buffer.param_index_map:
                 own = part._get_main_param_and_optimizer_states(parameter)
-                yield parameter, {name: own[name].detach() for name in names}
+                yield parameter, {name: read(own[name].detach()) for name in names}
             continue
-        whole = {name: _gathered(part, buffer, buckets, name, group) for name in names}
+        whole = {name: _gathered(part, buffer, buckets, name, group, read) for name in names}
         if group.rank() == 0:
             for parameter, (start, end, _) in buffer.param_index_map.items():
                 yield parameter, {name: tensor[start:end] for name, tensor in whole.items()}
 
 
-def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any) -> torch.Tensor:
+def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any, read: Read) -> torch.Tensor:
     """One kind of state of all parameters of a buffer, at their places in it, on the group's first rank."""
     leads = group.rank() == 0
     whole = torch.empty(buffer.numel if leads else 0)
@@ -106,7 +109,7 @@ def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any)
         mine = torch.empty(share)
         for parameter, where in ranges["param_map"].items():
             place = mine[where["gbuf_local"].start : where["gbuf_local"].end]
-            place.copy_(part._get_main_param_and_optimizer_states(parameter)[name].detach())
+            place.copy_(read(part._get_main_param_and_optimizer_states(parameter)[name].detach()))
         shares = list(whole[bucket.offset : bucket.offset + bucket.grad_data.numel()].split(share)) if leads else None
         dist.gather(mine, shares, group=group, group_dst=0)
     return whole
@@ -177,6 +180,11 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 def load(folder: Path, trainer: Any) -> None:
     """Collective. Restores model, optimizer, schedule and RNG from megatron's folder of a checkpoint."""
+    with trainer.residence.for_loading():
+        _load(folder, trainer)
+
+
+def _load(folder: Path, trainer: Any) -> None:
     _initialize_adam(trainer.optimizer)
     model = sharded_state(trainer.model)
     parts = [

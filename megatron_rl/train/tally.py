@@ -33,7 +33,7 @@ class Terms:
 
     total: the sum to be divided by the denominator, differentiable.
     sums: detached scalars, one for each of `Reports.means`. values: detached [n], n of any size, one for each of
-    `Reports.distributions`.
+    `Reports.distributions`; what is not finite is left out.
     """
 
     total: Tensor
@@ -42,17 +42,21 @@ class Terms:
 
 
 class Tally:
-    """Adds up the terms of a step's micro-batches on this rank; `reduce` adds up the ranks, once."""
+    """Adds up the terms of a step's micro-batches on this rank; `reduce` adds up the ranks, once.
 
-    def __init__(self, reports: Reports) -> None:
+    Until then everything stays on the device where the terms are, and the host waits for nothing.
+    """
+
+    def __init__(self, reports: Reports, where: torch.device | str = "cpu") -> None:
         self._reports = reports
-        self._sums = torch.zeros(2 + len(reports.means), dtype=torch.float64)  # loss tokens, loss, means
-        self._distributions = {name: _Distribution() for name in reports.distributions}
+        # loss tokens, loss, means
+        self._sums = torch.zeros(2 + len(reports.means), dtype=torch.float64, device=where)
+        self._distributions = {name: _Distribution(where) for name in reports.distributions}
 
     def add(self, terms: Terms, num_tokens: int) -> None:
         rows = [terms.total.detach(), *(terms.sums[name] for name in self._reports.means)]
         self._sums[0] += num_tokens
-        self._sums[1:] += torch.stack([row.double() for row in rows]).cpu()
+        self._sums[1:] += torch.stack([row.double() for row in rows])
         for name, distribution in self._distributions.items():
             distribution.add(terms.values[name])
 
@@ -60,8 +64,8 @@ class Tally:
         """Collective. Afterwards every rank has the sum over the ranks that report: those that hold loss tokens which
         no other one counts."""
         parts = list(self._distributions.values())
-        sums = torch.cat([self._sums, *(part.sums for part in parts)])
-        extremes = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.extremes for part in parts)])
+        sums = torch.cat([self._sums, *(part.sums for part in parts)]).cpu()
+        extremes = torch.cat([self._sums[:0], *(part.extremes for part in parts)]).cpu()
         if not reports:
             sums.zero_()
             extremes.fill_(-math.inf)
@@ -90,20 +94,23 @@ class Tally:
 class _Distribution:
     """sums: [count, sum, bins from the lowest to the highest value]. extremes: [maximum, -minimum]."""
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(2 + 2 * _SIDE + 1, dtype=torch.float64)
-        self.extremes = torch.full((2,), -math.inf, dtype=torch.float64)
+    def __init__(self, where: torch.device | str) -> None:
+        self.sums = torch.zeros(2 + 2 * _SIDE + 1, dtype=torch.float64, device=where)
+        self.extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=where)
 
     def add(self, values: Tensor) -> None:
-        values = values.double().cpu()
-        values = values[values.isfinite()]  # what is not spoils the loss too, and the step is skipped
+        """Sizes depend on no value, so that on a device nobody waits for one."""
         if not len(values):
             return
-        self.sums[0] += len(values)
+        values = values.double()
+        counted = values.isfinite()
+        lowest, highest = values.masked_fill(~counted, math.inf).min(), values.masked_fill(~counted, -math.inf).max()
+        values = values.masked_fill(~counted, 0.0)
+        self.sums[0] += counted.sum()
         self.sums[1] += values.sum()
-        self.extremes = torch.maximum(self.extremes, torch.stack([values.max(), -values.min()]))
+        self.extremes = torch.maximum(self.extremes, torch.stack([highest, -lowest]))
         bins = ((values.abs().log10() - _LOWEST_DECADE) * _BINS_PER_DECADE).floor().clamp(-1, _SIDE - 1).long() + 1
-        self.sums[2:] += torch.bincount(_SIDE + bins * values.sign().long(), minlength=2 * _SIDE + 1)
+        self.sums[2:].index_add_(0, _SIDE + bins * values.sign().long(), counted.double())
 
     def statistic(self, kind: str) -> float:
         """0 when there are no values."""

@@ -21,7 +21,8 @@ constant D = `denominator` (Phi for C3PO). Step by step:
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,10 @@ from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
-from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
+from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
+from megatron_rl.train.feed import Feed, sizes_of, with_field
 from megatron_rl.train.objective import Objective
+from megatron_rl.train.residence import Residence
 from megatron_rl.train.tally import Tally
 from megatron_rl.train.traces import gather
 
@@ -47,6 +50,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
+
+Batches = Feed | Sequence[MicroBatch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +75,10 @@ class StepResult:
 
 
 class Trainer:
-    """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics."""
+    """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics.
+
+    residence: where optimizer states, gradients and weights are; all of them on the device while anything here runs.
+    """
 
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
         self.model = model
@@ -115,10 +123,13 @@ class Trainer:
         model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / self._num_step_tokens)
         self._reference: list[Tensor] | None = None
         self._routers = model.routers
+        self.residence = Residence(model, self.optimizer, optimizer.offload_fraction)
+        self._where = device.torch_device()
+        self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
         """Remember the present weights, off the device, as the reference policy of the KL term."""
-        self._reference = [p.detach().cpu().clone() for p in self.model.parameters()]
+        self._reference = [_on_host(p) for p in self.model.parameters()]
 
     def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """This rank's part of these sequences, ready for the methods below."""
@@ -128,21 +139,28 @@ class Trainer:
             head_dim=self.model.bailing.head_dim,
             rope_theta=self.model.bailing.rope_theta,
             dtype=self.model.dtype,
-            device=device.torch_device(),
+            device=self._where,
             context_rank=mpu.get_context_parallel_rank(),
             context_size=self.model.layout.context,
         )
 
+    def feed(self, parts: Sequence[Sequence[TrainSequence]]) -> Feed:
+        """Micro-batches of these sequences, made as the methods below come to them."""
+        layout = self.model.layout
+        rank = mpu.get_context_parallel_rank()
+        sizes = [size_of(part, layout.tensor, rank, layout.context) for part in parts]
+        return Feed(parts=parts, sizes=sizes, make=self.micro_batch, thread=self._thread)
+
     def train_step(
-        self, batches: Sequence[MicroBatch], objective: Objective, denominator: float, temperature: float = 1.0
+        self, batches: Batches, objective: Objective, denominator: float, temperature: float = 1.0
     ) -> StepResult:
         """Forward, backward and one optimizer update over this rank's micro-batches.
 
         Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
         probabilities are those of logits / temperature.
         """
-        sums = ([b.num_tokens, b.token_ids.numel(), int(b.traced is not None)] for b in batches)
-        counts = torch.tensor(list(sums)).sum(0)
+        sums = [[size.num_tokens, size.num_places, int(size.traced)] for size in sizes_of(batches)]
+        counts = torch.tensor(sums).sum(0)
         dist.all_reduce(counts, group=self._control)
         copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
         num_tokens, num_places, num_traced = (counts // copies).tolist()
@@ -152,7 +170,7 @@ class Trainer:
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tally = Tally(objective.reports)
+        tally = Tally(objective.reports, self._where)
         for router in self._routers:
             router.load_balance_loss = router.z_loss = 0.0
             router.num_replayed = router.num_replaced = 0
@@ -219,20 +237,20 @@ class Trainer:
         num_replayed, num_replaced = sums[3:].tolist()
         return metrics | ({"router_replay_changed_share": num_replaced / num_replayed} if num_replayed else {})
 
-    def measure(self, passes: Iterable[Sequence[MicroBatch]], objective: Objective) -> dict[str, float]:
+    def measure(self, passes: Iterable[Batches], objective: Objective) -> dict[str, float]:
         """`Tally.metrics` of an objective under the present weights, all divided by the loss tokens; nothing changes.
 
         Collective. passes: this rank's micro-batches, in parts that are held in memory one at a time; every data-
         parallel rank has as many of both.
         """
-        tally = Tally(objective.reports)
+        tally = Tally(objective.reports, self._where)
         with torch.no_grad():
             for batches in passes:
                 self._run(batches, 1.0, partial(self._loss, objective, 1.0, tally), forward_only=True)
         self._reduce(tally)
         return tally.metrics(tally.num_tokens)
 
-    def logprobs(self, batches: Sequence[MicroBatch], temperature: float = 1.0) -> list[Tensor]:
+    def logprobs(self, batches: Batches, temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
 
         Under context parallelism they are those of this rank's loss tokens, in the order of `MicroBatch`.
@@ -246,29 +264,27 @@ class Trainer:
             kept = self._run(batches, temperature, keep, forward_only=True)
         return [entry["logprobs"] for entry in kept]
 
-    def with_old_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
+    def with_old_logprobs(self, batches: Batches, temperature: float) -> Batches:
         """The micro-batches with the log-probs that their tokens have under the present weights."""
-        found = self.logprobs(batches, temperature)
-        return [replace(b, old_logprobs=x) for b, x in zip(batches, found, strict=True)] if found else list(batches)
+        return with_field(batches, "old_logprobs", self.logprobs(batches, temperature))
 
-    def _with_ref_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
-        """The reference weights take the place of the present ones for one pass."""
+    def _with_ref_logprobs(self, batches: Batches, temperature: float) -> Batches:
+        """The reference weights take the place of the present ones for one pass; these wait in host memory."""
         assert self._reference is not None
         parameters = self.model.parameters()
-        present = [p.detach().clone() for p in parameters]
+        present = [_on_host(p) for p in parameters]
         with torch.no_grad():
             for p, reference in zip(parameters, self._reference, strict=True):
-                p.copy_(reference)
+                p.copy_(reference, non_blocking=True)
             found = self.logprobs(batches, temperature)
             for p, kept in zip(parameters, present, strict=True):
-                p.copy_(kept)
-        return [replace(b, ref_logprobs=x) for b, x in zip(batches, found, strict=True)] if found else list(batches)
+                p.copy_(kept, non_blocking=True)
+            device.synchronize()  # what is in host memory may go now
+        return with_field(batches, "ref_logprobs", found)
 
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
 
-    def _run(
-        self, batches: Sequence[MicroBatch], temperature: float, loss: Any, forward_only: bool = False
-    ) -> list[Any]:
+    def _run(self, batches: Batches, temperature: float, loss: Any, forward_only: bool = False) -> list[Any]:
         """loss: (micro-batch, what the last stage returns) -> what megatron's schedules want of a loss function."""
 
         def forward_step(iterator: Any, module: Any) -> Any:
@@ -286,12 +302,15 @@ class Trainer:
             )
             return output, partial(loss, batch)
 
+        if len(self.model.chunks) > 1:
+            batches = list(batches)  # every part of the model goes through them at its own pace
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.model.chunks],
             model=list(self.model.chunks),
             num_microbatches=len(batches),
-            seq_length=batches[0].token_ids.shape[1],
+            # Nobody asks: micro-batches of different lengths tell each pipeline stage theirs.
+            seq_length=self.model.layout.tensor,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -317,3 +336,11 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, from where the device takes it without help of the host. It may be under way still, in
+    front of whatever the device does next."""
+    tensor = tensor.detach()
+    copy = device.host_empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor, non_blocking=True)
