@@ -1,7 +1,7 @@
 """The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
 
-`torch_device()`, `backend()` and `set_local_device()` are what the rest of the package calls; no other module says
-"cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
+`torch_device()`, `backend()`, `set_local_device()` and the small functions below them are what the rest of the package
+calls; no other module says "cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
 adapts the following, each because megatron-core 0.19.2 names CUDA unconditionally there:
 
 1.  `torch.cuda.current_device()` answers `torch.device("cpu")`: megatron passes it as `device=` everywhere.
@@ -29,6 +29,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
+import resource
 import sys
 import types
 import warnings
@@ -59,6 +61,38 @@ def backend() -> str:
 def set_local_device(local_rank: int) -> None:
     if on_cuda():
         torch.cuda.set_device(local_rank)
+
+
+def device_name() -> str:
+    """What the driver calls this process's device, such as "NVIDIA H200"; on a CPU its architecture."""
+    return torch.cuda.get_device_name() if on_cuda() else f"CPU ({platform.machine()})"
+
+
+def memory_bytes() -> int:
+    """All memory of the device, free or not; on a CPU that of the machine."""
+    if on_cuda():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if on_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """The most that tensors took on the device since `reset_peak_memory`, without what the allocator holds in reserve
+    and the CUDA context. On a CPU the most that this process ever had resident, all of it."""
+    if on_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """The peak starts again from what is allocated now. On a CPU it cannot, and stays."""
+    if on_cuda():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def import_megatron() -> None:
