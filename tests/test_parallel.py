@@ -219,6 +219,15 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-6)
 
 
+def test_grouped_experts_train_what_sequential_ones_do(model: Path, tmp_path: Path) -> None:
+    expected = run_ranks(1, make_spec(model), tmp_path / "sequential")
+    parallel = {"expert": 2, "tensor": 2}
+    spec = make_spec(model, experts="grouped", recompute=True, parallel=parallel)
+    found = run_ranks(2, spec, tmp_path / "grouped")
+    for prefix in ("logprobs/", "grad/", "weight/"):
+        assert worst(found, expected, prefix)[0] < 1e-5, prefix
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A deeper model, and what one process makes of it in fp64."""

@@ -328,6 +328,7 @@ def test_the_tool_simulates_every_combination(
     ("options", "told"),
     [
         (["--gpus", "12"], "--gpus 12 is no multiple of cluster.gpus_per_node = 8"),
+        (["--gpus", "4"], "4 training process(es) cannot be divided by expert 8"),
         (["--vary", "rollout.partial"], "--vary takes KEY=VALUE,VALUE..., got 'rollout.partial'"),
         (["--lengths", "/nowhere"], "/nowhere is no file of response lengths"),
         (["--set", "budget.domains={math = 1.0}"], "set budget.domains={}"),

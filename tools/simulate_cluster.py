@@ -117,11 +117,13 @@ def fit(arguments: argparse.Namespace) -> int:
     """Rates of a run, and how well they give it back."""
     run = arguments.calibrate
     config = load_config(RlConfig, run / "config.toml", arguments.set)
-    (gpus,) = arguments.gpus or [0]
-    if gpus < 1:
+    gpus = arguments.gpus[0] if arguments.gpus else 0
+    if gpus < 1 or len(arguments.gpus) > 1:
         raise ValueError("--calibrate needs --gpus N, the training processes that the run had on all of its nodes")
     cluster = config.cluster or ClusterSection(nodes=1, gpus_per_node=gpus)
-    cost = cost_model(shape_of(config)[0])
+    bailing, _ = shape_of(config)
+    config.parallel.layout(cluster.training_ranks).check(bailing)
+    cost = cost_model(bailing)
     rates = calibrate(run, config, cluster, cost)
     output = arguments.output.with_suffix(".toml")
     output.parent.mkdir(parents=True, exist_ok=True)

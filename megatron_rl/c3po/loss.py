@@ -43,7 +43,9 @@ def policy_loss(
     ref_logprobs: of the reference policy; None leaves the KL term out.
     """
     policy = surrogate.values if correction is None else correction * surrogate.values
-    per_token = -policy - entropy_coefficient * entropy
+    per_token = -policy
+    if entropy_coefficient:  # or else the head would work out a gradient of zeros
+        per_token = per_token - entropy_coefficient * entropy
     kl = logprobs.new_zeros(len(logprobs))
     if ref_logprobs is not None:
         kl = KL_ESTIMATORS[kl_estimator](ref_logprobs - logprobs)

@@ -78,6 +78,12 @@ class ModelSection(ServedModelSection):
         description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
         "else local",
     )
+    experts: Literal["auto", "grouped", "sequential"] = Field(
+        default="auto",
+        description="of local layers. grouped: all experts of a rank in two grouped matrix products of torch's own, "
+        "not in float64; sequential: two products for each. auto takes grouped on a GPU, sequential on a CPU. "
+        "Transformer Engine's layers have their own",
+    )
     recompute: bool = Field(default=False, description="recompute every layer in the backward pass, to save memory")
 
 

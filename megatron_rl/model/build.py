@@ -48,6 +48,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 )
 from megatron.core.utils import unwrap_model  # noqa: E402
 
+from megatron_rl.model.experts import GroupedExperts  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import PackedAttention, RMSNorm  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
@@ -168,7 +169,26 @@ def uses_transformer_engine(model: ModelSection, layout: Layout) -> bool:
     return installed and device.on_cuda()
 
 
-def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engine: bool) -> TransformerLayerSubmodules:
+def uses_grouped_experts(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
+    """Whether a rank multiplies by all of its experts at once. ValueError when that is asked for and cannot be."""
+    if model.experts == "sequential" or uses_transformer_engine(model, layout):
+        if model.experts == "grouped":
+            raise ValueError(
+                "model.experts = 'grouped' is of local layers; set model.layers = 'local', or experts to 'auto'"
+            )
+        return False
+    several = bailing.num_experts > layout.expert
+    if model.experts == "grouped" and (model.dtype == "float64" or not several):
+        raise ValueError(
+            f"model.experts = 'grouped' needs several experts on a rank and no float64, got {bailing.num_experts} over "
+            f"parallel.expert = {layout.expert} in {model.dtype}; set model.experts = 'sequential'"
+        )
+    return several and model.dtype != "float64" and (model.experts == "grouped" or device.on_cuda())
+
+
+def _layer_submodules(
+    config: TransformerConfig, is_moe: bool, transformer_engine: bool, grouped: bool
+) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
@@ -189,7 +209,7 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engin
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=_with_router(mlp) if is_moe else mlp,
+        mlp=_with_router(mlp, grouped) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
         # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.
         sharded_state_dict_keys_map={
@@ -198,9 +218,12 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, transformer_engin
     )
 
 
-def _with_router(mlp: Any) -> Any:
-    """Megatron's builder of an expert layer, with our router."""
-    return partial(mlp, submodules=replace(mlp.keywords["submodules"], router=Router))
+def _with_router(mlp: Any, grouped: bool = False) -> Any:
+    """Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
+    parts = replace(mlp.keywords["submodules"], router=Router)
+    if grouped:
+        parts = replace(parts, experts=partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords))
+    return partial(mlp, submodules=parts)
 
 
 def _layer_norm(transformer_engine: bool) -> Any:
@@ -256,13 +279,19 @@ def build_model(
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`)."""
     config = transformer_config(bailing, model, moe, layout)
     transformer_engine = uses_transformer_engine(model, layout)
+    grouped = uses_grouped_experts(model, bailing, layout)
+    log.info(
+        "layers: %s; experts: %s",
+        "Transformer Engine's" if transformer_engine else "local",
+        "grouped" if grouped or transformer_engine else "one after the other, two small products for each",
+    )
     dtype = DTYPES[model.dtype]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=distributed_optimizer and dtype != torch.float64,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    gpts = [_gpt_model(config, bailing, transformer_engine, stage) for stage in stages]
+    gpts = [_gpt_model(config, bailing, transformer_engine, grouped, stage) for stage in stages]
     chunks = tuple(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
@@ -272,14 +301,18 @@ def build_model(
 
 
 def _gpt_model(
-    config: TransformerConfig, bailing: BailingConfig, transformer_engine: bool, virtual_stage: int | None
+    config: TransformerConfig,
+    bailing: BailingConfig,
+    transformer_engine: bool,
+    grouped: bool,
+    virtual_stage: int | None,
 ) -> GPTModel:
     """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
     offset = get_transformer_layer_offset(config, virtual_stage)
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine),
+            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), transformer_engine, grouped),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]

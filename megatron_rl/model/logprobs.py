@@ -75,6 +75,7 @@ class _FusedHead(torch.autograd.Function):
         entropy = log_total - weighted / total
         ctx.save_for_backward(hidden, weight, local, peak + log_total, entropy)
         ctx.size, ctx.scale, ctx.limit = size, scale, limit
+        ctx.set_materialize_grads(False)  # whether the entropy has a gradient is known without a look at its values
         # The difference of two logits first: it is exact where they are close, which their log-sum-exp is not.
         return target - peak - log_total, entropy
 
@@ -82,8 +83,10 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, local, log_sum_exp, entropy = ctx.saved_tensors
         rows, wide = _operand(weight[: ctx.size]), _wide(hidden.dtype)
-        grad_logprob, grad_entropy = (g.to(wide) * ctx.scale for g in grads)
-        with_entropy = bool(grad_entropy.any())
+        grad_logprob, grad_entropy = (None if g is None else g.to(wide) * ctx.scale for g in grads)
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(entropy)
+        with_entropy = grad_entropy is not None
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=rows.dtype)
         grad_weight = weight.new_zeros(weight.shape, dtype=wide)
         chunks = _chunks(len(hidden), ctx.limit, ctx.size)
@@ -98,7 +101,7 @@ class _FusedHead(torch.autograd.Function):
                 local[part],
                 entropy[part],
                 grad_logprob[part],
-                grad_entropy[part] if with_entropy else None,
+                None if grad_entropy is None else grad_entropy[part],
                 scratch[0][: len(h)] if with_entropy else None,
             )
             dz = z.to(h.dtype)

@@ -64,7 +64,10 @@ class Replay:
         part = slice(self._next, self._next + num_groups)
         groups, kept = self.groups[part], self._kept[part]
         if len(groups) < num_groups:
-            raise ValueError("the run's groups are not those that its configuration makes it sample; is it whole?")
+            raise ValueError(
+                "the run has fewer groups than its configuration makes it sample; calibrate with one that is whole and "
+                "of this version"
+            )
         self._next += num_groups
         return Groups(np.stack(groups), kept)
 
@@ -91,14 +94,19 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
     known = ("rollout_seconds", "train_seconds", "update_weights_seconds")
     rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])
     return Rates(
-        decode=tuple((n, n / (fixed + per_running * n)) for n in (1, slots)),
-        response_seconds=per_response,
-        train_flops=forward_passes(config) / (per_flop * layout.world_size / layout.data),
-        micro_batch_seconds=per_micro_batch,
-        optimizer_seconds=per_step,
-        sync_seconds=float(np.mean([row["update_weights_seconds"] for row in rows])),
-        step_seconds=max(0.0, float(rest)),
+        decode=tuple((n, _rounded(n / (fixed + per_running * n))) for n in (1, slots)),
+        response_seconds=_rounded(per_response),
+        train_flops=_rounded(forward_passes(config) / (per_flop * layout.world_size / layout.data)),
+        micro_batch_seconds=_rounded(per_micro_batch),
+        optimizer_seconds=_rounded(per_step),
+        sync_seconds=_rounded(np.mean([row["update_weights_seconds"] for row in rows])),
+        step_seconds=_rounded(max(0.0, rest)),
     )
+
+
+def _rounded(rate: float | np.floating) -> float:
+    """As many digits as are worth reading."""
+    return float(f"{rate:.4g}")
 
 
 def _rollout_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ def forecast(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`summary` of `num_steps` steps after the settling ones. ValueError for what cannot be simulated."""
+    config.parallel.layout(cluster.training_ranks).check(bailing)
     lengths = workload.draw(config.rollout.samples_per_prompt, seed)
     simulated = Cluster(config, cluster, cost_model(bailing), rates, lengths.take, workload.prompt_tokens)
     simulated.run(SETTLING_STEPS)
