@@ -1,8 +1,9 @@
 """The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
 
-`torch_device()`, `backend()`, `set_local_device()` and the small functions below them are what the rest of the package
-calls; no other module says "cuda". `import_megatron()` must run before anything imports `megatron.core`; with CUDA it does nothing, without CUDA it
-adapts the following, each because megatron-core 0.19.2 names CUDA unconditionally there:
+`torch_device()`, `backend()`, `set_local_device()` and the small functions below them are what the rest of the
+package calls; no other module says "cuda". `import_megatron()` must run before anything imports `megatron.core`; with
+CUDA it does nothing, without CUDA it adapts the following, each because megatron-core 0.19.2 names CUDA
+unconditionally there:
 
 1.  `torch.cuda.current_device()` answers `torch.device("cpu")`: megatron passes it as `device=` everywhere.
 2.  `Tensor.cuda()` returns the tensor and `Tensor.record_stream()` does nothing: there is one memory and one stream.

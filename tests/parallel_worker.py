@@ -151,7 +151,7 @@ def main(folder: Path) -> None:
     )
     # Users have no float64; here it tells rounding from mistakes.
     wanted = {"dtype": spec.get("dtype", "float32"), "recompute": spec.get("recompute", False)}
-    wanted["experts"] = spec.get("experts", "auto")
+    wanted["experts"] = spec.get("experts", config.model.experts)
     section = config.model.model_copy(update=wanted)
     config = config.model_copy(update={"model": section})
     whole_gradients = spec.get("whole_gradients", True)

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of the other t
 if os.environ.get("MEGATRON_RL_GPU_CHECK_ON_CPU") == "1":
     os.environ["MEGATRON_RL_DEVICE"] = "cpu"
 
-from training_runs import TrainingRuns  # noqa: E402
+from training_runs import TrainingRuns
 
-from megatron_rl import device  # noqa: E402
+from megatron_rl import device
 
 
 def pytest_sessionstart() -> None:

@@ -12,6 +12,7 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.rollout.server import find_sglang
 
 ROOT = Path(__file__).parents[2]
+# Prompts are shorter than max_prompt_tokens by more than the 7 tokens of its context that SGLang takes from no input.
 CONFIG = """
 run_dir = "{folder}/run"
 [model]
@@ -25,7 +26,7 @@ engine = "{engine}"
 servers = 1
 prompts_per_step = 4
 samples_per_prompt = 4
-max_prompt_tokens = 32
+max_prompt_tokens = 48
 max_response_tokens = 24
 max_running_requests = 16
 ready_deadline_seconds = 300
@@ -44,8 +45,8 @@ micro_batch_tokens = 128
 phase_deadline_seconds = 300
 """
 # Between the log-probs of server and trainer for tokens that the trainer's weights sampled, the mean of a step. fp32:
-# rounding; a step that left the servers behind would be off by its learning, about 1e-2. bf16: two roundings, and routers
-# that choose otherwise where they are undecided.
+# rounding; a step that left the servers behind would be off by its learning, about 1e-2. bf16: two roundings, and
+# routers that choose otherwise where they are undecided.
 MEAN_DIFFERENCE = {"float32": 1e-5, "bfloat16": 0.05}
 
 
@@ -80,9 +81,7 @@ def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
         except ValueError as error:
             pytest.skip(str(error))
     config = tmp_path / "config.toml"
-    config.write_text(
-        CONFIG.format(folder=tmp_path, inputs=inputs, engine=engine, dtype=dtype, transport=transport)
-    )
+    config.write_text(CONFIG.format(folder=tmp_path, inputs=inputs, engine=engine, dtype=dtype, transport=transport))
     call("train", config)
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,10 +1,12 @@
-"""One optimizer step of a small BailingMoE, run in many ways, each in a process of its own (tests/parallel_worker.py)."""
+"""One optimizer step of a small BailingMoE in many ways, each in a process of its own (tests/parallel_worker.py)."""
 
 import json
 import os
 import random
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,13 +51,12 @@ def options(name: str) -> list[str]:
 
 def providers() -> dict[str, dict[str, str]]:
     """The model's section for every choice of parts, by name."""
-    layers = {f"layers={value}": {"layers": value} for value in options("layers")}
-    parts = {
-        f"attention={attention},experts={experts}": {"layers": "local", "attention": attention, "experts": experts}
-        for attention in options("attention")
-        for experts in options("experts")
-    }
-    return layers | parts
+    choices = [{"layers": value} for value in options("layers")]
+    parts = [name for name in ("attention", "experts") if options(name)]
+    choices += [
+        {"layers": "local", **dict(zip(parts, of_parts, strict=True))} for of_parts in product(*map(options, parts))
+    ]
+    return {", ".join(f"{name}={value}" for name, value in section.items()): section for section in choices}
 
 
 SHUFFLED = random.Random(5).sample(range(9), 9)
@@ -118,5 +119,5 @@ class TrainingRuns:
 
 def refusal(log: str) -> str | None:
     """The message of the last ValueError in a process's log: how the package says what cannot be had."""
-    lines = [line for line in log.splitlines() if line.startswith("ValueError: ")]
-    return lines[-1].removeprefix("ValueError: ") if lines else None
+    found = re.findall(r"ValueError: (.*)", log)
+    return found[-1] if found else None
