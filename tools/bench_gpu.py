@@ -77,16 +77,17 @@ def tell(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+def seconds_of(run: Callable[[], Any]) -> float:
+    device.synchronize()
+    started = time.perf_counter()
+    run()
+    device.synchronize()
+    return time.perf_counter() - started
+
+
 def median_seconds(run: Callable[[], Any], rounds: int) -> float:
     """Of `rounds` runs after one that is not counted."""
-    seconds = []
-    for _ in range(rounds + 1):
-        device.synchronize()
-        started = time.perf_counter()
-        run()
-        device.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return statistics.median([seconds_of(run) for _ in range(rounds + 1)][1:])
 
 
 class WithoutHead:
@@ -141,8 +142,9 @@ class Bench:
     def seconds(self, batch: MicroBatch, many: int) -> tuple[float, float]:
         """Of one micro-batch, and of a step besides."""
         few = max(1, many // 4)
-        short = median_seconds(lambda: self.step(batch, few), self._rounds)
-        long = median_seconds(lambda: self.step(batch, many), self._rounds)
+        # In turns, so that a device that changes its pace changes both.
+        rounds = [[seconds_of(lambda n=n: self.step(batch, n)) for n in (few, many)] for _ in range(self._rounds + 1)]
+        short, long = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
         each = (long - short) / (many - few)
         return each, long - many * each
 
