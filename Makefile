@@ -40,7 +40,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser demo test test-sglang test-slurm test-kill test-browser check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser demo test test-sglang test-slurm test-kill test-browser check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -127,6 +127,10 @@ test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with 
 test-browser: install install-browser  ## run reports in a real Chromium: no errors, no network, hostile responses, a phone
 	$(BIN)/python -m pytest tests/browser
 
+# Not by `install`, which makes a CPU's environment: PYTHON is one that has torch for CUDA (docs/gpu.md).
+gpu-check:  ## on a machine with a GPU: training there against a CPU and fp64, every choice of parts, short runs; PYTHON=...
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PYTHON) -m pytest tests/gpu
+
 check: install  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -139,6 +143,9 @@ format: install  ## apply the formatter and safe fixes
 bench: install  ## generation and end-to-end throughput, as JSON
 	$(BIN)/python tools/bench_embedded.py
 	$(BIN)/python tools/bench_step.py
+
+bench-gpu:  ## on a machine with a GPU: tokens/s, MFU, time by part, memory of Ling-lite's layers, as JSON; PYTHON=...
+	@PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PYTHON) tools/bench_gpu.py
 
 bench-convert: install  ## conversion of a synthetic 16.8B checkpoint both ways against cp, as JSON (70 GB of disk, 8 minutes)
 	$(BIN)/python tools/bench_convert.py

@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
 import resource
 import sys
 import time
@@ -77,6 +78,18 @@ def use_in_thread(where: torch.device) -> None:
     """At a thread's start: a new one has the first device, and pinned memory would make a context there."""
     if where.type == "cuda":
         torch.cuda.set_device(where)
+
+
+def device_name() -> str:
+    """What the driver calls this process's device, such as "NVIDIA H200"; on a CPU its architecture."""
+    return torch.cuda.get_device_name() if on_cuda() else f"CPU ({platform.machine()})"
+
+
+def memory_bytes() -> int:
+    """All memory of the device, free or not; on a CPU that of the machine."""
+    if on_cuda():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def synchronize() -> None:

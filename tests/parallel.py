@@ -20,8 +20,12 @@ def run_ranks(
     folder: Path,
     timeout_seconds: float = 240,
     worker: str = "parallel_worker.py",
+    on_cpu: bool = True,
 ) -> dict[str, Tensor]:
-    """Run a worker of tests/ with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote."""
+    """Run a worker of tests/ with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote.
+
+    on_cpu: else on the device that a process of this environment takes by itself.
+    """
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     with socket.socket() as probe:
@@ -33,7 +37,7 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "MEGATRON_RL_DEVICE": "cpu",
+        **({"MEGATRON_RL_DEVICE": "cpu"} if on_cpu else {}),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
     processes = [

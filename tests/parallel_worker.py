@@ -118,7 +118,7 @@ def own_routing(session: Session, sequences: list[TrainSequence], calls: RouterC
         (out[f"free/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([plain])])
         record = np.zeros_like(sequence.routed_experts)
         for layer, (call,) in calls.by_layer.items():
-            record[:, layer] = call[: len(record)].numpy()
+            record[:, layer] = call[: len(record)].cpu().numpy()
         given = dataclasses.replace(sequence, routed_experts=record)
         (out[f"given/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([given])])
     calls.by_layer.clear()
@@ -189,7 +189,7 @@ def main(folder: Path) -> None:
         {
             "run_dir": str(folder / "run"),
             "threads": 1,
-            "model": {"path": spec["model"]},
+            "model": {"path": spec["model"], **spec.get("model_section", {})},
             "parallel": spec.get("parallel", {}),
             "moe": spec.get("moe", {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}),
             "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)} | spec.get("optimizer", {}),
@@ -220,7 +220,7 @@ def main(folder: Path) -> None:
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
     layout = session.layout
-    placed = pack_micro_batches(
+    placed = spec.get("placed") or pack_micro_batches(
         lengths,
         layout.data,
         config.micro_batch_cap,

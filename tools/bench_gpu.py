@@ -1,0 +1,451 @@
+"""Training speed of the Ling-lite geometry on one GPU, as one JSON object.
+
+    python tools/bench_gpu.py [--layers N] [--lengths 2048,4096,8192,16384,24576] [--smoke]
+
+Random weights in bf16, as many layers as memory.py plans to fit the device; no checkpoint is read or written. Micro-
+batches hold `--tokens` random tokens in sequences of one length, or one sequence where that is longer.
+
+- `matmul_tflops`: what one product of `--cube`^3 in bf16 reaches here.
+- `training`: of each length, seconds of one micro-batch forward and backward, as the difference between optimizer
+  steps of few and of many micro-batches, so that the optimizer and the start of a step are not in it;
+  `seconds_of_step` is what a step takes besides. MFU = `model_flops` (tools/mfu.py: useful operations, active
+  weights, causal attention) / seconds / peak, the nominal one and that of the product above; with the optimizer it is
+  `mfu_step`, at `--micro-batches` a step. Peak memory of tensors against what memory.py plans.
+- `without_head`: the same at the length of `--tokens`, the head replaced by a mean, its FLOPs not counted.
+- `parts`: seconds of such a step that the device worked for each part (tools/profile_parts.py), and idle: the step's
+  seconds without a profiler, less these. On a CPU the time of operations, which knows no idling.
+- `head`: the fused head against logits, log_softmax and autograd: seconds, and the most memory beyond the inputs.
+- `choices`: seconds of one micro-batch of two layers without head for every way to compute experts and attention.
+- `export`: weights under Hugging Face names into one bucket after the other on the device, and on to the host's memory.
+
+Every number is a median of `--rounds` after a round that warms up. `--smoke` runs all of it at a tiny size, on a CPU
+too.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
+from profile_parts import mark_modules, marked, seconds_by_part  # noqa: E402
+
+from megatron_rl import device  # noqa: E402
+from megatron_rl.checkpoint.names import name_table  # noqa: E402
+from megatron_rl.config.bailing import BailingConfig, read_bailing_config  # noqa: E402
+from megatron_rl.config.schema import AlgorithmSection, ModelSection, SftConfig  # noqa: E402
+from megatron_rl.errors import exit_code  # noqa: E402
+from megatron_rl.layout import Layout  # noqa: E402
+from megatron_rl.memory import rank_bytes  # noqa: E402
+from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E402
+from megatron_rl.model.head import HeadRequest  # noqa: E402
+from megatron_rl.model.logprobs import logprobs_and_entropy  # noqa: E402
+from megatron_rl.sync.buckets import divide  # noqa: E402
+from megatron_rl.sync.export import gathered  # noqa: E402
+from megatron_rl.train.batch import MicroBatch, TrainSequence  # noqa: E402
+from megatron_rl.train.objective import PolicyObjective  # noqa: E402
+from megatron_rl.train.trainer import Trainer  # noqa: E402
+
+SHAPE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
+ALONE = Layout(world_size=1)
+# Of the device's memory, what is planned with: the rest is for the CUDA context, libraries and the allocator's gaps.
+SHARE = 0.9
+SMOKE = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
+SMOKE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2}
+
+
+def tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    device.synchronize()
+    started = time.perf_counter()
+    run()
+    device.synchronize()
+    return time.perf_counter() - started
+
+
+def median_seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Of `rounds` runs after one that is not counted."""
+    return statistics.median([seconds_of(run) for _ in range(rounds + 1)][1:])
+
+
+class WithoutHead:
+    """In the head's place: the mean of each hidden state, which costs next to nothing.
+
+    The head's weight takes part with the factor 0, so that megatron's reduction of gradients hears of it.
+    """
+
+    def __call__(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: HeadRequest, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        weight = output_layer.weight if output_weight is None else output_weight
+        means = hidden_states.squeeze(1).index_select(0, context.index).float().mean(-1)
+        return means + 0.0 * weight[0, 0].float(), torch.zeros_like(means)
+
+
+class Bench:
+    """One model on this device, and how fast it trains."""
+
+    def __init__(self, bailing: BailingConfig, config: SftConfig, control: Any, rounds: int) -> None:
+        self.bailing, self._rounds = bailing, rounds
+        model = build_model(bailing, config.model, config.moe, ALONE)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, bailing.initializer_range)
+        self.trainer = Trainer(model, config.optimizer, 1000, control)
+        self._objective = PolicyObjective(AlgorithmSection())
+
+    def micro_batch(self, lengths: list[int]) -> MicroBatch:
+        """Random tokens; all but the first of each sequence carry loss."""
+        rng = np.random.default_rng(0)
+        return self.trainer.micro_batch(
+            [
+                TrainSequence(
+                    token_ids=rng.integers(self.bailing.vocab_size, size=n, dtype=np.int32),
+                    loss_positions=np.arange(1, n, dtype=np.int32),
+                    weight=1.0,
+                    advantage=1.0 if number % 2 else -1.0,
+                    rollout_logprobs=np.full(n - 1, -np.log(self.bailing.vocab_size), np.float32),
+                    num_stale_tokens=0,
+                )
+                for number, n in enumerate(lengths)
+            ]
+        )
+
+    def step(self, batch: MicroBatch, count: int) -> None:
+        """An optimizer step over the micro-batch, `count` times."""
+        result = self.trainer.train_step([batch] * count, self._objective, float(count * len(batch.targets)))
+        assert not result.skipped, "a loss or gradient was not finite"
+        device.synchronize()
+
+    def seconds(self, batch: MicroBatch, many: int) -> tuple[float, float]:
+        """Of one micro-batch, and of a step besides."""
+        few = max(1, many // 4)
+        # In turns, so that a device that changes its pace changes both.
+        rounds = [[seconds_of(lambda n=n: self.step(batch, n)) for n in (few, many)] for _ in range(self._rounds + 1)]
+        short, long = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+        each = (long - short) / (many - few)
+        return each, long - many * each
+
+    @contextlib.contextmanager
+    def without_head(self) -> Any:
+        whole = self.trainer.model
+        self.trainer.model = replace(whole, head=WithoutHead())
+        yield
+        self.trainer.model = whole
+
+    def parts(self, batch: MicroBatch, count: int) -> dict[str, float]:
+        """Seconds of a step of `count` micro-batches by part."""
+        whole = median_seconds(lambda: self.step(batch, count), self._rounds)
+        trainer, model = self.trainer, self.trainer.model
+        marks = mark_modules((m, part) for gpt in model.gpts for n, m in gpt.named_modules() if (part := part_of(n, m)))
+        optimizer = trainer.optimizer
+        own = {name: getattr(optimizer, name) for name in ("zero_grad", "prepare_grads", "get_grad_norm", "step")}
+        try:
+            for name, method in own.items():
+                setattr(optimizer, name, marked("optimizer", method))
+            trainer.model = replace(model, head=marked("head", model.head))
+            found = seconds_by_part(lambda: self.step(batch, count), device.on_cuda())
+        finally:
+            trainer.model = model
+            for name in own:
+                delattr(optimizer, name)
+            for mark in marks:
+                mark.remove()
+        found["idle"] = max(0.0, whole - sum(found.values()))
+        return {"step": whole, **dict(found.most_common())}
+
+
+def part_of(name: str, module: torch.nn.Module) -> str | None:
+    """Of a module of megatron's GPTModel, by its name; None for what lies inside or around a part."""
+    last = name.rpartition(".")[2]
+    parts = {"self_attention": "attention", "experts": "experts", "shared_experts": "shared_experts"}
+    if last == "mlp":
+        return "router_and_dispatch" if hasattr(module, "router") else "dense_mlp"
+    if last.endswith("layernorm"):
+        return "norms"
+    return "embedding" if name == "embedding" else parts.get(last)
+
+
+def run_config(arguments: argparse.Namespace, num_tokens: int, **model: Any) -> SftConfig:
+    """A run with micro-batches of `num_tokens`; model: further keys of its section."""
+    return SftConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"path": SHAPE.parent, "dtype": "bfloat16", "recompute": arguments.recompute, **model},
+            "train": {"steps": 1000, "micro_batch_tokens": num_tokens},
+            "data": {"train": "unused", "batch_tokens": 1},
+        }
+    )
+
+
+def micro_batch_lengths(length: int, num_tokens: int) -> list[int]:
+    return [length] * max(1, num_tokens // length)
+
+
+def planned_bytes(arguments: argparse.Namespace, bailing: BailingConfig, length: int) -> int:
+    num_tokens = sum(micro_batch_lengths(length, arguments.tokens))
+    return rank_bytes(run_config(arguments, num_tokens), bailing, ALONE)[0].total
+
+
+def rates(seconds: float, flops: float, peaks: dict[str, float]) -> dict[str, float]:
+    return {f"mfu{suffix}": round(flops / seconds / peak, 4) for suffix, peak in peaks.items()}
+
+
+def measure_training(bench: Bench, arguments: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
+    found: dict[str, Any] = {"training": []}
+    many = arguments.micro_batches
+    for length in arguments.lengths:
+        lengths = micro_batch_lengths(length, arguments.tokens)
+        row: dict[str, Any] = {"length": length, "tokens": sum(lengths)}
+        found["training"].append(row)
+        flops = model_flops(bench.bailing, lengths, sum(lengths) - len(lengths))
+        batch = bench.micro_batch(lengths)
+        device.reset_peak_memory()
+        try:
+            each, besides = bench.seconds(batch, many)
+        except torch.OutOfMemoryError:
+            row["left_out"] = "out of memory"
+            continue
+        whole = many * each + besides
+        planned = planned_bytes(arguments, bench.bailing, length)
+        row |= {
+            "seconds": round(each, 5),
+            "seconds_of_step": round(besides, 5),
+            "tokens_per_second": round(sum(lengths) / each),
+            **rates(each, flops, peaks),
+            "mfu_step": round(many * flops / whole / peaks[""], 4),
+            "peak_gb": round(device.peak_memory_bytes() / 1e9, 3),
+            "planned_gb": round(planned / 1e9, 3),
+            "peak_over_planned": round(device.peak_memory_bytes() / planned, 3),
+        }
+        tell(f"training: {row}")
+        if length == arguments.tokens:
+            with bench.without_head():
+                each, _ = bench.seconds(batch, many)
+                flops = model_flops(bench.bailing, lengths, 0)
+                found["without_head"] = {"seconds": round(each, 5), **rates(each, flops, peaks)}
+            tell(f"without head: {found['without_head']}")
+            parts = bench.parts(batch, max(1, many // 4))
+            found["parts"] = {name: round(seconds, 5) for name, seconds in parts.items()}
+            tell(f"parts: {found['parts']}")
+    return found
+
+
+def plain_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula with autograd, all logits in one piece, in fp32 from the logarithm on."""
+    logp = (hidden @ weight.T).float().log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logprobs_and_entropy(hidden, weight, targets, len(weight))
+
+
+def measure_heads(bailing: BailingConfig, num_tokens: int, rounds: int) -> dict[str, Any]:
+    on, dtype = device.torch_device(), torch.bfloat16
+    hidden = torch.randn(num_tokens, bailing.hidden_size, device=on, dtype=dtype, requires_grad=True)
+    weight = torch.randn(bailing.vocab_size, bailing.hidden_size, device=on, dtype=dtype)
+    weight.mul_(bailing.hidden_size**-0.5).requires_grad_()
+    targets = torch.randint(0, bailing.vocab_size, (num_tokens,), device=on)
+    upstream = torch.randn(2, num_tokens, device=on)
+    found: dict[str, Any] = {"tokens": num_tokens}
+    for name, head in {"fused": fused_head, "plain": plain_head}.items():
+
+        def one_pass(head: Any = head) -> None:
+            logprobs, entropy = head(hidden, weight, targets)
+            torch.autograd.grad((upstream[0] * logprobs + upstream[1] * entropy).sum(), [hidden, weight])
+
+        try:
+            seconds = median_seconds(one_pass, rounds)
+            device.reset_peak_memory()
+            before = device.peak_memory_bytes()
+            one_pass()
+            found[name] = {
+                "seconds": round(seconds, 5),
+                "extra_gb": round((device.peak_memory_bytes() - before) / 1e9, 4),
+            }
+        except torch.OutOfMemoryError:
+            found[name] = {"left_out": "out of memory"}
+        tell(f"head, {name}: {found[name]}")
+    if all("seconds" in found[name] for name in ("fused", "plain")):
+        found["time_ratio"] = round(found["fused"]["seconds"] / found["plain"]["seconds"], 3)
+        # On a CPU the peak does not start again, and there is no ratio.
+        if found["fused"]["extra_gb"]:
+            found["memory_ratio"] = round(found["plain"]["extra_gb"] / found["fused"]["extra_gb"], 2)
+    return found
+
+
+def measure_choices() -> dict[str, Any]:
+    """Seconds of a micro-batch by key and value of the model's section; a value that cannot be had says why.
+
+    Each in a process of its own: megatron's gradient hooks keep a model in memory for as long as the process lives.
+    """
+    found: dict[str, Any] = {}
+    for key in ("experts", "attention"):
+        field = ModelSection.model_fields.get(key)
+        for value in get_args(field.annotation) if field else ():
+            if value == "auto":
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:], "--choice", key, value]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            last = done.stderr.strip().rpartition("\n")[2]
+            found[f"{key} = {value}"] = json.loads(done.stdout) if done.returncode == 0 else {"left_out": last}
+            tell(f"{key} = {value}: {found[f'{key} = {value}']}")
+    return found
+
+
+def measure_choice(bailing: BailingConfig, arguments: argparse.Namespace) -> dict[str, float]:
+    """A child's work: a model of two layers without head."""
+    key, value = arguments.choice
+    config = run_config(arguments, arguments.tokens, layers="local", **{key: value})
+    bench = Bench(bailing.model_copy(update={"num_hidden_layers": 2}), config, join(), arguments.rounds)
+    with bench.without_head():
+        batch = bench.micro_batch(micro_batch_lengths(arguments.tokens, arguments.tokens))
+        each, _ = bench.seconds(batch, arguments.micro_batches)
+    return {"seconds": round(each, 5)}
+
+
+def join() -> Any:
+    """A world of this process alone; its gloo group."""
+    initialize_parallel(ALONE, 600.0, seed=1)
+    return dist.new_group(backend="gloo")
+
+
+def measure_export(bench: Bench, max_bytes: int, rounds: int) -> dict[str, Any]:
+    model = bench.trainer.model
+    parameters, dtype = model.parameters_by_canonical_name(), model.dtype
+    buckets = divide(name_table(model.bailing).values(), dtype, max_bytes)
+    largest, total = max(b.num_bytes for b in buckets), sum(b.num_bytes for b in buckets)
+    flat = torch.empty(largest, dtype=torch.uint8, device=device.torch_device())
+    host = torch.empty(largest, dtype=torch.uint8, pin_memory=device.on_cuda())
+
+    def export(to_host: bool) -> None:
+        for bucket in buckets:
+            places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
+            for entry, tensors in gathered(bucket.entries, parameters):
+                for place, tensor in zip(places[entry.megatron], tensors, strict=True):
+                    flat[place.start : place.end].view(dtype).view(place.shape).copy_(tensor)
+            if to_host:
+                host[: bucket.num_bytes].copy_(flat[: bucket.num_bytes])
+
+    found: dict[str, Any] = {"gb": round(total / 1e9, 3), "bucket_mb": max_bytes >> 20}
+    for name, to_host in {"device": False, "host": True}.items():
+        seconds = median_seconds(lambda to_host=to_host: export(to_host), rounds)  # type: ignore[misc]
+        found[name] = {"seconds": round(seconds, 5), "gb_per_second": round(total / 1e9 / seconds, 2)}
+    tell(f"export: {found}")
+    return found
+
+
+def matmul_flops(size: int, rounds: int) -> float:
+    """FLOP/s of a product of two random size x size matrices in bf16, ten at a time."""
+    a, b = (torch.randn(size, size, device=device.torch_device(), dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def ten() -> None:
+        for _ in range(10):
+            torch.mm(a, b, out=out)
+
+    return 10 * 2.0 * size**3 / median_seconds(ten, rounds)
+
+
+def commit() -> str:
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    shape = read_bailing_config(SHAPE)
+    if arguments.smoke:
+        shape = shape.model_copy(update=SMOKE)
+    if arguments.choice:
+        return measure_choice(shape, arguments)
+    longest = max(arguments.lengths, key=lambda n: sum(micro_batch_lengths(n, arguments.tokens)))
+
+    def of(layers: int) -> BailingConfig:
+        return shape.model_copy(update={"num_hidden_layers": layers})
+
+    available = SHARE * device.memory_bytes()
+    layers = arguments.layers or layers_that_fit(
+        lambda n: planned_bytes(arguments, of(n), longest), shape.num_hidden_layers, available
+    )
+    name = device.device_name()
+    nominal = arguments.peak or (None if arguments.smoke else nominal_peak(name))
+    product = matmul_flops(arguments.cube, arguments.rounds)
+    tell(f"{name}: {layers} layers, {product / 1e12:.3f} TFLOP/s at {arguments.cube}^3")
+    found: dict[str, Any] = {
+        "device": name,
+        "memory_gb": round(device.memory_bytes() / 1e9, 1),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "commit": arguments.commit or commit(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "megatron-core")},
+        "layers": layers,
+        "parameters": of(layers).num_parameters(),
+        "recompute": arguments.recompute,
+        "micro_batches": arguments.micro_batches,
+        "nominal_tflops": nominal and nominal / 1e12,
+        "matmul_tflops": round(product / 1e12, 3),
+    }
+    # First, while the device's memory is free.
+    found["choices"] = measure_choices()
+    found["head"] = measure_heads(shape, arguments.tokens, arguments.rounds)
+    config = run_config(arguments, sum(micro_batch_lengths(longest, arguments.tokens)))
+    bench = Bench(of(layers), config, join(), arguments.rounds)
+    peaks = {"": nominal or product, "_of_matmul": product}
+    found |= measure_training(bench, arguments, peaks)
+    found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as memory.py plans to fit")
+    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--tokens", type=int, help="of a micro-batch; it is one of the lengths too")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of an optimizer step, at least 2")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--peak", type=float, help="nominal FLOP/s of a device that tools/mfu.py does not know")
+    parser.add_argument("--cube", type=int)
+    parser.add_argument("--bucket-mb", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit", help="where there is no git to ask")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--choice", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    tiny = arguments.smoke
+    arguments.tokens = arguments.tokens or (128 if tiny else 8192)
+    arguments.cube = arguments.cube or (128 if tiny else 8192)
+    lengths = arguments.lengths or ([32, 128, 192] if tiny else [2048, 4096, 8192, 16384, 24576])
+    arguments.lengths = sorted({*lengths, arguments.tokens})
+    if arguments.micro_batches < 2:
+        raise ValueError(f"--micro-batches must be at least 2, got {arguments.micro_batches}")
+    print(json.dumps(measure(arguments), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    code = exit_code(Path(__file__).name, main)
+    sys.stdout.flush()
+    os._exit(code)  # torch's threads can hang at the interpreter's exit
