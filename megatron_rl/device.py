@@ -61,6 +61,22 @@ def set_local_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank)
 
 
+def free_bytes() -> int | None:
+    """Memory of this rank's GPU that nobody holds; None on a CPU."""
+    return torch.cuda.mem_get_info()[0] if on_cuda() else None
+
+
+def device_id(tensor: torch.Tensor) -> str | None:
+    """Of the GPU that it is on, by which a process that sees other ones under other numbers finds it; None on a CPU."""
+    return str(torch.cuda.get_device_properties(tensor.device).uuid) if tensor.is_cuda else None
+
+
+def forget_shared() -> None:
+    """Take back memory that other processes had opened and have closed since."""
+    if on_cuda():
+        torch.cuda.ipc_collect()
+
+
 def import_megatron() -> None:
     """Import megatron-core, adapted to this device. Idempotent. ImportError tells how to install it."""
     with warnings.catch_warnings():

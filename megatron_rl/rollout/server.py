@@ -210,8 +210,8 @@ class SglangServer(GenerationServer):
 
 
 def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables to change: torch_memory_saver, by which SGLang releases memory, refuses to run with them. The second
-    name is that of torch 2.9 and later."""
+    """The variables to change: torch_memory_saver, by which SGLang releases memory, does not go together with it.
+    The second name is the one of later versions of torch."""
     changed = {}
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         options = environment.get(name, "").split(",")
