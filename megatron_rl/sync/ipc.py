@@ -25,9 +25,10 @@ from megatron_rl.sync.export import exported_names, gathered
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.requests import Asked, ServerRequests, Waits
 from megatron_rl.sync.spans import gather_spans, opened_rank
+from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
-# What a rank hands to the first one of its node: url and tensor-parallel rank of who opens it, and the payload.
+# url and tensor-parallel rank of who opens a bucket, and the payload that tells it how.
 _Handles = list[tuple[str, int, str]]
 
 
@@ -159,11 +160,12 @@ class IpcTransport:
         return any((entry.megatron, first) in exporters for exporters in self._exporters)
 
     def _handles(self, bucket: Bucket, flat: Tensor, opened: Sequence[tuple[str, int]]) -> _Handles:
-        """Collective over the node: those of all its ranks, on its first one."""
-        mine = [(url, rank, serialized(flat, bucket.tensors, self._dtype)) for url, rank in opened]
-        told: list[Any] | None = [None] * len(self._node_ranks) if self._sender is not None else None
-        dist.gather_object(mine, told, dst=self._node_ranks[0], group=self._node_group)
-        return [handle for one in told for handle in one] if told is not None else []
+        """Collective over the node: those of all its ranks."""
+
+        def make() -> _Handles:
+            return [(url, rank, serialized(flat, bucket.tensors, self._dtype)) for url, rank in opened]
+
+        return [handle for one in together(make, self._node_group) for handle in one]
 
 
 def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
