@@ -21,7 +21,9 @@ from megatron_rl.config.schema import RolloutSection, SftConfig
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
+from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import Receivers
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
@@ -174,6 +176,22 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
     return report
 
 
+def gather(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What each rank has of the model once its buckets are filled, if the ranks were on spec["nodes"]."""
+    node = spec["nodes"][session.rank]
+    transport = IpcTransport(session.model, session.control, 20_000, node, (), 1, 0, 10.0)
+    sums = {}
+    for bucket in transport.buckets:
+        flat = transport._filled(bucket)
+        for place in bucket.tensors:
+            tensor = flat[place.start : place.end].view(session.model.dtype).view(place.shape)
+            sums[place.name] = checksum(tensor)
+    transport.close()
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, (list(transport._span.ranks), sums), group=session.control)
+    return {"spans": [ranks for ranks, _ in found], "checksums": [one for _, one in found]}
+
+
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if session.rank == 0 else None
@@ -241,7 +259,7 @@ async def settled(pool: ServerPool) -> None:
             await asyncio.sleep(0.05)
 
 
-SCENARIOS = {"layouts": layouts, "faults": faults}
+SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults}
 
 
 def main(folder: Path) -> None:

@@ -44,7 +44,7 @@ def serialized(flat: Tensor, places: Sequence[Place], dtype: torch.dtype) -> str
     }
     buffer = io.BytesIO()
     pickler = ForkingPickler(buffer)
-    pickler.dispatch_table = {**pickler.dispatch_table, Tensor: _reduced}  # type: ignore[attr-defined]
+    pickler.dispatch_table = {**pickler.dispatch_table, Tensor: _reduced}
     with _shared_by_name():
         pickler.dump(content)
     return base64.b64encode(buffer.getvalue()).decode()
