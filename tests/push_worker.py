@@ -18,13 +18,13 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
-from megatron_rl.rollout.client import ServerLost
+from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.ipc import IpcTransport
-from megatron_rl.sync.transport import Receivers
+from megatron_rl.sync.transport import Receivers, Transport
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
@@ -198,12 +198,12 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
     transport = DistributedTransport(session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
     report: dict[str, Any] = {}
 
-    def push(version: int) -> str:
+    def push(version: int, transport: Transport = transport) -> str:
         """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
         said = ""
         try:
             transport.push(version, servers.receivers if servers else None)
-        except (ServerLost, StopRequested) as error:
+        except (ServerError, StopRequested) as error:
             said = f"{type(error).__name__}: {error}"
         return str(shared(said, session.control))
 
@@ -243,6 +243,18 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
         if servers:
             servers.stop_requested = False
         report["after the stop"] = push(2)
+        urls = servers.urls if servers else ()
+        ipc = IpcTransport(session.model, session.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS)
+        report["handles"] = [push(3, ipc)]
+        if servers:
+            servers.kill_and_wait(1)
+            os.kill(servers.pids()[0], signal.SIGKILL)
+            servers.stop_requested = True
+        report["handles"] += [push(3, ipc)]
+        if servers:
+            servers.stop_requested = False
+        report["handles"] += [push(3, ipc)]
+        ipc.close()
     finally:
         transport.close()
         if servers:

@@ -152,6 +152,16 @@ def test_a_stop_before_a_push_is_told_after_the_other_ranks_have_done_their_part
     assert faults["after the stop"] == ""
 
 
+def test_what_servers_make_of_handles_is_told_after_the_other_ranks_have_done_their_part(
+    faults: dict[str, Any],
+) -> None:
+    refused, stopped, gone = faults["handles"]
+    assert refused.startswith("RequestRefused: weights 3 did not reach all 2 servers")
+    assert "does not unpickle" in refused
+    assert stopped == "StopRequested: stopped by the test"
+    assert gone.startswith("ServerLost: weights 3 did not reach all 2 servers")
+
+
 # Shared memory -------------------------------------------------------------------------------------------------------
 
 OPEN = """
