@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 INSTALL = [
     'megatron-core==0.19.2; python_version >= "3.12"',
     "torch>=2.11",  # `make install` takes 2.13.0, the CPU build; a GPU's torch comes with the `gpu` extra
-    "numpy~=2.4",
+    "numpy>=2.3,<3",  # on Python 3.12 mistral-common, which SGLang asks for, refuses 2.4
     "pydantic~=2.14",
     "tomli-w~=1.2",
     "httpx~=0.28",
@@ -52,7 +52,8 @@ setup(
             "mypy==2.4.1",
             "pre-commit",
         ],
-        "gpu": ["transformer-engine[pytorch]", "sglang==0.5.23"],
+        # One set, for CUDA 13; docs/gpu_install.md says how it was found and how to install it. SGLang pins torch.
+        "gpu": ["torch==2.14.1", "sglang==0.5.23", "transformer-engine[core-cu13,pytorch]==2.20.2"],
         "logging": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},

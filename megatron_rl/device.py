@@ -162,6 +162,17 @@ def _holders() -> str:
     return f" (of {total / 2**30:.1f}, this rank holds {own / 2**30:.1f}, others {(total - free - own) / 2**30:.1f})"
 
 
+def device_id(tensor: torch.Tensor) -> str | None:
+    """Of the GPU that it is on, by which a process that sees other ones under other numbers finds it; None on a CPU."""
+    return str(torch.cuda.get_device_properties(tensor.device).uuid) if tensor.is_cuda else None
+
+
+def forget_shared() -> None:
+    """Take back memory that other processes had opened and have closed since."""
+    if on_cuda():
+        torch.cuda.ipc_collect()
+
+
 def import_megatron() -> None:
     """Import megatron-core, adapted to this device. Idempotent. ImportError tells how to install it."""
     with warnings.catch_warnings():

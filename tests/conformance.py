@@ -385,6 +385,18 @@ def test_a_failed_update_from_disk_leaves_the_weights_alone(server, tmp_path):
     assert_serves(server, server.first, "0")
 
 
+def test_memory_is_released_at_once_and_resumed_before_and_behind_new_weights(server):
+    parts = ["weights", "kv_cache", "cuda_graph"]
+    for model, version in ((server.second, "1"), (server.first, "0")):
+        server.generate([5, 6], max_new_tokens=3)
+        for route, tags in (("release", parts), ("resume", parts[:1]), ("resume", parts[1:])):
+            if tags == parts[1:]:
+                assert server.load(model, version).json()["success"]
+            answer = server.post(f"/{route}_memory_occupation", tags=tags)
+            assert (answer.status_code, answer.json()) == (200, None)
+        assert_serves(server, model, version)
+
+
 def test_an_update_without_a_pause_waits_for_what_runs(server):
     (running,) = server.start([5], tokens=server.kind.long_tokens)
     assert server.load(server.second, "v1").json()["success"]

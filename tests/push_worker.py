@@ -18,11 +18,13 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
-from megatron_rl.rollout.client import ServerLost
+from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
-from megatron_rl.sync.transport import Receivers
+from megatron_rl.sync.ipc import IpcTransport
+from megatron_rl.sync.transport import Receivers, Transport
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
@@ -174,18 +176,34 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
     return report
 
 
+def gather(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What each rank has of the model once its buckets are filled, if the ranks were on spec["nodes"]."""
+    node = spec["nodes"][session.rank]
+    transport = IpcTransport(session.model, session.control, 20_000, node, (), 1, 0, 10.0)
+    sums = {}
+    for bucket in transport.buckets:
+        flat = transport._filled(bucket)
+        for place in bucket.tensors:
+            tensor = flat[place.start : place.end].view(session.model.dtype).view(place.shape)
+            sums[place.name] = checksum(tensor)
+    transport.close()
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, (list(transport._span.ranks), sums), group=session.control)
+    return {"spans": [ranks for ranks, _ in found], "checksums": [one for _, one in found]}
+
+
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if session.rank == 0 else None
     transport = DistributedTransport(session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
     report: dict[str, Any] = {}
 
-    def push(version: int) -> str:
+    def push(version: int, transport: Transport = transport) -> str:
         """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
         said = ""
         try:
             transport.push(version, servers.receivers if servers else None)
-        except (ServerLost, StopRequested) as error:
+        except (ServerError, StopRequested) as error:
             said = f"{type(error).__name__}: {error}"
         return str(shared(said, session.control))
 
@@ -225,6 +243,18 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
         if servers:
             servers.stop_requested = False
         report["after the stop"] = push(2)
+        urls = servers.urls if servers else ()
+        ipc = IpcTransport(session.model, session.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS)
+        report["handles"] = [push(3, ipc)]
+        if servers:
+            servers.kill_and_wait(1)
+            os.kill(servers.pids()[0], signal.SIGKILL)
+            servers.stop_requested = True
+        report["handles"] += [push(3, ipc)]
+        if servers:
+            servers.stop_requested = False
+        report["handles"] += [push(3, ipc)]
+        ipc.close()
     finally:
         transport.close()
         if servers:
@@ -241,7 +271,7 @@ async def settled(pool: ServerPool) -> None:
             await asyncio.sleep(0.05)
 
 
-SCENARIOS = {"layouts": layouts, "faults": faults}
+SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults}
 
 
 def main(folder: Path) -> None:

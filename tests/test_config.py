@@ -129,6 +129,12 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("budget.domains={code = 0.5, math = 0.6}", r"shares of budget.domains must sum to 1, got 0.5 \+ 0.6 = 1.1"),
         ("budget.domains={code = 0.7, math = 0.3}", r"gives 'math' 0.3 of budget.tokens 200, which is less .* 64\)"),
         ("budget={tokens = 200, domains = {a = 1}, under_full = 'short'}", r"needs budget.under_full = 'refill', got"),
+        ("sync.transport=ipc", r"sync.transport 'ipc' is for SGLang servers that this run starts; .* 'distributed'"),
+        ("sync.backend=nccl", r"sync.backend 'nccl' is for SGLang servers on GPUs, rollout.engine is 'embedded'"),
+        (
+            "rollout={prompts_per_step = 4, samples_per_prompt = 2, release_memory = true, urls = ['http://a:1']}",
+            r"release_memory is for servers that this run starts.*leave rollout.urls empty",
+        ),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )

@@ -56,6 +56,34 @@ def test_what_it_cannot_do_is_refused_with_the_remedy(server):
     assert "end_weight_update first" in server.load(server.second, "v1").json()["message"]
 
 
+def test_what_would_end_sglang_or_make_it_answer_nonsense_while_memory_is_released_is_refused(server):
+    def refusal(route, **body):
+        answer = server.post(route, **body)
+        assert answer.status_code == 400
+        return answer.json().get("message") or answer.json()["error"]["message"]
+
+    generate = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+    (running,) = server.start([5], tokens=300)
+    assert "idle" in refusal("/release_memory_occupation", tags=["weights"])
+    running.result()
+    assert "weights was not released" in refusal("/resume_memory_occupation", tags=["weights"])
+    assert "tags must be a list out of kv_cache, weights, cuda_graph" in refusal(
+        "/release_memory_occupation", tags=["x"]
+    )
+    assert server.post("/release_memory_occupation").status_code == 200  # all of it
+    assert "kv_cache is released already" in refusal("/release_memory_occupation", tags=["kv_cache"])
+    assert "memory is released: cuda_graph, kv_cache, weights" in refusal("/generate", **generate)
+    assert "resume it before new ones come" in server.load(server.second, "v1").json()["message"]
+    assert "resume it before new ones come" in refusal("/begin_weight_update")
+    assert server.http.get("/ready").status_code == 200
+    server.post("/resume_memory_occupation", tags=["weights", "kv_cache"])
+    assert "memory is released: cuda_graph" in refusal("/generate", **generate)
+    server.post("/resume_memory_occupation", tags=["cuda_graph"])
+    assert "no new ones came since" in refusal("/generate", **generate)
+    assert server.load(server.second, "v1").json()["success"]
+    assert_serves(server, server.second, "v1")
+
+
 def test_a_flush_that_would_end_sglang_is_refused(server):
     (running,) = server.start([5], tokens=300)
     server.post("/pause_generation", mode="in_place")

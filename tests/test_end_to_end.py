@@ -150,7 +150,7 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     present = set(rows_of(whole)[0]) - {"step"}
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
-    of_others |= {"offload_seconds", "reload_seconds"}
+    of_others |= {"offload_seconds", "reload_seconds", "release_seconds", "resume_seconds"}
     assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
     assert present - known == {
         *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),

@@ -155,10 +155,11 @@ def test_two_servers_that_go_one_after_the_other_change_no_number(
     assert_same(run, undisturbed)
 
 
-def test_the_only_server_may_go_though_its_weights_came_over_a_process_group(
+def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and_it_had_released_its_memory(
     inputs: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
     options = ("rollout.servers=1", "sync.transport=distributed", "rollout.max_running_requests=16")
+    options += ("rollout.release_memory=true",)
     run = Run(inputs, tmp_path / "run", *options)
     try:
         run.until(lambda: len(run.rows) == 1 and run.is_running("server_0"))

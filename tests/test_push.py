@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.names import name_table
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.server import EmbeddedServer
+from megatron_rl.rollout.server import EmbeddedServer, gpu_share
 from megatron_rl.rollout.update_group import checksum
-from megatron_rl.sync.buckets import divide
+from megatron_rl.sync.buckets import Place, divide
+from megatron_rl.sync.distributed import chosen_backend, join_request
+from megatron_rl.sync.handles import serialized
+from megatron_rl.sync.spans import gather_spans, opened_rank
 
 # 97 rows of vocabulary: padded under tensor parallelism. Three layers, the first dense.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -87,6 +92,22 @@ def test_every_layout_sends_the_tensors_of_the_checkpoint_and_the_probe_knows_th
         assert push["told"] == f"1 of {num_tensors} tensors differ: {DAMAGED}{aside}"
 
 
+@pytest.mark.parametrize(
+    ("parallel", "nodes", "spans"),
+    [
+        ({"expert": 2}, [0, 1], [[0, 1], [0, 1]]),  # neither node has all experts
+        ({}, [0, 1], [[0], [1]]),
+    ],
+)
+def test_every_rank_gathers_the_whole_model_from_its_node_if_that_holds_it(
+    parallel: dict[str, int], nodes: list[int], spans: list[list[int]], tmp_path: Path
+) -> None:
+    models = make_models(tmp_path / "models", SHAPES["untied"])
+    report = run(2, "gather", models, tmp_path / "run", parallel=parallel, nodes=nodes)
+    assert report["spans"] == spans
+    assert report["checksums"] == [expected_checksums(models / "mine")] * 2
+
+
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = make_models(tmp_path_factory.mktemp("faults") / "models", SHAPES["tied"])
@@ -129,6 +150,75 @@ def test_a_server_that_goes_in_a_push_is_replaced_and_nobody_serves_a_mixture(
 def test_a_stop_before_a_push_is_told_after_the_other_ranks_have_done_their_part(faults: dict[str, Any]) -> None:
     assert faults["stop"] == "StopRequested: stopped by the test"
     assert faults["after the stop"] == ""
+
+
+def test_what_servers_make_of_handles_is_told_after_the_other_ranks_have_done_their_part(
+    faults: dict[str, Any],
+) -> None:
+    refused, stopped, gone = faults["handles"]
+    assert refused.startswith("RequestRefused: weights 3 did not reach all 2 servers")
+    assert "does not unpickle" in refused
+    assert stopped == "StopRequested: stopped by the test"
+    assert gone.startswith("ServerLost: weights 3 did not reach all 2 servers")
+
+
+# Shared memory -------------------------------------------------------------------------------------------------------
+
+OPEN = """
+import base64, pickle, sys
+import torch
+found = pickle.loads(base64.b64decode(sys.stdin.read()))
+for meta in found["metadata"]:
+    tensor = found["flattened_tensor"][meta.start_idx:meta.end_idx].view(meta.dtype).reshape(meta.shape)
+    print(meta.name, tensor.tolist())
+"""
+
+
+def test_another_process_finds_the_tensors_of_a_bucket_that_it_was_handed() -> None:
+    expected = {"a": torch.tensor([[1.5, -2.0]]), "b": torch.tensor([3.25, 4.0, 5.0])}
+    flat = torch.cat([tensor.flatten() for tensor in expected.values()]).to(torch.bfloat16).view(torch.uint8)
+    places = [Place(name="a", shape=(1, 2), start=0, end=4), Place(name="b", shape=(3,), start=4, end=10)]
+    payload = serialized(flat, places, torch.bfloat16)
+    opened = subprocess.run([sys.executable, "-c", OPEN], input=payload, capture_output=True, text=True, check=True)
+    assert opened.stdout == "a [[1.5, -2.0]]\nb [3.25, 4.0, 5.0]\n"
+
+
+def test_a_span_is_a_node_where_every_node_holds_the_model_and_else_everyone() -> None:
+    def spans(*exports: str) -> list[tuple[tuple[int, ...], dict[str, int]]]:
+        return [(span.ranks, span.owner_of) for span in gather_spans([0, 0, 1, 1], exports)]
+
+    own = {"a": 0, "b": 1}
+    assert spans("a", "b", "b", "ab") == [((0, 1), own), ((2, 3), {"a": 3, "b": 2})]
+    assert spans("a", "a", "b", "ab") == [((0, 1, 2, 3), {"a": 0, "b": 2})]
+
+
+def test_a_rank_of_a_server_opens_the_memory_on_its_own_gpu() -> None:
+    gpus = [str(gpu) for gpu in range(8)]
+    for server in range(2):
+        share = gpu_share(gpus, server, 2)
+        assert [str(opened_rank(server, rank, 2, 8)) for rank in range(4)] == share
+    assert opened_rank(1, 3, 2, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine", "gpu", "expected"),
+    [
+        ("auto", "sglang", True, "nccl"),
+        ("auto", "sglang", False, "gloo"),
+        ("auto", "embedded", True, "gloo"),
+        ("gloo", "sglang", True, "gloo"),
+        ("nccl", "sglang", True, "nccl"),
+    ],
+)
+def test_the_backend_is_nccl_between_gpus(asked: str, engine: str, gpu: bool, expected: str) -> None:
+    assert chosen_backend(asked, engine, gpu) == expected
+    body = join_request("10.0.0.1", 29500, 3, 5, "weights", expected)
+    assert (body["backend"], body["rank_offset"], body["world_size"]) == (expected, 3, 5)
+
+
+def test_nccl_without_gpus_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sync.backend 'nccl' needs a run that trains on GPUs"):
+        chosen_backend("nccl", "sglang", trains_on_gpu=False)
 
 
 # Buckets -------------------------------------------------------------------------------------------------------------

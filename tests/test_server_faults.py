@@ -22,11 +22,14 @@ from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.errors import Fault
 from megatron_rl.rollout import pool as pool_module
 from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
-from megatron_rl.rollout.pool import ServerPool, WeightsNeeded
+from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
+from megatron_rl.rollout.server import without_expandable_segments
 from megatron_rl.rollout.update_group import checksum
+from megatron_rl.train.serving import wait_for_memory
 
 LENGTH, SHORT = 300, 60
 ROLLOUT = RolloutSection(
@@ -165,6 +168,96 @@ def undisturbed(models: tuple[Path, Path], _keeper: ServerKeeper) -> list[list[i
     found = asyncio.run(run())
     assert all(len(one) > SHORT for one in found[:2])
     return found
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_others_need_it_no_longer(
+    models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], keeper) as pool:
+            await pool.release_memory()
+            await asyncio.to_thread(keeper.hold)
+            (gone, other) = pids_of(keeper)
+            os.kill(gone, signal.SIGKILL)
+            await asyncio.sleep(1.0)  # the keeper looks five times
+            assert pids_of(keeper) == [gone, other]
+            keeper.let_go()
+            await pool.resume_memory(WEIGHTS)
+            await pool.load_from_disk(models[0], "1")
+            await pool.resume_memory(WORKSPACE)
+            await until(lambda: len(pool.serving) == 2)
+            assert pids_of(keeper)[1] == other, "it kept its process"
+            assert pool.counts.num_taken_out == 1
+            assert ids(await all_requests(pool)) == undisturbed
+
+    asyncio.run(run())
+
+
+def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
+    models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+) -> None:
+    async def run() -> None:
+        async with connected(keeper.urls, models[0], keeper) as pool:
+            await pool.release_memory()
+            (before, other) = pids_of(keeper)
+            # Behind the pool's back: then it is told to resume what is not released any more.
+            httpx.post(f"{keeper.urls[0]}/resume_memory_occupation", json={"tags": ["weights"]}, trust_env=False)
+            await pool.resume_memory(WEIGHTS)
+            assert [member.client.url for member in pool.serving] == keeper.urls[1:]
+            await pool.load_from_disk(models[0], "1")
+            await pool.resume_memory(WORKSPACE)
+            await until(lambda: len(pool.serving) == 2)
+            assert pids_of(keeper)[0] != before
+            assert pids_of(keeper)[1] == other
+            assert ids(await all_requests(pool)) == undisturbed
+
+    asyncio.run(run())
+
+
+def test_what_is_just_starting_when_memory_is_needed_is_ended_and_no_restart_is_counted(keeper: ServerKeeper) -> None:
+    (pid, _) = pids_of(keeper)
+    counted = keeper._kept[0].num_restarts
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: pids_of(keeper)[0] != pid)
+    keeper.hold()
+    starting = pids_of(keeper)[0]
+    time.sleep(0.6)
+    assert not psutil.pid_exists(starting)
+    assert pids_of(keeper)[0] == starting
+    keeper.let_go()
+    wait_until(lambda: is_ready(keeper.urls[0]))
+    assert keeper._kept[0].num_restarts == counted + 1
+
+
+@pytest.mark.parametrize(
+    ("readings", "needed", "expected"),
+    [([None], 5, None), ([1, 2, 7, 7], 5, None), ([7, 7], 5, None), ([4] * 99, 5, "training needs"), ([1], 0, None)],
+)
+def test_training_waits_until_what_servers_released_is_there(
+    readings: list[int | None], needed: int, expected: str | None
+) -> None:
+    left = iter(readings)
+    asked = []
+
+    def free_bytes() -> int | None:
+        asked.append(next(left, 1))
+        return asked[-1]
+
+    if expected is None:
+        wait_for_memory(needed, 5.0, free_bytes)
+        assert asked[: len(readings)] == readings
+    else:
+        with pytest.raises(Fault, match=expected):
+            wait_for_memory(needed, 0.3, free_bytes)
+
+
+def test_a_server_that_releases_memory_does_not_get_the_allocators_expandable_segments() -> None:
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True", "PYTORCH_ALLOC_CONF": "a:1"}
+    assert without_expandable_segments(given) == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert without_expandable_segments({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}) == {"PYTORCH_ALLOC_CONF": ""}
 
 
 # Death and silence ---------------------------------------------------------------------------------------------------

@@ -532,6 +532,11 @@ class RolloutSection(GenerationSection):
         "algorithm without one: when prompts_per_step groups are complete); unfinished responses are kept and go on "
         "under the next weights. Which ones complete depends on timing, so two runs of one seed differ",
     )
+    release_memory: bool = Field(
+        default=False,
+        description="for servers that this run starts on the GPUs it trains on: they give their memory back while it "
+        "trains (SGLang's --enable-memory-saver), and take it again before new weights come",
+    )
     max_retention: int = Field(
         default=5,
         ge=0,
@@ -560,14 +565,20 @@ def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
 class SyncSection(Section):
     """How new weights get to the servers, and how it is proven that they did."""
 
-    transport: Literal["disk", "distributed"] = Field(
+    transport: Literal["disk", "distributed", "ipc"] = Field(
         default="disk",
         description="disk: through a folder that the servers read, in memory when all is on one machine, else in "
-        "run_dir. distributed: broadcast over a process group. With several nodes run_dir must be on a shared file "
-        "system in either case: servers start with weights from there",
+        "run_dir. distributed: broadcast over a process group. ipc: every node hands the weights to the SGLang servers "
+        "that the run started on it, which copy them out of the trainer's memory. With several nodes run_dir must be "
+        "on a shared file system in any case: servers start with weights from there",
+    )
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        default="auto",
+        description="with distributed: of the process group; auto takes nccl where this run trains on GPUs and "
+        "rollout.engine is 'sglang', else gloo",
     )
     bucket_mb: Positive = Field(
-        default=512, description="with distributed: MiB that travel at once, unless one tensor alone is larger"
+        default=512, description="with distributed and ipc: MiB that travel at once, unless one tensor alone is larger"
     )
     probe_every: int = Field(
         default=1,
@@ -864,6 +875,26 @@ class RlConfig(RunConfig, SamplingConfig):
                 "SFT rows of what the teacher answers (docs/distillation.md)"
             )
         return values
+
+    @model_validator(mode="after")
+    def _check_sync(self) -> "RlConfig":
+        own_sglang = self.rollout.engine == "sglang" and not self.rollout.urls
+        if self.sync.transport == "ipc" and not own_sglang:
+            raise ValueError(
+                "sync.transport 'ipc' is for SGLang servers that this run starts; set rollout.engine = 'sglang' and "
+                "leave rollout.urls empty, or take 'distributed' or 'disk'"
+            )
+        if self.sync.backend == "nccl" and self.rollout.engine != "sglang":
+            raise ValueError(
+                f"sync.backend 'nccl' is for SGLang servers on GPUs, rollout.engine is {self.rollout.engine!r}; set "
+                "sync.backend = 'auto'"
+            )
+        if self.rollout.release_memory and self.rollout.urls:
+            raise ValueError(
+                "rollout.release_memory is for servers that this run starts, on the GPUs that it trains on; leave "
+                "rollout.urls empty, or set it to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> "RlConfig":

@@ -213,6 +213,19 @@ SECTIONS = (
                     "rest": "rest_seconds",
                 },
             ),
+            Plot(
+                title="Seconds of weights and servers",
+                unit="seconds",
+                kind="stack",
+                curves={
+                    "gather and export": "export_seconds",
+                    "send": "send_seconds",
+                    "install": "install_seconds",
+                    "servers take memory": "resume_seconds",
+                    "servers release memory": "release_seconds",
+                },
+                note="What runs beside something else counts where it had to be waited for.",
+            ),
             Plot(title="Seconds per step", unit="seconds", kind="zero", curves={"step": "step_seconds"}),
             Plot(
                 title="Throughput",

@@ -159,6 +159,15 @@ class GenerationClient:
         await self.control("/update_weights_from_disk", body, timeout_seconds)
         await self.flush_cache()
 
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give the memory of these parts back, once idle: SGLang ends itself when it is asked while something runs."""
+        await self.flush_cache()
+        await self._ask("POST", "/release_memory_occupation", {"tags": list(tags)}, self._control_timeout)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again. SGLang ends itself over a part that was not released."""
+        await self._ask("POST", "/resume_memory_occupation", {"tags": list(tags)}, self._control_timeout)
+
     async def flush_cache(self) -> None:
         """Forget shared prompts: their keys and values belong to the weights before. Waits until nothing runs."""
         give_up = time.monotonic() + self._control_timeout

@@ -38,6 +38,7 @@ class ServerKeeper:
         self._rollout = rollout
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._is_held = False
         self._thread = threading.Thread(target=self._run, name="server-keeper", daemon=True)
         self.failure: Fault | None = None
         self._kept: list[_Kept] = []
@@ -72,6 +73,19 @@ class ServerKeeper:
                     log.warning("ending the generation server %s: %s", url, reason)
                     kept.server.kill()
 
+    def hold(self) -> None:
+        """Start nothing again until `let_go`: others need the GPUs. What is just starting is ended."""
+        with self._lock:
+            self._is_held = True
+            for kept in self._kept:
+                if not kept.is_ready:
+                    kept.server.kill()
+                    kept.num_restarts -= 1  # not by its own fault
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._is_held = False
+
     def close(self) -> None:
         self._closing.set()
         if self._thread.is_alive():
@@ -97,6 +111,8 @@ class ServerKeeper:
     def _look_after(self, kept: _Kept, is_ready: bool) -> None:
         server = kept.server
         if server.exit_code is not None:
+            if self._is_held:
+                return
             server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
             if kept.num_restarts >= self._rollout.max_restarts:
                 self.failure = Fault(

@@ -36,6 +36,10 @@ _LOOK_EVERY_SECONDS = 5.0
 _ASK_AGAIN_SECONDS = 0.3
 
 
+# What servers hold, by SGLang's names: the weights, which come first again, and what only generating needs.
+WEIGHTS, WORKSPACE = ("weights",), ("kv_cache", "cuda_graph")
+
+
 class WeightsNeeded(ServerError):
     """No server can serve until weights are pushed again: those that came back have others."""
 
@@ -49,6 +53,7 @@ class Member:
     but the weights of the next push. lost: done when it is taken out.
 
     num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
+    released: parts of its memory that it has given back.
     """
 
     client: GenerationClient
@@ -58,6 +63,7 @@ class Member:
     num_losses: int = 0
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
+    released: frozenset[str] = frozenset()
     sign_of_life: SignOfLife = GenerationClient.is_healthy
     watch: "asyncio.Task[None] | None" = None
     recovery: "asyncio.Task[None] | None" = None
@@ -87,6 +93,7 @@ class ServerPool:
     _members: list[Member] = field(default_factory=list)
     _version: str = "0"
     _weights: Path | None = None
+    _asleep: bool = False
 
     async def connect(self) -> None:
         """ServerLost when one of the servers is not ready; ValueError for one that cannot return routed experts, where
@@ -201,19 +208,22 @@ class ServerPool:
         self,
         ask: Callable[[GenerationClient], Coroutine[Any, Any, Any]],
         sign_of_life: SignOfLife = GenerationClient.is_healthy,
+        members: Sequence[Member] | None = None,
+        failures: type[ServerError] = ServerLost,
     ) -> dict[str, Any]:
         """What every serving member answers, by its url, in their order; who fails is taken out, and so is who gives no
-        sign of life for too long."""
+        sign of life for too long. members: these instead. failures: what counts as failing, the rest is raised."""
 
         async def one(member: Member) -> list[tuple[str, Any]]:
             try:
                 with self._busy(member, 0, 1, sign_of_life):
                     return [(member.client.url, await _unless(member.lost, ask(member.client)))]
-            except ServerLost as error:
+            except failures as error:
                 self.take_out(member, str(error))
                 return []
 
-        return dict(itertools.chain(*await together(one(member) for member in self.serving)))
+        asked = self.serving if members is None else members
+        return dict(itertools.chain(*await together(one(member) for member in asked)))
 
     @contextlib.contextmanager
     def _busy(
@@ -282,6 +292,41 @@ class ServerPool:
         them; None for weights that were sent over a process group, then it waits for the next push."""
         self._weights, self._version = directory, version
 
+    # Memory --------------------------------------------------------------------------------------------------------
+
+    async def release_memory(self) -> None:
+        """Servers give back what they hold on their GPUs, until `resume_memory`; who cannot is taken out.
+
+        Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its keeper.
+        """
+        self._asleep = True
+        coming = [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]
+        if coming:
+            await asyncio.wait([task for task in coming if task is not None])
+        awake = [m for m in self._members if (m.out is None or m.needs_weights) and not m.released]
+        for member in awake:
+            if member.watch is not None:  # its question after the server's health would be a request that runs
+                member.watch.cancel()
+                await asyncio.gather(member.watch, return_exceptions=True)
+        parts = (*WEIGHTS, *WORKSPACE)
+        released = await self._each(
+            lambda client: client.release_memory(parts), GenerationClient.is_there, awake, ServerError
+        )
+        for member in awake:
+            if member.client.url in released:
+                member.released = frozenset(parts)
+
+    async def resume_memory(self, parts: Sequence[str]) -> None:
+        """Those that released these parts take them again; who cannot is taken out. Weights hold nothing then."""
+        self._asleep = False
+        asked = [member for member in self._members if member.released.issuperset(parts)]
+        resumed = await self._each(
+            lambda client: client.resume_memory(parts), GenerationClient.is_there, asked, ServerError
+        )
+        for member in asked:
+            if member.client.url in resumed:
+                member.released -= set(parts)
+
     # Servers that fail ---------------------------------------------------------------------------------------------
 
     def take_out(self, member: Member, reason: str) -> None:
@@ -292,6 +337,7 @@ class ServerPool:
         self.counts.num_taken_out += 1
         member.out, member.needs_weights = reason, False
         member.num_losses += 1
+        member.released = frozenset()  # the process that comes back has all of its memory
         if not member.lost.done():
             member.lost.set_result(reason)
         member.recovery = asyncio.create_task(self._recover(member, reason))
@@ -306,7 +352,9 @@ class ServerPool:
         give_up = time.monotonic() + seconds
         trouble = ""
         while time.monotonic() < give_up:
-            if await member.client.is_ready():
+            if self._asleep:  # nothing is started meanwhile
+                give_up = time.monotonic() + seconds
+            elif await member.client.is_ready():
                 if self._weights is None:
                     member.needs_weights = True
                     return

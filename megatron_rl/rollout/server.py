@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +178,12 @@ class SglangServer(GenerationServer):
         weight_version: str = "0",
         on_cpu: bool,
         gpus: Sequence[str] = (),
+        releases_memory: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
         """python: the interpreter of an environment with sglang. on_cpu: see rollout/sglang_cpu. gpus: those that it
-        may use, all when none is named. arguments: further ones of launch_server, after ours, so that they win."""
+        may use, all when none is named. releases_memory: on a GPU it is able to; on a CPU it only answers as if.
+        arguments: further ones of launch_server, after ours, so that they win."""
         port = port or _free_port(host)
         options = {
             "--model-path": model_path,
@@ -195,6 +197,9 @@ class SglangServer(GenerationServer):
         # The directory's configuration_bailing_moe.py describes a model that transformers does not know.
         flags: list[object] = ["--trust-remote-code", "--sleep-on-idle"]
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        if releases_memory and not on_cpu:
+            flags.append("--enable-memory-saver")
+            environment |= without_expandable_segments(os.environ)
         if on_cpu:
             # Without a limit it takes 70 % of the memory for its cache.
             flags += ["--device", "cpu", "--max-total-tokens", max_running_requests * context_length]
@@ -202,6 +207,18 @@ class SglangServer(GenerationServer):
         command = [sys.executable, "-m", "megatron_rl.rollout.supervise", python, "-m", "sglang.launch_server"]
         given = [part for pair in options.items() for part in pair]
         super().__init__([*command, *given, *flags, *arguments], log_path, port, host, **environment)
+
+
+def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables to change: torch_memory_saver, by which SGLang releases memory, does not go together with it.
+    The second name is the one of later versions of torch."""
+    changed = {}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        options = environment.get(name, "").split(",")
+        kept = [option for option in options if option.partition(":")[0].strip() != "expandable_segments"]
+        if kept != options:
+            changed[name] = ",".join(kept)
+    return changed
 
 
 def _free_port(host: str) -> int:
@@ -242,6 +259,7 @@ def server_starter(
             port=again or port,
             on_cpu=not on_gpu(),
             gpus=gpus,
+            releases_memory=rollout.release_memory,
             arguments=(*routed, *rollout.sglang_arguments),
             **shared,
         )

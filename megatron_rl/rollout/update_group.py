@@ -7,9 +7,11 @@ name away from others, and does not split a communicator that the trainer's defa
 """
 
 import ipaddress
+import os
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -90,7 +92,8 @@ def join(
         kind = dist.ProcessGroup.BackendType.NCCL
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        member = dist.ProcessGroupNCCL(own, rank, world_size, options)
+        with _blocking_wait():
+            member = dist.ProcessGroupNCCL(own, rank, world_size, options)
     group._set_default_backend(kind)
     group._register_backend(device, kind, member)
     return group
@@ -113,7 +116,26 @@ def leave(group: dist.ProcessGroup) -> None:
     Waits for nobody: what others still have in flight fails there. A process that ends with a gloo group alive ends by
     SIGABRT now and then, from one of gloo's threads.
     """
-    group.shutdown()
+    if group.name() == "nccl":
+        group.abort()  # shutdown waits for what is in flight, which a peer that is gone never ends
+    else:
+        group.shutdown()
+
+
+@contextmanager
+def _blocking_wait() -> Iterator[None]:
+    """A group that NCCL makes meanwhile has `wait` wait, and raise when the time is up. By default `wait` only orders
+    streams, and torch's watchdog ends the whole process: a server that is lost would take the trainer with it."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

@@ -35,14 +35,16 @@ def gathered(
     entries: Iterable[Mapping],
     parameters: dict[str, torch.nn.Parameter],
     read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
+    takes_part: Callable[[Mapping], bool] = owns_export,
 ) -> Iterator[tuple[Mapping, tuple[Tensor, ...]]]:
     """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.
 
-    parameters: this rank's, by canonical name.
+    parameters: this rank's, by canonical name. takes_part: whether this rank's tensor group exports an entry; by
+    default that of one replica of the model.
     """
     for entry in entries:
         parameter = parameters.get(entry.megatron)
-        if parameter is None or not owns_export(entry):
+        if parameter is None or not takes_part(entry):
             continue
         group = tensor_group(entry)
         shard = read(parameter)
@@ -54,13 +56,13 @@ def gathered(
             yield entry, entry.layout.split(entry.layout.unshard(shards))
 
 
-def exported_names(model: Model) -> list[str]:
-    """Canonical names of what `export_tensors` yields on this rank."""
+def exported_names(model: Model, takes_part: Callable[[Mapping], bool] = owns_export) -> list[str]:
+    """Canonical names of what `gathered` yields on this rank."""
     parameters = model.parameters_by_canonical_name()
     return [
         entry.megatron
         for entry in name_table(model.bailing).values()
-        if entry.megatron in parameters and owns_export(entry) and tensor_group(entry).rank() == 0
+        if entry.megatron in parameters and takes_part(entry) and tensor_group(entry).rank() == 0
     ]
 
 

@@ -1,12 +1,15 @@
 """How new weights get from the training ranks to the servers. Every rank takes part; rank 0 knows the servers."""
 
 import logging
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
+from megatron_rl.rollout.pool import Member, ServerPool
 from megatron_rl.sync.folder import WeightFolder
 
 log = logging.getLogger(__name__)
@@ -27,14 +30,35 @@ class Receivers:
     run: Runs
 
 
+@dataclass(slots=True)
+class PushSeconds:
+    """What rank 0 spent a push on; what ran beside it counts only where it had to be waited for.
+
+    export: until the tensors were gathered and under their names, or written. send: until buckets had arrived.
+    install: from the last byte until the servers answer by the new weights.
+    """
+
+    export: float = 0.0
+    send: float = 0.0
+    install: float = 0.0
+
+    @contextmanager
+    def of(self, part: Literal["export", "send", "install"]) -> Iterator[None]:
+        """Count the time until its end."""
+        started = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - started)
+
+
 class Transport(Protocol):
     """push: collective. Afterwards every server that gets work has the present weights and answers as `version`.
+    Returns where the time went.
 
     What goes wrong at the servers is raised on rank 0 alone, after the collectives have ended, so rank 0 can tell the
     others. receivers: on rank 0, None elsewhere. close: gives back what the transport holds.
     """
 
-    def push(self, version: int, receivers: Receivers | None) -> None: ...
+    def push(self, version: int, receivers: Receivers | None) -> PushSeconds: ...
 
     def close(self) -> None: ...
 
@@ -47,12 +71,51 @@ class DiskTransport:
         folder already."""
         self._folder, self._export, self._written = folder, export, written
 
-    def push(self, version: int, receivers: Receivers | None) -> None:
+    def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
+        seconds = PushSeconds()
         if version != self._written:
-            self._export(self._folder.path)
+            with seconds.of("export"):
+                self._export(self._folder.path)
             self._written = version
         if receivers is not None:
-            receivers.run(receivers.pool.load_from_disk(self._folder.path, str(version)))
+            with seconds.of("install"):
+                receivers.run(receivers.pool.load_from_disk(self._folder.path, str(version)))
+        return seconds
 
     def close(self) -> None:
         """The folder belongs to the run."""
+
+
+async def members_to_update(receivers: Receivers) -> list[Member]:
+    """Everyone that shall have the weights: those that serve, and those that came back and lack them. By url, so that
+    a group of them stays the same where they do."""
+    members = [*receivers.pool.serving, *await receivers.pool.recovered()]
+    return sorted(members, key=lambda member: member.client.url)
+
+
+async def settle(
+    receivers: Receivers,
+    members: Sequence[Member],
+    failed: Mapping[str, ServerError],
+    version: str,
+    is_fresh: bool,
+) -> None:
+    """What came of a push: `members` serve the weights as `version`, or ServerLost, or RequestRefused where another
+    attempt would end like this one. failed: why, by url. is_fresh: nothing of an earlier push was relied on."""
+    pool = receivers.pool
+    if failed:
+        for member in members:
+            error = failed.get(member.client.url)
+            if isinstance(error, ServerLost):
+                pool.take_out(member, str(error))
+        # A server that is there but refuses has lost a peer, or is not the one that it was at the last push: again.
+        # Where a fresh push is refused though nobody was lost, there is a reason that will not go away.
+        lost = any(isinstance(error, ServerLost) for error in failed.values())
+        kind = ServerLost if lost or not is_fresh else RequestRefused
+        reasons = "; ".join(map(str, failed.values()))
+        raise kind(f"weights {version} did not reach all {len(members)} servers: {reasons}")
+    pool.assume(None, version)
+    for member in members:
+        if member.out is not None:
+            pool.put_back(member)
+    await pool.flush_caches()

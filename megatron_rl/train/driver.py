@@ -5,15 +5,20 @@ arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.device import on_cuda
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.records import Plan
-from megatron_rl.sync.distributed import DistributedTransport
+from megatron_rl.rollout.server import visible_gpus
+from megatron_rl.sync.distributed import DistributedTransport, chosen_backend
 from megatron_rl.sync.folder import WeightFolder
+from megatron_rl.sync.ipc import IpcTransport
+from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import DiskTransport, Transport
 from megatron_rl.train.exchange import Order, Stop, Work, receive
 from megatron_rl.train.guards import SkipGuard
@@ -63,15 +68,25 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                     leader.collector.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
             return EXIT_STOPPED  # before the first step: there is nothing to save yet
-        return _steps(config, session, first, leader, transport)
+        return _steps(config, session, first, leader, transport, source if isinstance(source, NodeServers) else None)
 
 
-def _steps(config: RlConfig, session: Session, first: int, leader: Leader | None, transport: Transport | None) -> int:
+def _steps(
+    config: RlConfig,
+    session: Session,
+    first: int,
+    leader: Leader | None,
+    transport: Transport | None,
+    servers: NodeServers | None,
+) -> int:
     """From step `first` to the end. Returns the exit code."""
+    sleepers = servers if config.rollout.release_memory else None
     objective = PolicyObjective(config.algorithm, session.context_group)
     skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
         offload_seconds = session.offload()
+        if sleepers is not None:
+            sleepers.wake()
         work = leader.begin(step) if leader else _follow(session, step, transport)
         reload_seconds = session.reload()
         if isinstance(work, Stop):
@@ -79,6 +94,8 @@ def _steps(config: RlConfig, session: Session, first: int, leader: Leader | None
                 session.save(step, *_driver_state(leader, step))
                 session.settle(wait=True)
             return work.exit_code
+        if sleepers is not None:
+            together(partial(sleepers.sleep, 0), session.control)
         session.watch.enter("train", step)
         device.reset_peak_memory()
         results = _train(session, config, objective, *work)
@@ -102,13 +119,20 @@ def _transport(
     """Collective. version: of the weights that are in the folder already."""
     if config.sync.transport == "disk":
         return DiskTransport(folder, session.export, version)
-    return DistributedTransport(
-        session.model,
-        session.control,
-        config.sync.bucket_mb * 2**20,
-        servers.address,
-        config.rollout.silence_seconds,
-    )
+    max_bytes, silence_seconds = config.sync.bucket_mb * 2**20, config.rollout.silence_seconds
+    if config.sync.transport == "ipc":
+        return IpcTransport(
+            session.model,
+            session.control,
+            max_bytes,
+            servers.node,
+            servers.keeper.urls if servers.keeper is not None else (),
+            config.rollout.num_servers,
+            len(visible_gpus()),
+            silence_seconds,
+        )
+    backend = chosen_backend(config.sync.backend, config.rollout.engine, on_cuda())
+    return DistributedTransport(session.model, session.control, max_bytes, servers.address, silence_seconds, backend)
 
 
 def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from megatron_rl.errors import EXIT_STOPPED, Fault, SharedFault
 from megatron_rl.records import Plan
 from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
-from megatron_rl.rollout.pool import WeightsNeeded
-from megatron_rl.sync.transport import Receivers, Transport
+from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, WeightsNeeded
+from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
 from megatron_rl.train import traces
 from megatron_rl.train.collector import Collector
 from megatron_rl.train.exchange import Checksums, Offload, Order, Probe, Push, Stop, Work, send_order, send_work
@@ -96,7 +97,11 @@ class Leader:
             if self._failure is not None:
                 raise self._failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                schedule, sync_seconds = self._collect(step)
+                schedule, times = self._collect(step)
+            if self._releases_memory:
+                started = time.perf_counter()
+                self._release()
+                times["release_seconds"] = time.perf_counter() - started
         except StopRequested:
             return self._order(Stop(exit_code=EXIT_STOPPED, save=True))
         except SharedFault:
@@ -106,7 +111,7 @@ class Leader:
             raise
         traced = traces.chosen(schedule, self._config.train.traced_groups)
         self._schedule = schedule = replace(schedule, plan=replace(schedule.plan, traced=traced))
-        self._row["update_weights_seconds"] = sync_seconds
+        self._row |= times
         self._trained_from = time.perf_counter()
         return send_work(schedule.plan, schedule.samples, self._session.layout, self._session.control)
 
@@ -208,41 +213,66 @@ class Leader:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _collect(self, step: int) -> tuple[Schedule, float]:
-        """Push, prove and roll out; again when all servers that had the weights were lost. Returns the seconds that
-        push and proof took too."""
+    def _collect(self, step: int) -> tuple[Schedule, dict[str, float]]:
+        """Push, prove and roll out; again when all servers that had the weights were lost. Returns too how long push
+        and proof took and, of the push, its parts."""
         for attempt in range(_PUSHES):
             started = time.perf_counter()
+            times: dict[str, float] = {}
             try:
                 if self._transport is not None:
-                    self._push(step)
+                    times = self._push(step)
                     every = self._config.sync.probe_every
                     if every and step % every == 0:
                         self._prove(step)
-                pushed = time.perf_counter()
+                times["update_weights_seconds"] = time.perf_counter() - started
                 if self._config.train.offload_while_generating == "all":
                     self._offload_seconds += self._order(Offload())
                 self._session.watch.enter("rollout", step)
                 schedule, self._row = self.collector.collect(policy_version=step)
-                return schedule, pushed - started
+                return schedule, times
             except WeightsNeeded as needed:
                 if attempt == _PUSHES - 1:
                     raise
                 log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
         raise AssertionError("unreachable")
 
-    def _push(self, step: int) -> None:
-        """The present weights to every server, as version `step`."""
-        assert self.collector.pool is not None
-        receivers = Receivers(pool=self.collector.pool, run=self.collector.run)
+    def _push(self, step: int) -> dict[str, float]:
+        """The present weights to every server, as version `step`. Returns the seconds of its parts.
+
+        Servers that released their memory take that of the weights again before, and the rest behind: while buckets of
+        the trainer travel there need not be room for a cache as well.
+        """
+        pool, run = self.collector.pool, self.collector.run
+        assert pool is not None
+        resume_seconds = self._resume(WEIGHTS)
         for attempt in range(_PUSHES):
             try:
-                self._order(Push(version=step), receivers)
+                seconds: PushSeconds = self._order(Push(version=step), Receivers(pool=pool, run=run))
                 break
             except ServerLost as error:
                 if attempt == _PUSHES - 1:
                     raise
                 log.warning("%s; pushing again", error)
+        resume_seconds += self._resume(WORKSPACE)
+        times = {"export_seconds": seconds.export, "send_seconds": seconds.send, "install_seconds": seconds.install}
+        return times | ({"resume_seconds": resume_seconds} if self._releases_memory else {})
+
+    @property
+    def _releases_memory(self) -> bool:
+        return self._config.rollout.release_memory and self.collector.pool is not None
+
+    def _release(self) -> None:
+        assert self.collector.pool is not None
+        self.collector.run(self.collector.pool.release_memory())
+
+    def _resume(self, parts: Sequence[str]) -> float:
+        """Returns how long it took."""
+        started = time.perf_counter()
+        if self._releases_memory:
+            assert self.collector.pool is not None
+            self.collector.run(self.collector.pool.resume_memory(parts))
+        return time.perf_counter() - started
 
     def _prove(self, step: int) -> None:
         """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server

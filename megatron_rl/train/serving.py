@@ -4,24 +4,29 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.errors import Fault
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.serve import address_towards
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
 
+_FREE_EVERY_SECONDS = 0.1
+
 
 class NodeServers:
     """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. keeper: of this node's servers,
-    on its first rank. `close()` ends these."""
+    on its first rank. node: its number. `close()` ends these."""
 
     def __init__(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
         """Collective over the gloo group `control`: start the servers on the model directory `weights` and wait until
@@ -30,6 +35,7 @@ class NodeServers:
         On every rank ValueError when one did not start, and StopRequested when a signal came first.
         """
         self.keeper: ServerKeeper | None = None
+        self.node = int(os.environ.get("GROUP_RANK", "0"))
         self.urls = list(config.rollout.urls)
         try:
             if not self.urls:
@@ -42,7 +48,7 @@ class NodeServers:
     def _start(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
         mine: dict[str, Any] = {"urls": [], "error": None, "stopped": False}
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            node = int(os.environ.get("GROUP_RANK", "0"))
+            node = self.node
             name = "server" if node == 0 else f"node{node}_server"
             try:
                 self.keeper = start_servers(
@@ -63,9 +69,44 @@ class NodeServers:
                 raise ValueError(one["error"])
         self.urls = [url for one in found for url in one["urls"]]
 
+    def sleep(self, needed_bytes: int) -> None:
+        """On every rank, once the servers have released their memory: nothing of them is started from here on, and what
+        they gave back is there. needed_bytes: of it, what this rank takes. See `wait_for_memory`."""
+        if self.keeper is not None:
+            self.keeper.hold()
+        wait_for_memory(needed_bytes)
+
+    def wake(self) -> None:
+        """Servers that ended meanwhile are started again."""
+        if self.keeper is not None:
+            self.keeper.let_go()
+
     def close(self) -> None:
         if self.keeper is not None:
             self.keeper.close()
+
+
+def wait_for_memory(
+    needed_bytes: int, seconds: float = 60.0, free_bytes: Callable[[], int | None] = device.free_bytes
+) -> None:
+    """Return when so much of this rank's GPU is free and no more comes; at once on a CPU. Fault after `seconds`.
+
+    A server's answer to a release may come before the driver has the memory: what is allocated then fails.
+    """
+    give_up = time.monotonic() + seconds
+    before = free_bytes()
+    while before is not None:
+        time.sleep(_FREE_EVERY_SECONDS)
+        free = free_bytes()
+        assert free is not None
+        if free <= before and free >= needed_bytes:
+            return
+        if time.monotonic() > give_up:
+            raise Fault(
+                f"{free / 2**30:.1f} GiB of the GPU are free {seconds:g} s after its servers released their memory, "
+                f"and training needs {needed_bytes / 2**30:.1f}; see what else runs there, or use more GPUs"
+            )
+        before = free
 
 
 def num_nodes() -> int:

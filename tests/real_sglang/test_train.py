@@ -1,9 +1,11 @@
-"""A whole run against a real SGLang server: two ranks, weights over a process group, C3PO++."""
+"""Whole runs against a real SGLang server: two ranks, weights by broadcast or through shared memory, C3PO++."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -18,6 +20,7 @@ train = "{folder}/data/train.jsonl"
 engine = "sglang"
 sglang_python = "{root}/.venv-sglang/bin/python"
 partial = true
+release_memory = {release}
 prompts_per_step = 6
 samples_per_prompt = 4
 max_prompt_tokens = 32
@@ -25,7 +28,7 @@ max_response_tokens = 40
 max_running_requests = 24
 ready_deadline_seconds = 300
 [sync]
-transport = "distributed"
+transport = "{transport}"
 bucket_mb = 1
 [budget]
 tokens = 1200
@@ -39,11 +42,16 @@ micro_batch_tokens = 256
 """
 
 
-def test_two_ranks_train_with_weights_by_broadcast_and_unfinished_responses(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("transport", "release"), [("distributed", "false"), ("ipc", "true")])
+def test_two_ranks_train_on_what_the_present_weights_sampled_and_keep_what_is_unfinished(
+    transport: str, release: str, tmp_path: Path
+) -> None:
     subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", tmp_path / "model"], check=True)
     data = ["--num-sft", "1", "--num-train", "100", "--num-test", "1"]
     subprocess.run([sys.executable, ROOT / "tools/make_task_data.py", tmp_path / "data", *data], check=True)
-    (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path, root=ROOT))
+    (tmp_path / "config.toml").write_text(
+        CONFIG.format(folder=tmp_path, root=ROOT, transport=transport, release=release)
+    )
     command = [sys.executable, "-m", "megatron_rl.cli", "train", str(tmp_path / "config.toml"), "--nproc", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -52,6 +60,7 @@ def test_two_ranks_train_with_weights_by_broadcast_and_unfinished_responses(tmp_
     # Of tokens that the present weights sampled: a step whose weights had not arrived would be off by its learning.
     assert max(row["logprob_difference_max"] for row in rows) < 1e-4
     assert all(row["num_lost_servers"] == 0 for row in rows)
+    assert ("release_seconds" in rows[0], "resume_seconds" in rows[0]) == (release == "true",) * 2
     assert rows[0]["num_unfinished"] > 0
     assert rows[-1]["off_policy_token_share"] > 0
     # The budget is more than a phase can leave over, so every phase has to sample.

@@ -23,6 +23,7 @@ from megatron_rl.rollout.embedded.answers import error_body, errors_as_json, jso
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError, flag, text
 from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
 from megatron_rl.rollout.embedded.sampling import derive_seed
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
@@ -81,7 +82,8 @@ class App:
         self._listeners: set[Listener] = set()
         self._gate = Gate()
         self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
-        self._weights = WeightRoutes(self.engine, self._gate)
+        self._occupation = Occupation()
+        self._weights = WeightRoutes(self.engine, self._gate, self._occupation)
         self.engine.start()
 
     def close(self) -> None:
@@ -112,6 +114,8 @@ class App:
                 post("/update_weights_from_tensor", self._weights.update_weights_from_tensor),
                 post("/update_weight_version", self._weights.update_weight_version),
                 Route("/weights_checker", errors_as_json(self._weights.weights_checker), methods=["GET", "POST"]),
+                post("/release_memory_occupation", self._weights.release_memory_occupation),
+                post("/resume_memory_occupation", self._weights.resume_memory_occupation),
                 post("/pause_generation", self.pause_generation),
                 post("/continue_generation", self.continue_generation),
                 post("/abort_request", self.abort_request),
@@ -133,6 +137,7 @@ class App:
     async def generate(self, request: Request) -> Response:
         started = time.perf_counter()
         asked = parse_generate(await json_body(request), self.limits)
+        self._occupation.check_generates()
         jobs = self._sequences(asked)
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")

@@ -7,10 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.embedded.answers import in_thread, json_body, success, wait
+from megatron_rl.rollout.embedded.answers import in_thread, json_answer, json_body, success, wait
 from megatron_rl.rollout.embedded.engine import Engine
 from megatron_rl.rollout.embedded.fields import RequestError, flag, text
 from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.packing import places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import DEFAULT_GROUP, parse_bucket, parse_join
@@ -20,8 +21,8 @@ from megatron_rl.rollout.update_group import checksum
 class WeightRoutes:
     """Each method answers one route. Updates pass the gate one at a time, and block no event loop."""
 
-    def __init__(self, engine: Engine, gate: Gate) -> None:
-        self._engine, self._gate = engine, gate
+    def __init__(self, engine: Engine, gate: Gate, occupation: Occupation) -> None:
+        self._engine, self._gate, self._occupation = engine, gate, occupation
         self._config: BailingConfig = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
         self._group_lock = asyncio.Lock()
@@ -34,6 +35,7 @@ class WeightRoutes:
             await wait(self._engine.abort(None))
         async with self._gate.updating():
             self._refuse_flush(flush)
+            self._occupation.check_takes_weights()
             if self._updates.open:
                 raise UpdateError("a weight-update session is open; call end_weight_update first")
             try:
@@ -41,6 +43,7 @@ class WeightRoutes:
             except ValueError as error:
                 raise UpdateError(f"weights are unchanged: {error}") from None
             await wait(self._engine.swap(weights, path, version))
+            self._occupation.weights_came()
         return success("Succeeded to update model weights." + version_note(version), num_paused_requests=0)
 
     async def init_weights_update_group(self, body: dict[str, Any]) -> Response:
@@ -56,6 +59,7 @@ class WeightRoutes:
 
     async def begin_weight_update(self, _: dict[str, Any]) -> Response:
         async with self._gate.updating():
+            self._occupation.check_takes_weights()
             self._updates.begin()
         return success("Success")
 
@@ -72,6 +76,7 @@ class WeightRoutes:
         async with self._gate.updating():
             weights, version = await in_thread(self._updates.finish)
             await wait(self._engine.swap(weights, None, version))
+            self._occupation.weights_came()
         return success("Success")
 
     async def update_weights_from_tensor(self, _: dict[str, Any]) -> Response:
@@ -79,6 +84,15 @@ class WeightRoutes:
             "the embedded server does not unpickle what arrives over HTTP; use update_weights_from_distributed or "
             "update_weights_from_disk"
         )
+
+    async def release_memory_occupation(self, body: dict[str, Any]) -> Response:
+        """Answers null, as SGLang does."""
+        self._occupation.release(body, idle=await wait(self._engine.flush()))
+        return json_answer(None)
+
+    async def resume_memory_occupation(self, body: dict[str, Any]) -> Response:
+        self._occupation.resume(body)
+        return json_answer(None)
 
     def _refuse_flush(self, flush: bool) -> None:
         """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""

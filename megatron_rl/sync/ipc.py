@@ -1,0 +1,231 @@
+"""Weights to the servers of the same node without a copy on the way: they open the trainer's memory and copy from it.
+
+A bucket is gathered by the ranks that hold the whole model between them, as a rule those of one node (sync/spans.py),
+and lies then on each of them; every rank of a server opens the one on its own GPU. The first rank of each node talks
+to the servers there. While they copy one bucket the next is filled, in memory of its own: torch gives that of a bucket
+back only when the last process that opened it has let go of it and its copies are done.
+
+On a CPU the same goes through shared memory. Not run on a GPU yet.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.checkpoint.names import Mapping, name_table
+from megatron_rl.device import backend, forget_shared, torch_device
+from megatron_rl.model.build import Model, tensor_group
+from megatron_rl.rollout.client import ServerError, ServerLost
+from megatron_rl.rollout.pool import Member
+from megatron_rl.sync.buckets import Bucket, divide
+from megatron_rl.sync.export import exported_names, gathered
+from megatron_rl.sync.handles import serialized
+from megatron_rl.sync.requests import Asked, ServerRequests, Waits
+from megatron_rl.sync.spans import gather_spans, opened_rank
+from megatron_rl.sync.together import together
+from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
+
+# url and tensor-parallel rank of who opens a bucket, and the payload that tells it how.
+_Handles = list[tuple[str, int, str]]
+
+
+class IpcTransport:
+    """Two buckets of memory on every rank during a push, none otherwise."""
+
+    def __init__(
+        self,
+        model: Model,
+        control: Any,
+        max_bytes: int,
+        node: int,
+        local_urls: Sequence[str],
+        num_servers: int,
+        num_gpus: int,
+        silence_seconds: float,
+    ) -> None:
+        """Collective over the gloo group `control` of all ranks. node: of this rank. local_urls: of this node's
+        servers, by their number; on its first rank, empty elsewhere. num_servers, num_gpus: of each node; 0 GPUs on a
+        CPU.
+        max_bytes and silence_seconds: see DistributedTransport. ValueError where a GPU has no training rank."""
+        self._parameters = model.parameters_by_canonical_name()
+        self._dtype, self._control, self._local_urls = model.dtype, control, tuple(local_urls)
+        self._num_servers, self._num_gpus = num_servers, num_gpus
+        table = name_table(model.bailing)
+        self.buckets = divide(table.values(), model.dtype, max_bytes)
+        rank = dist.get_rank()
+        told: list[Any] = [None] * dist.get_world_size()
+        mine = node, exported_names(model, takes_part=lambda _: True)
+        dist.all_gather_object(told, mine, group=control)
+        node_of, exports = [one for one, _ in told], [names for _, names in told]
+        assert set().union(*exports) == table.keys(), "every parameter is exported by some rank"
+        spans = gather_spans(node_of, exports)
+        self._exporters = [set(span.owner_of.items()) for span in spans]
+        self._span, self._span_group = _own_group([span.ranks for span in spans], backend(), spans)
+        nodes = [tuple(r for r, one in enumerate(node_of) if one == number) for number in dict.fromkeys(node_of)]
+        self._node_ranks, self._node_group = _own_group(nodes, "gloo", nodes)
+        if num_gpus not in (0, len(self._node_ranks)):
+            raise ValueError(
+                f"sync.transport 'ipc' needs one training rank on every GPU, and {len(self._node_ranks)} ranks of node "
+                f"{node} share {num_gpus} GPUs; start one process for each, or name fewer in CUDA_VISIBLE_DEVICES"
+            )
+        largest = max(bucket.num_bytes for bucket in self.buckets)
+        self._sender = _Sender(ServerRequests(silence_seconds, largest)) if rank == self._node_ranks[0] else None
+
+    def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
+        """See `Transport`. ServerLost when a server failed: a push of the same weights must follow before anything is
+        generated."""
+        members: list[Member] = []
+        trouble: Exception | None = None
+        urls: list[Any] = [None]
+        if receivers is not None:
+            try:
+                members = receivers.run(members_to_update(receivers))
+                urls = [[member.client.url for member in members]]
+            except Exception as error:  # a stop, say: raised below, once the other ranks know that there is no push
+                trouble = error
+        dist.broadcast_object_list(urls, src=0, group=self._control)
+        if trouble is not None:
+            raise trouble
+        seconds = PushSeconds()
+        if urls[0] is None:
+            return seconds
+        opened = self._opened(urls[0])
+        in_use: list[Tensor] = []
+        for number, bucket in enumerate(self.buckets):
+            with seconds.of("export"):
+                flat = self._filled(bucket)
+            in_use.append(flat)
+            handles = self._handles(bucket, flat, opened)
+            with seconds.of("send"):
+                if self._sender is not None:
+                    is_last = number == len(self.buckets) - 1
+                    self._sender.send(handles, str(version) if is_last else None)
+                # From here on the bucket before is copied, on every rank of the node.
+                dist.barrier(self._node_group)
+            del in_use[:-1]
+        with seconds.of("install"):
+            failed = self._sender.end() if self._sender is not None else {}
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, failed, group=self._control)
+            forget_shared()
+            if receivers is not None:
+                everywhere = {url: error for one in told for url, error in one.items()}
+                if not members:
+                    everywhere["none"] = ServerLost("no generation server is left")
+                receivers.run(settle(receivers, members, everywhere, str(version), is_fresh=True))
+        return seconds
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
+    def _opened(self, urls: Sequence[str]) -> list[tuple[str, int]]:
+        """Collective over the node: the server ranks that open this rank's buckets, as (url, tensor-parallel rank)."""
+        plan: list[Any] = [None]
+        if self._sender is not None:
+            sizes = self._sender.begin([url for url in self._local_urls if url in urls])
+            numbers = {url: number for number, url in enumerate(self._local_urls)}
+            plan = [
+                [
+                    (url, rank, opened_rank(numbers[url], rank, self._num_servers, self._num_gpus))
+                    for url, size in sizes.items()
+                    for rank in range(size)
+                ]
+            ]
+        dist.broadcast_object_list(plan, src=self._node_ranks[0], group=self._node_group)
+        own = self._node_ranks.index(dist.get_rank())
+        return [(url, rank) for url, rank, local in plan[0] if local == own]
+
+    def _filled(self, bucket: Bucket) -> Tensor:
+        """Collective: the whole bucket, uint8 [bytes]."""
+        rank, owner_of = dist.get_rank(), self._span.owner_of
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=torch_device())
+        places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
+        for entry, tensors in gathered(bucket.entries, self._parameters, takes_part=self._takes_part):
+            if owner_of[entry.megatron] != rank:
+                continue
+            for place, tensor in zip(places[entry.megatron], tensors, strict=True):
+                flat[place.start : place.end].view(self._dtype).view(place.shape).copy_(tensor)
+        if len(self._span.ranks) > 1:
+            for owner, start, end in bucket.runs(owner_of):
+                dist.broadcast(flat[start:end], src=owner, group=self._span_group)
+        return flat
+
+    def _takes_part(self, entry: Mapping) -> bool:
+        """True where the first rank of this rank's tensor group exports the entry to some span."""
+        first = dist.get_process_group_ranks(tensor_group(entry))[0]
+        return any((entry.megatron, first) in exporters for exporters in self._exporters)
+
+    def _handles(self, bucket: Bucket, flat: Tensor, opened: Sequence[tuple[str, int]]) -> _Handles:
+        """Collective over the node: those of all its ranks."""
+
+        def make() -> _Handles:
+            return [(url, rank, serialized(flat, bucket.tensors, self._dtype)) for url, rank in opened]
+
+        return [handle for one in together(make, self._node_group) for handle in one]
+
+
+def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
+    """Collective over all ranks: a group for each of `members`; this rank's value and group."""
+    groups = [dist.new_group(list(ranks), backend=kind) for ranks in members]
+    number = next(i for i, ranks in enumerate(members) if dist.get_rank() in ranks)
+    return values[number], groups[number]
+
+
+class _Sender:
+    """The end of a node's first rank: requests in threads, one bucket at a time. What fails is remembered to `end`."""
+
+    def __init__(self, requests: ServerRequests) -> None:
+        self._requests = requests
+        self._brackets: set[str] = set()
+        self._pending: Asked = []
+
+    def begin(self, urls: Sequence[str]) -> dict[str, int]:
+        """The tensor-parallel size of each server that takes part."""
+        self._requests.failed = {}
+        sizes, self._brackets = self._requests.ranks_of(urls)
+        # A push that failed has left its update open at those that did not.
+        for _, future in self._at_brackets("/end_weight_update"):
+            future.exception()  # as a rule there is none
+        self._requests.settle(self._at_brackets("/begin_weight_update"))
+        return sizes
+
+    def send(self, handles: _Handles, version: str | None) -> None:
+        """Hand a bucket over, once the one before was copied. version: with the last, what the weights are called."""
+        self._settle()
+        payloads: dict[str, list[str]] = {}
+        for url, _, payload in sorted(handles, key=lambda handle: handle[:2]):
+            payloads.setdefault(url, []).append(payload)
+        bodies = {
+            url: {
+                "serialized_named_tensors": parts,  # by tensor-parallel rank
+                "load_format": "flattened_bucket",
+                "flush_cache": False,  # afterwards, see GenerationClient.flush_cache
+                "weight_version": version,
+            }
+            for url, parts in payloads.items()
+            if url not in self._requests.failed
+        }
+        self._pending = self._requests.ask("/update_weights_from_tensor", bodies)
+
+    def end(self) -> dict[str, ServerError]:
+        """Wait for the last bucket; returns why each server that failed did."""
+        self._settle()
+        self._requests.settle(self._at_brackets("/end_weight_update"))
+        failed = self._requests.failed
+        # One that is there and does not answer waits for nobody here: it hangs.
+        return {url: ServerLost(str(e)) if isinstance(e, Waits) else e for url, e in failed.items()}
+
+    def close(self) -> None:
+        self._requests.close()
+
+    def _settle(self) -> None:
+        asked, self._pending = self._pending, []
+        self._requests.settle(asked)
+
+    def _at_brackets(self, route: str) -> Asked:
+        urls = [url for url in sorted(self._brackets) if url not in self._requests.failed]
+        return self._requests.ask(route, {url: {} for url in urls})

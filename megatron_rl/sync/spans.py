@@ -1,0 +1,33 @@
+"""Which ranks gather the weights together, and whose memory each rank of a server opens. Pure."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Ranks that hold the whole model between them. owner_of: by parameter, the one of them that has it for all."""
+
+    ranks: tuple[int, ...]
+    owner_of: dict[str, int]
+
+
+def gather_spans(node_of: Sequence[int], exports: Sequence[Collection[str]]) -> list[Span]:
+    """The ranks of each node, where every node holds the whole model; else all ranks as one.
+
+    node_of: by rank. exports: by rank, the parameters that it can export, of any replica of the model.
+    """
+    names = set().union(*exports)
+    by_node = [tuple(rank for rank, node in enumerate(node_of) if node == one) for one in dict.fromkeys(node_of)]
+    whole = all(names == set().union(*(exports[rank] for rank in ranks)) for ranks in by_node)
+    spans = by_node if whole else [tuple(range(len(node_of)))]
+    return [
+        Span(ranks=ranks, owner_of={name: rank for rank in reversed(ranks) for name in exports[rank]})
+        for ranks in spans
+    ]
+
+
+def opened_rank(server: int, tensor_rank: int, num_servers: int, num_gpus: int) -> int:
+    """The local rank of the trainer whose memory this rank of a server opens: the one on the same GPU, since a server
+    sees its own GPUs alone and a tensor-parallel rank is on the GPU of its number. On a CPU (num_gpus 0) the first."""
+    return server * (num_gpus // num_servers) + tensor_rank if num_gpus else 0
