@@ -134,23 +134,26 @@ def free_bytes() -> int | None:
     return torch.cuda.mem_get_info()[0] if on_cuda() else None
 
 
-def wait_until_free(needed_bytes: int, what: str, seconds: float, free: Callable[[], int | None] = free_bytes) -> None:
-    """Return once so much of this rank's GPU is free; at once on a CPU. Fault after `seconds`.
+def wait_until_free(needed_bytes: int, seconds: float, free: Callable[[], int | None] = free_bytes) -> None:
+    """Return once so much of this rank's GPU is free and no more becomes so; at once on a CPU. Fault after `seconds`.
 
-    what: for whom, in the messages. A server's answer to a release may come before the driver has its memory.
+    A server's answer to a release may come before the driver has its memory.
     """
     give_up = time.monotonic() + seconds
-    told = False
-    while (found := free()) is not None and found < needed_bytes:
+    before = free()
+    while before is not None:
+        time.sleep(_FREE_EVERY_SECONDS)
+        found = free()
+        assert found is not None
+        if before >= found >= needed_bytes:
+            return
         if time.monotonic() > give_up:
             raise Fault(
-                f"{what} needs {needed_bytes / 2**30:.1f} GiB of the GPU, and {found / 2**30:.1f} GiB were free after "
-                f"{seconds:g} s{_holders()}; let servers release more, or divide the model over more ranks"
+                f"{found / 2**30:.1f} GiB of the GPU are free {seconds:g} s after servers released their memory"
+                f"{_holders()}, and training needs {needed_bytes / 2**30:.1f}; see what else runs there, or divide the "
+                "model over more ranks"
             )
-        if not told:
-            log.info("%s waits until %.1f GiB of the GPU are free", what, needed_bytes / 2**30)
-            told = True
-        time.sleep(_FREE_EVERY_SECONDS)
+        before = found
 
 
 def _holders() -> str:

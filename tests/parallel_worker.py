@@ -155,18 +155,16 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
 
 
 def leave_and_come_back(session: Session) -> None:
-    """Everything is off the device for a while, and then in the same tensors again, but for what lives in host
-    memory: fp32 weights are looked at, which bf16 ones have beside them."""
-    session.model.gather_weights()
+    """Gradients and states are off the device for a while, and then in the same tensors again, but for what lives in
+    host memory: fp32 weights are looked at, which bf16 ones have beside them."""
     parameters = session.model.parameters()
-    session.trainer.residence.offload()
-    session.trainer.residence.offload(weights=True)
-    sizes = [x.untyped_storage().nbytes() for p in parameters for x in (p, p.main_grad)]
-    assert not any(sizes), "something stayed"
-    session.trainer.residence.reload(seconds=1.0)
-    assert all(p.main_grad.count_nonzero() == 0 for p in parameters)
     parts = session.trainer.optimizer.chained_optimizers
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
+    leaving = [p.main_grad for p in parameters] + (mains if session.model.dtype == torch.bfloat16 else [])
+    session.trainer.residence.offload()
+    assert not any(x.untyped_storage().nbytes() for x in leaving), "something stayed"
+    session.trainer.residence.reload()
+    assert all(p.main_grad.count_nonzero() == 0 for p in parameters)
     away = sum(p.numel() for p in mains if not p.untyped_storage().nbytes())
     if session.model.dtype == torch.bfloat16:
         fraction = session.config.optimizer.offload_fraction

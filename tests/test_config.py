@@ -135,6 +135,10 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
             "rollout={prompts_per_step = 4, samples_per_prompt = 2, release_memory = true, urls = ['http://a:1']}",
             r"release_memory is for servers that this run starts.*leave rollout.urls empty",
         ),
+        (
+            "train.offload_while_generating=true",
+            r"makes room for servers that give it back; set rollout.release_memory",
+        ),
         ("steps", r"--set takes key.path=value, got 'steps'"),
     ],
 )

@@ -53,6 +53,8 @@ save_every = 2
 micro_batch_tokens = 128
 phase_deadline_seconds = 120
 """
+# On a CPU servers only answer as if, and the trainer's states move from host memory to host memory.
+SHARED_GPUS = ("rollout.release_memory=true", "train.offload_while_generating=true")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_a_second_optimizer_step_is_corrected_by_the_log_probs_that_the_phase_st
     inputs: Path, tmp_path: Path
 ) -> None:
     options = ["train.steps=2", "algorithm.optimizer_steps_per_rollout=2", "algorithm.correction=icepop"]
-    options += ["train.traced_groups=1000", "train.offload_while_generating=all", "train.overlap=on"]
+    options += ["train.traced_groups=1000", "train.overlap=on", *SHARED_GPUS]
     finish(command(inputs, tmp_path, "train", "--nproc", "2", *(o for x in options for o in ("--set", x))))
     for row in rows_of(tmp_path):
         assert row["num_loss_tokens_by_step"] == [300, 300]
@@ -293,7 +295,8 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
 
 
 def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(inputs, tmp_path, "train", "--set", "train.steps=400"), stderr=subprocess.PIPE)
+    options = [o for option in ("train.steps=400", *SHARED_GPUS) for o in ("--set", option)]
+    process = subprocess.Popen(command(inputs, tmp_path, "train", *options), stderr=subprocess.PIPE)
     wait_until("two steps", lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows_of(tmp_path)) >= 2, 120)
     server = int((tmp_path / "run/server_0.pid").read_text())
     with (

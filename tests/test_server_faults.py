@@ -22,14 +22,12 @@ from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.config.schema import RolloutSection
-from megatron_rl.errors import Fault
 from megatron_rl.rollout import pool as pool_module
 from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
 from megatron_rl.rollout.server import without_expandable_segments
 from megatron_rl.rollout.update_group import checksum
-from megatron_rl.train.serving import wait_for_memory
 
 LENGTH, SHORT = 300, 60
 ROLLOUT = RolloutSection(
@@ -230,28 +228,6 @@ def test_what_is_just_starting_when_memory_is_needed_is_ended_and_no_restart_is_
     keeper.let_go()
     wait_until(lambda: is_ready(keeper.urls[0]))
     assert keeper._kept[0].num_restarts == counted + 1
-
-
-@pytest.mark.parametrize(
-    ("readings", "needed", "expected"),
-    [([None], 5, None), ([1, 2, 7, 7], 5, None), ([7, 7], 5, None), ([4] * 99, 5, "training needs"), ([1], 0, None)],
-)
-def test_training_waits_until_what_servers_released_is_there(
-    readings: list[int | None], needed: int, expected: str | None
-) -> None:
-    left = iter(readings)
-    asked = []
-
-    def free_bytes() -> int | None:
-        asked.append(next(left, 1))
-        return asked[-1]
-
-    if expected is None:
-        wait_for_memory(needed, 5.0, free_bytes)
-        assert asked[: len(readings)] == readings
-    else:
-        with pytest.raises(Fault, match=expected):
-            wait_for_memory(needed, 0.3, free_bytes)
 
 
 def test_a_server_that_releases_memory_does_not_get_the_allocators_expandable_segments() -> None:

@@ -281,13 +281,13 @@ class TrainSection(Section):
 
 class RlTrainSection(TrainSection):
     steps: Positive = Field(description="rollout-and-train steps")
-    offload_while_generating: Literal["none", "optimizer", "all"] = Field(
-        default="none",
-        description="what leaves the device for host memory while servers on the same GPUs generate. optimizer: its "
-        "states, and gradients; all: the weights too, once the servers have the new ones",
+    offload_while_generating: bool = Field(
+        default=False,
+        description="gradients and the optimizer's states are in host memory while the servers generate; needs "
+        "rollout.release_memory",
     )
-    offload_deadline_seconds: float = Field(
-        default=120.0, gt=0, description="how long the way back may wait until servers have released the memory"
+    free_memory_deadline_seconds: float = Field(
+        default=60.0, gt=0, description="how long training may wait for memory that servers have released"
     )
     traced_groups: int = Field(
         default=1,
@@ -893,6 +893,11 @@ class RlConfig(RunConfig, SamplingConfig):
             raise ValueError(
                 "rollout.release_memory is for servers that this run starts, on the GPUs that it trains on; leave "
                 "rollout.urls empty, or set it to false"
+            )
+        if self.train.offload_while_generating and not self.rollout.release_memory:
+            raise ValueError(
+                "train.offload_while_generating makes room for servers that give it back; set "
+                "rollout.release_memory = true too, or this one to false"
             )
         return self
 

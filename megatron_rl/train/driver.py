@@ -4,8 +4,8 @@ Rank 0 alone talks to the servers, scores and plans, and says what all ranks do 
 arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
+import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                 )
                 parts.callback(folder.close)
                 session.export(folder.path)  # what servers start with, now and whenever one is started again
+                _make_room(config, session, None)  # servers size their caches by what is free when they start
                 source = NodeServers(config, folder.path, session.control, signals)
                 parts.callback(source.close)
                 transport = _transport(config, session, folder, source, first)
@@ -80,22 +81,17 @@ def _steps(
     servers: NodeServers | None,
 ) -> int:
     """From step `first` to the end. Returns the exit code."""
-    sleepers = servers if config.rollout.release_memory else None
     objective = PolicyObjective(config.algorithm, session.context_group)
     skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
-        offload_seconds = session.offload()
-        if sleepers is not None:
-            sleepers.wake()
+        offload_seconds = _make_room(config, session, servers)
         work = leader.begin(step) if leader else _follow(session, step, transport)
-        reload_seconds = session.reload()
         if isinstance(work, Stop):
             if work.save and step > first:
                 session.save(step, *_driver_state(leader, step))
                 session.settle(wait=True)
             return work.exit_code
-        if sleepers is not None:
-            together(partial(sleepers.sleep, 0), session.control)
+        reload_seconds = _take_room(config, session, servers)
         session.watch.enter("train", step)
         device.reset_peak_memory()
         results = _train(session, config, objective, *work)
@@ -111,6 +107,34 @@ def _steps(
     if last.exit_code == 0:
         session.export(config.run_dir / "hf")
     return last.exit_code
+
+
+def _make_room(config: RlConfig, session: Session, servers: NodeServers | None) -> float:
+    """Before servers on the same GPUs take their memory: what training alone needs leaves them, and servers that ended
+    are started again. Returns the seconds that it took."""
+    started = time.perf_counter()
+    if config.train.offload_while_generating:
+        session.trainer.residence.offload()
+    if config.rollout.release_memory and servers is not None and servers.keeper is not None:
+        servers.keeper.let_go()
+    return time.perf_counter() - started
+
+
+def _take_room(config: RlConfig, session: Session, servers: NodeServers | None) -> float:
+    """Collective, once servers have released their memory: none is started from here on, and what has left the GPUs
+    comes back. Returns the seconds that it took. SharedFault when a rank has no room for it."""
+    started = time.perf_counter()
+    residence, seconds = session.trainer.residence, config.train.free_memory_deadline_seconds
+
+    def reload() -> None:
+        if servers is not None and servers.keeper is not None:
+            servers.keeper.hold()
+        device.wait_until_free(residence.missing_bytes, seconds)
+        residence.reload()
+
+    if config.rollout.release_memory:
+        together(reload, session.control)
+    return time.perf_counter() - started
 
 
 def _transport(

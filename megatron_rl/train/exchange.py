@@ -52,13 +52,8 @@ class Checksums:
     dtypes: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offload:
-    """Rank 0's word that the servers have the weights, and these may leave the device."""
-
-
-Order = Stop | Push | Probe | Checksums | Offload
-_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums, Offload)}
+Order = Stop | Push | Probe | Checksums
+_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
 from megatron_rl.train import traces
 from megatron_rl.train.collector import Collector
-from megatron_rl.train.exchange import Checksums, Offload, Order, Probe, Push, Stop, Work, send_order, send_work
+from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
 from megatron_rl.train.guards import Alarms
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
@@ -40,15 +40,12 @@ def obey(order: Order, session: Session, transport: Transport | None, receivers:
         case Push():
             assert transport is not None
             session.watch.enter("sync", order.version)
-            session.reload(weights=True)
             session.model.gather_weights()
             return transport.push(order.version, receivers)
         case Probe():
             return mean_differences(session.trainer, order, session.control)
         case Checksums():
             return weight_checksums(session.trainer, order.dtypes, session.control)
-        case Offload():
-            return session.offload(weights=True)
 
 
 class Leader:
@@ -71,7 +68,7 @@ class Leader:
         self._alarms = Alarms(config.train, ())
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
-        self._started = self._trained_from = self._offload_seconds = 0.0
+        self._started = self._trained_from = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
         try:
@@ -89,7 +86,7 @@ class Leader:
 
     def begin(self, step: int) -> tuple[Plan, Work] | Stop:
         """Weights to the servers, rollout, plan, and everybody's samples on their way."""
-        self._started, self._offload_seconds = time.perf_counter(), 0.0
+        self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
             covered = step if self._config.train.save_every == 0 else self._session.checkpoints.latest or 0
@@ -120,7 +117,7 @@ class Leader:
     ) -> None:
         """Log the step. The first one is also the gate: the servers must have sampled from the weights trained here.
 
-        offload_seconds, reload_seconds: what `train.offload_while_generating` took before `begin` and behind it.
+        offload_seconds, reload_seconds: what making room for servers took before `begin`, and the way back behind it.
         """
         assert self._metrics is not None and self._schedule is not None
         now = time.perf_counter()
@@ -149,8 +146,8 @@ class Leader:
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
             **({"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}),
         }
-        if self._config.train.offload_while_generating != "none":
-            row |= {"offload_seconds": offload_seconds + self._offload_seconds, "reload_seconds": reload_seconds}
+        if self._releases_memory:
+            row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}
         self._alarms.report(row)
         try:
             self._metrics.write(row)
@@ -226,8 +223,6 @@ class Leader:
                     if every and step % every == 0:
                         self._prove(step)
                 times["update_weights_seconds"] = time.perf_counter() - started
-                if self._config.train.offload_while_generating == "all":
-                    self._offload_seconds += self._order(Offload())
                 self._session.watch.enter("rollout", step)
                 schedule, self._row = self.collector.collect(policy_version=step)
                 return schedule, times

@@ -117,25 +117,20 @@ class Residence:
                 part.step_with_ready_grads = lambda part=part: self._step_in_pieces(part)
             self._settle()
 
-    def offload(self, weights: bool = False) -> None:
-        """All states and gradients, or the weights alone. Memory goes back to the driver."""
-        if weights:
-            self._host.offload(self._weights())
-        else:
-            self._host.offload(self._gradients(), contents=False)
-            self._host.offload(self._states())
+    def offload(self) -> None:
+        """All states, and gradients without their contents, leave the device. Memory goes back to the driver."""
+        self._host.offload(self._gradients(), contents=False)
+        self._host.offload(self._states())
         device.give_back_memory()
 
-    def reload(self, seconds: float, weights: bool = False) -> None:
-        """What has left, or the weights alone, but for states that live in host memory. Fault when there is no room
-        after `seconds`."""
-        coming = self._weights()
-        if not weights:
-            stay = {storage._cdata for storage in _storages(self._states(self._residents.values()))}
-            coming += self._gradients()
-            coming += [state for state in self._states() if state.untyped_storage()._cdata not in stay]
-        device.wait_until_free(self._host.num_bytes(coming), "training", seconds)
-        self._host.reload(coming)
+    def reload(self) -> None:
+        """What has left comes back, but for states that live in host memory."""
+        self._host.reload(self._missing())
+
+    @property
+    def missing_bytes(self) -> int:
+        """What `reload` needs of the device."""
+        return self._host.num_bytes(self._missing())
 
     def read(self, tensor: Tensor) -> Tensor:
         """A state's numbers, wherever they are."""
@@ -148,6 +143,10 @@ class Residence:
         self._host.forget()
         yield
         self._settle()
+
+    def _missing(self) -> list[Tensor]:
+        stay = {storage._cdata for storage in _storages(self._states(self._residents.values()))}
+        return self._gradients() + [x for x in self._states() if x.untyped_storage()._cdata not in stay]
 
     def _settle(self) -> None:
         self._host.offload(self._states(self._residents.values()))

@@ -4,24 +4,19 @@ import ipaddress
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import Fault
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.serve import address_towards
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
-
-_FREE_EVERY_SECONDS = 0.1
 
 
 class NodeServers:
@@ -69,44 +64,9 @@ class NodeServers:
                 raise ValueError(one["error"])
         self.urls = [url for one in found for url in one["urls"]]
 
-    def sleep(self, needed_bytes: int) -> None:
-        """On every rank, once the servers have released their memory: nothing of them is started from here on, and what
-        they gave back is there. needed_bytes: of it, what this rank takes. See `wait_for_memory`."""
-        if self.keeper is not None:
-            self.keeper.hold()
-        wait_for_memory(needed_bytes)
-
-    def wake(self) -> None:
-        """Servers that ended meanwhile are started again."""
-        if self.keeper is not None:
-            self.keeper.let_go()
-
     def close(self) -> None:
         if self.keeper is not None:
             self.keeper.close()
-
-
-def wait_for_memory(
-    needed_bytes: int, seconds: float = 60.0, free_bytes: Callable[[], int | None] = device.free_bytes
-) -> None:
-    """Return when so much of this rank's GPU is free and no more comes; at once on a CPU. Fault after `seconds`.
-
-    A server's answer to a release may come before the driver has the memory: what is allocated then fails.
-    """
-    give_up = time.monotonic() + seconds
-    before = free_bytes()
-    while before is not None:
-        time.sleep(_FREE_EVERY_SECONDS)
-        free = free_bytes()
-        assert free is not None
-        if free <= before and free >= needed_bytes:
-            return
-        if time.monotonic() > give_up:
-            raise Fault(
-                f"{free / 2**30:.1f} GiB of the GPU are free {seconds:g} s after its servers released their memory, "
-                f"and training needs {needed_bytes / 2**30:.1f}; see what else runs there, or use more GPUs"
-            )
-        before = free
 
 
 def num_nodes() -> int:

@@ -3,9 +3,7 @@
 import datetime
 import logging
 import os
-import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from megatron_rl import device
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
-from megatron_rl.config.schema import RlConfig, RunConfig
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
@@ -104,10 +102,6 @@ class Session:
         return mpu.get_context_parallel_group() if self.layout.context > 1 else None
 
     @property
-    def _offloads(self) -> str:
-        return self.config.train.offload_while_generating if isinstance(self.config, RlConfig) else "none"
-
-    @property
     def is_leader(self) -> bool:
         return self.rank == 0
 
@@ -132,27 +126,6 @@ class Session:
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
-
-    def offload(self, weights: bool = False) -> float:
-        """Optimizer states and gradients leave the device, or the weights, if `train.offload_while_generating` says so.
-        Returns the seconds that it took."""
-        wanted = ("all",) if weights else ("optimizer", "all")
-        if self._offloads not in wanted:
-            return 0.0
-        started = time.perf_counter()
-        self.trainer.residence.offload(weights)
-        return time.perf_counter() - started
-
-    def reload(self, weights: bool = False) -> float:
-        """Collective: what has left the device comes back, or of it the weights alone. Returns the seconds that it
-        took. SharedFault when a rank has no room for it."""
-        if self._offloads == "none":
-            return 0.0
-        assert isinstance(self.config, RlConfig)
-        started = time.perf_counter()
-        deadline = self.config.train.offload_deadline_seconds
-        together(partial(self.trainer.residence.reload, deadline, weights), self.control)
-        return time.perf_counter() - started
 
     def export(self, destination: Path, notes: dict[str, str] | None = None) -> None:
         """Collective: a Hugging Face directory of the present weights. notes: text by the name of its file there."""

@@ -148,7 +148,7 @@ class Trainer:
         """Micro-batches of these sequences, made as the methods below come to them."""
         layout = self.model.layout
         rank = mpu.get_context_parallel_rank()
-        sizes = [size_of(part, layout.tensor, rank, layout.context) for part in parts]
+        sizes = [size_of(part, self.model.token_multiple, rank, layout.context) for part in parts]
         return Feed(parts=parts, sizes=sizes, make=self.micro_batch, thread=self._thread)
 
     def train_step(
