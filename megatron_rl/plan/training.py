@@ -103,19 +103,23 @@ def _per_rank(step_tokens: int, config: RunConfig, layout: Layout) -> dict[str, 
 def _memory(
     config: RunConfig, bailing: BailingConfig, layout: Layout, cluster: ClusterSection, found: list[str]
 ) -> dict[str, Any]:
-    """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others; the servers in
-    numbers. found: gets what speaks against these."""
+    """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others, or the same while
+    servers generate where these give their memory back to the trainer; the servers in numbers. found: gets what speaks
+    against these."""
     colocated = not cluster.serving_nodes
     training = asdict(max(rank_bytes(config, bailing, layout), key=lambda rank: rank.total))
     memory, servers = {"training_gpu": training}, {}
     if isinstance(config, RlConfig) and (not colocated or not config.rollout.urls):
         # Servers start when the trainer has its state, and before it has seen a token.
-        state = sum(training[part] for part in ("weights", "gradients", "optimizer"))
+        stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
+        state = {part: training[part] for part in stays} if colocated else {}
         parts, numbers, against = plan_servers(
-            config.rollout, config.model.dtype, bailing, cluster, taken_bytes=state if colocated else 0
+            config.rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
         )
-        target = training if colocated else memory.setdefault("serving_gpu", {})
-        target |= parts
+        if colocated and not config.rollout.release_memory:
+            training |= parts
+        else:
+            memory["serving_gpu"] = state | parts
         if colocated:  # on nodes of their own job.sh divides the GPUs
             servers = {"servers": numbers}
             found += against
@@ -127,7 +131,8 @@ def _remedy(config: RunConfig, cluster: ClusterSection) -> str:
     offload = "" if config.optimizer.offload_fraction else "optimizer.offload_fraction, "
     servers = ""
     if isinstance(config, RlConfig) and not cluster.serving_nodes and not config.rollout.urls:
-        servers = "a smaller --mem-fraction-static or rollout.max_running_requests, "
+        if not config.rollout.release_memory:
+            servers = "rollout.release_memory = true, a smaller --mem-fraction-static or max_running_requests, "
     return f"set {recompute}{offload}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
 
 
