@@ -130,9 +130,9 @@ def _remedy(config: RunConfig, cluster: ClusterSection) -> str:
     recompute = "" if config.model.recompute == "full" else "model.recompute = 'full', "
     offload = "" if config.optimizer.offload_fraction else "optimizer.offload_fraction, "
     servers = ""
-    if isinstance(config, RlConfig) and not cluster.serving_nodes and not config.rollout.urls:
-        if not config.rollout.release_memory:
-            servers = "rollout.release_memory = true, a smaller --mem-fraction-static or max_running_requests, "
+    shares = isinstance(config, RlConfig) and not config.rollout.urls and not config.rollout.release_memory
+    if shares and not cluster.serving_nodes:
+        servers = "rollout.release_memory = true, a smaller --mem-fraction-static or max_running_requests, "
     return f"set {recompute}{offload}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
 
 
