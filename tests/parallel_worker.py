@@ -9,18 +9,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from host_waits import host_waits
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_rl.c3po.algorithms import chosen_algorithm, normalise
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.distributed import MEGATRON
-from megatron_rl.config.schema import AlgorithmSection, SftConfig
-from megatron_rl.model import zigzag
+from megatron_rl.config.schema import AlgorithmSection, ModelSection, SftConfig
+from megatron_rl.model import build, zigzag
 from megatron_rl.model.build import load_sharded_state, load_weights, mpu, sharded_state
+from megatron_rl.model.layers import FlashAttention
+from megatron_rl.model.providers import Installed
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
@@ -140,7 +146,7 @@ def masters(session: Session) -> dict[str, torch.Tensor]:
     """The optimizer's fp32 weights of this rank: the share that the model's are the rounding of, and the share that is
     no more than its own rounding."""
     pairs = [
-        (weight, master)
+        (weight, session.trainer.residence.read(master))
         for part in session.trainer.optimizer.chained_optimizers
         for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for weight, master in zip(weights, kept, strict=True)
@@ -181,13 +187,41 @@ def assert_a_pass_waits_for_all_weights(session: Session, batches: Feed) -> None
             assert group.param_gather_handle is None
 
 
+def watch_host(session: Session) -> list[str]:
+    """Gets what the host waits for in the forward and backward passes of the next step."""
+    found: list[str] = []
+    run = session.trainer._run
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with host_waits() as waits:
+            result = run(*args, **kwargs)
+        found.extend(waits)
+        return result
+
+    session.trainer._run = watched
+    return found
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, scale: float | None, **__: Any) -> Tensor:
+    """What flash attention computes of packed sequences, for which it wants a GPU; without a look at what they hold."""
+    places = torch.arange(len(q))
+    sequence = torch.searchsorted(starts, places, right=True)
+    seen = (sequence[:, None] == sequence) & (places[:, None] >= places)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(0, 1)
+
+
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
+    section = {name: spec[name] for name in ModelSection.model_fields if spec.get(name, "float64") != "float64"}
+    if spec.get("as_on_a_gpu"):
+        build.installed = lambda: Installed(compute_capability=(9, 0))
+        FlashAttention.kernel = staticmethod(dense_attention)
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
             "threads": 1,
-            "model": {"path": spec["model"], **spec.get("model_section", {})},
+            "model": {"path": spec["model"], **section},
             "parallel": spec.get("parallel", {}),
             "moe": spec.get("moe", {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}),
             "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)} | spec.get("optimizer", {}),
@@ -196,11 +230,8 @@ def main(folder: Path) -> None:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    # Users have no float64; here it tells rounding from mistakes.
-    options = ("dtype", "recompute", "experts", "router_dtype", "head_dtype")
-    wanted = {name: spec[name] for name in options if name in spec}
-    section = config.model.model_copy(update=wanted)
-    config = config.model_copy(update={"model": section})
+    if spec.get("dtype") == "float64":  # users have none; here it tells rounding from mistakes
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})})
     whole_gradients = spec.get("whole_gradients", True)
     session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
     if "load_by_megatron" in spec:  # in place of what the session read by itself
@@ -267,7 +298,10 @@ def main(folder: Path) -> None:
             if step in spec.get("offload_before", ()):
                 session.trainer.residence.piece_bytes = 40_000
                 leave_and_come_back(session)
+            waits = watch_host(session) if spec.get("watch_host") else None
             result = session.trainer.train_step(batches, objective, denominator)
+            if waits is not None:
+                (folder / "host_waits.json").write_text(json.dumps(waits))
         if session.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(session, batches)
         if whole_gradients:
@@ -281,7 +315,7 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
-    if section.dtype == "bfloat16":
+    if config.model.dtype == "bfloat16":
         out |= masters(session)
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))

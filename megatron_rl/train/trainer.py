@@ -119,12 +119,12 @@ class Trainer:
         model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
             chunks, None, **kwargs
         )
-        self._num_step_tokens = 1
-        model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / self._num_step_tokens)
+        self._where = device.torch_device()
+        self._moe_grad_scale = torch.ones([], device=self._where)
+        model.config.moe_grad_scale_func = lambda: self._moe_grad_scale
         self._reference: list[Tensor] | None = None
         self._routers = model.routers
         self.residence = Residence(model, self.optimizer, optimizer.offload_fraction)
-        self._where = device.torch_device()
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
@@ -164,7 +164,7 @@ class Trainer:
         dist.all_reduce(counts, group=self._control)
         copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
         num_tokens, num_places, num_traced = (counts // copies).tolist()
-        self._num_step_tokens = max(1, num_tokens)
+        self._moe_grad_scale = torch.full([], 1.0 / max(1, num_tokens), device=self._where)
         if self._reference is not None:
             batches = self._with_ref_logprobs(batches, temperature)
         for chunk in self.model.chunks:

@@ -38,7 +38,7 @@ class Run:
     on_cpu: bool = False
     experts: str = CHOSEN
     model: dict[str, Any] = field(default_factory=dict)
-    recompute: bool = False
+    recompute: str = "none"
     placed: list[list[int]] | None = None
     balance: float = 0.0
 
@@ -71,7 +71,7 @@ RUNS: dict[str, Run] = {
     "one by one": Run(placed=[[i] for i in range(9)]),
     "all at once": Run(placed=[list(range(9))]),
     "shuffled": Run(placed=[SHUFFLED[:4], SHUFFLED[4:5], SHUFFLED[5:]]),
-    "recompute": Run(recompute=True),
+    "recompute": Run(recompute="full"),
     **{name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in providers().items()},
 }
 
@@ -104,7 +104,7 @@ class TrainingRuns:
         self._threads.shutdown(cancel_futures=True)
 
     def _run(self, number: int, run: Run) -> dict[str, Tensor]:
-        spec = make_spec(self._model, dtype=run.dtype, recompute=run.recompute, model_section=run.model)
+        spec = make_spec(self._model, dtype=run.dtype, recompute=run.recompute, **run.model)
         spec["moe"] = {"load_balance_coefficient": run.balance, "z_loss_coefficient": 1e-3}
         if run.placed is not None:
             spec |= {"placed": [run.placed], "token_cap": 1000}
