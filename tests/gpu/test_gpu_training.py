@@ -7,6 +7,9 @@ from test_parallel import relative, worst
 from torch import Tensor
 from training_runs import TrainingRuns, providers
 
+from megatron_rl import device
+from megatron_rl.model.providers import GROUPED_CAPABILITY
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
@@ -76,6 +79,12 @@ def test_the_device_is_as_close_to_fp64_as_the_cpu(
 @pytest.mark.parametrize("name", ["one by one", "all at once", "shuffled", "recompute"])
 def test_micro_batches_their_order_and_recomputation_change_rounding_alone(runs: TrainingRuns, name: str) -> None:
     assert_close(runs(name), runs("exact"), FLOAT32)
+
+
+def test_the_host_waits_for_nothing_in_the_passes_of_a_rank_that_has_the_whole_model(runs: TrainingRuns) -> None:
+    if device.compute_capability() is None or device.compute_capability() < GROUPED_CAPABILITY:
+        pytest.skip("grouped experts need a GPU of compute capability 9.0; on a CPU tests/test_parallel.py looks")
+    assert runs.host_waits() == []
 
 
 @pytest.mark.parametrize("name", providers())

@@ -32,7 +32,8 @@ GIVEN, CHOSEN = "given", "chosen"
 class Run:
     """on_cpu: beside the device under test. experts: given with the sequences, or chosen by the routers.
     model: keys of the configuration's section. placed: the sequences of each micro-batch; None packs them up to 80
-    tokens. balance: of the load-balance loss, which depends on what shares a micro-batch."""
+    tokens. balance: of the load-balance loss, which depends on what shares a micro-batch. watch_host: see
+    tests/host_waits.py."""
 
     dtype: str = "float32"
     on_cpu: bool = False
@@ -41,6 +42,7 @@ class Run:
     recompute: str = "none"
     placed: list[list[int]] | None = None
     balance: float = 0.0
+    watch_host: bool = False
 
 
 def options(name: str) -> list[str]:
@@ -72,6 +74,7 @@ RUNS: dict[str, Run] = {
     "all at once": Run(placed=[list(range(9))]),
     "shuffled": Run(placed=[SHUFFLED[:4], SHUFFLED[4:5], SHUFFLED[5:]]),
     "recompute": Run(recompute="full"),
+    "watched": Run(dtype="bfloat16", balance=0.01, watch_host=True),
     **{name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in providers().items()},
 }
 
@@ -90,7 +93,7 @@ class TrainingRuns:
         """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run of RUNS. Skips where the parts that it
         asks for cannot be had: on a CPU, or without Transformer Engine."""
         if not self._found:
-            self._found = {key: self._threads.submit(self._run, i, run) for i, (key, run) in enumerate(RUNS.items())}
+            self._found = {key: self._threads.submit(self._run, key) for key in RUNS}
         try:
             return self._found[name].result()
         except AssertionError as error:
@@ -100,18 +103,27 @@ class TrainingRuns:
                 raise
             pytest.skip(reason)
 
+    def host_waits(self) -> list[str]:
+        """Of the run that is watched."""
+        self("watched")
+        return list(json.loads((self._folder_of("watched") / "host_waits.json").read_text()))
+
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _run(self, number: int, run: Run) -> dict[str, Tensor]:
+    def _folder_of(self, name: str) -> Path:
+        return self._folder / f"run{list(RUNS).index(name)}"
+
+    def _run(self, name: str) -> dict[str, Tensor]:
+        run, folder = RUNS[name], self._folder_of(name)
         spec = make_spec(self._model, dtype=run.dtype, recompute=run.recompute, **run.model)
         spec["moe"] = {"load_balance_coefficient": run.balance, "z_loss_coefficient": 1e-3}
+        spec["watch_host"] = run.watch_host and device.on_cuda()
         if run.placed is not None:
             spec |= {"placed": [run.placed], "token_cap": 1000}
         if run.experts == GIVEN:
             for row in spec["sequences"]:
                 row["routed_experts"] = routed_by(self._model, row["token_ids"])[:-1].tolist()
-        folder = self._folder / f"run{number}"
         tensors = run_ranks(1, spec, folder, on_cpu=run.on_cpu)
         loss = json.loads((folder / "result.json").read_text())["metrics"]["loss"]
         return tensors | {"loss": torch.tensor(loss, dtype=torch.float64)}
