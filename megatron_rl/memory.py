@@ -1,8 +1,9 @@
 """Memory of a run, from shapes alone: what one training rank holds, and what its servers hold. No torch.
 
 These are estimates of the large parts, not measurements: buffers of collectives, the allocator's fragments, the CUDA
-context and whatever a kernel needs for itself come on top. Activations are those that layers of torch's keep on a CPU
-(tests/test_memory.py); on a GPU nothing has been measured yet. Transformer Engine's layers keep less.
+context and whatever a kernel needs for itself come on top. Of one GPU with local layers they are within 5 % of what the
+same code allocates on torch's meta device (tests/test_memory.py); on a GPU nothing has been measured yet. Transformer
+Engine's layers keep less.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,13 +24,17 @@ _LOGITS_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBytes:
-    """What one training rank holds, in bytes."""
+    """What one training rank holds, in bytes.
+
+    activations: what is kept for backward passes. temporary: at most beside them, in the head's backward pass (logits,
+    its weight's gradient) or in a layer's (what is recomputed of it, gradients).
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    temporary: int
 
     @property
     def total(self) -> int:
@@ -73,31 +78,48 @@ def layer_activation_bytes(
     dense MLP or of the shared experts, K active experts of width m, context c, expert_tensor e:
 
         norms       4h           the residual stream before attention and before the MLP, and both after their norms
-        attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, or c above 1) the
-                                 output once more in the order of tokens, and keys and values of all c ranks
-        mlp         5w           gate and up, silu(gate), up as it is multiplied, the product; likewise shared_experts
-        moe         K (he + 5m)  of every choice the input, which all e ranks of a group see, gate and up, silu(gate),
-                                 the product, and that times the probability; experts one by one have up twice
+        attention   3q + 3k      q, k and v in one piece, q and k after rotary, the output. Without flash attention
+                                 (fp32, or c above 1): 3q + 2kc, the output twice, keys and values of all c ranks
+        mlp         3w           gate and up, silu(gate) up; likewise shared_experts
+        moe         K (he + 3m)  of every choice the input, which all e ranks of a group see, gate and up, and
+                                 silu(gate) up times the probability
 
-    and 16 bytes per expert: the router's logits and probabilities in fp32, the sorting's int64. All is divided by the
-    tensor-parallel size: by sequence parallelism, or as the weights are. Experts are equally loaded. Norms are fused,
-    as on a GPU; a CPU keeps 2h more.
+    and of the router 33 bytes per expert, and 32 per choice. All is divided by the tensor-parallel size: by sequence
+    parallelism, or as the weights are. Experts are equally loaded. Norms and SwiGLU are fused, as on a GPU.
     """
     h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
     q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
     item = ITEM_BYTES[model.dtype]
     flash = model.dtype == "bfloat16" and c == 1
-    elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
+    elements = {"norms": 4 * h, "attention": 3 * q + (3 * k if flash else 2 * k * c)}
     if moe:
-        of_expert = (6 if model.experts == "sequential" else 5) * bailing.moe_intermediate_size
-        elements["shared_experts"] = 5 * bailing.shared_intermediate_size
-        elements["moe"] = bailing.num_experts_per_tok * (h * e + of_expert)
+        elements["shared_experts"] = 3 * bailing.shared_intermediate_size
+        elements["moe"] = bailing.num_experts_per_tok * (h * e + 3 * bailing.moe_intermediate_size)
     else:
-        elements["mlp"] = 5 * bailing.intermediate_size
-    router = {"moe": 16 * bailing.num_experts}
+        elements["mlp"] = 3 * bailing.intermediate_size
+    router = {"moe": 33 * bailing.num_experts + 32 * bailing.num_experts_per_tok}
     return {
         part: num_tokens * (number * item + router.get(part, 0)) // layout.tensor for part, number in elements.items()
     }
+
+
+def _layer_gradient_bytes(
+    bailing: BailingConfig, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+) -> int:
+    """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
+    product, of its input and of its weight (an expert layer has the first twice, by token and padded by expert), or at
+    its first one that of a weight twice as large; and three of the residual stream."""
+    h, t, e = bailing.hidden_size, layout.tensor, layout.expert_tensor
+    if moe:
+        width = bailing.moe_intermediate_size
+        weight = bailing.num_experts // layout.expert * h * width // e
+        last, first = bailing.num_experts_per_tok * (2 * h * e + width), bailing.num_experts_per_tok * h * e
+    else:
+        width = bailing.intermediate_size
+        weight = h * width // t
+        last, first = width, 0
+    elements = max(num_tokens * last // t + weight, num_tokens * first // t + 2 * weight) + 3 * num_tokens * h // t
+    return elements * ITEM_BYTES[model.dtype]
 
 
 def _kept_bytes(parts: dict[str, int], bailing: BailingConfig, model: ModelSection, num_tokens: int) -> tuple[int, int]:
@@ -125,28 +147,27 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
     for what is outside of experts, world / (expert x expert_tensor x pipeline) for experts. Those in host memory
     (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
     keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has three
-    chunks of logits, and the gradient of its weight in fp32 and as it is added to the others'.
+    chunks of logits, the gradient of its weight in fp32 and as it is added to the others', and two hidden states.
     """
     model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
     num_tokens = config.train.micro_batch_tokens
     kinds = {}
     for moe in (False, True):
-        parts = layer_activation_bytes(bailing, model, layout, num_tokens, moe)
-        kinds[moe] = _kept_bytes(parts, bailing, model, num_tokens // layout.tensor)
+        shape = bailing, model, layout, num_tokens, moe
+        kept, again = _kept_bytes(layer_activation_bytes(*shape), bailing, model, num_tokens // layout.tensor)
+        kinds[moe] = kept, again + _layer_gradient_bytes(*shape)
     sizes = layout.layers_per_stage(bailing.num_hidden_layers)
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     found = []
     for stage, (dense, routed) in enumerate(stage_parameters(bailing, layout)):
         mine = range(stage, len(sizes), layout.pipeline)
         layers = [kinds[bailing.is_moe_layer(firsts[i] + j)] for i in mine for j in range(sizes[i])]
-        activations = sum(kept for kept, _ in layers) * (layout.pipeline - stage)
-        activations += max((again for _, again in layers), default=0)
-        logits = 0
+        temporary = max((layer for _, layer in layers), default=0)
         if stage == layout.pipeline - 1:
             rows = -(-bailing.vocab_size // layout.tensor)
-            logits = 3 * min(4 * num_tokens * rows, _LOGITS_BYTES)
-            logits += rows * bailing.hidden_size * (4 if item == 4 else 4 + item)
+            head = 3 * min(4 * num_tokens * rows, _LOGITS_BYTES) + 2 * num_tokens * bailing.hidden_size * item
+            temporary = max(temporary, head + rows * bailing.hidden_size * (4 if item == 4 else 4 + item))
         shards = dense / (layout.data * layout.context) + routed / expert_replicas
         states = shards * _OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
         found.append(
@@ -154,8 +175,8 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
                 weights=(dense + routed) * item,
                 gradients=(dense + routed) * _GRADIENT_BYTES,
                 optimizer=round(states),
-                activations=activations,
-                logits=logits,
+                activations=sum(kept for kept, _ in layers) * (layout.pipeline - stage),
+                temporary=temporary,
             )
         )
     return found

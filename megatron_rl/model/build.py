@@ -139,7 +139,8 @@ def transformer_config(
         gradient_accumulation_fusion=providers.weight_gradient == "apex",
         # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
         apply_rope_fusion=providers.transformer_engine,
-        bias_activation_fusion=False,
+        # By torch.compile: one pass, and only its input is kept for the backward pass.
+        bias_activation_fusion=device.on_cuda(),
         bias_dropout_fusion=False,
         batch_p2p_comm=device.on_cuda(),
         # The loss returned to the schedule is already the sum over tokens divided by the constant budget: the schedule

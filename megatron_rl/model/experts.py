@@ -19,6 +19,7 @@ from megatron_rl.model.hooks import run_pre_hooks
 
 import_megatron()
 
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher  # noqa: E402
@@ -45,9 +46,7 @@ class GroupedExperts(SequentialMLP):
         rows, ends = padded_rows(tokens_per_expert.to(hidden.device), len(hidden), multiple, reverse)
         num_rows = len(hidden) + self.num_local_experts * multiple
         gate_and_up = F.grouped_mm(_spread(hidden, rows, num_rows), stacked(ups, reverse).transpose(1, 2), offs=ends)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        # As megatron does it: the product with fp32 probabilities in fp32, then back.
-        activated = (F.silu(gate) * up * _spread(permuted_probs, rows, num_rows)[:, None]).to(hidden.dtype)
+        activated = weighted_bias_swiglu_impl(gate_and_up, None, _spread(permuted_probs, rows, num_rows)[:, None])
         output = F.grouped_mm(activated, stacked(downs, reverse).transpose(1, 2), offs=ends)
         return output.index_select(0, rows), None
 

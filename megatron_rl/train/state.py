@@ -221,7 +221,7 @@ def _initialize_adam(optimizer: Any) -> None:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter] = {
-                        "step": torch.zeros(()),
+                        "step": torch.zeros((), device=parameter.device),  # as fused Adam has it
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }

@@ -99,6 +99,10 @@ class Trainer:
             ),
             list(model.chunks),
         )
+        for part in self.optimizer.chained_optimizers:
+            if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW):
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True  # one pass over the states, without temporaries as large as one of them
         num_warmup_steps = optimizer.num_warmup_steps(num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
