@@ -19,7 +19,7 @@ _OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 # What a checkpoint holds of each parameter.
 SAVED_BYTES = {"float32": 16, "bfloat16": 14}
 # Of a chunk of tokens, as in model/logprobs.py, which imports torch.
-_LOGITS_BYTES = 128 * 2**20
+_LOGITS_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +146,9 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
     The distributed optimizer divides its states over the ranks that hold the same parameters: data x context of them
     for what is outside of experts, world / (expert x expert_tensor x pipeline) for experts. Those in host memory
     (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
-    keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has three
-    chunks of logits, the gradient of its weight in fp32 and as it is added to the others', and two hidden states.
+    keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has a chunk
+    of logits and of their gradient, the gradient of its weight in fp32 and as it is added to the others', and two
+    hidden states.
     """
     model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
@@ -166,7 +167,8 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
         temporary = max((layer for _, layer in layers), default=0)
         if stage == layout.pipeline - 1:
             rows = -(-bailing.vocab_size // layout.tensor)
-            head = 3 * min(4 * num_tokens * rows, _LOGITS_BYTES) + 2 * num_tokens * bailing.hidden_size * item
+            logits = min(4 * num_tokens * rows, _LOGITS_BYTES)
+            head = logits + logits * item // 4 + 2 * num_tokens * bailing.hidden_size * item
             temporary = max(temporary, head + rows * bailing.hidden_size * (4 if item == 4 else 4 + item))
         shards = dense / (layout.data * layout.context) + routed / expert_replicas
         states = shards * _OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)

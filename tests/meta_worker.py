@@ -38,7 +38,7 @@ from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
 from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
-from megatron_rl.model import build, layers  # noqa: E402
+from megatron_rl.model import build, layers, logprobs  # noqa: E402
 from megatron_rl.model.providers import Installed  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.objective import PolicyObjective  # noqa: E402
@@ -104,6 +104,10 @@ def stand_in() -> None:
     param_and_grad_buffer._coalescing_manager = _together
     build.installed = lambda: Installed(compute_capability=(9, 0))
     build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
+    logprobs._compiled = {
+        logprobs.chunk_sums: lambda z, *_, **__: z.new_empty(len(z), 4),
+        logprobs.logit_gradient: lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype),
+    }.__getitem__
     fused_bias_swiglu.swiglu = fused_bias_swiglu.weighted_swiglu = lambda y, *_: y.new_empty(len(y), y.shape[1] // 2)
     fused_bias_swiglu.swiglu_back = lambda g, y: torch.empty_like(y)
     fused_bias_swiglu.weighted_swiglu_back = lambda g, y, weights: (torch.empty_like(y), torch.empty_like(weights))

@@ -1,9 +1,12 @@
 """The fused head against the formula in plain fp64 torch: values and both gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.model import logprobs
 from megatron_rl.model.logprobs import CHUNK_BYTES, logprobs_and_entropy
 
 M, V, H = 53, 97, 24
@@ -55,6 +58,29 @@ def test_values_and_gradients_are_those_of_the_formula(temperature: float) -> No
 def test_the_chunk_size_changes_rounding_alone(chunk_tokens: int) -> None:
     inputs = make_inputs()
     assert furthest(fused(*inputs, chunk_tokens=chunk_tokens), plain(*inputs)) < 1e-13
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
+def test_how_many_rows_are_computed_at_once_changes_nothing(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_CACHED_BYTES", num_rows * V * 8)
+    inputs = make_inputs()
+    assert furthest(fused(*inputs, chunk_tokens=20), plain(*inputs)) < 1e-13
+
+
+def test_torch_makes_one_graph_of_what_a_gpu_computes_at_once() -> None:
+    """Without the compiler behind it, which a GPU has."""
+    torch.manual_seed(0)
+    z, local = torch.randn(M, V), torch.randint(-5, V + 5, (M,))
+    per_token = torch.randn(4, M).unbind()
+    for function, *arguments in (
+        (partial(logprobs.chunk_sums, scale=0.7), local),
+        (partial(logprobs.logit_gradient, scale=0.7, dtype=torch.bfloat16), local, *per_token),
+        (partial(logprobs.logit_gradient, scale=1.0, dtype=torch.float32), local, *per_token[:3], None),
+    ):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for count in (M, M - 7):  # a second length, as the last chunk may have
+            rows = [None if x is None else x[:count] for x in (z, *arguments)]
+            torch.testing.assert_close(compiled(*rows), function(*rows))
 
 
 def test_padded_rows_of_the_vocabulary_have_no_probability_and_no_gradient() -> None:
@@ -128,4 +154,4 @@ def test_backward_keeps_no_logits() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         logprobs_and_entropy(hidden, weight, targets, V)
     assert sum(x.numel() for x in kept) == hidden.numel() + weight.numel() + 3 * M
-    assert CHUNK_BYTES <= 256 * 2**20
+    assert CHUNK_BYTES["cpu"] <= 256 * 2**20

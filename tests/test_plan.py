@@ -242,8 +242,9 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
     # Two tensor-parallel ranks share all but norms and routers; eight of 64 experts are on each rank.
     dense = 28 * (ATTENTION // 2 + NORMS + ROUTER + SHARED // 2) + 2 * VOCABULARY // 2 + 2048
     routed = 28 * 8 * EXPERT
-    # Residual stream and normalised inputs; rotated q and k, v, output; shared experts; six routed copies; routers.
-    per_token = 2 * (4 * 2048 + 2 * 2048 + 2 * 512 + 5 * 2816 + 6 * (2048 + 5 * 1408)) + 16 * 64
+    # Residual stream and normalised inputs; q, k and v, rotated q and k, output; shared experts; six routed copies;
+    # routers.
+    per_token = 2 * (4 * 2048 + 3 * 2048 + 3 * 512 + 3 * 2816 + 6 * (2048 + 3 * 1408)) + 33 * 64 + 32 * 6
     layer = 16_384 * per_token // 2
     training = found["memory"]["training_gpu"]
     assert training == {
@@ -253,14 +254,20 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
         "optimizer": 12 * dense // 128 + 12 * routed // 32,
         "activations": 28 * layer,
         # Three chunks, and the weight's gradient in fp32 and bf16.
-        "logits": 3 * 128 * 2**20 + 6 * VOCABULARY // 2,
+        # A chunk of logits in fp32 and of their gradient in bf16, the weight's gradient in both, two hidden states.
+        "temporary": 512 * 2**20 * 3 // 2 + 6 * VOCABULARY // 2 + 2 * 2 * 16_384 * 2048,
         "total": training["total"],
     }
     assert training["total"] == sum(training.values()) - training["total"]
     options += ["--set", "budget.domains={code = 0.6, science = 0.4}"]
     recomputed, _ = plan(tmp_path, *options, "--set", "model.recompute=true")
     assert recomputed["budget"]["domain_tokens"] == {"code": 62_914_560, "science": 41_943_040}
-    assert recomputed["memory"]["training_gpu"]["activations"] == 28 * 16_384 * 2048 * 2 // 2 + layer
+    memory = recomputed["memory"]["training_gpu"]
+    assert memory["activations"] == 28 * 16_384 * 2048 * 2 // 2
+    # Beside the recomputed layer: gradients of its last product, by token and by expert, of its input and its weight,
+    # and of three residual streams. The head needs less.
+    gradients = 8_192 * (6 * (2 * 2048 + 1408) + 3 * 2048) + 8 * 2048 * 1408
+    assert memory["temporary"] == layer + 2 * gradients > training["temporary"]
 
 
 def test_one_rank_holds_the_whole_model_and_stages_share_it_out() -> None:
