@@ -38,7 +38,7 @@ class Run:
     on_cpu: bool = False
     experts: str = CHOSEN
     model: dict[str, Any] = field(default_factory=dict)
-    recompute: bool = False
+    recompute: str = "none"
     placed: list[list[int]] | None = None
     balance: float = 0.0
 
@@ -71,7 +71,7 @@ RUNS: dict[str, Run] = {
     "one by one": Run(placed=[[i] for i in range(9)]),
     "all at once": Run(placed=[list(range(9))]),
     "shuffled": Run(placed=[SHUFFLED[:4], SHUFFLED[4:5], SHUFFLED[5:]]),
-    "recompute": Run(recompute=True),
+    "recompute": Run(recompute="full"),
     **{name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in providers().items()},
 }
 
