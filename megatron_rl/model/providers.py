@@ -66,7 +66,7 @@ COSTS = {
     ("experts", "sequential"): "two small products for each expert, and the host waits for the number of its tokens",
     ("permutation", "torch"): "tokens are sorted and copied by torch's index operations",
     ("weight_gradient", "separate"): "added to the fp32 gradient in a pass of its own",
-    ("optimizer", "torch"): "torch's AdamW, several passes over the fp32 states",
+    ("optimizer", "torch"): "torch's AdamW; norm and clipping of gradients take a kernel for each parameter",
 }
 
 

@@ -221,7 +221,8 @@ def _initialize_adam(optimizer: Any) -> None:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter] = {
-                        "step": torch.zeros(()),
+                        # Where torch has it itself: a fused kernel reads it.
+                        "step": torch.zeros((), device=parameter.device if group.get("fused") else None),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }

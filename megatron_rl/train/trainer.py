@@ -99,6 +99,8 @@ class Trainer:
             ),
             list(model.chunks),
         )
+        if device.on_cuda():
+            fuse_adam(self.optimizer)
         num_warmup_steps = optimizer.num_warmup_steps(num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -120,11 +122,12 @@ class Trainer:
             chunks, None, **kwargs
         )
         self._num_step_tokens = 1
-        model.config.moe_grad_scale_func = lambda: torch.tensor(1.0 / self._num_step_tokens)
+        self._where = device.torch_device()
+        # Made where it is used: for one of the host megatron's schedule would wait with every micro-batch.
+        model.config.moe_grad_scale_func = lambda: torch.full((), 1.0 / self._num_step_tokens, device=self._where)
         self._reference: list[Tensor] | None = None
         self._routers = model.routers
         self.residence = Residence(model, self.optimizer, optimizer.offload_fraction)
-        self._where = device.torch_device()
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
@@ -336,6 +339,17 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
+
+
+def fuse_adam(optimizer: Any) -> None:
+    """Let torch's Adam, where megatron found no other, step all that it has to with one kernel.
+
+    By default it takes several on a GPU, and between them keeps a number in fp32 for each parameter that it steps.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def _on_host(tensor: Tensor) -> Tensor:
