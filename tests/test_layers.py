@@ -55,6 +55,27 @@ def test_flash_attention_and_buckets_are_the_same(
         torch.testing.assert_close(flash, buckets, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_flash_attention_keeps_no_more_of_a_projection_than_it_uses(
+    takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values come as a part of the joint projection."""
+    monkeypatch.setattr(layers, "_TAKES_GROUPS", takes_groups)
+    packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
+    joint = torch.randn(24, GROUPS, (HEADS // GROUPS + 2) * DIM, dtype=torch.float64)
+    q, k, v = joint.split([HEADS // GROUPS * DIM, DIM, DIM], dim=-1)
+    attention = FlashAttention(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
+    given: list[Tensor] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        given.extend((query, key, value))
+        return query
+
+    attention.kernel = kernel
+    attention(q.reshape(24, HEADS, DIM), k, v, packed_seq_params=packed)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in given)
+
+
 def test_torchs_kernel_takes_what_it_is_given() -> None:
     """Its signature, and the shapes that it gives for these arguments; the values want a GPU."""
     packed = pack(LENGTHS, DIM, 1e4, torch.bfloat16, torch.device("meta"))

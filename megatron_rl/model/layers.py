@@ -106,6 +106,7 @@ class FlashAttention(PackedAttention):
         gqa = {}
         if _TAKES_GROUPS:
             gqa["enable_gqa"] = query.shape[1] != key.shape[1]
+            value = value.contiguous()  # kept for backward as a view it would keep all of queries, keys and values
         else:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         causal = (-1, 0)
