@@ -73,8 +73,9 @@ def layer_activation_bytes(
     dense MLP or of the shared experts, K active experts of width m, context c, expert_tensor e:
 
         norms       4h           the residual stream before attention and before the MLP, and both after their norms
-        attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, or c above 1) the
-                                 output once more in the order of tokens, and keys and values of all c ranks
+        attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, c above 1, or
+                                 "sdpa" asked for) the output once more in the order of tokens, and keys and
+                                 values of all c ranks
         mlp         5w           gate and up, silu(gate), up as it is multiplied, the product; likewise shared_experts
         moe         K (he + 5m)  of every choice the input, which all e ranks of a group see, gate and up, silu(gate),
                                  the product, and that times the probability; experts one by one have up twice
@@ -86,7 +87,7 @@ def layer_activation_bytes(
     h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
     q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
     item = ITEM_BYTES[model.dtype]
-    flash = model.dtype == "bfloat16" and c == 1
+    flash = model.dtype == "bfloat16" and c == 1 and model.attention != "sdpa"
     elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
     if moe:
         of_expert = (6 if model.experts == "sequential" else 5) * bailing.moe_intermediate_size

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import SftConfig
+from megatron_rl.config.schema import ModelSection, SftConfig
 from megatron_rl.layout import Layout
-from megatron_rl.memory import rank_bytes
+from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import TrainSequence, make_micro_batch
@@ -109,3 +109,16 @@ def test_what_a_layer_keeps_is_planned_within_a_tenth(dense: bool, model: dict, 
     if model.get("recompute") != "full":  # norms on a CPU
         planned += NUM_TOKENS * 2 * SHAPE["hidden_size"] * 4
     assert kept == pytest.approx(planned, rel=0.1)
+
+
+def test_attention_without_the_flash_kernel_keeps_its_output_twice(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, **SHAPE)
+    bailing = load_bailing_config(tmp_path)
+    flash, sdpa = (
+        layer_activation_bytes(
+            bailing, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
+        )
+        for attention in ("auto", "sdpa")
+    )
+    assert sdpa.pop("attention") - flash.pop("attention") == 10 * 2 * 160
+    assert sdpa == flash
