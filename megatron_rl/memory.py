@@ -78,8 +78,8 @@ def layer_activation_bytes(
     dense MLP or of the shared experts, K active experts of width m, context c, expert_tensor e:
 
         norms       4h           the residual stream before attention and before the MLP, and both after their norms
-        attention   3q + 3k      q, k and v in one piece, q and k after rotary, the output. Without flash attention
-                                 (fp32, or c above 1): 3q + 2kc, the output twice, keys and values of all c ranks
+        attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, c above 1, or
+                                 "sdpa" asked for) the output once more, and keys and values of all c ranks
         mlp         3w           gate and up, silu(gate) up; likewise shared_experts
         moe         K (he + 3m)  of every choice the input, which all e ranks of a group see, gate and up, and
                                  silu(gate) up times the probability
@@ -90,8 +90,8 @@ def layer_activation_bytes(
     h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
     q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
     item = ITEM_BYTES[model.dtype]
-    flash = model.dtype == "bfloat16" and c == 1
-    elements = {"norms": 4 * h, "attention": 3 * q + (3 * k if flash else 2 * k * c)}
+    flash = model.dtype == "bfloat16" and c == 1 and model.attention != "sdpa"
+    elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
     if moe:
         elements["shared_experts"] = 3 * bailing.shared_intermediate_size
         elements["moe"] = bailing.num_experts_per_tok * (h * e + 3 * bailing.moe_intermediate_size)

@@ -37,7 +37,8 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        **({"MEGATRON_RL_DEVICE": "cpu"} if on_cpu else {}),
+        # Without a visible GPU a CUDA build of torch is what it is on a machine without one.
+        **({"MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
     processes = [

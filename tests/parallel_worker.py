@@ -145,8 +145,9 @@ def poison_next_gradient(session: Session) -> None:
 def masters(session: Session) -> dict[str, torch.Tensor]:
     """The optimizer's fp32 weights of this rank: the share that the model's are the rounding of, and the share that is
     no more than its own rounding."""
+    read = session.trainer.residence.read
     pairs = [
-        (weight, session.trainer.residence.read(master))
+        (weight, read(master.detach()))
         for part in session.trainer.optimizer.chained_optimizers
         for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for weight, master in zip(weights, kept, strict=True)
@@ -315,7 +316,7 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
-    if config.model.dtype == "bfloat16":
+    if session.model.dtype == torch.bfloat16 and not whole_gradients:  # the distributed optimizer's
         out |= masters(session)
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))

@@ -22,9 +22,8 @@ def plain(
     assert starts is starts_k
     assert longest == longest_k == max(LENGTHS)
     assert options.pop("window_size") == (-1, 0)
-    scale, grouped = options.pop("scale"), options.pop("enable_gqa", False)
-    assert not options
-    assert grouped or q.shape[1] == k.shape[1]
+    scale = options.pop("scale")
+    assert options == ({"enable_gqa": True} if layers._ASKS_FOR_GROUPS else {})
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outputs = []
     for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
@@ -34,12 +33,12 @@ def plain(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("takes_groups", [True, False], ids=["grouped heads", "a head for each query"])
+@pytest.mark.parametrize("asks_for_groups", [True, False])
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_flash_attention_and_buckets_are_the_same(
-    scale: float | None, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+    scale: float | None, asks_for_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(layers, "_ASKS_FOR_GROUPS", asks_for_groups)
     torch.manual_seed(0)
     packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
     inputs = [torch.randn(24, n, DIM, dtype=torch.float64, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
@@ -53,6 +52,23 @@ def test_flash_attention_and_buckets_are_the_same(
         found.append([output, *torch.autograd.grad(output, inputs, upstream)])
     for buckets, flash in zip(*found, strict=True):
         torch.testing.assert_close(flash, buckets, rtol=1e-10, atol=1e-12)
+
+
+def test_flash_attention_keeps_no_more_of_a_projection_than_it_uses() -> None:
+    """Values come as a part of the joint projection."""
+    packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
+    joint = torch.randn(24, GROUPS, (HEADS // GROUPS + 2) * DIM, dtype=torch.float64)
+    q, k, v = joint.split([HEADS // GROUPS * DIM, DIM, DIM], dim=-1)
+    attention = FlashAttention(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
+    given: list[Tensor] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        given.extend((query, key, value))
+        return query
+
+    attention.kernel = kernel
+    attention(q.reshape(24, HEADS, DIM), k, v, packed_seq_params=packed)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in given)
 
 
 def test_torchs_kernel_takes_what_it_is_given() -> None:

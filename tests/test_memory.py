@@ -16,9 +16,9 @@ from tiny_model import write_tiny_model
 
 from megatron_rl import device
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import SftConfig
+from megatron_rl.config.schema import ModelSection, SftConfig
 from megatron_rl.layout import Layout
-from megatron_rl.memory import rank_bytes
+from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.model.head import HeadRequest
@@ -141,3 +141,16 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
         assert found["state"] == found["planned_state"]
         assert found["passes"] == pytest.approx(found["planned_passes"], rel=0.05), case
+
+
+def test_attention_without_the_flash_kernel_keeps_its_output_twice(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, **SHAPE)
+    bailing = load_bailing_config(tmp_path)
+    flash, sdpa = (
+        layer_activation_bytes(
+            bailing, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
+        )
+        for attention in ("auto", "sdpa")
+    )
+    assert sdpa.pop("attention") - flash.pop("attention") == 10 * 2 * 160
+    assert sdpa == flash

@@ -242,9 +242,9 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
     # Two tensor-parallel ranks share all but norms and routers; eight of 64 experts are on each rank.
     dense = 28 * (ATTENTION // 2 + NORMS + ROUTER + SHARED // 2) + 2 * VOCABULARY // 2 + 2048
     routed = 28 * 8 * EXPERT
-    # Residual stream and normalised inputs; q, k and v, rotated q and k, output; shared experts; six routed copies;
+    # Residual stream and normalised inputs; rotated q and k, v, output; shared experts; six routed copies;
     # routers.
-    per_token = 2 * (4 * 2048 + 3 * 2048 + 3 * 512 + 3 * 2816 + 6 * (2048 + 3 * 1408)) + 33 * 64 + 32 * 6
+    per_token = 2 * (4 * 2048 + 2 * 2048 + 2 * 512 + 3 * 2816 + 6 * (2048 + 3 * 1408)) + 33 * 64 + 32 * 6
     layer = 16_384 * per_token // 2
     training = found["memory"]["training_gpu"]
     assert training == {

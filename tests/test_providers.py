@@ -39,6 +39,8 @@ def test_the_best_that_is_there_is_chosen() -> None:
     assert parts(EVERYTHING, Layout(world_size=2, context=2)) == ("local", "sdpa", "grouped")
     assert parts(HOPPER, Layout(world_size=6, expert=6)) == ("local", "flash", "sequential")
     assert parts(Installed(), experts="grouped") == ("local", "sdpa", "grouped")
+    narrow = BAILING.model_copy(update={"moe_intermediate_size": 20})  # rows of 40 bytes
+    assert choose(section(), narrow, Layout(world_size=1), HOPPER).experts == "sequential"
     # What local layers alone have is a choice of local layers.
     assert parts(EVERYTHING, attention="flash") == ("local", "flash", "grouped")
     assert parts(EVERYTHING, experts="sequential") == ("local", "flash", "sequential")
@@ -78,6 +80,7 @@ def test_the_log_says_what_is_missing_and_what_it_costs() -> None:
         ({"attention": "flash"}, {"context": 2}, "got bfloat16, 2 and 16; set model.attention = 'sdpa'"),
         ({"attention": "flash", "dtype": "float32"}, {}, "got float32, 1 and 16"),
         ({"experts": "grouped"}, {"expert": 6}, "got 6 over parallel.expert = 6 in bfloat16"),
+        ({"experts": "grouped"}, {"expert_tensor": 6}, "moe_intermediate_size 32 over 6; set model.experts"),
     ],
 )
 def test_contradictions_are_found_without_a_machine(options: dict, layout: dict, message: str) -> None:

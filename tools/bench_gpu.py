@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -69,6 +70,7 @@ SHAPE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 ALONE = Layout(world_size=1)
 # Of the device's memory, what is planned with: the rest is for the CUDA context, libraries and the allocator's gaps.
 SHARE = 0.9
+CHILD_SECONDS = 180
 SMOKE = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
 SMOKE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2}
 
@@ -213,8 +215,10 @@ def rates(seconds: float, flops: float, peaks: dict[str, float]) -> dict[str, fl
     return {f"mfu{suffix}": round(flops / seconds / peak, 4) for suffix, peak in peaks.items()}
 
 
-def measure_training(bench: Bench, arguments: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"training": []}
+def measure_training(
+    bench: Bench, arguments: argparse.Namespace, peaks: dict[str, float], found: dict[str, Any]
+) -> None:
+    found["training"] = []
     many = arguments.micro_batches
     for length in arguments.lengths:
         lengths = micro_batch_lengths(length, arguments.tokens)
@@ -250,7 +254,6 @@ def measure_training(bench: Bench, arguments: argparse.Namespace, peaks: dict[st
             parts = bench.parts(batch, max(1, many // 4))
             found["parts"] = {name: round(seconds, 5) for name, seconds in parts.items()}
             tell(f"parts: {found['parts']}")
-    return found
 
 
 def plain_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,9 +312,15 @@ def measure_choices() -> dict[str, Any]:
             if value == "auto":
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--choice", key, value]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHILD_SECONDS)
+            except subprocess.TimeoutExpired:
+                found[f"{key} = {value}"] = {"left_out": f"not done after {CHILD_SECONDS} s"}
+                continue
             last = done.stderr.strip().rpartition("\n")[2]
-            found[f"{key} = {value}"] = json.loads(done.stdout) if done.returncode == 0 else {"left_out": last}
+            # Libraries may have written in front of it.
+            result = done.stdout[done.stdout.rfind("{") :]
+            found[f"{key} = {value}"] = json.loads(result) if done.returncode == 0 else {"left_out": last}
             tell(f"{key} = {value}: {found[f'{key} = {value}']}")
     return found
 
@@ -376,12 +385,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Into `found`, one after the other: what was measured before an error is not lost."""
     shape = read_bailing_config(SHAPE)
     if arguments.smoke:
         shape = shape.model_copy(update=SMOKE)
     if arguments.choice:
-        return measure_choice(shape, arguments)
+        found |= measure_choice(shape, arguments)
+        return
     longest = max(arguments.lengths, key=lambda n: sum(micro_batch_lengths(n, arguments.tokens)))
 
     def of(layers: int) -> BailingConfig:
@@ -395,7 +406,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     nominal = arguments.peak or (None if arguments.smoke else nominal_peak(name))
     product = matmul_flops(arguments.cube, arguments.rounds)
     tell(f"{name}: {layers} layers, {product / 1e12:.3f} TFLOP/s at {arguments.cube}^3")
-    found: dict[str, Any] = {
+    found |= {
         "device": name,
         "memory_gb": round(device.memory_bytes() / 1e9, 1),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -414,9 +425,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = run_config(arguments, sum(micro_batch_lengths(longest, arguments.tokens)))
     bench = Bench(of(layers), config, join(), arguments.rounds)
     peaks = {"": nominal or product, "_of_matmul": product}
-    found |= measure_training(bench, arguments, peaks)
+    measure_training(bench, arguments, peaks, found)
     found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
-    return found
 
 
 def main() -> int:
@@ -441,11 +451,20 @@ def main() -> int:
     arguments.lengths = sorted({*lengths, arguments.tokens})
     if arguments.micro_batches < 2:
         raise ValueError(f"--micro-batches must be at least 2, got {arguments.micro_batches}")
-    print(json.dumps(measure(arguments), indent=1))
+    found: dict[str, Any] = {}
+    try:
+        measure(arguments, found)
+    finally:
+        if found:
+            print(json.dumps(found, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    code = exit_code(Path(__file__).name, main)
+    try:
+        code = exit_code(Path(__file__).name, main)
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     os._exit(code)  # torch's threads can hang at the interpreter's exit

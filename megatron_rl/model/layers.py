@@ -21,8 +21,8 @@ import_megatron()
 
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 
-# torch 2.12 and later; before, every query head wants a key-value head of its own.
-_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# torch 2.12 and later; before, it hands whatever heads there are to the same kernel, which takes groups of them.
+_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RMSNorm(torch.nn.Module):
@@ -103,17 +103,14 @@ class FlashAttention(PackedAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         starts, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        gqa = {}
-        if _TAKES_GROUPS:
-            gqa["enable_gqa"] = query.shape[1] != key.shape[1]
-        else:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GROUPS else {}
         causal = (-1, 0)
         attended = self.kernel(
-            *(query, key, value, starts, starts, longest, longest),
+            *(query, key, value.contiguous()),  # kept for backward as a view, it would keep all of the joint projection
+            *(starts, starts, longest, longest),
             scale=self.softmax_scale,
             window_size=causal,
-            **gqa,
+            **groups,
         )
         return attended.flatten(1)
 

@@ -18,6 +18,8 @@ GROUPED_CAPABILITY = (9, 0)
 # What torch's flash attention takes without padding the heads.
 MAX_FLASH_HEAD_DIM = 256
 FLASH_HEAD_DIM_MULTIPLE = 8
+# What torch's grouped product demands of the rows of its operands.
+GROUPED_ROW_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +88,10 @@ def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Ite
         )
     if model.experts == "grouped" and not _grouped_fits(model, bailing, layout):
         yield (
-            f"model.experts = 'grouped' needs several experts on a rank and no float64, got {bailing.num_experts} over "
-            f"parallel.expert = {layout.expert} in {model.dtype}; set model.experts = 'sequential'"
+            f"model.experts = 'grouped' needs several experts on a rank, no float64, and rows in multiples of "
+            f"{GROUPED_ROW_BYTES} bytes, got {bailing.num_experts} over parallel.expert = {layout.expert} in "
+            f"{model.dtype}, hidden_size {bailing.hidden_size} and moe_intermediate_size "
+            f"{bailing.moe_intermediate_size} over {layout.expert_tensor}; set model.experts = 'sequential'"
         )
 
 
@@ -146,4 +150,7 @@ def _flash_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> 
 
 
 def _grouped_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
-    return model.dtype != "float64" and bailing.num_experts > layout.expert
+    multiple = GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
+    widths = bailing.hidden_size, bailing.moe_intermediate_size // layout.expert_tensor
+    even = all(width % multiple == 0 for width in widths)
+    return model.dtype != "float64" and bailing.num_experts > layout.expert and even

@@ -109,6 +109,9 @@ class Router(TopKRouter):
         attached: Any = MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
         return attached
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """There is none. Megatron's own does nothing either, but is compiled by torch for that, in every process."""
+
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """logits: [tokens, E]; padding_mask: [tokens], true at padding. Returns `logits` with the loss attached."""
         coefficient = self.config.moe_z_loss_coeff

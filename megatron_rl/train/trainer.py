@@ -35,6 +35,7 @@ from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
+from megatron_rl.train import clipping
 from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
 from megatron_rl.train.feed import Feed, sizes_of, with_field
 from megatron_rl.train.objective import Objective
@@ -83,6 +84,7 @@ class Trainer:
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
         self.model = model
         self._control = control
+        clipping.install()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -340,6 +342,17 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
+
+
+def fuse_adam(optimizer: Any) -> None:
+    """Let torch's Adam, where megatron found no other, step all that it has to with one kernel.
+
+    By default it takes several on a GPU, and between them keeps a number in fp32 for each parameter that it steps.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def _on_host(tensor: Tensor) -> Tensor:

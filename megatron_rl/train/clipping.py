@@ -1,0 +1,38 @@
+"""Norm and scaling of many gradients at once, for megatron's clipping.
+
+Without Transformer Engine and apex megatron-core 0.19.2 takes a kernel for each parameter, and for its norm the host
+waits for each (utils.py, local_multi_tensor_*).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.device import import_megatron
+
+import_megatron()
+
+from megatron.core import utils  # noqa: E402
+from megatron.core.optimizer import clip_grads  # noqa: E402
+
+
+def install() -> None:
+    """Let megatron use these where it would use its own."""
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = l2_norm, scale
+
+
+def l2_norm(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """Of all tensors of the list together, fp32 [1] where they are."""
+    (tensors,) = lists
+    return torch.stack(torch._foreach_norm(tensors)).norm().float()[None], None
+
+
+def scale(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
+    """The second list becomes the first one times `factor`; megatron gives the same one twice."""
+    sources, destinations = lists
+    if any(a is not b for a, b in zip(sources, destinations, strict=True)):
+        torch._foreach_copy_(destinations, sources)
+    torch._foreach_mul_(destinations, factor)
