@@ -260,14 +260,15 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
     }
     assert training["total"] == sum(training.values()) - training["total"]
     options += ["--set", "budget.domains={code = 0.6, science = 0.4}"]
-    recomputed, _ = plan(tmp_path, *options, "--set", "model.recompute=true")
+    options += ["--set", "model.recompute=true", "--set", "train.micro_batch_tokens=32768"]
+    recomputed, _ = plan(tmp_path, *options)
     assert recomputed["budget"]["domain_tokens"] == {"code": 62_914_560, "science": 41_943_040}
     memory = recomputed["memory"]["training_gpu"]
-    assert memory["activations"] == 28 * 16_384 * 2048 * 2 // 2
+    assert memory["activations"] == 28 * 32_768 * 2048 * 2 // 2
     # Beside the recomputed layer: gradients of its last product, by token and by expert, of its input and its weight,
     # and of three residual streams. The head needs less.
-    gradients = 8_192 * (6 * (2 * 2048 + 1408) + 3 * 2048) + 8 * 2048 * 1408
-    assert memory["temporary"] == layer + 2 * gradients > training["temporary"]
+    gradients = 16_384 * (6 * (2 * 2048 + 1408) + 3 * 2048) + 8 * 2048 * 1408
+    assert memory["temporary"] == 2 * layer + 2 * gradients
 
 
 def test_one_rank_holds_the_whole_model_and_stages_share_it_out() -> None:
