@@ -194,6 +194,29 @@ def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_o
     asyncio.run(run())
 
 
+def test_a_server_that_gets_ready_when_memory_is_released_gets_its_weights_and_releases_too(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    not_yet: list[int] = []
+
+    def ready(exchange: Exchange) -> None:
+        exchange.say(b"", not_yet.pop() if not_yet else 200)
+
+    async def run(url: str) -> None:
+        async with connected([url], models[0], None) as pool:
+            (member,) = pool._members
+            not_yet.append(503)
+            pool.take_out(member, "by the test")
+            await until(lambda: not not_yet)  # its recovery asks again in a moment
+            await asyncio.wait_for(pool.release_memory(), 20)
+            assert (member.out, member.released) == (None, {*WEIGHTS, *WORKSPACE})
+            await pool.resume_memory((*WEIGHTS, *WORKSPACE))
+            await pool.load_from_disk(models[0], "0")
+
+    with liar(keeper.urls[0], ready=ready) as url:
+        asyncio.run(run(url))
+
+
 def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
     models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
 ) -> None:

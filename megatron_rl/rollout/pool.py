@@ -314,10 +314,9 @@ class ServerPool:
 
         Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its keeper.
         """
-        self._asleep = True
-        coming = [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]
-        if coming:
+        while coming := [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]:
             await asyncio.wait([task for task in coming if task is not None])
+        self._asleep = True  # not before: who is asleep gets no weights, and would be waited for in vain
         awake = [m for m in self._members if (m.out is None or m.needs_weights) and not m.released]
         for member in awake:
             if member.watch is not None:  # its question after the server's health would be a request that runs
@@ -369,7 +368,7 @@ class ServerPool:
         while time.monotonic() < give_up:
             if self._asleep:  # nothing is started meanwhile
                 give_up = time.monotonic() + seconds
-            elif await member.client.is_ready():
+            elif await member.client.is_ready() and not self._asleep:
                 if self._weights is None:
                     member.needs_weights = True
                     return
