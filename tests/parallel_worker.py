@@ -281,7 +281,7 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 for name, p in session.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
-    if section.dtype == "bfloat16":
+    if config.model.dtype == "bfloat16":
         out |= masters(session)
     if calls:
         out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))
