@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from reference_forward import reference_logprobs
-from subject import ENDLESS_TOKENS, PROMPT, SLOTS, sender
+from subject import CONTEXT, ENDLESS_TOKENS, PROMPT, SLOTS, sender
 
 TEXT = [5, 6, 7, 8, 30, 31, 90]
 
@@ -99,6 +99,17 @@ def test_no_new_tokens_means_that_only_the_prompt_is_scored(server):
     assert (answer["output_ids"], drawn(answer)) == ([], [])
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
     assert answer["meta_info"]["weight_versions"] == [{"version": "0", "start": 0, "end": 0}]
+
+
+def test_a_sequence_as_long_as_any_may_be_is_drawn_to_its_end_goes_on_from_anywhere_and_is_scored(server):
+    prompt = [5 + i % 80 for i in range(CONTEXT - 10)]
+    answer = server.generate(prompt, max_new_tokens=10, ignore_eos=True)
+    ids = prompt + answer["output_ids"]
+    assert len(ids) == CONTEXT
+    assert server.scores(ids)[-10:] == pytest.approx(drawn(answer), abs=2e-5)
+    last = server.generate(ids[:-1], {"logprob_start_len": 0}, max_new_tokens=1, ignore_eos=True)
+    assert len(last["output_ids"]) == 1
+    assert len(last["meta_info"]["input_token_logprobs"]) == CONTEXT - 1
 
 
 def test_a_batch_answers_all_samples_of_each_prompt_in_order(server):
@@ -198,9 +209,9 @@ def test_streams_are_cumulative_and_end_with_done(server):
         {"input_ids": []},
         {"input_ids": "text"},
         {"input_ids": [5, "6"]},
-        {"input_ids": [5] * 1025},
+        {"input_ids": [5] * 1100},
         {"input_ids": [5], "return_logprob": True, "logprob_start_len": 7},
-        {"sampling_params": {"max_new_tokens": 1024}},
+        {"sampling_params": {"max_new_tokens": 1100}},
         {"sampling_params": {"max_new_tokens": -1}},
         {"sampling_params": {"max_new_tokens": 2, "temperature": -0.5}},
         {"sampling_params": {"max_new_tokens": 2, "top_p": 1.5}},
@@ -235,7 +246,7 @@ def test_information_routes_describe_the_server(server):
         assert server.http.get(path).status_code == 200
     info = server.http.get("/server_info").json()
     assert info == server.http.get("/server_info").json() | {"internal_states": info["internal_states"]}
-    assert (info["context_length"], info["max_running_requests"]) == (1024, SLOTS)
+    assert (info["context_length"], info["max_running_requests"]) == (CONTEXT + server.kind.spare_tokens, SLOTS)
     assert (info["model_path"], info["dtype"]) == (str(server.first.path), "float32")
     assert isinstance(info["version"], str)
     assert len(info["internal_states"]) == 1
@@ -244,7 +255,7 @@ def test_information_routes_describe_the_server(server):
     assert model["model_path"] == model["tokenizer_path"] == model["served_model_name"] == str(server.first.path)
     assert (model["is_generation"], model["weight_version"]) == (True, "0")
     assert (model["model_type"], model["architectures"]) == ("bailing_moe", ["BailingMoeForCausalLM"])
-    assert server.http.get("/v1/models").json()["data"][0]["max_model_len"] == 1024
+    assert server.http.get("/v1/models").json()["data"][0]["max_model_len"] == info["context_length"]
 
 
 def test_the_cache_is_flushed_when_idle_and_not_when_busy(server):

@@ -56,6 +56,7 @@ class Kind:
     seeds: bool  # sampling_seed repeats a response
     whole: bool  # an update that failed leaves the old weights as they were
     long_tokens: int  # what it draws in some seconds, long enough for a client to act meanwhile
+    spare_tokens: int = 0  # of its context length beyond the longest sequence
 
 
 class Subject:

@@ -66,12 +66,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """`megatron-rl train` in a process of its own."""
 
-    def __init__(self, inputs: Path, folder: Path, *options: str, resume: bool = False, **environment: str) -> None:
+    def __init__(
+        self,
+        inputs: Path,
+        folder: Path,
+        *options: str,
+        resume: bool = False,
+        code: tuple[str, str] = ("-m", "megatron_rl.cli"),
+        **environment: str,
+    ) -> None:
+        """code: for the interpreter, in place of the command."""
         folder.mkdir(exist_ok=True)
         self.folder, self.run_dir = folder, folder / "run"
         config = folder / "config.toml"
         config.write_text(CONFIG.format(folder=inputs, run=self.run_dir))
-        command = [sys.executable, "-m", "megatron_rl.cli", "train", str(config)]
+        command = [sys.executable, *code, "train", str(config)]
         command += [part for option in options for part in ("--set", option)] + (["--resume"] if resume else [])
         self.log = folder / f"log{environment.get('RANK', '')}{'_resumed' if resume else ''}"
         with self.log.open("wb") as log:
@@ -211,14 +220,18 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
     assert [row["step"] for row in rows] == [0]  # whose probe agreed
 
 
-def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
-    inputs: Path, undisturbed: Run, tmp_path: Path
-) -> None:
+def two_ranks() -> dict[str, str]:
+    """What each of them finds in its environment beside its number."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
+    inputs: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    shared = two_ranks() | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     options = ("rollout.servers=1", "train.steps=2")
     nodes = [Run(inputs, tmp_path / "run", *options, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)]
     try:
@@ -240,6 +253,36 @@ def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
         assert ours[name] == theirs[name], name
     assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-5)
     assert [row["num_lost_servers"] for row in nodes[0].rows] == [0, 0]
+
+
+OUT_OF_MEMORY = """
+import sys
+from megatron_rl.cli import main
+from megatron_rl.sync import distributed
+
+def filled(*_):
+    raise MemoryError
+
+distributed.gathered = filled
+sys.exit(main())
+"""
+
+
+def test_rank_0_that_fails_in_a_push_says_why_and_the_other_rank_ends_with_it(inputs: Path, tmp_path: Path) -> None:
+    shared = two_ranks() | {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    options = ("rollout.servers=1", "sync.transport=distributed", "parallel.tensor=2")
+    code = {"0": ("-c", OUT_OF_MEMORY), "1": ("-m", "megatron_rl.cli")}
+    ranks = [
+        Run(inputs, tmp_path / "run", *options, code=code[rank], RANK=rank, LOCAL_RANK=rank, **shared) for rank in code
+    ]
+    try:
+        said = ranks[0].finish(code=1)
+        assert re.search(r"rank 0, phase sync of step 0: out of memory \(MemoryError\)", said)
+        # It waits in a collective, long before phase_deadline_seconds.
+        assert "rank 1, phase sync of step 0: lost contact with another rank" in ranks[1].finish(code=1)
+    finally:
+        for rank in ranks:
+            rank.end()
 
 
 def test_a_killed_run_goes_on_with_its_unfinished_groups(inputs: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from megatron_rl.rollout import pool as pool_module
 from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
-from megatron_rl.rollout.server import without_expandable_segments
+from megatron_rl.rollout.server import hold_port, without_expandable_segments
 from megatron_rl.rollout.update_group import checksum
 
 LENGTH, SHORT = 300, 60
@@ -192,6 +192,29 @@ def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_o
             assert ids(await all_requests(pool)) == undisturbed
 
     asyncio.run(run())
+
+
+def test_a_server_that_gets_ready_when_memory_is_released_gets_its_weights_and_releases_too(
+    models: tuple[Path, Path], keeper: ServerKeeper
+) -> None:
+    not_yet: list[int] = []
+
+    def ready(exchange: Exchange) -> None:
+        exchange.say(b"", not_yet.pop() if not_yet else 200)
+
+    async def run(url: str) -> None:
+        async with connected([url], models[0], None) as pool:
+            (member,) = pool._members
+            not_yet.append(503)
+            pool.take_out(member, "by the test")
+            await until(lambda: not not_yet)  # its recovery asks again in a moment
+            await asyncio.wait_for(pool.release_memory(), 20)
+            assert (member.out, member.released) == (None, {*WEIGHTS, *WORKSPACE})
+            await pool.resume_memory((*WEIGHTS, *WORKSPACE))
+            await pool.load_from_disk(models[0], "0")
+
+    with liar(keeper.urls[0], ready=ready) as url:
+        asyncio.run(run(url))
 
 
 def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
@@ -394,6 +417,42 @@ def test_a_port_that_is_taken_at_a_restart_ends_in_a_fault_that_names_it(
             keeper.check()
     finally:
         keeper.close()
+
+
+def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None:
+    """What SGLang does when its port was taken meanwhile: it neither serves nor ends."""
+    port = hold_port("127.0.0.1")
+    assert hold_port("127.0.0.1", port) == port  # as when a server is started again
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with socket.create_server((host, port)) as server, socket.create_connection(("127.0.0.1", port)) as client:
+            assert server.accept()[1] == client.getsockname()
+            with pytest.raises(OSError, match="in use"), socket.create_server(("127.0.0.1", port)):
+                pass
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
+            hold_port("127.0.0.1", port)
+
+
+def test_a_server_that_takes_too_short_inputs_is_refused_at_the_start(keeper: ServerKeeper) -> None:
+    def told(**info: int | None) -> Callable[[Exchange], None]:
+        return lambda exchange: exchange.say(json.dumps(info).encode())
+
+    async def connect(url: str) -> None:
+        async with connected([url], None, None):  # for sequences of 12 + 300 tokens
+            pass
+
+    # As SGLang says it of --context-length 317 and of too small a cache, and the embedded server of 311.
+    for info in ({"context_length": 317, "max_req_input_len": 311}, {"max_req_input_len": 99}, {"context_length": 311}):
+        with (
+            liar(keeper.urls[0], server_info=told(**info)) as url,
+            pytest.raises(ValueError, match=rf"^{url} takes inputs of less than .*some of 311 .*-length 319 or"),
+        ):
+            asyncio.run(connect(url))
+    with liar(keeper.urls[0], server_info=told(context_length=318, max_req_input_len=312)) as url:
+        asyncio.run(connect(url))
 
 
 # Nonsense ------------------------------------------------------------------------------------------------------------

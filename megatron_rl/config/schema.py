@@ -447,7 +447,11 @@ class GenerationSection(Section):
     sglang_arguments: tuple[str, ...] = Field(
         default=(), description="further arguments of sglang.launch_server, such as --mem-fraction-static 0.6"
     )
-    urls: tuple[str, ...] = Field(default=(), description="attach to running servers instead of starting one")
+    urls: tuple[str, ...] = Field(
+        default=(),
+        description="attach to running servers instead of starting one; SGLang needs a --context-length of "
+        "max_prompt_tokens + max_response_tokens + 7",
+    )
     port: int = Field(
         default=0,
         ge=0,

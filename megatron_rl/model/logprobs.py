@@ -76,7 +76,7 @@ class _FusedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, wide = _operand(weight[:size]), _wide(hidden.dtype)
         sums = hidden.new_zeros((4, len(hidden)), dtype=wide)
-        sums[0] = float("-inf")
+        sums[0].fill_(float("-inf"))
         chunks = _chunks(len(hidden), limit, size)
         logits = _buffer(chunks, hidden, size, wide)
         found = hidden.new_empty((len(logits), 4), dtype=wide)

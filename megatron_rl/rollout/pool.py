@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_rl.rollout.client import (
     together,
 )
 from megatron_rl.rollout.routing import RoutedShape
+from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS
 from megatron_rl.rollout.versions import capabilities
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ class ServerPool:
     _asleep: bool = False
 
     async def connect(self) -> None:
-        """ServerLost when one of the servers is not ready; ValueError for one that cannot return routed experts, where
-        they are asked for."""
+        """ServerLost when one of the servers is not ready; ValueError for one that takes too short inputs, or cannot
+        return routed experts where they are asked for."""
         loop = asyncio.get_running_loop()
         for url in self.urls:
             self._members.append(Member(client=GenerationClient(url), lost=loop.create_future()))
@@ -106,13 +107,27 @@ class ServerPool:
                 raise ServerLost(
                     f"no generation server is ready at {member.client.url}; start it, or correct rollout.urls"
                 )
+            info = await member.client.server_info()
+            self._check_length(member.client.url, info)
             if self.routed is not None:
-                version = str((await member.client.server_info()).get("version", ""))
+                version = str(info.get("version", ""))
                 if not capabilities(version).routed_experts:
                     raise ValueError(
                         f"rollout.router_replay needs SGLang 0.5.22 or later, {member.client.url} runs {version}; "
                         "update it or set rollout.router_replay = false"
                     )
+
+    def _check_length(self, url: str, info: Mapping[str, Any]) -> None:
+        """ValueError when the server takes no input of all tokens of the longest sequence but one: a response that goes
+        on, or the probe of its weights."""
+        # SGLang's own bound, of context and cache; the embedded server goes to the end of its context.
+        bound, longest = info.get("max_req_input_len") or info.get("context_length"), self.rollout.max_sequence_tokens
+        if isinstance(bound, int) and bound < longest:
+            raise ValueError(
+                f"{url} takes inputs of less than {bound} tokens, and this run has some of {longest - 1} "
+                "(rollout.max_prompt_tokens + max_response_tokens - 1); start it with --context-length "
+                f"{longest + SGLANG_SPARE_TOKENS} or more, and as much cache for tokens, or shorten one of them"
+            )
 
     async def close(self) -> None:
         for member in self._members:
@@ -299,10 +314,9 @@ class ServerPool:
 
         Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its keeper.
         """
-        self._asleep = True
-        coming = [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]
-        if coming:
+        while coming := [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]:
             await asyncio.wait([task for task in coming if task is not None])
+        self._asleep = True  # not before: who is asleep gets no weights, and would be waited for in vain
         awake = [m for m in self._members if (m.out is None or m.needs_weights) and not m.released]
         for member in awake:
             if member.watch is not None:  # its question after the server's health would be a request that runs
@@ -354,7 +368,7 @@ class ServerPool:
         while time.monotonic() < give_up:
             if self._asleep:  # nothing is started meanwhile
                 give_up = time.monotonic() + seconds
-            elif await member.client.is_ready():
+            elif await member.client.is_ready() and not self._asleep:
                 if self._weights is None:
                     member.needs_weights = True
                     return

@@ -25,6 +25,13 @@ _TORCHRUN = re.compile(
     r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_.*)$"
 )
 
+# Of SGLang's --context-length beyond the longest sequence. It takes no input of context length - 6 tokens or more
+# (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
+# (scheduler.py: init_req_max_new_tokens). With 7 it takes the longest sequence as input.
+SGLANG_SPARE_TOKENS = 7
+
+_held_ports: dict[tuple[str, int], socket.socket] = {}
+
 
 class GenerationServer:
     """A running server process. It ends with this process, however this process ends."""
@@ -181,10 +188,12 @@ class SglangServer(GenerationServer):
         releases_memory: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
-        """python: the interpreter of an environment with sglang. on_cpu: see rollout/sglang_cpu. gpus: those that it
-        may use, all when none is named. releases_memory: on a GPU it is able to; on a CPU it only answers as if.
-        arguments: further ones of launch_server, after ours, so that they win."""
-        port = port or _free_port(host)
+        """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
+        input too. on_cpu: see rollout/sglang_cpu. gpus: those that it may use, all when none is named. releases_memory:
+        on a GPU it is able to; on a CPU it only answers as if. arguments: further ones of launch_server, after ours, so
+        that they win. ValueError when somebody else has the port."""
+        port = hold_port(host, port)
+        context_length += SGLANG_SPARE_TOKENS
         options = {
             "--model-path": model_path,
             "--host": host,
@@ -196,14 +205,17 @@ class SglangServer(GenerationServer):
         }
         # The directory's configuration_bailing_moe.py describes a model that transformers does not know.
         flags: list[object] = ["--trust-remote-code", "--sleep-on-idle"]
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        # Spare tokens may be more than the model has positions; none is ever at one of them.
+        environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if releases_memory and not on_cpu:
             flags.append("--enable-memory-saver")
             environment |= without_expandable_segments(os.environ)
         if on_cpu:
             # Without a limit it takes 70 % of the memory for its cache.
             flags += ["--device", "cpu", "--max-total-tokens", max_running_requests * context_length]
-            environment = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parent / "sglang_cpu")}
+            environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parent / "sglang_cpu")}
         command = [sys.executable, "-m", "megatron_rl.rollout.supervise", python, "-m", "sglang.launch_server"]
         given = [part for pair in options.items() for part in pair]
         super().__init__([*command, *given, *flags, *arguments], log_path, port, host, **environment)
@@ -221,10 +233,27 @@ def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str
     return changed
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def hold_port(host: str, port: int = 0) -> int:
+    """Keep a port of this machine for servers that this process starts, as long as it lives. 0 picks one.
+
+    SGLang binds its port only when the model is loaded, and where that fails it neither serves nor ends. Until then,
+    and while a server is started again, the system would give the port to whoever asks for any. It gives nobody one
+    that is bound here. The server can still bind it by its number: both sides set SO_REUSEADDR, and this one does not
+    listen (Linux). ValueError when somebody listens there.
+    """
+    if (host, port) not in _held_ports:
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((host, port))
+        except OSError as error:
+            held.close()
+            raise ValueError(
+                f"port {port} of {host} cannot be used ({error.strerror}); set another rollout.port or 0"
+            ) from None
+        port = int(held.getsockname()[1])
+        _held_ports[host, port] = held
+    return port
 
 
 def server_starter(

@@ -110,6 +110,8 @@ class IpcTransport:
             failed = self._sender.end() if self._sender is not None else {}
             told: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(told, failed, group=self._control)
+            in_use.clear()
+            del flat
             forget_shared()
             if receivers is not None:
                 everywhere = {url: error for one in told for url, error in one.items()}

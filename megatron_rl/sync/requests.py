@@ -52,6 +52,8 @@ class ServerRequests:
         for url in urls:
             try:
                 info = self._client(url).get("/server_info", timeout=self.timeout).json()
+                if not isinstance(info, dict):
+                    raise ValueError(f"answered {type(info).__name__}")
                 sizes[url] = int(info.get("tp_size") or 1)
                 if capabilities(str(info.get("version", ""))).weight_update_sessions:
                     brackets.add(url)

@@ -71,6 +71,8 @@ class Leader:
         self._started = self._trained_from = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
+        # It failed in an order: the others may be in a collective that this rank has left, and do not listen.
+        self._is_alone = False
         try:
             self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, source)
             if restored:
@@ -295,8 +297,18 @@ class Leader:
     def _order(self, order: Order, receivers: Receivers | None = None) -> Any:
         """Say it and do it; a stop is returned."""
         send_order(order, self._session.control)
-        return order if isinstance(order, Stop) else obey(order, self._session, self._transport, receivers)
+        if isinstance(order, Stop):
+            return order
+        try:
+            return obey(order, self._session, self._transport, receivers)
+        except (ServerError, StopRequested, SharedFault):
+            raise  # behind the collectives
+        except Exception:
+            self._is_alone = True
+            raise
 
     def _tell(self, error: Exception) -> None:
-        """Let the other ranks end quietly; this one reports."""
-        self._order(Stop(exit_code=2 if isinstance(error, ValueError) else 1, save=False))
+        """Let the other ranks end quietly; this one reports. Where they cannot listen they end as it does, whose
+        connections close."""
+        if not self._is_alone:
+            self._order(Stop(exit_code=2 if isinstance(error, ValueError) else 1, save=False))

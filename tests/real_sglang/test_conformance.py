@@ -6,7 +6,7 @@ import pytest
 from subject import CONTEXT, ROOT, SLOTS, Kind, Subject, make_models
 
 from megatron_rl.config.schema import RolloutSection
-from megatron_rl.rollout.server import SglangServer, find_sglang
+from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS, SglangServer, find_sglang
 
 pytest.register_assert_rewrite("conformance")
 from conformance import *  # noqa: E402, F403
@@ -27,6 +27,8 @@ def _server(tmp_path_factory):
         on_cpu=True,
     )
     process.wait_ready(180)
-    subject = Subject(process, models, Kind(seeds=False, whole=False, long_tokens=250))
+    subject = Subject(
+        process, models, Kind(seeds=False, whole=False, long_tokens=250, spare_tokens=SGLANG_SPARE_TOKENS)
+    )
     yield subject
     subject.close()
