@@ -107,13 +107,13 @@ def _layer_gradient_bytes(
     bailing: BailingConfig, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
 ) -> int:
     """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
-    product, of its input and of its weight (an expert layer has the first twice, by token and padded by expert), or at
-    its first one that of a weight twice as large; and three of the residual stream."""
+    product, of its input and of its weight, or at its first one that of a weight twice as large, when what the last one
+    kept is gone; and three of the residual stream."""
     h, t, e = bailing.hidden_size, layout.tensor, layout.expert_tensor
     if moe:
         width = bailing.moe_intermediate_size
         weight = bailing.num_experts // layout.expert * h * width // e
-        last, first = bailing.num_experts_per_tok * (2 * h * e + width), bailing.num_experts_per_tok * h * e
+        last, first = bailing.num_experts_per_tok * (h * e + width), bailing.num_experts_per_tok * (h * e - width)
     else:
         width = bailing.intermediate_size
         weight = h * width // t

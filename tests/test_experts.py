@@ -8,29 +8,36 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.model.experts import GroupedExperts, distance, padded_rows, stacked
+from megatron_rl.model.experts import GroupedExperts, distance, rows_of, stacked
 
 WIDTH, HIDDEN = 8, 16
 
 
-@given(
-    counts=st.lists(st.integers(0, 20), min_size=1, max_size=8),
-    multiple=st.sampled_from([1, 4, 8]),
-    reverse=st.booleans(),
-)
-def test_every_expert_has_whole_rows_and_every_token_a_row_of_its_expert(
-    counts: list[int], multiple: int, reverse: bool
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
+    """A number of experts, and for each of some tokens as many of them, each another."""
+    num_experts = draw(st.integers(1, 8))
+    num_choices = draw(st.integers(1, num_experts))
+    some = st.permutations(range(num_experts)).map(lambda order: order[:num_choices])
+    return num_experts, draw(st.lists(some, min_size=1, max_size=30))
+
+
+@given(chosen=choices(), multiple=st.sampled_from([1, 4, 8]), reverse=st.booleans())
+def test_every_expert_has_whole_rows_and_every_choice_a_row_of_its_expert(
+    chosen: tuple[int, list[list[int]]], multiple: int, reverse: bool
 ) -> None:
-    rows, ends = padded_rows(torch.tensor(counts), sum(counts), multiple, reverse)
-    sizes = [max(1, -(-count // multiple)) * multiple for count in counts]
-    order = range(len(counts))[::-1] if reverse else range(len(counts))
-    expected: dict[int, list[int]] = {}
+    num_experts, expert_of = chosen
+    rows = rows_of(torch.tensor(expert_of), num_experts, multiple, reverse)
     first = 0
-    for position, expert in enumerate(order):
-        expected[expert] = list(range(first, first + counts[expert]))
-        first += sizes[expert]
-        assert int(ends[position]) == first
-    assert rows.tolist() == [row for expert in range(len(counts)) for row in expected[expert]]
+    for position, expert in enumerate(range(num_experts)[::-1] if reverse else range(num_experts)):
+        tokens = [token for token, experts in enumerate(expert_of) if expert in experts]
+        for row, token in enumerate(tokens, first):
+            assert int(rows.of_choice[token, expert_of[token].index(expert)]) == row
+            assert int(rows.token[row]) == token
+        first += max(1, -(-len(tokens) // multiple)) * multiple
+        assert int(rows.ends[position]) == first
+    assert first <= len(rows.token)
+    assert 0 <= int(rows.token.min()) <= int(rows.token.max()) < len(expert_of)
 
 
 def holding(weight: torch.nn.Parameter) -> torch.nn.Module:
@@ -58,15 +65,21 @@ def parameters_in(buffer: str, count: int, dtype: torch.dtype) -> list[tuple[tor
 
 @pytest.mark.parametrize("buffer", ["apart", "last one first", "first one first", "uneven"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("sorted_by_expert", [True, False], ids=["sorted", "with the numbers of their experts"])
 def test_grouped_experts_compute_and_learn_what_single_ones_do(
-    buffer: str, dtype: torch.dtype, tolerance: float
+    sorted_by_expert: bool, buffer: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
-    counts = torch.tensor([5, 0, 1, 9])
     experts = parameters_in(buffer, 4, dtype)
-    hidden = torch.randn(15, HIDDEN, dtype=dtype, requires_grad=True)
-    probs = torch.rand(15, requires_grad=True)
-    gradient = torch.randn(15, HIDDEN, dtype=dtype)
+    if sorted_by_expert:
+        counts = torch.tensor([5, 0, 1, 9])
+        expert_of = torch.repeat_interleave(torch.arange(4), counts)[:, None]
+    else:
+        counts = expert_of = torch.tensor([[0, 3], [3, 0], [0, 2], [3, 0], [0, 3], [0, 3], [3, 0]])
+    shape = (15,) if sorted_by_expert else (7, 2)
+    hidden = torch.randn(shape[0], HIDDEN, dtype=dtype, requires_grad=True)
+    probs = torch.rand(shape, requires_grad=True)
+    gradient = torch.randn(shape[0], HIDDEN, dtype=dtype)
     leaves = [hidden, probs, *(weight for pair in experts for weight in pair)]
 
     module = SimpleNamespace(
@@ -77,12 +90,15 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
     assert bias is None
     found = [output, *torch.autograd.grad(output, leaves, gradient)]
 
-    outputs = []
-    for (up, down), x, p in zip(experts, hidden.split(counts.tolist()), probs.split(counts.tolist()), strict=True):
-        gate, linear = (x @ up.T).chunk(2, dim=-1)
-        outputs.append((F.silu(gate) * linear * p[:, None]).to(dtype) @ down.T)
-    alone = torch.cat(outputs)
-    expected = [alone, *torch.autograd.grad(alone, leaves, gradient)]
+    sums = [torch.zeros(HIDDEN) for _ in hidden]
+    for token, (numbers, chances) in enumerate(zip(expert_of.tolist(), probs.view(expert_of.shape), strict=True)):
+        for number, chance in zip(numbers, chances, strict=True):
+            up, down = experts[number]
+            gate, linear = (hidden[token] @ up.T).chunk(2, dim=-1)
+            sums[token] = sums[token] + (F.silu(gate) * linear * chance).to(dtype) @ down.T
+    alone = torch.stack(sums).to(dtype)
+    gradients = torch.autograd.grad(alone, leaves, gradient, allow_unused=True)
+    expected = [alone, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))

@@ -265,9 +265,9 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
     assert recomputed["budget"]["domain_tokens"] == {"code": 62_914_560, "science": 41_943_040}
     memory = recomputed["memory"]["training_gpu"]
     assert memory["activations"] == 28 * 32_768 * 2048 * 2 // 2
-    # Beside the recomputed layer: gradients of its last product, by token and by expert, of its input and its weight,
+    # Beside the recomputed layer: gradients of its last product, of its input and its weight,
     # and of three residual streams. The head needs less.
-    gradients = 16_384 * (6 * (2 * 2048 + 1408) + 3 * 2048) + 8 * 2048 * 1408
+    gradients = 16_384 * (6 * (2048 + 1408) + 3 * 2048) + 8 * 2048 * 1408
     assert memory["temporary"] == 2 * layer + 2 * gradients
 
 

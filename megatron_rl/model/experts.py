@@ -4,11 +4,12 @@ megatron-core's local experts run one after the other: two small products for ea
 tokens each one gets. Its grouped ones want Transformer Engine. Here megatron's module still owns the parameters, expert
 by expert, so that names, checkpoints, optimizer and export are the same; only the products are others.
 
-Legend: T tokens of this rank, sorted by expert; E experts of this rank; P rows of the padded tokens; H hidden size.
+Legend: T tokens of this rank, each with K choices of one of its E experts; P rows of the products, which all rows of an
+expert follow each other in; H hidden size.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +30,32 @@ _ALIGNED_BYTES = 16
 
 
 class GroupedExperts(SequentialMLP):
-    """SwiGLU experts without bias: down(silu(gate x) * up x * p), p being the router's probability of the token."""
+    """SwiGLU experts without bias: the sum over choices of down(silu(gate x) * up x * p), p being the router's
+    probability."""
 
-    def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
-    ) -> tuple[Tensor, None]:
-        """[T, H], [E], [T] -> [T, H], and no bias."""
-        hidden = permuted_local_hidden_states
+    def forward(self, hidden: Tensor, expert_of: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """hidden [T, H], expert_of int64 and probs [T, K] -> [T, H], and no bias.
+
+        As megatron's other dispatchers have it, tokens come sorted by expert and once for each choice: then expert_of
+        is [E], the number of each expert's, and probs [T].
+        """
         for expert in self.local_experts:
             run_pre_hooks(expert.linear_fc1)
             run_pre_hooks(expert.linear_fc2)
         ups = [expert.linear_fc1.weight for expert in self.local_experts]
         downs = [expert.linear_fc2.weight for expert in self.local_experts]
         reverse = min(distance(ups), distance(downs)) < 0
-        multiple = _ALIGNED_BYTES // hidden.dtype.itemsize
-        rows, ends = padded_rows(tokens_per_expert.to(hidden.device), len(hidden), multiple, reverse)
-        num_rows = len(hidden) + self.num_local_experts * multiple
-        gate_and_up = F.grouped_mm(_spread(hidden, rows, num_rows), stacked(ups, reverse).transpose(1, 2), offs=ends)
-        activated = weighted_bias_swiglu_impl(gate_and_up, None, _spread(permuted_probs, rows, num_rows)[:, None])
-        output = F.grouped_mm(activated, stacked(downs, reverse).transpose(1, 2), offs=ends)
-        return output.index_select(0, rows), None
+        if expert_of.dim() == 1:
+            numbers, counts = torch.arange(len(ups), device=hidden.device), expert_of.to(hidden.device)
+            expert_of = torch.repeat_interleave(numbers, counts, output_size=len(hidden))[:, None]
+            probs = probs[:, None]
+        rows = rows_of(expert_of, len(ups), _ALIGNED_BYTES // hidden.dtype.itemsize, reverse)
+        gate_and_up = F.grouped_mm(_Spread.apply(hidden, *rows[:2]), stacked(ups, reverse).mT, offs=rows.ends)
+        # Where a row has no token it has the probability 0, and so an output and a gradient of the weights of 0.
+        row_probs = probs.new_zeros(len(rows.token)).index_put((rows.of_choice.flatten(),), probs.flatten())
+        activated = weighted_bias_swiglu_impl(gate_and_up, None, row_probs[:, None])
+        output = F.grouped_mm(activated, stacked(downs, reverse).mT, offs=rows.ends)
+        return _Collect.apply(output, *rows[:2]), None
 
 
 class GroupedLayer(MoELayer):
@@ -63,46 +70,97 @@ class GroupedLayer(MoELayer):
 
 
 class _LocalDispatcher(MoEAlltoAllTokenDispatcher):
-    """Of a rank that has all experts: its tokens, sorted by expert, are the experts' input.
+    """Of a rank that has all experts: tokens go to them as they are, with the numbers of their experts.
 
-    Megatron's own waits for the number of each expert's tokens, to sort the tokens by expert once more.
+    Megatron's own sorts them by expert, and waits for the number of each expert's to sort them once more.
     """
 
-    tokens_per_expert: Tensor | None
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H]; routing_map bool and probs [T, E] -> [T, H], [T, K]."""
+        self._shape = hidden_states.shape
+        # All of a token's choices are 1, everything else is 0.
+        self._expert_of = routing_map.float().topk(self.config.moe_router_topk, dim=1, sorted=False).indices
+        return hidden_states.flatten(0, -2), probs.gather(1, self._expert_of)
 
-    def preprocess(self, routing_map: Tensor) -> Tensor:
-        """bool [tokens, E] -> [E], each expert's tokens."""
-        self.num_out_tokens = len(routing_map) * self.config.moe_router_topk
-        return routing_map.sum(dim=0)
+    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, probs
 
-    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
-        return tokens_per_expert
-
-    def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> tuple[Tensor, Any, Tensor]:
-        counts, self.tokens_per_expert = self.tokens_per_expert, None
-        return global_input_tokens, counts, global_probs
+    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden, self._expert_of, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
+    def token_combine(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
 
-def padded_rows(counts: Tensor, num_tokens: int, multiple: int, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Where tokens that are sorted by expert go so that every expert has a multiple of rows, and at least one multiple.
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.view(self._shape)
 
-    counts: [E], tokens of each expert, on the device; nothing waits for their values. reverse: the last expert first.
-    Returns int64 [T], the row of each token, and int32 [E], the row behind each expert's last in the order of rows.
+
+class Rows(NamedTuple):
+    """Rows of grouped products, of which every expert has a multiple of some number, and at least that.
+
+    of_choice: int64 [T, K], the row of each choice. token: int64 [P], the token of each row; a row without one has any.
+    ends: int32 [E], the row behind each expert's last, in the order of rows.
     """
-    padded = (counts.clamp(min=1) + multiple - 1) // multiple * multiple
+
+    of_choice: Tensor
+    token: Tensor
+    ends: Tensor
+
+
+def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = False) -> Rows:
+    """expert_of: int64 [T, K] on the device; nothing waits for its values. reverse: the last expert has the first rows.
+    Each expert's tokens are in their order."""
+    num_tokens, num_choices = expert_of.shape
+    chosen = expert_of.new_zeros(num_tokens, num_experts, dtype=torch.int32).scatter_(1, expert_of, 1)
+    until = chosen.cumsum(0)
+    padded = (chosen.sum(0).clamp(min=1) + multiple - 1) // multiple * multiple
     ends = (padded.flip(0) if reverse else padded).cumsum(0)
     starts = (ends.flip(0) if reverse else ends) - padded
-    shift = starts - (counts.cumsum(0) - counts)
-    shifts = torch.repeat_interleave(shift, counts, output_size=num_tokens)
-    return torch.arange(num_tokens, device=counts.device) + shifts, ends.to(torch.int32)
+    of_choice = starts[expert_of] + until.gather(1, expert_of) - 1
+    tokens = torch.arange(num_tokens, device=expert_of.device)[:, None].expand(-1, num_choices)
+    token = expert_of.new_zeros(expert_of.numel() + num_experts * multiple)
+    return Rows(of_choice, token.index_copy_(0, of_choice.flatten(), tokens.flatten()), ends.to(torch.int32))
 
 
-def _spread(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """x [T, ...] -> [P, ...], zero where no token is."""
-    return x.new_zeros(num_rows, *x.shape[1:]).index_put((rows,), x)  # index_copy would keep x for its backward pass
+def _spread(x: Tensor, token: Tensor) -> Tensor:
+    """x [T, H] -> [P, H]. Of no tokens at all, zeros."""
+    return x.index_select(0, token) if len(x) else x.new_zeros(len(token), x.shape[1])
+
+
+def _collect(x: Tensor, of_choice: Tensor) -> Tensor:
+    """x [P, H] -> [T, H], sums over choices, in fp32 and then rounded."""
+    found = x.index_select(0, of_choice.flatten())
+    if of_choice.shape[1] == 1:
+        return found
+    return found.unflatten(0, of_choice.shape).sum(dim=1, dtype=torch.float32).to(x.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """Each row's token, and back the sum of a token's rows; `_Collect` is the other way round. Torch's own gradient of
+    either adds atomically, in the dtype of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, of_choice: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(of_choice)
+        return _spread(x, token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _collect(grads[0], ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, of_choice: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _collect(x, of_choice)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _spread(grads[0], ctx.saved_tensors[0]), None, None
 
 
 def distance(weights: Sequence[Tensor]) -> int:
