@@ -102,7 +102,8 @@ class Router(TopKRouter):
         if not coefficient:
             return probs
         counts = routing_map.sum(dim=0)
-        dist.all_reduce(counts, group=self.tp_cp_group)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
         num_choices = counts.sum().clamp(min=1)
         loss = self.num_experts * (scores_for_aux_loss.sum(dim=0) * counts).sum() / num_choices
         self.load_balance_loss += loss.detach()

@@ -12,7 +12,6 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.rollout.server import find_sglang
 
 ROOT = Path(__file__).parents[2]
-# Prompts are shorter than max_prompt_tokens by more than the 7 tokens of its context that SGLang takes from no input.
 CONFIG = """
 run_dir = "{folder}/run"
 [model]
@@ -44,6 +43,7 @@ save_every = 2
 micro_batch_tokens = 128
 phase_deadline_seconds = 300
 """
+pytestmark = pytest.mark.timeout(1200)  # several command lines each, and torch compiles at the first step
 # Between the log-probs of server and trainer for tokens that the trainer's weights sampled, the mean of a step. fp32:
 # rounding; a step that left the servers behind would be off by its learning, about 1e-2. bf16: two roundings, and
 # routers that choose otherwise where they are undecided.
@@ -69,6 +69,7 @@ def call(*arguments: str | Path, code: int = 0) -> str:
         ("embedded", "bfloat16", "disk"),
         ("sglang", "float32", "distributed"),
         ("sglang", "bfloat16", "disk"),
+        ("sglang", "bfloat16", "ipc"),
     ],
 )
 def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
@@ -82,7 +83,10 @@ def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
             pytest.skip(str(error))
     config = tmp_path / "config.toml"
     config.write_text(CONFIG.format(folder=tmp_path, inputs=inputs, engine=engine, dtype=dtype, transport=transport))
-    call("train", config)
+    # Trainer and server in turns, each with all of the memory.
+    options = ["rollout.release_memory=true", "train.offload_while_generating=true"] if transport == "ipc" else []
+    turns = [part for option in options for part in ("--set", option)]
+    call("train", config, *turns)
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["num_loss_tokens"] for row in rows] == [300, 300, 300]
@@ -93,5 +97,5 @@ def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
     call("compare", run / "checkpoints/step_3", run / "hf")
     call("compare", inputs / "model", run / "hf", code=1)
     # And the run goes on from there.
-    call("train", config, "--resume", "--set", "train.steps=4")
+    call("train", config, *turns, "--resume", "--set", "train.steps=4")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
