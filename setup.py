@@ -52,7 +52,7 @@ setup(
             "mypy==2.4.1",
             "pre-commit",
         ],
-        # One set, for CUDA 13; docs/gpu_install.md says how it was found and how to install it. SGLang pins torch.
+        # One set, for CUDA 13; docs/gpu.md says how it was found and how to install it. SGLang pins torch.
         "gpu": ["torch==2.14.1", "sglang==0.5.23", "transformer-engine[core-cu13,pytorch]==2.20.2"],
         "logging": ["wandb"],
     },
