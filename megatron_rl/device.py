@@ -38,13 +38,14 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_rl.errors import Fault
 
 log = logging.getLogger(__name__)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "randint", "linspace")
 _FREE_EVERY_SECONDS = 0.1
@@ -78,6 +79,17 @@ def use_in_thread(where: torch.device) -> None:
     """At a thread's start: a new one has the first device, and pinned memory would make a context there."""
     if where.type == "cuda":
         torch.cuda.set_device(where)
+
+
+def compiled(function: Function) -> Function:
+    """On a GPU torch.compile's, which makes a kernel or two of its operations; elsewhere the function as it is."""
+    fast = functools.cache(lambda: torch.compile(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fast()(*args, **kwargs) if on_cuda() else function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def device_name() -> str:

@@ -38,7 +38,7 @@ from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
 from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
-from megatron_rl.model import build, layers, logprobs  # noqa: E402
+from megatron_rl.model import build, experts, layers, logprobs  # noqa: E402
 from megatron_rl.model.providers import Installed  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.objective import PolicyObjective  # noqa: E402
@@ -104,10 +104,10 @@ def stand_in() -> None:
     param_and_grad_buffer._coalescing_manager = _together
     build.installed = lambda: Installed(compute_capability=(9, 0))
     build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
-    logprobs._compiled = {
-        logprobs.chunk_sums: lambda z, *_, **__: z.new_empty(len(z), 4),
-        logprobs.logit_gradient: lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype),
-    }.__getitem__
+    logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
+    logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
+    layers.rotate = _Rotation.apply
+    experts._collect = lambda x, of_choice: x.new_empty(len(of_choice), x.shape[1])
     fused_bias_swiglu.swiglu = fused_bias_swiglu.weighted_swiglu = lambda y, *_: y.new_empty(len(y), y.shape[1] // 2)
     fused_bias_swiglu.swiglu_back = lambda g, y: torch.empty_like(y)
     fused_bias_swiglu.weighted_swiglu_back = lambda g, y, weights: (torch.empty_like(y), torch.empty_like(weights))
@@ -126,6 +126,19 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Rotation(torch.autograd.Function):
+    """One kernel, whose tables alone are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return torch.empty_like(grads[0]), None, None
 
 
 class _Done:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.device import import_megatron
+from megatron_rl.device import compiled, import_megatron
 from megatron_rl.model.hooks import run_pre_hooks
 
 import_megatron()
@@ -114,12 +114,13 @@ def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = 
     """expert_of: int64 [T, K] on the device; nothing waits for its values. reverse: the last expert has the first rows.
     Each expert's tokens are in their order."""
     num_tokens, num_choices = expert_of.shape
-    chosen = expert_of.new_zeros(num_tokens, num_experts, dtype=torch.int32).scatter_(1, expert_of, 1)
-    until = chosen.cumsum(0)
-    padded = (chosen.sum(0).clamp(min=1) + multiple - 1) // multiple * multiple
+    # By expert and then by token: torch adds up along a first dimension 50 times slower (H200, 8,192 tokens).
+    chosen = expert_of.new_zeros(num_experts, num_tokens, dtype=torch.int32).scatter_(0, expert_of.T, 1)
+    until = chosen.cumsum(1, dtype=torch.int32)
+    padded = (chosen.sum(1).clamp(min=1) + multiple - 1) // multiple * multiple
     ends = (padded.flip(0) if reverse else padded).cumsum(0)
     starts = (ends.flip(0) if reverse else ends) - padded
-    of_choice = starts[expert_of] + until.gather(1, expert_of) - 1
+    of_choice = starts[expert_of] + until.gather(0, expert_of.T).T - 1
     tokens = torch.arange(num_tokens, device=expert_of.device)[:, None].expand(-1, num_choices)
     token = expert_of.new_zeros(expert_of.numel() + num_experts * multiple)
     return Rows(of_choice, token.index_copy_(0, of_choice.flatten(), tokens.flatten()), ends.to(torch.int32))
@@ -130,6 +131,7 @@ def _spread(x: Tensor, token: Tensor) -> Tensor:
     return x.index_select(0, token) if len(x) else x.new_zeros(len(token), x.shape[1])
 
 
+@compiled
 def _collect(x: Tensor, of_choice: Tensor) -> Tensor:
     """x [P, H] -> [T, H], sums over choices, in fp32 and then rounded."""
     found = x.index_select(0, of_choice.flatten())
@@ -187,10 +189,11 @@ def stacked(weights: Sequence[Tensor], reverse: bool) -> Tensor:
 
 
 class _Stack(torch.autograd.Function):
-    """Gives each of the parameters its part of the gradient."""
+    """Gives each of the parameters its part of the gradient, which is added to megatron's fp32 ones for all at once."""
 
     @staticmethod
     def forward(ctx: Any, step: int, *weights: Tensor) -> Tensor:
+        ctx.weights = weights
         if not step:
             return torch.stack(weights)
         first = weights[0].detach()
@@ -198,4 +201,16 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        mains = [weight.main_grad for weight in ctx.weights if hasattr(weight, "main_grad")]
+        step = max(0, distance(mains)) if len(mains) == len(ctx.weights) else 0
+        if step:
+            whole = mains[0].as_strided((len(mains), *mains[0].shape), (step, *mains[0].stride()))
+            _add(whole, grads[0])
+            for weight in ctx.weights:
+                weight.grad_added_to_main_grad = True  # megatron's hook adds nothing, until the next step
         return None, *grads[0].unbind(0)
+
+
+@compiled
+def _add(total: Tensor, x: Tensor) -> None:
+    total.add_(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron_rl.device import import_megatron
+from megatron_rl.device import compiled, import_megatron
 from megatron_rl.model.packing import PackedSequences
 
 import_megatron()
@@ -120,6 +120,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
+@compiled
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, D]."""
     first, second = x.chunk(2, dim=-1)

@@ -8,13 +8,14 @@ Legend: M tokens, C tokens of a chunk, H hidden size, Vp vocabulary entries of t
 padding.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_rl.device import compiled
 
 # Of a chunk's logits. With fewer tokens the products wait for the weight, and for its gradient in fp32, on their way
 # through memory: on a CPU twice the 265 tokens that this is at the real vocabulary gain 1 to 2 % on 2 cores. A GPU has
@@ -122,6 +123,7 @@ def _logits(hidden: Tensor, rows: Tensor, dtype: torch.dtype | None, out: Tensor
     return z if dtype is None else z.copy_(z.to(dtype))
 
 
+@compiled
 def chunk_sums(z: Tensor, local: Tensor, *, scale: float) -> Tensor:
     """Of z [C, V], `scale` times which are the logits, as [C, 4]: their peak,
 
@@ -136,6 +138,7 @@ def chunk_sums(z: Tensor, local: Tensor, *, scale: float) -> Tensor:
     return torch.stack([peak, exps.sum(dim=-1), (exps * z).sum(dim=-1), torch.where(here, target, 0.0)], dim=-1)
 
 
+@compiled
 def logit_gradient(
     z: Tensor,
     local: Tensor,
@@ -170,15 +173,12 @@ def _over_rows(
     time and into `out`, which may be z: temporaries then stay in the processor's caches.
     """
     if z.is_cuda:
-        return _compiled(function)(z, *per_token, **options)
+        return function(z, *per_token, **options)
     at_once = max(1, _CACHED_BYTES // max(1, z[0].nbytes))
     for start in range(0, len(z), at_once):
         rows = slice(start, start + at_once)
         out[rows] = function(z[rows], *(None if x is None else x[rows] for x in per_token), **options)
     return out
-
-
-_compiled = functools.cache(torch.compile)
 
 
 def _sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
