@@ -106,7 +106,7 @@ def stand_in() -> None:
     build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
     logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
     logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
-    layers.rotate = _Rotation.apply
+    layers._rotate_both = lambda q, k, cos, sin: (_Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin))
     experts._collect = lambda x, of_choice: x.new_empty(len(of_choice), x.shape[1])
     fused_bias_swiglu.swiglu = fused_bias_swiglu.weighted_swiglu = lambda y, *_: y.new_empty(len(y), y.shape[1] // 2)
     fused_bias_swiglu.swiglu_back = lambda g, y: torch.empty_like(y)

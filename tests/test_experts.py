@@ -1,5 +1,6 @@
 """Grouped experts against the same experts one by one, and how their tokens and weights are laid out."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.model.experts import GroupedExperts, distance, rows_of, stacked
+from megatron_rl.model.experts import GroupedExperts, Weights, distance, rows_of
 
 WIDTH, HIDDEN = 8, 16
 
@@ -84,8 +85,11 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
 
     module = SimpleNamespace(
         num_local_experts=4,
-        local_experts=[SimpleNamespace(linear_fc1=holding(up), linear_fc2=holding(down)) for up, down in experts],
+        linears=[holding(weight) for pair in experts for weight in pair],
+        weights=None,
+        ready=None,
     )
+    module._weights = partial(GroupedExperts._weights, module)
     output, bias = GroupedExperts.forward(module, hidden, counts, probs)
     assert bias is None
     found = [output, *torch.autograd.grad(output, leaves, gradient)]
@@ -122,6 +126,6 @@ def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
     ):
         assert distance(weights) == sign * size
         reverse = signs[0] < 0
-        found = stacked(weights, reverse)
+        found = Weights(weights, reverse).stacked()
         assert torch.equal(found.flip(0) if reverse else found, torch.stack(weights))
         assert (found.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr()) == is_copied

@@ -305,6 +305,10 @@ def build_model(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
     )
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, GroupedExperts):
+                module.ready = partial(_gradient_is_there, chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -323,6 +327,12 @@ def build_model(
         dtype=dtype,
         token_multiple=layout.tensor * align,
     )
+
+
+def _gradient_is_there(chunk: DistributedDataParallel, parameter: torch.Tensor) -> None:
+    """What megatron's hook does behind the addition."""
+    if chunk.ddp_config.overlap_grad_reduce:
+        chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
 
 def _gpt_model(

@@ -8,7 +8,7 @@ Legend: T tokens of this rank, each with K choices of one of its E experts; P ro
 expert follow each other in; H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,18 @@ _ALIGNED_BYTES = 16
 
 class GroupedExperts(SequentialMLP):
     """SwiGLU experts without bias: the sum over choices of down(silu(gate x) * up x * p), p being the router's
-    probability."""
+    probability.
+
+    ready: called with each parameter whose gradient is there, but with the first of each kind, for which megatron's DDP
+    is called by itself; None where there is no DDP.
+    """
+
+    ready: Callable[[Tensor], None] | None = None
+    weights: "tuple[Weights, Weights] | None" = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.linears = tuple(x for expert in self.local_experts for x in (expert.linear_fc1, expert.linear_fc2))
 
     def forward(self, hidden: Tensor, expert_of: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """hidden [T, H], expert_of int64 and probs [T, K] -> [T, H], and no bias.
@@ -39,23 +50,30 @@ class GroupedExperts(SequentialMLP):
         As megatron's other dispatchers have it, tokens come sorted by expert and once for each choice: then expert_of
         is [E], the number of each expert's, and probs [T].
         """
-        for expert in self.local_experts:
-            run_pre_hooks(expert.linear_fc1)
-            run_pre_hooks(expert.linear_fc2)
-        ups = [expert.linear_fc1.weight for expert in self.local_experts]
-        downs = [expert.linear_fc2.weight for expert in self.local_experts]
-        reverse = min(distance(ups), distance(downs)) < 0
+        ups, downs = self._weights()
+        reverse = ups.is_reversed
         if expert_of.dim() == 1:
-            numbers, counts = torch.arange(len(ups), device=hidden.device), expert_of.to(hidden.device)
+            numbers = torch.arange(self.num_local_experts, device=hidden.device)
+            counts = expert_of.to(hidden.device)
             expert_of = torch.repeat_interleave(numbers, counts, output_size=len(hidden))[:, None]
             probs = probs[:, None]
-        rows = rows_of(expert_of, len(ups), _ALIGNED_BYTES // hidden.dtype.itemsize, reverse)
-        gate_and_up = F.grouped_mm(_Spread.apply(hidden, *rows[:2]), stacked(ups, reverse).mT, offs=rows.ends)
+        rows = rows_of(expert_of, self.num_local_experts, _ALIGNED_BYTES // hidden.dtype.itemsize, reverse)
+        gate_and_up = F.grouped_mm(_Spread.apply(hidden, *rows[:2]), ups.stacked().mT, offs=rows.ends)
         # Where a row has no token it has the probability 0, and so an output and a gradient of the weights of 0.
         row_probs = probs.new_zeros(len(rows.token)).index_put((rows.of_choice.flatten(),), probs.flatten())
         activated = weighted_bias_swiglu_impl(gate_and_up, None, row_probs[:, None])
-        output = F.grouped_mm(activated, stacked(downs, reverse).mT, offs=rows.ends)
+        output = F.grouped_mm(activated, downs.stacked().mT, offs=rows.ends)
         return _Collect.apply(output, *rows[:2]), None
+
+    def _weights(self) -> tuple["Weights", "Weights"]:
+        """Of both products, as they lie in megatron's buffers once these are there; waits for them (see `hooks`)."""
+        for linear in self.linears:
+            run_pre_hooks(linear)
+        if self.weights is None:
+            ups, downs = ([linear.weight for linear in self.linears[i::2]] for i in range(2))
+            is_reversed = min(distance(ups), distance(downs)) < 0
+            self.weights = Weights(ups, is_reversed, self.ready), Weights(downs, is_reversed, self.ready)
+        return self.weights
 
 
 class GroupedLayer(MoELayer):
@@ -181,19 +199,62 @@ def distance(weights: Sequence[Tensor]) -> int:
     return step if even else 0
 
 
-def stacked(weights: Sequence[Tensor], reverse: bool) -> Tensor:
-    """Parameters of one shape as one tensor [E, ...], the last one first if `reverse`; a view of them where they lie
-    evenly in that order, else (a bucket of the buffer may end between them) a copy."""
-    ordered = weights[::-1] if reverse else weights
-    return _Stack.apply(max(0, distance(ordered)), *ordered)
+class Weights:
+    """Parameters of one shape, in one grouped product. is_reversed: of them the last one comes first.
+
+    Where they and megatron's fp32 gradients lie evenly in that order, the stack is a view of them, and gradients of all
+    are added at once. Else (a bucket of the buffer may end between them) it is a copy, and autograd gives each its own.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], is_reversed: bool, ready: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self.is_reversed = is_reversed
+        self._ordered = tuple(weights[::-1] if is_reversed else weights)
+        self._step = max(0, distance(self._ordered))
+        mains = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")] if ready else []
+        self._main_step = max(0, distance(mains[::-1] if is_reversed else mains)) if mains else 0
+        self._ready = ready
+
+    def stacked(self) -> Tensor:
+        """[E, ...]"""
+        if self._step and self._main_step:
+            return _View.apply(self, self._ordered[0])
+        return _Stack.apply(self._step, *self._ordered)
+
+    def view(self) -> Tensor:
+        first = self._ordered[0].detach()
+        return first.as_strided((len(self._ordered), *first.shape), (self._step, *first.stride()))
+
+    def add(self, gradient: Tensor) -> None:
+        """gradient: [E, ...], added to megatron's."""
+        first, count = self._ordered[0], len(self._ordered)
+        _add(first.main_grad.as_strided((count, first.numel()), (self._main_step, 1)), gradient.reshape(count, -1))
+        first.grad_added_to_main_grad = True  # its hook adds nothing, until the next step
+        assert self._ready is not None
+        for weight in self._ordered[1:]:
+            self._ready(weight)
+
+
+class _View(torch.autograd.Function):
+    """For autograd there is the first of the parameters alone: at every other one it would stop, and call megatron."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Weights, first: Tensor) -> Tensor:
+        ctx.weights = weights
+        return weights.view()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.weights.add(grads[0])
+        return None, grads[0][0]
 
 
 class _Stack(torch.autograd.Function):
-    """Gives each of the parameters its part of the gradient, which is added to megatron's fp32 ones for all at once."""
+    """Gives each of the parameters its part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, step: int, *weights: Tensor) -> Tensor:
-        ctx.weights = weights
         if not step:
             return torch.stack(weights)
         first = weights[0].detach()
@@ -201,13 +262,6 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        mains = [weight.main_grad for weight in ctx.weights if hasattr(weight, "main_grad")]
-        step = max(0, distance(mains)) if len(mains) == len(ctx.weights) else 0
-        if step:
-            whole = mains[0].as_strided((len(mains), *mains[0].shape), (step, *mains[0].stride()))
-            _add(whole, grads[0])
-            for weight in ctx.weights:
-                weight.grad_added_to_main_grad = True  # megatron's hook adds nothing, until the next step
         return None, *grads[0].unbind(0)
 
 

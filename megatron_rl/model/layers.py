@@ -68,7 +68,7 @@ class PackedAttention(torch.nn.Module):
         """query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
         packed: PackedSequences = packed_seq_params
         assert packed.cos is not None and packed.sin is not None
-        query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        query, key = _rotate_both(query, key, packed.cos, packed.sin)
         if self.context_group.size() > 1:
             joined = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.context_group)
             key, value = joined.chunk(2, dim=-1)  # [C * T, Nk, D]
@@ -121,6 +121,10 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 @compiled
+def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, D]."""
     first, second = x.chunk(2, dim=-1)

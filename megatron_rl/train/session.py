@@ -66,7 +66,8 @@ class Session:
             _leave_world()
             raise ValueError(refused)
         self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
-        overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda())
+        shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
+        overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
         self.model = build_model(
             self.bailing,
             config.model,
