@@ -226,7 +226,7 @@ class TrainSection(Section):
     overlap: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="data-parallel ranks add up gradients beside the backward pass of the last micro-batch, and hand "
-        "each other their new weights beside the next forward pass; auto is on on GPUs, where there are several such ranks",
+        "each other their new weights beside the next forward pass; auto is on for several such ranks on GPUs",
     )
     overlap_bucket_parameters: Positive | None = Field(
         default=None,
