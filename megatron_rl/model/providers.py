@@ -1,7 +1,7 @@
 """Who computes each part of the model: chosen once, from the configuration, the device and what is installed.
 
-Pure: neither torch nor megatron, and what is installed is an argument (model/build.py looks). What needs a GPU has not
-run on one yet.
+Pure: neither torch nor megatron, and what is installed is an argument (model/build.py looks). docs/gpu.md says what has
+run on a GPU.
 """
 
 from collections.abc import Iterator
