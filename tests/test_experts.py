@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_rl.model.experts import GroupedExperts, Weights, distance, rows_of
 
@@ -106,6 +107,33 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
+
+
+def test_gradients_of_all_experts_are_added_to_megatrons_at_once() -> None:
+    torch.manual_seed(0)
+    hidden, probs = torch.randn(6, HIDDEN), torch.rand(6, 2)
+    expert_of = torch.tensor([[0, 3], [3, 0], [0, 2], [3, 0], [1, 3], [0, 3]])
+    alone, weights, mains = (
+        [x for pair in parameters_in("last one first", 4, torch.float32) for x in pair] for _ in range(3)
+    )
+    start = [main.detach().clone() for main in mains]
+    for weight, same, main in zip(weights, alone, mains, strict=True):
+        weight.data.copy_(same)
+        weight.main_grad = main.detach()
+    told: list[Tensor] = []
+    for parameters, ready in ((alone, None), (weights, told.append)):
+        module = SimpleNamespace(num_local_experts=4, linears=[*map(holding, parameters)], weights=None, ready=ready)
+        module._weights = partial(GroupedExperts._weights, module)
+        for _ in range(2):  # two micro-batches
+            GroupedExperts.forward(module, hidden, expert_of, probs)[0].square().sum().backward()
+    for weight, before, same in zip(weights, start, alone, strict=True):
+        torch.testing.assert_close(weight.main_grad, before + same.grad)
+    # The last expert's come first: autograd knows these, and megatron's hook is called by itself.
+    *others, up, down = weights
+    assert up.grad_added_to_main_grad
+    assert down.grad_added_to_main_grad
+    assert all(weight.grad is None for weight in others)
+    assert sorted(map(id, told)) == sorted([*map(id, others)] * 2)
 
 
 @pytest.mark.parametrize(

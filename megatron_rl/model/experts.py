@@ -4,8 +4,8 @@ megatron-core's local experts run one after the other: two small products for ea
 tokens each one gets. Its grouped ones want Transformer Engine. Here megatron's module still owns the parameters, expert
 by expert, so that names, checkpoints, optimizer and export are the same; only the products are others.
 
-Legend: T tokens of this rank, each with K choices of one of its E experts; P rows of the products, which all rows of an
-expert follow each other in; H hidden size.
+Legend: T tokens of this rank, each with K choices out of its E experts; P rows of the products, one expert's behind
+another's; H hidden size.
 """
 
 from collections.abc import Callable, Sequence
