@@ -82,12 +82,13 @@ def use_in_thread(where: torch.device) -> None:
 
 
 def compiled(function: Function) -> Function:
-    """On a GPU torch.compile's, which makes a kernel or two of its operations; elsewhere the function as it is."""
+    """Of a function of a tensor and more: where that is on a GPU torch.compile's, which makes a kernel or two of its
+    operations, elsewhere the function as it is."""
     fast = functools.cache(lambda: torch.compile(function))
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return fast()(*args, **kwargs) if on_cuda() else function(*args, **kwargs)
+    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return fast()(first, *args, **kwargs) if first.is_cuda else function(first, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 

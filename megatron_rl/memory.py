@@ -47,8 +47,8 @@ def stage_parameters(bailing: BailingConfig, layout: Layout) -> list[tuple[int, 
     Tensor parallelism divides attention, shared and dense MLPs, embedding and head; every rank has norms and routers.
     """
     h, t = bailing.hidden_size, layout.tensor
-    q_rows = (bailing.num_attention_heads + 2 * bailing.num_key_value_heads) * bailing.head_dim
-    attention = (h * q_rows + bailing.num_attention_heads * bailing.head_dim * h) // t + 2 * h
+    q, k = _attention_widths(bailing)
+    attention = (h * (q + 2 * k) + q * h) // t + 2 * h
     experts = bailing.num_experts // layout.expert * 3 * h * bailing.moe_intermediate_size // layout.expert_tensor
     beside_experts = bailing.num_experts * h + 3 * h * bailing.shared_intermediate_size // t
     vocabulary = -(-bailing.vocab_size // t) * h
@@ -67,6 +67,11 @@ def stage_parameters(bailing: BailingConfig, layout: Layout) -> list[tuple[int, 
         found[-1][0] += vocabulary
     found[-1][0] += h
     return [(dense, routed) for dense, routed in found]
+
+
+def _attention_widths(bailing: BailingConfig) -> tuple[int, int]:
+    """Of queries, and of keys, which is that of values."""
+    return bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
 
 
 def layer_activation_bytes(
@@ -88,7 +93,7 @@ def layer_activation_bytes(
     parallelism, or as the weights are. Experts are equally loaded. Norms and SwiGLU are fused, as on a GPU.
     """
     h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
-    q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
+    q, k = _attention_widths(bailing)
     item = ITEM_BYTES[model.dtype]
     flash = model.dtype == "bfloat16" and c == 1 and model.attention != "sdpa"
     elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
@@ -134,7 +139,7 @@ def _kept_bytes(parts: dict[str, int], bailing: BailingConfig, model: ModelSecti
     again = parts.keys() & {*model.recompute_modules, *(["shared_experts"] if "moe" in model.recompute_modules else [])}
     kept = everything - sum(parts[part] for part in again)
     if "core_attn" in model.recompute_modules:  # q, k, v as they come, q once more, and the output
-        q, k = bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
+        q, k = _attention_widths(bailing)
         inputs = num_tokens * (3 * q + 2 * k) * ITEM_BYTES[model.dtype]
         return kept - parts["attention"] + inputs, max(parts["attention"], everything - kept)
     return kept, everything - kept

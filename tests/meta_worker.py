@@ -107,6 +107,7 @@ def stand_in() -> None:
     logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
     logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
     layers._rotate_both = lambda q, k, cos, sin: (_Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin))
+    experts._add = lambda total, x: total.add_(x)
     experts._collect = lambda x, of_choice: x.new_empty(len(of_choice), x.shape[1])
     fused_bias_swiglu.swiglu = fused_bias_swiglu.weighted_swiglu = lambda y, *_: y.new_empty(len(y), y.shape[1] // 2)
     fused_bias_swiglu.swiglu_back = lambda g, y: torch.empty_like(y)
@@ -201,17 +202,17 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     )
     batch = trainer.micro_batch([sequence])
     memory = Memory()
-    (part, *_) = parts = trainer.optimizer.chained_optimizers
-    mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
+    adams = [part.optimizer for part in trainer.optimizer.chained_optimizers]
+    adam_of = {p: adam for adam in adams for group in adam.param_groups for p in group["params"]}
     for p in model.parameters():
         memory.add(p)
         memory.add(p.main_grad)
-    for p in mains:
+    for p in adam_of:
         memory.add(p)
     weights = memory.now
     with memory:
-        for p in mains:
-            part.optimizer.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        for p, adam in adam_of.items():
+            adam.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
     found = {"state": memory.now}
     objective = PolicyObjective(AlgorithmSection(entropy_coefficient=0.01))
     for router in trainer._routers:
@@ -223,7 +224,7 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
         trainer._run([batch] * 2, 1.0, functools.partial(trainer._loss, objective, 100.0, tally))
     found["passes"] = memory.most - found["state"]
     planned = rank_bytes(config, bailing, ALONE)[0]
-    assert weights == found["state"] - 8 * sum(p.numel() for p in mains)
+    assert weights == found["state"] - 8 * sum(p.numel() for p in adam_of)
     return found | {
         "planned_state": planned.weights + planned.gradients + planned.optimizer,
         "planned_passes": planned.activations + planned.temporary,

@@ -214,7 +214,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, sc
 
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
-    section = {name: spec[name] for name in ModelSection.model_fields if spec.get(name, "float64") != "float64"}
+    section = {name: spec[name] for name in ModelSection.model_fields if name in spec and spec[name] != "float64"}
     if spec.get("as_on_a_gpu"):
         build.installed = lambda: Installed(compute_capability=(9, 0))
         FlashAttention.kernel = staticmethod(dense_attention)

@@ -61,7 +61,7 @@ from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E4
 from megatron_rl.model.head import HeadRequest  # noqa: E402
 from megatron_rl.model.logprobs import logprobs_and_entropy  # noqa: E402
 from megatron_rl.sync.buckets import divide  # noqa: E402
-from megatron_rl.sync.export import gathered  # noqa: E402
+from megatron_rl.sync.export import fill, gathered  # noqa: E402
 from megatron_rl.train.batch import MicroBatch, TrainSequence  # noqa: E402
 from megatron_rl.train.objective import PolicyObjective  # noqa: E402
 from megatron_rl.train.trainer import Trainer  # noqa: E402
@@ -352,10 +352,7 @@ def measure_export(bench: Bench, max_bytes: int, rounds: int) -> dict[str, Any]:
 
     def export(to_host: bool) -> None:
         for bucket in buckets:
-            places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
-            for entry, tensors in gathered(bucket.entries, parameters):
-                for place, tensor in zip(places[entry.megatron], tensors, strict=True):
-                    flat[place.start : place.end].view(dtype).view(place.shape).copy_(tensor)
+            fill(flat, bucket, dtype, gathered(bucket.entries, parameters))
             if to_host:
                 host[: bucket.num_bytes].copy_(flat[: bucket.num_bytes])
 

@@ -51,13 +51,12 @@ class GroupedExperts(SequentialMLP):
         is [E], the number of each expert's, and probs [T].
         """
         ups, downs = self._weights()
-        reverse = ups.is_reversed
         if expert_of.dim() == 1:
             numbers = torch.arange(self.num_local_experts, device=hidden.device)
             counts = expert_of.to(hidden.device)
             expert_of = torch.repeat_interleave(numbers, counts, output_size=len(hidden))[:, None]
             probs = probs[:, None]
-        rows = rows_of(expert_of, self.num_local_experts, _ALIGNED_BYTES // hidden.dtype.itemsize, reverse)
+        rows = rows_of(expert_of, self.num_local_experts, _ALIGNED_BYTES // hidden.dtype.itemsize, ups.is_reversed)
         gate_and_up = F.grouped_mm(_Spread.apply(hidden, *rows[:2]), ups.stacked().mT, offs=rows.ends)
         # Where a row has no token it has the probability 0, and so an output and a gradient of the weights of 0.
         row_probs = probs.new_zeros(len(rows.token)).index_put((rows.of_choice.flatten(),), probs.flatten())
@@ -199,6 +198,12 @@ def distance(weights: Sequence[Tensor]) -> int:
     return step if even else 0
 
 
+def _view(weights: Sequence[Tensor], step: int) -> Tensor:
+    """[E, ...] of parameters that lie `step` elements apart."""
+    first = weights[0].detach()
+    return first.as_strided((len(weights), *first.shape), (step, *first.stride()))
+
+
 class Weights:
     """Parameters of one shape, in one grouped product. is_reversed: of them the last one comes first.
 
@@ -212,8 +217,7 @@ class Weights:
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
         self._step = max(0, distance(self._ordered))
-        mains = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")] if ready else []
-        self._main_step = max(0, distance(mains[::-1] if is_reversed else mains)) if mains else 0
+        self._main_step = max(0, distance([weight.main_grad for weight in self._ordered])) if ready else 0
         self._ready = ready
 
     def stacked(self) -> Tensor:
@@ -223,8 +227,7 @@ class Weights:
         return _Stack.apply(self._step, *self._ordered)
 
     def view(self) -> Tensor:
-        first = self._ordered[0].detach()
-        return first.as_strided((len(self._ordered), *first.shape), (self._step, *first.stride()))
+        return _view(self._ordered, self._step)
 
     def add(self, gradient: Tensor) -> None:
         """gradient: [E, ...], added to megatron's."""
@@ -255,10 +258,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: int, *weights: Tensor) -> Tensor:
-        if not step:
-            return torch.stack(weights)
-        first = weights[0].detach()
-        return first.as_strided((len(weights), *first.shape), (step, *first.stride()))
+        return _view(weights, step) if step else torch.stack(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -73,9 +73,8 @@ COSTS = {
 
 def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Iterator[str]:
     """What the configuration alone contradicts, whatever the machine, each with its remedy."""
-    local = _reasons_for_local(model, layout)
-    if local and (model.layers == "transformer_engine" or model.fp8 != "none"):
-        wanted = "model.layers = 'transformer_engine'" if model.fp8 == "none" else f"model.fp8 = '{model.fp8}'"
+    local, wanted = _reasons_for_local(model, layout), _asks_for_engine(model)
+    if local and wanted:
         yield (
             f"{wanted} and {' and '.join(local)} exclude each other: Transformer Engine's layers bring attention and "
             "experts along, and no context parallelism; leave one of them out"
@@ -102,8 +101,8 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     capability = installed.compute_capability
     on_gpu = capability is not None
     engine = on_gpu and installed.transformer_engine
-    if (model.layers == "transformer_engine" or model.fp8 != "none") and not engine:
-        wanted = "model.layers = 'transformer_engine'" if model.fp8 == "none" else f"model.fp8 = '{model.fp8}'"
+    wanted = _asks_for_engine(model)
+    if wanted and not engine:
         raise ValueError(
             f"{wanted} needs a CUDA device and the package transformer_engine; install megatron_rl[gpu], or set "
             "model.layers = 'local' and model.fp8 = 'none'"
@@ -134,6 +133,13 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
         # The order in which megatron-core 0.19.2 looks for a fused Adam (optimizer/__init__.py).
         optimizer="transformer_engine" if engine else "apex" if on_gpu and installed.apex else "torch",
     )
+
+
+def _asks_for_engine(model: ModelSection) -> str | None:
+    """What the configuration says that Transformer Engine's layers alone can do."""
+    if model.fp8 != "none":
+        return f"model.fp8 = '{model.fp8}'"
+    return "model.layers = 'transformer_engine'" if model.layers == "transformer_engine" else None
 
 
 def _reasons_for_local(model: ModelSection, layout: Layout) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
 from megatron_rl.sync.buckets import Bucket, divide
-from megatron_rl.sync.export import exported_names, gathered
+from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.requests import READY_SECONDS, Asked, ServerRequests, Waits
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
@@ -118,10 +118,7 @@ class DistributedTransport:
 
     def _collect(self, bucket: Bucket, flat: Tensor) -> None:
         """Collective: rank 0's `flat` becomes the whole bucket."""
-        places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
-        for entry, tensors in gathered(bucket.entries, self._parameters):
-            for place, tensor in zip(places[entry.megatron], tensors, strict=True):
-                flat[place.start : place.end].view(self._dtype).view(place.shape).copy_(tensor)
+        fill(flat, bucket, self._dtype, gathered(bucket.entries, self._parameters))
         for owner, start, end in bucket.runs(self._owner_of):
             if owner == 0:
                 continue

@@ -1,7 +1,7 @@
 """Megatron shards as Hugging Face-named tensors, and directories of them."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_
 from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.errors import SharedFault
 from megatron_rl.model.build import Model, owns_export, tensor_group
+from megatron_rl.sync.buckets import Bucket
 from megatron_rl.sync.together import together
 
 
@@ -54,6 +55,14 @@ def gathered(
             dist.all_gather(shards, shard.contiguous(), group=group)
         if group.rank() == 0:
             yield entry, entry.layout.split(entry.layout.unshard(shards))
+
+
+def fill(flat: Tensor, bucket: Bucket, dtype: torch.dtype, found: Iterable[tuple[Mapping, Sequence[Tensor]]]) -> None:
+    """flat: uint8 [bytes of the bucket], gets what `gathered` found of its entries, each tensor at its place."""
+    places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
+    for entry, tensors in found:
+        for place, tensor in zip(places[entry.megatron], tensors, strict=True):
+            flat[place.start : place.end].view(dtype).view(place.shape).copy_(tensor)
 
 
 def exported_names(model: Model, takes_part: Callable[[Mapping], bool] = owns_export) -> list[str]:

@@ -21,10 +21,10 @@ from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
 from megatron_rl.sync.buckets import Bucket, divide
-from megatron_rl.sync.export import exported_names, gathered
+from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.requests import Asked, ServerRequests, Waits
-from megatron_rl.sync.spans import gather_spans, opened_rank
+from megatron_rl.sync.spans import gather_spans, opened_rank, ranks_by_node
 from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
@@ -64,7 +64,7 @@ class IpcTransport:
         spans = gather_spans(node_of, exports)
         self._exporters = [set(span.owner_of.items()) for span in spans]
         self._span, self._span_group = _own_group([span.ranks for span in spans], backend(), spans)
-        nodes = [tuple(r for r, one in enumerate(node_of) if one == number) for number in dict.fromkeys(node_of)]
+        nodes = ranks_by_node(node_of)
         self._node_ranks, self._node_group = _own_group(nodes, "gloo", nodes)
         if num_gpus not in (0, len(self._node_ranks)):
             raise ValueError(
@@ -145,12 +145,9 @@ class IpcTransport:
         """Collective: the whole bucket, uint8 [bytes]."""
         rank, owner_of = dist.get_rank(), self._span.owner_of
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=torch_device())
-        places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
-        for entry, tensors in gathered(bucket.entries, self._parameters, takes_part=self._takes_part):
-            if owner_of[entry.megatron] != rank:
-                continue
-            for place, tensor in zip(places[entry.megatron], tensors, strict=True):
-                flat[place.start : place.end].view(self._dtype).view(place.shape).copy_(tensor)
+        found = gathered(bucket.entries, self._parameters, takes_part=self._takes_part)
+        own = ((entry, tensors) for entry, tensors in found if owner_of[entry.megatron] == rank)
+        fill(flat, bucket, self._dtype, own)
         if len(self._span.ranks) > 1:
             for owner, start, end in bucket.runs(owner_of):
                 dist.broadcast(flat[start:end], src=owner, group=self._span_group)

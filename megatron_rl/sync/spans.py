@@ -12,13 +12,18 @@ class Span:
     owner_of: dict[str, int]
 
 
+def ranks_by_node(node_of: Sequence[int]) -> list[tuple[int, ...]]:
+    """node_of: by rank."""
+    return [tuple(rank for rank, node in enumerate(node_of) if node == one) for one in dict.fromkeys(node_of)]
+
+
 def gather_spans(node_of: Sequence[int], exports: Sequence[Collection[str]]) -> list[Span]:
     """The ranks of each node, where every node holds the whole model; else all ranks as one.
 
     node_of: by rank. exports: by rank, the parameters that it can export, of any replica of the model.
     """
     names = set().union(*exports)
-    by_node = [tuple(rank for rank, node in enumerate(node_of) if node == one) for one in dict.fromkeys(node_of)]
+    by_node = ranks_by_node(node_of)
     whole = all(names == set().union(*(exports[rank] for rank in ranks)) for ranks in by_node)
     spans = by_node if whole else [tuple(range(len(node_of)))]
     return [

@@ -11,7 +11,6 @@ from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.device import on_cuda
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.records import Plan
 from megatron_rl.rollout.server import visible_gpus
@@ -155,7 +154,7 @@ def _transport(
             len(visible_gpus()),
             silence_seconds,
         )
-    backend = chosen_backend(config.sync.backend, config.rollout.engine, on_cuda())
+    backend = chosen_backend(config.sync.backend, config.rollout.engine, device.on_cuda())
     return DistributedTransport(session.model, session.control, max_bytes, servers.address, silence_seconds, backend)
 
 

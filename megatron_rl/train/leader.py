@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl import device
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
@@ -146,7 +145,7 @@ class Leader:
             "num_failed_saves": self._session.checkpoints.num_failed_saves,
             "trained_tokens_per_second": trained / train_seconds,
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
-            **({"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}),
+            **self._session.memory_metrics(),
         }
         if self._releases_memory:
             row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}

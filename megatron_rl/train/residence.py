@@ -1,4 +1,4 @@
-"""Where a rank's weights, gradients and optimizer states are: on its device, or in host memory for a while.
+"""Where a rank's gradients and optimizer states are: on its device, or in host memory for a while.
 
 What is moved is a tensor's storage: it is emptied and filled again, so every tensor and view on it stays the object
 that it is, and megatron's buffers, their buckets and the parameters in them need not know.

@@ -128,6 +128,10 @@ class Session:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
+    def memory_metrics(self) -> dict[str, float]:
+        """What this rank's GPU held at most since `device.reset_peak_memory`; nothing on a CPU, which cannot tell."""
+        return {"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}
+
     def export(self, destination: Path, notes: dict[str, str] | None = None) -> None:
         """Collective: a Hugging Face directory of the present weights. notes: text by the name of its file there."""
         self.watch.enter("export", self.watch.step)

@@ -154,7 +154,7 @@ class _Run:
             "step_seconds": seconds,
             "num_failed_saves": self._session.checkpoints.num_failed_saves,
             "trained_tokens_per_second": result.num_forward_tokens / seconds,
-            **({"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}),
+            **self._session.memory_metrics(),
             **validated,
         }
         self._alarms.report(row)

@@ -78,7 +78,7 @@ class StepResult:
 class Trainer:
     """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics.
 
-    residence: where optimizer states, gradients and weights are; all of them on the device while anything here runs.
+    residence: where optimizer states and gradients are; all of them on the device while anything here runs.
     """
 
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
@@ -342,17 +342,6 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
-
-
-def fuse_adam(optimizer: Any) -> None:
-    """Let torch's Adam, where megatron found no other, step all that it has to with one kernel.
-
-    By default it takes several on a GPU, and between them keeps a number in fp32 for each parameter that it steps.
-    """
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
 
 
 def _on_host(tensor: Tensor) -> Tensor:
