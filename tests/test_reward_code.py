@@ -25,7 +25,8 @@ from megatron_rl.reward.code import (
     warm_up,
 )
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.reward.sandbox import Limits, Sandbox, SandboxUnavailable
+from megatron_rl.reward.sandbox import Sandbox, SandboxUnavailable
+from megatron_rl.reward.sandbox_run import Limits
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "code_dev.jsonl"
 GXX = "/usr/bin/g++"
@@ -150,25 +151,35 @@ def test_a_program_that_goes_for_its_tests_scores_nothing(source):
 
 
 @needs_sandbox
-def test_the_testers_memory_and_files_and_the_report_are_shut():
-    # The program is right only if everything is refused.
+@pytest.mark.parametrize("kind", ["asserts", "function_io"])
+def test_a_program_is_alone_in_its_sandbox_and_what_is_expected_is_nowhere_in_its_memory(kind):
+    # Right only if nothing is there. So it does not matter whether Yama keeps processes of one user apart.
     source = """
 import os
-opened = []
-tester = os.getppid()
-for path in (f'/proc/{tester}/mem', f'/proc/{tester}/environ', f'/proc/{tester}/fd/0', f'/proc/{tester}/fd/3',
-             f'/proc/{tester}/maps', '/proc/1/fd/1'):
-    for mode in (os.O_RDONLY, os.O_WRONLY):
-        try: opened.append((path, os.open(path, mode | os.O_NONBLOCK)))
-        except OSError: pass
-try: opened.append(os.listdir(f'/proc/{tester}/fd'))
-except OSError: pass
-assert not opened, opened
-assert sorted(filter(str.isdigit, os.listdir('/proc'))) == ['1', str(os.getpid())]
-def f(x): return x * x
+assert os.getppid() == 0 and list(filter(str.isdigit, os.listdir('/proc'))) == ['1'], 'other processes'
+links = ['/proc/self/fd/' + fd for fd in os.listdir('/proc/self/fd')]
+files = [os.readlink(link) for link in links if os.path.lexists(link)]
+assert all(name.startswith(('/dev/null', 'socket:', 'pipe:')) for name in files), files
+for line in open('/proc/self/maps'):
+    start, end = (int(part, 16) for part in line.split()[0].split('-'))
+    if ' r' in line and '[v' not in line:
+        with open('/proc/self/mem', 'rb', 0) as file:
+            file.seek(start)
+            memory = file.read(end - start)
+        place = memory.find(b'321234567')
+        while place >= 0:
+            assert list(memory[place + 9 : place + 11]) != [56, 57], 'what is expected'
+            place = memory.find(b'321234567', place + 1)
+def f(x): return x if x == 1 else 32123456787 + x
 """
-    judgement = judge(source, SQUARES)
+    tests = {
+        "asserts": {"type": "asserts", "asserts": ["assert f(1) == 1", "assert f(2) == 32123456789"]},
+        "function_io": {"type": "function_io", "fn_name": "f", "inputs": [[1], [2]], "outputs": [1, 32123456789]},
+    }
+    judgement = judge(source, tests[kind])
     assert judgement.reason == "correct", judgement
+    leaky = judge(source.replace("32123456787 + x", "32123456789"), tests[kind])
+    assert "what is expected" in leaky.details, leaky  # the look into memory finds what is there
 
 
 @needs_sandbox

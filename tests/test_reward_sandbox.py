@@ -19,7 +19,8 @@ import pytest
 from sandboxed import why_not
 
 from megatron_rl.reward import sandbox as sandbox_module
-from megatron_rl.reward.sandbox import Identity, Limits, Program, Sandbox, SandboxFailure, SandboxUnavailable
+from megatron_rl.reward.sandbox import Identity, Sandbox, SandboxUnavailable
+from megatron_rl.reward.sandbox_run import Limits, Program, SandboxFailure
 
 ORDINARY_USER = 54321
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_bytes=256 * 1024**2, processes=16)
@@ -381,6 +382,10 @@ def test_namespaces_cannot_be_nested_and_nothing_can_be_mounted(user):
 
 def test_the_layers_below_hold_without_seccomp(user, monkeypatch):
     monkeypatch.setattr(sandbox_module, "seccomp_filter", lambda: None)
+    with pytest.raises(
+        SandboxUnavailable, match=r"no seccomp filter, because .*reward.code.allow_without_seccomp = true"
+    ):
+        Sandbox()
     source = """
         import ctypes, socket
         libc = ctypes.CDLL(None, use_errno=True)
@@ -390,7 +395,13 @@ def test_the_layers_below_hold_without_seccomp(user, monkeypatch):
         except OSError: pass
         print('end')
     """
-    assert run(user, source).stdout == b"end\n"
+
+    def work():
+        box = Sandbox(allow_without_seccomp=True)
+        assert "NO seccomp" in box.description
+        return box.run_python(textwrap.dedent(source), b"", LIMITS)
+
+    assert as_user(user, work).stdout == b"end\n"
 
 
 def test_what_one_program_leaves_in_its_files_the_next_does_not_see(user):

@@ -702,6 +702,9 @@ class CodeSection(Section):
         description='such as ["/usr/bin/g++", "-O2", "-std=c++17"], for blocks marked as C++ with tests on stdin',
     )
     endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
+    allow_without_seccomp: bool = Field(
+        default=False, description="judge programs where the sandbox has no seccomp filter, with one layer less"
+    )
 
 
 class EndpointSection(Section):

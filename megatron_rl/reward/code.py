@@ -8,24 +8,29 @@
     stdin_stdout  {"cases": [{"input": text, "output": text}, ...]}
 
 asserts and humaneval may have "prefix": source that the prompt gave (imports, helpers, the function's head); it is put
-in front of the program. Score 1 only if every test passes. `code_harness.py` says how tests are kept from the program.
+in front of the program. Score 1 only if every test passes.
+
+Whatever comes from the program's side is a value and never a verdict: expected outputs and results are compared here,
+outside of any sandbox, and tests that are programs run in a sandbox that the program cannot reach (docs/sandbox.md).
 """
 
+import contextlib
 import functools
 import json
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_rl.reward.sandbox import Limits, Runner, RunRecord, Sandbox, SandboxFailure
-from megatron_rl.reward.verdict import Reason, Verdict, make_verdict
+from megatron_rl.reward.code_runners import MAX_JOB_BYTES, InSandbox, ProgramEnded, Runner, TestsRun
+from megatron_rl.reward.plain_data import MAX_BYTES, NotPlain, pack, unpack
+from megatron_rl.reward.sandbox import Sandbox
+from megatron_rl.reward.sandbox_run import Limits, RunRecord, SandboxFailure
+from megatron_rl.reward.verdict import Reason, Verdict, make_verdict, printable
 
-HARNESS = Path(__file__).with_name("code_harness.py")
 TEST_TYPES = ("asserts", "humaneval", "function_io", "stdin_stdout")
-DETAIL_CHARACTERS = 400
 _CPP_TAGS = ("cpp", "c++", "cc", "cxx")
 _FENCE = re.compile(r"^ {0,3}(`{3,})([^`\n]*)$", re.MULTILINE)
 
@@ -41,6 +46,7 @@ class CodeSettings:
     cpp_compiler: the command in front of `-o program program.cpp`, for blocks that are marked as C++ and tests on
         stdin; empty: such blocks are run as Python, and fail.
     endpoint: URL of a SandboxFusion server; empty: this machine.
+    allow_without_seccomp: judge on a machine where the sandbox has no seccomp filter.
     """
 
     seconds: float = 10.0
@@ -50,6 +56,7 @@ class CodeSettings:
     python: str | None = None
     cpp_compiler: tuple[str, ...] = ()
     endpoint: str = ""
+    allow_without_seccomp: bool = False
 
     def limits(self) -> Limits:
         return Limits(
@@ -128,21 +135,24 @@ def judge_response(response_text: str, answer: str, settings: CodeSettings | Non
 
 def judge_block(block: Block, answer: str, settings: CodeSettings) -> Judgement:
     try:
-        job = _job(block, json.loads(answer), settings)
-        limits = _limits(job, settings)
+        task = _read_task(block, json.loads(answer), settings)
     except (KeyError, TypeError, ValueError) as error:
-        return _without_run("error", f"the tests cannot be read: {type(error).__name__}: {error}"[:DETAIL_CHARACTERS])
-    job["output_bytes"] = limits.output_bytes
+        return _without_run("error", f"the tests cannot be read: {type(error).__name__}: {error}")
     started = time.monotonic()
     try:
-        record = runner(settings).run_python(_harness(), ascii(job).encode(), limits)
+        if isinstance(task, Calls):
+            reason, details, passed = _judge_calls(task, settings)
+        else:
+            reason, details, passed = _judge_tests(task, settings)
     except SandboxFailure as failure:
-        return _without_run("error", str(failure)[:DETAIL_CHARACTERS])
-    seconds = time.monotonic() - started
-    try:
-        return _read(record, seconds, settings)
-    except ValueError as error:
-        return _without_run("error", f"the tester's report cannot be read: {error}"[:DETAIL_CHARACTERS])
+        return _without_run("error", str(failure))
+    return Judgement(
+        reason=reason,
+        details=printable(details),
+        num_passed=passed,
+        num_tests=task.num_tests if reason == "correct" else 0,
+        seconds=time.monotonic() - started,
+    )
 
 
 def warm_up(settings: CodeSettings | None = None) -> None:
@@ -157,51 +167,100 @@ def runner(settings: CodeSettings) -> Runner:
         from megatron_rl.reward.sandbox_http import SandboxFusion
 
         return SandboxFusion(settings.endpoint)
-    return Sandbox(settings.python)
+    return InSandbox(Sandbox(settings.python, settings.allow_without_seccomp))
 
 
-@functools.cache
-def _harness() -> str:
-    return HARNESS.read_text()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tests:
+    """Tests that are programs themselves. job: for code_tester.py."""
+
+    job: dict[str, Any]
+    num_tests: int
 
 
-def _job(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> dict[str, Any]:
-    """What the harness reads; KeyError, TypeError or ValueError for tests that are not as they must be."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """Tests that are inputs and expected results.
+
+    start: requests before the first test, each answered by a complaint or nothing. requests: one for each test.
+    """
+
+    kind: str
+    start: tuple[bytes, ...]
+    requests: tuple[bytes, ...]
+    expected: tuple[Any, ...]
+    output_bytes: int = 0  # of stdout, for programs that read stdin
+    limits: Limits
+
+    @property
+    def num_tests(self) -> int:
+        return len(self.expected)
+
+
+Outcome = tuple[Reason, str, int]  # details, tests passed
+
+
+def _read_task(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> Tests | Calls:
+    """KeyError, TypeError or ValueError for tests that are not as they must be."""
     kind = tests["type"]
     if kind not in TEST_TYPES:
         raise ValueError(f"type must be one of {', '.join(TEST_TYPES)}, got {kind!r}")
     prefix = str(tests.get("prefix", ""))
     source = _program(block.source, prefix, str(tests.get("entry_point", "")))
-    job: dict[str, Any] = {"kind": kind, "source": source, "prefix": prefix, "compiler": [], "suffix": ""}
+    job: dict[str, Any] = {"kind": kind, "source": source, "prefix": prefix}
     if kind == "asserts":
         job |= {"setup": str(tests.get("setup", "")), "asserts": [str(text) for text in tests["asserts"]]}
-        num_tests = len(job["asserts"])
+        task: Tests | Calls = Tests(job=job, num_tests=len(job["asserts"]))
     elif kind == "humaneval":
         job |= {"test": str(tests["test"]), "entry_point": str(tests["entry_point"])}
-        num_tests = 1
+        task = Tests(job=job, num_tests=1)
     elif kind == "function_io":
-        job |= {"fn_name": str(tests["fn_name"]), "cases": list(zip(tests["inputs"], tests["outputs"], strict=True))}
-        num_tests = len(job["cases"])
+        task = _function_calls(source, tests, settings)
     else:
-        job["cases"] = [(str(case["input"]), str(case["output"])) for case in tests["cases"]]
-        num_tests = len(job["cases"])
-        if settings.cpp_compiler and block.tag in _CPP_TAGS:
-            job |= {"suffix": ".cpp", "compiler": [*settings.cpp_compiler, "-o", "program", "program.cpp"]}
-    if num_tests == 0:
+        task = _stdin_calls(block, tests, settings)
+    if task.num_tests == 0:
         raise ValueError("there is no test in it")
-    return job
+    return task
 
 
-def _limits(job: Mapping[str, Any], settings: CodeSettings) -> Limits:
-    """The settings' limits, with room for the task's own input and output."""
+def _request(operation: str, *arguments: Any) -> bytes:
+    return pack([operation, list(arguments), {}], max_bytes=MAX_JOB_BYTES)
+
+
+def _function_calls(source: str, tests: Mapping[str, Any], settings: CodeSettings) -> Calls:
+    name = str(tests["fn_name"])
+    pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+    return Calls(
+        kind="function_io",
+        start=(_request("load", source), _request("defines", name)),
+        requests=tuple(_request("solve", name, list(arguments)) for arguments, _ in pairs),
+        expected=tuple(output for _, output in pairs),
+        limits=settings.limits(),
+    )
+
+
+def _stdin_calls(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> Calls:
+    cases = [(str(case["input"]), str(case["output"])) for case in tests["cases"]]
+    largest = max((len(text.encode()) for case in cases for text in case), default=0)
     limits = settings.limits()
-    texts = [text for case in job.get("cases", ()) for text in case if isinstance(text, str)]
-    largest = max((len(text.encode()) for text in texts), default=0)
-    return replace(
+    limits = replace(  # with room for the task's own input and output
         limits,
         output_bytes=max(limits.output_bytes, 2 * largest),
         file_bytes=max(limits.file_bytes, 2 * largest),
         disk_bytes=max(limits.disk_bytes, 8 * largest),
+    )
+    source: str | None = block.source
+    start: tuple[bytes, ...] = ()
+    if settings.cpp_compiler and block.tag in _CPP_TAGS:
+        command = [*settings.cpp_compiler, "-o", "program", "program.cpp"]
+        source, start = None, (_request("compile", source, ".cpp", command),)
+    return Calls(
+        kind="stdin_stdout",
+        start=start,
+        requests=tuple(_request("run", source, text, limits.output_bytes) for text, _ in cases),
+        expected=tuple(output for _, output in cases),
+        output_bytes=limits.output_bytes,
+        limits=limits,
     )
 
 
@@ -213,46 +272,186 @@ def _program(source: str, prefix: str, entry_point: str) -> str:
     return f"{prefix}\n{source}"
 
 
-def _read(record: RunRecord, seconds: float, settings: CodeSettings) -> Judgement:
-    """The verdict from the tester's lines: pass N, fail N kind detail, load kind detail, end N."""
-    reason: Reason | None = None
-    details = ""
-    passed, total = 0, 0
-    for line in record.stdout.decode("ascii", "replace").splitlines():
-        word, _, rest = line.encode().decode("unicode_escape").partition(" ")
-        if word == "pass":
+def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
+    deadline = time.monotonic() + settings.seconds
+    # A character of what a program printed takes up to six in a line of plain data.
+    largest = max(map(len, (*task.start, *task.requests)))
+    max_bytes = max(MAX_BYTES, 6 * task.output_bytes + 4096, largest + 1)
+    passed = 0
+    with contextlib.closing(_answers(task, settings, max_bytes)) as answers:
+        try:
+            for _ in task.start:
+                complaint = _result(next(answers))
+                if complaint:
+                    return "wrong", str(complaint), 0
+        except _Failed as failed:
+            return "wrong", str(failed), 0
+        except ProgramEnded as ended:
+            return *_of_end(ended.record, settings, "at the start"), 0
+        for expected in task.expected:
+            try:
+                result = _result(next(answers))
+                if task.kind == "stdin_stdout":
+                    _check_output(result, expected, task.output_bytes)
+                else:
+                    _check_result(result, expected)
+            except _Failed as failed:
+                return failed.reason, f"test {passed + 1}: {failed}", passed
+            except ProgramEnded as ended:
+                return *_of_end(ended.record, settings, f"in test {passed + 1}"), passed
             passed += 1
-        elif word == "end":
-            reason, total = "correct", int(rest)
-        elif word == "fail":
-            number, kind, text = (*rest.split(" ", 2), "")[:3]
-            reason, details = _reason(kind), f"test {int(number) + 1}: {text}"
-        elif word == "load":
-            kind, text = (*rest.split(" ", 1), "")[:2]
-            reason, details = _reason(kind), text
-    if reason is None:
-        # Cut short from outside, or the tester died: a limit is the program's doing.
-        where = f"in test {passed + 1}"
-        if record.limit in ("wall", "cpu"):
-            limit = (
-                f"{settings.seconds:g} s for the item" if record.limit == "wall" else f"{settings.cpu_seconds} s of CPU"
-            )
-            reason, details = "too_slow", f"{where}: over {limit}"
-        elif record.limit is not None:
-            reason, details = "wrong", f"{where}: over the limit of {record.limit}"
-        else:
-            said = record.stderr.decode(errors="replace").strip()[-200:]
-            ended = f"signal {record.signal}" if record.signal else f"exit code {record.exit_code}"
-            # The program may kill its tester, which is of the same user; that must not look like our failure.
-            reason, details = ("wrong" if record.signal else "error"), f"{where}: the tester ended with {ended}: {said}"
-    return Judgement(
-        reason=reason, details=details[:DETAIL_CHARACTERS], num_passed=passed, num_tests=total, seconds=seconds
-    )
+            if time.monotonic() > deadline and passed < task.num_tests:
+                return "too_slow", f"in test {passed + 1}: over {settings.seconds:g} s for the item", passed
+    return "correct", "", passed
 
 
-def _reason(kind: str) -> Literal["too_slow", "error", "wrong"]:
-    return "too_slow" if kind == "timeout" else "error" if kind == "error" else "wrong"
+def _answers(task: Calls, settings: CodeSettings, max_bytes: int) -> Generator[bytes]:
+    return runner(settings).answers((*task.start, *task.requests), task.limits, max_bytes)
+
+
+class _Failed(Exception):
+    """A test fails; the message says how."""
+
+    def __init__(self, message: str, reason: Reason = "wrong") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """What stands for an object of the program's own class, which is no result. It equals nothing but itself."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"an object of the program's class {self.name}"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _result(line: bytes) -> Any:
+    """The value in an answer; _Failed if there is none."""
+    try:
+        answer = unpack(line, lambda described: _Object(str(described[2])[:50]))
+        kind, *parts = answer
+        if kind == "value":
+            result, _changed = parts
+            return result
+        _class, _base, name, text = map(str, parts)
+    except (NotPlain, TypeError, ValueError, IndexError) as error:
+        raise _Failed(f"the program's answer cannot be read: {error}") from None
+    raise _Failed(f"{name}: {text}".rstrip(": ") if name != "NotPlain" else text)
+
+
+def _check_output(result: Any, expected: str, most: int) -> None:
+    try:
+        code, output, errors = result
+        assert type(code) is int and type(output) is str and type(errors) is str
+    except (AssertionError, TypeError, ValueError):
+        raise _Failed("the program's answer cannot be read") from None
+    if code in (-24, -9):
+        raise _Failed("CPU time", "too_slow")
+    if len(output.encode("utf-8", "surrogatepass")) > most:
+        raise _Failed(f"more than {most} bytes of output")
+    if code != 0:
+        raise _Failed(f"ended with {_how(code)}: {errors.strip()}")
+    if _words(output) != _words(expected):
+        raise _Failed(f"expected {expected[:100]!r}, got {output[:100]!r}")
+
+
+def _check_result(result: Any, expected: Any) -> None:
+    got = _as_json(result)
+    # APPS wraps some results in a list of one.
+    if not (_same(got, expected) or (type(expected) is list and len(expected) == 1 and _same(got, expected[0]))):
+        raise _Failed(f"expected {_short(expected)}, got {_short(got)}")
+
+
+def _words(text: str) -> list[list[str]]:
+    """By line, as most graders compare: blank lines and space within a line do not count."""
+    return [words for words in map(str.split, text.splitlines()) if words]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    if type(value) is dict:
+        return {key: _as_json(v) for key, v in value.items()}
+    if type(value).__module__ == "numpy":
+        return _as_json(value.tolist())
+    return value
+
+
+def _same(got: Any, expected: Any) -> bool:
+    if type(got) is list and type(expected) is list:
+        return len(got) == len(expected) and all(map(_same, got, expected))
+    if type(got) is float and type(expected) is float:
+        return got == expected or abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
+    try:
+        return bool(got == expected)
+    except ArithmeticError:  # a signalling NaN of Decimal
+        return False
+
+
+def _short(value: Any) -> str:
+    """A part of its text. Integers of more digits than Python prints have none."""
+    try:
+        return repr(value)[:100]
+    except ValueError:
+        return f"a {type(value).__name__} of very many digits"
+
+
+def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
+    # What the tests compute themselves is not the program's: only the clock limits them.
+    limits = settings.limits()
+    tester_limits = replace(limits, cpu_seconds=math.ceil(settings.seconds) + 1)
+    return _read_report(runner(settings).run_tests(task.job, limits, tester_limits), task.num_tests, settings)
+
+
+def _read_report(run: TestsRun, num_tests: int, settings: CodeSettings) -> Outcome:
+    """The verdict from the tester's lines, or from its end where it did not come to one."""
+    begun, loaded, passed = False, False, 0
+    for line in run.tester.stdout.splitlines():
+        try:
+            word, *rest = unpack(line)
+        except NotPlain:
+            break  # cut off by the end
+        begun, loaded = begun or word == "begin", loaded or word == "loaded"
+        where = f"in test {passed + 1}" if loaded else "at the start"
+        if word == "passed":
+            passed += 1
+        elif word == "end" and rest == [num_tests] and passed == num_tests:
+            return "correct", "", passed
+        elif word == "failed" and rest[0] == "gone" and run.program is not None:
+            return *_of_end(run.program, settings, where), passed
+        elif word == "failed":
+            text = f"test {passed + 1}: {rest[1]}" if loaded else str(rest[1])
+            return "error" if rest[0] == "broken" else "wrong", text, passed
+    if begun or run.tester.limit == "wall":
+        return *_of_end(run.tester, settings, f"in test {passed + 1}"), passed
+    return "error", f"the tests ended with {_how_ended(run.tester)}", passed
+
+
+def _of_end(record: RunRecord, settings: CodeSettings, where: str) -> tuple[Reason, str]:
+    """What it means that a process ended where it should have answered: it is the program's doing."""
+    if record.limit == "wall":
+        return "too_slow", f"{where}: over {settings.seconds:g} s for the item"
+    if record.limit == "cpu":
+        return "too_slow", f"{where}: over {settings.cpu_seconds} s of CPU"
+    if record.limit is not None:
+        return "wrong", f"{where}: over the limit of {record.limit}"
+    return "wrong", f"{where}: the program ended the process with {_how_ended(record)}"
+
+
+def _how_ended(record: RunRecord) -> str:
+    said = record.stderr.decode(errors="replace").strip()[-200:]
+    code = -record.signal if record.signal else record.exit_code or 0
+    return f"{_how(code)}: {said}".rstrip(": ")
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _without_run(reason: Reason, details: str) -> Judgement:
-    return Judgement(reason=reason, details=details, num_passed=0, num_tests=0, seconds=0.0)
+    return Judgement(reason=reason, details=printable(details), num_passed=0, num_tests=0, seconds=0.0)

@@ -2,15 +2,27 @@
 
 One call: POST /run_code {code, language, stdin, run_timeout, memory_limit_MB, ...} -> {status, message, run_result:
 {status, return_code, stdout, stderr, execution_time}} (bytedance/SandboxFusion, sandbox/server/sandbox_api.py). How
-well programs are held, and whether processes and output are limited, is that server's affair.
+well programs are held, and whether processes and output are limited, is that server's affair. So is the wall between a
+program and tests that are programs: both run in one container there (code_tester.main_of_both).
 """
 
 import time
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import httpx
 
-from megatron_rl.reward.sandbox import Limits, RunRecord, SandboxFailure, SandboxUnavailable
+from megatron_rl.reward.code_runners import (
+    MAX_JOB_BYTES,
+    PROGRAM_MODULES,
+    TESTER_MODULES,
+    ProgramEnded,
+    TestsRun,
+    sources,
+)
+from megatron_rl.reward.plain_data import pack
+from megatron_rl.reward.sandbox import SandboxUnavailable
+from megatron_rl.reward.sandbox_run import Limits, RunRecord, SandboxFailure
 
 _ANSWER_SECONDS = 20.0
 
@@ -30,6 +42,25 @@ class SandboxFusion:
         if record.stdout.strip() != b"42":
             raise SandboxUnavailable(f"the code endpoint {url} does not run Python: {record.stderr[-200:]!r}")
 
+    @property
+    def description(self) -> str:
+        return (
+            f"the SandboxFusion server {self._url}: that server holds programs, and a program may reach tests that are "
+            "programs (asserts, humaneval) unless the server's user is root"
+        )
+
+    def answers(self, requests: Iterable[bytes], limits: Limits, max_bytes: int) -> Generator[bytes]:
+        """All requests are sent at once, and answered after the last of them."""
+        source = _script(PROGRAM_MODULES, "answer_all()")
+        record = self.run_python(source, b"\n".join(requests) + b"\n", limits)
+        yield from record.stdout.splitlines()
+        raise ProgramEnded(record, "no answer")
+
+    def run_tests(self, job: dict[str, Any], program_limits: Limits, tester_limits: Limits) -> TestsRun:
+        script = _script(TESTER_MODULES, "main_of_both()")
+        record = self.run_python(script, pack(job, max_bytes=MAX_JOB_BYTES), program_limits)
+        return TestsRun(tester=record, program=None)
+
     def run_python(self, source: str, stdin: bytes, limits: Limits) -> RunRecord:
         body = {
             "code": source,
@@ -46,6 +77,17 @@ class SandboxFusion:
             return _record(response.json(), time.monotonic() - started)
         except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
             raise SandboxFailure(f"the code endpoint {self._url} failed: {type(error).__name__}: {error}") from error
+
+
+def _script(modules: Iterable[str], call: str) -> str:
+    """A program that has these modules and calls a function of the last."""
+    return (
+        "import sys\n"
+        f"for name, text in {sources(modules)!r}:\n"
+        "    module = sys.modules[name] = type(sys)(name)\n"
+        "    exec(compile(text, name, 'exec'), module.__dict__)\n"
+        f"module.{call}\n"
+    )
 
 
 def _record(answer: dict[str, Any], seconds: float) -> RunRecord:

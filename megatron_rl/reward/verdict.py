@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Reason = Literal["correct", "wrong", "no_answer", "too_slow", "timeout", "error"]
+DETAIL_CHARACTERS = 400
 # The judge gave up: nobody knows whether the answer is right.
 GAVE_UP: tuple[Reason, ...] = ("timeout", "error")
 
@@ -27,6 +28,15 @@ class Verdict:
 
 
 def make_verdict(reason: Reason, seconds: float = 0.0, details: str = "") -> Verdict:
-    """details may quote what a program printed; half a surrogate pair, which no file takes, becomes "?"."""
-    details = details.encode(errors="replace").decode()
-    return Verdict(score=1.0 if reason == "correct" else 0.0, reason=reason, seconds=seconds, details=details)
+    score = 1.0 if reason == "correct" else 0.0
+    return Verdict(score=score, reason=reason, seconds=seconds, details=printable(details))
+
+
+def printable(details: str) -> str:
+    """A short line that any terminal, log and file takes: it may quote what a program printed, and that may move the
+    cursor, clear the screen, or be half a surrogate pair."""
+    cut = details[:DETAIL_CHARACTERS]
+    if cut.isprintable():
+        return cut
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return "".join(escaped)[:DETAIL_CHARACTERS]

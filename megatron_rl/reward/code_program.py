@@ -1,0 +1,300 @@
+"""Runs a program inside of the sandbox and answers requests about it: call this function, read that attribute.
+
+It shares its process with the program, so the program may do with it what it likes. Nobody believes it: what it writes
+is read as plain data (plain_data.py), and it is never told what anybody expects. It needs the standard library only.
+
+A request and its answer are a line each, both plain data:
+    [operation, [arguments], {keywords}] -> ["value", result, [[index, argument after the call], ...]]
+                                         -> ["raised", class, base, name, text]     class: an object, or None
+                                         -> ["end"]                                 an iterator has no more
+What is no plain value stays here, under a number, and is described by [number, form, name of its class]; form is "",
+"iterator", "dataclass", "class", or "exception" for a class of exceptions, then with the name of its built-in base.
+In a request [number] stands for that object, and ["dataclass", name, {field: value}] for one of the test's own.
+"""
+
+import builtins
+import operator
+import os
+import sys
+from typing import Any
+
+from megatron_rl.reward.plain_data import MAX_BYTES, NotPlain, pack, unpack
+
+DETAIL_CHARACTERS = 300
+# Operations that a test may do on objects alone, without a plain value beside them.
+UNARY: dict = {"len": len, "iter": iter, "str": str, "repr": repr, "bool": bool}
+_BINARY = "lt le gt ge add sub mul truediv floordiv mod matmul and_ or_ xor"
+BINARY: dict = {name: getattr(operator, name) for name in _BINARY.split()}
+_MUTABLE = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict")
+
+
+class Lines:
+    """Lines over a pair of descriptors. Raises EOFError when the other side is gone."""
+
+    def __init__(self, reader: int, writer: int, max_bytes: int = MAX_BYTES) -> None:
+        self.reader, self.writer, self.max_bytes = reader, writer, max_bytes
+        self._read = bytearray()
+
+    def write(self, line: bytes) -> None:
+        left = memoryview(line + b"\n")
+        while left:
+            left = left[os.write(self.writer, left) :]
+
+    def write_value(self, value: Any) -> None:
+        self.write(pack(value))
+
+    def read(self) -> bytes:
+        start = 0
+        while (end := self._read.find(b"\n", start)) < 0:
+            start = len(self._read)
+            if start > self.max_bytes:
+                raise NotPlain(f"a line of more than {self.max_bytes} bytes")
+            piece = os.read(self.reader, 1 << 18)
+            if not piece:
+                raise EOFError
+            self._read += piece
+        line = bytes(self._read[:end])
+        del self._read[: end + 1]
+        return line
+
+
+class Program:
+    """The module that holds the program's names, and its objects that somebody outside holds by number."""
+
+    def __init__(self) -> None:
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # site, which has them, is not loaded
+        self.module = type(sys)("program")
+        self.objects: list = []
+        self._numbers: dict = {}
+
+    def number(self, value: Any) -> int:
+        """The same for the same object; it is kept, so that no other can have its identity."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self._numbers[id(value)]
+
+    def describe(self, value: Any) -> list:
+        """For `pack`: an object that is no plain value."""
+        number, kind = self.number(value), type(value)
+        if isinstance(value, type):
+            if issubclass(value, Exception):
+                return [number, "exception", value.__name__, built_in_base(value)]
+            return [number, "class", value.__name__]
+        if hasattr(kind, "__next__"):
+            return [number, "iterator", kind.__name__]
+        return [number, "dataclass" if hasattr(kind, "__dataclass_fields__") else "", kind.__name__]
+
+    def held(self, described: list) -> Any:
+        """For `unpack`: the object of a number, or the program's dataclass with the values of the test's."""
+        if described[0] != "dataclass":
+            return self.objects[described[0]]
+        _, name, fields = described
+        kind = vars(self.module).get(name)
+        if kind is None or set(getattr(kind, "__dataclass_fields__", ())) != set(fields):
+            raise TypeError(f"the program has no dataclass {name} with the fields {', '.join(fields)}")
+        made = object.__new__(kind)
+        for field, value in fields.items():
+            object.__setattr__(made, field, value)
+        return made
+
+    def answer(self, line: bytes) -> bytes:
+        try:
+            operation, arguments, keywords = unpack(line, self.held, max_keys=1 << 40)
+            before = [as_line(a, self.describe) for a in arguments[1:]] if operation == "call" else []
+            result = OPERATIONS[operation](self, *arguments, **keywords)
+            changed = [
+                [index, argument]
+                for index, (argument, was) in enumerate(zip(arguments[1:], before))  # noqa: B905 (Python 3.9)
+                if was is not None and as_line(argument, self.describe) != was
+            ]
+            return pack(["value", result, changed], self.describe)
+        except BaseException as error:
+            return pack(self.raised(error), self.describe)
+
+    def raised(self, error: BaseException) -> list:
+        kind = type(error)
+        try:
+            text = str(error)[:DETAIL_CHARACTERS]
+        except BaseException:
+            text = ""
+        own = isinstance(error, Exception) and kind.__module__ != "builtins"
+        return ["raised", kind if own else None, built_in_base(kind), kind.__name__, text]
+
+
+def as_line(value: Any, describe: Any) -> "bytes | None":
+    """What an argument is before and after a call; None for one that no call can change."""
+    return pack(value, describe) if type(value).__name__ in _MUTABLE else None
+
+
+def built_in_base(kind: type) -> str:
+    return next((c.__name__ for c in kind.__mro__ if c.__module__ == "builtins"), "Exception")
+
+
+def load(program: Program, source: str) -> None:
+    """Run the program's definitions. Its name is not "__main__": a main part runs for tests on stdin only."""
+    sys.modules["program"] = program.module
+    exec(compile(source, "program.py", "exec"), vars(program.module))
+
+
+def names(program: Program, wanted: list) -> dict:
+    """What the program defines of these names. A module is nobody's business: the tests import their own."""
+    found = {name: vars(program.module)[name] for name in wanted if name in vars(program.module)}
+    return {name: value for name, value in found.items() if type(value) is not type(sys)}
+
+
+def defines(program: Program, name: str) -> str:
+    """A complaint where it has neither a function of that name nor a class Solution, otherwise an empty string."""
+    return "" if {name, "Solution"} & set(vars(program.module)) else f"the program does not define {name}"
+
+
+def solve(program: Program, name: str, arguments: list) -> Any:
+    """Call the function of that name, or that method of a new Solution."""
+    found = vars(program.module)
+    function = found[name] if name in found else getattr(found["Solution"](), name)
+    return function(*arguments)
+
+
+def call(program: Program, target: Any, *arguments: Any, **keywords: Any) -> Any:
+    return target(*arguments, **keywords)
+
+
+def next_of(program: Program, iterator: Any) -> list:
+    """[element] or nothing: an end that cannot be mistaken for an error."""
+    try:
+        return [next(iterator)]
+    except StopIteration:
+        return []
+
+
+def fields_of(program: Program, record: Any) -> dict:
+    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}
+
+
+def compile_program(program: Program, source: str, suffix: str, command: list) -> str:
+    """Compile in the working directory; a complaint or an empty string."""
+    with open("program" + suffix, "w") as file:
+        file.write(source)
+    code, _output, errors = run_child("", lambda: os.execv(command[0], command), 0)
+    return "" if code == 0 else "does not compile: " + (errors or f"the compiler ended with {code}")
+
+
+def run(program: Program, source: Any, stdin: str, max_bytes: int) -> list:
+    """One run as a program of its own: [exit code or minus the signal, stdout, end of stderr].
+
+    source: None runs what was compiled. stdout has one byte more than max_bytes if there was more.
+    """
+    if source is None:
+        return run_child(stdin, lambda: os.execv("./program", ["./program"]), max_bytes)
+    if source not in CODE:
+        with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(source)
+        CODE[source] = compile(source, "program.py", "exec")
+    return run_child(stdin, lambda: run_main(CODE[source]), max_bytes)
+
+
+CODE: dict = {}
+
+
+def run_main(code: Any) -> None:
+    main = type(sys)("__main__")
+    main.__file__ = os.path.abspath("program.py")
+    sys.modules["__main__"] = main
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["program.py"]
+    exit_code = 0
+    try:
+        exec(code, vars(main))
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+    except SystemExit as end:
+        exit_code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        exit_code = 1
+    if "atexit" in sys.modules:
+        sys.modules["atexit"]._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(exit_code & 255)
+
+
+def run_child(stdin: str, work: Any, max_bytes: int) -> list:
+    files = []
+    for name in ("in", "out", "err"):
+        files.append(os.open(".case-" + name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+        os.unlink(".case-" + name)
+    left = memoryview(stdin.encode())
+    while left:
+        left = left[os.write(files[0], left) :]
+    os.lseek(files[0], 0, os.SEEK_SET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for target, file in enumerate(files):
+                os.dup2(file, target)
+            os.closerange(3, 64)
+            work()
+        finally:
+            os._exit(126)
+    status = os.waitpid(pid, 0)[1]
+    size = os.fstat(files[2]).st_size
+    output = os.pread(files[1], max_bytes + 1, 0).decode("utf-8", "replace")
+    errors = os.pread(files[2], DETAIL_CHARACTERS, max(0, size - DETAIL_CHARACTERS)).decode("utf-8", "replace")
+    for file in files:
+        os.close(file)
+    return [os.waitstatus_to_exitcode(status), output, errors]
+
+
+OPERATIONS: dict = {
+    "load": load,
+    "names": names,
+    "call": call,
+    "defines": defines,
+    "solve": solve,
+    "get": lambda program, target, name: getattr(target, name),
+    "set": lambda program, target, name, value: setattr(target, name, value),
+    "eq": lambda program, one, other: one == other,
+    "isinstance": lambda program, value, kind: isinstance(value, kind),
+    "fields": fields_of,
+    "next": next_of,
+    "compile": compile_program,
+    "run": run,
+    **{name: lambda program, value, apply=apply: apply(value) for name, apply in UNARY.items()},
+    **{name: lambda program, one, other, apply=apply: apply(one, other) for name, apply in BINARY.items()},
+}
+
+
+def serve(lines: Lines) -> None:
+    """Answer until the other side is gone."""
+    program = Program()
+    while True:
+        try:
+            request = lines.read()
+        except EOFError:
+            os._exit(0)
+        lines.write(program.answer(request))
+
+
+def main(max_bytes: int) -> None:
+    """The requests come on stdin, a socket, and the answers go back there. What the program prints goes nowhere."""
+    channel = os.dup(0)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    serve(Lines(channel, channel, max_bytes))
+
+
+def answer_all() -> None:
+    """Where there is no socket: requests come on stdin, all at once, and the answers go to stdout."""
+    with open(0, "rb", closefd=False) as file:
+        requests = file.read().splitlines()
+    channel = os.dup(1)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    program = Program()
+    for request in requests:
+        Lines(-1, channel).write(program.answer(request))
+    os._exit(0)
