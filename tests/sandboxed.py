@@ -1,9 +1,15 @@
-"""Whether this machine can hold hostile code, for tests that need it to."""
+"""Whether this machine can hold hostile code, for tests that need it to, and work as another user."""
 
 import os
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 from megatron_rl.reward.sandbox import SandboxUnavailable
+
+ORDINARY_USER = 54321
+# Who runs the tests, and where that is root an ordinary user too.
+USERS = [os.geteuid(), *([ORDINARY_USER] if os.geteuid() == 0 else [])]
 
 
 def why_not(start: Callable[[], object]) -> str:
@@ -15,3 +21,28 @@ def why_not(start: Callable[[], object]) -> str:
             raise RuntimeError(f"MEGATRON_RL_NEED_SANDBOX is set and there is no sandbox: {missing}") from None
         return str(missing)
     return ""
+
+
+def as_user(user: int, work: Callable[[], Any]) -> Any:
+    """`work()` in a child that belongs to `user`; what it returns or raises."""
+    if user == os.geteuid():
+        return work()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            result = ("ok", work())
+        except BaseException as error:
+            result = ("raised", f"{type(error).__name__}: {error}")
+        with open(write_end, "wb") as pipe:
+            pickle.dump(result, pipe)
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        kind, value = pickle.load(pipe)
+    os.waitpid(pid, 0)
+    assert kind == "ok", value
+    return value

@@ -298,6 +298,111 @@ def fail(): raise ValueError("bad")
 
 
 @needs_sandbox
+def test_values_of_the_standard_library_come_back_as_they_are():
+    source = """
+from collections import Counter, OrderedDict, deque, namedtuple
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+Point = namedtuple("Point", "x y")
+def echo(x): return x
+def price(): return Decimal("1.50")
+def third(): return Fraction(1, 3)
+def day(): return date(2024, 2, 29)
+def later(d): return d + timedelta(days=1, hours=2)
+def queue(): return deque([1, 2], 5)
+def point(): return Point(1, y=2)
+def first(p): return p.x
+def keys(d): return d.keys()
+"""
+    asserts = [
+        "assert price() == Decimal('1.5') and str(price()) == '1.50'",
+        "assert third() * 3 == 1 and type(third()) is Fraction",
+        "assert day() == date(2024, 2, 29) and day().weekday() == 3",
+        "assert later(datetime(2024, 2, 28, 23)) == datetime(2024, 3, 1, 1) and later(day()) > day()",
+        "assert queue() == deque([1, 2]) and queue().maxlen == 5 and list(queue()) == [1, 2]",
+        "assert point() == (1, 2) and point().x == 1 and point()._fields == ('x', 'y')",
+        "assert first(namedtuple('P', 'x')(7)) == 7",
+        "assert keys({1: 2}) == {1} and list(keys({1: 2})) == [1] and 1 in keys({1: 2})",
+        "for v in (Counter('aab'), OrderedDict(b=1, a=2), 10**5000, float('inf'), {(1, 2): {3}}, range(0, 9, 2)):\n"
+        "    assert echo(v) == v and type(echo(v)) is type(v)",
+    ]
+    setup = "from collections import *\nfrom datetime import *\nfrom decimal import *\nfrom fractions import *"
+    judgement = judge(source, {"type": "asserts", "asserts": asserts, "setup": setup})
+    assert judgement.reason == "correct", judgement
+
+
+@needs_sandbox
+def test_what_objects_of_the_programs_classes_may_do_in_tests():
+    source = """
+import enum
+from dataclasses import dataclass
+class Empty(Exception):
+    pass
+class Stack:
+    limit = 5
+    def __init__(self, *items): self.items = list(items)
+    def push(self, item): self.items.append(item); return self
+    def pop(self):
+        if not self.items: raise Empty("nothing to pop")
+        return self.items.pop()
+    def count(self, item): return self.items.count(item)
+    def __len__(self): return len(self.items)
+    def __iter__(self): return iter(self.items)
+    def __str__(self): return str(self.items)
+    def __eq__(self, other): return self.items == other.items
+    def __add__(self, other): return Stack(*self.items, *other.items)
+    def __lt__(self, other): return len(self) < len(other)
+@dataclass
+class Account:
+    owner: str
+    balance: int = 0
+    def deposit(self, amount): self.balance += amount; return self.balance
+class Node:
+    def __init__(self, value, next=None): self.value, self.next = value, next
+class Colour(enum.Enum):
+    RED = 1
+def largest(stack): return max(stack.items)
+def favourite(): return Colour.RED
+def build(values):
+    node = None
+    for value in reversed(values): node = Node(value, node)
+    return node
+def opened(): return Account("Ann", 5)
+def total(account): return account.balance * 2
+"""
+    asserts = [
+        "s = Stack(1)\ns.push(3)\nassert s.pop() == 3 and s.count(1) == 1 and s.items == [1] and Stack.limit == 5",
+        "s = Stack(4, 2)\nassert len(s) == 2 and list(s) == [4, 2] and str(s) == f'{s}' == '[4, 2]'",
+        "assert largest(Stack(4, 2)) == 4",
+        "s = Stack(4, 2)\nassert s and not Stack() and sum(s) == 6",
+        "assert isinstance(Stack(), Stack) and not isinstance(3, Stack) and not isinstance(Node(1), Stack)",
+        "assert Stack(1) == Stack(1) != Stack(2) and Stack(1) + Stack(2) == Stack(1, 2) and Stack() < Stack(1)",
+        "assert len(Stack(1) + Stack(2)) == 2 and sorted([Stack(1, 2), Stack(3)])[0] == Stack(3)",
+        "try:\n    Stack().pop()\n    assert False\nexcept Empty as error:\n    assert str(error) == 'nothing to pop'",
+        "a = Account('Ann')\nassert a.deposit(5) == 5 and a.balance == 5\na.balance = 7\nassert total(a) == 14",
+        "assert opened() == Account('Ann', 5) and opened() != Account('Bob', 5) and opened().owner == 'Ann'",
+        "assert favourite() == Colour.RED and favourite() is Colour.RED and favourite().value == 1",
+        "node = build([1, 2])\nseen = []\nwhile node:\n    seen.append(node.value)\n    node = node.next\n"
+        "assert seen == [1, 2] and node is None",
+        "n = Node(1)\nn.next = Node(2, n)\nassert n.next.next is n and n.next != None and n.next.next.value == 1",
+    ]
+    judgement = judge(source, {"type": "asserts", "asserts": asserts})
+    assert judgement.reason == "correct", judgement
+    own = {"type": "asserts", "asserts": ["assert total(Account('Eve', 4)) == 8 and opened() == Account('Ann', 5)"]}
+    own["setup"] = "from dataclasses import dataclass\n@dataclass\nclass Account:\n    owner: str\n    balance: int = 0"
+    assert judge(source, own).reason == "correct"
+
+
+@needs_sandbox
+def test_tests_that_need_what_the_sandbox_does_not_have_are_an_error():
+    tests = {"type": "asserts", "setup": "import not_installed_anywhere", "asserts": ["assert f(1) == 1"]}
+    judgement = judge("def f(x): return x", tests)
+    assert (judgement.reason, "not_installed_anywhere" in judgement.details) == ("error", True)
+    assert judge("import not_installed_anywhere\ndef f(x): return x", SQUARES).reason == "wrong"
+
+
+@needs_sandbox
 def test_function_calls_take_functions_and_solution_classes():
     tests = {"type": "function_io", "fn_name": "pair", "inputs": [[1, 2], [3, 4]], "outputs": [[1, 2], [3, 4]]}
     assert judge("def pair(a, b): return (a, b)", tests).reason == "correct"

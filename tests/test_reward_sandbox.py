@@ -3,55 +3,29 @@
 Every test runs as the user that runs the tests and, where that is root, as an ordinary user too.
 """
 
+import contextlib
 import os
-import pickle
 import signal
 import socket
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from sandboxed import why_not
+from sandboxed import USERS, as_user, why_not
 
 from megatron_rl.reward import sandbox as sandbox_module
+from megatron_rl.reward.code_runners import InSandbox
+from megatron_rl.reward.plain_data import pack, unpack
 from megatron_rl.reward.sandbox import Identity, Sandbox, SandboxUnavailable
-from megatron_rl.reward.sandbox_run import Limits, Program, SandboxFailure
+from megatron_rl.reward.sandbox_run import Ended, Limits, Program, SandboxFailure
 
-ORDINARY_USER = 54321
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_bytes=256 * 1024**2, processes=16)
 MISSING = why_not(Sandbox)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-USERS = [os.geteuid(), *([ORDINARY_USER] if os.geteuid() == 0 else [])]
-
-
-def as_user(user: int, work: Callable):
-    """`work()` in a child that belongs to `user`; what it returns or raises."""
-    if user == os.geteuid():
-        return work()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
-            result = ("ok", work())
-        except BaseException as error:
-            result = ("raised", f"{type(error).__name__}: {error}")
-        with open(write_end, "wb") as pipe:
-            pickle.dump(result, pipe)
-        os._exit(0)
-    os.close(write_end)
-    with open(read_end, "rb") as pipe:
-        kind, value = pickle.load(pipe)
-    os.waitpid(pid, 0)
-    assert kind == "ok", value
-    return value
 
 
 def left_over() -> list[str]:
@@ -221,6 +195,36 @@ def test_files_without_end_are_refused_one_by_one_and_together(user):
     assert rest == []
     assert first.startswith(b"28 ")
     assert int(second.split()[1]) <= LIMITS.disk_bytes * 5 // 4
+
+
+EMPTY_FILES = """
+    import os, time
+    for i in range(300_000):
+        os.close(os.open(f'/tmp/w/{i}', os.O_CREAT))
+    print('made them')
+"""
+
+
+def test_empty_files_and_folders_without_end_end_the_program(user):
+    record = run(user, EMPTY_FILES)
+    assert (record.limit, record.stdout) == ("files", b"")
+    folders = "import os\nfor i in range(300_000): os.mkdir(f'/dev/shm/{i}')"
+    assert run(user, folders).limit == "files"
+    few = run(user, EMPTY_FILES.replace("300_000", "3_000") + "    time.sleep(0.2)")
+    assert (few.limit, few.stdout) == (None, b"made them\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="shows what root does")
+def test_root_without_the_right_to_look_into_processes_counts_files_as_the_sandboxes_user(monkeypatch):
+    stat = os.stat
+
+    def refuse(path, *arguments, **keywords):
+        if "/root/" in str(path):
+            raise PermissionError(path)
+        return stat(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert run(0, EMPTY_FILES).limit == "files"
 
 
 def test_no_file_of_the_host_can_be_read_or_seen(user, tmp_path):
@@ -464,6 +468,54 @@ def test_no_file_descriptor_is_left_open_after_any_kind_of_run(user):
         return before == sorted(os.listdir("/proc/self/fd"))
 
     assert as_user(user, work)
+
+
+def test_programs_share_the_compiled_helper_and_none_can_change_it(user):
+    hostile = """
+import fcntl, os
+def f(x): return x
+for fd in range(3, 300):
+    for mode in (os.O_RDWR, os.O_WRONLY):
+        try: os.write(os.open(f'/proc/self/fd/{fd}', mode), b'x')
+        except OSError: pass
+"""
+
+    def work():
+        box = InSandbox(Sandbox())
+        helper = box._compiled["code_program"]
+        before = os.pread(helper.descriptor, helper.size, 0)
+        for _ in range(2):
+            requests = [pack(["load", [hostile], {}]), pack(["solve", ["f", [6]], {}])]
+            with contextlib.closing(box.answers(requests, LIMITS, 1000)) as answers:
+                assert [unpack(answer)[1] for answer in answers] == [None, 6]
+        for write in (lambda: os.pwrite(helper.descriptor, b"x", 0), lambda: os.ftruncate(helper.descriptor, 1)):
+            with pytest.raises(PermissionError):
+                write()
+        return before == os.pread(helper.descriptor, helper.size + 1, 0)
+
+    assert as_user(user, work)
+
+
+def test_who_does_not_answer_or_never_ends_its_answer_is_ended(user):
+    def work():
+        box = Sandbox()
+        silent = Program(command=box.python_command("import time\ntime.sleep(60)"), talks=True)
+        with box.start(silent, replace(LIMITS, wall_seconds=0.5)) as run:
+            with pytest.raises(Ended, match="no answer"):
+                run.ask(b"question", 100)
+            assert run.finish().limit == "wall"
+        endless = "import os\nwhile True: os.write(0, b'x' * 4096)"
+        with box.start(Program(command=box.python_command(endless), talks=True), LIMITS) as run:
+            with pytest.raises(Ended, match="more than 100000 bytes"):
+                run.ask(b"question", 100_000)
+            assert run.finish().limit == "output"
+        echo = "import os\nwhile True: os.write(0, os.read(0, 100))"
+        with box.start(Program(command=box.python_command(echo), talks=True), LIMITS) as run:
+            assert [run.ask(b"a" * 50_000, 50_000), run.ask(b"b", 10)] == [b"a" * 50_000, b"b"]
+        return True
+
+    assert as_user(user, work)
+    assert left_over() == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="shows what root does")

@@ -386,7 +386,8 @@ class Tester:
 
     def _space(self, codes: list, entry_point: str = "") -> dict:
         """The tests' globals: what the task gives, then from the program what the tests name and nothing gives."""
-        space: dict = {"__name__": "tests"}
+        module = sys.modules["tests"] = type(sys)("tests")  # dataclasses look their module up
+        space = vars(module)
         self._run(self.prefix, space)
         space.pop(entry_point, None)
         named = {entry_point} if entry_point else set()

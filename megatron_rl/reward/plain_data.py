@@ -162,10 +162,10 @@ def _library_tree(value: Any, kind: type, other: PackOther, depth: int) -> Any:
         if type(value) is numpy.ndarray and value.dtype.kind in _NUMPY_KINDS:
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
     fields = getattr(kind, "_fields", None)
-    if isinstance(value, tuple) and type(fields) is tuple and len(fields) == len(value):
+    if issubclass(kind, tuple) and type(fields) is tuple and len(fields) == len(value):
         return ["namedtuple", name, list(fields), *_trees(tuple(value), other, depth)]
     for base, plain in _BASES.items():
-        if isinstance(value, base):
+        if issubclass(kind, base):
             return _tree(plain(value), other, depth)
     return ["object", *_trees(other(value), other, depth)]
 
