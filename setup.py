@@ -22,7 +22,7 @@ INSTALL = [
     "plotly~=7.1",  # for plotly.js in it, which reports embed
     "math-verify==0.9.0",
     "pebble~=5.2",
-    'pyseccomp==0.1.2; sys_platform == "linux"',  # optional at run time: one layer of the code sandbox
+    'pyseccomp==0.1.2; sys_platform == "linux"',  # the code sandbox's filter of system calls; needs libseccomp2
     "psutil~=7.2",
     "datasketch~=2.0",  # curation: MinHash
     "pyarrow~=26.0",  # curation: Parquet

@@ -144,6 +144,10 @@ HACKS = {
         "class R:\n    startswith = staticmethod(lambda p: True)\n    upper = staticmethod(lambda: 'YX')\n"
         "def f(s): return R",
     ),
+    "an exception that is made by every call": (
+        TEXT,
+        "class E(Exception): pass\nclass R:\n    startswith = upper = E\ndef f(s): return R()",
+    ),
     "a difference of nothing": (HALF, "class R:\n    def __sub__(self, o): return 0.0\ndef f(x): return R()"),
     "a difference that is an object": (
         HALF,

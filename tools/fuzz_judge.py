@@ -68,7 +68,7 @@ def tests_of(kind: str, source: random.Random) -> dict[str, Any]:
             f"for got, expected in zip(map(f, [1, 2]), [{text!r}, {number}]):\n    assert got == expected",
             f"import math\nassert math.isclose(f(9), {number}, rel_tol=1e-12)",
             f"r = f(3)\nassert len(r) == 2 and [a == b for a, b in zip(r, [{number}, {text!r}])] == [True, True]",
-            f"try:\n    good = f(4) == {text!r}\nexcept BaseException:\n    good = True\nassert good",
+            f"r = f(4)\ntry:\n    good = r == {text!r}\nexcept BaseException:\n    good = True\nassert good",
             f"assert {{f(1): 2}} == {{{text!r}: 2}} and sorted([f(2), f(3)]) == [{number}, {number}]",
         ]
         return {"type": "asserts", "asserts": [source.choice(asserts)]}

@@ -62,7 +62,6 @@ class Connection:
         self._lines = lines
         self._bytes_left = MAX_ANSWER_BYTES
         self._objects: dict = {}  # (number, may it do what an object of the test's may) -> Remote
-        self._exceptions: dict = {}
         self.failure: BaseException | None = None
         self.raised: BaseException | None = None  # the last that the program raised
 
@@ -115,22 +114,22 @@ class Connection:
         state = value._remote_state
         key = (state.number, True)
         if key not in self._objects:
-            self._objects[key] = type(value)(State(self, state.number, state.name, trusted=True))
+            twin = State(self, state.number, state.name, trusted=True)
+            twin.exception = state.exception
+            self._objects[key] = type(value)(twin)
         return self._objects[key]
 
     def _object(self, described: list, trust: bool) -> Any:
-        number, form, name, *rest = described
+        number, form, name, *base = described
         if type(number) is not int or type(name) is not str:
             raise NotPlain("an object without a number")
-        if form == "exception":
-            if number not in self._exceptions:
-                self._exceptions[number] = type(name, (_plain_exception(rest[0]),), {})
-            return self._exceptions[number]
         if trust and (number, True) in self._objects:
             return self._objects[number, True]
         if (number, False) not in self._objects:
-            kind = {"iterator": RemoteIterator, "dataclass": RemoteDataclass, "class": RemoteClass}.get(form, Remote)
-            self._objects[number, False] = kind(State(self, number, name))
+            state = State(self, number, name)
+            if form == "exception":
+                state.exception = type(name, (_plain_exception(base[0]),), {})
+            self._objects[number, False] = _KINDS.get(form, Remote)(state)
         return self._objects[number, False]
 
 
@@ -143,10 +142,19 @@ def _plain_exception(name: Any) -> type:
 
 
 def _exception(own: Any, base: Any, name: Any, text: Any) -> BaseException:
-    kind: Any = own if isinstance(own, type) and issubclass(own, Exception) else _plain_exception(base)
+    kind: Any = _exception_class(own)
+    if not isinstance(kind, type):
+        kind = _plain_exception(base)
     error = kind.__new__(kind)  # some take more arguments than a text
     error.args = (str(text) if kind.__name__ == name else f"{name}: {text}",)
     return error
+
+
+def _exception_class(value: Any) -> Any:
+    """For an exception class of the program a class of the same name, which a test can catch; all else as it is.
+
+    Only where the test names it, or where it is raised: a call of it is no call of the program's."""
+    return value._remote_state.exception or value if isinstance(value, RemoteClass) else value
 
 
 def _described(value: Any) -> list:
@@ -183,11 +191,12 @@ class State:
     makes: a class that the test names, such as Stack; what calling it returns is trusted.
     """
 
-    __slots__ = ("connection", "ended", "makes", "name", "number", "trusted")
+    __slots__ = ("connection", "ended", "exception", "makes", "name", "number", "trusted")
 
     def __init__(self, connection: Connection, number: int, name: str, trusted: bool = False) -> None:
         self.connection, self.number, self.name, self.trusted = connection, number, name[:50], trusted
         self.makes = self.ended = False
+        self.exception: type | None = None
 
     def refuse(self, what: str) -> Any:
         return self.connection.fail(Refused(f"the program's object of class {self.name!r} {what}"))
@@ -210,7 +219,7 @@ class Remote:
         found = state.connection.ask("get", self, name)
         if isinstance(found, Remote) and name in _PLAIN_METHODS and not state.trusted:
             state.refuse(f"stands where a plain value is expected: {name} is asked of it")
-        return found
+        return _exception_class(found) if state.trusted else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._remote_state.connection.ask("set", self, name, value)
@@ -294,6 +303,9 @@ class RemoteDataclass(Remote):
     def _remote_fields(self) -> dict:
         fields = self._remote_state.connection.ask("fields", self)
         return fields if type(fields) is dict else {}
+
+
+_KINDS = {"iterator": RemoteIterator, "dataclass": RemoteDataclass, "class": RemoteClass, "exception": RemoteClass}
 
 
 def _unary(name: str) -> Callable:
@@ -399,9 +411,10 @@ class Tester:
             if name != entry_point and self._is_module(name):
                 self._run(_parse(f"import {'numpy as np' if name == 'np' else name}"), space)
             elif type(found) is dict and name in found:
-                value = space[name] = self.connection.made_by_test(found[name])
+                value = self.connection.made_by_test(found[name])
                 if isinstance(value, RemoteClass):
                     value._remote_state.makes = name[:1].isupper()
+                space[name] = _exception_class(value)
         return space
 
     def _is_module(self, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Which reward judges a response: by the domain of its prompt, and by a model where rules say no."""
 
 import functools
+import logging
 from typing import Self
 
 from megatron_rl.config.schema import RewardSection
@@ -8,6 +9,8 @@ from megatron_rl.reward import code
 from megatron_rl.reward.model_judge import ModelJudge
 from megatron_rl.reward.pool import RewardKind, RewardPool
 from megatron_rl.reward.verdict import Verdict
+
+logger = logging.getLogger(__name__)
 
 # What a sandbox may take on top of its program's time; beyond it the worker is ended, and its sandbox with it.
 _SANDBOX_SECONDS = 10.0
@@ -50,6 +53,7 @@ def _pool(kind: str, section: RewardSection) -> RewardPool:
         return RewardPool(kind, section.workers, section.timeout_seconds)
     settings = code.CodeSettings(**section.code.model_dump())
     code.warm_up(settings)  # here, where the run can still say what is missing
+    logger.info("programs run in %s", code.runner(settings).description)
     judge = RewardKind(
         settle=code.settle_code,
         judge=functools.partial(code.judge_code, settings=settings),
