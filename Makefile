@@ -129,7 +129,7 @@ test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with 
 test-browser: install install-browser  ## run reports in a real Chromium: no errors, no network, hostile responses, a phone
 	$(BIN)/python -m pytest tests/browser
 
-fuzz-judge: install install-sandbox  ## 5,000 programs that answer the judge of code with mutated bytes: none may be called correct (four minutes)
+fuzz-judge: install install-sandbox  ## 5,000 programs that answer the judge of code with mutated bytes: none may be called correct (two minutes)
 	$(BIN)/python tools/fuzz_judge.py --cases $(CASES) --seed $(SEED)
 
 # Not by `install`, which makes a CPU's environment: PYTHON is one that has torch for CUDA (docs/gpu.md).
