@@ -266,6 +266,59 @@ HACKS = {
         "from collections import namedtuple\nclass R(namedtuple('R', 'x')):\n    def __eq__(self, o): return True\n"
         "def f(x): return R(0)",
     ),
+    "the class of a name that the test binds": (
+        {
+            "type": "humaneval",
+            "entry_point": "f",
+            "test": "METADATA = {'author': 'jt'}\ndef check(candidate):\n    r = candidate(3)\n"
+            "    assert len(r) == 3 and all(a == b for a, b in zip(r, [1, 4, 9]))\n",
+        },
+        "class f:\n    def __init__(s, n): s.n = n\n    def __len__(s): return s.n\n"
+        "    def __iter__(s): return iter(())\nMETADATA = f",
+    ),
+    "the class of an attribute that the test names": (
+        {"type": "asserts", "setup": "import unittest\nt = unittest.TestCase()", "asserts": PAIRS["asserts"]},
+        "class TestCase:\n    def __len__(s): return 3\n    def __iter__(s): return iter(())\n"
+        "def f(n): return TestCase()",
+    ),
+    "a function that is called Solution": (
+        PAIRS,
+        "class Solution:\n    def __init__(s, n): pass\n    def __len__(s): return 3\n"
+        "    def __iter__(s): return iter(())\nf = Solution",
+    ),
+    "elements that are the function itself": (
+        {
+            "type": "asserts",
+            "asserts": [
+                "rows = list(f(2))\nassert len(rows) == 2\nfor row, want in zip(rows, [[1, 2, 3], [4, 5, 6]]):\n"
+                "    assert len(row) == 3 and all(a == b for a, b in zip(row, want))"
+            ],
+        },
+        "class R:\n    def __call__(s, n): return iter([s] * 2)\n    def __len__(s): return 3\n"
+        "    def __iter__(s): return iter(())\nf = R()",
+    ),
+    "an attribute that is the function itself": (
+        {
+            "type": "asserts",
+            "asserts": [
+                "r = f([1, [2, 3]])\nassert r.val == 1 and len(r.sons) == 2\n"
+                "assert all(c == v for c, v in zip(r.sons, [2, 3]))"
+            ],
+        },
+        "class R:\n    def __call__(s, n): return N()\n    def __len__(s): return 2\n"
+        "    def __iter__(s): return iter(())\nf = R()\nclass N:\n    val = 1\n    sons = f",
+    ),
+    "an exception that skips a test": (
+        {
+            "type": "asserts",
+            "asserts": [
+                "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(3), 9)\n"
+                "tests = unittest.defaultTestLoader.loadTestsFromTestCase(T)\n"
+                "import io\nassert unittest.TextTestRunner(io.StringIO()).run(tests).wasSuccessful()"
+            ],
+        },
+        "import unittest\ndef f(x): raise unittest.SkipTest('no')",
+    ),
     # What the tests use.
     "the tests' builtins": (
         HALF,

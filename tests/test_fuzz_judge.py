@@ -29,17 +29,16 @@ def test_programs_that_answer_with_mutated_bytes_are_wrong():
 
 HOLES = {
     "a program that is asked whether it equals what is expected": (
-        "if not isinstance(other, Remote):\n            return state.refuse(",
-        "if not isinstance(other, Remote):\n            return bool(state.connection.ask('len', self)) or str(",
+        'state.refuse(f"is compared with a plain',
+        "state.connection.ask('len', self) or str(f\"is compared with a plain",
     ),
     "an end of iteration that leaves a loop": (
         "_ENDS_OF_LOOPS = (StopIteration, StopAsyncIteration)",
-        "_ENDS_OF_LOOPS = ()",
+        "_ENDS_OF_LOOPS = (StopAsyncIteration,)",
     ),
-    "a refusal that a test can catch": ("self.failure = failure\n        raise failure", "raise ValueError"),
     "an object that says what it contains": (
-        "return lambda self, *_: self._remote_state.refuse(",
-        "return lambda self, *_: self._remote_state.connection.ask('str', self) or str(",
+        '        if not state.trusted:\n            return state.refuse(f"stands',
+        '        if 0:\n            return (f"stands',
     ),
 }
 
@@ -51,7 +50,7 @@ def test_the_fuzzer_finds_a_hole_that_is_made_for_it(hole, monkeypatch):
 
     def with_hole(modules):
         texts = [(name, text.replace(before, after)) for name, text in plain(modules)]
-        assert texts != plain(modules) or "code_tester" not in modules, "the hole is not in the source"
+        assert texts != plain(modules) or "code_remote" not in modules, "the hole is not in the source"
         return texts
 
     monkeypatch.setattr(code_runners, "sources", with_hole)

@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import json
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -335,8 +336,8 @@ def keys(d): return d.keys()
 @needs_sandbox
 def test_what_objects_of_the_programs_classes_may_do_in_tests():
     source = """
-import enum
-from dataclasses import dataclass
+import enum, functools, itertools, json
+from dataclasses import dataclass, field
 class Empty(Exception):
     pass
 class Stack:
@@ -353,6 +354,45 @@ class Stack:
     def __eq__(self, other): return self.items == other.items
     def __add__(self, other): return Stack(*self.items, *other.items)
     def __lt__(self, other): return len(self) < len(other)
+    def merged(self, other): return self + other
+    def __getitem__(self, index): return self.items[index]
+    def __setitem__(self, index, item): self.items[index] = item
+    def __contains__(self, item): return item in self.items
+    def __neg__(self): return Stack(*[-item for item in self.items])
+class Countdown:
+    def __init__(self, start): self.start = start
+    def __iter__(self):
+        self.left = self.start
+        return self
+    def __next__(self):
+        if self.left == 0: raise StopIteration
+        self.left -= 1
+        return self.left + 1
+    def __len__(self): return self.start
+class Broke(Exception):
+    pass
+class Poor(Broke):
+    def __init__(self, missing):
+        super().__init__("no")
+        self.missing = missing
+@dataclass
+class Ticket:
+    price: int
+    number: int = field(default_factory=itertools.count().__next__, compare=False)
+    np = 5
+class Name:
+    def __init__(self, text): self.text = text
+    def __eq__(self, other): return self.text == other.text
+    def __hash__(self): return hash(self.text)
+def favour(x): return x * x
+def ordered(items): items.sort()
+def withdraw(amount): raise Poor(amount)
+def parse(text): return json.loads(text)
+def look(key): return {}[key]
+def without(values, kind): return [v for v in values if not isinstance(v, kind)]
+def apply(function, values): return [function(v) for v in values]
+def folded(function, values): return functools.reduce(function, values)
+def append(found): found["x"].append(1)
 @dataclass
 class Account:
     owner: str
@@ -386,12 +426,86 @@ def total(account): return account.balance * 2
         "node = build([1, 2])\nseen = []\nwhile node:\n    seen.append(node.value)\n    node = node.next\n"
         "assert seen == [1, 2] and node is None",
         "n = Node(1)\nn.next = Node(2, n)\nassert n.next.next is n and n.next != None and n.next.next.value == 1",
+        "assert Stack(1).push(2).push(3).pop() == 3 and str(Stack(1).merged(Stack(2))) == '[1, 2]'",
+        "c = Countdown(2)\nassert list(c) == [2, 1] and list(c) == [2, 1] and len(c) == 2",
+        "try:\n    withdraw(5)\n    assert 0\nexcept Broke as e:\n    assert e.missing == 5 and str(e) == 'no'",
+        "import json\ntry:\n    parse('{')\n    assert 0\nexcept json.JSONDecodeError as e:\n    assert e.pos == 1",
+        "try:\n    look('k')\n    assert 0\nexcept KeyError as e:\n    assert e.args[0] == 'k'",
+        "assert issubclass(Poor, Broke) and Stack(1).__dict__ == {'items': [1]}",
+        "assert Ticket(1) == Ticket(1) != Ticket(2)",
+        "s = Stack(5, 6)\ns[0] = 7\nassert s[0] == 7 and 6 in s and 5 not in s and (-s).items == [-7, -6]",
+        "assert len({Name('a'), Name('a'), Name('b')}) == 2",
+        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+        "    assert list(pool.map(favour, range(99))) == [i * i for i in range(99)]",
+        "items = [3, 1]\nordered(items=items)\nassert items == [1, 3]",
+        "assert datetime.date(2024, 1, 1) < datetime.date.today() and copy.copy([1]) == [1]",
+        "assert without((4, 7.7, 1), int) == [7.7] and apply(abs, [-1]) == [1] and apply(str.upper, ['a']) == ['A']",
+        "import operator\nfrom collections import defaultdict\nd = defaultdict(list)\nappend(d)\n"
+        "assert d == {'x': [1]} and d['y'] == [] and folded(operator.add, [1, 2]) == 3",
+        "np, nt = 3, 4\nassert apply(float, [np, nt]) == [3.0, 4.0] and Ticket(1).np == 5",
     ]
     judgement = judge(source, {"type": "asserts", "asserts": asserts})
     assert judgement.reason == "correct", judgement
     own = {"type": "asserts", "asserts": ["assert total(Account('Eve', 4)) == 8 and opened() == Account('Ann', 5)"]}
     own["setup"] = "from dataclasses import dataclass\n@dataclass\nclass Account:\n    owner: str\n    balance: int = 0"
     assert judge(source, own).reason == "correct"
+
+
+@needs_sandbox
+def test_a_prefix_may_be_the_head_of_a_function_alone():
+    tests = {"type": "humaneval", "entry_point": "f", "test": "def check(c):\n    assert c(3) == 9\n"}
+    for head in ("def f(x):\n", "def f(x):\n    # the square\n"):
+        assert judge("    return x * x", {**tests, "prefix": head}).reason == "correct"
+
+
+def keys_of_one_hash(count: int) -> bytes:
+    """hash(-1) is hash(-2), so all tuples of them have one; and each comparison takes its time."""
+    same = b'["tuple",' + b'["Fraction","0x1","0x2"],' * 12
+    return b",".join(same + b",".join(b"-1" if n >> i & 1 else b"-2" for i in range(14)) + b"]" for n in range(count))
+
+
+HOSTILE_ANSWERS = {
+    "a complaint of many digits": b'["line",["list","value",["int","0x' + b"f" * 9000 + b'"],["list"]]]',
+    "an array as a complaint": b'["line",["list","value",["numpy","|u1",[2],"0101"],["list"]]]',
+    "a number of sixteen bytes": b'["line",["list","value",["numpy","<f16",null,"' + b"00" * 16 + b'"],["list"]]]',
+    "text that is none": b'["line",["list","value",["numpy","<U1",[1],"ffffffff"],["list"]]]',
+    "an array in an ordered dict": b'["line",["list","value",["OrderedDict","a",["numpy","|u1",[2],"0102"]],["list"]]]',
+    "a long range": b'["line",["range",0,600000000,1]]',
+    "an empty array of many rows": b'["line",["list","value",["numpy","|u1",[300000000,0],""],["list"]]]',
+    "a long range as arguments": b'["line",["list","raised",null,"m","E","E",["range",0,600000000,1],["dict"]]]',
+    "an exception without a name": b'["line",["list","raised",null,"m","E",["int","0xff"],["list"],["dict"]]]',
+    "a signalling NaN": b'["line",["list","value",["Decimal","sNaN"],["list"]]]',
+    "keys of one hash": b'["line",["list","value",["set",' + keys_of_one_hash(9000) + b'],["list"]]]',
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", HOSTILE_ANSWERS)
+def test_no_answer_makes_the_judge_fail_or_wait(name):
+    write = "for fd in range(3, 64):\n        try: os.write(fd, line + b'\\n')\n        except OSError: pass"
+    tests = {"type": "function_io", "fn_name": "f", "inputs": [[2]], "outputs": [{"a": [1, 3]}]}
+    for where in ("if True", "def f(x)"):
+        source = f"import os\nline = {HOSTILE_ANSWERS[name]!r}\n{where}:\n    {write}\n"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.process_time()
+        assert judge(source, tests).reason == "wrong"
+        assert time.process_time() - start < 5.0
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "test",
+    [
+        "errors = []\nfor i in range(3):\n    try: assert f(i) == i * i\n    except Exception as e: errors.append(e)\n"
+        "if errors: raise errors[0]",
+        "try: f(1)\nfinally:\n    try: f(2)\n    except Exception: pass",
+        "try: f(3)\nexcept Exception as e: raise type(e)(f'f(3) raised {e}') from e",
+    ],
+)
+def test_an_import_error_of_the_program_is_its_own_however_it_travels(test):
+    judgement = judge("def f(x): raise ImportError(str(x))", {"type": "asserts", "asserts": [test]})
+    assert judgement.reason == "wrong", judgement
 
 
 @needs_sandbox

@@ -214,6 +214,33 @@ def test_empty_files_and_folders_without_end_end_the_program(user):
     assert (few.limit, few.stdout) == (None, b"made them\n")
 
 
+def test_a_process_whose_first_thread_has_ended_is_looked_at_all_the_same(user):
+    memory = """
+        import ctypes, os, threading, time
+        def eat():
+            time.sleep(0.2)
+            data = bytearray(150 << 20)
+            for i in range(0, len(data), 4096): data[i] = 1
+            time.sleep(30)
+        for _ in range(3):
+            if os.fork() == 0:
+                threading.Thread(target=eat).start()
+                ctypes.CDLL(None).syscall(60, 0)  # exit: of this thread alone
+        time.sleep(30)
+    """
+    assert run(user, memory).limit == "memory"
+    files = """
+        import ctypes, os, threading, time
+        def fill():
+            time.sleep(0.1)
+            for i in range(300_000): os.close(os.open(f'/tmp/w/{i}', os.O_CREAT))
+            os.write(1, b'made them')
+        threading.Thread(target=fill).start()
+        ctypes.CDLL(None).syscall(60, 0)
+    """
+    assert run(user, files).limit == "files"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="shows what root does")
 def test_root_without_the_right_to_look_into_processes_counts_files_as_the_sandboxes_user(monkeypatch):
     stat = os.stat

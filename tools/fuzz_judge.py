@@ -95,7 +95,8 @@ class Own:
     """An object of the program, as its side describes one."""
 
     def __init__(self, number: int, form: str, name: str) -> None:
-        self.described = [number, form, name, "ValueError"]
+        classes = [1] if name == "Stack" else []
+        self.described = [number, form, name, classes, *(["ValueError", None] if form == "exception" else [])]
 
 
 def honest_lines(kind: str, source: random.Random) -> list[bytes]:
@@ -110,7 +111,7 @@ def honest_lines(kind: str, source: random.Random) -> list[bytes]:
         always = source.choice([True, True, 0, [], result])
         for given in (result, *5 * [always]):
             name = given.__name__ if isinstance(given, type) else ""
-            answers.append(["raised", None, name, name, ""] if name else ["value", given, []])
+            answers.append(["raised", None, "builtins", name, name, [], {}] if name else ["value", given, []])
     for _ in range(6):
         way = source.random()
         own = Own(source.randrange(2, 5), source.choice(forms), source.choice(["R", "Stack", "ValueError"]))
@@ -122,7 +123,15 @@ def honest_lines(kind: str, source: random.Random) -> list[bytes]:
         answers.append(["value", value, changed])
         if way > 0.9:
             error = source.choice(["StopIteration", "AssertionError", "ValueError", source.choice(WORDS)])
-            answers[-1] = ["raised", source.choice([None, own]), error, error, "text"]
+            answers[-1] = [
+                "raised",
+                source.choice([None, own]),
+                source.choice(WORDS),
+                error,
+                error,
+                ["text"],
+                {"a": own},
+            ]
     return [pack(answer, lambda own: own.described) + b"\n" for answer in answers]
 
 

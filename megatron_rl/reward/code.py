@@ -282,19 +282,15 @@ def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
         try:
             for _ in task.start:
                 complaint = _result(next(answers))
-                if complaint:
-                    return "wrong", str(complaint), 0
+                if complaint not in (None, ""):
+                    return "wrong", complaint if type(complaint) is str else "its answer cannot be read", 0
         except _Failed as failed:
             return "wrong", str(failed), 0
         except ProgramEnded as ended:
             return *_of_end(ended.record, settings, "at the start"), 0
         for expected in task.expected:
             try:
-                result = _result(next(answers))
-                if task.kind == "stdin_stdout":
-                    _check_output(result, expected, task.output_bytes)
-                else:
-                    _check_result(result, expected)
+                _check(next(answers), expected, task)
             except _Failed as failed:
                 return failed.reason, f"test {passed + 1}: {failed}", passed
             except ProgramEnded as ended:
@@ -317,6 +313,21 @@ class _Failed(Exception):
         self.reason: Reason = reason
 
 
+def _check(line: bytes, expected: Any, task: Calls) -> None:
+    """_Failed unless the answer in the line is what is expected."""
+    try:
+        result = _result(line)
+        if task.kind == "stdin_stdout":
+            _check_output(result, expected, task.output_bytes)
+        else:
+            _check_result(result, expected)
+    except _Failed:
+        raise
+    # The fault boundary: whatever a result does to whoever looks at it, it is not what was expected.
+    except Exception as error:
+        raise _Failed(f"the result cannot be compared: {type(error).__name__}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class _Object:
     """What stands for an object of the program's own class, which is no result. It equals nothing but itself."""
@@ -333,23 +344,23 @@ class _Object:
 def _result(line: bytes) -> Any:
     """The value in an answer; _Failed if there is none."""
     try:
-        answer = unpack(line, lambda described: _Object(str(described[2])[:50]))
-        kind, *parts = answer
-        if kind == "value":
-            result, _changed = parts
-            return result
-        _class, _base, name, text = map(str, parts)
-    except (NotPlain, TypeError, ValueError, IndexError) as error:
+        answer = unpack(line, lambda described: _Object(str(described[2])[:50]), arrays=False)
+    except NotPlain as error:
         raise _Failed(f"the program's answer cannot be read: {error}") from None
-    raise _Failed(f"{name}: {text}".rstrip(": ") if name != "NotPlain" else text)
+    if type(answer) is list and len(answer) == 3 and answer[0] == "value":
+        return answer[1]
+    if type(answer) is list and len(answer) == 7 and answer[0] == "raised":
+        name, arguments = answer[4:6]
+        if type(name) is str and type(arguments) is list:
+            text = ", ".join(argument for argument in arguments if type(argument) is str)
+            raise _Failed(f"{name}: {text}".rstrip(": ") if name != "NotPlain" else text)
+    raise _Failed("the program's answer cannot be read")
 
 
 def _check_output(result: Any, expected: str, most: int) -> None:
-    try:
-        code, output, errors = result
-        assert type(code) is int and type(output) is str and type(errors) is str
-    except (AssertionError, TypeError, ValueError):
-        raise _Failed("the program's answer cannot be read") from None
+    if type(result) is not list or list(map(type, result)) != [int, str, str]:
+        raise _Failed("the program's answer cannot be read")
+    code, output, errors = result
     if code in (-24, -9):
         raise _Failed("CPU time", "too_slow")
     if len(output.encode("utf-8", "surrogatepass")) > most:
@@ -375,22 +386,17 @@ def _words(text: str) -> list[list[str]]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(v) for v in value]
-    if type(value) is dict:
-        return {key: _as_json(v) for key, v in value.items()}
-    if type(value).__module__ == "numpy":
-        return _as_json(value.tolist())
-    return value
+    return {key: _as_json(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
 def _same(got: Any, expected: Any) -> bool:
     if type(got) is list and type(expected) is list:
         return len(got) == len(expected) and all(map(_same, got, expected))
+    if type(got) is dict and type(expected) is dict:
+        return got.keys() == expected.keys() and all(_same(got[key], expected[key]) for key in expected)
     if type(got) is float and type(expected) is float:
         return got == expected or abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
-    try:
-        return bool(got == expected)
-    except ArithmeticError:  # a signalling NaN of Decimal
-        return False
+    return bool(got == expected)
 
 
 def _short(value: Any) -> str:
@@ -425,11 +431,13 @@ def _read_report(run: TestsRun, num_tests: int, settings: CodeSettings) -> Outco
         elif word == "failed" and rest[0] == "gone" and run.program is not None:
             return *_of_end(run.program, settings, where), passed
         elif word == "failed":
-            text = f"test {passed + 1}: {rest[1]}" if loaded else str(rest[1])
-            return "error" if rest[0] == "broken" else "wrong", text, passed
+            return "wrong", f"test {passed + 1}: {rest[1]}" if loaded else str(rest[1]), passed
+        elif word == "broken":
+            return "error", str(rest[0]), passed
     if begun or run.tester.limit == "wall":
         return *_of_end(run.tester, settings, f"in test {passed + 1}"), passed
-    return "error", f"the tests ended with {_how_ended(run.tester)}", passed
+    limit = f", over the limit of {run.tester.limit}" if run.tester.limit else ""
+    return "error", f"the tests ended before they began, with {_how_ended(run.tester)}{limit}", passed
 
 
 def _of_end(record: RunRecord, settings: CodeSettings, where: str) -> tuple[Reason, str]:

@@ -4,12 +4,14 @@ It shares its process with the program, so the program may do with it what it li
 is read as plain data (plain_data.py), and it is never told what anybody expects. It needs the standard library only.
 
 A request and its answer are a line each, both plain data:
-    [operation, [arguments], {keywords}] -> ["value", result, [[index, argument after the call], ...]]
-                                         -> ["raised", class, base, name, text]     class: an object, or None
+    [operation, [arguments], {keywords}] -> ["value", result, [[index or keyword, argument after the call], ...]]
+                                         -> ["raised", class, module, base, name, [arguments], {attributes}]
                                          -> ["end"]                                 an iterator has no more
-What is no plain value stays here, under a number, and is described by [number, form, name of its class]; form is "",
-"iterator", "dataclass", "class", or "exception" for a class of exceptions, then with the name of its built-in base.
-In a request [number] stands for that object, and ["dataclass", name, {field: value}] for one of the test's own.
+What is no plain value stays here, under a number, and is described by [number, form, name, numbers of its classes that
+have one]. form is "", "iterator", "dataclass", "class", or "exception" for a class of exceptions; that has its built-in
+base too, and the program's class that it is made from, or None. The class that was raised is such an object, or None
+for a built-in one. In a request [number] stands for that object, ["dataclass", name, {field: value}] for one of the
+test's own, and ["named", module, name] for a function or type of the standard library.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
 
 DETAIL_CHARACTERS = 300
 # Operations that a test may do on objects alone, without a plain value beside them.
-UNARY: dict = {"len": len, "iter": iter, "str": str, "repr": repr, "bool": bool}
+UNARY: dict = {"len": len, "iter": iter, "str": str, "repr": repr, "bool": bool, "hash": hash, "abs": abs}
+UNARY.update(neg=operator.neg, pos=operator.pos, invert=operator.invert)
+# And those that ask it for what it holds.
+KEYED: dict = {"getitem": operator.getitem, "setitem": operator.setitem, "contains": operator.contains}
 _BINARY = "lt le gt ge add sub mul truediv floordiv mod matmul and_ or_ xor"
 BINARY: dict = {name: getattr(operator, name) for name in _BINARY.split()}
-_MUTABLE = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict")
+_MUTABLE = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict")
 
 
 class Lines:
@@ -85,14 +90,19 @@ class Program:
         number, kind = self.number(value), type(value)
         if isinstance(value, type):
             if issubclass(value, Exception):
-                return [number, "exception", value.__name__, built_in_base(value)]
-            return [number, "class", value.__name__]
-        if hasattr(kind, "__next__"):
-            return [number, "iterator", kind.__name__]
-        return [number, "dataclass" if hasattr(kind, "__dataclass_fields__") else "", kind.__name__]
+                own = [base for base in value.__bases__ if is_own_exception(base)]
+                return [number, "exception", value.__name__, [], built_in_base(value), own[0] if own else None]
+            return [number, "class", value.__name__, []]
+        form = "iterator" if hasattr(kind, "__next__") else "dataclass" if is_dataclass(kind) else ""
+        classes = [self._numbers[id(c)] for c in kind.__mro__ if id(c) in self._numbers]
+        return [number, form, kind.__name__, classes]
 
     def held(self, described: list) -> Any:
-        """For `unpack`: the object of a number, or the program's dataclass with the values of the test's."""
+        """For `unpack`: the object of a number, the program's dataclass with the values of the test's, or a function or
+        type of the standard library."""
+        if described[0] == "named":
+            _, module, name = described
+            return operator.attrgetter(name)(sys.modules.get(module) or __import__(module, fromlist=["*"]))
         if described[0] != "dataclass":
             return self.objects[described[0]]
         _, name, fields = described
@@ -106,13 +116,14 @@ class Program:
 
     def answer(self, line: bytes) -> bytes:
         try:
-            operation, arguments, keywords = unpack(line, self.held, max_keys=1 << 40)
-            before = [as_line(a, self.describe) for a in arguments[1:]] if operation == "call" else []
+            operation, arguments, keywords = unpack(line, self.held)
+            given = {**dict(enumerate(arguments[1:])), **keywords} if operation == "call" else {}
+            before = {place: as_line(value, self.describe) for place, value in given.items()}
             result = OPERATIONS[operation](self, *arguments, **keywords)
             changed = [
-                [index, argument]
-                for index, (argument, was) in enumerate(zip(arguments[1:], before))  # noqa: B905 (Python 3.9)
-                if was is not None and as_line(argument, self.describe) != was
+                [place, value]
+                for place, value in given.items()
+                if before[place] is not None and as_line(value, self.describe) != before[place]
             ]
             return pack(["value", result, changed], self.describe)
         except BaseException as error:
@@ -121,11 +132,32 @@ class Program:
     def raised(self, error: BaseException) -> list:
         kind = type(error)
         try:
-            text = str(error)[:DETAIL_CHARACTERS]
+            arguments: list = plain_only(list(error.args)) or [str(error)[:DETAIL_CHARACTERS]]
         except BaseException:
-            text = ""
-        own = isinstance(error, Exception) and kind.__module__ != "builtins"
-        return ["raised", kind if own else None, built_in_base(kind), kind.__name__, text]
+            arguments = []
+        own = kind if is_own_exception(kind) else None
+        try:
+            attributes = {name: value for name, value in vars(error).items() if plain_only([value])}
+        except BaseException:
+            attributes = {}
+        return ["raised", own, kind.__module__, built_in_base(kind), kind.__name__, arguments, attributes]
+
+
+def plain_only(values: list) -> list | None:
+    """These values where all are plain and short, else None."""
+    try:
+        pack(values, max_bytes=4 * DETAIL_CHARACTERS)
+    except BaseException:
+        return None
+    return values
+
+
+def is_own_exception(kind: type) -> bool:
+    return issubclass(kind, Exception) and kind.__module__ != "builtins"
+
+
+def is_dataclass(kind: type) -> bool:
+    return hasattr(kind, "__dataclass_fields__")
 
 
 def as_line(value: Any, describe: Any) -> bytes | None:
@@ -174,7 +206,9 @@ def next_of(program: Program, iterator: Any) -> list:
 
 
 def fields_of(program: Program, record: Any) -> dict:
-    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}
+    """Field -> [value, does it count when two are compared?]."""
+    fields = type(record).__dataclass_fields__
+    return {name: [getattr(record, name), bool(field.compare)] for name, field in fields.items()}
 
 
 def compile_program(program: Program, source: str, suffix: str, command: list) -> str:
@@ -262,11 +296,13 @@ OPERATIONS: dict = {
     "set": lambda program, target, name, value: setattr(target, name, value),
     "eq": lambda program, one, other: one == other,
     "isinstance": lambda program, value, kind: isinstance(value, kind),
+    "issubclass": lambda program, one, other: issubclass(one, other),
     "fields": fields_of,
     "next": next_of,
     "compile": compile_program,
     "run": run,
     **{name: lambda program, value, apply=apply: apply(value) for name, apply in UNARY.items()},
+    **{name: lambda program, *values, apply=apply: apply(*values) for name, apply in KEYED.items()},
     **{name: lambda program, one, other, apply=apply: apply(one, other) for name, apply in BINARY.items()},
 }
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rl.reward.code_tester import GONE
 from megatron_rl.reward.plain_data import pack
 from megatron_rl.reward.sandbox import Sandbox, SandboxUnavailable
 from megatron_rl.reward.sandbox_run import Ended, Limits, Program, Running, RunRecord
 
 _HERE = Path(__file__).parent
 PROGRAM_MODULES = ("plain_data", "code_program")
-TESTER_MODULES = ("plain_data", "code_program", "code_tester")
+TESTER_MODULES = ("plain_data", "code_program", "code_remote", "code_tester")
 MAX_JOB_BYTES = 1 << 30
 
 
@@ -137,7 +138,8 @@ class InSandbox:
 def _watch(tester: Running, program: Running) -> TestsRun:
     record = tester.finish(beside=program)
     # The program's end is of interest only where it explains why the tester lost it.
-    return TestsRun(tester=record, program=program.finish() if b'"gone"' in record.stdout else None)
+    lost = record.stdout.rstrip().endswith(pack(["failed", "gone", GONE]))
+    return TestsRun(tester=record, program=program.finish() if lost else None)
 
 
 def sources(modules: Iterable[str]) -> list[tuple[str, str]]:

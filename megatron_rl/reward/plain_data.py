@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 100
-# Elements of sets and keys of dicts in one line. Somebody who picks numbers of one hash makes each wait for all others.
-MAX_KEYS = 10_000
+# Elements of a set or keys of a dict that have one hash. Somebody who picks such keys makes each wait for all others.
+MAX_SAME_HASH = 100
 _MAX_BITS = 100_000
 _MAX_EXPONENT = 10_000
 _MAX_RECORD_TYPES = 100
 _MAX_FIELDS = 100
 _SMALL = 1 << 63
-# Letters of numpy's types that hold numbers, text and dates; the others hold objects or other arrays.
-_NUMPY_KINDS = "biufcSUMm"
+# numpy's types that hold numbers and text, by their letter and the bytes of one element.
+_NUMPY_TYPES = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16, "S": 1 << 20, "U": 1 << 20}
+# Elements that an array without any may say it has in its other dimensions.
+_MAX_EMPTY = 10_000
 
 
 class NotPlain(ValueError):
@@ -58,14 +60,17 @@ def pack(value: Any, other: PackOther = refuse, max_bytes: int = MAX_BYTES) -> b
     return line
 
 
-def unpack(line: bytes, other: UnpackOther = refuse, max_keys: int = MAX_KEYS) -> Any:
-    """The value of a line. Whatever the line is, it raises NotPlain or returns plain data (and what `other` makes)."""
+def unpack(line: bytes, other: UnpackOther = refuse, arrays: bool = True) -> Any:
+    """The value of a line. Whatever the line is, it raises NotPlain or returns plain data (and what `other` makes).
+
+    arrays: False makes numpy's arrays lists and its scalars plain numbers.
+    """
     try:
         text = line.decode("ascii").strip()
         tree, end = _READ(text, 0)
         if end != len(text) or type(tree) is not list or len(tree) != 2 or tree[0] != "line":
             raise NotPlain("not one value")
-        return _Reader(other, max_keys).value(tree[1], 0)
+        return _Reader(other, arrays).value(tree[1], 0)
     except NotPlain:
         raise
     except MemoryError:
@@ -93,6 +98,9 @@ _SCALARS = {_NONE, bool, str, float}
 _LISTS: dict = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _VIEWS: dict = {type({}.keys()): "keys", type({}.values()): "values"}
 _ITEMS: type = type({}.items())
+# What a defaultdict may make; with another it passes as a dict.
+_FACTORIES = (list, int, dict, set, float, str, tuple, bool)
+_FACTORY_OF: dict = {factory.__name__: factory for factory in _FACTORIES}
 # A subclass of these passes as the plain value in it.
 _BASES: dict = {
     int: int.__pos__,
@@ -151,15 +159,17 @@ def _library_tree(value: Any, kind: type, other: PackOther, depth: int) -> Any:
                 return ["deque", value.maxlen, *_trees(value, other, depth)]
             if name in ("Counter", "OrderedDict"):
                 return [name, *_pairs(value, other, depth)]
+            if name == "defaultdict" and value.default_factory in _FACTORIES:
+                return [name, value.default_factory.__name__, *_pairs(value, other, depth)]
         if (kind.__module__, name) in (("decimal", "Decimal"), ("fractions", "Fraction")):
             return [name, str(value)] if name == "Decimal" else [name, hex(value.numerator), hex(value.denominator)]
         if kind.__module__ == "datetime" and name in ("date", "time", "datetime", "timedelta"):
             return _time_tree(value, name)
     numpy = sys.modules.get("numpy")
     if numpy is not None and kind.__module__.partition(".")[0] == "numpy":
-        if isinstance(value, numpy.generic) and value.dtype.kind in _NUMPY_KINDS:
+        if isinstance(value, numpy.generic) and value.dtype.kind in _NUMPY_TYPES:
             return ["numpy", value.dtype.str, None, value.tobytes().hex()]
-        if type(value) is numpy.ndarray and value.dtype.kind in _NUMPY_KINDS:
+        if type(value) is numpy.ndarray and value.dtype.kind in _NUMPY_TYPES:
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
     fields = getattr(kind, "_fields", None)
     if issubclass(kind, tuple) and type(fields) is tuple and len(fields) == len(value):
@@ -184,8 +194,8 @@ def _time_tree(value: Any, name: str) -> list:
 class _Reader:
     """Reads one tree; counts what takes time."""
 
-    def __init__(self, other: UnpackOther, max_keys: int) -> None:
-        self.other, self.keys_left = other, max_keys
+    def __init__(self, other: UnpackOther, arrays: bool) -> None:
+        self.other, self.arrays = other, arrays
         self.record_types: dict = {}
 
     def value(self, node: Any, depth: int) -> Any:
@@ -206,10 +216,14 @@ class _Reader:
         return [self.value(node, depth + 1) for node in nodes]
 
     def keys(self, nodes: list, depth: int) -> list:
-        self.keys_left -= len(nodes)
-        if self.keys_left < 0:
-            raise NotPlain("too many elements of sets and keys of dicts")
-        return self.values(nodes, depth)
+        keys = self.values(nodes, depth)
+        if len(keys) > MAX_SAME_HASH and set(map(type, keys)) != {str}:  # Python gives texts other hashes at each start
+            seen: dict = {}
+            for key in keys:
+                seen[hash(key)] = seen.get(hash(key), 0) + 1
+            if max(seen.values()) > MAX_SAME_HASH:
+                raise NotPlain(f"more than {MAX_SAME_HASH} keys with the same hash")
+        return keys
 
     def pairs(self, nodes: list, depth: int) -> dict:
         keys, values = self.keys(nodes[::2], depth), self.values(nodes[1::2], depth)
@@ -239,6 +253,8 @@ class _Reader:
             year, month, day = nodes
             return getattr(module, kind)(year, month, day)
         *when, fold, offset = nodes
+        if set(map(type, when)) != {int}:
+            raise NotPlain("a time of what are no numbers")
         zone = None if offset is None else module.timezone(module.timedelta(seconds=offset))
         return getattr(module, kind)(*when, fold=fold, tzinfo=zone)
 
@@ -255,9 +271,15 @@ class _Reader:
         kind, shape, data = nodes
         numpy = __import__("numpy")
         dtype = numpy.dtype(str(kind)[:20])
-        if dtype.kind not in _NUMPY_KINDS or dtype.hasobject:
+        if dtype.hasobject or not 0 < dtype.itemsize <= _NUMPY_TYPES.get(dtype.kind, 0):
             raise NotPlain(f"an array of {kind[:20]}")
         flat = numpy.frombuffer(bytes.fromhex(data), dtype).copy()
+        if dtype.kind == "U" and flat.size and flat.view(dtype.byteorder + "u4").max() > sys.maxunicode:
+            raise NotPlain("an array of what is no text")
+        if not flat.size and sum(shape) > _MAX_EMPTY:
+            raise NotPlain(f"an empty array of shape {str(shape)[:50]}")
+        if not self.arrays:
+            return flat.reshape(tuple(shape)).tolist() if shape is not None else flat[0].item()
         return flat[0] if shape is None else flat.reshape(tuple(shape))
 
 
@@ -290,6 +312,9 @@ _READERS: dict = {
     "deque": lambda reader, nodes, depth: reader.collection("deque")(reader.values(nodes[1:], depth), nodes[0]),
     "Counter": lambda reader, nodes, depth: reader.collection("Counter")(reader.pairs(nodes, depth)),
     "OrderedDict": lambda reader, nodes, depth: reader.collection("OrderedDict")(reader.pairs(nodes, depth)),
+    "defaultdict": lambda reader, nodes, depth: reader.collection("defaultdict")(
+        _FACTORY_OF[nodes[0]], reader.pairs(nodes[1:], depth)
+    ),
     "Decimal": _Reader.decimal,
     "Fraction": _Reader.fraction,
     "date": lambda reader, nodes, depth: reader.time("date", nodes),

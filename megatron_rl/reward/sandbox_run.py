@@ -412,14 +412,19 @@ def _ends(pidfd: int, seconds: float) -> bool:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all below it; pages that they share count for each. Gone ones count 0."""
+    """Resident memory of a process and all below it; pages that they share count for each. Gone ones count 0.
+
+    By each of its threads: one whose first thread has ended shows nothing of itself, and lives on.
+    """
     total, waiting = 0, [pid]
     while waiting:
-        here = Path("/proc", str(waiting.pop()))
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            total += int((here / "statm").read_text().split()[1]) * _PAGE_BYTES
-            for thread in (here / "task").iterdir():
-                waiting += map(int, (thread / "children").read_text().split())
+        largest = 0
+        with contextlib.suppress(OSError):
+            for thread in Path("/proc", str(waiting.pop()), "task").iterdir():
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    waiting += map(int, (thread / "children").read_text().split())
+                    largest = max(largest, int((thread / "statm").read_text().split()[1]))
+        total += largest * _PAGE_BYTES
     return total
 
 
@@ -429,24 +434,30 @@ def count_files(pid: int, popen_arguments: dict[str, Any]) -> int:
     popen_arguments: of the sandbox's user. Root without CAP_SYS_PTRACE, as it is in most containers, may not look into
     another user's process; that user may.
     """
-    total = 0
-    for folder in _FOLDERS:
-        inside = f"/proc/{pid}/root{folder}"
+    with contextlib.suppress(OSError):
+        for thread in Path("/proc", str(pid), "task").iterdir():
+            counts = [_count_below(thread / "root", folder, popen_arguments) for folder in _FOLDERS]
+            if any(counts):  # else a thread that has ended
+                return sum(counts)
+    return 0
+
+
+def _count_below(root: Path, folder: str, popen_arguments: dict[str, Any]) -> int:
+    inside = f"{root}{folder}"
+    try:
+        device, used = os.stat(inside).st_dev, os.statvfs(inside)
+        count = used.f_files - used.f_ffree
+    except PermissionError:
         try:
-            device, used = os.stat(inside).st_dev, os.statvfs(inside)
-            count = used.f_files - used.f_ffree
-        except PermissionError:
-            try:
-                device = int(_ask_stat(["--format", "%d", inside], popen_arguments))
-                every, free = _ask_stat(["--file-system", "--format", "%c %d", inside], popen_arguments).split()
-                count = int(every) - int(free)
-            except ValueError:
-                continue
-        except OSError:
-            continue
-        # Before bubblewrap has made the sandbox, this is still the machine's own folder.
-        total += count if device != os.stat(folder).st_dev else 0
-    return total
+            device = int(_ask_stat(["--format", "%d", inside], popen_arguments))
+            every, free = _ask_stat(["--file-system", "--format", "%c %d", inside], popen_arguments).split()
+            count = int(every) - int(free)
+        except ValueError:
+            return 0
+    except OSError:
+        return 0
+    # Before bubblewrap has made the sandbox, this is still the machine's own folder.
+    return count if device != os.stat(folder).st_dev else 0
 
 
 def _ask_stat(arguments: list[str], popen_arguments: dict[str, Any]) -> str:
