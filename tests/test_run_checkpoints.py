@@ -30,6 +30,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, di
         "kept",
         "file_that_cannot_grow",
         "damaged",
+        "hostile",
     ]
     spec = {"model": model, "parallel": {"expert": 2}, "killed": str(folder / "one/killed")}
     with small_disk(folder / "disk", 16 * 2**20) as mounted:
@@ -123,6 +124,21 @@ def test_when_all_checkpoints_are_damaged_each_is_named(reports: tuple[dict, dic
 
 
 # -- checksums -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_pickle_of_a_checkpoint_would_run_is_named_on_resume_and_on_load_and_not_run(
+    reports: tuple[dict, dict],
+) -> None:
+    for report in (found["hostile"] for found in reports):
+        assert report.pop("ran") is False
+        for name, said in report.items():
+            assert "/hostile/step_1/megatron/" in said, name
+            assert "asks for 'posix.system'" in said, name
+        assert report["resume, index"] == report["load, index"]
+        assert "/common.pt asks" in report["resume, common.pt"]
+        assert ".distcp: common_state/shard_0_1 asks" in report["resume, objects"]
+        assert ".distcp: embedding.word_embeddings.weight asks" in report["resume, tensor"]
+        assert report["resume, tensor"] == report["load, tensor"]
 
 
 def test_the_checksum_is_xxh3_of_128_bits(tmp_path: Path) -> None:

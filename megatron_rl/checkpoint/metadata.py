@@ -112,7 +112,7 @@ def _index(found: Any) -> MetadataIndex:
 def _place(found: Any) -> _StorageInfo:
     state = _state(found, _Place)
     name = _text(state["relative_path"])
-    if Path(name).name != name:
+    if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"it names the file {name!r}, which is not in the same folder")
     if state.get("transform_descriptors"):
         raise ValueError(f"{name} is compressed, which is not supported")
