@@ -4,7 +4,10 @@ import argparse
 import io
 import os
 import pickle
+import resource
 import shutil
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,12 +99,11 @@ def test_a_hostile_chunk_is_refused_and_not_run(
 
 
 def test_what_megatron_allows_torch_to_load_is_not_enough() -> None:
-    file = io.BytesIO(saved({"args": argparse.Namespace(steps=3)}))
+    data = saved({"args": argparse.Namespace(steps=3)})
     with torch.serialization.safe_globals([argparse.Namespace]):  # megatron.core does so on import, with 18 more
-        assert torch.load(file, weights_only=True)["args"].steps == 3
-        file.seek(0)
+        assert torch.load(io.BytesIO(data), weights_only=True)["args"].steps == 3
         with pytest.raises(Fault, match=r"file asks for 'argparse\.Namespace'"):
-            load_saved(file, "file")
+            load_saved(data, "file")
 
 
 def test_common_pt_is_read_as_plain_data_whatever_the_environment_says(
@@ -146,6 +148,37 @@ def test_a_pickle_cannot_change_the_classes_that_it_may_name(folder: Path) -> No
     assert compare(folder / "hf", folder / "m")[0] == []
 
 
+# Opcodes without the PROTO at the begin: 2 doubles what is on top, \x86 makes a tuple of two, s and e fill.
+BOMBS = {
+    "place 2**29 of the memo": b"Nr\x00\x00\x00\x20.",
+    "a tuple of two of itself, fifty times over, as a key": b"}N" + b"2\x86" * 50 + b"Ns.",
+    "the same in a set": b"(N" + b"2\x86" * 50 + b"\x91.",
+    "the same in a dict at once": b"(N" + b"2\x86" * 50 + b"Nd.",
+    "the same in an OrderedDict at once": b"ccollections\nOrderedDict\n](N" + b"2\x86" * 50 + b"Nle\x85R.",
+    "a string of 2**62 bytes": b"\x8e" + (2**62).to_bytes(8, "little") + b".",
+    "100,000 tuples in each other as a key": b"}N" + b"\x85" * 100_000 + b"Ns.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_few_bytes_do_not_take_memory_or_time_without_end(name: str, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + BOMBS[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with pytest.raises((ValueError, Fault)):
+        read_metadata(tmp_path)
+    assert time.monotonic() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 500_000 + b"N.")
+    with pytest.raises(ValueError, match="would unpack to more than there is"):
+        load_saved(file.getvalue(), "file")
+
+
 def test_an_index_is_read_as_torch_reads_it(folder: Path) -> None:
     metadata = folder / "m/megatron/.metadata"
     torchs = pickle.loads(metadata.read_bytes())
@@ -178,10 +211,10 @@ def tensor(metadata: Metadata) -> TensorStorageMetadata:
         (lambda m: spoil_place(m, relative_path="../config.json"), "names the file '../config.json', which is not in"),
         (lambda m: spoil_place(m, relative_path="/dev/zero"), "names the file '/dev/zero', which is not in"),
         (lambda m: spoil_place(m, relative_path=".."), "names the file '..', which is not in"),
-        (lambda m: spoil_place(m, offset=-1), "-1 where a number of bytes or chunks belongs"),
-        (lambda m: spoil_place(m, length=1.5), "1.5 where a number of bytes or chunks belongs"),
+        (lambda m: spoil_place(m, offset=-1), "a int where a number of bytes or chunks belongs, 0 or"),
+        (lambda m: spoil_place(m, length=1.5), "a float where a number of bytes or chunks belongs"),
         (lambda m: spoil_place(m, transform_descriptors=["stream.zstd"]), "is compressed, which is not supported"),
-        (lambda m: setattr(tensor(m), "size", [96, 64]), r"[96, 64] is no shape"),
+        (lambda m: setattr(tensor(m), "size", [96, 64]), "a list is no shape"),
         (lambda m: setattr(tensor(m), "size", torch.Size([96])), "of size (96, 64) in 1 dimensions"),
         (lambda m: setattr(tensor(m), "properties", tensor(m)), "a Tensor where a TensorProperties belongs"),
         (lambda m: m.storage_data.pop(MetadataIndex(COMMON)), f"it does not say where {COMMON} lies"),

@@ -1,6 +1,7 @@
 """A run's checkpoints on two real ranks: written beside training, on full disks, damaged, killed in the middle."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,15 @@ def test_what_differs_from_what_was_written_is_told(folder: Path) -> None:
     assert lines[2] == "file2 has 202 bytes; 201 were written"
     assert lines[3].startswith("file3 has checksum ")
     assert len(lines) == 4
+
+
+def test_a_pipe_among_the_files_does_not_hold_the_reader(folder: Path) -> None:
+    (folder / "file0").unlink()
+    os.mkfifo(folder / "file0")
+    content = json.loads((folder / "checksums.json").read_text())
+    content["file0"]["num_bytes"] = 0
+    (folder / "checksums.json").write_text(json.dumps(content))
+    assert damage(folder) == ["file0 is not a regular file"]
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 7])

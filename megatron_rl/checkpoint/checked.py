@@ -44,6 +44,8 @@ class CheckedReader(dcp.FileSystemReader):
                         self._read(file, item, planner)
             except ValueError as error:
                 raise Fault(str(error)) from None
+            except RecursionError:
+                raise Fault(f"{path} holds an object that is nested too deeply") from None
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -53,7 +55,9 @@ class CheckedReader(dcp.FileSystemReader):
 
     def _read(self, file: BinaryIO, item: ReadItem, planner: LoadPlanner) -> None:
         index, where = item.storage_index, f"{file.name}: {item.storage_index.fqn}"
-        saved = self._slice_file(file, self.storage_data[index])
+        info = self.storage_data[index]
+        file.seek(info.offset)
+        saved = file.read(info.length)
         if item.type == LoadItemType.BYTE_IO:
             planner.load_bytes(item, _saved(load_saved(saved, where)))
             return
@@ -69,7 +73,7 @@ def load_common(folder: str) -> Any:
     """`common.pt`, where older versions of Megatron keep all that is no tensor."""
     path = Path(folder) / "common.pt"
     with open_regular(path) as file:
-        return load_saved(file, str(path))
+        return load_saved(file.read(), str(path))
 
 
 def _saved(value: Any) -> io.BytesIO:

@@ -57,17 +57,32 @@ _KNOWN: Known = {
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """All of it but what only a save needs. Fault when it could run a program, ValueError when it is damaged."""
+    """All of it but what only a save needs. Fault when it could run a program, ValueError when it is damaged or names
+    a file that is missing or too short."""
     path = folder / METADATA
     if not path.exists():
         raise ValueError(f"{folder} holds no {METADATA}; the checkpoint is not whole")
     try:
         with open_regular(path) as file:
-            return _metadata(unpickle(file.read(), _KNOWN, str(path)))
+            metadata = _metadata(unpickle(file.read(), _KNOWN, str(path)))
     except Fault:
         raise
     except Exception as error:  # a damaged pickle may end in any
         raise ValueError(f"{path} cannot be read ({error}); the checkpoint is damaged") from None
+    _check_files(folder, metadata)
+    return metadata
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; the checkpoint is not whole")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes of at least {end}; it was cut off")
 
 
 def _metadata(found: Any) -> Metadata:
@@ -127,7 +142,7 @@ def _state(found: Any, kind: type[Record]) -> Any:
 
 def _size(found: Any) -> torch.Size:
     if type(found) is not torch.Size or any(number < 0 for number in found):
-        raise ValueError(f"{found!r:.100} is no shape")
+        raise ValueError(f"a {type(found).__name__} is no shape")
     return found
 
 
@@ -139,5 +154,5 @@ def _text(found: Any) -> str:
 
 def _number(found: Any) -> int:
     if type(found) is not int or found < 0:
-        raise ValueError(f"{found!r:.100} where a number of bytes or chunks belongs")
+        raise ValueError(f"a {type(found).__name__} where a number of bytes or chunks belongs, 0 or more")
     return found

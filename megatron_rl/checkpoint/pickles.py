@@ -3,14 +3,17 @@
 A pickle is a program. It may name any function of any module and call it, so a checkpoint from somebody else could do
 whatever its reader may. Here a pickle gets a closed table of names. What stands behind a name is plain data, a type
 that cannot be changed, or a record that keeps what it is given; a name outside the table ends the reading.
+
+A pickle can also take memory or time without end with a few bytes of its own. That ends the reading, too.
 """
 
 import collections
 import io
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -41,6 +44,15 @@ def record(name: str) -> type[Record]:
     return cast(type[Record], _Fixed(name, (Record,), {"__slots__": ()}))
 
 
+class _Ordered(collections.OrderedDict[Any, Any], metaclass=_Fixed):
+    """Takes no items but one by one, so that their keys are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class Ignored(metaclass=_Fixed):
     """An object that nobody looks at, whatever it is made of."""
 
@@ -58,7 +70,7 @@ _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16",
 # Of tensors and of plain containers around them.
 _SAVED: Known = {
     **DTYPES,
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _Ordered,
     ("torch", "Size"): torch.Size,
     ("torch.storage", "UntypedStorage"): Ignored,
     ("torch._utils", "_rebuild_tensor_v2"): Ignored,
@@ -75,7 +87,37 @@ def unpickle(data: bytes, known: Known, where: str) -> Any:
     return _Gate(data, known, where).load()
 
 
-class _Gate(pickle.Unpickler):
+# What may be a key: the hash of a tuple that holds one tuple twice, and so on fifty times, takes years.
+_KEYS = (str, int, float, bytes, type(None), Record, Ignored)
+
+
+def _codes() -> dict[int, Any]:
+    """What each byte of a pickle that is an order does; keys are looked at before they are hashed."""
+    codes: dict[int, Any] = dict(pickle._Unpickler.dispatch)
+    # The keys lie on the stack alternating with their values.
+    for code, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2))):
+        codes[code[0]] = _with_plain(keys, codes[code[0]])
+    # Other ways to keys, and names by number, which other modules may have registered.
+    for code in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del codes[code[0]]
+    return codes
+
+
+def _with_plain(keys: slice, run: Callable[[Any], None]) -> Callable[[Any], None]:
+    def checked(gate: Any) -> None:
+        for key in gate.stack[keys]:
+            if not isinstance(key, _KEYS):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+        run(gate)
+
+    return checked
+
+
+class _Gate(pickle._Unpickler):
+    """Python's unpickler in Python: the one in C takes up to 60 GB for a single number in the pickle."""
+
+    dispatch = _codes()
+
     def __init__(self, data: bytes, known: Known, where: str) -> None:
         super().__init__(io.BytesIO(data))
         self._known, self._where = known, where
@@ -93,22 +135,14 @@ class _Gate(pickle.Unpickler):
         return Ignored()
 
 
-def load_saved(file: IO[bytes], where: str) -> Any:
+def load_saved(data: bytes, where: str) -> Any:
     """What torch.save wrote: tensors, numbers, text and plain containers, on the CPU.
 
-    file: holds it alone, and can seek. where: its name in messages. Fault when its pickle names anything else,
-    ValueError when it is damaged.
+    where: its name in messages. Fault when its pickle names anything else, ValueError when it is damaged.
     """
     try:
-        # torch takes what does not begin so for an older format, with a pickle elsewhere.
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError("it was not written by torch.save")
-        file.seek(0)
-        # torch's own reader, so that its loader finds the same pickle in the archive.
-        archive = torch._C.PyTorchFileReader(cast(BinaryIO, file))
-        unpickle(archive.get_record("data.pkl"), _SAVED, where)
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        unpickle(_pickle_in(data), _SAVED, where)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Fault:
         raise
     except pickle.UnpicklingError:
@@ -117,9 +151,21 @@ def load_saved(file: IO[bytes], where: str) -> Any:
         raise ValueError(f"{where} cannot be read ({error})") from None
 
 
-def load_tensor(file: IO[bytes], shape: torch.Size, where: str) -> torch.Tensor:
+def _pickle_in(data: bytes) -> bytes:
+    """The pickle in the archive that torch.save makes, as torch's own loader finds it."""
+    # torch takes what does not begin so for an older format, with a pickle elsewhere.
+    if not data.startswith(b"PK\x03\x04"):
+        raise ValueError("it was not written by torch.save")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(data):
+            raise ValueError("it would unpack to more than there is")
+    found: bytes = torch._C.PyTorchFileReader(io.BytesIO(data)).get_record("data.pkl")
+    return found
+
+
+def load_tensor(data: bytes, shape: torch.Size, where: str) -> torch.Tensor:
     """One tensor that torch.save wrote, as `load_saved`; ValueError for another shape, too."""
-    tensor = load_saved(file, where)
+    tensor = load_saved(data, where)
     if type(tensor) is not torch.Tensor:
         raise ValueError(f"{where} is a {type(tensor).__name__}, not a tensor")
     if tensor.shape != shape:
