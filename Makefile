@@ -13,6 +13,7 @@ TORCHVISION_VERSION := 0.28.0
 PINS := constraints.txt
 SGLANG_FOLDER := megatron_rl/rollout/sglang_cpu
 SGLANG_PINS := $(SGLANG_FOLDER)/constraints.txt
+UNPINNED := pip setuptools wheel triton
 
 # Training processes: one per core up to two, data-parallel unless TP, EP or PP divide the model.
 NPROC ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 2 ] && n=2; echo $$n)
@@ -112,10 +113,11 @@ $(SGLANG_STAMP): $(SGLANG_FOLDER)/requirements.txt $(SGLANG_PINS) Makefile
 	$(SGLANG_VENV)/bin/python -m pip install --quiet $(SGLANG_PINS:%=-c %) -r $(SGLANG_FOLDER)/requirements.txt
 	touch $@
 
-# What is installed in environment $(1), as constraints in $(2). No local tags (+cpu) and no hashes, since an index may serve
-# another build of torch under the same version. Not what installs packages: that may be the newest.
+# What is installed in environment $(1), as constraints in $(2). No local tags (+cpu), no hashes and no triton, since an index
+# may serve another build of torch under the same version, and each build asks for its own triton. Not what installs packages
+# either: that may be the newest.
 define write-pins
-  $(1)/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel >$(1)/frozen.txt
+  $(1)/bin/python -m pip freeze --exclude-editable $(UNPINNED:%=--exclude %) >$(1)/frozen.txt
   { echo "# Made by \`make pins\` on $$(date -u +%F) with $$($(1)/bin/python -V) on $$(uname -sm)."; \
     echo "# CONTRIBUTING.md says how to move a version."; sed 's/+.*//' $(1)/frozen.txt; } >$(2)
 endef

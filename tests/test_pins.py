@@ -53,10 +53,12 @@ def test_a_requirement_without_a_pin_or_with_a_refused_or_second_one_is_found() 
 
 
 @pytest.mark.parametrize("folder", [ROOT, SGLANG], ids=["ours", "SGLang's"])
-def test_pins_are_plain_versions_that_admit_any_build_and_leave_installers_and_the_package_free(folder: Path) -> None:
+def test_pins_are_plain_versions_that_every_build_of_torch_can_live_with(folder: Path) -> None:
     lines = lines_of(folder / "constraints.txt")
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
     pins = {canonicalize_name(pin.name): pin.specifier for pin in map(Requirement, lines)}
     assert len(pins) == len(lines)
-    assert not {"pip", "setuptools", "wheel", "megatron-rl"} & set(pins)
-    assert all(pins["torch"].contains(f"2.13.0{build}") for build in ("", "+cpu", "+cu130"))
+    # torch 2.13.0 for CUDA asks for triton 3.7.1, where what goes with the CPU build came with 3.9.0.
+    assert not {"pip", "setuptools", "wheel", "megatron-rl", "triton"} & set(pins)
+    torch = str(pins["torch"]).removeprefix("==")
+    assert all(pins["torch"].contains(torch + build) for build in ("", "+cpu", "+cu130"))
