@@ -2,7 +2,6 @@
 programs (code_tester.py). On this machine each has a sandbox of its own."""
 
 import fcntl
-import functools
 import os
 import socket
 import weakref
@@ -63,6 +62,7 @@ class InSandbox:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
+        self._compiled = self._compile()
 
     @property
     def description(self) -> str:
@@ -111,8 +111,7 @@ class InSandbox:
         )
         return Program(command=self._sandbox.python_command(start), descriptors=(code.descriptor,))
 
-    @functools.cached_property
-    def _compiled(self) -> dict[str, "SealedFile"]:
+    def _compile(self) -> dict[str, "SealedFile"]:
         source = "import sys, marshal\n" + "".join(
             f"modules = [(name, compile(text, name, 'exec')) for name, text in {sources(names)!r}]\n"
             "print(marshal.dumps(modules).hex())\n"
