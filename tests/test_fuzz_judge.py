@@ -37,8 +37,8 @@ HOLES = {
         "_ENDS_OF_LOOPS = (StopAsyncIteration,)",
     ),
     "an object that says what it contains": (
-        '        if not state.trusted:\n            return state.refuse(f"stands',
-        '        if 0:\n            return (f"stands',
+        "*arguments) if state.trusted else state.refuse(refusal)",
+        "*arguments)",
     ),
 }
 

@@ -80,7 +80,7 @@ _SAVED: Known = {
 
 
 def unpickle(data: bytes, known: Known, where: str) -> Any:
-    """What a pickle holds. Fault, before anything else happens, when it names something that is not in `known`.
+    """Read what a pickle holds. Fault, before anything else happens, when it names something that is not in `known`.
 
     Any other exception says that the pickle is damaged.
     """
@@ -92,7 +92,7 @@ _KEYS = (str, int, float, bytes, type(None), Record, Ignored)
 
 
 def _codes() -> dict[int, Any]:
-    """What each byte of a pickle that is an order does; keys are looked at before they are hashed."""
+    """Say what each byte of a pickle that is an order does; keys are looked at before they are hashed."""
     codes: dict[int, Any] = dict(pickle._Unpickler.dispatch)
     # The keys lie on the stack alternating with their values.
     for code, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2))):
@@ -136,7 +136,7 @@ class _Gate(pickle._Unpickler):
 
 
 def load_saved(data: bytes, where: str) -> Any:
-    """What torch.save wrote: tensors, numbers, text and plain containers, on the CPU.
+    """Read what torch.save wrote: tensors, numbers, text and plain containers, on the CPU.
 
     where: its name in messages. Fault when its pickle names anything else, ValueError when it is damaged.
     """

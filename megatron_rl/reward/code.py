@@ -20,7 +20,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -275,10 +275,11 @@ def _program(source: str, prefix: str, entry_point: str) -> str:
 def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
     deadline = time.monotonic() + settings.seconds
     # A character of what a program printed takes up to six in a line of plain data.
-    largest = max(map(len, (*task.start, *task.requests)))
+    requests = (*task.start, *task.requests)
+    largest = max(map(len, requests))
     max_bytes = max(MAX_BYTES, 6 * task.output_bytes + 4096, largest + 1)
     passed = 0
-    with contextlib.closing(_answers(task, settings, max_bytes)) as answers:
+    with contextlib.closing(runner(settings).answers(requests, task.limits, max_bytes)) as answers:
         try:
             for _ in task.start:
                 complaint = _result(next(answers))
@@ -299,10 +300,6 @@ def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
             if time.monotonic() > deadline and passed < task.num_tests:
                 return "too_slow", f"in test {passed + 1}: over {settings.seconds:g} s for the item", passed
     return "correct", "", passed
-
-
-def _answers(task: Calls, settings: CodeSettings, max_bytes: int) -> Generator[bytes]:
-    return runner(settings).answers((*task.start, *task.requests), task.limits, max_bytes)
 
 
 class _Failed(Exception):
@@ -330,7 +327,7 @@ def _check(line: bytes, expected: Any, task: Calls) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """What stands for an object of the program's own class, which is no result. It equals nothing but itself."""
+    """Stands for an object of the program's own class, which is no result. It equals nothing but itself."""
 
     name: str
 
@@ -379,7 +376,7 @@ def _check_result(result: Any, expected: Any) -> None:
 
 
 def _words(text: str) -> list[list[str]]:
-    """By line, as most graders compare: blank lines and space within a line do not count."""
+    """Split a text into the words of each line, as most graders compare: blank lines and more space do not count."""
     return [words for words in map(str.split, text.splitlines()) if words]
 
 
@@ -441,7 +438,7 @@ def _read_report(run: TestsRun, num_tests: int, settings: CodeSettings) -> Outco
 
 
 def _of_end(record: RunRecord, settings: CodeSettings, where: str) -> tuple[Reason, str]:
-    """What it means that a process ended where it should have answered: it is the program's doing."""
+    """Say what it means that a process ended where it should have answered: it is the program's doing."""
     if record.limit == "wall":
         return "too_slow", f"{where}: over {settings.seconds:g} s for the item"
     if record.limit == "cpu":

@@ -6,7 +6,6 @@ is read as plain data (plain_data.py), and it is never told what anybody expects
 A request and its answer are a line each, both plain data:
     [operation, [arguments], {keywords}] -> ["value", result, [[index or keyword, argument after the call], ...]]
                                          -> ["raised", class, module, base, name, [arguments], {attributes}]
-                                         -> ["end"]                                 an iterator has no more
 What is no plain value stays here, under a number, and is described by [number, form, name, numbers of its classes that
 have one]. form is "", "iterator", "dataclass", "class", or "exception" for a class of exceptions; that has its built-in
 base too, and the program's class that it is made from, or None. The class that was raised is such an object, or None
@@ -86,7 +85,7 @@ class Program:
         return self._numbers[id(value)]
 
     def describe(self, value: Any) -> list:
-        """For `pack`: an object that is no plain value."""
+        """Describe an object that is no plain value, for `pack`."""
         number, kind = self.number(value), type(value)
         if isinstance(value, type):
             if issubclass(value, Exception):
@@ -98,8 +97,8 @@ class Program:
         return [number, form, kind.__name__, classes]
 
     def held(self, described: list) -> Any:
-        """For `unpack`: the object of a number, the program's dataclass with the values of the test's, or a function or
-        type of the standard library."""
+        """Find what a description in a request stands for: the object of a number, the program's dataclass with the
+        values of the test's, or a function or type of the standard library."""
         if described[0] == "named":
             _, module, name = described
             return operator.attrgetter(name)(sys.modules.get(module) or __import__(module, fromlist=["*"]))
@@ -117,7 +116,7 @@ class Program:
     def answer(self, line: bytes) -> bytes:
         try:
             operation, arguments, keywords = unpack(line, self.held)
-            given = {**dict(enumerate(arguments[1:])), **keywords} if operation == "call" else {}
+            given = by_place(arguments, keywords) if operation == "call" else {}
             before = {place: as_line(value, self.describe) for place, value in given.items()}
             result = OPERATIONS[operation](self, *arguments, **keywords)
             changed = [
@@ -160,8 +159,13 @@ def is_dataclass(kind: type) -> bool:
     return hasattr(kind, "__dataclass_fields__")
 
 
+def by_place(arguments: list, keywords: dict) -> dict:
+    """Name the arguments of a call by their index or keyword; the first of them is what is called."""
+    return {**dict(enumerate(arguments[1:])), **keywords}
+
+
 def as_line(value: Any, describe: Any) -> bytes | None:
-    """What an argument is before and after a call; None for one that no call can change."""
+    """Write an argument down, to compare it before and after a call; None for one that no call can change."""
     return pack(value, describe) if type(value).__name__ in _MUTABLE else None
 
 
@@ -176,13 +180,13 @@ def load(program: Program, source: str) -> None:
 
 
 def names(program: Program, wanted: list) -> dict:
-    """What the program defines of these names. A module is nobody's business: the tests import their own."""
+    """Find what the program defines of these names. Its modules are left out: the tests import their own."""
     found = {name: vars(program.module)[name] for name in wanted if name in vars(program.module)}
     return {name: value for name, value in found.items() if type(value) is not type(sys)}
 
 
 def defines(program: Program, name: str) -> str:
-    """A complaint where it has neither a function of that name nor a class Solution, otherwise an empty string."""
+    """Complain where it has neither a function of that name nor a class Solution; an empty string where it has."""
     return "" if {name, "Solution"} & set(vars(program.module)) else f"the program does not define {name}"
 
 
@@ -205,8 +209,8 @@ def next_of(program: Program, iterator: Any) -> list:
         return []
 
 
-def fields_of(program: Program, record: Any) -> dict:
-    """Field -> [value, does it count when two are compared?]."""
+def fields_of(record: Any) -> dict:
+    """Give a dataclass as field -> [value, does it count when two are compared?]. Both sides do it in this way."""
     fields = type(record).__dataclass_fields__
     return {name: [getattr(record, name), bool(field.compare)] for name, field in fields.items()}
 
@@ -297,13 +301,14 @@ OPERATIONS: dict = {
     "eq": lambda program, one, other: one == other,
     "isinstance": lambda program, value, kind: isinstance(value, kind),
     "issubclass": lambda program, one, other: issubclass(one, other),
-    "fields": fields_of,
+    "fields": lambda program, record: fields_of(record),
     "next": next_of,
     "compile": compile_program,
     "run": run,
-    **{name: lambda program, value, apply=apply: apply(value) for name, apply in UNARY.items()},
-    **{name: lambda program, *values, apply=apply: apply(*values) for name, apply in KEYED.items()},
-    **{name: lambda program, one, other, apply=apply: apply(one, other) for name, apply in BINARY.items()},
+    **{
+        name: lambda program, *values, apply=apply: apply(*values)
+        for name, apply in {**UNARY, **KEYED, **BINARY}.items()
+    },
 }
 
 
@@ -318,25 +323,28 @@ def serve(lines: Lines) -> None:
         lines.write(program.answer(request))
 
 
-def main(max_bytes: int) -> None:
-    """The requests come on stdin, a socket, and the answers go back there. What the program prints goes nowhere."""
-    channel = os.dup(0)
+def silence(*descriptors: int) -> None:
+    """Make these lead nowhere: who reads there finds the end, and what is written there is lost."""
     nothing = os.open("/dev/null", os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
     os.close(nothing)
+
+
+def main(max_bytes: int) -> None:
+    """Answer the requests that come on stdin, a socket, and write there. What the program prints goes nowhere."""
+    channel = os.dup(0)
+    silence(0, 1)
     serve(Lines(channel, channel, max_bytes))
 
 
 def answer_all() -> None:
-    """Where there is no socket: requests come on stdin, all at once, and the answers go to stdout."""
+    """Answer on stdout the requests that come on stdin, all at once: for where there is no socket."""
     with open(0, "rb", closefd=False) as file:
         requests = file.read().splitlines()
-    channel = os.dup(1)
-    nothing = os.open("/dev/null", os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
+    lines = Lines(-1, os.dup(1))
+    silence(0, 1)
     program = Program()
     for request in requests:
-        Lines(-1, channel).write(program.answer(request))
+        lines.write(program.answer(request))
     os._exit(0)

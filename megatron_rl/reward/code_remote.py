@@ -1,4 +1,4 @@
-"""What stands in a test for an object of the program, and the connection to the program's side.
+"""Stands in a test for the objects of the program, and holds the connection to the program's side.
 
 Nothing that comes from there is believed: answers are plain data, an object of the program's own is a `Remote` here,
 and what a Remote may do in a test is a small set (docs/sandbox.md). An operation outside of that set fails the test,
@@ -11,7 +11,7 @@ import _thread
 import builtins
 import sys
 
-from megatron_rl.reward.code_program import BINARY, KEYED, UNARY, Lines
+from megatron_rl.reward.code_program import BINARY, KEYED, UNARY, Lines, by_place, fields_of, is_dataclass
 from megatron_rl.reward.plain_data import NotPlain, pack, unpack
 
 # For mypy, which knows this name. Importing typing costs a program 15 ms.
@@ -54,8 +54,11 @@ class Connection:
         self.failure: BaseException | None = None
 
     def ask(self, operation: str, *arguments: Any, keywords: dict | None = None) -> Any:
-        """What the program's side says. Raises the program's exception as one of the same name, TypeError for an
-        argument that cannot be sent, and Gone or Refused for good."""
+        """Ask the program's side and return what it says.
+
+        Raises the program's exception as one of the same name, TypeError for an argument that cannot be sent, and Gone
+        or Refused for good.
+        """
         if self.failure is not None:
             raise self.failure
         try:
@@ -67,7 +70,7 @@ class Connection:
         if raised is not None:
             raise raised
         if operation == "call":
-            given = {**dict(enumerate(arguments[1:])), **(keywords or {})}
+            given = by_place(list(arguments), keywords or {})
             for place, after in changed:
                 if type(place) in (int, str) and place in given:
                     _replace(given[place], after)
@@ -144,18 +147,18 @@ def _plain_exception(name: Any) -> type:
 
 
 def exception_class(value: Any) -> Any:
-    """For an exception class of the program a class of the same name, which a test can catch; all else as it is.
+    """Give for an exception class of the program one of the same name, which a test can catch; all else as it is.
 
     Only where the test names it, or where it is raised: a call of it is no call of the program's."""
     return value._remote_state.exception or value if isinstance(value, RemoteClass) else value
 
 
 def _described(value: Any) -> list:
-    """For `pack`: an object of the program is its number, a dataclass of the test its fields."""
+    """Describe for `pack` an object of the program by its number, and a dataclass of the test by its fields."""
     if isinstance(value, Remote):
         return [value._remote_state.number]
-    if hasattr(type(value), "__dataclass_fields__"):
-        return ["dataclass", type(value).__name__, {name: getattr(value, name) for name in _fields(value)}]
+    if is_dataclass(type(value)):
+        return ["dataclass", type(value).__name__, {name: field for name, (field, _) in fields_of(value).items()}]
     module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", None)
     name = getattr(value, "__qualname__", None)
     if module in _LIBRARY and type(name) is str:  # int, abs, operator.add, str.upper
@@ -163,14 +166,8 @@ def _described(value: Any) -> list:
     raise NotPlain(f"a value of type {type(value).__name__} is not plain data")
 
 
-def _fields(record: Any) -> dict:
-    """Field -> [value, does it count when two are compared?], as of a dataclass of the program."""
-    fields = type(record).__dataclass_fields__
-    return {name: [getattr(record, name), field.compare] for name, field in fields.items()}
-
-
 def _replace(target: Any, after: Any) -> None:
-    """What the program did to an argument, done to the test's own."""
+    """Do to the test's own argument what the program did to its copy."""
     if type(target) is not type(after):
         return
     if type(target) in (list, bytearray):
@@ -184,7 +181,7 @@ def _replace(target: Any, after: Any) -> None:
 
 
 class State:
-    """What a Remote knows of itself, in one place: all other names are the program's.
+    """Holds all that a Remote knows of itself, in one place: all other names are the program's.
 
     classes: numbers of the object's classes.
     named: the test names this very object. holder: it is LeetCode's class, by that name.
@@ -322,8 +319,8 @@ class RemoteDataclass(Remote):
             if state.number == other._remote_state.number:
                 return True
             return state.name == other._remote_state.name and _equal(other._remote_fields(), self._remote_fields())
-        if hasattr(type(other), "__dataclass_fields__"):
-            return state.name == type(other).__name__ and _equal(_fields(other), self._remote_fields())
+        if is_dataclass(type(other)):
+            return state.name == type(other).__name__ and _equal(fields_of(other), self._remote_fields())
         return Remote.__eq__(self, other)
 
     def __hash__(self) -> int:
@@ -335,7 +332,7 @@ class RemoteDataclass(Remote):
 
 
 def _equal(expected: dict, fields: dict) -> bool:
-    """Which of them count is said by the first."""
+    """Are the fields that count equal? The first says which of them do."""
     if expected.keys() != fields.keys():
         return False
     return all(not counts or fields[name][0] == value for name, (value, counts) in expected.items())
@@ -344,20 +341,10 @@ def _equal(expected: dict, fields: dict) -> bool:
 _KINDS = {"iterator": RemoteIterator, "dataclass": RemoteDataclass, "class": RemoteClass, "exception": RemoteClass}
 
 
-def _unary(name: str) -> Callable:
-    def operation(self: Remote, *_: Any) -> Any:
-        state = self._remote_state
-        return state.connection.ask(name, self) if state.trusted else state.refuse(f"is asked for its {name}()")
-
-    return operation
-
-
-def _keyed(name: str) -> Callable:
+def _of_trusted(name: str, refusal: str) -> Callable:
     def operation(self: Remote, *arguments: Any) -> Any:
         state = self._remote_state
-        if not state.trusted:
-            return state.refuse(f"stands where a plain value is expected ({name})")
-        return state.connection.ask(name, self, *arguments)
+        return state.connection.ask(name, self, *arguments) if state.trusted else state.refuse(refusal)
 
     return operation
 
@@ -374,8 +361,8 @@ def _binary(name: str) -> Callable:
     return operation
 
 
-def _never(name: str) -> Callable:
-    return lambda self, *_: self._remote_state.refuse(f"stands where a plain value is expected ({name})")
+def _never(refusal: str) -> Callable:
+    return lambda self, *_: self._remote_state.refuse(refusal)
 
 
 _NEVER = """
@@ -386,10 +373,13 @@ _NEVER = """
 
 
 def _define_operations() -> None:
-    methods: dict = {name: _never(name) for name in _NEVER.split()}
+    in_place_of_a_value = "stands where a plain value is expected ({})".format
+    methods: dict = {name: _never(in_place_of_a_value(name)) for name in _NEVER.split()}
     methods.update({name.rstrip("_"): _binary(name) for name in BINARY})
-    methods.update({name: _unary(name) for name in UNARY if name not in ("bool", "hash")})
-    methods.update({name: _keyed(name) for name in KEYED})
+    methods.update(
+        {name: _of_trusted(name, f"is asked for its {name}()") for name in UNARY if name not in ("bool", "hash")}
+    )
+    methods.update({name: _of_trusted(name, in_place_of_a_value(name)) for name in KEYED})
     for name, method in methods.items():
         setattr(Remote, f"__{name}__", method)
 

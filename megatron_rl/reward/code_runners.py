@@ -1,4 +1,4 @@
-"""Where the judge's two helpers run: the one beside the program (code_program.py), and the one of tests that are
+"""Runs the judge's two helpers: the one beside the program (code_program.py), and the one of tests that are
 programs (code_tester.py). On this machine each has a sandbox of its own."""
 
 import fcntl
@@ -39,7 +39,7 @@ class TestsRun:
 
 
 class Runner(Protocol):
-    """Where programs run: this machine's sandbox or an endpoint."""
+    """Runs programs somewhere: in this machine's sandbox or on an endpoint."""
 
     @property
     def description(self) -> str:
@@ -81,12 +81,13 @@ class InSandbox:
         for_program, for_tester = socket.socketpair()
         with for_program, for_tester:
             program = replace(self._helper("code_program", f"main({MAX_JOB_BYTES})"), channel=for_program)
-            tester = self._helper("code_tester", f"main({for_tester.fileno()})")
+            channel = for_tester.fileno()
+            tester = self._helper("code_tester", f"main(module.Lines({channel}, {channel}))")
             tester = replace(
                 tester,
                 stdin=pack(job, max_bytes=MAX_JOB_BYTES),
                 private_stdout=True,
-                descriptors=(*tester.descriptors, for_tester.fileno()),
+                descriptors=(*tester.descriptors, channel),
             )
             with (
                 self._sandbox.start(program, program_limits) as program_run,
@@ -125,7 +126,7 @@ class InSandbox:
         if record.exit_code != 0 or len(lines) != 2:
             said = record.stderr.decode(errors="replace").strip()[-300:]
             raise SandboxUnavailable(
-                f"{self._sandbox.python} cannot compile the judge's helpers: {said}. Python 3.9 or newer is needed; "
+                f"{self._sandbox.python} cannot compile the judge's helpers: {said}. Python 3.10 or newer is needed; "
                 "name another with reward.code.python"
             )
         return {
@@ -143,7 +144,7 @@ def _watch(tester: Running, program: Running) -> TestsRun:
 
 def sources(modules: Iterable[str]) -> list[tuple[str, str]]:
     """(full name, source) of modules of this package, in the order in which they import each other."""
-    return [(f"megatron_rl.reward.{name}", (_HERE / f"{name}.py").read_text()) for name in modules]
+    return [(f"megatron_rl.reward.{name}", (_HERE / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
 
 
 class SealedFile:

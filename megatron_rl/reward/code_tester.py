@@ -21,7 +21,7 @@ import builtins
 import os
 import sys
 
-from megatron_rl.reward.code_program import DETAIL_CHARACTERS, Lines, serve
+from megatron_rl.reward.code_program import DETAIL_CHARACTERS, Lines, serve, silence
 from megatron_rl.reward.code_remote import HOLDER, Connection, Gone, Refused, Remote, RemoteClass, exception_class
 from megatron_rl.reward.plain_data import unpack
 
@@ -130,7 +130,7 @@ class Tester:
             exec(self.codes[0], space)
             return [
                 lambda code=code, text=text: _check(code, text, space)
-                for code, text in zip(self.codes[1:], self.job["asserts"])  # noqa: B905 (Python 3.9)
+                for code, text in zip(self.codes[1:], self.job["asserts"], strict=True)
             ]
         if entry_point not in space:
             raise NameError(f"the program does not define {entry_point}")
@@ -221,31 +221,27 @@ def run_tests(job: dict, connection: Connection, say: Callable[[list], None]) ->
     return say(["end", len(tests)])
 
 
-def main(channel: int) -> None:
-    """channel: descriptor of the socket to the program's process."""
-    report = os.dup(1)
-    nothing = os.open("/dev/null", os.O_WRONLY)
-    os.dup2(nothing, 1)
+def main(lines: Lines) -> None:
+    """Run the job on stdin against the program's process, to which `lines` lead, and report on stdout."""
+    report = Lines(-1, os.dup(1))
+    silence(1)
     with open(0, "rb", closefd=False) as file:
         job = unpack(file.read())
-    lines = Lines(channel, channel)
-    run_tests(job, Connection(lines), Lines(-1, report).write_value)
+    run_tests(job, Connection(lines), report.write_value)
     os._exit(0)
 
 
 def main_of_both(user: int = 65534) -> None:
-    """Tester and program side by side where there is one container only: a SandboxFusion server. The program's process
-    is of another user where this is root; else the tester is only hidden from it (PR_SET_DUMPABLE)."""
+    """Run tester and program side by side where there is one container only: a SandboxFusion server. The program's
+    process is of another user where this is root; else the tester is only hidden from it (PR_SET_DUMPABLE)."""
     import ctypes
 
     if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) != 0:  # PR_SET_DUMPABLE
         raise OSError("prctl(PR_SET_DUMPABLE) failed")
     requests, answers = os.pipe(), os.pipe()
-    nothing = os.open("/dev/null", os.O_RDWR)
     if os.fork() == 0:
-        for target in (0, 1):
-            os.dup2(nothing, target)
-        for descriptor in (nothing, requests[1], answers[0]):
+        silence(0, 1)
+        for descriptor in (requests[1], answers[0]):
             os.close(descriptor)
         if os.geteuid() == 0:
             os.setgroups([])
@@ -254,9 +250,4 @@ def main_of_both(user: int = 65534) -> None:
         serve(Lines(requests[0], answers[1]))
     os.close(requests[0])
     os.close(answers[1])
-    report = os.dup(1)
-    os.dup2(nothing, 1)
-    with open(0, "rb", closefd=False) as file:
-        job = unpack(file.read())
-    run_tests(job, Connection(Lines(answers[0], requests[1])), Lines(-1, report).write_value)
-    os._exit(0)
+    main(Lines(answers[0], requests[1]))

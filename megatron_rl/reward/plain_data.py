@@ -229,7 +229,7 @@ class _Reader:
         keys, values = self.keys(nodes[::2], depth), self.values(nodes[1::2], depth)
         if len(keys) != len(values):
             raise NotPlain("a key without its value")
-        return dict(zip(keys, values))  # noqa: B905 (their lengths are equal, and Python 3.9 knows no strict)
+        return dict(zip(keys, values, strict=True))
 
     def collection(self, name: str) -> Any:
         return getattr(__import__("collections"), name)

@@ -134,13 +134,14 @@ class Running:
         stdout_read, stdout_write = self._sockets() if program.private_stdout else self._pipe()
         self._outgoing = memoryview(program.stdin)
         self._talk: int | None = None
+        stdin_write: int | None = None
         if program.channel is not None:
             stdin_read = program.channel.detach()
             self._open.append(stdin_read)
         elif program.talks:
             self._talk, stdin_read = self._sockets()
         else:
-            stdin_read, self._stdin_write = self._pipe()
+            stdin_read, stdin_write = self._pipe()
         # The sandbox waits until we hold its process 1, so that no other process can be taken for it later.
         start_read, self._start = self._pipe()
         passed = [status_write, start_read]
@@ -167,16 +168,15 @@ class Running:
             self._close(descriptor)
         process = os.pidfd_open(self._process.pid)
         self._open.append(process)
-        self._selector.register(process, selectors.EVENT_READ, "end")
-        self._selector.register(status_read, selectors.EVENT_READ, "status")
-        self._selector.register(stdout_read, selectors.EVENT_READ, "stdout")
-        self._selector.register(stderr_read, selectors.EVENT_READ, "stderr")
+        read = {"end": process, "status": status_read, "stdout": stdout_read, "stderr": stderr_read}
+        for name, descriptor in read.items():
+            self._selector.register(descriptor, selectors.EVENT_READ, name)
         if self._talk is not None:
             os.set_blocking(self._talk, False)
             self._selector.register(self._talk, selectors.EVENT_READ, "heard")
-        elif program.channel is None:
-            os.set_blocking(self._stdin_write, False)
-            self._selector.register(self._stdin_write, selectors.EVENT_WRITE, "stdin")
+        elif stdin_write is not None:
+            os.set_blocking(stdin_write, False)
+            self._selector.register(stdin_write, selectors.EVENT_WRITE, "stdin")
 
     def __enter__(self) -> Self:
         return self
