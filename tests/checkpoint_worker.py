@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from hostile_pickles import COMMON, EMBEDDING, Call, plant, saved
 
+from megatron_rl.checkpoint.checksums import checksum_on_disk, write_checksums
 from megatron_rl.config.schema import SftConfig
-from megatron_rl.errors import SharedFault
-from megatron_rl.model.build import sharded_state
+from megatron_rl.errors import Fault, SharedFault
+from megatron_rl.model.build import load_weights, sharded_state
 from megatron_rl.train import state
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.checkpoints import Checkpoints
@@ -282,6 +285,37 @@ def damaged(rank: Rank) -> dict:
     rank.session.any_rank(False)
     nothing = rank.checkpoints(directory)
     return report | {"nothing left": raised(ValueError, lambda: nothing.restore(rank.trainer))}
+
+
+def hostile(rank: Rank) -> dict:
+    """What this rank says when it resumes from, or loads, a checkpoint with a pickle in it that would run a program."""
+    directory, marker = rank.folder / "hostile", rank.folder / "marker"
+    checkpoints = rank.checkpoints(directory, async_save=False)
+    rank.save(checkpoints, 1)
+    folder, call = directory / "step_1/megatron", Call(os.system, f"touch {marker}")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    plants: dict[str, Callable[[], object]] = {
+        "index": lambda: (folder / ".metadata").write_bytes(pickle.dumps(call)),
+        "objects": lambda: plant(folder, COMMON, saved([call])),
+        "common.pt": lambda: (folder / "common.pt").write_bytes(saved(call)),
+        "tensor": lambda: plant(folder, EMBEDDING, saved(call)),
+    }
+    report: dict[str, Any] = {}
+    for name, change in plants.items():
+        if rank.session.rank == 0:
+            change()
+            sums = {f"megatron/{path.name}": checksum_on_disk(path) for path in folder.iterdir()}
+            write_checksums(directory / "step_1", sums)
+        rank.session.any_rank(False)
+        report[f"resume, {name}"] = raised(Fault, lambda: checkpoints.restore(rank.trainer))
+        if name in ("index", "tensor"):
+            report[f"load, {name}"] = raised(Fault, lambda: load_weights(rank.trainer.model, directory / "step_1"))
+        rank.session.any_rank(False)
+        if rank.session.rank == 0:
+            for path in folder.iterdir():
+                path.write_bytes(whole[path.name]) if path.name in whole else path.unlink()
+        rank.session.any_rank(False)
+    return report | {"ran": marker.exists()}
 
 
 def main(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A run's checkpoints on two real ranks: written beside training, on full disks, damaged, killed in the middle."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, di
         "kept",
         "file_that_cannot_grow",
         "damaged",
+        "hostile",
     ]
     spec = {"model": model, "parallel": {"expert": 2}, "killed": str(folder / "one/killed")}
     with small_disk(folder / "disk", 16 * 2**20) as mounted:
@@ -125,6 +127,21 @@ def test_when_all_checkpoints_are_damaged_each_is_named(reports: tuple[dict, dic
 # -- checksums -----------------------------------------------------------------------------------------------------
 
 
+def test_what_a_pickle_of_a_checkpoint_would_run_is_named_on_resume_and_on_load_and_not_run(
+    reports: tuple[dict, dict],
+) -> None:
+    for report in (found["hostile"] for found in reports):
+        assert report.pop("ran") is False
+        for name, said in report.items():
+            assert "/hostile/step_1/megatron/" in said, name
+            assert "asks for 'posix.system'" in said, name
+        assert report["resume, index"] == report["load, index"]
+        assert "/common.pt asks" in report["resume, common.pt"]
+        assert ".distcp: common_state/shard_0_1 asks" in report["resume, objects"]
+        assert ".distcp: embedding.word_embeddings.weight asks" in report["resume, tensor"]
+        assert report["resume, tensor"] == report["load, tensor"]
+
+
 def test_the_checksum_is_xxh3_of_128_bits(tmp_path: Path) -> None:
     # The algorithm's published value for no input.
     (tmp_path / "empty").touch()
@@ -153,6 +170,15 @@ def test_what_differs_from_what_was_written_is_told(folder: Path) -> None:
     assert lines[2] == "file2 has 202 bytes; 201 were written"
     assert lines[3].startswith("file3 has checksum ")
     assert len(lines) == 4
+
+
+def test_a_pipe_among_the_files_does_not_hold_the_reader(folder: Path) -> None:
+    (folder / "file0").unlink()
+    os.mkfifo(folder / "file0")
+    content = json.loads((folder / "checksums.json").read_text())
+    content["file0"]["num_bytes"] = 0
+    (folder / "checksums.json").write_text(json.dumps(content))
+    assert damage(folder) == ["file0 is not a regular file"]
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 7])

@@ -6,6 +6,7 @@ It is written last. A directory without it is not whole. Files that it does not 
 import dataclasses
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 
 def _difference(path: Path, expected: Checksum) -> str:
     try:
-        num_bytes = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"  # a pipe would hold us for ever
+        num_bytes = status.st_size
         if num_bytes != expected.num_bytes:
             return f"has {num_bytes:,} bytes; {expected.num_bytes:,} were written"
         found = _checksum(path).xxh3_128

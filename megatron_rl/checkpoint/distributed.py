@@ -1,14 +1,13 @@
 """Megatron's distributed checkpoints (torch_dist) read and written tensor by tensor, without megatron and its ranks.
 
-The format is torch's distributed checkpoint: `.metadata`, a pickle of torch's own classes that says where every chunk
-of every tensor lies, and `*.distcp` files of chunks, each written by `torch.save`. Megatron adds `metadata.json` and an
+The format is torch's distributed checkpoint: `.metadata` (checkpoint/metadata.py), which says where every chunk of
+every tensor lies, and `*.distcp` files of chunks, each written by `torch.save`. Megatron adds `metadata.json` and an
 object `common_state`.
 """
 
 import io
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +37,9 @@ from torch.futures import Future
 
 from megatron_rl.checkpoint.hf import DTYPES, check_names
 from megatron_rl.checkpoint.layout import Vocabulary
+from megatron_rl.checkpoint.metadata import read_metadata
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
+from megatron_rl.checkpoint.pickles import load_tensor
 from megatron_rl.config.bailing import BailingConfig
 
 # The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
@@ -55,7 +56,7 @@ class DistributedCheckpoint:
         another shape than config.json says."""
         self.directory = directory
         self._folder = directory / MEGATRON
-        self._metadata = _read_metadata(self._folder)
+        self._metadata = read_metadata(self._folder)
         self._names = hf_names(name_table(model))
         self._files: dict[str, Any] = {}
         self._tensors: dict[str, TensorStorageMetadata] = {
@@ -68,7 +69,6 @@ class DistributedCheckpoint:
         for name, (entry, _) in self._names.items():
             self._check(entry, model)
             self.dtypes[name] = self._tensors[entry.stored].properties.dtype
-        self._check_files()
 
     def read(self, name: str) -> Tensor:
         entry, part = self._names[name]
@@ -115,13 +115,8 @@ class DistributedCheckpoint:
             self._files[info.relative_path] = (self._folder / info.relative_path).open("rb")
         file = self._files[info.relative_path]
         file.seek(info.offset)
-        try:
-            tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            raise ValueError(f"{self._folder / info.relative_path}: {key} cannot be read ({error})") from None
-        if tuple(tensor.shape) != tuple(chunk.sizes):
-            raise ValueError(f"{self._folder / info.relative_path}: a chunk of {key} has shape {tuple(tensor.shape)}")
-        return tensor
+        where = f"{self._folder / info.relative_path}: {key}"
+        return load_tensor(file.read(info.length), chunk.sizes, where)
 
     def _check(self, entry: Mapping, model: BailingConfig) -> None:
         found = self._tensors[entry.stored]
@@ -132,27 +127,6 @@ class DistributedCheckpoint:
             raise ValueError(f"{self._folder}: {entry.stored} has shape {size}; config.json says {expected}")
         if found.properties.dtype not in DTYPES.values():
             raise ValueError(f"{self._folder}: {entry.stored} is {found.properties.dtype}, which is not supported")
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for info in self._metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        for name, end in ends.items():
-            path = self._folder / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; the checkpoint is not whole")
-            if path.stat().st_size < end:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes of at least {end}; it was cut off")
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    try:
-        metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no .metadata; the checkpoint is not whole") from None
-    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise ValueError(f"{folder / '.metadata'} cannot be read ({error}); the checkpoint is damaged") from None
-    return metadata
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -13,18 +13,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from megatron_rl import device
+from megatron_rl.checkpoint.checked import CheckedReader, load_common
 from megatron_rl.checkpoint.checksums import Checksum, checksum_on_disk
 from megatron_rl.model.build import load_sharded_state, sharded_state
 
 device.import_megatron()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import serialization  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
@@ -33,6 +37,16 @@ Read = Callable[[torch.Tensor], torch.Tensor]
 # Nobody reads it, but megatron would start a multiprocessing manager for it: seconds at every run's first checkpoint,
 # and a process that outlives a SIGKILL.
 filesystem_async._results_queue = queue.Queue()
+
+# Megatron's own ways to read would run what the pickles of a folder say.
+for _module, _name, _checked in (
+    (serialization, "_get_filesystem_reader", CheckedReader),
+    (torch_strategies, "_get_filesystem_reader", CheckedReader),
+    (serialization, "load_common", load_common),
+):
+    if not hasattr(_module, _name):
+        raise ImportError(f"{_module.__name__} has no {_name}: this megatron-core reads checkpoints in another way")
+    setattr(_module, _name, _checked)
 
 # The layout-independent format: every optimizer state tensor under its parameter's name and full shape.
 _OPTIMIZER_METADATA = {
@@ -198,7 +212,10 @@ def _load(folder: Path, trainer: Any) -> None:
         "scheduler": trainer.scheduler.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    state = dist_checkpointing.load(template, str(folder))
+    try:
+        state = dist_checkpointing.load(template, str(folder))
+    except dcp.CheckpointException as error:  # around whatever was raised in it
+        raise next(iter(error.failures.values()))[0] from None
     load_sharded_state(trainer.model, state["model"])
     for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
         for group in part["optimizer"]["param_groups"]:
