@@ -9,6 +9,11 @@ SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_VERSION := 0.5.21
 TORCHVISION_VERSION := 0.28.0
+# The versions that are tested together, which `make pins` writes. Empty: the newest that setup.py and SGLang's list allow.
+PINS := constraints.txt
+SGLANG_FOLDER := megatron_rl/rollout/sglang_cpu
+SGLANG_PINS := $(SGLANG_FOLDER)/constraints.txt
+UNPINNED := pip setuptools wheel triton
 
 # Training processes: one per core up to two, data-parallel unless TP, EP or PP divide the model.
 NPROC ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 2 ] && n=2; echo $$n)
@@ -42,7 +47,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser demo test test-sglang test-slurm test-kill test-browser fuzz-judge check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,16 +55,16 @@ help:  ## show this list
 install: $(STAMP)  ## make .venv with everything a CPU machine needs
 
 # torch first: megatron-core's build and the other packages must see this version and not fetch another.
-$(STAMP): setup.py Makefile
+$(STAMP): setup.py $(PINS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=70" wheel pybind11 numpy
-	$(BIN)/python -m pip install --quiet torch==$(TORCH_VERSION)
+	$(BIN)/python -m pip install --quiet --upgrade $(PINS:%=-c %) pip "setuptools>=70" wheel pybind11 numpy
+	$(BIN)/python -m pip install --quiet $(PINS:%=-c %) torch==$(TORCH_VERSION)
 	@# No wheel of megatron-core for Python 3.11: its pure-Python code runs there, so build the source distribution.
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
 	  $(BIN)/python -c 'from importlib.metadata import version; assert version("megatron-core") == "$(MCORE_VERSION)"' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --no-binary megatron-core megatron-core==$(MCORE_VERSION); \
 	fi
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PINS:%=-c %) -e '.[dev]'
 	touch $@
 
 # Needed for code rewards only, so a machine where it cannot be had is told and goes on; the tests say that they skip.
@@ -100,13 +105,30 @@ install-browser:  ## Chromium, for make test-browser (by apt-get, as root)
 install-sglang: $(SGLANG_STAMP)  ## make .venv-sglang with real SGLang for a CPU (two minutes, 3.4 GB)
 
 # Its own environment: SGLang pins other versions than ours. Its metadata asks for CUDA packages, hence --no-deps.
-$(SGLANG_STAMP): megatron_rl/rollout/sglang_cpu/requirements.txt Makefile
+$(SGLANG_STAMP): $(SGLANG_FOLDER)/requirements.txt $(SGLANG_PINS) Makefile
 	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(SGLANG_VENV)/bin/python -m pip install --quiet torch==$(TORCH_VERSION)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==$(SGLANG_VERSION) torchvision==$(TORCHVISION_VERSION)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet -r megatron_rl/rollout/sglang_cpu/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --quiet $(SGLANG_PINS:%=-c %) torch==$(TORCH_VERSION)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps $(SGLANG_PINS:%=-c %) sglang==$(SGLANG_VERSION) torchvision==$(TORCHVISION_VERSION)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet $(SGLANG_PINS:%=-c %) -r $(SGLANG_FOLDER)/requirements.txt
 	touch $@
+
+# What is installed in environment $(1), as constraints in $(2). No local tags (+cpu), no hashes and no triton, since an index
+# may serve another build of torch under the same version, and each build asks for its own triton. Not what installs packages
+# either: that may be the newest.
+define write-pins
+  $(1)/bin/python -m pip freeze --exclude-editable $(UNPINNED:%=--exclude %) >$(1)/frozen.txt
+  { echo "# Made by \`make pins\` on $$(date -u +%F) with $$($(1)/bin/python -V) on $$(uname -sm)."; \
+    echo "# CONTRIBUTING.md says how to move a version."; sed 's/+.*//' $(1)/frozen.txt; } >$(2)
+endef
+
+pins:  ## both constraints.txt anew, with the newest versions that setup.py and SGLang's list allow (five minutes, 5 GB)
+	rm -rf .venv-pins .venv-pins-sglang
+	$(MAKE) install VENV=.venv-pins PINS=
+	$(MAKE) install-sglang SGLANG_VENV=.venv-pins-sglang SGLANG_PINS=
+	$(call write-pins,.venv-pins,$(PINS))
+	$(call write-pins,.venv-pins-sglang,$(SGLANG_PINS))
+	rm -rf .venv-pins .venv-pins-sglang
 
 demo: install $(if $(filter sglang,$(ENGINE)),install-sglang)  ## warm-start and train a tiny Ling-lite; NPROC=2 TP=2 (or EP, PP), ENGINE=sglang
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/demo.py --run $(RUN) --seed $(SEED) --nproc $(NPROC) \

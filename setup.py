@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# The set that is tested together; see CONTRIBUTING.md before moving one of them.
+# What may work; constraints.txt has the set that is tested together. See CONTRIBUTING.md before moving one of them.
 INSTALL = [
     'megatron-core==0.19.2; python_version >= "3.12"',
     "torch>=2.11",  # `make install` takes 2.13.0, the CPU build; a GPU's torch comes with the `gpu` extra
@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
     package_data={
-        "megatron_rl.rollout.sglang_cpu": ["requirements.txt"],
+        "megatron_rl.rollout.sglang_cpu": ["requirements.txt", "constraints.txt"],
         "megatron_rl.report": ["*.html", "*.css", "*.js"],
     },
     install_requires=INSTALL,
