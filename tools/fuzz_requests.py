@@ -57,10 +57,19 @@ SHAPES = [
 ]
 SINGLES = [None, True, False, Raw("nul"), Raw("//"), Raw("'a'"), Raw("\ufeff1")]
 HOSTILE: list[Any] = [*NUMBERS, *TEXTS, *SHAPES, *SINGLES]
-GET_ROUTES = """
-/flush_cache /health /ready /ping /health_generate /server_info /get_server_info /model_info /get_model_info /v1/models
-/weights_checker
-""".split()
+GET_ROUTES = [
+    "/flush_cache",
+    "/health",
+    "/ready",
+    "/ping",
+    "/health_generate",
+    "/server_info",
+    "/get_server_info",
+    "/model_info",
+    "/get_model_info",
+    "/v1/models",
+    "/weights_checker",
+]
 
 
 def text_of(tree: Any) -> str:
@@ -223,9 +232,7 @@ def case(seed: str, world: World) -> Case:
             tree |= {"sampling_params": {"n": source.choice([500, 16384]), "max_new_tokens": 16}, "input_ids": [5, 6]}
         content = http(path, text_of(tree).encode())
         if source.random() < 0.3 and not giant:
-            return Case(
-                kind="cut", path=path, content=content[: source.randrange(1, len(content))], is_complete=False
-            )
+            return Case(kind="cut", path=path, content=content[: source.randrange(1, len(content))], is_complete=False)
         return Case(kind="left", path=path, content=content, leave_after=source.choice([0, 0.02, 0.3]))
     if way < 0.3:
         return Case(kind="scrambled", path=path, content=http(path, scrambled(text_of(tree).encode(), source)))
@@ -240,12 +247,19 @@ def case(seed: str, world: World) -> Case:
         large = b'{"input_ids": [' + piece * (source.choice([400_000, 5_000_000]) // len(piece)) + b"1]}"
         return Case(kind="large", path=path, content=http(path, large))
     if way < 0.4:
-        odd = ["Content-Encoding: gzip", "Expect: 100-continue", "Upgrade: h2c\r\nConnection: upgrade", "X: " + "a" * 9000]
+        odd = [
+            "Content-Encoding: gzip",
+            "Expect: 100-continue",
+            "Upgrade: h2c\r\nConnection: upgrade",
+            "X: " + "a" * 9000,
+        ]
         return Case(kind="headers", path=path, content=http(path, text_of(tree).encode(), source.choice(odd)))
     if way < 0.43:
         return Case(kind="chunked", path=path, content=chunked(path, text_of(tree).encode(), source))
     if way < 0.46:
-        odd_path = source.choice([path + "/", "//" + path, path + "?a=%00", "/%ff%00", "/" + "a" * 5000, "*", path * 40])
+        odd_path = source.choice(
+            [path + "/", "//" + path, path + "?a=%00", "/%ff%00", "/" + "a" * 5000, "*", path * 40]
+        )
         method = source.choice(["GET", "PUT", "DELETE", "OPTIONS", "PATCH", "FOO", "POST"])
         return Case(kind="path", path=path, content=http(odd_path, text_of(tree).encode(), method=method))
     for _ in range(source.choice([1, 1, 2, 3])):
