@@ -162,7 +162,6 @@ class Fuzzer:
                     tasks.create_task(self._work())
         finally:
             probing.cancel()
-        await self._repair()
         await self._probe()
         rss = self._server.rss()
         if rss > MEMORY_FACTOR * self.rss_before + MEMORY_SLACK_BYTES:
@@ -182,8 +181,6 @@ class Fuzzer:
             self.statuses.setdefault(one.kind, Counter())[outcome] += 1
             if outcome[0] not in "24" and one.is_complete and one.leave_after is None:
                 self._found("answer", outcome, seed, one)
-            if one.path == "/release_memory_occupation" and outcome == "200":
-                await self._repair()
 
     async def _send(self, one: Case) -> str:
         """The status, or what there was instead."""
@@ -200,16 +197,12 @@ class Fuzzer:
                 return "no answer in time"
 
     async def _repair(self) -> None:
-        """Memory and weights are there again."""
-        with contextlib.suppress(OSError, EOFError, TimeoutError):
-            for tag in ("weights", "kv_cache", "cuda_graph"):
-                await self._server.ask("/resume_memory_occupation", {"tags": [tag]}, 30)
-            path = str(self._server.world.model)
-            for _ in range(20):  # another client's session may be open, until its time is over
-                update = {"model_path": path, "flush_cache": False}
-                if (await self._server.ask("/update_weights_from_disk", update, 60))[0] == 200:
-                    return
-                await asyncio.sleep(0.3)
+        """Do what the server says is to be done where memory is released."""
+        for tag in ("weights", "kv_cache", "cuda_graph"):
+            await self._server.ask("/resume_memory_occupation", {"tags": [tag]}, PROBE_SECONDS)
+        await self._server.ask("/end_weight_update", {}, PROBE_SECONDS)
+        update = {"model_path": str(self._server.world.model), "flush_cache": False}
+        await self._server.ask("/update_weights_from_disk", update, PROBE_SECONDS)
 
     async def _keep_probing(self) -> None:
         while True:
@@ -233,6 +226,8 @@ class Fuzzer:
                     return answer["output_ids"]
                 if status != 200 and not NOT_NOW.search(json.dumps(answer)):
                     raise ValueError(f"answered {status}: {answer}")
+                if status != 200:
+                    await self._repair()
                 await asyncio.sleep(0.05)
 
     def _found(self, what: str, how: str, seed: str = "", one: Case | None = None) -> None:
