@@ -96,8 +96,8 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _shared_server(model_dir):
-    server = Server(model_dir)
+def _shared_server(model_dir, tmp_path_factory):
+    server = Server(model_dir, "--weights-root", str(tmp_path_factory.getbasetemp()))
     yield server
     server.close()
 

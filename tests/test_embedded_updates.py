@@ -12,8 +12,10 @@ from tiny_model import tensors_of, write_tiny_model
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
-from megatron_rl.rollout.embedded.weight_requests import parse_bucket, parse_join
+from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join
 from megatron_rl.rollout.update_group import broadcast, checksum, flatten, host_store, join, leave
+
+LIMITS = BucketLimits(tensors=1000, values=10**7)
 
 
 class Pair:
@@ -42,7 +44,7 @@ class Pair:
             "load_format": "flattened_bucket" if flat else None,
             "group_name": "g",
         }
-        return self.pool.submit(self.updates.receive, parse_bucket(body | more))
+        return self.pool.submit(self.updates.receive, parse_bucket(body | more, LIMITS))
 
     def send(self, tensors, flat=True, **more):
         answer = self.announce(tensors, flat, **more)

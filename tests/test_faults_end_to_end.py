@@ -185,7 +185,13 @@ def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and
 
 @pytest.fixture
 def server(inputs: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(inputs / "model", tmp_path / "server.log", max_running_requests=8, context_length=192)
+    server = EmbeddedServer(
+        inputs / "model",
+        tmp_path / "server.log",
+        max_running_requests=8,
+        context_length=192,
+        weights_roots=[tmp_path],
+    )
     try:
         server.wait_ready(60)
         yield server

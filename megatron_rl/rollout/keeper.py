@@ -139,8 +139,11 @@ def start_servers(
     *,
     name: str = "server",
     host: str = "127.0.0.1",
+    weights_roots: Sequence[Path] = (),
 ) -> ServerKeeper:
     """Start `rollout.num_servers` servers here, listening on `host`; their logs are `folder/NAME_I.log`.
+
+    weights_roots: below these embedded servers may load weights, beside `model_path`.
 
     ValueError when there is no SGLang to start.
     """
@@ -154,6 +157,7 @@ def start_servers(
                 host=host,
                 port=rollout.port + i if rollout.port else 0,
                 number=i,
+                weights_roots=weights_roots,
             )
             for i in range(rollout.num_servers)
         ],

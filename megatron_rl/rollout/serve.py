@@ -39,8 +39,15 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     _remove_stale(folder)
     host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)  # where the training run, on other machines, puts weights
         with start_servers(
-            config.model.path, folder, config.rollout, config.model.dtype, name=name, host=host
+            config.model.path,
+            folder,
+            config.rollout,
+            config.model.dtype,
+            name=name,
+            host=host,
+            weights_roots=[config.run_dir],
         ) as keeper:
             keeper.wait_ready()
             partial = folder / f".{name}.partial"

@@ -151,7 +151,9 @@ class EmbeddedServer(GenerationServer):
         threads: int = 1,
         dtype: str = "float32",
         weight_version: str = "0",
+        weights_roots: Sequence[Path] = (),
     ) -> None:
+        """weights_roots: below these it may load weights, beside where its --help says that it always may."""
         options = {
             "--model-path": model_path,
             "--host": host,
@@ -164,6 +166,7 @@ class EmbeddedServer(GenerationServer):
         }
         command = [sys.executable, "-m", "megatron_rl.rollout.embedded", "--lifeline"]
         # Another host than loopback is asked for only where a run has several nodes.
+        command += [part for root in weights_roots for part in ("--weights-root", str(root))]
         command += ["--allow-remote"] if host != "127.0.0.1" else []
         super().__init__([*command, *(part for pair in options.items() for part in pair)], log_path, port, host)
 
@@ -265,11 +268,13 @@ def server_starter(
     host: str = "127.0.0.1",
     port: int = 0,
     number: int = 0,
+    weights_roots: Sequence[Path] = (),
 ) -> Callable[[int], GenerationServer]:
     """A function that starts this server: with 0 the first time, later at the port that it had.
 
     port: where the first one listens; 0 picks. number: of this server among this machine's `rollout.num_servers`, which
-    share its GPUs. ValueError when there is no SGLang to start, or fewer GPUs than servers.
+    share its GPUs. weights_roots: of an embedded server; SGLang loads from anywhere. ValueError when there is no SGLang
+    to start, or fewer GPUs than servers.
     """
     shared: dict[str, Any] = {
         "host": host,
@@ -292,7 +297,9 @@ def server_starter(
             arguments=(*routed, *rollout.sglang_arguments),
             **shared,
         )
-    return lambda again: EmbeddedServer(model_path, log_path, port=again or port, threads=rollout.threads, **shared)
+    return lambda again: EmbeddedServer(
+        model_path, log_path, port=again or port, threads=rollout.threads, weights_roots=weights_roots, **shared
+    )
 
 
 def find_sglang(rollout: RolloutSection) -> Path:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rl.rollout.embedded.weight_roots import WEIGHT_FOLDER_PREFIX as _PREFIX
+
 log = logging.getLogger(__name__)
 
-_PREFIX = "megatron_rl-weights-"
 _LOCK = "lock"
 
 

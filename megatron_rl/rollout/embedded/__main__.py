@@ -40,6 +40,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=120.0,
         help="seconds that a rendezvous or a broadcast of weights may take",
     )
+    parser.add_argument(
+        "--hold-timeout",
+        type=float,
+        default=600.0,
+        help="seconds after which a pause, or a session of weight updates, ends by itself when its client does nothing",
+    )
+    parser.add_argument(
+        "--weights-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="weights may be loaded from directories below it; may be given several times. Always allowed are "
+        "--model-path and, where they belong to this user, its siblings and the folders that training runs on this "
+        "machine make for weights",
+    )
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(argv)
@@ -119,8 +134,12 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     ):
         if not 1 <= value <= maximum:
             raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
-    if not arguments.update_timeout > 0:
-        raise ValueError(f"--update-timeout must be positive, got {arguments.update_timeout}")
+    for name, seconds in (("--update-timeout", arguments.update_timeout), ("--hold-timeout", arguments.hold_timeout)):
+        if not 0 < seconds < 1e9:
+            raise ValueError(f"{name} must be in (0, 1e9), got {seconds}")
+    for root in arguments.weights_root:
+        if not Path(root).is_dir():
+            raise ValueError(f"--weights-root {root} is not a directory")
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
@@ -132,6 +151,8 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
         context_length=context_length,
         weight_version=arguments.weight_version,
         update_timeout_seconds=arguments.update_timeout,
+        hold_timeout_seconds=arguments.hold_timeout,
+        weights_roots=tuple(arguments.weights_root),
     )
     weight_bytes = config.num_parameters() * options.dtype.itemsize
     check_memory(
