@@ -6,10 +6,13 @@ It is written last. A directory without it is not whole. Files that it does not 
 import dataclasses
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+
+from megatron_rl.parsing import read_json
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 8 * 2**20
@@ -40,7 +43,7 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     share: of `num_shares`, which are about alike in bytes, so that several ranks read it together.
     """
     try:
-        content = json.loads((folder / CHECKSUMS).read_text())
+        content = read_json(folder / CHECKSUMS)
         files = {name: Checksum(**fields) for name, fields in content.items()}
     except FileNotFoundError:
         return [f"{CHECKSUMS} is missing"] if share == 0 else []
@@ -52,13 +55,16 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 
 def _difference(path: Path, expected: Checksum) -> str:
     try:
-        num_bytes = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
+        num_bytes = found.st_size
         if num_bytes != expected.num_bytes:
             return f"has {num_bytes:,} bytes; {expected.num_bytes:,} were written"
-        found = _checksum(path).xxh3_128
+        xxh3_128 = _checksum(path).xxh3_128
     except FileNotFoundError:
         return "is missing"
-    return "" if found == expected.xxh3_128 else f"has checksum {found}; what was written had {expected.xxh3_128}"
+    return "" if xxh3_128 == expected.xxh3_128 else f"has checksum {xxh3_128}; what was written had {expected.xxh3_128}"
 
 
 def _checksum(path: Path) -> Checksum:

@@ -40,6 +40,7 @@ from megatron_rl.checkpoint.hf import DTYPES, check_names
 from megatron_rl.checkpoint.layout import Vocabulary
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.files import model_files
 
 # The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
 MEGATRON = "megatron"
@@ -51,10 +52,11 @@ class DistributedCheckpoint:
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
     def __init__(self, directory: Path, model: BailingConfig) -> None:
-        """ValueError for files that are missing or too short, and for tensors that are missing, left over or of
-        another shape than config.json says."""
+        """ValueError for files that are missing, too short or outside of the directory, and for tensors that are
+        missing, left over or of another shape than config.json says."""
         self.directory = directory
         self._folder = directory / MEGATRON
+        found = model_files(directory, MEGATRON)
         self._metadata = _read_metadata(self._folder)
         self._names = hf_names(name_table(model))
         self._files: dict[str, Any] = {}
@@ -68,7 +70,7 @@ class DistributedCheckpoint:
         for name, (entry, _) in self._names.items():
             self._check(entry, model)
             self.dtypes[name] = self._tensors[entry.stored].properties.dtype
-        self._check_files()
+        self._check_files(found)
 
     def read(self, name: str) -> Tensor:
         entry, part = self._names[name]
@@ -133,13 +135,13 @@ class DistributedCheckpoint:
         if found.properties.dtype not in DTYPES.values():
             raise ValueError(f"{self._folder}: {entry.stored} is {found.properties.dtype}, which is not supported")
 
-    def _check_files(self) -> None:
+    def _check_files(self, found: Sequence[Path]) -> None:
         ends: dict[str, int] = {}
         for info in self._metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in ends.items():
             path = self._folder / name
-            if not path.is_file():
+            if path not in found:
                 raise ValueError(f"{path} is missing; the checkpoint is not whole")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes of at least {end}; it was cut off")
