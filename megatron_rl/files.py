@@ -12,8 +12,8 @@ def model_files(directory: Path, folder: str = "") -> list[Path]:
     """All files of a model directory, or of a folder in it, by name. What lies in folders below is not looked at.
 
     A link may lead to a file of the directory. It may also lead to the blobs of Hugging Face's cache, where the
-    directory is a snapshot in it. One that leads nowhere counts as missing. ValueError names any other link, and what
-    is neither a file nor a folder: who opens a FIFO waits for ever.
+    directory is a snapshot in it. ValueError names any other link, one that leads nowhere, and what is neither a file
+    nor a folder: who opens a FIFO waits for ever.
     """
     found = []
     for file in sorted((directory / folder).iterdir()):
@@ -21,8 +21,8 @@ def model_files(directory: Path, folder: str = "") -> list[Path]:
         _refuse_outside(file, real, directory)
         try:
             mode = os.stat(real).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        except FileNotFoundError:
+            raise ValueError(f"{file} leads to {real}, where there is nothing; fetch it again, or remove it") from None
         if not stat.S_ISDIR(mode):
             _refuse_special(file, mode)
             found.append(file)

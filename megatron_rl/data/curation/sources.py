@@ -66,8 +66,8 @@ def _unpacked(path: Path) -> Iterator[bytes]:
                 size += len(line)
                 if size > most:
                     raise ValueError(
-                        f"{path} has {packed:,} bytes and unpacks to more than {most:,}, which looks like a trap; if it "
-                        "is right, unpack it with gunzip and name the result"
+                        f"{path} has {packed:,} bytes and unpacks to more than {most:,}, which looks like a trap; if "
+                        "it is right, unpack it with gunzip and name the result"
                     )
                 yield line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
