@@ -79,16 +79,13 @@ def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
 def _refuse_depth(value: Any) -> None:
     """Level by level, since what is deep cannot be walked through by recursion."""
     level = [value]
-    for _ in range(MAX_NESTING):
-        level = [
-            child
-            for one in level
-            if isinstance(one, dict | list)
-            for child in (one.values() if isinstance(one, dict) else one)
-            if isinstance(child, dict | list)
-        ]
+    for _ in range(MAX_NESTING + 1):
+        level = [one for one in level if type(one) in (dict, list)]
         if not level:
             return
+        parts = (one.values() if type(one) is dict else one for one in level)
+        # A list of nothing but numbers, as of tokens, is passed over at once.
+        level = [child for part in parts if not {dict, list}.isdisjoint(map(type, part)) for child in part]
     raise _too_deep()
 
 
