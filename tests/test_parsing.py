@@ -184,7 +184,7 @@ WRONG = [
     ("hidden_size", "-64", "must be a whole number from 1 to 1048576, got -64"),
     ("vocab_size", "1" + "0" * 400, "must be a whole number from 1 to 16777216, got 1" + "0" * 76 + "..."),
     ("num_experts", "[" * 40 + "]" * 40, "must be a whole number from 1 to 65536, got " + "[" * 40),
-    ("max_position_embeddings", "1e12", "must be a whole number from 1 to 100000000, got 1000000000000.0"),
+    ("max_position_embeddings", "1e12", "must be a whole number from 1 to 1073741824, got 1000000000000.0"),
     ("eos_token_id", "-1", "must be a whole number from 0 to 16777216, got -1"),
     ("rope_theta", "NaN", r"must be a number above 0 and up to 1e+15, got nan"),
     ("rope_theta", "1e400", r"must be a number above 0 and up to 1e+15, got inf"),

@@ -88,7 +88,7 @@ class BailingConfig(BaseModel):
     norm_topk_prob: _Flag = True
     norm_head: _Flag = False
     tie_word_embeddings: _Flag = Field(default=False, description="the LM head is the embedding")
-    max_position_embeddings: Annotated[int, _whole(1, 10**8)]
+    max_position_embeddings: Annotated[int, _whole(1, 2**30)]
     rope_theta: Annotated[float, _above_zero(1e15)] = 10000.0
     rms_norm_eps: Annotated[float, _above_zero(1.0)] = 1e-6
     initializer_range: Annotated[float, _above_zero(1e3)] = 0.006
