@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.schema import EndpointSection
+from megatron_rl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Endpoint:
             )
             if not listed.is_success:
                 raise ValueError(self._status(listed))
-            names = [entry["id"] for entry in listed.json()["data"]]
+            names = [entry["id"] for entry in parse_json(listed.content)["data"]]
         except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._where}.url {url} does not list its models ({self._shown(error)}); it must be the address of "
@@ -124,7 +125,7 @@ class Endpoint:
 
     def _reply(self, response: httpx.Response) -> Reply:
         try:
-            reply = response.json()
+            reply = parse_json(response.content)
             choice = reply["choices"][0]
             message = choice["message"]
             return Reply(

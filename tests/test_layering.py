@@ -32,6 +32,8 @@ LAYERS = {
     "endpoint": 0,
     "errors": 0,
     "locks": 0,
+    "files": 0,
+    "parsing": 0,
     "": 0,
 }
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text
+
 C = TypeVar("C", bound=BaseModel)
 
 
@@ -41,8 +43,8 @@ def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path} is its own base, by way of {', '.join(map(str, seen))}")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = parse_toml(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     base = values.pop("base", None)
     if base is None:
@@ -67,10 +69,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ValueError(f"--set takes key.path=value, got {override!r}")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        value = parse_toml(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except ValueError as error:
+        raise ValueError(f"--set {key}: the value cannot be read: {error}") from None
     *parents, leaf = key.strip().split(".")
+    if len(parents) > MAX_NESTING:
+        raise ValueError(f"--set {key[:40]}...: the key has {len(parents) + 1} parts; no section is that deep")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

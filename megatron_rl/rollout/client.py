@@ -298,7 +298,7 @@ class GenerationClient:
             return None
         try:
             return answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ServerLost(f"{self.url}{route} answered what is no JSON: {answer.text[:200]!r}") from None
 
 
