@@ -31,6 +31,7 @@ LAYERS = {
     "lifeline": 0,
     "endpoint": 0,
     "errors": 0,
+    "keys": 0,
     "locks": 0,
     "": 0,
 }

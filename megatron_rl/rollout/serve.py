@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import start_servers
 
@@ -24,9 +25,10 @@ class _StopRequested(Exception):
 
 
 def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
-    """Start `rollout.num_servers` servers on this machine, register their urls in `folder`, and keep them running until
+    """Start `rollout.num_servers` servers on this machine, register them in `folder`, and keep them running until
     SIGTERM or SIGINT. Returns the exit code; Fault when one cannot be kept alive.
 
+    What is registered is their urls and their key, in a file for this user alone.
     They listen on the address by which this machine reaches MASTER_ADDR, where the training run is; without that on
     loopback. num_processes: how many like this one register in the folder.
     """
@@ -40,11 +42,20 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
         with start_servers(
-            config.model.path, folder, config.rollout, config.model.dtype, name=name, host=host
+            config.model.path,
+            folder,
+            config.rollout,
+            config.model.dtype,
+            name=name,
+            host=host,
+            secret_variables=secret_variables(config),
         ) as keeper:
             keeper.wait_ready()
+            keys = {url: keeper.key_of(url) for url in keeper.urls}
             partial = folder / f".{name}.partial"
-            partial.write_text(json.dumps({"urls": keeper.urls, "num_processes": num_processes}))
+            partial.unlink(missing_ok=True)
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump({"keys": keys, "num_processes": num_processes}, file)
             partial.replace(folder / f"{name}.json")
             log.info("serving at %s", ", ".join(keeper.urls))
             while True:
@@ -68,16 +79,16 @@ def _stop(number: int, _: Any) -> None:
     raise _StopRequested
 
 
-def registered_urls(folder: Path, deadline_seconds: float) -> list[str]:
-    """The urls of all servers that `run_serve` registers in `folder`, once all of its processes have. ValueError after
-    the deadline."""
+def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
+    """The key of every server that `run_serve` registers in `folder`, by its url, once all of its processes have.
+    ValueError after the deadline."""
     give_up = time.monotonic() + deadline_seconds
     told = False
     while True:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         expected = found[0]["num_processes"] if found else "any"
         if len(found) == expected:
-            return [url for one in found for url in one["urls"]]
+            return {url: key for one in found for url, key in one["keys"].items()}
         if time.monotonic() > give_up:
             raise ValueError(
                 f"{len(found)} of {expected} serving processes have registered in {folder} within "
