@@ -21,6 +21,7 @@ from liar import Exchange, liar
 from safetensors.torch import save_file
 from tiny_model import tensors_of
 
+from megatron_rl.keys import bearer
 from megatron_rl.rollout.archive import unpack_carry
 from megatron_rl.rollout.server import EmbeddedServer
 
@@ -63,6 +64,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+KEY = "known"
+WITH_KNOWN_KEY = f"""
+import sys
+from megatron_rl.cli import main
+from megatron_rl.rollout import keeper
+
+keeper.new_key = lambda: {KEY!r}
+sys.exit(main())
+"""
+
+
 class Run:
     """`megatron-rl train` in a process of its own."""
 
@@ -72,7 +84,7 @@ class Run:
         folder: Path,
         *options: str,
         resume: bool = False,
-        code: tuple[str, str] = ("-m", "megatron_rl.cli"),
+        code: tuple[str, str] = ("-c", WITH_KNOWN_KEY),
         **environment: str,
     ) -> None:
         """code: for the interpreter, in place of the command."""
@@ -122,7 +134,7 @@ class Run:
         with contextlib.suppress(OSError, httpx.HTTPError):
             url = re.findall(r"serving .* on (\S+)", (self.run_dir / f"{name}.log").read_text())
             if url:
-                info = httpx.get(f"{url[-1]}/server_info", timeout=2, trust_env=False).json()
+                info = httpx.get(f"{url[-1]}/server_info", headers=bearer(KEY), timeout=2, trust_env=False).json()
                 return bool(info["internal_states"][0]["running"] > 0)
         return False
 

@@ -32,7 +32,11 @@ def start(pids: Path, *arguments: str) -> subprocess.Popen[bytes]:
         str(pids),
         *arguments,
     ]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    process.stdin.write(b"\n")  # no key
+    process.stdin.flush()
+    return process
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from tiny_model import write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, RolloutSection  # noqa: E402
+from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402
@@ -227,11 +229,12 @@ def main() -> None:
         def over_disk() -> Transport:
             return DiskTransport(weights, lambda to: export_directory(model, path, to, control))
 
-        def over_group() -> DistributedTransport:
-            return DistributedTransport(model, control, arguments.bucket_mb * 2**20, "127.0.0.1", 60.0)
+        def over_group(key_of: KeyOf = no_key) -> DistributedTransport:
+            where = (model, control, arguments.bucket_mb * 2**20, "127.0.0.1", 60.0)
+            return DistributedTransport(*where, key_of=key_of)
 
-        def receivers_at(urls: Sequence[str]) -> Receivers:
-            pool = ServerPool(urls, rollout)
+        def receivers_at(urls: Sequence[str], key_of: KeyOf = no_key) -> Receivers:
+            pool = ServerPool(urls, rollout, key_of=key_of)
             runner.run(pool.connect())
             return Receivers(pool=pool, run=runner.run)
 
@@ -239,8 +242,8 @@ def main() -> None:
         result: dict[str, Any] = {}
         with start_servers(path, folder, rollout, "float32") as keeper:
             keeper.wait_ready()
-            receivers = receivers_at(keeper.urls)
-            result["distributed"] = timed(over_group, receivers, 1, arguments.repeats)
+            receivers = receivers_at(keeper.urls, keeper.key_of)
+            result["distributed"] = timed(partial(over_group, keeper.key_of), receivers, 1, arguments.repeats)
             result["disk"] = timed(over_disk, receivers, 100, arguments.repeats)
             runner.run(receivers.pool.close())
         weights.close()

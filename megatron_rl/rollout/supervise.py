@@ -29,9 +29,9 @@ def main(command: list[str]) -> int:
     """Returns the command's exit code, or 1 when it was ended. Nothing of its process group outlives it."""
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows the line is the lifeline's
         key = stdin.readline().strip()
-    folder = Path(tempfile.mkdtemp(prefix="megatron_rl-key-"))
-    if key:
-        command = [*command, "--config", str(_config(folder, key))]
+    config = _config(key) if key else None
+    if config is not None:
+        command = [*command, "--config", str(config)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printing = threading.Thread(target=_print, args=(process, key), daemon=True)
     printing.start()
@@ -54,18 +54,19 @@ def main(command: list[str]) -> int:
     if os.getpgid(0) == os.getpid():
         _kill_the_rest()
     printing.join(GRACE_SECONDS)
-    shutil.rmtree(folder, ignore_errors=True)
+    if config is not None:
+        shutil.rmtree(config.parent, ignore_errors=True)  # it ended before it read its key
     return 1 if reasons or process.returncode is None else process.returncode
 
 
-def _config(folder: Path, key: bytes) -> Path:
+def _config(key: bytes) -> Path:
     """A file of SGLang's options that can be read once, and is gone then."""
-    path = folder / "config.yaml"
+    path = Path(tempfile.mkdtemp(prefix="megatron_rl-key-")) / "config.yaml"
     os.mkfifo(path, 0o600)
 
     def give() -> None:
         path.write_bytes(b'api-key: "%s"\n' % key)  # once somebody reads
-        path.unlink()
+        shutil.rmtree(path.parent, ignore_errors=True)
 
     threading.Thread(target=give, name="key", daemon=True).start()
     return path
