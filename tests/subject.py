@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_rl.keys import bearer
 from megatron_rl.rollout.server import GenerationServer
-from megatron_rl.rollout.update_group import broadcast, flatten, host_store, join, leave
+from megatron_rl.rollout.update_group import broadcast, flatten, join, leave
+from megatron_rl.stores import host_store
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, SLOTS = 1024, 4

@@ -32,6 +32,7 @@ LAYERS = {
     "endpoint": 0,
     "errors": 0,
     "keys": 0,
+    "stores": 0,
     "locks": 0,
     "": 0,
 }

@@ -45,6 +45,7 @@ from megatron_rl.model.build import build_model, initialize_parallel, load_weigh
 from megatron_rl.rollout import update_group  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
+from megatron_rl.stores import host_store  # noqa: E402
 from megatron_rl.sync.distributed import DistributedTransport  # noqa: E402
 from megatron_rl.sync.export import export_directory  # noqa: E402
 from megatron_rl.sync.folder import WeightFolder  # noqa: E402
@@ -76,7 +77,7 @@ def receive_broadcasts(address: str, port: int, sizes: list[int], repeats: int) 
 
 def raw_broadcast(sizes: list[int], repeats: int) -> float:
     """Seconds of one round."""
-    store = update_group.host_store("127.0.0.1", 2, 60.0)
+    store = host_store("127.0.0.1", 2, 60.0)
     arguments = [str(Path(__file__)), "--receive", json.dumps([store.port, sizes, repeats])]
     process = subprocess.Popen([sys.executable, *arguments])
     group = update_group.join("127.0.0.1", store.port, 0, 2, "raw", "gloo", 120.0, store=store)

@@ -67,3 +67,15 @@ def _listens(host: str, port: int, pid: int) -> bool:
         )
     except psutil.NoSuchProcess:
         return False
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`. ValueError when there is no such host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

@@ -14,6 +14,7 @@ import psutil
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import start_servers
+from megatron_rl.rollout.ports import address_towards
 
 log = logging.getLogger(__name__)
 
@@ -98,15 +99,3 @@ def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
             log.info("waiting for generation servers to register in %s", folder)
             told = True
         time.sleep(_LOOK_EVERY_SECONDS)
-
-
-def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`. ValueError when there is no such host."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

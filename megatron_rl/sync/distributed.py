@@ -21,6 +21,7 @@ from megatron_rl.model.build import Model
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
+from megatron_rl.stores import host_store
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.requests import READY_SECONDS, Asked, ServerRequests, Waits
@@ -244,7 +245,7 @@ class _Sender:
             future.exception()  # it may have neither
         self._number += 1
         world_size = 1 + sum(sizes.values())
-        store = update_group.host_store(self._address, world_size, self._requests.timeout)
+        store = host_store(self._address, world_size, self._requests.timeout)
         bodies, offset = {}, 1
         for url in urls:
             where = self._address, store.port, offset, world_size

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
-from megatron_rl.rollout.serve import address_towards
+from megatron_rl.rollout.ports import address_towards
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
