@@ -72,7 +72,9 @@ class GenerationServer:
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and `wait_ready` tells
             self._process.stdin.write(f"{key}\n".encode())
             self._process.stdin.flush()
-        log_path.with_suffix(".pid").write_text(str(self._process.pid))
+        partial = log_path.with_suffix(".pid.partial")  # whoever waits for a new one never reads half of it
+        partial.write_text(str(self._process.pid))
+        partial.replace(log_path.with_suffix(".pid"))
 
     @property
     def url(self) -> str:
