@@ -64,7 +64,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-KEY = "known"
+KEY = "known-to-the-tests-alone"
 WITH_KNOWN_KEY = f"""
 import sys
 from megatron_rl.cli import main
@@ -150,6 +150,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(inputs, tmp_path_factory.mktemp("undisturbed") / "run")
     run.finish()
     assert [row["num_lost_servers"] for row in run.rows] == [0, 0, 0]
+    assert not [path for path in run.folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     return run
 
 
@@ -197,7 +198,8 @@ def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and
 
 @pytest.fixture
 def server(inputs: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(inputs / "model", tmp_path / "server.log", max_running_requests=8, context_length=192)
+    log = tmp_path / "server.log"
+    server = EmbeddedServer(inputs / "model", log, max_running_requests=8, context_length=192, key=KEY)
     try:
         server.wait_ready(60)
         yield server
@@ -224,7 +226,9 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
         exchange.say(exchange.forwarded().content)
 
     with liar(server.url, update_weights_from_disk=load_others) as url:
-        said = Run(inputs, tmp_path / "run", f'rollout.urls=["{url}"]').finish(code=1)
+        options = f'rollout.urls=["{url}"]', "rollout.api_key_variable=ATTACHED"
+        assert "names ATTACHED, which is not in the environment" in Run(inputs, tmp_path / "none", *options).finish(2)
+        said = Run(inputs, tmp_path / "run", *options, ATTACHED=KEY).finish(code=1)
     assert re.search(rf"weights 1 did not arrive whole at {url}: log-probs of 64 tokens differ by ", said)
     assert re.search(rf"; 1 of \d+ tensors differ: {re.escape(name)}\n", said)
     assert "Traceback" not in said

@@ -102,8 +102,10 @@ class Chromium:
         ]
 
     def statuses(self, port: int) -> list[tuple[str, int]]:
-        """Path and status of every answer of this machine's port, also of those that the page may not see."""
-        found = [event["params"]["response"] for event in self.events if event["method"] == "Network.responseReceived"]
+        """Path and status of every answer of this machine's port, also of those that the page may not see, but for the
+        questions by which the browser asks whether a page may ask."""
+        answers = [event["params"] for event in self.events if event["method"] == "Network.responseReceived"]
+        found = [one["response"] for one in answers if one["type"] != "Preflight"]
         return [(urlsplit(one["url"]).path, one["status"]) for one in found if urlsplit(one["url"]).port == port]
 
     def screenshot(self, path: Path) -> None:
