@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -62,6 +62,19 @@ def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as TOML; `load_config` reads it back to an equal tree."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def secret_variables(config: BaseModel) -> set[str]:
+    """The environment variables that the configuration names as holding keys, in whatever section."""
+    return set(_named_keys(config.model_dump()))
+
+
+def _named_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _named_keys(value)
+        elif name == "api_key_variable" and value:
+            yield value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -75,7 +76,11 @@ class Listener:
 class App:
     """Holds the engine and the requests in flight; `on_failure` is called once if the engine dies."""
 
-    def __init__(self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
+    ) -> None:
+        """guard: rollout/embedded/guard.py, before every route."""
+        self._guard = guard
         self.loop = asyncio.get_running_loop()
         self.config = config
         self.limits = Limits(vocab_size=config.vocab_size, context_length=options.context_length)
@@ -136,7 +141,8 @@ class App:
                 get("/model_info", self.model_info),
                 get("/get_model_info", self.model_info),
                 get("/v1/models", self.models),
-            ]
+            ],
+            middleware=[self._guard],
         )
         app.router.redirect_slashes = False  # to what the client says that this host is called
         return app
