@@ -33,10 +33,10 @@ def make_verdict(reason: Reason, seconds: float = 0.0, details: str = "") -> Ver
 
 
 def printable(details: str) -> str:
-    """A short line that any terminal, log and file takes: it may quote what a program printed, and that may move the
-    cursor, clear the screen, or be half a surrogate pair."""
+    """A short text that any terminal, log and file takes: it may quote what a program printed, and that may move the
+    cursor, clear the screen, or be half a surrogate pair. Ends of lines stay."""
     cut = details[:DETAIL_CHARACTERS]
     if cut.isprintable():
         return cut
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in cut)
     return "".join(escaped)[:DETAIL_CHARACTERS]
