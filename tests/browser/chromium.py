@@ -70,7 +70,7 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
-        self._wait(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
+        self.until(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
 
     def value(self, expression: str) -> Any:
         """Of JavaScript; a promise is waited for."""
@@ -80,7 +80,7 @@ class Chromium:
 
     def wait_for(self, expression: str) -> None:
         """Until it is true."""
-        self._wait(lambda: self.value(f"Boolean({expression})"), expression)
+        self.until(lambda: self.value(f"Boolean({expression})"), expression)
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and violated policies."""
@@ -135,7 +135,8 @@ class Chromium:
             self._process.wait(_DEADLINE_SECONDS)
             self._profile.cleanup()
 
-    def _wait(self, done: Any, what: str) -> None:
+    def until(self, done: Any, what: str) -> None:
+        """Until it is true; what happens in the page meanwhile is in `events`."""
         give_up = time.monotonic() + _DEADLINE_SECONDS
         while not done():
             assert time.monotonic() < give_up, f"{what}: not within {_DEADLINE_SECONDS:g} s; {self.complaints()}"
