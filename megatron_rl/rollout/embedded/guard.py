@@ -2,7 +2,7 @@
 
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,32 +30,29 @@ class Guard:
 
     def _problem(self, scope: Scope) -> tuple[int, str] | None:
         """The status and the reason of a refusal."""
-        hosts = [_name_in(value) for value in _values(scope, b"host")]
-        known = self._hosts | {(scope.get("server") or ("",))[0]}
-        if not hosts or not known.issuperset(hosts):
+        # ASGI gives names in lower case. A header may come several times: each of its values counts.
+        headers: dict[bytes, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, []).append(value.decode("latin-1").strip())
+        hosts = [_name_in(host) for host in headers.get(b"host", ())]
+        here = (scope.get("server") or ("",))[0]
+        if not hosts or not all(host in self._hosts or host == here for host in hosts):
             # A page whose own name resolves to this machine would be of the same origin as the server.
             return 421, f"the header Host must name this server, got {', '.join(hosts) or 'none'}; ask by its address"
-        if any(_values(scope, b"origin")) or any(site != "none" for site in _values(scope, b"sec-fetch-site")):
+        if any(headers.get(b"origin", ())) or any(site != "none" for site in headers.get(b"sec-fetch-site", ())):
             return 403, "requests from pages in a browser are refused; ask with another program"
-        if scope["path"] not in OPEN_PATHS and not self._shows_key(scope):
+        if self._key and scope["path"] not in OPEN_PATHS and not self._is_shown(headers.get(b"authorization", [])):
             return 401, "this server serves who shows its key: the header Authorization: Bearer KEY"
-        if _has_body(scope) and not _is_json(scope):
+        if _has_body(headers) and not _is_json(headers):
             # A page may send other types to anywhere without asking.
             return 415, "the body must be JSON, and the header Content-Type application/json"
         return None
 
-    def _shows_key(self, scope: Scope) -> bool:
-        if not self._key:
-            return True
-        shown = [value.partition(" ") for value in _values(scope, b"authorization")]
-        return (
-            len(shown) == 1 and shown[0][0].lower() == "bearer" and hmac.compare_digest(shown[0][2].encode(), self._key)
-        )
-
-
-def _values(scope: Scope, name: bytes) -> Iterator[str]:
-    """Of a header, which may come several times; ASGI gives names in lower case."""
-    return (value.decode("latin-1").strip() for header, value in scope["headers"] if header == name)
+    def _is_shown(self, values: list[str]) -> bool:
+        if len(values) != 1:
+            return False
+        scheme, _, key = values[0].partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.encode(), self._key)
 
 
 def _name_in(host: str) -> str:
@@ -64,14 +61,12 @@ def _name_in(host: str) -> str:
     return bare.lower()
 
 
-def _has_body(scope: Scope) -> bool:
-    return any(_values(scope, b"transfer-encoding")) or any(
-        length != "0" for length in _values(scope, b"content-length")
-    )
+def _has_body(headers: Mapping[bytes, list[str]]) -> bool:
+    return b"transfer-encoding" in headers or headers.get(b"content-length", ["0"]) != ["0"]
 
 
-def _is_json(scope: Scope) -> bool:
-    types = [value.partition(";")[0].strip().lower() for value in _values(scope, b"content-type")]
+def _is_json(headers: Mapping[bytes, list[str]]) -> bool:
+    types = [value.partition(";")[0].strip().lower() for value in headers.get(b"content-type", ())]
     return types == ["application/json"]
 
 
