@@ -20,6 +20,7 @@ from tiny_model import write_tiny_model
 from megatron_rl.rollout.embedded import bodies
 from megatron_rl.rollout.embedded.bodies import json_object
 from megatron_rl.rollout.embedded.fields import RequestError, cut
+from megatron_rl.rollout.embedded.gate import Gate
 from megatron_rl.rollout.embedded.hold import Hold
 from megatron_rl.rollout.embedded.protocol import Limits, parse_generate
 from megatron_rl.rollout.embedded.sequence import Sequence
@@ -238,6 +239,38 @@ def test_a_state_that_its_client_left_ends_and_one_that_is_used_does_not():
             ended.clear()
         await asyncio.sleep(0.2)
         assert not ended.is_set()
+
+    asyncio.run(run())
+
+
+def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way():
+    async def run():
+        gate = Gate(0.2, None)
+        order = []
+
+        async def go(name, entry, seconds=0.0):
+            async with entry:
+                order.append(name)
+                await asyncio.sleep(seconds)
+
+        slow = asyncio.create_task(go("slow", gate.generating(), 2.0))
+        await asyncio.sleep(0)
+        update = asyncio.create_task(go("update", gate.updating()))
+        await asyncio.sleep(0)
+        leaves = asyncio.create_task(go("leaves", gate.generating()))
+        behind = asyncio.create_task(go("behind", gate.generating()))
+        await asyncio.sleep(0.05)
+        leaves.cancel()
+        assert order == ["slow"]
+        with pytest.raises(UpdateError, match=r"0.2 s \(--hold-timeout\)"):
+            await update
+        await behind
+        assert order == ["slow", "behind"]
+        slow.cancel()
+        await asyncio.gather(slow, leaves, return_exceptions=True)
+        both = [go("a", gate.updating(), 0.02), go("b", gate.generating(), 0.02), go("c", gate.updating())]
+        await asyncio.gather(*both)
+        assert order[2:] == ["a", "b", "c"]
 
     asyncio.run(run())
 

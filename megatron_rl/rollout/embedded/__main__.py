@@ -49,7 +49,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--hold-timeout",
         type=float,
         default=600.0,
-        help="seconds after which a pause, or a session of weight updates, ends by itself when its client does nothing",
+        help="seconds after which a pause, or a session of weight updates, ends by itself when its client does "
+        "nothing, and for which an update waits for requests that run",
     )
     parser.add_argument(
         "--weights-root",

@@ -42,7 +42,7 @@ class WeightRoutes:
         self._engine, self._gate, self._occupation = engine, gate, occupation
         self._config: BailingConfig = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
-        self._group_lock = asyncio.Lock()
+        self._group_lock = asyncio.Lock()  # groups and session are for one at a time
         self._checking = asyncio.Lock()
         self._roots = WeightRoots(engine.options.model_path, engine.options.weights_roots)
         self._session = Hold(engine.options.hold_timeout_seconds, lambda: self._updates.open, self._end_session)
@@ -82,9 +82,11 @@ class WeightRoutes:
             self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP, MAX_GROUP_NAME))
         return success("Succeeded to destroy custom process group.")
 
+    # The lock before the gate: who waits for somebody's rendezvous to end must not keep requests out meanwhile.
+
     async def begin_weight_update(self, _: dict[str, Any]) -> Response:
         with self._session.touched():
-            async with self._gate.updating():
+            async with self._group_lock, self._gate.updating():
                 self._occupation.check_takes_weights()
                 self._updates.begin()
         return success("Success")
@@ -93,7 +95,6 @@ class WeightRoutes:
         request = parse_bucket(body, self.limits)
         if request.abort_all:
             await wait(self._engine.abort(None))
-        # The group first: who waits for a rendezvous to end must not keep requests out meanwhile.
         with self._session.touched():
             async with self._group_lock, self._gate.updating():
                 self._refuse_flush(request.flush_cache)
@@ -102,14 +103,14 @@ class WeightRoutes:
 
     async def end_weight_update(self, _: dict[str, Any]) -> Response:
         with self._session.touched():
-            async with self._gate.updating():
+            async with self._group_lock, self._gate.updating():
                 weights, version = await in_thread(self._updates.finish)
                 await wait(self._engine.swap(weights, None, version))
                 self._occupation.weights_came()
         return success("Success")
 
     async def _end_session(self) -> None:
-        async with self._gate.updating():
+        async with self._group_lock:
             if self._updates.open:
                 log.warning(
                     "no weights came for %g s (--hold-timeout): the session of whoever began it is over",
