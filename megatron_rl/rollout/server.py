@@ -98,10 +98,11 @@ class GenerationServer:
             if not is_ours(self.host, self.port, self._process.pid):
                 return False
             close_port(self.host, self.port)
-            self._is_proven = True
+            # Once more, now that nobody can take the port any more, dead or alive.
+            self._is_proven = is_ours(self.host, self.port, self._process.pid)
         try:
-            return self._answers("/ready", bearer(self._key)) == 200 and self._wants_key()
-        except httpx.HTTPError:
+            return self._answers("/ready", bearer(self.key)) == 200 and self._wants_key()
+        except (httpx.HTTPError, ServerLost):
             return False
 
     def wait_ready(self, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> None:

@@ -6,9 +6,7 @@ SGLang makes in `/init_weights_update_group`: a TCPStore at rank 0, the keys of 
 name away from others, and does not split a communicator that the trainer's default group is bound to.
 """
 
-import ipaddress
 import os
-import socket
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,10 +139,3 @@ def checksum(tensor: Tensor) -> str:
     header = f"{name}{tuple(tensor.shape)}".encode()
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return f"{zlib.crc32(memoryview(values.numpy()), zlib.crc32(header)):08x}"
-
-
-def _family(address: str) -> socket.AddressFamily:
-    try:
-        return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    except ValueError:  # a name
-        return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
