@@ -35,6 +35,8 @@ SEEDS ?= 1 2 3
 KILLS ?= 30
 # How many in make fuzz-judge.
 CASES ?= 5000
+# How many in make fuzz-server.
+REQUESTS ?= 20000
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
@@ -47,7 +49,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -153,6 +155,9 @@ test-browser: install install-browser  ## run reports in a real Chromium: no err
 
 fuzz-judge: install install-sandbox  ## 5,000 programs that answer the judge of code with mutated bytes: none may be called correct (two minutes)
 	$(BIN)/python tools/fuzz_judge.py --cases $(CASES) --seed $(SEED)
+
+fuzz-server: install  ## 20,000 requests of every kind to an embedded server: none may end, freeze or starve it (ten minutes)
+	$(BIN)/python tools/fuzz_server.py --requests $(REQUESTS) --seed $(SEED)
 
 # Not by `install`, which makes a CPU's environment: PYTHON is one that has torch for CUDA (docs/gpu.md).
 gpu-check:  ## on a machine with a GPU: training there against a CPU and fp64, every choice of parts, short runs; PYTHON=...

@@ -182,12 +182,12 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     from megatron_rl.preflight import check_before_start
 
     config = load_config(kind, arguments.config, arguments.set)
+    keys = None
     if getattr(arguments, "servers", None):
-        from megatron_rl.rollout.serve import registered_urls
+        from megatron_rl.rollout.serve import registered_keys
 
-        urls = registered_urls(arguments.servers, config.rollout.ready_deadline_seconds)
-        arguments.set.append(f"rollout.urls={urls!r}")
-        config = load_config(kind, arguments.config, arguments.set)
+        keys = registered_keys(arguments.servers, config.rollout.ready_deadline_seconds)
+        config = load_config(kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
     world_size = arguments.nproc or int(os.environ.get("WORLD_SIZE", "1"))
     rollouts = getattr(arguments, "rollouts", None)
     if "RANK" not in os.environ:
@@ -197,7 +197,7 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     if isinstance(config, RlConfig):
         from megatron_rl.train.driver import run_rl
 
-        return run_rl(config, arguments.resume, rollouts)
+        return run_rl(config, arguments.resume, rollouts, keys)
     from megatron_rl.train.sft import run_sft
 
     return run_sft(config, arguments.resume)
@@ -207,7 +207,8 @@ def _same_command(arguments: argparse.Namespace) -> list[str]:
     overrides = [part for override in arguments.set for part in ("--set", override)]
     rollouts = ["--rollouts", str(arguments.rollouts)] if getattr(arguments, "rollouts", None) else []
     resume = ["--resume"] if arguments.resume else []
-    return [arguments.command, str(arguments.config), *overrides, *resume, *rollouts]
+    servers = ["--servers", str(arguments.servers)] if getattr(arguments, "servers", None) else []
+    return [arguments.command, str(arguments.config), *overrides, *resume, *rollouts, *servers]
 
 
 def _serve(arguments: argparse.Namespace) -> int:

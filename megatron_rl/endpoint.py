@@ -7,7 +7,6 @@ POST {url}/chat/completions {model, messages, ...} -> {choices: [{message: {cont
 
 import asyncio
 import logging
-import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.schema import EndpointSection
+from megatron_rl.keys import bearer, hidden, key_in_environment
+from megatron_rl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class Endpoint:
                 f"({where}.api_key_variable)"
             )
         self._section, self._where, self._tries = section, where, tries
-        self._key = _key(section.api_key_variable, where)
-        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._key = key_in_environment(section.api_key_variable, f"{where}.api_key_variable")
+        self._headers = bearer(self._key)
         self._url = section.url.rstrip("/")
         self._tls = httpx.create_ssl_context()  # takes long to make
         self._told = -_TELL_EVERY_SECONDS
@@ -113,7 +114,7 @@ class Endpoint:
             )
             if not listed.is_success:
                 raise ValueError(self._status(listed))
-            names = [entry["id"] for entry in listed.json()["data"]]
+            names = [entry["id"] for entry in parse_json(listed.content)["data"]]
         except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._where}.url {url} does not list its models ({self._shown(error)}); it must be the address of "
@@ -124,7 +125,7 @@ class Endpoint:
 
     def _reply(self, response: httpx.Response) -> Reply:
         try:
-            reply = response.json()
+            reply = parse_json(response.content)
             choice = reply["choices"][0]
             message = choice["message"]
             return Reply(
@@ -140,13 +141,12 @@ class Endpoint:
         return f"HTTP {response.status_code}: {self._excerpt(response)}"
 
     def _excerpt(self, response: httpx.Response) -> str:
-        text = response.text.replace(self._key, "...") if self._key else response.text
-        return text.strip()[:_SHOWN_CHARACTERS]
+        return hidden(response.text, self._key).strip()[:_SHOWN_CHARACTERS]
 
     def _shown(self, error: Exception) -> str:
         """Without the text of an error that may quote the request's headers, and so the key."""
         name = type(error).__name__
-        text = str(error).replace(self._key, "...") if self._key else str(error)
+        text = hidden(str(error), self._key)
         return name if isinstance(error, httpx.LocalProtocolError) or not text else f"{name}: {text}"
 
     def _tell(self, problem: str, pause: float) -> None:
@@ -155,23 +155,6 @@ class Endpoint:
         if now - self._told >= _TELL_EVERY_SECONDS:
             self._told = now
             log.warning("%s at %s: %s; asking again in %g s", self._where, self._section.url, problem, pause)
-
-
-def _key(variable: str, where: str) -> str:
-    """Of the environment; "" where none is named."""
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(
-            f"{where}.api_key_variable names {variable}, which is not in the environment; set it to the endpoint's key"
-        )
-    if not (key.isascii() and key.isprintable()):  # httpx would quote it
-        raise ValueError(
-            f"the environment variable {variable} ({where}.api_key_variable) holds characters that no HTTP header "
-            "takes; set it to the endpoint's key alone"
-        )
-    return key
 
 
 def _may_pass(error: httpx.HTTPError) -> bool:

@@ -20,11 +20,15 @@ _EXIT_FILE_VARIABLE = "MEGATRON_RL_EXIT_FILE"
 
 def run_under_torchrun(arguments: list[str], num_ranks: int) -> int:
     """Run `megatron-rl ARGUMENTS` on `num_ranks` ranks; returns the exit code of rank 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    command += ["-m", "megatron_rl.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="megatron_rl-launch-") as folder:
         exit_file = Path(folder) / "exit_code"
+        # Not --standalone, whose stores listen on every interface: torchrun meets itself in a file, the ranks on
+        # loopback (stores.py).
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(num_ranks)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{folder}/rendezvous", "--rdzv_id", "run"]
+        command += ["--rdzv_conf", "store_type=file", "--local_addr", "127.0.0.1", "-m", "megatron_rl.cli", *arguments]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         environment |= {_EXIT_FILE_VARIABLE: str(exit_file), PARENT_VARIABLE: str(os.getpid())}
         # A session of its own keeps the terminal's Ctrl-C away from torchrun, which would end with a stack trace.
         # Signals go to the ranks, they end in an orderly way, and torchrun sees nothing but that.

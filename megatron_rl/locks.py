@@ -15,8 +15,11 @@ def sole_writer(path: Path, remedy: str) -> Iterator[None]:
     """Lock a folder, or a file, which is made if need be; to be entered before what is in it is looked at. A file
     system without locks is warned of.
 
-    remedy: what to do in place of waiting. ValueError, which ends in it, while another process holds the lock.
+    remedy: what to do in place of waiting. ValueError, which ends in it, while another process holds the lock, and for
+    a link that another user made: it may lead to any file of ours.
     """
+    if path.is_symlink() and (owner := path.lstat().st_uid) not in (os.geteuid(), 0):
+        raise ValueError(f"{path} is a link that another user made (user id {owner}); remove it, or {remedy}")
     handle = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
     try:
         try:

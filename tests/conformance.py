@@ -228,7 +228,8 @@ def test_bad_requests_are_refused_with_400(server, body):
 
 def test_bodies_that_are_missing_or_no_json_are_refused_with_400(server):
     for content in (b"{", b"[]", b"\xff"):
-        assert server.http.post("/generate", content=content).status_code == 400
+        answer = server.http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
     for route in ("/pause_generation", "/continue_generation", "/begin_weight_update"):
         assert server.http.post(route).status_code == 400
 

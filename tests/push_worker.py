@@ -18,6 +18,7 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
+from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
@@ -73,7 +74,7 @@ class Servers:
             self.keeper.wait_ready()
             self.urls = self.keeper.urls
         self.loop = BackgroundLoop()
-        self.pool = ServerPool(self.urls, rollout, self.keeper.replace if self.keeper else None)
+        self.pool = ServerPool(self.urls, rollout, self.keeper.replace if self.keeper else None, key_of=self.key_of)
         self.loop.run(self.pool.connect())
 
         self.stop_requested = False
@@ -93,8 +94,12 @@ class Servers:
         assert self.keeper is not None
         return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.keeper._kept]
 
+    def key_of(self, url: str) -> str:
+        return self.keeper.key_of(url) if self.keeper is not None else ""
+
     def versions(self) -> list[str]:
-        return [str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"]) for url in self.urls]
+        asked = [httpx.get(f"{url}/model_info", headers=bearer(self.key_of(url)), trust_env=False) for url in self.urls]
+        return [str(answer.json()["weight_version"]) for answer in asked]
 
     def survivor(self) -> dict[str, Any]:
         """What each server has that the pool still trusts after a push, by its number."""
@@ -102,7 +107,8 @@ class Servers:
         return {str(i): self.checksums_at(url) for i, url in enumerate(self.urls) if url in serving}
 
     def checksums_at(self, url: str) -> dict[str, str]:
-        answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
+        body, headers = {"action": "checksum"}, bearer(self.key_of(url))
+        answer = httpx.post(f"{url}/weights_checker", json=body, headers=headers, trust_env=False)
         return dict(answer.json()["checksums"])
 
     def kill_and_wait(self, number: int) -> None:
@@ -153,7 +159,8 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
     report: dict[str, Any] = {"pushes": []}
     try:
         for number, max_bytes in enumerate((1, 2**30)):
-            transport = DistributedTransport(session.model, session.control, max_bytes, "127.0.0.1", 10.0)
+            where = (session.model, session.control, max_bytes, "127.0.0.1", 10.0)
+            transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
             transport.push(number + 1, servers.receivers if servers else None)
             probe = shared(servers.scores() if servers else None, session.control)
             found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
@@ -195,7 +202,9 @@ def gather(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
 def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if session.rank == 0 else None
-    transport = DistributedTransport(session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
+    key_of = servers.key_of if servers else no_key
+    where = (session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
+    transport = DistributedTransport(*where, key_of=key_of)
     report: dict[str, Any] = {}
 
     def push(version: int, transport: Transport = transport) -> str:
@@ -244,7 +253,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             servers.stop_requested = False
         report["after the stop"] = push(2)
         urls = servers.urls if servers else ()
-        ipc = IpcTransport(session.model, session.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS)
+        ipc = IpcTransport(session.model, session.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS, key_of)
         report["handles"] = [push(3, ipc)]
         if servers:
             servers.kill_and_wait(1)

@@ -18,8 +18,10 @@ import torch
 from tiny_model import tensors_of
 from torch import Tensor
 
+from megatron_rl.keys import bearer
 from megatron_rl.rollout.server import GenerationServer
-from megatron_rl.rollout.update_group import broadcast, flatten, host_store, join, leave
+from megatron_rl.rollout.update_group import broadcast, flatten, join, leave
+from megatron_rl.stores import host_store
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, SLOTS = 1024, 4
@@ -66,7 +68,8 @@ class Subject:
         self.process, self.kind = process, kind
         self.first, self.second = models
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.Client(base_url=process.url, timeout=60, limits=limits, trust_env=False)
+        headers = bearer(process.key)
+        self.http = httpx.Client(base_url=process.url, headers=headers, timeout=60, limits=limits, trust_env=False)
         self._pool = concurrent.futures.ThreadPoolExecutor(32)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 from subject import CONTEXT, SLOTS, Kind, Subject, make_models
 
+from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import EmbeddedServer
 from megatron_rl.rollout.update_group import checksum
 
@@ -18,7 +19,12 @@ def _server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conformance")
     models = make_models(folder)
     process = EmbeddedServer(
-        models[0].path, folder / "server.log", max_running_requests=SLOTS, context_length=CONTEXT, weight_version="0"
+        models[0].path,
+        folder / "server.log",
+        max_running_requests=SLOTS,
+        context_length=CONTEXT,
+        weight_version="0",
+        key=new_key(),
     )
     process.wait_ready(60)
     subject = Subject(process, models, Kind(seeds=True, whole=True, long_tokens=600))

@@ -21,6 +21,8 @@ from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.files import open_model_file
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MODEL = "model.safetensors"
@@ -306,13 +308,96 @@ def test_what_a_killed_conversion_left_is_no_hindrance(model: Path, tmp_path: Pa
 
 
 def test_a_hub_snapshot_of_links_is_read_and_a_dangling_link_is_named(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "snapshot").mkdir()
-    for file in model.iterdir():
-        (tmp_path / "snapshot" / file.name).symlink_to(file)
-    convert(Job(source=tmp_path / "snapshot", destination=tmp_path / "m", to_megatron=True))
+    snapshot = make_snapshot(model, tmp_path / "models--a--b")
+    convert(Job(source=snapshot, destination=tmp_path / "m", to_megatron=True))
     assert compare(model, tmp_path / "m") == ([], 62)
-    (model / MODEL).unlink()
-    assert f"{tmp_path / 'snapshot' / MODEL} cannot be read" in refused(tmp_path / "snapshot", tmp_path)
+    (tmp_path / "models--a--b/blobs" / f"hash of {MODEL}").unlink()
+    message = refused(snapshot, tmp_path)
+    assert f"{snapshot / MODEL} leads to {tmp_path / 'models--a--b/blobs'}/hash of {MODEL}, where there is" in message
+
+
+def make_snapshot(model: Path, home: Path) -> Path:
+    """The same model as Hugging Face's cache keeps it: links to files that are called after their content."""
+    snapshot = home / "snapshots/5f3a"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for file in model.iterdir():
+        shutil.copy(file, home / "blobs" / f"hash of {file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash of {file.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "code.py", MODEL])
+def test_a_link_out_of_a_model_directory_is_named_and_nothing_is_copied(name: str, model: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    (model / name).rename(secret) if (model / name).exists() else secret.write_text("root:$6$...")
+    (model / name).symlink_to("../secret")
+    assert refused(model, tmp_path).startswith(f"{model / name} is a link to {secret}, outside of the model directory")
+
+
+def test_links_to_a_parent_another_model_and_blobs_elsewhere_are_refused(model: Path, tmp_path: Path) -> None:
+    snapshot = make_snapshot(model, tmp_path / "models--a--b")
+    other = make_snapshot(model, tmp_path / "models--c--d")
+    for target in ("..", "../other/tokenizer.json", str(other / "config.json"), "../../../models--c--d/blobs/secret"):
+        (snapshot / "tokenizer.json").symlink_to(target)
+        assert f"{snapshot / 'tokenizer.json'} is a link to" in refused(snapshot, tmp_path)
+        (snapshot / "tokenizer.json").unlink()
+    # Blobs count for a snapshot only, and not when they are elsewhere themselves.
+    shutil.copytree(snapshot, tmp_path / "x/y/plain", symlinks=True)
+    (tmp_path / "x/blobs").symlink_to(tmp_path / "models--a--b/blobs")
+    assert "is a link to" in refused(tmp_path / "x/y/plain", tmp_path)
+    (tmp_path / "models--a--b/blobs").rename(tmp_path / "moved")
+    (tmp_path / "models--a--b/blobs").symlink_to(tmp_path / "moved")
+    assert f"is a link to {tmp_path / 'moved'}" in refused(snapshot, tmp_path)
+
+
+def test_a_link_within_the_model_directory_is_followed(model: Path, tmp_path: Path) -> None:
+    (model / "real.txt").write_text("words")
+    (model / "vocabulary.txt").symlink_to("real.txt")
+    convert(Job(source=model, destination=tmp_path / "m", to_megatron=True))
+    assert (tmp_path / "m/vocabulary.txt").read_text() == "words"
+    assert not (tmp_path / "m/vocabulary.txt").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "a.safetensors"])
+def test_a_fifo_in_a_model_directory_is_named_and_nobody_waits_for_it(name: str, model: Path, tmp_path: Path) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with pytest.raises(ValueError, match=rf"{model / name} is a FIFO and not a regular file; remove it"):
+        convert(Job(source=model, destination=tmp_path / "out", to_megatron=True))
+    with pytest.raises(ValueError, match=rf"{model / name} is a FIFO"):
+        load_tokenizer(model)
+
+
+def test_a_megatron_checkpoint_does_not_lead_out_of_its_directory(model: Path, tmp_path: Path) -> None:
+    convert(Job(source=model, destination=tmp_path / "m", to_megatron=True))
+    data = tmp_path / "m/megatron/__0_0.distcp"
+    data.rename(tmp_path / "secret")
+    data.symlink_to(tmp_path / "secret")
+    assert f"{data} is a link to {tmp_path / 'secret'}" in refused(tmp_path / "m", tmp_path, False)
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(ValueError, match=rf"{data} is a FIFO"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_a_link_that_is_put_in_while_files_are_copied_is_refused(model: Path, tmp_path: Path) -> None:
+    """As between the look at the directory and the copy."""
+    (tmp_path / "secret").write_text("root:$6$...")
+    (model / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with (
+        pytest.raises(ValueError, match=rf"tokenizer.json is a link to {tmp_path / 'secret'}"),
+        open_model_file(model, "tokenizer.json"),
+    ):
+        pass
+
+
+def test_the_newest_checkpoint_of_a_run_lies_in_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name in ("../../hf", str(model), "..", ""):
+        (tmp_path / "run/checkpoints/latest").write_text(name)
+        with pytest.raises(ValueError, match="latest must hold the name of a checkpoint beside it, such as step_8"):
+            open_checkpoint(tmp_path / "run")
 
 
 def test_damaged_megatron_checkpoints_are_named(model: Path, tmp_path: Path) -> None:

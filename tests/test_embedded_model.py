@@ -1,5 +1,7 @@
 """The embedded network against a naive fp64 forward pass, and its sampling."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
 from megatron_rl.rollout.embedded.reading import load_weights
-from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seed, draw, keep_top, sample, uniforms
+from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seeds, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
 from megatron_rl.rollout.embedded.weights import expected_tensors
 
@@ -29,6 +31,7 @@ class DirectEngine:
             model_path=str(directory), dtype=dtype, max_running_requests=slots, context_length=context_length
         )
         self.engine = Engine(self.config, options, self.events.extend)
+        self.order = itertools.count()
         self.limits = Limits(vocab_size=self.config.vocab_size, context_length=context_length)
 
     def add(self, prompt, seed=0, input_logprob_start=None, return_routed_experts=False, **params):
@@ -40,8 +43,9 @@ class DirectEngine:
             stop_ids=(),
             input_logprob_start=input_logprob_start,
             return_routed_experts=return_routed_experts,
+            order=next(self.order),
         )
-        self.engine._waiting.append(sequence)
+        self.engine._waiting.add([sequence])
         return sequence
 
     @torch.inference_mode()
@@ -259,9 +263,9 @@ def test_uniform_numbers_are_uniform_and_uncorrelated_over_seeds_and_positions()
 
 
 def test_samples_of_one_prompt_have_seeds_of_their_own():
-    seeds = {derive_seed(seed, index) for seed in (0, 1, 2**63, -1) for index in range(100)}
+    seeds = {seed for first in (0, 1, 2**63, -1) for seed in derive_seeds(first, 100)}
     assert len(seeds) == 400
-    assert derive_seed(12, 0) == 12
+    assert derive_seeds(12, 1) == [12] == derive_seeds(12, 5)[:1]
 
 
 @settings(deadline=None, max_examples=50)

@@ -96,8 +96,8 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _shared_server(model_dir):
-    server = Server(model_dir)
+def _shared_server(model_dir, tmp_path_factory):
+    server = Server(model_dir, "--weights-root", str(tmp_path_factory.getbasetemp()))
     yield server
     server.close()
 
@@ -220,7 +220,8 @@ def test_a_bad_request_does_not_disturb_one_in_flight(server):
     expected = server.generate([5], **params)["output_ids"]
     running = server.background([5], **params)
     for content in (b"{", b"[]", b"\xff", b'{"input_ids": [5], "sampling_params": {"temperature": NaN}}'):
-        assert server.http.post("/generate", content=content).status_code == 400
+        answer = server.http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
     assert running.result()["output_ids"] == expected
 
 
@@ -320,6 +321,14 @@ def test_starts_that_cannot_work_end_with_one_line_and_code_two(model_dir, tmp_p
         cases = [
             (["--model-path", str(model_dir), "--port", port], "port.*cannot be bound"),
             (["--model-path", str(model_dir), "--port", "0", "--host", "0.0.0.0"], "loopback.*0.0.0.0.*--allow-remote"),
+            (
+                ["--model-path", str(model_dir), "--port", "0", "--allow-remote"],
+                "--allow-remote needs a key.*-variable",
+            ),
+            (
+                ["--model-path", str(model_dir), "--api-key-variable", "NO_SUCH"],
+                "names NO_SUCH.*not in the environment",
+            ),
             (["--model-path", str(tmp_path / "none"), "--port", "0"], "does not exist"),
             (["--model-path", str(tmp_path), "--port", "0"], "llama"),
             (["--model-path", str(model_dir), "--port", "0", "--context-length", "9999"], "--context-length.*9999"),

@@ -12,8 +12,11 @@ from tiny_model import tensors_of, write_tiny_model
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
-from megatron_rl.rollout.embedded.weight_requests import parse_bucket, parse_join
-from megatron_rl.rollout.update_group import broadcast, checksum, flatten, host_store, join, leave
+from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join
+from megatron_rl.rollout.update_group import broadcast, checksum, flatten, join, leave
+from megatron_rl.stores import host_store
+
+LIMITS = BucketLimits(tensors=1000, values=10**7)
 
 
 class Pair:
@@ -42,7 +45,7 @@ class Pair:
             "load_format": "flattened_bucket" if flat else None,
             "group_name": "g",
         }
-        return self.pool.submit(self.updates.receive, parse_bucket(body | more))
+        return self.pool.submit(self.updates.receive, parse_bucket(body | more, LIMITS))
 
     def send(self, tensors, flat=True, **more):
         answer = self.announce(tensors, flat, **more)
@@ -191,7 +194,8 @@ def test_checksums_tell_values_shapes_and_dtypes_apart_but_not_strides():
 def test_a_group_stands_beside_a_default_group():
     script = (
         "import threading, torch, torch.distributed as dist\n"
-        "from megatron_rl.rollout.update_group import broadcast, host_store, join, leave\n"
+        "from megatron_rl.rollout.update_group import broadcast, join, leave\n"
+        "from megatron_rl.stores import host_store\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "store = host_store('127.0.0.1', 2, 10)\n"
         "made = []\n"

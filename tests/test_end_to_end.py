@@ -265,6 +265,13 @@ def processes_with(marker: str) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
 
 
+def addresses_listened_on(process: psutil.Process) -> set[str]:
+    """By it and what it started: servers, torchrun and the ranks, each with a group for every kind of parallelism."""
+    family = [process, *process.children(recursive=True)]
+    sockets = [socket for one in family for socket in one.net_connections("inet")]
+    return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
 def wait_until(what: str, condition: object, seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
@@ -281,6 +288,7 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
         wait_until("a first checkpoint", lambda: (tmp_path / "run/checkpoints/latest").exists(), 120)
         assert len(processes_with(str(tmp_path))) >= 3  # torchrun and two ranks; the server names the model instead
         server = int((tmp_path / "run/server_0.pid").read_text())
+        assert addresses_listened_on(psutil.Process(launcher.pid)) == {"127.0.0.1"}
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
         wait_until("its processes to end", lambda: not processes_with(str(tmp_path)), 20)

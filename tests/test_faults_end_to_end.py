@@ -21,6 +21,7 @@ from liar import Exchange, liar
 from safetensors.torch import save_file
 from tiny_model import tensors_of
 
+from megatron_rl.keys import bearer
 from megatron_rl.rollout.archive import unpack_carry
 from megatron_rl.rollout.server import EmbeddedServer
 
@@ -63,6 +64,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+KEY = "known-to-the-tests-alone"
+WITH_KNOWN_KEY = f"""
+import sys
+from megatron_rl.cli import main
+from megatron_rl.rollout import keeper
+
+keeper.new_key = lambda: {KEY!r}
+sys.exit(main())
+"""
+
+
 class Run:
     """`megatron-rl train` in a process of its own."""
 
@@ -72,7 +84,7 @@ class Run:
         folder: Path,
         *options: str,
         resume: bool = False,
-        code: tuple[str, str] = ("-m", "megatron_rl.cli"),
+        code: tuple[str, str] = ("-c", WITH_KNOWN_KEY),
         **environment: str,
     ) -> None:
         """code: for the interpreter, in place of the command."""
@@ -122,7 +134,7 @@ class Run:
         with contextlib.suppress(OSError, httpx.HTTPError):
             url = re.findall(r"serving .* on (\S+)", (self.run_dir / f"{name}.log").read_text())
             if url:
-                info = httpx.get(f"{url[-1]}/server_info", timeout=2, trust_env=False).json()
+                info = httpx.get(f"{url[-1]}/server_info", headers=bearer(KEY), timeout=2, trust_env=False).json()
                 return bool(info["internal_states"][0]["running"] > 0)
         return False
 
@@ -138,6 +150,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(inputs, tmp_path_factory.mktemp("undisturbed") / "run")
     run.finish()
     assert [row["num_lost_servers"] for row in run.rows] == [0, 0, 0]
+    assert not [path for path in run.folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     return run
 
 
@@ -185,7 +198,9 @@ def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and
 
 @pytest.fixture
 def server(inputs: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(inputs / "model", tmp_path / "server.log", max_running_requests=8, context_length=192)
+    log = tmp_path / "server.log"
+    settings = {"max_running_requests": 8, "context_length": 192, "weights_roots": [tmp_path], "key": KEY}
+    server = EmbeddedServer(inputs / "model", log, **settings)
     try:
         server.wait_ready(60)
         yield server
@@ -212,7 +227,9 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
         exchange.say(exchange.forwarded().content)
 
     with liar(server.url, update_weights_from_disk=load_others) as url:
-        said = Run(inputs, tmp_path / "run", f'rollout.urls=["{url}"]').finish(code=1)
+        options = f'rollout.urls=["{url}"]', "rollout.api_key_variable=ATTACHED"
+        assert "names ATTACHED, which is not in the environment" in Run(inputs, tmp_path / "none", *options).finish(2)
+        said = Run(inputs, tmp_path / "run", *options, ATTACHED=KEY).finish(code=1)
     assert re.search(rf"weights 1 did not arrive whole at {url}: log-probs of 64 tokens differ by ", said)
     assert re.search(rf"; 1 of \d+ tensors differ: {re.escape(name)}\n", said)
     assert "Traceback" not in said

@@ -31,7 +31,11 @@ LAYERS = {
     "lifeline": 0,
     "endpoint": 0,
     "errors": 0,
+    "keys": 0,
+    "stores": 0,
     "locks": 0,
+    "files": 0,
+    "parsing": 0,
     "": 0,
 }
 

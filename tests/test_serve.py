@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -16,21 +17,22 @@ import pytest
 from tiny_model import write_tiny_model
 
 from megatron_rl.errors import EXIT_STOPPED
-from megatron_rl.rollout.serve import registered_urls
+from megatron_rl.keys import bearer
+from megatron_rl.rollout.serve import registered_keys
 from megatron_rl.rollout.server import gpu_share
 from megatron_rl.train.serving import is_one_machine
 
 
-def register(folder: Path, name: str, *urls: str, num_processes: int = 2) -> None:
-    (folder / f"{name}.json").write_text(json.dumps({"urls": urls, "num_processes": num_processes}))
+def register(folder: Path, name: str, keys: dict[str, str], num_processes: int = 2) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"keys": keys, "num_processes": num_processes}))
 
 
 def test_a_run_waits_until_all_processes_have_registered(tmp_path: Path) -> None:
-    register(tmp_path, "b", "http://b:1", "http://b:2")
+    register(tmp_path, "b", {"http://b:1": "k", "http://b:2": "k"})
     with pytest.raises(ValueError, match=r"1 of 2 serving processes have registered in .* within 0.3 s"):
-        registered_urls(tmp_path, 0.3)
-    threading.Timer(0.5, register, (tmp_path, "a", "http://a:1")).start()
-    assert registered_urls(tmp_path, 20) == ["http://a:1", "http://b:1", "http://b:2"]
+        registered_keys(tmp_path, 0.3)
+    threading.Timer(0.5, register, (tmp_path, "a", {"http://a:1": "other"})).start()
+    assert registered_keys(tmp_path, 20) == {"http://a:1": "other", "http://b:1": "k", "http://b:2": "k"}
 
 
 def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
     folder.mkdir()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    register(folder, f"{socket.gethostname()}-{gone.pid}", "http://gone:1", num_processes=1)  # it was killed
+    register(folder, f"{socket.gethostname()}-{gone.pid}", {"http://gone:1": "k"}, num_processes=1)  # it was killed
     stale = time.monotonic() + 60
     command = [sys.executable, "-m", "megatron_rl.cli", "serve", str(config), "--register", str(folder)]
     process = subprocess.Popen(command, env=os.environ | {"MASTER_ADDR": "localhost"}, stderr=subprocess.PIPE)
@@ -53,7 +55,11 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
         while list(folder.glob(f"*-{gone.pid}.json")):
             assert time.monotonic() < stale, "the registration of a process that is gone stays"
             time.sleep(0.1)
-        (url,) = registered_urls(folder, 60)
+        ((url, key),) = registered_keys(folder, 60).items()
+        (registered,) = folder.glob("*.json")
+        assert stat.S_IMODE(registered.stat().st_mode) == 0o600
+        assert httpx.get(f"{url}/server_info", trust_env=False).status_code == 401
+        assert httpx.get(f"{url}/server_info", headers=bearer(key), trust_env=False).status_code == 200
         (path,) = folder.glob("*.pid")
         server = psutil.Process(int(path.read_text()))
         process.send_signal(signal.SIGUSR1)  # which is for training runs

@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.keys import bearer
 from megatron_rl.rollout import pool as pool_module
 from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
-from megatron_rl.rollout.server import hold_port, without_expandable_segments
+from megatron_rl.rollout.ports import close_port, hold_port
+from megatron_rl.rollout.server import without_expandable_segments
 from megatron_rl.rollout.update_group import checksum
 
 LENGTH, SHORT = 300, 60
@@ -41,6 +43,7 @@ ROLLOUT = RolloutSection(
     ready_deadline_seconds=60,
     max_restarts=99,
 )
+KEY = "known"
 # Four requests of two responses each.
 REQUESTS = [
     [Continuation(input_ids=[5 + i, 6], seed=10 * i + j, max_new_tokens=LENGTH) for j in range(2)] for i in range(4)
@@ -54,6 +57,14 @@ def make_model(path: Path, seed: int) -> Path:
     tensors["lm_head.weight"][1] = 0.0  # the token that ends a response
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _known_key() -> Iterator[None]:
+    """Of all servers here, so that tests can ask them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_rl.rollout.keeper.new_key", lambda: KEY)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def keeper(_keeper: ServerKeeper) -> ServerKeeper:
 
 def is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=2, trust_env=False).status_code == 200
+        return httpx.get(f"{url}/ready", headers=bearer(KEY), timeout=2, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -108,7 +119,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 async def until_running(url: str) -> None:
-    async with asyncio.timeout(10), httpx.AsyncClient(base_url=url, trust_env=False) as http:
+    async with asyncio.timeout(10), httpx.AsyncClient(base_url=url, headers=bearer(KEY), trust_env=False) as http:
         while (await http.get("/server_info")).json()["internal_states"][0]["running"] == 0:
             await asyncio.sleep(0.01)
 
@@ -119,11 +130,12 @@ def pids_at(urls: list[str], keeper: ServerKeeper) -> list[int]:
 
 
 def version_of(url: str) -> str:
-    return str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"])
+    return str(httpx.get(f"{url}/model_info", headers=bearer(KEY), trust_env=False).json()["weight_version"])
 
 
 def checksums_of(url: str) -> dict[str, str]:
-    answer = httpx.post(f"{url}/weights_checker", json={"action": "checksum"}, trust_env=False)
+    body = {"action": "checksum"}
+    answer = httpx.post(f"{url}/weights_checker", json=body, headers=bearer(KEY), trust_env=False)
     return dict(answer.json()["checksums"])
 
 
@@ -136,7 +148,11 @@ async def connected(
     urls: list[str], weights: Path | None, keeper: ServerKeeper | None, rollout: RolloutSection = ROLLOUT
 ) -> AsyncIterator[ServerPool]:
     """A pool whose servers have the first model, as version "0". weights: where one that comes back finds them."""
-    pool = ServerPool(urls, rollout, keeper.replace if keeper else None)
+
+    def key_of(url: str) -> str:
+        return keeper.key_of(url) if keeper and url in keeper.urls else KEY
+
+    pool = ServerPool(urls, rollout, keeper.replace if keeper else None, key_of=key_of)
     try:
         await pool.connect()
         if weights is not None:
@@ -225,7 +241,8 @@ def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
             await pool.release_memory()
             (before, other) = pids_of(keeper)
             # Behind the pool's back: then it is told to resume what is not released any more.
-            httpx.post(f"{keeper.urls[0]}/resume_memory_occupation", json={"tags": ["weights"]}, trust_env=False)
+            url, body = f"{keeper.urls[0]}/resume_memory_occupation", {"tags": ["weights"]}
+            httpx.post(url, json=body, headers=bearer(KEY), trust_env=False)
             await pool.resume_memory(WEIGHTS)
             assert [member.client.url for member in pool.serving] == keeper.urls[1:]
             await pool.load_from_disk(models[0], "1")
@@ -389,31 +406,31 @@ def test_a_port_that_is_taken_is_named_at_the_start(models: tuple[Path, Path], t
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"port": port, "servers": 1}), "float32")
-        try:
-            with pytest.raises(ValueError, match=rf"(?s)ended with code 2.*port {port} of 127.0.0.1 cannot be bound"):
-                keeper.wait_ready()
-        finally:
-            keeper.close()
+        rollout = ROLLOUT.model_copy(update={"port": port, "servers": 1})
+        with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
+            start_servers(models[0], tmp_path, rollout, "float32")
 
 
-def test_a_port_that_is_taken_at_a_restart_ends_in_a_fault_that_names_it(
+def test_the_port_of_a_server_that_died_cannot_be_taken_and_a_taken_one_ends_the_keeper(
     models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"servers": 1, "max_restarts": 1}), "float32")
+    keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"servers": 1}), "float32")
     try:
         keeper.wait_ready()
         server = keeper._kept[0].server
         with socket.socket() as taken:
-            with keeper._lock:  # it cannot start another before the port is ours
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with keeper._lock:  # it cannot start another meanwhile
                 server.kill()
-                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with pytest.raises(OSError, match="in use"):
+                    taken.bind(("127.0.0.1", server.port))
+                hold_port("127.0.0.1", server.port)  # what the next start does, and then somebody else is faster
                 taken.bind(("127.0.0.1", server.port))
                 taken.listen()
             wait_until(lambda: keeper.failure is not None)
-        with pytest.raises(
-            RuntimeError, match=rf"(?s)restarted 1 times.*port {server.port} of 127.0.0.1 cannot be bound"
-        ):
+            with pytest.raises(ServerLost, match="not known to be our server"):
+                keeper.key_of(server.url)
+        with pytest.raises(RuntimeError, match=f"another process listens on port {server.port} of 127.0.0.1"):
             keeper.check()
     finally:
         keeper.close()
@@ -430,6 +447,9 @@ def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None
             assert server.accept()[1] == client.getsockname()
             with pytest.raises(OSError, match="in use"), socket.create_server(("127.0.0.1", port)):
                 pass
+    close_port("127.0.0.1", port)
+    with pytest.raises(OSError, match="in use"), socket.create_server(("127.0.0.1", port)):
+        pass
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
@@ -639,9 +659,10 @@ def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         slow.connect((host, int(port)))
-        slow.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        slow.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n" % KEY.encode())
+        slow.sendall(b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
         assert slow.recv(64).startswith(b"HTTP/1.1 200")
-        with httpx.Client(base_url=url, timeout=10, trust_env=False) as http:
+        with httpx.Client(base_url=url, headers=bearer(KEY), timeout=10, trust_env=False) as http:
             wait_until(lambda: http.get("/server_info").json()["internal_states"][0]["running"] == 0)
             update = {"model_path": str(models[1]), "weight_version": "1"}
             assert http.post("/update_weights_from_disk", json=update).json()["success"]

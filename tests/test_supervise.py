@@ -32,7 +32,34 @@ def start(pids: Path, *arguments: str) -> subprocess.Popen[bytes]:
         str(pids),
         *arguments,
     ]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    process.stdin.write(b"\n")  # no key
+    process.stdin.flush()
+    return process
+
+
+def test_the_key_comes_in_a_file_that_is_gone_once_it_is_read_and_is_not_printed(tmp_path: Path) -> None:
+    code = """
+import os, stat, sys
+path = sys.argv[sys.argv.index("--config") + 1]
+modes = [oct(stat.S_IMODE(os.stat(name).st_mode)) for name in (path, os.path.dirname(path))]
+print(*modes, path, open(path).read(), sys.argv, file=sys.stderr)
+"""
+    command = [sys.executable, "-m", "megatron_rl.rollout.supervise", sys.executable, "-c", code, "--port", "1"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"0123456789abcdef\n")
+    process.stdin.flush()
+    said = process.stdout.read()
+    assert process.wait(20) == 0
+    file_mode, folder_mode, path, *rest = said.decode().split()
+    assert (file_mode, folder_mode) == ("0o600", "0o700")
+    assert rest[:2] == ["api-key:", '"..."']
+    assert path.endswith(".yaml")
+    assert not Path(path).parent.exists()
+    assert b"0123456789abcdef" not in said
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:

@@ -56,7 +56,8 @@ def start_server(model: str, arguments: argparse.Namespace) -> tuple[subprocess.
 class Connection:
     """One keep-alive HTTP connection that can post JSON."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
+        self.authorization = f"Authorization: Bearer {key}\r\n" if key else ""
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
 
@@ -64,8 +65,8 @@ class Connection:
         if not hasattr(self, "reader"):
             self.reader, self.writer = await asyncio.open_connection(self.host, self.port, limit=2**26)
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-        self.writer.write(f"{head}\r\n\r\n".encode() + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{self.authorization}Content-Type: application/json\r\n"
+        self.writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         answer = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
         assert " 200 " in answer.split("\r\n")[0], answer
         length = int(answer.split("content-length: ")[1].split("\r\n")[0])

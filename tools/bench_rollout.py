@@ -146,12 +146,12 @@ async def bare(url: str, questions: Sequence[Question], tokens: int, connections
     return sum(counts) / (time.perf_counter() - started)
 
 
-async def bench_sampler(pool: ServerPool, url: str, num_groups: int, rewards: Rewards) -> dict[str, Any]:
+async def bench_sampler(pool: ServerPool, url: str, key: str, num_groups: int, rewards: Rewards) -> dict[str, Any]:
     tokens = 64
     short = ROLLOUT.model_copy(update={"max_response_tokens": tokens})
     sampler = Sampler(pool, rewards, str, zeros, short, SEED, NEVER)
     questions = [question(i) for i in range(num_groups)]
-    connections = [Connection(url) for _ in questions]
+    connections = [Connection(url, key) for _ in questions]
     ours, theirs = [], []
     for _ in range(4):
         theirs.append(await bare(url, questions, tokens, connections))
@@ -222,14 +222,16 @@ async def bench(arguments: argparse.Namespace, model: Path, folder: Path) -> dic
     budget = 24 * GROUP_SIZE * MEAN_TOKENS
     with start_servers(model, folder, ROLLOUT, "float32") as keeper, Rewards(RewardSection()) as rewards:
         keeper.wait_ready()
-        pool, traced = ServerPool(keeper.urls, ROLLOUT), Traced(keeper.urls, ROLLOUT)
+        pool = ServerPool(keeper.urls, ROLLOUT, key_of=keeper.key_of)
+        traced = Traced(keeper.urls, ROLLOUT, key_of=keeper.key_of)
         traced.trace = trace
         try:
             await pool.connect()
             await traced.connect()
             pool.assume(model, "0")
             traced.assume(model, "0")
-            result = {"sampler": await bench_sampler(pool, keeper.urls[0], arguments.groups, rewards)}
+            url = keeper.urls[0]
+            result = {"sampler": await bench_sampler(pool, url, keeper.key_of(url), arguments.groups, rewards)}
             result["partial_embedded"] = await bench_partial(traced, rewards, arguments.phases, budget)
             result["partial_simulated"] = await bench_partial(Simulated(trace), rewards, arguments.phases, budget)
         finally:

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ from tiny_model import write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, RolloutSection  # noqa: E402
+from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
+from megatron_rl.stores import host_store  # noqa: E402
 from megatron_rl.sync.distributed import DistributedTransport  # noqa: E402
 from megatron_rl.sync.export import export_directory  # noqa: E402
 from megatron_rl.sync.folder import WeightFolder  # noqa: E402
@@ -74,7 +77,7 @@ def receive_broadcasts(address: str, port: int, sizes: list[int], repeats: int) 
 
 def raw_broadcast(sizes: list[int], repeats: int) -> float:
     """Seconds of one round."""
-    store = update_group.host_store("127.0.0.1", 2, 60.0)
+    store = host_store("127.0.0.1", 2, 60.0)
     arguments = [str(Path(__file__)), "--receive", json.dumps([store.port, sizes, repeats])]
     process = subprocess.Popen([sys.executable, *arguments])
     group = update_group.join("127.0.0.1", store.port, 0, 2, "raw", "gloo", 120.0, store=store)
@@ -227,11 +230,12 @@ def main() -> None:
         def over_disk() -> Transport:
             return DiskTransport(weights, lambda to: export_directory(model, path, to, control))
 
-        def over_group() -> DistributedTransport:
-            return DistributedTransport(model, control, arguments.bucket_mb * 2**20, "127.0.0.1", 60.0)
+        def over_group(key_of: KeyOf = no_key) -> DistributedTransport:
+            where = (model, control, arguments.bucket_mb * 2**20, "127.0.0.1", 60.0)
+            return DistributedTransport(*where, key_of=key_of)
 
-        def receivers_at(urls: Sequence[str]) -> Receivers:
-            pool = ServerPool(urls, rollout)
+        def receivers_at(urls: Sequence[str], key_of: KeyOf = no_key) -> Receivers:
+            pool = ServerPool(urls, rollout, key_of=key_of)
             runner.run(pool.connect())
             return Receivers(pool=pool, run=runner.run)
 
@@ -239,8 +243,8 @@ def main() -> None:
         result: dict[str, Any] = {}
         with start_servers(path, folder, rollout, "float32") as keeper:
             keeper.wait_ready()
-            receivers = receivers_at(keeper.urls)
-            result["distributed"] = timed(over_group, receivers, 1, arguments.repeats)
+            receivers = receivers_at(keeper.urls, keeper.key_of)
+            result["distributed"] = timed(partial(over_group, keeper.key_of), receivers, 1, arguments.repeats)
             result["disk"] = timed(over_disk, receivers, 100, arguments.repeats)
             runner.run(receivers.pool.close())
         weights.close()

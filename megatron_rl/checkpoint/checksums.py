@@ -12,6 +12,8 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_rl.parsing import read_json
+
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 8 * 2**20
 
@@ -41,7 +43,7 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     share: of `num_shares`, which are about alike in bytes, so that several ranks read it together.
     """
     try:
-        content = json.loads((folder / CHECKSUMS).read_text())
+        content = read_json(folder / CHECKSUMS)
         files = {name: Checksum(**fields) for name, fields in content.items()}
     except FileNotFoundError:
         return [f"{CHECKSUMS} is missing"] if share == 0 else []
@@ -53,16 +55,16 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 
 def _difference(path: Path, expected: Checksum) -> str:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             return "is not a regular file"  # a pipe would hold us for ever
-        num_bytes = status.st_size
+        num_bytes = found.st_size
         if num_bytes != expected.num_bytes:
             return f"has {num_bytes:,} bytes; {expected.num_bytes:,} were written"
-        found = _checksum(path).xxh3_128
+        xxh3_128 = _checksum(path).xxh3_128
     except FileNotFoundError:
         return "is missing"
-    return "" if found == expected.xxh3_128 else f"has checksum {found}; what was written had {expected.xxh3_128}"
+    return "" if xxh3_128 == expected.xxh3_128 else f"has checksum {xxh3_128}; what was written had {expected.xxh3_128}"
 
 
 def _checksum(path: Path) -> Checksum:

@@ -41,6 +41,7 @@ from megatron_rl.checkpoint.metadata import read_metadata
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.checkpoint.pickles import load_tensor
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.files import model_files
 
 # The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
 MEGATRON = "megatron"
@@ -52,10 +53,11 @@ class DistributedCheckpoint:
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
     def __init__(self, directory: Path, model: BailingConfig) -> None:
-        """ValueError for files that are missing or too short, and for tensors that are missing, left over or of
-        another shape than config.json says."""
+        """ValueError for files that are missing, too short or outside of the directory, and for tensors that are
+        missing, left over or of another shape than config.json says."""
         self.directory = directory
         self._folder = directory / MEGATRON
+        model_files(directory, MEGATRON)  # none of them leads out of it
         self._metadata = read_metadata(self._folder)
         self._names = hf_names(name_table(model))
         self._files: dict[str, Any] = {}

@@ -15,9 +15,11 @@ from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.files import model_files, open_model_file
+from megatron_rl.parsing import parse_json, read_json
 
 # What a model directory carries beside its weights, copied along byte for byte.
-COMPANIONS = ("*.json", "*.jinja", "*.py", "*.model", "*.txt")
+COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
 INDEX = "model.safetensors.index.json"
 # As a safetensors header calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -77,18 +79,18 @@ def has_weights(directory: Path) -> bool:
 
 def _weight_files(directory: Path) -> list[Path]:
     """The files that the index names, or all of them where there is no index."""
-    index = directory / INDEX
-    if not index.exists():
-        return sorted(directory.glob("*.safetensors"))
+    index, found = directory / INDEX, model_files(directory)
+    if index not in found:
+        return [file for file in found if file.suffix == ".safetensors"]
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files = sorted({directory / str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors: {error!r}; fetch it again") from None
     for file in files:
         if file.parent != directory:
             raise ValueError(f"{index} names {file}, which is outside of {directory}")
-        if not file.exists():
+        if file not in found:
             raise ValueError(f"{index} names {file.name}, which is missing; fetch it again")
     return files
 
@@ -204,12 +206,13 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
     """config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of `source`.
     With `dtype`, config.json's torch_dtype becomes it, and with `changes` other fields; without a difference it stays
-    byte for byte."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if not file.name.endswith(".index.json") and file.name not in ("driver.json", CHECKSUMS, SFT_NOTE):
-                shutil.copyfile(file, destination / file.name)
-    config = json.loads((source / "config.json").read_text())
+    byte for byte. ValueError, before any is copied, for a file that leads out of `source`."""
+    of_weights = ("driver.json", CHECKSUMS, SFT_NOTE)
+    for file in model_files(source):
+        if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:
+            with open_model_file(source, file.name) as content, (destination / file.name).open("wb") as copy:
+                shutil.copyfileobj(content, copy)
+    config = parse_json((destination / "config.json").read_bytes())
     if dtype is not None:
         changes["torch_dtype"] = str(dtype).removeprefix("torch.")
     if any(config.get(name) != value for name, value in changes.items()):
@@ -218,7 +221,6 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
 
 def replace_directory(source: Path, destination: Path) -> None:
     """Rename `source` to `destination`; an old `destination` is moved aside first and deleted after."""
-    os.chmod(source, 0o755)
     old = _moved_aside(destination)
     source.rename(destination)
     shutil.rmtree(old, ignore_errors=True)

@@ -62,6 +62,12 @@ def resolve(path: Path) -> Path:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """What the file `latest` of a run's checkpoints names; None where there is no such file."""
+    """What the file `latest` of a run's checkpoints names; None where there is no such file. ValueError where that is
+    no name of something beside it."""
     marker = checkpoints / "latest"
-    return checkpoints / marker.read_text().strip() if marker.is_file() else None
+    if not marker.is_file():
+        return None
+    name = marker.read_bytes()[:256].decode(errors="replace").strip()
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{marker} must hold the name of a checkpoint beside it, such as step_8")
+    return checkpoints / name

@@ -2,13 +2,15 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+
+from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -41,8 +43,8 @@ def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path} is its own base, by way of {', '.join(map(str, seen))}")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = parse_toml(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     base = values.pop("base", None)
     if base is None:
@@ -62,15 +64,32 @@ def dump_config(config: BaseModel) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def secret_variables(config: BaseModel) -> set[str]:
+    """The environment variables that the configuration names as holding keys, in whatever section."""
+    return set(_named_keys(config.model_dump()))
+
+
+def _named_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _named_keys(value)
+        elif name == "api_key_variable" and value:
+            yield value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set takes key.path=value, got {override!r}")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        value = parse_toml(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except ValueError as error:
+        raise ValueError(f"--set {key}: the value cannot be read: {error}") from None
     *parents, leaf = key.strip().split(".")
+    if len(parents) > MAX_NESTING:
+        raise ValueError(f"--set {key[:40]}...: the key has {len(parents) + 1} parts; no section is that deep")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

@@ -452,6 +452,11 @@ class GenerationSection(Section):
         description="attach to running servers instead of starting one; SGLang needs a --context-length of "
         "max_prompt_tokens + max_response_tokens + 7",
     )
+    api_key_variable: str = Field(
+        default="",
+        description="environment variable that holds the key of the servers at urls; empty: none. Servers that the run "
+        "starts get a new key from it",
+    )
     port: int = Field(
         default=0,
         ge=0,
@@ -559,6 +564,17 @@ def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
     twice = {url for url in rollout.urls if rollout.urls.count(url) > 1}
     if twice:
         raise ValueError(f"rollout.urls names {sorted(twice)[0]} more than once; each server once")
+    if rollout.api_key_variable and not rollout.urls:
+        raise ValueError(
+            f"rollout.api_key_variable names {rollout.api_key_variable}, but rollout.urls is empty, and servers that a "
+            "run starts get a new key from it; leave it out"
+        )
+    for argument in rollout.sglang_arguments:
+        if argument.partition("=")[0] in ("--api-key", "--admin-api-key", "--config"):
+            raise ValueError(
+                f"rollout.sglang_arguments holds {argument.partition('=')[0]}, by which a run gives its servers their "
+                "key; take it out (arguments show in `ps`, and a file can be spelled out as arguments)"
+            )
     if rollout.engine == "sglang" and not rollout.urls and not model.trust_remote_code:
         raise ValueError(
             "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "

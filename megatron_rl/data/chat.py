@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.data.prompts import Message, Prompt
+from megatron_rl.files import model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory, from data only: no code of the directory runs.
 
-    ValueError when it does not load, has no chat template or has no eos token.
+    ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
+    directory.
     """
     from transformers import AutoTokenizer
 
     if not Path(model_dir).is_dir():
         raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
+    for folder in ("", _TEMPLATES):
+        if (Path(model_dir) / folder).is_dir():
+            model_files(Path(model_dir), folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a malformed file led to

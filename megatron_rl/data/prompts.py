@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.parsing import bounded_lines, parse_json
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -81,11 +83,11 @@ def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dic
     if not Path(path).is_file():
         raise ValueError(f"data file {path} does not exist")
     with Path(path).open("rb") as file:
-        for line, raw in enumerate(file, start=1):
+        for line, raw in enumerate(bounded_lines(file, path), start=1):
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw)
+                row = parse_json(raw)
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: not valid UTF-8 JSON ({error}); write one object per line") from None
             if not isinstance(row, dict):

@@ -1,12 +1,12 @@
 """Rows of rollouts as text, whoever wrote them: `megatron-rl rollout` with a checkpoint or an endpoint, or a training
 run (rollouts/step_N.jsonl)."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.parsing import bounded_lines, parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
     """(byte at which it begins, line, its name) of every line that is not blank."""
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file, path), start=1):
             if line.strip():
                 yield offset, line, f"{path} line {number}"
             offset += len(line)
@@ -38,7 +38,7 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
     """ValueError for a line that is none, named `where`. prompts: by id, for a run's rows, which have the prompt as the
     chat template renders it and no domain."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         if "domain" in row:
             domain, prompt = row["domain"], row["prompt"]
         elif row["prompt_id"] in prompts:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
+from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import JudgeSection, RewardSection
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
 from megatron_rl.data.prompts import Prompt, read_prompts
@@ -112,7 +113,8 @@ async def _sample(
             if benchmark.given_up:
                 await _judge_again(benchmark, judge)
         if any(benchmark.questions for benchmark in left):
-            async with serving(model.path, model.dtype, rollout, folder, "evaluate_server") as servers:
+            variables = secret_variables(config)
+            async with serving(model.path, model.dtype, rollout, folder, "evaluate_server", variables) as servers:
                 for benchmark, judge in judges:
                     if benchmark.questions:
                         speeds[benchmark.name] = await _run(config, benchmark, servers, judge, tokenizer)

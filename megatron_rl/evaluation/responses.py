@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Sample
 from megatron_rl.reward.answers import boxed_answer
 
@@ -61,10 +62,10 @@ def as_line(row: Judged) -> str:
 def read_judged(path: Path) -> list[Judged]:
     """By position, whatever order they were completed in. ValueError names a line that is none."""
     rows = []
-    with path.open() as file:
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:
+        for number, line in enumerate(bounded_lines(file, path), start=1):
             try:
-                rows.append(Judged(**json.loads(line)))
+                rows.append(Judged(**parse_json(line)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is no judged response ({error}); remove the file") from None
     return sorted(rows, key=lambda row: row.position)

@@ -20,6 +20,7 @@ from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
+from megatron_rl.stores import training_store
 
 device.import_megatron()
 
@@ -67,11 +68,11 @@ def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> N
         os.environ.setdefault(name, value)
     device.set_local_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=deadline_seconds)
-    if layout.world_size == 1:
-        # No port, no store over TCP: a single process cannot collide with another run on this machine.
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
+    if (store := training_store(deadline_seconds)) is None:
         dist.init_process_group(device.backend(), timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), layout.world_size
+        dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

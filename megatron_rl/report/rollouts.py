@@ -1,12 +1,12 @@
 """The responses that the page shows: a few groups of a few steps, read line by line from files of any size."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.report.runs import Run
 
 _GROUPS = 4  # of a step
@@ -148,7 +148,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file, path), start=1):
             if not line.endswith(b"\n"):
                 return
             if found := _BEGINNING.match(line):
@@ -160,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """Numbers that are not finite, which a page's JSON does not have, are None."""
     try:
-        row = json.loads(line.decode(errors="replace"), parse_constant=lambda _: None, parse_float=_finite)
+        row = parse_json(line.decode(errors="replace"), parse_constant=lambda _: None, parse_float=_finite)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -1,7 +1,6 @@
 """A run directory as a record: its configuration, its metrics, and when it was started."""
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.parsing import parse_toml, read_text
 from megatron_rl.train.metrics import read_metrics
 
 _KINDS = {RlConfig: "rl", SftConfig: "sft"}
@@ -78,14 +78,14 @@ def read_run(directory: Path, name: str) -> Run:
         raise ValueError(f"{directory} is no directory; name the run_dir of a `megatron-rl train` or `sft`")
     config_path, metrics_path = directory / "config.toml", directory / "metrics.jsonl"
     try:
-        text = config_path.read_text()
-        config = tomllib.loads(text)
+        text = read_text(config_path)
+        config = parse_toml(text)
     except FileNotFoundError:
         raise ValueError(
             f"{directory} has no config.toml, so it is no run directory; name the run_dir of a `megatron-rl train` or "
             "`sft`, not a folder above or below it"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{config_path} is not valid TOML: {error}; put back what the run wrote") from None
     kind = _KINDS.get(kind_of(config))
     if kind is None or not isinstance(config.get("run_dir"), str):

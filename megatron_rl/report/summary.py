@@ -1,6 +1,5 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
-import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 from megatron_rl import __version__
 from megatron_rl.config.bailing import read_bailing_config
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.parsing import read_json
 from megatron_rl.report.runs import Run, flattened, told
 
 _ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
@@ -68,7 +68,7 @@ def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, 
     rows = []
     for name, path in found:
         try:
-            benchmarks = json.loads(path.read_text())["benchmarks"]
+            benchmarks = read_json(path)["benchmarks"]
             shown = {
                 key: {n: float(one["average"][n]) for n in ("value", "low", "high")} for key, one in benchmarks.items()
             }
@@ -117,7 +117,7 @@ def _state(run: Run) -> str:
     if run.has_ended:
         return "ended"
     try:
-        beat = json.loads((run.directory / "heartbeat.json").read_text())
+        beat = read_json(run.directory / "heartbeat.json")
         age, phase = time.time() - float(beat["time"]), str(beat["phase"])
     except (OSError, ValueError, KeyError, TypeError):
         return "not ended"

@@ -16,7 +16,6 @@ outside of any sandbox, and tests that are programs run in a sandbox that the pr
 
 import contextlib
 import functools
-import json
 import math
 import re
 import time
@@ -24,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_rl.parsing import parse_json
 from megatron_rl.reward.code_runners import MAX_JOB_BYTES, InSandbox, ProgramEnded, Runner, TestsRun
 from megatron_rl.reward.plain_data import MAX_BYTES, NotPlain, pack, unpack
 from megatron_rl.reward.sandbox import Sandbox
@@ -135,7 +135,7 @@ def judge_response(response_text: str, answer: str, settings: CodeSettings | Non
 
 def judge_block(block: Block, answer: str, settings: CodeSettings) -> Judgement:
     try:
-        task = _read_task(block, json.loads(answer), settings)
+        task = _read_task(block, parse_json(answer), settings)
     except (KeyError, TypeError, ValueError) as error:
         return _without_run("error", f"the tests cannot be read: {type(error).__name__}: {error}")
     started = time.monotonic()

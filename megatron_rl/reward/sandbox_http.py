@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.parsing import parse_json
 from megatron_rl.reward.code_runners import (
     MAX_JOB_BYTES,
     PROGRAM_MODULES,
@@ -74,7 +75,7 @@ class SandboxFusion:
         try:
             response = self._client.post("run_code", json=body, timeout=limits.wall_seconds + _ANSWER_SECONDS)
             response.raise_for_status()
-            return _record(response.json(), time.monotonic() - started)
+            return _record(parse_json(response.content), time.monotonic() - started)
         except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
             raise SandboxFailure(f"the code endpoint {self._url} failed: {type(error).__name__}: {error}") from error
 

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,12 @@ import httpx
 import numpy as np
 
 from megatron_rl.errors import Fault
+from megatron_rl.keys import KeyOf, bearer, hidden, no_key
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
+
+_SHOWN_CHARACTERS = 500
 
 
 class ServerError(Fault):
@@ -77,8 +81,10 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class GenerationClient:
     """Talks to one server. Use it in one event loop; `close()` ends its connections."""
 
-    def __init__(self, url: str, control_timeout_seconds: float = 60.0) -> None:
+    def __init__(self, url: str, control_timeout_seconds: float = 60.0, key_of: KeyOf = no_key) -> None:
+        """key_of: tells the key that every request shows; ServerLost where it must not be sent now."""
         self.url = url.rstrip("/")
+        self._key_of, self._key = partial(key_of, url), ""
         self._control_timeout = control_timeout_seconds
         # One httpx client for each connection: a client with many looks through all of them at every request, and a
         # phase has thousands in flight.
@@ -136,7 +142,7 @@ class GenerationClient:
             found = answer["meta_info"]["input_token_logprobs"]
             logprobs = np.array([entry[0] for entry in found[1:]], np.float32)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
+            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
         if len(logprobs) != len(input_ids) - 1:
             raise ServerLost(f"{self.url}/generate gave {len(logprobs)} log-probs for {len(input_ids)} tokens")
         return logprobs
@@ -184,7 +190,7 @@ class GenerationClient:
         answer = await self._ask("POST", route, body, timeout_seconds or self._control_timeout)
         if not isinstance(answer, dict) or not answer.get("success"):
             message = answer.get("message") if isinstance(answer, dict) else answer
-            raise RequestRefused(f"{self.url}{route} refused: {message}")
+            raise RequestRefused(f"{self.url}{route} refused: {self._shown(str(message))}")
 
     async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
         """By tensor name the checksum that rollout/update_group.py computes, and the dtype that it was computed in.
@@ -213,6 +219,10 @@ class GenerationClient:
         """True when it still makes tokens: SGLang answers /health only then."""
         return await self._is_ok("/health", timeout_seconds)
 
+    def _shown(self, said: str) -> str:
+        """What the server said, for a message: not the key, which it may repeat."""
+        return hidden(said, self._key)[:_SHOWN_CHARACTERS]
+
     def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:
         try:
             meta = answer["meta_info"]
@@ -227,7 +237,7 @@ class GenerationClient:
                 message=str(meta["finish_reason"].get("message") or ""),
             )
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {str(answer)[:300]}") from error
+            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
         whole = result.finish_reason in ("stop", "length")
         if not whole and result.finish_reason != "abort":
             raise ServerLost(f"{self.url}/generate: unknown finish_reason {result.finish_reason!r}")
@@ -253,19 +263,22 @@ class GenerationClient:
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:
             return (await self._request("GET", route, None, timeout_seconds)).status_code == 200
-        except (httpx.HTTPError, TimeoutError):
+        except (httpx.HTTPError, TimeoutError, ServerLost):
             return False
 
     async def _request(
         self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
     ) -> httpx.Response:
         """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
-        between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again."""
+        between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again. ServerLost where it
+        is not known who listens there: nothing is sent."""
+        self._key = self._key_of()
         if self._idle:
             # A connection that was kept may be closed by the server just as it is used again. Then nothing was asked,
             # and a new one tells whether the server is there.
             with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds)
+            self._key = self._key_of()  # who listens now may be another one
         http = httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
         return await self._request_over(http, method, route, body, timeout_seconds)
 
@@ -274,7 +287,7 @@ class GenerationClient:
     ) -> httpx.Response:
         try:
             async with asyncio.timeout(timeout_seconds):
-                answer = await http.request(method, route, json=body)
+                answer = await http.request(method, route, json=body, headers=bearer(self._key))
         except BaseException:
             await http.aclose()
             raise
@@ -293,13 +306,13 @@ class GenerationClient:
             raise ServerLost(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:
             kind = RequestRefused if 400 <= answer.status_code < 500 else ServerLost
-            raise kind(f"{self.url}{route} answered {answer.status_code}: {answer.text[:500]}")
+            raise kind(f"{self.url}{route} answered {answer.status_code}: {self._shown(answer.text)}")
         if not parse:
             return None
         try:
             return answer.json()
-        except ValueError:
-            raise ServerLost(f"{self.url}{route} answered what is no JSON: {answer.text[:200]!r}") from None
+        except (ValueError, RecursionError):
+            raise ServerLost(f"{self.url}{route} answered what is no JSON: {self._shown(answer.text)!r}") from None
 
 
 def _versions(meta: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Self
 
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.errors import Fault
+from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import GenerationServer, server_starter
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ class ServerKeeper:
             kept.server.wait_ready(self._rollout.ready_deadline_seconds, check)
         self._thread.start()
 
+    def key_of(self, url: str) -> str:
+        """The key of the server at `url`, to be sent now. ServerLost while it is not known who listens there."""
+        return next(kept.server.key for kept in self._kept if kept.server.url == url)
+
     def check(self) -> None:
         """Raise `failure` if there is one."""
         if self.failure is not None:
@@ -103,7 +108,11 @@ class ServerKeeper:
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_EVERY_SECONDS):
             for kept in self._kept:
-                is_ready = kept.is_ready or kept.server.is_ready()  # may take seconds, so without the lock
+                try:
+                    is_ready = kept.is_ready or kept.server.is_ready()  # may take seconds, so without the lock
+                except ValueError as error:
+                    self._give_up(str(error))
+                    return
                 with self._lock:
                     if not self._closing.is_set() and self.failure is None:
                         self._look_after(kept, is_ready)
@@ -115,11 +124,10 @@ class ServerKeeper:
                 return
             server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
             if kept.num_restarts >= self._rollout.max_restarts:
-                self.failure = Fault(
+                self._give_up(
                     f"the generation server ended with code {server.exit_code}, and it had been restarted "
                     f"{kept.num_restarts} times before (rollout.max_restarts): {server.last_words()}"
                 )
-                log.error("%s", self.failure)  # another node's first rank reads only this
                 return
             log.warning("a generation server ended with code %s: %s", server.exit_code, server.last_words())
             kept.num_restarts += 1
@@ -130,6 +138,10 @@ class ServerKeeper:
             log.warning("a generation server did not get ready again: %s", server.last_words())
             server.kill()
 
+    def _give_up(self, reason: str) -> None:
+        self.failure = Fault(reason)
+        log.error("%s", reason)  # another node's first rank reads only this
+
 
 def start_servers(
     model_path: Path,
@@ -139,11 +151,16 @@ def start_servers(
     *,
     name: str = "server",
     host: str = "127.0.0.1",
+    weights_roots: Sequence[Path] = (),
+    secret_variables: Collection[str] = (),
 ) -> ServerKeeper:
     """Start `rollout.num_servers` servers here, listening on `host`; their logs are `folder/NAME_I.log`.
 
-    ValueError when there is no SGLang to start.
+    They serve who shows a new key, which the keeper knows. weights_roots: below these embedded servers may load
+    weights, beside `model_path`. secret_variables: of the environment, what they must not inherit beside what is called
+    a secret. ValueError when there is no SGLang to start.
     """
+    key = new_key()
     return ServerKeeper(
         [
             server_starter(
@@ -154,6 +171,9 @@ def start_servers(
                 host=host,
                 port=rollout.port + i if rollout.port else 0,
                 number=i,
+                weights_roots=weights_roots,
+                key=key,
+                secret_variables=secret_variables,
             )
             for i in range(rollout.num_servers)
         ],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.rollout.client import (
     Continuation,
     Generated,
@@ -84,12 +85,14 @@ class ServerPool:
 
     replace: ends a server's process for good reason and has another started at the same url; None where servers are not
     ours. `load_from_disk` and `assume` say what weights must answer. routed: ask for routed experts of this shape.
+    key_of: tells the key of the server at a url.
     """
 
     urls: Sequence[str]
     rollout: RolloutSection
     replace: Callable[[str, str], None] | None = None
     routed: RoutedShape | None = None
+    key_of: KeyOf = no_key
     counts: Counts = field(default_factory=Counts)
     _members: list[Member] = field(default_factory=list)
     _version: str = "0"
@@ -101,7 +104,7 @@ class ServerPool:
         return routed experts where they are asked for."""
         loop = asyncio.get_running_loop()
         for url in self.urls:
-            self._members.append(Member(client=GenerationClient(url), lost=loop.create_future()))
+            self._members.append(Member(client=GenerationClient(url, key_of=self.key_of), lost=loop.create_future()))
         for member in self._members:
             if not await member.client.is_ready():
                 raise ServerLost(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Group, Response, Sample
 
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
@@ -52,8 +53,8 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
     if not path.is_file():
         raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
     rows = []
-    with path.open() as file:
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:
+        for number, line in enumerate(bounded_lines(file, path), start=1):
             rows.append(_row(line, f"{path} line {number}"))
     if not rows:
         raise ValueError(f"rollouts file {path} is empty")
@@ -72,8 +73,8 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
 
 def check_first_row(path: Path) -> None:
     """ValueError when what the file begins with cannot be trained from; `read_groups` comes when a model is loaded."""
-    with path.open() as file:
-        _row(file.readline(), f"{path} line 1")
+    with path.open("rb") as file:
+        _row(next(bounded_lines(file, path), b""), f"{path} line 1")
 
 
 def with_advantages(group: Group, advantages: Advantages) -> Group:
@@ -83,10 +84,10 @@ def with_advantages(group: Group, advantages: Advantages) -> Group:
     return replace(group, samples=tuple(replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)))
 
 
-def _row(line: str, where: str) -> tuple[Sample, Prompt]:
+def _row(line: bytes, where: str) -> tuple[Sample, Prompt]:
     """The sample, without its advantage, and its prompt, without its answer."""
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = parse_json(line)
         output_ids = np.array(row["output_ids"], np.int32)
         response = Response(
             prompt_id=int(row["position"]),
@@ -111,9 +112,8 @@ def _row(line: str, where: str) -> tuple[Sample, Prompt]:
                 f"{where} has no token ids and log-probs: neither what an endpoint (teacher) answers nor a run's own "
                 "rollouts/ has. Sample from a checkpoint, or train on it by SFT (tools/make_sft_data.py makes its rows)"
             ) from None
-        raise ValueError(
-            f"{where} is not a scored response ({type(error).__name__}: {error}): {line[:100]!r}"
-        ) from None
+        begins = line[:100].decode(errors="replace")
+        raise ValueError(f"{where} is not a scored response ({type(error).__name__}: {error}): {begins!r}") from None
     if not len(output_ids) or len(output_ids) != len(response.rollout_logprobs) or not len(response.prompt_ids):
         raise ValueError(
             f"{where}: {len(response.prompt_ids)} prompt_token_ids, {len(output_ids)} output_ids and "

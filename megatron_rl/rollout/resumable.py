@@ -4,7 +4,6 @@ JSONL, one row per response, the rows of a group one after the other; a row know
 the positions in order to add what is missing holds `sole_writer` until it is added.
 """
 
-import json
 import logging
 import os
 import time
@@ -12,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Group
 from megatron_rl.rollout.sampler import Question, Sampler
 
@@ -91,11 +91,11 @@ def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
     sizes: dict[int, int] = {}
     end_of_whole = end = 0
     with path.open("rb") as file:
-        for line in file:
+        for line in bounded_lines(file, path):
             if not line.endswith(b"\n"):
                 break  # the last one, cut short
             try:
-                position = int(json.loads(line)["position"])
+                position = int(parse_json(line)["position"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}: a line after byte {end} is no response; {remedy}") from None
             end += len(line)

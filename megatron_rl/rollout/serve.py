@@ -11,8 +11,10 @@ from typing import Any
 
 import psutil
 
+from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import start_servers
+from megatron_rl.rollout.ports import address_towards
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,10 @@ class _StopRequested(Exception):
 
 
 def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
-    """Start `rollout.num_servers` servers on this machine, register their urls in `folder`, and keep them running until
+    """Start `rollout.num_servers` servers on this machine, register them in `folder`, and keep them running until
     SIGTERM or SIGINT. Returns the exit code; Fault when one cannot be kept alive.
 
+    What is registered is their urls and their key, in a file for this user alone.
     They listen on the address by which this machine reaches MASTER_ADDR, where the training run is; without that on
     loopback. num_processes: how many like this one register in the folder.
     """
@@ -39,12 +42,23 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     _remove_stale(folder)
     host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)  # where the training run, on other machines, puts weights
         with start_servers(
-            config.model.path, folder, config.rollout, config.model.dtype, name=name, host=host
+            config.model.path,
+            folder,
+            config.rollout,
+            config.model.dtype,
+            name=name,
+            host=host,
+            weights_roots=[config.run_dir],
+            secret_variables=secret_variables(config),
         ) as keeper:
             keeper.wait_ready()
+            keys = {url: keeper.key_of(url) for url in keeper.urls}
             partial = folder / f".{name}.partial"
-            partial.write_text(json.dumps({"urls": keeper.urls, "num_processes": num_processes}))
+            partial.unlink(missing_ok=True)
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump({"keys": keys, "num_processes": num_processes}, file)
             partial.replace(folder / f"{name}.json")
             log.info("serving at %s", ", ".join(keeper.urls))
             while True:
@@ -68,16 +82,16 @@ def _stop(number: int, _: Any) -> None:
     raise _StopRequested
 
 
-def registered_urls(folder: Path, deadline_seconds: float) -> list[str]:
-    """The urls of all servers that `run_serve` registers in `folder`, once all of its processes have. ValueError after
-    the deadline."""
+def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
+    """The key of every server that `run_serve` registers in `folder`, by its url, once all of its processes have.
+    ValueError after the deadline."""
     give_up = time.monotonic() + deadline_seconds
     told = False
     while True:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         expected = found[0]["num_processes"] if found else "any"
         if len(found) == expected:
-            return [url for one in found for url in one["urls"]]
+            return {url: key for one in found for url, key in one["keys"].items()}
         if time.monotonic() > give_up:
             raise ValueError(
                 f"{len(found)} of {expected} serving processes have registered in {folder} within "
@@ -87,15 +101,3 @@ def registered_urls(folder: Path, deadline_seconds: float) -> list[str]:
             log.info("waiting for generation servers to register in %s", folder)
             told = True
         time.sleep(_LOOK_EVERY_SECONDS)
-
-
-def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`. ValueError when there is no such host."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

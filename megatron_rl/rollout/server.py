@@ -6,17 +6,19 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.keys import bearer, without_secrets
+from megatron_rl.rollout.client import ServerLost
+from megatron_rl.rollout.ports import close_port, hold_port, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -30,35 +32,49 @@ _TORCHRUN = re.compile(
 # (scheduler.py: init_req_max_new_tokens). With 7 it takes the longest sequence as input.
 SGLANG_SPARE_TOKENS = 7
 
-_held_ports: dict[tuple[str, int], socket.socket] = {}
-
 
 class GenerationServer:
     """A running server process. It ends with this process, however this process ends."""
 
     def __init__(
-        self, command: Sequence[object], log_path: Path, port: int, host: str = "127.0.0.1", **environment: str
+        self,
+        command: Sequence[object],
+        log_path: Path,
+        port: int,
+        host: str,
+        key: str,
+        secret_variables: Collection[str] = (),
+        **environment: str,
     ) -> None:
         """Start `command`, whose stdin is its lifeline: the other end closes when this process dies, even by SIGKILL.
 
-        port: where it will listen; 0 when it is going to announce that in its log. `wait_ready` tells when it serves.
+        port: where it will listen, one of `hold_port`. key: what requests have to show, which the command reads as the
+        first line of its stdin: `ps` shows arguments to everybody. secret_variables: what it does not inherit, beside
+        what is called a secret. `wait_ready` tells when it serves.
         """
         self.host, self.port = host, port
         self.log_path = log_path
+        self._key, self._is_proven = key, False
         log_path.parent.mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
-        # The log of a server that is started again at the same port goes on where the last one's ended.
-        with log_path.open("ab" if port else "wb") as log_file:
+        # The log of a server that is started again goes on where the last one's ended.
+        with log_path.open("ab") as log_file:
             # A session of its own keeps the terminal's Ctrl-C away from it; this process decides when it ends.
             self._process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
-                env=inherited | environment,
+                env=without_secrets(inherited, secret_variables) | environment,
                 start_new_session=True,
             )
-        log_path.with_suffix(".pid").write_text(str(self._process.pid))
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and `wait_ready` tells
+            self._process.stdin.write(f"{key}\n".encode())
+            self._process.stdin.flush()
+        partial = log_path.with_suffix(".pid.partial")  # whoever waits for a new one never reads half of it
+        partial.write_text(str(self._process.pid))
+        partial.replace(log_path.with_suffix(".pid"))
 
     @property
     def url(self) -> str:
@@ -69,15 +85,24 @@ class GenerationServer:
         """None while the process runs."""
         return self._process.poll()
 
+    @property
+    def key(self) -> str:
+        """What requests to it have to show. ServerLost until it is proven that this process is who listens there."""
+        if not self._is_proven:
+            raise ServerLost(f"{self.url} is not known to be our server yet, so nothing is asked there")
+        return self._key
+
     def is_ready(self) -> bool:
-        """True once it answers /ready with 200."""
-        if self.port == 0:
-            self.port = self._announced_port()
-        if self.port == 0:
-            return False
+        """True once it answers /ready with 200. ValueError when another process listens where it should."""
+        if not self._is_proven:
+            if not is_ours(self.host, self.port, self._process.pid):
+                return False
+            close_port(self.host, self.port)
+            # Once more, now that nobody can take the port any more, dead or alive.
+            self._is_proven = is_ours(self.host, self.port, self._process.pid)
         try:
-            return httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False).status_code == 200
-        except httpx.HTTPError:
+            return self._answers("/ready", bearer(self.key)) == 200 and self._wants_key()
+        except (httpx.HTTPError, ServerLost):
             return False
 
     def wait_ready(self, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> None:
@@ -131,9 +156,19 @@ class GenerationServer:
         except subprocess.TimeoutExpired:  # stuck in the kernel: it ends when that lets it go
             log.error("generation server %d has not ended 10 s after SIGKILL", self._process.pid)
 
-    def _announced_port(self) -> int:
-        match = re.search(r"serving .* on http://\S+:(\d+)", self.log_path.read_text(errors="replace"))
-        return int(match[1]) if match else 0
+    def _answers(self, route: str, headers: Mapping[str, str]) -> int:
+        """The status."""
+        return httpx.get(self.url + route, headers=headers, timeout=5.0, trust_env=False).status_code
+
+    def _wants_key(self) -> bool:
+        """True. ValueError when it serves those without the key too."""
+        if self._key and self._answers("/model_info", {}) == 200:
+            raise ValueError(
+                f"the generation server at {self.url} answers without the run's key, so anybody who reaches it could "
+                "change its weights; remove from rollout.sglang_arguments what makes it serve by several processes "
+                "(--tokenizer-worker-num)"
+            )
+        return True
 
 
 class EmbeddedServer(GenerationServer):
@@ -151,7 +186,13 @@ class EmbeddedServer(GenerationServer):
         threads: int = 1,
         dtype: str = "float32",
         weight_version: str = "0",
+        weights_roots: Sequence[Path] = (),
+        key: str = "",
+        secret_variables: Collection[str] = (),
     ) -> None:
+        """weights_roots: below these it may load weights, beside where its --help says that it always may. key: none by
+        default. ValueError when somebody else has the port."""
+        port = hold_port(host, port)
         options = {
             "--model-path": model_path,
             "--host": host,
@@ -162,10 +203,12 @@ class EmbeddedServer(GenerationServer):
             "--weight-version": weight_version,
             "--threads": threads,
         }
-        command = [sys.executable, "-m", "megatron_rl.rollout.embedded", "--lifeline"]
+        command = [sys.executable, "-m", "megatron_rl.rollout.embedded", "--lifeline", "--key-from-stdin"]
+        command += [part for root in weights_roots for part in ("--weights-root", str(root))]
         # Another host than loopback is asked for only where a run has several nodes.
         command += ["--allow-remote"] if host != "127.0.0.1" else []
-        super().__init__([*command, *(part for pair in options.items() for part in pair)], log_path, port, host)
+        command += [str(part) for pair in options.items() for part in pair]
+        super().__init__(command, log_path, port, host, key, secret_variables)
 
 
 class SglangServer(GenerationServer):
@@ -187,6 +230,8 @@ class SglangServer(GenerationServer):
         gpus: Sequence[str] = (),
         releases_memory: bool = False,
         arguments: Sequence[str] = (),
+        key: str = "",
+        secret_variables: Collection[str] = (),
     ) -> None:
         """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
         input too. on_cpu: see rollout/sglang_cpu. gpus: those that it may use, all when none is named. releases_memory:
@@ -216,9 +261,17 @@ class SglangServer(GenerationServer):
             # Without a limit it takes 70 % of the memory for its cache.
             flags += ["--device", "cpu", "--max-total-tokens", max_running_requests * context_length]
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parent / "sglang_cpu")}
-        command = [sys.executable, "-m", "megatron_rl.rollout.supervise", python, "-m", "sglang.launch_server"]
+        command: list[object] = [
+            sys.executable,
+            "-m",
+            "megatron_rl.rollout.supervise",
+            python,
+            "-m",
+            "sglang.launch_server",
+        ]
         given = [part for pair in options.items() for part in pair]
-        super().__init__([*command, *given, *flags, *arguments], log_path, port, host, **environment)
+        command += [*given, *flags, *arguments]
+        super().__init__(command, log_path, port, host, key, secret_variables, **environment)
 
 
 def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
@@ -233,29 +286,6 @@ def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str
     return changed
 
 
-def hold_port(host: str, port: int = 0) -> int:
-    """Keep a port of this machine for servers that this process starts, as long as it lives. 0 picks one.
-
-    SGLang binds its port only when the model is loaded, and where that fails it neither serves nor ends. Until then,
-    and while a server is started again, the system would give the port to whoever asks for any. It gives nobody one
-    that is bound here. The server can still bind it by its number: both sides set SO_REUSEADDR, and this one does not
-    listen (Linux). ValueError when somebody listens there.
-    """
-    if (host, port) not in _held_ports:
-        held = socket.socket()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            held.bind((host, port))
-        except OSError as error:
-            held.close()
-            raise ValueError(
-                f"port {port} of {host} cannot be used ({error.strerror}); set another rollout.port or 0"
-            ) from None
-        port = int(held.getsockname()[1])
-        _held_ports[host, port] = held
-    return port
-
-
 def server_starter(
     model_path: Path,
     log_path: Path,
@@ -265,17 +295,23 @@ def server_starter(
     host: str = "127.0.0.1",
     port: int = 0,
     number: int = 0,
+    weights_roots: Sequence[Path] = (),
+    key: str = "",
+    secret_variables: Collection[str] = (),
 ) -> Callable[[int], GenerationServer]:
     """A function that starts this server: with 0 the first time, later at the port that it had.
 
     port: where the first one listens; 0 picks. number: of this server among this machine's `rollout.num_servers`, which
-    share its GPUs. ValueError when there is no SGLang to start, or fewer GPUs than servers.
+    share its GPUs. weights_roots: of an embedded server; SGLang loads from anywhere. key, secret_variables: see
+    GenerationServer. ValueError when there is no SGLang to start, or fewer GPUs than servers.
     """
     shared: dict[str, Any] = {
         "host": host,
         "max_running_requests": rollout.max_running_requests,
         "context_length": rollout.max_sequence_tokens,
         "dtype": dtype,
+        "key": key,
+        "secret_variables": secret_variables,
     }
     if rollout.engine == "sglang":
         python = find_sglang(rollout)
@@ -292,7 +328,9 @@ def server_starter(
             arguments=(*routed, *rollout.sglang_arguments),
             **shared,
         )
-    return lambda again: EmbeddedServer(model_path, log_path, port=again or port, threads=rollout.threads, **shared)
+    return lambda again: EmbeddedServer(
+        model_path, log_path, port=again or port, threads=rollout.threads, weights_roots=weights_roots, **shared
+    )
 
 
 def find_sglang(rollout: RolloutSection) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.schema import RewardSection
+from megatron_rl.parsing import read_json
 
 ANOTHER_OUTPUT = "name another --output"
 _NUM_TOLD = 3
@@ -28,14 +29,16 @@ def reward_settings(reward: RewardSection) -> dict[str, Any]:
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1))
+    partial.unlink(missing_ok=True)  # of a run that was killed, or a link to somewhere else
+    with partial.open("x") as file:
+        file.write(json.dumps(settings, indent=1))
     os.replace(partial, path)
 
 
 def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPUT) -> dict[str, Any]:
     """ValueError, which ends in `remedy`, for a file that `write_settings` did not write, with these keys."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path)
         if all(isinstance(found[key], dict) for key in keys):
             return found
     except (ValueError, KeyError, TypeError):

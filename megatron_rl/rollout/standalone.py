@@ -1,6 +1,6 @@
 """Generation without a trainer: servers on a model directory, their pool, rewards and a sampler."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RolloutPhase, RolloutSection
 from megatron_rl.data.chat import response_decoder
 from megatron_rl.records import Response
@@ -19,17 +20,26 @@ from megatron_rl.rollout.sampler import Sampler
 
 @asynccontextmanager
 async def serving(
-    model: Path, dtype: str, rollout: RolloutSection, folder: Path, name: str
+    model: Path,
+    dtype: str,
+    rollout: RolloutSection,
+    folder: Path,
+    name: str,
+    secret_variables: Collection[str] = (),
 ) -> AsyncIterator[ServerPool]:
     """Servers that have the weights in `model` as version 0. Nothing of them is left afterwards but their logs, which
-    are `folder/NAME_I.log`. ValueError for rollout.urls: the servers there have weights of their own."""
+    are `folder/NAME_I.log`.
+
+    secret_variables: of the environment, what they must not inherit beside what is called a secret. ValueError for
+    rollout.urls: the servers there have weights of their own.
+    """
     if rollout.urls:
         raise ValueError(
             "this command starts servers of its own with the model that it samples from; leave rollout.urls empty"
         )
-    with start_servers(model, folder, rollout, dtype, name=name) as keeper:
+    with start_servers(model, folder, rollout, dtype, name=name, secret_variables=secret_variables) as keeper:
         keeper.wait_ready()
-        servers = ServerPool(keeper.urls, rollout, keeper.replace)
+        servers = ServerPool(keeper.urls, rollout, keeper.replace, key_of=keeper.key_of)
         try:
             await servers.connect()
             servers.assume(model, "0")
@@ -44,7 +54,8 @@ async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str,
     assert config.model is not None  # with a teacher there is nothing to serve
     eos = load_bailing_config(model).eos_token_id
     with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
-        async with serving(model, config.model.dtype, config.rollout, config.run_dir, name) as servers:
+        variables = secret_variables(config)
+        async with serving(model, config.model.dtype, config.rollout, config.run_dir, name, variables) as servers:
             yield Sampler(servers, rewards, response_decoder(tokenizer, eos), no_advantages, config.rollout, seed, eos)
 
 

@@ -1,16 +1,23 @@
-"""`python -m megatron_rl.rollout.supervise COMMAND...`: runs a command that ends when this process's stdin does.
+"""`python -m megatron_rl.rollout.supervise COMMAND...`: runs SGLang, which ends when this process's stdin does.
 
 A server that knows nothing of us cannot watch the process that started it. This one can: stdin is the other end of a
 pipe that the starter holds open, and it closes however the starter ends. Meant to be the leader of a process group of
 its own; then the whole group is ended, first kindly.
+
+The first line of stdin is the key of the server, or empty. SGLang takes it as an argument, which `ps` shows to
+everybody, or from a file: here a named pipe for this user alone, so that it is on no disk, and gone once it is read.
+SGLang logs its arguments, the key among them, so what it prints passes through here, where the key is left out.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
@@ -20,7 +27,14 @@ _LOOK_EVERY_SECONDS = 0.1
 
 def main(command: list[str]) -> int:
     """Returns the command's exit code, or 1 when it was ended. Nothing of its process group outlives it."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows the line is the lifeline's
+        key = stdin.readline().strip()
+    config = _config(key) if key else None
+    if config is not None:
+        command = [*command, "--config", str(config)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printing = threading.Thread(target=_print, args=(process, key), daemon=True)
+    printing.start()
     reasons: list[str] = []  # not an Event: a signal handler must not wait for its lock
     signal.signal(signal.SIGTERM, lambda *_: reasons.append("SIGTERM"))
 
@@ -39,7 +53,31 @@ def main(command: list[str]) -> int:
             time.sleep(_LOOK_EVERY_SECONDS)
     if os.getpgid(0) == os.getpid():
         _kill_the_rest()
+    printing.join(GRACE_SECONDS)
+    if config is not None:
+        shutil.rmtree(config.parent, ignore_errors=True)  # it ended before it read its key
     return 1 if reasons or process.returncode is None else process.returncode
+
+
+def _config(key: bytes) -> Path:
+    """A file of SGLang's options that can be read once, and is gone then."""
+    path = Path(tempfile.mkdtemp(prefix="megatron_rl-key-")) / "config.yaml"
+    os.mkfifo(path, 0o600)
+
+    def give() -> None:
+        path.write_bytes(b'api-key: "%s"\n' % key)  # once somebody reads
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+    threading.Thread(target=give, name="key", daemon=True).start()
+    return path
+
+
+def _print(process: "subprocess.Popen[bytes]", key: bytes) -> None:
+    """What the command prints, without the key."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stdout.buffer.write(line.replace(key, b"...") if key else line)
+        sys.stdout.buffer.flush()
 
 
 def _kill_the_rest() -> None:

@@ -6,9 +6,7 @@ SGLang makes in `/init_weights_update_group`: a TCPStore at rank 0, the keys of 
 name away from others, and does not split a communicator that the trainer's default group is bound to.
 """
 
-import ipaddress
 import os
-import socket
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.rollout.ports import address_towards
+
 BACKENDS = ("gloo", "nccl")
 
 
@@ -26,24 +26,6 @@ class Waitable(Protocol):
     """A collective that has been started. `wait` raises RuntimeError when a peer is gone or the group's time is up."""
 
     def wait(self) -> object: ...
-
-
-def host_store(address: str, world_size: int, timeout_seconds: float) -> dist.TCPStore:
-    """Rank 0's rendezvous store on a free port of `address`, which `.port` tells; hand it to `join`.
-
-    The port is bound by the store itself, so nobody else can take it between its choice and its use. It listens on
-    `address` alone, where a plain TCPStore would listen on every interface, without any authentication.
-    """
-    listener = socket.create_server((address, 0), family=_family(address), backlog=max(64, world_size))
-    return dist.TCPStore(
-        address,
-        listener.getsockname()[1],
-        world_size,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def join(
@@ -61,7 +43,7 @@ def join(
     """Enter the group; returns once all `world_size` ranks have, so the others must be told before rank 0 calls this.
 
     rank: 0 is the sender. backend: gloo, or nccl with `device`, this rank's GPU. timeout_seconds: of the rendezvous
-    and of every later collective. store: at rank 0 the one of `host_store`; without it rank 0 makes one on
+    and of every later collective. store: at rank 0 the one of stores.host_store; without it rank 0 makes one on
     `master_port`. RuntimeError or dist.DistError when the others do not come in time; ValueError for what cannot work.
     """
     if not group_name:
@@ -71,7 +53,7 @@ def join(
     if world_size < 2 or not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size) and world_size at least 2, got {rank} of {world_size}")
     if not 0 < master_port < 65536:
-        raise ValueError(f"master_port must be in [1, 65535], got {master_port}; host_store picks a free one")
+        raise ValueError(f"master_port must be in [1, 65535], got {master_port}; stores.host_store picks a free one")
     if backend == "nccl" and (device is None or device.type == "cpu"):
         raise ValueError(f"backend nccl needs device, the GPU of this rank, got {device}; use gloo on a CPU")
     timeout = timedelta(seconds=timeout_seconds)
@@ -87,13 +69,17 @@ def join(
     own = dist.PrefixStore(f"{device.type}/", prefixed)
     if backend == "gloo":
         kind = dist.ProcessGroup.BackendType.GLOO
-        member = dist.ProcessGroupGloo(own, rank, world_size, timeout)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        # It listens at the address that the others reach; by default at that of the machine's name.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(master_address))]
+        member = dist.ProcessGroupGloo(own, rank, world_size, options)
     else:
         kind = dist.ProcessGroup.BackendType.NCCL
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout
         with _blocking_wait():
-            member = dist.ProcessGroupNCCL(own, rank, world_size, options)
+            member = dist.ProcessGroupNCCL(own, rank, world_size, nccl_options)
     group._set_default_backend(kind)
     group._register_backend(device, kind, member)
     return group
@@ -153,10 +139,3 @@ def checksum(tensor: Tensor) -> str:
     header = f"{name}{tuple(tensor.shape)}".encode()
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return f"{zlib.crc32(memoryview(values.numpy()), zlib.crc32(header)):08x}"
-
-
-def _family(address: str) -> socket.AddressFamily:
-    try:
-        return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    except ValueError:  # a name
-        return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]

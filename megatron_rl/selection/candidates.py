@@ -1,6 +1,5 @@
 """The model directories to choose from, and what the SFT run that wrote them says of them."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.parsing import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def read_sft_record(directory: Path) -> SftRecord:
     if not path.is_file():
         return SftRecord()
     try:
-        row = json.loads(path.read_text())
+        row = read_json(path)
         names = [field.name for field in fields(SftRecord)]
         values = {name: float(row[name]) for name in names if row.get(name) is not None}
     except (ValueError, TypeError, AttributeError) as error:

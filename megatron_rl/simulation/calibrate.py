@@ -4,7 +4,6 @@ The run is simulated with the lengths that it had, which gives every phase the w
 that it had; what each of these took is then a matter of least squares.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from scipy.optimize import nnls
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.simulation.cluster import Cluster, Step, forward_passes
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Groups
@@ -40,8 +40,8 @@ class Replay:
             path = run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl"
             if not path.is_file():
                 raise ValueError(f"{path} is missing; calibrate with a run whose rollouts are all there")
-            with path.open() as file:
-                for sample in map(json.loads, file):
+            with path.open("rb") as file:
+                for sample in map(parse_json, bounded_lines(file, path)):
                     if set(sample["policy_versions"]) == {str(row["step"])}:  # others were carried into this step
                         lengths[sample["position"]].append(sample["num_tokens"])
                         rewards[sample["position"]].add(sample["reward"])

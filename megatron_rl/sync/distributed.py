@@ -16,10 +16,12 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.names import name_table
 from megatron_rl.device import on_cuda, torch_device
+from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
+from megatron_rl.stores import host_store
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.requests import READY_SECONDS, Asked, ServerRequests, Waits
@@ -62,10 +64,12 @@ class DistributedTransport:
         address: str,
         silence_seconds: float,
         backend: str = "gloo",
+        key_of: KeyOf = no_key,
     ) -> None:
         """Collective over the gloo group `control` of all ranks. max_bytes: of a bucket, unless one parameter alone is
         larger. address: of this machine, by which the servers reach rank 0. silence_seconds: a server that does not
-        answer for so long, on top of the time for the bytes, is lost. backend: see `chosen_backend`."""
+        answer for so long, on top of the time for the bytes, is lost. backend: see `chosen_backend`.
+        key_of: of the servers, see `ServerRequests`."""
         self._parameters = model.parameters_by_canonical_name()
         self._dtype = model.dtype
         device = torch_device() if backend == "nccl" else torch.device("cpu")
@@ -78,7 +82,7 @@ class DistributedTransport:
         largest = max(bucket.num_bytes for bucket in self.buckets)
         num_buffers = 2 if dist.get_rank() == 0 else 1
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
-        requests = ServerRequests(silence_seconds, largest)
+        requests = ServerRequests(silence_seconds, largest, key_of)
         self._sender = _Sender(address, requests, backend) if dist.get_rank() == 0 else None
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
@@ -241,7 +245,7 @@ class _Sender:
             future.exception()  # it may have neither
         self._number += 1
         world_size = 1 + sum(sizes.values())
-        store = update_group.host_store(self._address, world_size, self._requests.timeout)
+        store = host_store(self._address, world_size, self._requests.timeout)
         bodies, offset = {}, 1
         for url in urls:
             where = self._address, store.port, offset, world_size

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rl.rollout.embedded.weight_roots import WEIGHT_FOLDER_PREFIX as _PREFIX
+
 log = logging.getLogger(__name__)
 
-_PREFIX = "megatron_rl-weights-"
 _LOCK = "lock"
 
 
@@ -32,8 +33,8 @@ class WeightFolder:
         if dist.get_rank() == 0:
             parent = shared or _memory(num_bytes)
             _remove_abandoned(parent)
-            made = [tempfile.mkdtemp(prefix=_PREFIX, dir=parent)]
-            self._lock = (Path(made[0]) / _LOCK).open("w")
+            made = [tempfile.mkdtemp(prefix=_PREFIX, dir=parent)]  # mode 0700
+            self._lock = (Path(made[0]) / _LOCK).open("x")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         dist.broadcast_object_list(made, src=0, group=control)
         self._folder = Path(made[0])
@@ -57,9 +58,20 @@ def _memory(num_bytes: int) -> Path:
 
 
 def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders of this user whose lock nobody holds. Anybody may put such a name into /dev/shm, as a link to
+    a folder or file of ours too; what is not our own folder with our own lock stays as it is."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else's folder, or a lock that its owner holds
-            if folder.stat().st_uid == os.getuid():
-                with (folder / _LOCK).open("w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # OSError: a link, or somebody holds it
+            inside = _own(opened, folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = _own(opened, _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, inside)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+
+
+def _own(opened: contextlib.ExitStack, path: Path | str, flags: int, folder: int | None = None) -> int:
+    """A descriptor of what this user owns. OSError for a link, and for what is somebody else's."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    opened.callback(os.close, descriptor)
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user")
+    return descriptor

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.device import backend, forget_shared, torch_device
+from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
@@ -45,11 +46,12 @@ class IpcTransport:
         num_servers: int,
         num_gpus: int,
         silence_seconds: float,
+        key_of: KeyOf = no_key,
     ) -> None:
         """Collective over the gloo group `control` of all ranks. node: of this rank. local_urls: of this node's
         servers, by their number; on its first rank, empty elsewhere. num_servers, num_gpus: of each node; 0 GPUs on a
         CPU.
-        max_bytes and silence_seconds: see DistributedTransport. ValueError where a GPU has no training rank."""
+        max_bytes, silence_seconds and key_of: see DistributedTransport. ValueError where a GPU has no training rank."""
         self._parameters = model.parameters_by_canonical_name()
         self._dtype, self._control, self._local_urls = model.dtype, control, tuple(local_urls)
         self._num_servers, self._num_gpus = num_servers, num_gpus
@@ -72,7 +74,8 @@ class IpcTransport:
                 f"{node} share {num_gpus} GPUs; start one process for each, or name fewer in CUDA_VISIBLE_DEVICES"
             )
         largest = max(bucket.num_bytes for bucket in self.buckets)
-        self._sender = _Sender(ServerRequests(silence_seconds, largest)) if rank == self._node_ranks[0] else None
+        requests = ServerRequests(silence_seconds, largest, key_of)
+        self._sender = _Sender(requests) if rank == self._node_ranks[0] else None
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
         """See `Transport`. ServerLost when a server failed: a push of the same weights must follow before anything is

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.keys import KeyOf, bearer, hidden
 from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
 from megatron_rl.rollout.versions import capabilities
 
@@ -23,8 +24,11 @@ class Waits(RequestRefused):
 class ServerRequests:
     """failed: why each server that failed did, by its url. `close()` ends threads and connections."""
 
-    def __init__(self, silence_seconds: float, largest_bytes: int) -> None:
-        """A server that does not answer for `silence_seconds`, on top of the time for the bytes of a bucket, fails."""
+    def __init__(self, silence_seconds: float, largest_bytes: int, key_of: KeyOf) -> None:
+        """A server that does not answer for `silence_seconds`, on top of the time for the bytes of a bucket, fails.
+
+        key_of: tells the key that a request to a url shows; ServerLost where it must not be sent now."""
+        self._key_of = key_of
         self.timeout = silence_seconds + largest_bytes / _SLOWEST_BYTES_PER_SECOND
         self.failed: dict[str, ServerError] = {}
         self._http: dict[str, httpx.Client] = {}
@@ -51,13 +55,13 @@ class ServerRequests:
         brackets = set()
         for url in urls:
             try:
-                info = self._client(url).get("/server_info", timeout=self.timeout).json()
+                info = self._client(url).get("/server_info", headers=self._headers(url), timeout=self.timeout).json()
                 if not isinstance(info, dict):
                     raise ValueError(f"answered {type(info).__name__}")
                 sizes[url] = int(info.get("tp_size") or 1)
                 if capabilities(str(info.get("version", ""))).weight_update_sessions:
                     brackets.add(url)
-            except (httpx.HTTPError, ValueError) as error:
+            except (httpx.HTTPError, ValueError, ServerLost) as error:
                 self.failed[url] = ServerLost(f"{url}/server_info: {error or type(error).__name__}")
         return sizes, brackets
 
@@ -71,10 +75,14 @@ class ServerRequests:
             self._http[url] = httpx.Client(base_url=url, trust_env=False)
         return self._http[url]
 
+    def _headers(self, url: str) -> dict[str, str]:
+        return bearer(self._key_of(url))
+
     def _post(self, url: str, route: str, body: dict[str, Any]) -> None:
         """RequestRefused unless it is answered with {"success": true}; ServerLost when nobody is there to answer."""
+        key = self._key_of(url)
         try:
-            answer = self._client(url).post(route, json=body, timeout=self.timeout)
+            answer = self._client(url).post(route, json=body, headers=bearer(key), timeout=self.timeout)
             found = answer.json()
         except httpx.TimeoutException as error:
             text = f"{url}{route}: {error or type(error).__name__} after {self.timeout:.0f} s"
@@ -84,10 +92,10 @@ class ServerRequests:
         if answer.status_code != 200 or not isinstance(found, dict) or not found.get("success"):
             kind = RequestRefused if answer.status_code < 500 else ServerLost
             message = found.get("message", found) if isinstance(found, dict) else found
-            raise kind(f"{url}{route} answered {answer.status_code}: {message}")
+            raise kind(f"{url}{route} answered {answer.status_code}: {hidden(str(message), key)}")
 
     def _is_there(self, url: str) -> bool:
         try:
-            return self._client(url).get("/ready", timeout=READY_SECONDS).status_code == 200
-        except httpx.HTTPError:
+            return self._client(url).get("/ready", headers=self._headers(url), timeout=READY_SECONDS).is_success
+        except (httpx.HTTPError, ServerLost):
             return False

@@ -94,7 +94,7 @@ class Collector:
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         replace = self._keeper.replace if self._keeper else None
-        self.pool = ServerPool(source.urls, config.rollout, replace, routed)
+        self.pool = ServerPool(source.urls, config.rollout, replace, routed, source.key_of)
         try:
             self.run(self.pool.connect())
         except BaseException:

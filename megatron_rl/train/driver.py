@@ -5,6 +5,7 @@ arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_STOPPED
+from megatron_rl.keys import key_in_environment
 from megatron_rl.records import Plan
 from megatron_rl.rollout.server import visible_gpus
 from megatron_rl.sync.distributed import DistributedTransport, chosen_backend
@@ -29,11 +31,15 @@ from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import Batches, StepResult
 
 
-def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
+def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: Mapping[str, str] | None = None) -> int:
     """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code.
 
-    rollouts: a file to train from (rollout/recorded.py); then there are no servers.
+    rollouts: a file to train from (rollout/recorded.py); then there are no servers. keys: of the servers at
+    rollout.urls, by their url, where rollout.api_key_variable does not name the one key of all.
     """
+    if keys is None:
+        key = key_in_environment(config.rollout.api_key_variable, "rollout.api_key_variable")
+        keys = dict.fromkeys(config.rollout.urls, key)
     signals = StopSignals()
     session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
     with ExitStack() as parts, told_in_words(session.watch):  # every part is closed, whatever another one raises
@@ -54,7 +60,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None) -> int:
                 parts.callback(folder.close)
                 session.export(folder.path)  # what servers start with, now and whenever one is started again
                 _make_room(config, session, None)  # servers size their caches by what is free when they start
-                source = NodeServers(config, folder.path, session.control, signals)
+                source = NodeServers(config, folder.path, session.control, signals, keys)
                 parts.callback(source.close)
                 transport = _transport(config, session, folder, source, first)
                 parts.callback(transport.close)
@@ -153,9 +159,12 @@ def _transport(
             config.rollout.num_servers,
             len(visible_gpus()),
             silence_seconds,
+            servers.key_of,
         )
     backend = chosen_backend(config.sync.backend, config.rollout.engine, device.on_cuda())
-    return DistributedTransport(session.model, session.control, max_bytes, servers.address, silence_seconds, backend)
+    return DistributedTransport(
+        session.model, session.control, max_bytes, servers.address, silence_seconds, backend, servers.key_of
+    )
 
 
 def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:

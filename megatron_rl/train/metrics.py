@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import track
 
+from megatron_rl.parsing import bounded_lines, parse_json
+
 T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
@@ -62,9 +64,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line that was cut short by a kill is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        with path.open("rb") as file:
+            for line in bounded_lines(file, path):
+                try:
+                    rows.append(parse_json(line))
+                except ValueError:
+                    break
     return rows

@@ -4,16 +4,17 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
-from megatron_rl.rollout.serve import address_towards
+from megatron_rl.rollout.ports import address_towards
 from megatron_rl.train.resilience import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,17 @@ class NodeServers:
     """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. keeper: of this node's servers,
     on its first rank. node: its number. `close()` ends these."""
 
-    def __init__(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
+    def __init__(
+        self, config: RlConfig, weights: Path, control: Any, signals: StopSignals, keys: Mapping[str, str]
+    ) -> None:
         """Collective over the gloo group `control`: start the servers on the model directory `weights` and wait until
         they serve, or take those of rollout.urls.
 
-        On every rank ValueError when one did not start, and StopRequested when a signal came first.
+        keys: of the latter, by their url. On every rank ValueError when one did not start, and StopRequested when a
+        signal came first.
         """
         self.keeper: ServerKeeper | None = None
+        self._keys = dict(keys)
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         self.urls = list(config.rollout.urls)
         try:
@@ -41,16 +46,22 @@ class NodeServers:
             raise
 
     def _start(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
-        mine: dict[str, Any] = {"urls": [], "error": None, "stopped": False}
+        mine: dict[str, Any] = {"keys": {}, "error": None, "stopped": False}
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             node = self.node
             name = "server" if node == 0 else f"node{node}_server"
             try:
                 self.keeper = start_servers(
-                    weights, config.run_dir, config.rollout, config.model.dtype, name=name, host=node_address()
+                    weights,
+                    config.run_dir,
+                    config.rollout,
+                    config.model.dtype,
+                    name=name,
+                    host=node_address(),
+                    secret_variables=secret_variables(config),
                 )
                 self.keeper.wait_ready(signals.check)
-                mine["urls"] = self.keeper.urls
+                mine["keys"] = {url: self.keeper.key_of(url) for url in self.keeper.urls}
             except StopRequested:
                 mine["stopped"] = True
             except (ValueError, OSError) as error:
@@ -62,7 +73,16 @@ class NodeServers:
         for one in found:
             if one["error"] is not None:
                 raise ValueError(one["error"])
-        self.urls = [url for one in found for url in one["urls"]]
+        for one in found:
+            self._keys |= one["keys"]
+        self.urls = list(self._keys)
+
+    def key_of(self, url: str) -> str:
+        """The key of the server at `url`, to be sent now. ServerLost while it is not known who listens there, which
+        only its own node can tell."""
+        if self.keeper is not None and url in self.keeper.urls:
+            return self.keeper.key_of(url)
+        return self._keys[url]
 
     def close(self) -> None:
         if self.keeper is not None:

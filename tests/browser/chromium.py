@@ -10,8 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# A stranger's name that leads to this machine, as one does whose address its owner has just changed.
+REBOUND = "rebound.example"
 _DEADLINE_SECONDS = 60.0
 
 
@@ -31,6 +34,7 @@ class Chromium:
         self._from, answers = os.pipe()
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         options += [f"--user-data-dir={self._profile.name}", "--disable-component-update", "--no-first-run"]
+        options += [f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1"]
         self._process = subprocess.Popen(
             # Chromium reads commands from descriptor 3 and answers on 4.
             ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program, *options],
@@ -66,7 +70,7 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
-        self._wait(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
+        self.until(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
 
     def value(self, expression: str) -> Any:
         """Of JavaScript; a promise is waited for."""
@@ -76,7 +80,7 @@ class Chromium:
 
     def wait_for(self, expression: str) -> None:
         """Until it is true."""
-        self._wait(lambda: self.value(f"Boolean({expression})"), expression)
+        self.until(lambda: self.value(f"Boolean({expression})"), expression)
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and violated policies."""
@@ -96,6 +100,13 @@ class Chromium:
         return [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
+
+    def statuses(self, port: int) -> list[tuple[str, int]]:
+        """Path and status of every answer of this machine's port, also of those that the page may not see, but for the
+        questions by which the browser asks whether a page may ask."""
+        answers = [event["params"] for event in self.events if event["method"] == "Network.responseReceived"]
+        found = [one["response"] for one in answers if one["type"] != "Preflight"]
+        return [(urlsplit(one["url"]).path, one["status"]) for one in found if urlsplit(one["url"]).port == port]
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -124,7 +135,8 @@ class Chromium:
             self._process.wait(_DEADLINE_SECONDS)
             self._profile.cleanup()
 
-    def _wait(self, done: Any, what: str) -> None:
+    def until(self, done: Any, what: str) -> None:
+        """Until it is true; what happens in the page meanwhile is in `events`."""
         give_up = time.monotonic() + _DEADLINE_SECONDS
         while not done():
             assert time.monotonic() < give_up, f"{what}: not within {_DEADLINE_SECONDS:g} s; {self.complaints()}"

@@ -6,6 +6,7 @@ import pytest
 from subject import CONTEXT, ROOT, SLOTS, Kind, Subject, make_models
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS, SglangServer, find_sglang
 
 pytest.register_assert_rewrite("conformance")
@@ -25,6 +26,7 @@ def _server(tmp_path_factory):
         context_length=CONTEXT,
         weight_version="0",
         on_cpu=True,
+        key=new_key(),
     )
     process.wait_ready(180)
     subject = Subject(

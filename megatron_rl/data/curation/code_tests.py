@@ -1,14 +1,15 @@
 """Tests of programs: from the layouts of data sets to the JSON that reward/code.py reads."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from megatron_rl.parsing import parse_json
 
 
 def problem_of_tests(answer: str) -> str | None:
     """Why reward/code.py could not use these tests, or None."""
     try:
-        tests = json.loads(answer)
+        tests = parse_json(answer)
         return None if _count(tests) else "there is no test in it"
     except (ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -29,12 +30,12 @@ def _count(tests: Mapping[str, Any]) -> int:
 
 def _from_json(row: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
     """The object of reward/code.py, or its text."""
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 def _from_input_output(row: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
     """APPS and TACO: {"inputs": [...], "outputs": [...], optional "fn_name"}, the object or its text."""
-    found = json.loads(value) if isinstance(value, str) else value
+    found = parse_json(value) if isinstance(value, str) else value
     inputs, outputs = found["inputs"], found["outputs"]
     if not found.get("fn_name"):
         cases = [{"input": _lines(i), "output": _lines(o)} for i, o in zip(inputs, outputs, strict=True)]

@@ -1,6 +1,5 @@
 """How often models solved a prompt, from what `megatron-rl rollout` wrote, and which prompts that rules out."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from megatron_rl.data.curation.config import DifficultySection
 from megatron_rl.data.curation.sources import files_of, numbered_lines
 from megatron_rl.data.curation.text import short_digest
+from megatron_rl.parsing import parse_json
 from megatron_rl.reward.verdict import GAVE_UP
 
 # By the digest of the prompt as it stands: (responses that solve it, responses).
@@ -58,7 +58,7 @@ def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
     for path in (path for pattern in patterns for path in files_of(pattern)):
         for number, line in numbered_lines(path):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, reward = short_digest(row["prompt"]), float(row["reward"])
                 gave_up = row.get("reason") in GAVE_UP
             except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 import glob
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.data.curation.config import Input
+from megatron_rl.parsing import bounded_lines, parse_json
 
 PIECE_ROWS = 1000
 PIECE_BYTES = 8 * 1024**2  # rows of code with their tests can have megabytes
+# What a .gz may unpack to: text that says something shrinks 3 to 20 times, and gzip can make zeros 1000 times smaller.
+MAX_RATIO = 200
+ALWAYS_UNPACKED_BYTES = 64 * 2**20
+MAX_UNPACKED_BYTES = 256 * 2**30
+MAX_ROW_GROUP_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +50,33 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """From 1, those that are not blank."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    """From 1, those that are not blank. ValueError for one that is too long, and for a .gz that is damaged or unpacks
+    to more than a real one does."""
+    with path.open("rb") as file:
+        lines = bounded_lines(file, path) if path.suffix != ".gz" else _unpacked(path)
+        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    packed, size = path.stat().st_size, 0
+    most = min(MAX_UNPACKED_BYTES, max(ALWAYS_UNPACKED_BYTES, MAX_RATIO * packed))
+    with gzip.open(path, "rb") as file:
         try:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            for line in bounded_lines(file, path):
+                size += len(line)
+                if size > most:
+                    raise ValueError(
+                        f"{path} has {packed:,} bytes and unpacks to more than {most:,}, which looks like a trap; if "
+                        "it is right, unpack it with gunzip and name the result"
+                    )
+                yield line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from None
 
 
 def parsed(row: bytes | dict[str, Any]) -> Any:
     """ValueError for bytes that are not JSON."""
-    return json.loads(row) if isinstance(row, bytes) else row
+    return parse_json(row) if isinstance(row, bytes) else row
 
 
 def _lines(path: Path) -> Iterator[Piece]:
@@ -80,12 +101,24 @@ def _parquet(path: Path) -> Iterator[Piece]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            _check_row_groups(path, file.metadata)
             line = 1
             for batch in file.iter_batches(batch_size=PIECE_ROWS):
                 yield Piece(file=str(path), rows=batch.to_pylist(), lines=list(range(line, line + len(batch))))
                 line += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} does not read as Parquet ({error}); fetch it again") from None
+
+
+def _check_row_groups(path: Path, metadata: Any) -> None:
+    """ValueError for one that would not fit into memory, which is read as a whole."""
+    for number in range(metadata.num_row_groups):
+        size = metadata.row_group(number).total_byte_size
+        if size > MAX_ROW_GROUP_BYTES:
+            raise ValueError(
+                f"{path}: row group {number} has {size:,} bytes of data, and at most {MAX_ROW_GROUP_BYTES:,} are read; "
+                "write the file again with smaller ones, as pyarrow.parquet.write_table does with row_group_size=10000"
+            )
 
 
 def _dataset(given: Input) -> Iterator[Piece]:

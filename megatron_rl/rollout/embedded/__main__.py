@@ -16,6 +16,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_rl.keys import key_in_environment
+
 log = logging.getLogger("megatron_rl.rollout.embedded")
 
 GRACEFUL_SHUTDOWN_SECONDS = 3
@@ -28,7 +30,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Hugging Face directory of a BailingMoE")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000, help="0 picks a free one; it is logged on stderr")
-    parser.add_argument("--allow-remote", action="store_true", help="permit a host that is not loopback (no auth!)")
+    parser.add_argument("--allow-remote", action="store_true", help="permit a host that is not loopback; needs a key")
+    parser.add_argument(
+        "--api-key-variable", default="", metavar="NAME", help="environment variable with the key that requests show"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-running-requests", type=int, default=64)
     parser.add_argument("--context-length", type=int, help="default: max_position_embeddings of config.json")
@@ -40,6 +45,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=120.0,
         help="seconds that a rendezvous or a broadcast of weights may take",
     )
+    parser.add_argument(
+        "--hold-timeout",
+        type=float,
+        default=600.0,
+        help="seconds after which a pause, or a session of weight updates, ends by itself when its client does "
+        "nothing, and for which an update waits for requests that run",
+    )
+    parser.add_argument(
+        "--weights-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="weights may be loaded from directories below it; may be given several times. Always allowed are "
+        "--model-path and, where they belong to this user, its siblings and the folders that training runs on this "
+        "machine make for weights",
+    )
+    parser.add_argument("--key-from-stdin", action="store_true", help="the first line of stdin is the key, or empty")
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(argv)
@@ -56,7 +78,7 @@ def watch_lifeline() -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def bind(host: str, port: int, allow_remote: bool) -> socket.socket:
+def bind(host: str, port: int, allow_remote: bool, key: str) -> socket.socket:
     """A bound socket that does not listen yet, so that a taken port is known before the model is read."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port must be in [0, 65535], got {port}")
@@ -66,6 +88,8 @@ def bind(host: str, port: int, allow_remote: bool) -> socket.socket:
         raise ValueError(f"--host {host} cannot be resolved: {error}") from None
     if not ipaddress.ip_address(address[0]).is_loopback and not allow_remote:
         raise ValueError(f"--host must be a loopback address, got {host}; --allow-remote permits it")
+    if allow_remote and not key:
+        raise ValueError("--allow-remote needs a key, or everybody could change the weights; set --api-key-variable")
     # The protocol is named because only then does asyncio turn Nagle's algorithm off, which lets the body of an answer
     # wait 40 ms for the client's delayed acknowledgement of its head.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -89,13 +113,23 @@ def check_memory(needed: int, context_length: int, max_running_requests: int) ->
         )
 
 
-async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
+def read_key(arguments: argparse.Namespace) -> str:
+    """What requests have to show; "" for nothing. Neither way shows in `ps`."""
+    if not arguments.key_from_stdin:
+        return key_in_environment(arguments.api_key_variable, "--api-key-variable")
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows the line is the lifeline's
+        return stdin.readline().decode().strip()
+
+
+async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -> int:
     import torch
     import uvicorn
+    from starlette.middleware import Middleware
 
     from megatron_rl.config.bailing import load_bailing_config
     from megatron_rl.rollout.embedded.cache import KVCache
     from megatron_rl.rollout.embedded.engine import EngineOptions, cache_shape
+    from megatron_rl.rollout.embedded.guard import Guard
     from megatron_rl.rollout.embedded.server import App
 
     class Server(uvicorn.Server):
@@ -119,8 +153,12 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     ):
         if not 1 <= value <= maximum:
             raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
-    if not arguments.update_timeout > 0:
-        raise ValueError(f"--update-timeout must be positive, got {arguments.update_timeout}")
+    for name, seconds in (("--update-timeout", arguments.update_timeout), ("--hold-timeout", arguments.hold_timeout)):
+        if not 0 < seconds < 1e9:
+            raise ValueError(f"{name} must be in (0, 1e9), got {seconds}")
+    for root in arguments.weights_root:
+        if not Path(root).is_dir():
+            raise ValueError(f"--weights-root {root} is not a directory")
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
@@ -132,6 +170,8 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
         context_length=context_length,
         weight_version=arguments.weight_version,
         update_timeout_seconds=arguments.update_timeout,
+        hold_timeout_seconds=arguments.hold_timeout,
+        weights_roots=tuple(arguments.weights_root),
     )
     weight_bytes = config.num_parameters() * options.dtype.itemsize
     check_memory(
@@ -143,7 +183,7 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
     def stop() -> None:
         server.should_exit = True
 
-    app = App(config, options, on_failure=stop)
+    app = App(config, options, on_failure=stop, guard=Middleware(Guard, key=key, host=arguments.host))
     server = Server(
         uvicorn.Config(
             app.starlette(),
@@ -174,8 +214,6 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket) -> int:
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    if arguments.lifeline:
-        watch_lifeline()
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -183,8 +221,11 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("OMP_DYNAMIC", "FALSE")
     try:
-        bound = bind(arguments.host, arguments.port, arguments.allow_remote)
-        code = asyncio.run(serve(arguments, bound))
+        key = read_key(arguments)
+        if arguments.lifeline:
+            watch_lifeline()
+        bound = bind(arguments.host, arguments.port, arguments.allow_remote, key)
+        code = asyncio.run(serve(arguments, bound, key))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

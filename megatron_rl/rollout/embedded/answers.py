@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from megatron_rl.rollout.embedded.engine import EngineStopped
@@ -22,23 +22,15 @@ def errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callab
         try:
             return await endpoint(request)
         except RequestError as error:
-            return json_answer(error_body(str(error)), 400)
+            return json_answer(error_body(str(error)), error.status)
         except UpdateError as error:
             return json_answer({"success": False, "message": str(error)}, 400)
         except EngineStopped as error:
             return json_answer(error_body(str(error)), 500)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
 
     return guarded
-
-
-async def json_body(request: Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.body())
-    except ValueError as error:
-        raise RequestError(f"the body must be JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, got {type(body).__name__}")
-    return body
 
 
 async def in_thread(function: Callable[[], T]) -> T:

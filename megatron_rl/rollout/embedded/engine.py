@@ -4,16 +4,14 @@ Other threads talk to it through `submit` and `call`; it answers through the `de
 runs what `call` left for it (aborts, pauses, weight swaps), so those never see a half-done step.
 """
 
-import functools
 import logging
-import operator
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from megatron_rl.rollout.embedded.routing import RoutingRecord
 from megatron_rl.rollout.embedded.sampling import sample
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.slots import SlotTable
+from megatron_rl.rollout.embedded.waiting import SHARE, WaitingQueue
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ class EngineOptions:
     context_length: int
     weight_version: str = "default"
     update_timeout_seconds: float = 120.0
+    hold_timeout_seconds: float = 600.0  # see hold.py
+    weights_roots: tuple[str, ...] = ()  # see weight_roots.py
 
 
 class Engine:
@@ -68,8 +69,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._paused = False
-        self._doomed: list[tuple[Sequence, str]] = []  # aborted during a pause, with the reason
-        self._waiting: deque[Sequence] = deque()
+        self._doomed: dict[Sequence, str] = {}  # aborted during a pause, with the reason
+        self._waiting = WaitingQueue()
         self._events: list[Event] = []
         self._arrivals = 0
 
@@ -116,10 +117,10 @@ class Engine:
 
     def submit(self, sequences: list[Sequence]) -> None:
         def enqueue() -> None:
-            for sequence in sequences:
+            for index, sequence in enumerate(sequences):
                 self._arrivals += 1
-                sequence.order = self._arrivals
-            self._waiting.extend(sequences)
+                sequence.order, sequence.turn = self._arrivals, index // SHARE
+            self._waiting.add(sequences)
 
         self._require_running()
         self._inbox.put(enqueue)
@@ -137,7 +138,8 @@ class Engine:
 
     def abort_sequences(self, sequences: list[Sequence]) -> "Future[int]":
         """Abort these sequences, those that have not ended yet."""
-        return self._call(lambda: self._abort_where(lambda s: s in sequences, "the client is gone"))
+        gone = set(sequences)
+        return self._call(lambda: self._abort_where(gone.__contains__, "the client is gone"))
 
     def is_alive(self) -> bool:
         return self.failure is None and self._thread.is_alive()
@@ -154,7 +156,7 @@ class Engine:
                 running = self._slots.running()
                 for sequence in running:
                     self._release(_slot(sequence))
-                self._waiting.extendleft(reversed(running))
+                self._waiting.add(running)
             self._paused = True
 
         return self._call(pause)
@@ -162,9 +164,10 @@ class Engine:
     def resume(self) -> "Future[None]":
         def resume() -> None:
             self._paused = False
-            doomed, self._doomed = self._doomed, []
-            for sequence, message in doomed:
-                self._abort_where(functools.partial(operator.is_, sequence), message)
+            doomed, self._doomed = self._doomed, {}
+            for message in set(doomed.values()):
+                those = {sequence for sequence, why in doomed.items() if why == message}
+                self._abort_where(those.__contains__, message)
 
         return self._call(resume)
 
@@ -179,7 +182,7 @@ class Engine:
 
         return self._call(flush)
 
-    def load(self, model_path: str) -> ModelWeights:
+    def load(self, model_path: Path) -> ModelWeights:
         """Read and check new weights in the caller's thread; the engine goes on with the old ones."""
         with torch.inference_mode():
             return load_weights(model_path, self.config, self.options.dtype)
@@ -270,7 +273,7 @@ class Engine:
         copies: list[tuple[Sequence, int]] = []
         room = self.options.max_running_requests - self._slots.num_active
         while self._waiting and len(admitted) < room:
-            sequence = self._waiting.popleft()
+            sequence = self._waiting.take()
             slot = self._slots.take(sequence)
             self._drop_prefix(slot)
             if not sequence.versions:
@@ -454,13 +457,12 @@ class Engine:
 
     def _abort_where(self, chosen: Callable[[Sequence], bool], message: str) -> int:
         running = [sequence for sequence in self._slots.running() if chosen(sequence)]
-        waiting = [sequence for sequence in self._waiting if chosen(sequence)]
+        waiting = self._waiting.remove_where(chosen)
         for sequence in running:
             if self._paused:
-                self._doomed.append((sequence, message))
+                self._doomed.setdefault(sequence, message)
             else:
                 self._finish(_slot(sequence), {"type": "abort", "message": message})
-        self._waiting = deque(sequence for sequence in self._waiting if not chosen(sequence))
         for sequence in waiting:
             self._emit(sequence, {"type": "abort", "message": f"Abort in waiting queue: {message}"}, queued=True)
         return len(running) + len(waiting)

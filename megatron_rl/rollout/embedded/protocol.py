@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.rollout.embedded.fields import RequestError, boolean, cut, default, integer, number
+from megatron_rl.rollout.embedded.fields import RequestError, boolean, cut, default, integer, number, string
 
-MAX_SEQUENCES = 65536
+MAX_SEQUENCES = 16384
+# So many sequences of full length may be in one request, or a larger number of shorter ones.
+MAX_FULL_LENGTH = 1024
+MAX_TOP_K = 2**31 - 1
+MAX_TEMPERATURE = 1e6
 MAX_STOP_TOKEN_IDS = 15  # the eos token has a place of its own
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -57,6 +61,16 @@ class Limits:
     vocab_size: int
     context_length: int
 
+    @property
+    def request_tokens(self) -> int:
+        """Of a request's prompts and of all that it may generate."""
+        return MAX_FULL_LENGTH * self.context_length
+
+    @property
+    def body_bytes(self) -> int:
+        """Room for so many token ids, each with a comma and a space, and for everything else."""
+        return 2**20 + self.request_tokens * (len(str(self.vocab_size)) + 2)
+
 
 _GENERATE_KEYS = {
     "input_ids",
@@ -81,7 +95,7 @@ _OFF_SAMPLING = {
 def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
     for key in body.keys() - _GENERATE_KEYS:
         if body[key] not in (None, False, 0, "", [], {}):
-            raise RequestError(f"{key} is not supported by the embedded server, got {body[key]!r}")
+            raise RequestError(f"{cut(key)} is not supported by the embedded server, got {cut(body[key])}")
     ids, batched = _input_ids(body.get("input_ids"), limits)
     count = len(ids)
     params = _per_prompt("sampling_params", body.get("sampling_params") or {}, count, dict)
@@ -104,6 +118,12 @@ def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
     total = sum(p.params.n for p in prompts)
     if total > MAX_SEQUENCES:
         raise RequestError(f"a request may ask for at most {MAX_SEQUENCES} sequences, got {total}")
+    tokens = sum(len(p.input_ids) + p.params.n * p.params.max_new_tokens for p in prompts)
+    if tokens > limits.request_tokens:
+        raise RequestError(
+            f"a request's prompts and n * max_new_tokens may come to at most {limits.request_tokens} tokens "
+            f"({MAX_FULL_LENGTH} sequences of full length), got {tokens}; send several requests"
+        )
     return GenerateRequest(prompts=prompts, single=not batched and total == 1, stream=stream)
 
 
@@ -111,33 +131,33 @@ def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> 
     known = set(SamplingParams.__slots__) | _OFF_SAMPLING.keys() | {"stop"}
     unknown = sorted(body.keys() - known)
     if unknown:
-        raise RequestError(f"sampling_params.{unknown[0]} is unknown; known: {', '.join(sorted(known))}")
+        raise RequestError(f"sampling_params.{_bare(unknown[0])} is unknown; known: {', '.join(sorted(known))}")
     for key, off in _OFF_SAMPLING.items():
         if key in body and body[key] not in off:
-            raise RequestError(f"sampling_params.{key} must be {off[0]!r} (not supported), got {body[key]!r}")
+            raise RequestError(f"sampling_params.{key} must be {off[0]!r} (not supported), got {cut(body[key])}")
     if body.get("stop"):
-        raise RequestError(f"sampling_params.stop is not supported, use stop_token_ids, got {body['stop']!r}")
+        raise RequestError(f"sampling_params.stop is not supported, use stop_token_ids, got {cut(body['stop'])}")
 
     room = limits.context_length - prompt_length
     max_new = body.get("max_new_tokens")
-    max_new = min(DEFAULT_MAX_NEW_TOKENS, room) if max_new is None else integer("max_new_tokens", max_new, 0)
+    max_new = min(DEFAULT_MAX_NEW_TOKENS, room) if max_new is None else integer("max_new_tokens", max_new, 0, 2**31 - 1)
     if max_new > room:
         raise RequestError(
             f"input_ids ({prompt_length} tokens) + max_new_tokens ({max_new}) exceed the context length of "
             f"{limits.context_length}"
         )
-    top_k = integer("top_k", default(body, "top_k", -1), -1)
+    top_k = integer("top_k", default(body, "top_k", -1), -1, MAX_TOP_K)
     if top_k == 0:
         raise RequestError("top_k must be at least 1, or -1 for all, got 0")
-    top_p = number("top_p", default(body, "top_p", 1.0))
-    if not 0 < top_p <= 1:
-        raise RequestError(f"top_p must be in (0, 1], got {top_p!r}")
-    temperature = number("temperature", default(body, "temperature", 1.0))
-    if temperature < 0 or 0 < temperature < 1e-6:
+    top_p = number("top_p", default(body, "top_p", 1.0), 0, 1)
+    if top_p == 0:
+        raise RequestError("top_p must be above 0, got 0")
+    temperature = number("temperature", default(body, "temperature", 1.0), 0, MAX_TEMPERATURE)
+    if 0 < temperature < 1e-6:
         raise RequestError(f"temperature must be 0 or at least 1e-6, got {temperature!r}")
     seed = body.get("sampling_seed")
     return SamplingParams(
-        n=integer("n", default(body, "n", 1), 1),
+        n=integer("n", default(body, "n", 1), 1, MAX_SEQUENCES),
         max_new_tokens=max_new,
         temperature=temperature,
         top_p=top_p,
@@ -146,7 +166,7 @@ def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> 
         ignore_eos=boolean("ignore_eos", default(body, "ignore_eos", False)),
         skip_special_tokens=boolean("skip_special_tokens", default(body, "skip_special_tokens", True)),
         no_stop_trim=boolean("no_stop_trim", default(body, "no_stop_trim", False)),
-        sampling_seed=None if seed is None else integer("sampling_seed", seed, None),
+        sampling_seed=None if seed is None else integer("sampling_seed", seed, -(2**63), 2**64 - 1),
     )
 
 
@@ -200,7 +220,7 @@ def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
             if type(token) is not int:
                 raise RequestError(f"input_ids must be integers, got {cut(token)}")
             if not 0 <= token < limits.vocab_size:
-                raise RequestError(f"input_ids must be in [0, {limits.vocab_size}), got {token}")
+                raise RequestError(f"input_ids must be in [0, {limits.vocab_size}), got {cut(token)}")
         if len(prompt) > limits.context_length:
             raise RequestError(f"input_ids ({len(prompt)} tokens) exceed the context length of {limits.context_length}")
     return prompts, batched
@@ -221,11 +241,12 @@ def _rids(value: Any, count: int, batched: bool) -> list[str]:
     if value is None:
         return [uuid.uuid4().hex for _ in range(count)]
     if isinstance(value, str) and value:
+        string("rid", value)
         return [f"{value}_{i}" for i in range(count)] if batched else [value]
     if isinstance(value, list) and len(value) == count and all(isinstance(rid, str) and rid for rid in value):
         if len(set(value)) != count:
             raise RequestError(f"rid must not repeat within a request, got {cut(value)}")
-        return value
+        return [string("rid", rid) for rid in value]
     raise RequestError(f"rid must be a string, or a list of {count} strings, none empty, got {cut(value)}")
 
 
@@ -233,13 +254,18 @@ def _logprob_start(start: int, prompt_length: int) -> int | None:
     if start == -1:
         return None
     if not 0 <= start < prompt_length:
-        raise RequestError(f"logprob_start_len must be -1 or in [0, {prompt_length}), got {start}")
+        raise RequestError(f"logprob_start_len must be -1 or in [0, {prompt_length}), got {cut(start)}")
     return start
 
 
 def _stop_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+    if not isinstance(value, list):
         raise RequestError(f"stop_token_ids must be a list of token ids, got {cut(value)}")
     if len(value) > MAX_STOP_TOKEN_IDS:
         raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(value)}")
-    return tuple(value)
+    # One that is not in the vocabulary is never drawn, and need not be refused.
+    return tuple(integer("a token id in stop_token_ids", token, 0, 2**31 - 1) for token in value)
+
+
+def _bare(key: str) -> str:
+    return cut(key).strip("'\"")

@@ -1,5 +1,9 @@
 """Reading a Hugging Face BailingMoE directory into packed weights."""
 
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,7 +51,7 @@ def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype
     packing = Packing(config, dtype)
     for path in files:
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with _regular(path) as opened, safe_open(opened, framework="pt") as file:
                 names = list(file.keys())
                 unknown = sorted(set(names) - expected.keys())
                 if unknown:
@@ -62,3 +66,16 @@ def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype
         return packing.finish()
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[str]:
+    """A name by which the file can be opened that was looked at here. ValueError for what is no regular file: to open
+    a FIFO waits for a writer, and safetensors keeps the interpreter's lock meanwhile, so nothing else would run."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it must be a regular file, which it is not")
+        yield f"/dev/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

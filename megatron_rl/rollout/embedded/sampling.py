@@ -36,12 +36,13 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of sample `index` of a prompt; sample 0 keeps the given seed."""
+def derive_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of the samples of a prompt; the first keeps the given seed."""
     seed %= 2**64
-    if index == 0:
-        return seed
-    return int(splitmix64(splitmix64(np.array([seed], np.uint64)) ^ splitmix64(np.array([index], np.uint64)))[0])
+    if count == 1:
+        return [seed]
+    mixed = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ splitmix64(np.arange(1, count, dtype=np.uint64)))
+    return [seed, *mixed.tolist()]
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> tuple[np.ndarray, np.ndarray]:

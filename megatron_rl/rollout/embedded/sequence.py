@@ -22,6 +22,7 @@ class Sequence:
     return_routed_experts: bool = False
     listener: Any = None  # the server's; the engine hands it back with every event
     order: int = 0
+    turn: int = 0  # see waiting.py
     slot: int | None = None
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)

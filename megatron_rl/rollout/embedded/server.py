@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_rl import __version__
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.embedded.answers import error_body, errors_as_json, json_answer, json_body, wait
+from megatron_rl.rollout.embedded.answers import error_body, errors_as_json, json_answer, wait
+from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
-from megatron_rl.rollout.embedded.fields import RequestError, flag, text
+from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight, cut, flag, text
 from megatron_rl.rollout.embedded.gate import Gate
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
-from megatron_rl.rollout.embedded.sampling import derive_seed
+from megatron_rl.rollout.embedded.sampling import derive_seeds
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.weight_routes import WeightRoutes
 from megatron_rl.rollout.routing import MAX_EXPERTS
@@ -33,6 +35,9 @@ from megatron_rl.rollout.routing import MAX_EXPERTS
 log = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_SECONDS = 20
+# Of all requests together; beyond it a request is refused, because each takes memory from its arrival on.
+MAX_SEQUENCES_IN_FLIGHT = 2**18
+MAX_FULL_PROMPTS_IN_FLIGHT = 2**14
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -71,7 +76,11 @@ class Listener:
 class App:
     """Holds the engine and the requests in flight; `on_failure` is called once if the engine dies."""
 
-    def __init__(self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
+    ) -> None:
+        """guard: rollout/embedded/guard.py, before every route."""
+        self._guard = guard
         self.loop = asyncio.get_running_loop()
         self.config = config
         self.limits = Limits(vocab_size=config.vocab_size, context_length=options.context_length)
@@ -80,10 +89,12 @@ class App:
         self._on_failure = on_failure
         self._in_flight: set[str] = set()  # rids
         self._listeners: set[Listener] = set()
-        self._gate = Gate()
+        self._prompt_tokens = 0  # of those in flight
+        self._gate = Gate(options.hold_timeout_seconds, self._end_pause)
         self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
         self._occupation = Occupation()
-        self._weights = WeightRoutes(self.engine, self._gate, self._occupation)
+        self._bodies = Bodies()
+        self._weights = WeightRoutes(self.engine, self._gate, self._occupation, self._bodies)
         self.engine.start()
 
     def close(self) -> None:
@@ -92,7 +103,8 @@ class App:
     def starlette(self) -> Starlette:
         def post(path: str, handler: Callable[[dict[str, Any]], Awaitable[Response]]) -> Route:
             async def endpoint(request: Request) -> Response:
-                return await handler(await json_body(request))
+                max_bytes = self._weights.limits.body_bytes
+                return await handler(await self._bodies.read(request, max_bytes, lambda body: body))
 
             return Route(path, errors_as_json(endpoint), methods=["POST"])
 
@@ -102,7 +114,7 @@ class App:
 
             return Route(path, errors_as_json(endpoint), methods=list(methods))
 
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/generate", errors_as_json(self.generate), methods=["POST"]),
                 post("/update_weights_from_disk", self._weights.update_weights_from_disk),
@@ -129,14 +141,17 @@ class App:
                 get("/model_info", self.model_info),
                 get("/get_model_info", self.model_info),
                 get("/v1/models", self.models),
-            ]
+            ],
+            middleware=[self._guard],
         )
+        app.router.redirect_slashes = False  # to what the client says that this host is called
+        return app
 
     # Generation ----------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> Response:
         started = time.perf_counter()
-        asked = parse_generate(await json_body(request), self.limits)
+        asked = await self._bodies.read(request, self.limits.body_bytes, lambda body: parse_generate(body, self.limits))
         self._occupation.check_generates()
         jobs = self._sequences(asked)
         if asked.stream:
@@ -150,13 +165,18 @@ class App:
                     return Response(status_code=499)  # nobody reads it
                 self.engine.submit([sequence for _, sequence in jobs])
                 answers = []
-                for prompt, sequence in jobs:
+                for number, (prompt, sequence) in enumerate(jobs, 1):
                     event = await sequence.listener.next()
-                    answers.append(self._answer(prompt, event, started))
+                    if gone.done():
+                        return Response(status_code=499)
+                    answers.append(json.dumps(self._answer(prompt, event, started)))
+                    if not number % 16:  # an answer of thousands is made between those of others
+                        await asyncio.sleep(0)
         finally:
             gone.cancel()
             self._leave(jobs)
-        return json_answer(answers[0] if asked.single else answers)
+        content = answers[0] if asked.single else f"[{', '.join(answers)}]"
+        return Response(content, media_type="application/json")
 
     def _sequences(self, asked: GenerateRequest) -> list[tuple[PromptRequest, Sequence]]:
         """One sequence per sample, all samples of prompt 0 first."""
@@ -168,15 +188,15 @@ class App:
                     f"return_routed_experts works for up to {MAX_EXPERTS} experts, the model has "
                     f"{self.config.num_experts}; leave it out"
                 )
-            seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
+            first_seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
             stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
-            for index in range(params.n):
+            for seed in derive_seeds(first_seed, params.n):
                 sequence = Sequence(
                     # As in SGLang the samples of a prompt have ids of their own, which only the answer tells.
                     rid=prompt.rid if params.n == 1 else uuid.uuid4().hex,
                     prompt=prompt.input_ids,
                     params=params,
-                    seed=derive_seed(seed, index),
+                    seed=seed,
                     stop_ids=stops,
                     input_logprob_start=prompt.logprob_start,
                     stream=asked.stream,
@@ -189,12 +209,23 @@ class App:
     def _enter(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
         for _, sequence in jobs:
             if sequence.rid in self._in_flight:
-                raise RequestError(f"rid {sequence.rid!r} is already in flight")
+                raise RequestError(f"rid {cut(sequence.rid)} is already in flight")
+        tokens = sum(len(prompt) for prompt in _prompts(jobs))
+        if (
+            len(self._in_flight) + len(jobs) > MAX_SEQUENCES_IN_FLIGHT
+            or self._prompt_tokens + tokens > MAX_FULL_PROMPTS_IN_FLIGHT * self.limits.context_length
+        ):
+            raise TooMuchInFlight(
+                f"{len(self._in_flight)} sequences with {self._prompt_tokens} prompt tokens are in flight, and no room "
+                f"for {len(jobs)} with {tokens}; wait for some of them"
+            )
+        self._prompt_tokens += tokens
         for _, sequence in jobs:
             self._in_flight.add(sequence.rid)
             self._listeners.add(sequence.listener)
 
     def _leave(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
+        self._prompt_tokens -= sum(len(prompt) for prompt in _prompts(jobs))
         for _, sequence in jobs:
             self._in_flight.discard(sequence.rid)
             self._listeners.discard(sequence.listener)
@@ -311,7 +342,7 @@ class App:
     async def pause_generation(self, body: dict[str, Any]) -> Response:
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
-            raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+            raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {cut(mode)}")
         await self._gate.pause()
         await wait(self.engine.pause(mode))
         return json_answer({"status": "ok", "message": f"Generation paused ({mode})."})
@@ -320,6 +351,13 @@ class App:
         await wait(self.engine.resume())
         await self._gate.resume()
         return json_answer({"status": "ok", "message": "Generation continued."})
+
+    async def _end_pause(self) -> None:
+        log.warning(
+            "generation has been paused for %g s without a word from whoever paused it (--hold-timeout): it goes on",
+            self.engine.options.hold_timeout_seconds,
+        )
+        await self.continue_generation({})
 
     async def abort_request(self, body: dict[str, Any]) -> Response:
         """An id that nobody has is no error: it may have just ended. One that is held back by a pause is not hit."""
@@ -415,6 +453,11 @@ class Detokenizer:
         shown = ids[:-1] if stopped and not prompt.params.no_stop_trim else ids
         text: str = self._tokenizer.decode(shown, skip_special_tokens=prompt.params.skip_special_tokens)
         return text
+
+
+def _prompts(jobs: list[tuple[PromptRequest, Sequence]]) -> list[list[int]]:
+    """Each prompt once, however many samples it has."""
+    return list({id(sequence.prompt): sequence.prompt for _, sequence in jobs}.values())
 
 
 def _stream_error(error: Exception) -> bytes:

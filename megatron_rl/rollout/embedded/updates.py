@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.rollout.embedded.fields import cut
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weight_requests import BucketRequest, JoinRequest, TensorHead
 from megatron_rl.rollout.embedded.weights import ModelWeights
@@ -17,6 +18,7 @@ from megatron_rl.rollout.update_group import broadcast, join, leave
 log = logging.getLogger(__name__)
 
 MAX_PROBLEMS_TOLD = 3
+MAX_GROUPS = 8
 
 
 class UpdateError(ValueError):
@@ -63,10 +65,14 @@ class WeightUpdates:
                 f"group {request.group_name!r} could not be joined at {request.master_address}:{request.master_port}: "
                 f"{_first_line(error)}"
             ) from None
+        # Of runs that were killed nobody says that their groups are over.
+        for name in list(self._groups)[:-MAX_GROUPS]:
+            log.warning("leaving group %r: %d are joined that came later", name, MAX_GROUPS)
+            self.leave_group(name)
 
     def leave_group(self, name: str) -> None:
         if name not in self._groups:
-            raise UpdateError(f"group {name!r} does not exist; known: {', '.join(self._groups) or 'none'}")
+            raise UpdateError(f"group {cut(name)} does not exist; known: {', '.join(self._groups) or 'none'}")
         leave(self._groups.pop(name))
 
     def begin(self) -> None:
@@ -98,15 +104,19 @@ class WeightUpdates:
         if len(self._problems) > before:
             raise UpdateError(_told(self._problems[before:]))
 
+    def abandon(self) -> None:
+        """Close the session without weights."""
+        self._wait_packed()
+        self._buffers.clear()
+        self._packing, self._problems, self._version = None, [], None
+
     def finish(self) -> tuple[ModelWeights, str | None]:
         """(the new weights, their version). UpdateError when they are not whole. The session is closed either way."""
         packing, version = self._packing, self._version
         if packing is None:
             raise UpdateError("no weight-update session is open; call begin_weight_update first")
-        self._wait_packed()
-        self._buffers.clear()
         problems = self._problems
-        self._packing, self._problems, self._version = None, [], None
+        self.abandon()
         try:
             weights = packing.finish()
         except ValueError as error:
@@ -178,4 +188,4 @@ def _told(problems: list[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

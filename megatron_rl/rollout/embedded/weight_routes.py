@@ -1,36 +1,61 @@
 """The routes that change or check weights."""
 
 import asyncio
+import logging
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.embedded.answers import in_thread, json_answer, json_body, success, wait
+from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success, wait
+from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
-from megatron_rl.rollout.embedded.fields import RequestError, flag, text
+from megatron_rl.rollout.embedded.fields import MAX_PATH, RequestError, cut, flag, text
 from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.hold import Hold
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.packing import places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
-from megatron_rl.rollout.embedded.weight_requests import DEFAULT_GROUP, parse_bucket, parse_join
+from megatron_rl.rollout.embedded.weight_requests import (
+    DEFAULT_GROUP,
+    MAX_GROUP_NAME,
+    BucketLimits,
+    parse_bucket,
+    parse_join,
+)
+from megatron_rl.rollout.embedded.weight_roots import WeightRoots
+from megatron_rl.rollout.embedded.weights import expected_tensors
 from megatron_rl.rollout.update_group import checksum
+
+log = logging.getLogger(__name__)
 
 
 class WeightRoutes:
-    """Each method answers one route. Updates pass the gate one at a time, and block no event loop."""
+    """Each method answers one route. Updates pass the gate one at a time, and block no event loop.
 
-    def __init__(self, engine: Engine, gate: Gate, occupation: Occupation) -> None:
+    A session of updates ends by itself when nothing comes for the engine's `hold_timeout_seconds`. A release does not:
+    it may last as long as others need the memory, and keeps nobody waiting, because what it forbids is refused.
+    """
+
+    def __init__(self, engine: Engine, gate: Gate, occupation: Occupation, bodies: Bodies) -> None:
         self._engine, self._gate, self._occupation = engine, gate, occupation
         self._config: BailingConfig = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
-        self._group_lock = asyncio.Lock()
+        self._group_lock = asyncio.Lock()  # groups and session are for one at a time
+        self._checking = asyncio.Lock()
+        self._roots = WeightRoots(engine.options.model_path, engine.options.weights_roots)
+        self._session = Hold(engine.options.hold_timeout_seconds, lambda: self._updates.open, self._end_session)
+        self._bodies = bodies
+        self.limits = BucketLimits(
+            tensors=2 * len(expected_tensors(engine.config)), values=2 * engine.config.num_parameters()
+        )
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:
-        path = text(body, "model_path")
+        path = text(body, "model_path", maximum=MAX_PATH)
         version = None if body.get("weight_version") is None else text(body, "weight_version")
         flush = flag(body, "flush_cache", True)
+        directory = self._roots.directory(path)
         if flag(body, "abort_all_requests", False):
             await wait(self._engine.abort(None))
         async with self._gate.updating():
@@ -39,7 +64,7 @@ class WeightRoutes:
             if self._updates.open:
                 raise UpdateError("a weight-update session is open; call end_weight_update first")
             try:
-                weights = await in_thread(lambda: self._engine.load(path))
+                weights = await in_thread(lambda: self._engine.load(directory))
             except ValueError as error:
                 raise UpdateError(f"weights are unchanged: {error}") from None
             await wait(self._engine.swap(weights, path, version))
@@ -54,30 +79,44 @@ class WeightRoutes:
 
     async def destroy_weights_update_group(self, body: dict[str, Any]) -> Response:
         async with self._group_lock:
-            self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP))
+            self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP, MAX_GROUP_NAME))
         return success("Succeeded to destroy custom process group.")
 
+    # The lock before the gate: who waits for somebody's rendezvous to end must not keep requests out meanwhile.
+
     async def begin_weight_update(self, _: dict[str, Any]) -> Response:
-        async with self._gate.updating():
-            self._occupation.check_takes_weights()
-            self._updates.begin()
+        with self._session.touched():
+            async with self._group_lock, self._gate.updating():
+                self._occupation.check_takes_weights()
+                self._updates.begin()
         return success("Success")
 
     async def update_weights_from_distributed(self, body: dict[str, Any]) -> Response:
-        request = parse_bucket(body)
+        request = parse_bucket(body, self.limits)
         if request.abort_all:
             await wait(self._engine.abort(None))
-        async with self._gate.updating(), self._group_lock:
-            self._refuse_flush(request.flush_cache)
-            await in_thread(lambda: self._updates.receive(request))
+        with self._session.touched():
+            async with self._group_lock, self._gate.updating():
+                self._refuse_flush(request.flush_cache)
+                await in_thread(lambda: self._updates.receive(request))
         return success("Succeeded to update parameter online." + version_note(request.weight_version))
 
     async def end_weight_update(self, _: dict[str, Any]) -> Response:
-        async with self._gate.updating():
-            weights, version = await in_thread(self._updates.finish)
-            await wait(self._engine.swap(weights, None, version))
-            self._occupation.weights_came()
+        with self._session.touched():
+            async with self._group_lock, self._gate.updating():
+                weights, version = await in_thread(self._updates.finish)
+                await wait(self._engine.swap(weights, None, version))
+                self._occupation.weights_came()
         return success("Success")
+
+    async def _end_session(self) -> None:
+        async with self._group_lock:
+            if self._updates.open:
+                log.warning(
+                    "no weights came for %g s (--hold-timeout): the session of whoever began it is over",
+                    self._engine.options.hold_timeout_seconds,
+                )
+                await in_thread(self._updates.abandon)
 
     async def update_weights_from_tensor(self, _: dict[str, Any]) -> Response:
         raise UpdateError(
@@ -103,13 +142,15 @@ class WeightRoutes:
 
     async def weights_checker(self, request: Request) -> Response:
         """Checksums of the tensors that serve, in the dtypes in which they serve."""
-        body = await json_body(request) if await request.body() else {}
-        action = text(body, "action", "checksum")
+        action = await self._bodies.read(
+            request, self.limits.body_bytes, lambda body: text(body, "action", "checksum"), empty="checksum"
+        )
         if action != "checksum":
-            raise RequestError(f"action must be 'checksum', got {action!r}")
-        weights = await wait(self._engine.weights())
-        tensors = places(weights, self._config)
-        sums = await in_thread(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
+            raise RequestError(f"action must be 'checksum', got {cut(action)}")
+        async with self._checking:  # one at a time: it takes a core
+            weights = await wait(self._engine.weights())
+            tensors = places(weights, self._config)
+            sums = await in_thread(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         return success("Success", checksums=sums, dtypes=dtypes)
 

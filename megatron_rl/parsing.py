@@ -1,0 +1,93 @@
+"""JSON and TOML that somebody else wrote, read within limits that no real file meets."""
+
+import io
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+MAX_NESTING = 100  # objects, lists and tables in one another; Python itself gives up at a few hundred
+MAX_LINE_BYTES = 64 * 2**20
+MAX_DOCUMENT_BYTES = 256 * 2**20  # the index of a large model's tensors has a few tens
+
+# A dotted key of many parts: what tomllib takes for one grows with the square of their number.
+_LONG_KEY = re.compile(rf"(?<![\w\"'-])(?:[\w\"'-]++[ \t]*+\.[ \t]*+){{{MAX_NESTING}}}")
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """What the text says. options: of json.loads. ValueError for what is no JSON or is nested too deeply."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise _too_deep() from None
+    # Most texts have too few brackets for it, and need not be walked through.
+    num_open = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if num_open > MAX_NESTING:
+        _refuse_depth(value)
+    return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What the text says. ValueError for what is no TOML (tomllib.TOMLDecodeError) or is nested too deeply."""
+    if _LONG_KEY.search(text):
+        raise _too_deep()
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    _refuse_depth(values)
+    return values
+
+
+def read_json(path: Path) -> Any:
+    """ValueError, without the path, as `parse_json` and for a file that `read_text` refuses."""
+    return parse_json(read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """A whole file of text in UTF-8. ValueError, without the path, for another encoding, for more than
+    MAX_DOCUMENT_BYTES, and for a FIFO or device, which may never end."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"it has more than {MAX_DOCUMENT_BYTES:,} bytes")
+    return content.decode()
+
+
+def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
+    """All lines with their ends, as iterating does. ValueError for one of more than MAX_LINE_BYTES, which is not read
+    to its end. name: of the file, for the message."""
+    for number in count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"{name}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; write one JSON object per line, "
+                "and drop a row that is longer"
+            )
+        if not line:
+            return
+        yield line
+
+
+def _refuse_depth(value: Any) -> None:
+    """Level by level, since what is deep cannot be walked through by recursion."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [one for one in level if type(one) in (dict, list)]
+        if not level:
+            return
+        parts = (one.values() if type(one) is dict else one for one in level)
+        # A list of nothing but numbers, as of tokens, is passed over at once.
+        level = [child for part in parts if not {dict, list}.isdisjoint(map(type, part)) for child in part]
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MAX_NESTING} deep")

@@ -1,0 +1,36 @@
+"""States that a client begins and must end, and what becomes of them when it does not."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+
+class Hold:
+    """Ends a state by itself once nobody has done anything about it for `seconds`. Of one event loop."""
+
+    def __init__(self, seconds: float, is_held: Callable[[], bool], let_go: Callable[[], Awaitable[None]]) -> None:
+        """is_held: whether there is something to end. let_go: ends it and says so in the log."""
+        self._seconds, self._is_held, self._let_go = seconds, is_held, let_go
+        self._at_work = 0
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Future[None] | None = None
+
+    @contextmanager
+    def touched(self) -> Iterator[None]:
+        """Somebody begins, uses or ends the state. The time starts anew when that is done, and goes on where it failed:
+        who waits for the state's end must not keep it alive by asking."""
+        loop = asyncio.get_running_loop()
+        self._at_work += 1
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            yield
+            self._deadline = loop.time() + self._seconds
+        finally:
+            self._at_work -= 1
+            if not self._at_work and self._is_held():
+                self._timer = loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._ending = asyncio.ensure_future(self._let_go())

@@ -1,0 +1,81 @@
+"""Ports of this machine for our servers: nobody else gets one, and a server is proven to be ours before it is trusted.
+
+A server binds its port when its model is loaded, and again whenever it is started again. In between, this process has
+the port bound. Linux lets a second socket bind it only where both set SO_REUSEADDR and neither listens. So SO_REUSEADDR
+is set here just while a server of ours starts: then it can bind the port by its number, and so can any other user's
+process that asks for exactly this one, which is why `is_ours` looks who has it. Once it listens SO_REUSEADDR goes, and
+when it dies the port stays with this process.
+"""
+
+import socket
+
+import psutil
+
+_held: dict[tuple[str, int], socket.socket] = {}
+
+
+def hold_port(host: str, port: int = 0) -> int:
+    """Keep a port of this machine for servers that this process starts, as long as it lives, and open it for one.
+
+    0 picks one. ValueError when somebody listens there: SGLang neither serves nor ends where it cannot bind its port.
+    """
+    if (host, port) not in _held:
+        held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((host, port))
+        except OSError as error:
+            held.close()
+            raise ValueError(
+                f"port {port} of {host} cannot be used ({error.strerror}); set another rollout.port or 0"
+            ) from None
+        port = int(held.getsockname()[1])
+        _held[host, port] = held
+    _held[host, port].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return port
+
+
+def close_port(host: str, port: int) -> None:
+    """Let nobody bind the held port until it is held again for the next server."""
+    _held[host, port].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+
+def is_ours(host: str, port: int, pid: int) -> bool:
+    """True when the process, or one that it started, listens there; False while nobody does.
+
+    Nothing is sent to who listens. ValueError when it is somebody else.
+    """
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError:
+        return False
+    if _listens(host, port, pid):
+        return True
+    raise ValueError(
+        f"another process listens on port {port} of {host}, where the generation server should; nothing was sent to "
+        "it. See what it is with `ss -tlnp`, and set another rollout.port or 0"
+    )
+
+
+def _listens(host: str, port: int, pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return any(
+            socket.status == psutil.CONN_LISTEN and tuple(socket.laddr) == (host, port)
+            for one in [process, *process.children(recursive=True)]
+            for socket in one.net_connections("tcp")
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`. ValueError when there is no such host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: connecting only tells which of this machine's addresses leads there.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None
