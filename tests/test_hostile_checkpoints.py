@@ -241,12 +241,12 @@ def test_a_chunk_that_is_no_tensor_or_of_another_shape_is_named(folder: Path) ->
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hold_the_reader(folder: Path) -> None:
-    for name, reason in ((".metadata", "is not a regular file"), ("__0_0.distcp", "is missing")):
+    for name in (".metadata", "__0_0.distcp"):
         path = folder / "m/megatron" / name
         data = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-        with pytest.raises(ValueError, match=f"{name} {reason}"):
+        with pytest.raises(ValueError, match=f"{name} is a FIFO and not a regular file; remove it"):
             compare(folder / "hf", folder / "m")
         path.unlink()
         path.write_bytes(data)

@@ -130,7 +130,7 @@ def test_the_key_and_the_secrets_of_the_environment_show_nowhere(
         client = GenerationClient(server.url, key_of=lambda url: server.key)
         try:
             with pytest.raises(RequestRefused) as refused:
-                await client.control("/update_weights_from_disk", {"model_path": f"/no/such/{server.key}"})
+                await client.control("/update_weights_from_disk", {"model_path": server.key})
             return str(refused.value)
         finally:
             await client.close()
@@ -141,7 +141,7 @@ def test_the_key_and_the_secrets_of_the_environment_show_nowhere(
         server.wait_ready(60)
         assert httpx.get(f"{server.url}/server_info", trust_env=False).status_code == 401
         assert httpx.get(f"{server.url}/server_info", headers=bearer(key), trust_env=False).status_code == 200
-        assert "/no/such/..." in asyncio.run(refusal())
+        assert "got '...'; start the server" in asyncio.run(refusal())
         (pid,) = (int(path.read_text()) for path in tmp_path.glob("*.pid"))
         environment = psutil.Process(pid).environ()
         assert "a secret" not in environment.values()

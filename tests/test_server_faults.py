@@ -89,8 +89,16 @@ def _keeper(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 def keeper(_keeper: ServerKeeper) -> ServerKeeper:
     """Two servers that are ready and as they were started."""
     for url in _keeper.urls:
-        wait_until(lambda url=url: is_ready(url))  # type: ignore[misc]
+        wait_until(lambda url=url: is_ready(url) and is_proven(_keeper, url))  # type: ignore[misc]
     return _keeper
+
+
+def is_proven(keeper: ServerKeeper, url: str) -> bool:
+    """True once the keeper has seen that the server that it started again is who listens there."""
+    try:
+        return bool(keeper.key_of(url))
+    except ServerLost:
+        return False
 
 
 def is_ready(url: str) -> bool:

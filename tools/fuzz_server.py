@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from fuzz_requests import Case, World, case, http
 
-from megatron_rl.rollout.update_group import host_store
+from megatron_rl.stores import host_store
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
