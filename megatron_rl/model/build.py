@@ -3,7 +3,7 @@
 import datetime
 import importlib.util
 import logging
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
-from megatron_rl.stores import training_store
+from megatron_rl.place import Place
+from megatron_rl.stores import join
 
 device.import_megatron()
 
@@ -62,17 +63,27 @@ _ROUTER_DTYPES = {"float32": "fp32", "bfloat16": None}  # as megatron names them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> None:
-    """Join the training world and make megatron's process groups. Alone (no torchrun) it is a world of one."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    device.set_local_device(int(os.environ["LOCAL_RANK"]))
+_ALONE = Place()
+
+
+def initialize_parallel(
+    layout: Layout,
+    deadline_seconds: float,
+    seed: int,
+    place: Place = _ALONE,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Join the training world at `place` and make megatron's process groups.
+
+    check: called now and then while other ranks are waited for; what it raises ends the wait. ValueError when they do
+    not come within `deadline_seconds`.
+    """
+    device.set_local_device(place.local_rank)
+    store = join(place, deadline_seconds, check)
     timeout = datetime.timedelta(seconds=deadline_seconds)
-    if (store := training_store(deadline_seconds)) is None:
-        dist.init_process_group(device.backend(), timeout=timeout)
-    else:
-        rank, size = int(os.environ["RANK"]), layout.world_size
-        dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        device.backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
