@@ -38,6 +38,10 @@ class StopRequested(Exception):
     """A signal asked this process to stop, and it is where it can."""
 
 
+class Stopped(Exception):
+    """A signal has stopped this process, and --resume goes on from what is on the disk."""
+
+
 # What a disk says, and not a mistake of ours.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
@@ -59,6 +63,8 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
         if _rank == 0 or type(error) is Fault:
             sys.stderr.write(f"{program}: {error}\n")
         return EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT
+    except Stopped:
+        return EXIT_STOPPED
     except (KeyboardInterrupt, StopRequested):
         return EXIT_INTERRUPTED
     except Exception as error:

@@ -34,8 +34,8 @@ def run_ranks(arguments: list[str], num_ranks: int) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
+    for name in STOP_SIGNALS:
+        signal.signal(name, pass_on)
     # Bound and not listening: the port is this run's, and ranks that come before rank 0 listens know it.
     with socket.socket() as store:
         store.bind(("127.0.0.1", 0))

@@ -47,16 +47,14 @@ def _store_of(listener: socket.socket, address: str, world_size: int, timeout_se
 
 def join(place: Place, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> dist.Store:
     """Wait until every rank of the world has come, and return the store at which they have met. Between ranks of one
-    machine it and gloo's connections stay on loopback.
+    machine it is on loopback.
 
     check: called ten times a second; what it raises ends the wait. It tells of whom it waits for. ValueError after
     deadline_seconds (train.phase_deadline_seconds) and where the port is taken; Fault when rank 0 ends.
     """
-    is_local = place.world_size == place.local_world_size
-    if is_local:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if place.world_size == 1:
         return dist.HashStore()  # no port: a single process cannot collide with another run on this machine
+    is_local = place.world_size == place.local_world_size
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # which has a store already, for all ranks
     if is_local and not of_torchrun:
         place = replace(place, address="127.0.0.1")
@@ -179,8 +177,8 @@ def _wait_for_all(store: dist.TCPStore, place: Place, waiting: _Waiting) -> None
     ranks = dist.PrefixStore(f"megatron_rl/join/{attempt}", store)
     if ranks.add(str(place.rank), 1) > 1:
         raise ValueError(
-            f"another process has come to {waiting.where} as rank {place.rank} of this run; give each process a RANK of "
-            f"its own; {remedy()}"
+            f"another process has come to {waiting.where} as rank {place.rank} of this run; give each a RANK of its "
+            f"own; {remedy()}"
         )
     ranks.add("come", 1)
 

@@ -3,7 +3,7 @@
 import datetime
 import importlib.util
 import logging
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
 from megatron_rl.place import Place
-from megatron_rl.stores import join
 
 device.import_megatron()
 
@@ -67,22 +66,19 @@ _ALONE = Place()
 
 
 def initialize_parallel(
-    layout: Layout,
-    deadline_seconds: float,
-    seed: int,
-    place: Place = _ALONE,
-    check: Callable[[], None] = lambda: None,
+    layout: Layout, deadline_seconds: float, seed: int, place: Place = _ALONE, store: dist.Store | None = None
 ) -> None:
-    """Join the training world at `place` and make megatron's process groups.
-
-    check: called now and then while other ranks are waited for; what it raises ends the wait. ValueError when they do
-    not come within `deadline_seconds`.
-    """
+    """Make the training world and megatron's process groups. store: at which the ranks of the world have met
+    (stores.join); a process alone needs none. Between ranks of one machine gloo's connections stay on loopback."""
+    if place.world_size == place.local_world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     device.set_local_device(place.local_rank)
-    store = join(place, deadline_seconds, check)
-    timeout = datetime.timedelta(seconds=deadline_seconds)
     dist.init_process_group(
-        device.backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        device.backend(),
+        store=dist.HashStore() if store is None else store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=deadline_seconds),
     )
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

@@ -66,7 +66,9 @@ class NodeServers:
             except StopRequested:
                 mine["stopped"] = True
             except (ValueError, OSError) as error:
-                mine["error"] = f"node {node} ({socket.gethostname()}): {error}" if own_place().num_nodes > 1 else str(error)
+                mine["error"] = (
+                    f"node {node} ({socket.gethostname()}): {error}" if own_place().num_nodes > 1 else str(error)
+                )
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine, group=control)
         if any(one["stopped"] for one in found):

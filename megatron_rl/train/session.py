@@ -21,6 +21,7 @@ from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.place import own_place
+from megatron_rl.stores import join
 from megatron_rl.sync.export import export_directory
 from megatron_rl.sync.together import together
 from megatron_rl.train.checkpoints import Checkpoints
@@ -66,7 +67,8 @@ class Session:
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         # The watch ends a rank that waits for too long; these only have to be later.
         deadline = config.train.phase_deadline_seconds + _GRACE_SECONDS
-        initialize_parallel(self.layout, deadline, config.seed, place, check)
+        store = join(place, config.train.phase_deadline_seconds, check)
+        initialize_parallel(self.layout, deadline, config.seed, place, store)
         speak_as(self.rank)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
         self._claimed = ExitStack()
