@@ -22,8 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
     quieten_libraries()
     lifeline.watch_parent()
-    interrupt_on_signals()
-    code = exit_code(f"megatron-rl {arguments.command}", lambda: int(arguments.run(arguments)))
+
+    def run() -> int:
+        interrupt_on_signals()
+        return int(arguments.run(arguments))
+
+    code = exit_code(f"megatron-rl {arguments.command}", run)
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code

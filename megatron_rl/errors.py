@@ -76,7 +76,8 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
 
 
 def interrupt_on_signals() -> None:
-    """Have every signal that stops a run raise KeyboardInterrupt, until somebody handles it otherwise."""
+    """Have every signal that stops a run raise KeyboardInterrupt, until somebody handles it otherwise; also one that
+    came before, where whoever started this process has blocked them (launch.py)."""
 
     def interrupt(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)  # asyncio has a handler of its own for this one
@@ -86,6 +87,7 @@ def interrupt_on_signals() -> None:
     for number in STOP_SIGNALS:
         if number != signal.SIGINT:
             signal.signal(number, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def end_rank(code: int) -> None:

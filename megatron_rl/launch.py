@@ -36,6 +36,21 @@ def run_ranks(arguments: list[str], num_ranks: int) -> int:
 
     for name in STOP_SIGNALS:
         signal.signal(name, pass_on)
+    # Ranks inherit the mask, until they can handle what comes (errors.interrupt_on_signals).
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        _start(ranks, arguments, num_ranks)
+    except BaseException:
+        for rank in ranks:
+            rank.kill()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return _watch(ranks)
+
+
+def _start(ranks: list[subprocess.Popen[bytes]], arguments: list[str], num_ranks: int) -> None:
+    """Append each rank as it starts."""
     # Bound and not listening: the port is this run's, and ranks that come before rank 0 listens know it.
     with socket.socket() as store:
         store.bind(("127.0.0.1", 0))
@@ -49,25 +64,19 @@ def run_ranks(arguments: list[str], num_ranks: int) -> int:
             "TORCHELASTIC_USE_AGENT_STORE": "False",
             PARENT_VARIABLE: str(os.getpid()),
         }
-        try:
-            for number in range(num_ranks):
-                own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-                if number == 0:
-                    own[SOCKET_VARIABLE] = str(store.fileno())
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "megatron_rl.cli", *arguments],
-                        env=environment | own,
-                        pass_fds=[store.fileno()] if number == 0 else [],
-                        # A session of its own keeps the terminal's Ctrl-C away: it comes once, through this process.
-                        start_new_session=True,
-                    )
+        for number in range(num_ranks):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            if number == 0:
+                own[SOCKET_VARIABLE] = str(store.fileno())
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "megatron_rl.cli", *arguments],
+                    env=environment | own,
+                    pass_fds=[store.fileno()] if number == 0 else [],
+                    # A session of its own keeps the terminal's Ctrl-C away: it comes once, through this process.
+                    start_new_session=True,
                 )
-        except BaseException:
-            for rank in ranks:
-                rank.kill()
-            raise
-    return _watch(ranks)
+            )
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:

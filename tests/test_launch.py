@@ -243,7 +243,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_every_rank_with_130(
 ) -> None:
     run = Run(inputs, tmp_path, "--nproc", "2", site="import sys; print('up', flush=True)")
     with running(run):
-        run.until("(up\n.*){3}")  # the ranks' interpreters run, and have not met
+        run.until("(?s)(up\n.*){3}")  # the ranks' interpreters run, and have not met
         run.process.send_signal(number)
         said = run.finish(130, 20)
     assert "Traceback" not in said.replace("Exception ignored", "")
