@@ -1,6 +1,7 @@
 """Ranks that are started, meet, and end together: codes, signals, faults, and what other launchers leave behind."""
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -12,13 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from inputs import make_inputs
 
 from megatron_rl import launch
+from megatron_rl.errors import Fault, SharedFault, Stopped, StopRequested, exit_code
 from megatron_rl.place import Place, own_place
+from megatron_rl.rollout.resumable import told_of_resume
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -327,6 +331,86 @@ def test_a_machine_whose_own_name_does_not_resolve_trains(inputs: Path, tmp_path
     with running(run):
         run.finish(0, 60)
     assert (tmp_path / "run/hf/config.json").exists()
+
+
+# -- exit codes of one process --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (None, 0, False),
+        (ValueError("wrong"), 2, True),
+        (Fault("broken"), 1, True),
+        (SharedFault("broken"), 1, True),
+        (OSError(errno.ENOSPC, "full"), 1, True),
+        (KeyError("a bug"), 1, True),
+        (Stopped(), 75, False),
+        (StopRequested(), 130, False),
+        (KeyboardInterrupt(), 130, False),
+    ],
+)
+def test_every_end_has_its_code(error: BaseException | None, code: int, told: bool, capsys: Any) -> None:
+    def run() -> int:
+        if error is not None:
+            raise error
+        return 0
+
+    assert exit_code("p", run) == code
+    assert bool(capsys.readouterr().err) == told
+
+
+def test_a_signal_is_a_stop_where_there_are_responses_and_else_an_interruption(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    for responses, error, expected in (
+        ("", KeyboardInterrupt, KeyboardInterrupt),
+        ("{}", KeyboardInterrupt, Stopped),
+        ("", Fault, Fault),
+        ("{}", Fault, Fault),
+    ):
+        file.write_text(responses)
+        with pytest.raises(expected), told_of_resume(tmp_path, [tmp_path / "none", file]):
+            raise error
+
+
+HANDLED = """
+import os, sys, time
+from megatron_rl.errors import exit_code, interrupt_on_signals
+def run():
+    interrupt_on_signals()
+    print("ready", flush=True)
+    time.sleep(60)
+    return 0
+sys.exit(exit_code("p", run))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_each_signal_interrupts_a_command_also_where_a_script_started_it_in_the_background(
+    number: signal.Signals,
+) -> None:
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignoring, sys.executable, "-c", HANDLED], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    assert process.wait(10) == 130
+
+
+def test_a_job_goes_back_into_the_queue_only_for_what_can_go_on(tmp_path: Path) -> None:
+    script = ROOT / "examples/ring_lite/slurm/job.sh"
+    fakes = "say() { :; }; squeue() { echo RUNNING; }; scontrol() { echo requeued; }; tail() { :; }; "
+    for signalled in (0, 1):
+        for code in (0, 1, 2, 75, 130, 137, 138):
+            job = f"SLURM_JOB_ID=1; logs=/; signalled={signalled}; {fakes}"
+            job += f"eval \"$(sed -n '/^finish/,/^}}/p' {script})\"; finish {code}"
+            done = subprocess.run(["bash", "-euc", job], capture_output=True, text=True, check=False)
+            again = code == 75 or (signalled == 1 and code in (130, 138))
+            assert (done.returncode, done.stdout) == (code, "requeued\n" if again else ""), (code, signalled)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
