@@ -3,6 +3,7 @@
 A plain one listens on every interface of the machine, and serves whoever connects.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -111,22 +112,22 @@ def _hosted(place: Place, is_local: bool, deadline_seconds: float) -> dist.TCPSt
     try:
         if given is not None:
             listener = socket.socket(fileno=int(given))
-        elif is_local:
-            listener = socket.create_server((place.address, place.port), backlog=place.world_size)
         else:
-            both = socket.has_dualstack_ipv6()
-            listener = socket.create_server(
-                ("", place.port),
-                family=socket.AF_INET6 if both else socket.AF_INET,
-                dualstack_ipv6=both,
-                backlog=place.world_size,
-            )
+            listener = _listening(place.address if is_local else "", place.port, place.world_size)
     except OSError as error:
         raise ValueError(
             f"rank 0 cannot listen on MASTER_PORT {place.port} of this machine ({error.strerror}); another run may "
             f"have it: set another one; {remedy()}"
         ) from None
     return _store_of(listener, "127.0.0.1", place.world_size, deadline_seconds)
+
+
+def _listening(address: str, port: int, backlog: int) -> socket.socket:
+    """At `address`; at every one of both families, as far as this machine has them, where it is empty."""
+    if not address and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # it may be built in and switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server((address, port), backlog=backlog)
 
 
 def _reached(place: Place, waiting: _Waiting) -> dist.TCPStore:
