@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__, lifeline
-from megatron_rl.errors import exit_code
-from megatron_rl.launch import leave, run_under_torchrun
+from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
+from megatron_rl.launch import run_ranks
+from megatron_rl.place import has_rank, own_place, remedy
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 finished, 75 stopped cleanly, 2 a mistake to correct, 1 a fault."""
+    """Run one command; returns the exit code (errors.py). A rank of several ends here."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
     quieten_libraries()
     lifeline.watch_parent()
-    code = exit_code(f"megatron-rl {arguments.command}", lambda: int(arguments.run(arguments)))
-    return leave(code)
+
+    def run() -> int:
+        interrupt_on_signals()
+        return int(arguments.run(arguments))
+
+    code = exit_code(f"megatron-rl {arguments.command}", run)
+    if hasattr(arguments, "nproc") and has_rank():
+        end_rank(code)
+    return code
 
 
 def quieten_libraries() -> None:
@@ -76,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true")
         else:
             command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
-            command.add_argument("--nproc", type=int, default=0, help="start this many ranks here, through torchrun")
+            command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
         if name == "train":
             command.add_argument(
                 "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
@@ -181,6 +189,13 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     from megatron_rl.config.schema import RlConfig
     from megatron_rl.preflight import check_before_start
 
+    if arguments.nproc is not None and arguments.nproc < 1:
+        raise ValueError(f"--nproc must be at least 1, got {arguments.nproc}")
+    if arguments.nproc is not None and has_rank():
+        raise ValueError(f"--nproc starts ranks, and RANK or WORLD_SIZE says that this is one already; {remedy()}")
+    place = own_place()
+    if lifeline.has_launcher():
+        speak_as(place.rank)
     config = load_config(kind, arguments.config, arguments.set)
     keys = None
     if getattr(arguments, "servers", None):
@@ -188,12 +203,12 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
 
         keys = registered_keys(arguments.servers, config.rollout.ready_deadline_seconds)
         config = load_config(kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
-    world_size = arguments.nproc or int(os.environ.get("WORLD_SIZE", "1"))
     rollouts = getattr(arguments, "rollouts", None)
-    if "RANK" not in os.environ:
-        check_before_start(config, world_size, arguments.resume, rollouts)
-        if arguments.nproc > 1:
-            return run_under_torchrun(_same_command(arguments), arguments.nproc)
+    if place.world_size == 1:
+        num_ranks = arguments.nproc or 1
+        check_before_start(config, num_ranks, arguments.resume, rollouts)
+        if num_ranks > 1:
+            return run_ranks(_same_command(arguments), num_ranks)
     if isinstance(config, RlConfig):
         from megatron_rl.train.driver import run_rl
 

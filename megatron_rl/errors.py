@@ -1,11 +1,29 @@
-"""Errors that are told to the user as one message, without a stack trace. Mistakes are plain ValueErrors."""
+"""What a program ends with: one message without a stack trace, and an exit code. Mistakes are plain ValueErrors.
+
+| exit code | constant | meaning |
+|---|---|---|
+| 0 | EXIT_DONE | all is done |
+| 1 | EXIT_FAULT | something failed: a server or rank died, the disk is full, a bug |
+| 2 | EXIT_MISTAKE | a mistake of the user's, named in the message |
+| 75 | EXIT_STOPPED | SIGINT, SIGTERM or SIGUSR1 stopped it, and --resume goes on from what is on the disk |
+| 130 | EXIT_INTERRUPTED | one of these came before there was anything to go on from, or a second one ended it at once |
+"""
 
 import errno
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped cleanly, run again with --resume
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_MISTAKE = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL
+EXIT_INTERRUPTED = 130  # what a shell says of SIGINT
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's word that the time is nearly up
 
 
 class Fault(RuntimeError):
@@ -16,24 +34,67 @@ class SharedFault(Fault):
     """A fault that every rank raises at the same point of the program, so nobody has to be told."""
 
 
+class StopRequested(Exception):
+    """A signal asked this process to stop, and it is where it can."""
+
+
+class Stopped(Exception):
+    """A signal has stopped this process, and --resume goes on from what is on the disk."""
+
+
 # What a disk says, and not a mistake of ours.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
+_rank = 0
+
+
+def speak_as(rank: int) -> None:
+    """From now on this process is one of several that raise the same errors, which rank 0 alone tells."""
+    global _rank
+    _rank = rank
+
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
-    """That of `run`, or when it raises, after one message under the program's name: 2 for a mistake to correct, 1 for a
-    fault or what a disk says, 130 for Ctrl-C."""
+    """That of `run`, or when it raises that of the table above, after a message under the program's name."""
     try:
         return run()
     except (ValueError, Fault) as error:
         # What every rank raises is told once; what befell one rank, by that rank.
-        if os.environ.get("RANK", "0") == "0" or type(error) is Fault:
+        if _rank == 0 or type(error) is Fault:
             sys.stderr.write(f"{program}: {error}\n")
-        return 2 if isinstance(error, ValueError) else 1
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        sys.stderr.write(f"{program}: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT
+    except Stopped:
+        return EXIT_STOPPED
+    except (KeyboardInterrupt, StopRequested):
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            sys.stderr.write(f"{program}: {error}\n")
+        else:  # a bug
+            traceback.print_exc()
+        return EXIT_FAULT
+
+
+def interrupt_on_signals() -> None:
+    """Have every signal that stops a run raise KeyboardInterrupt, until somebody handles it otherwise; also one that
+    came before, where whoever started this process has blocked them (launch.py)."""
+
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)  # asyncio has a handler of its own for this one
+
+    # A shell that starts a command in the background of a script has it ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_rank(code: int) -> None:
+    """End this process, one of several ranks, with `code`, which no destructor of torch can turn into another one.
+
+    What groups it is still in end with it, so the others notice at once, and nothing waits for ranks that may be gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,54 +1,130 @@
-"""Several training ranks on this machine, through torchrun, with the exit code that the run itself gave.
+"""Several training ranks on this machine: they are started, watched, and ended together."""
 
-torchrun turns any exit code of a rank into 1 and a stack trace of its own. So a rank that ends in an orderly way, with
-whatever code, tells torchrun 0 and leaves the code in a file.
-"""
-
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+import time
+from typing import Any
 
-import psutil
-
+from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED, STOP_SIGNALS
 from megatron_rl.lifeline import PARENT_VARIABLE
+from megatron_rl.place import SOCKET_VARIABLE
 
-_EXIT_FILE_VARIABLE = "MEGATRON_RL_EXIT_FILE"
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_SECONDS = 0.1
+# Once a rank has ended with a code other than 0 the others have so long to end by themselves: most do at once, rank 0
+# ends its servers first. A clean stop and a mistake are every rank's own; they only differ in speed.
+_PATIENCE_SECONDS = {EXIT_STOPPED: 60.0, EXIT_MISTAKE: 30.0}
+_PATIENCE_AFTER_A_FAULT_SECONDS = 3.0
+_KINDNESS_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
-def run_under_torchrun(arguments: list[str], num_ranks: int) -> int:
-    """Run `megatron-rl ARGUMENTS` on `num_ranks` ranks; returns the exit code of rank 0."""
-    with tempfile.TemporaryDirectory(prefix="megatron_rl-launch-") as folder:
-        exit_file = Path(folder) / "exit_code"
-        # Not --standalone, whose stores listen on every interface: torchrun meets itself in a file, the ranks on
-        # loopback (stores.py).
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(num_ranks)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{folder}/rendezvous", "--rdzv_id", "run"]
-        command += ["--rdzv_conf", "store_type=file", "--local_addr", "127.0.0.1", "-m", "megatron_rl.cli", *arguments]
+def run_ranks(arguments: list[str], num_ranks: int) -> int:
+    """Run `megatron-rl ARGUMENTS` on `num_ranks` ranks; signals go to all of them, and none outlives another for long.
+
+    Returns the exit code: of the first rank that ended with one that is neither 0 nor 75; else 75 when one did.
+    """
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for name in STOP_SIGNALS:
+        signal.signal(name, pass_on)
+    # Ranks inherit the mask, until they can handle what comes (errors.interrupt_on_signals).
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        _start(ranks, arguments, num_ranks)
+    except BaseException:
+        for rank in ranks:
+            rank.kill()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return _watch(ranks)
+
+
+def _start(ranks: list[subprocess.Popen[bytes]], arguments: list[str], num_ranks: int) -> None:
+    """Append each rank as it starts."""
+    # Bound and not listening: the port is this run's, and ranks that come before rank 0 listens know it.
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        environment |= {_EXIT_FILE_VARIABLE: str(exit_file), PARENT_VARIABLE: str(os.getpid())}
-        # A session of its own keeps the terminal's Ctrl-C away from torchrun, which would end with a stack trace.
-        # Signals go to the ranks, they end in an orderly way, and torchrun sees nothing but that.
-        torchrun = subprocess.Popen(command, env=environment, start_new_session=True)
+        environment |= {
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.getsockname()[1]),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        for number in range(num_ranks):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            if number == 0:
+                own[SOCKET_VARIABLE] = str(store.fileno())
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "megatron_rl.cli", *arguments],
+                    env=environment | own,
+                    pass_fds=[store.fileno()] if number == 0 else [],
+                    # A session of its own keeps the terminal's Ctrl-C away: it comes once, through this process.
+                    start_new_session=True,
+                )
+            )
 
-        def pass_on(number: int, _: object) -> None:
-            for rank in psutil.Process(torchrun.pid).children():
-                rank.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, pass_on)
-        code = torchrun.wait()
-        return int(exit_file.read_text()) if exit_file.exists() else code or 1
+def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended; the others soon after one that did not end well. Returns the exit code."""
+    running = dict(enumerate(ranks))
+    codes: list[int] = []
+    terminate_at = kill_at = float("inf")
+    while running:
+        time.sleep(_LOOK_EVERY_SECONDS)
+        now = time.monotonic()
+        for number, rank in list(running.items()):
+            if rank.poll() is None:
+                continue
+            del running[number]
+            code = _exit_code(number, rank.returncode)
+            codes.append(code)
+            if code != EXIT_DONE and running:
+                patience = _PATIENCE_SECONDS.get(code, _PATIENCE_AFTER_A_FAULT_SECONDS)
+                terminate_at = min(terminate_at, now + patience)
+        if now > terminate_at:
+            terminate_at, kill_at = float("inf"), min(kill_at, now + _KINDNESS_SECONDS)
+            log.warning("a rank has ended with exit code %d; ending rank %s too", _worst(codes), _numbers(running))
+            for rank in running.values():
+                rank.terminate()
+        if now > kill_at:
+            kill_at = float("inf")
+            log.warning("ending rank %s by force, which did not obey SIGTERM", _numbers(running))
+            for rank in running.values():
+                rank.kill()
+    return _worst(codes)
 
 
-def leave(code: int) -> int:
-    """What this process should exit with: `code`, or 0 under `run_under_torchrun`, which has been told the code."""
-    exit_file = os.environ.get(_EXIT_FILE_VARIABLE)
-    if exit_file is None or "RANK" not in os.environ:
+def _exit_code(number: int, code: int) -> int:
+    """Of a rank; what subprocess makes of an end by a signal in terms of errors.py."""
+    if code >= 0:
         return code
-    if os.environ["RANK"] == "0":
-        Path(exit_file).write_text(str(code))
-    return 0
+    name = signal.Signals(-code).name
+    if -code in STOP_SIGNALS:  # before it could handle them
+        return EXIT_INTERRUPTED
+    log.error("rank %d was ended by %s%s", number, name, "; was memory full?" if name == "SIGKILL" else "")
+    return EXIT_FAULT
+
+
+def _worst(codes: list[int]) -> int:
+    """Of all ranks' codes in the order of their ends."""
+    others = [code for code in codes if code != EXIT_DONE]
+    return next((code for code in others if code != EXIT_STOPPED), EXIT_STOPPED if others else EXIT_DONE)
+
+
+def _numbers(running: dict[int, Any]) -> str:
+    return ", ".join(map(str, sorted(running)))

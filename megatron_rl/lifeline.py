@@ -10,6 +10,11 @@ log = logging.getLogger(__name__)
 PARENT_VARIABLE = "MEGATRON_RL_PARENT"
 
 
+def has_launcher() -> bool:
+    """True when the process that started this one is the launcher of its rank, and lives."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(PARENT_VARIABLE) == str(os.getppid())
+
+
 def watch_parent(interval_seconds: float = 0.5) -> None:
     """End this process when its launcher is gone.
 

@@ -18,6 +18,7 @@ import httpx
 import torch.distributed as dist
 
 from megatron_rl.config.schema import RolloutSection, SftConfig
+from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
@@ -29,7 +30,6 @@ from megatron_rl.sync.transport import Receivers, Transport
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import StopRequested
 from megatron_rl.train.session import Session
 
 T = TypeVar("T")

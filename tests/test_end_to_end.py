@@ -266,7 +266,7 @@ def processes_with(marker: str) -> list[psutil.Process]:
 
 
 def addresses_listened_on(process: psutil.Process) -> set[str]:
-    """By it and what it started: servers, torchrun and the ranks, each with a group for every kind of parallelism."""
+    """By it and what it started: servers and the ranks, each with a group for every kind of parallelism."""
     family = [process, *process.children(recursive=True)]
     sockets = [socket for one in family for socket in one.net_connections("inet")]
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
@@ -286,7 +286,7 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
         launcher = subprocess.Popen(arguments, stderr=log, stdout=log)
     try:
         wait_until("a first checkpoint", lambda: (tmp_path / "run/checkpoints/latest").exists(), 120)
-        assert len(processes_with(str(tmp_path))) >= 3  # torchrun and two ranks; the server names the model instead
+        assert len(processes_with(str(tmp_path))) >= 3  # the launcher and two ranks; the server names the model instead
         server = int((tmp_path / "run/server_0.pid").read_text())
         assert addresses_listened_on(psutil.Process(launcher.pid)) == {"127.0.0.1"}
         launcher.send_signal(signal.SIGKILL)
@@ -320,6 +320,19 @@ def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tm
         (tmp_path / "run/checkpoints" / (tmp_path / "run/checkpoints/latest").read_text() / "driver.json").read_text()
     )
     assert saved["step"] == len(rows_of(tmp_path))
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(inputs: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(inputs, tmp_path, "train", "--nproc", "2"), stderr=subprocess.PIPE)
+    wait_until("a server", lambda: (tmp_path / "run/server_0.pid").exists(), 120)
+    server = int((tmp_path / "run/server_0.pid").read_text())
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message[-2000:]
+    assert b"Traceback" not in message
+    assert not psutil.pid_exists(server)
+    assert not (tmp_path / "run/checkpoints/latest").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists() or rows_of(tmp_path) == []
 
 
 def test_a_run_directory_that_another_run_holds_is_left_alone_by_every_rank(inputs: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_every_number_is_what_the_stored_responses_say(inputs: Path, whole: Path
     assert f"| average |  | {100 * fmean(both):.1f} [" in (whole / "results.md").read_text()
 
 
-def test_ctrl_c_keeps_the_responses_and_resume_comes_to_the_same_numbers(
+def test_a_stop_keeps_the_responses_and_resume_comes_to_the_same_numbers(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
     # Enough to be stopped in the middle of; the first samples of every prompt are those of the whole evaluation.
@@ -168,7 +168,7 @@ def test_ctrl_c_keeps_the_responses_and_resume_comes_to_the_same_numbers(
         assert time.monotonic() < give_up
         time.sleep(0.02)
     server = int((tmp_path / "out/evaluate_server_0.pid").read_text())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # which goes on as SIGINT does
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said[-2000:]
     assert f"the responses so far are in {tmp_path}/out; --resume goes on with them" in said.decode()

@@ -33,6 +33,7 @@ LAYERS = {
     "errors": 0,
     "keys": 0,
     "stores": 0,
+    "place": 0,
     "locks": 0,
     "files": 0,
     "parsing": 0,

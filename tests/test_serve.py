@@ -114,8 +114,9 @@ def test_weights_pass_through_memory_on_one_machine_only(monkeypatch: pytest.Mon
     )
     if own != "http://10.0.0.1":
         assert not is_one_machine(["http://127.0.0.1:1", f"{own}:1"])
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    two_nodes = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    for name, value in (two_nodes | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
     assert not is_one_machine([])
 
 

@@ -37,6 +37,6 @@ def exit_code(run: Callable[[], int]) -> int:
     try:
         return run()
     except subprocess.CalledProcessError as error:
-        return error.returncode if 0 < error.returncode < 128 else 1
+        return error.returncode if error.returncode > 0 else 1  # less: by a signal
     except KeyboardInterrupt:
         return 130

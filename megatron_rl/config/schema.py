@@ -258,7 +258,7 @@ class TrainSection(Section):
         default=3600.0,
         gt=0,
         description="a rank that is longer than this in one phase (rollout, train, save, ...) writes its stacks to "
-        "run_dir/stacks and ends, and the run with it",
+        "run_dir/stacks and ends, and the run with it. So long the first wait for all ranks may take too",
     )
     max_skipped_steps: int = Field(
         default=3,

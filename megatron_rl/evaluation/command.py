@@ -17,7 +17,7 @@ from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import JudgeSection, RewardSection
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
 from megatron_rl.data.prompts import Prompt, read_prompts
-from megatron_rl.errors import EXIT_STOPPED, Fault
+from megatron_rl.errors import Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
@@ -27,7 +27,7 @@ from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.resumable import sample_into, whole_groups
+from megatron_rl.rollout.resumable import sample_into, told_of_resume, whole_groups
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.settings import ANOTHER_OUTPUT, write_settings
 from megatron_rl.rollout.standalone import no_advantages, serving
@@ -79,13 +79,8 @@ def _evaluate(
     resume: bool,
 ) -> int:
     claimed = checked_settings(folder, settings, resume)
-    try:
+    with told_of_resume(folder, [_path(folder, name) for name in sections]):
         speeds = asyncio.run(_sample(config, sections, folder, claimed))
-    except (KeyboardInterrupt, Fault) as error:
-        log.warning("the responses so far are in %s; --resume goes on with them", folder)
-        if isinstance(error, Fault):
-            raise
-        return EXIT_STOPPED
     results = {
         name: summarise([r for r in read_judged(_path(folder, name)) if r.sample_index < section.samples], section.at)
         for name, section in sections.items()

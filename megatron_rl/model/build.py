@@ -20,7 +20,7 @@ from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.layout import Layout
-from megatron_rl.stores import training_store
+from megatron_rl.place import Place
 
 device.import_megatron()
 
@@ -62,17 +62,24 @@ _ROUTER_DTYPES = {"float32": "fp32", "bfloat16": None}  # as megatron names them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def initialize_parallel(layout: Layout, deadline_seconds: float, seed: int) -> None:
-    """Join the training world and make megatron's process groups. Alone (no torchrun) it is a world of one."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    device.set_local_device(int(os.environ["LOCAL_RANK"]))
-    timeout = datetime.timedelta(seconds=deadline_seconds)
-    if (store := training_store(deadline_seconds)) is None:
-        dist.init_process_group(device.backend(), timeout=timeout)
-    else:
-        rank, size = int(os.environ["RANK"]), layout.world_size
-        dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+_ALONE = Place()
+
+
+def initialize_parallel(
+    layout: Layout, deadline_seconds: float, seed: int, place: Place = _ALONE, store: dist.Store | None = None
+) -> None:
+    """Make the training world and megatron's process groups. store: at which the ranks of the world have met
+    (stores.join); a process alone needs none. Between ranks of one machine gloo's connections stay on loopback."""
+    if place.world_size == place.local_world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device.set_local_device(place.local_rank)
+    dist.init_process_group(
+        device.backend(),
+        store=dist.HashStore() if store is None else store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=deadline_seconds),
+    )
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

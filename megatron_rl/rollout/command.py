@@ -14,7 +14,7 @@ from megatron_rl.endpoint import Endpoint
 from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.recorded import group_rows
-from megatron_rl.rollout.resumable import has_responses, sample_into, whole_groups, write_groups
+from megatron_rl.rollout.resumable import has_responses, sample_into, told_of_resume, whole_groups, write_groups
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.rollout.settings import (
     ANOTHER_OUTPUT,
@@ -37,10 +37,11 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
     with sole_writer(path, ANOTHER_OUTPUT):
         if has_responses(path) and not resume:
             raise ValueError(f"{path} exists; add --resume to go on with it, or name another with --output")
-        if model is None:
-            asyncio.run(_ask_teacher(config, num_prompts, path))
-        else:
-            asyncio.run(_sample(config, model, num_prompts, path))
+        with told_of_resume(path.parent, [path]):
+            if model is None:
+                asyncio.run(_ask_teacher(config, num_prompts, path))
+            else:
+                asyncio.run(_sample(config, model, num_prompts, path))
     return 0
 
 

@@ -7,10 +7,12 @@ the positions in order to add what is missing holds `sole_writer` until it is ad
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.errors import Fault, Stopped
 from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Group
 from megatron_rl.rollout.sampler import Question, Sampler
@@ -18,6 +20,21 @@ from megatron_rl.rollout.sampler import Question, Sampler
 log = logging.getLogger(__name__)
 
 _TELL_EVERY_SECONDS = 10.0
+
+
+@contextmanager
+def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
+    """What writes `files` into `where`. When a signal or a Fault ends it, and there are responses, it says that they
+    stay; the signal becomes `Stopped`."""
+    try:
+        yield
+    except (KeyboardInterrupt, Fault) as error:
+        if not any(map(has_responses, files)):
+            raise
+        log.warning("the responses so far are in %s; --resume goes on with them", where)
+        if isinstance(error, Fault):
+            raise
+        raise Stopped from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

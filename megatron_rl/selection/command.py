@@ -14,10 +14,10 @@ from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.errors import EXIT_STOPPED, Fault
+from megatron_rl.errors import Fault
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout.command import check_claim, claim, sample_questions, sampling_settings
-from megatron_rl.rollout.resumable import find_groups
+from megatron_rl.rollout.resumable import find_groups, told_of_resume
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.selection.candidates import Candidate, find_candidates
 from megatron_rl.selection.choice import Measured, check_preference, choose, is_in, straddled_ends
@@ -61,13 +61,8 @@ def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) ->
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)
     _check_unfinished(jobs, config, resume)
-    try:
+    with told_of_resume(config.run_dir, [job.path for job in jobs]):
         asyncio.run(_sample(config, jobs, prompts))
-    except (KeyboardInterrupt, Fault) as error:
-        log.warning("the responses so far are in %s; --resume goes on with them", config.run_dir)
-        if isinstance(error, Fault):
-            raise
-        return EXIT_STOPPED
     _conclude(config, [measure(job.candidate, job.path, config.prompts) for job in jobs])
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import EXIT_STOPPED
+from megatron_rl.errors import EXIT_DONE, StopRequested
 from megatron_rl.keys import key_in_environment
 from megatron_rl.records import Plan
 from megatron_rl.rollout.server import visible_gpus
@@ -25,7 +25,7 @@ from megatron_rl.train.exchange import Order, Stop, Work, receive
 from megatron_rl.train.guards import SkipGuard
 from megatron_rl.train.leader import Leader, obey
 from megatron_rl.train.objective import PolicyObjective
-from megatron_rl.train.resilience import StopRequested, StopSignals, told_in_words
+from megatron_rl.train.resilience import StopSignals, told_in_words
 from megatron_rl.train.serving import NodeServers, is_one_machine
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import Batches, StepResult
@@ -41,9 +41,10 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
         key = key_in_environment(config.rollout.api_key_variable, "rollout.api_key_variable")
         keys = dict.fromkeys(config.rollout.urls, key)
     signals = StopSignals()
-    session = Session(config, config.train.steps * config.algorithm.optimizer_steps_per_rollout, resume)
-    with ExitStack() as parts, told_in_words(session.watch):  # every part is closed, whatever another one raises
-        parts.callback(session.close)
+    num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
+    session = Session(config, num_optimizer_steps, resume, check=signals.check)
+    # Every part is closed, whatever another one raises.
+    with session, ExitStack() as parts, told_in_words(session.watch):
         if config.algorithm.kl_coefficient:
             session.trainer.keep_reference()
         restored = session.restore()
@@ -73,7 +74,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 if not resume:
                     leader.collector.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
-            return EXIT_STOPPED  # before the first step: there is nothing to save yet
+            return session.stop_code  # before the first step: there is nothing to save yet
         return _steps(config, session, first, leader, transport, source if isinstance(source, NodeServers) else None)
 
 
@@ -92,10 +93,12 @@ def _steps(
         offload_seconds = _make_room(config, session, servers)
         work = leader.begin(step) if leader else _follow(session, step, transport)
         if isinstance(work, Stop):
-            if work.save and step > first:
+            if work.exit_code is not None:
+                return work.exit_code
+            if step > first:
                 session.save(step, *_driver_state(leader, step))
                 session.settle(wait=True)
-            return work.exit_code
+            return session.stop_code
         reload_seconds = _take_room(config, session, servers)
         session.watch.enter("train", step)
         device.reset_peak_memory()
@@ -108,8 +111,8 @@ def _steps(
             session.save(step + 1, *_driver_state(leader, step + 1))
     session.settle(wait=True)
     last = leader.finish() if leader else _follow(session, config.train.steps, transport)
-    assert isinstance(last, Stop)
-    if last.exit_code == 0:
+    assert isinstance(last, Stop) and last.exit_code is not None
+    if last.exit_code == EXIT_DONE:
         session.export(config.run_dir / "hf")
     return last.exit_code
 

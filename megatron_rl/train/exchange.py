@@ -21,10 +21,10 @@ from megatron_rl.train.batch import TrainSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Rank 0's word that the run ends here. save: write a checkpoint first."""
+    """Rank 0's word that the run ends here. exit_code: None where a signal asked for it; a checkpoint is written then,
+    and `Session.stop_code` is the code."""
 
-    exit_code: int
-    save: bool
+    exit_code: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

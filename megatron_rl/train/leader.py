@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import EXIT_STOPPED, Fault, SharedFault
+from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_MISTAKE, Fault, SharedFault, StopRequested
 from megatron_rl.records import Plan
 from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
@@ -23,7 +23,7 @@ from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work
 from megatron_rl.train.guards import Alarms
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import StopRequested, StopSignals, disk_fault
+from megatron_rl.train.resilience import StopSignals, disk_fault
 from megatron_rl.train.serving import NodeServers
 from megatron_rl.train.session import Session
 from megatron_rl.train.trainer import StepResult
@@ -79,7 +79,7 @@ class Leader:
             self._metrics = MetricsLog(config.run_dir, first)
             self._alarms = Alarms(config.train, self._metrics.past)
         except StopRequested:
-            self._order(Stop(exit_code=EXIT_STOPPED, save=False))
+            self._order(Stop(exit_code=None))
             raise
         except Exception as error:
             self._tell(error)
@@ -101,7 +101,7 @@ class Leader:
                 self._release()
                 times["release_seconds"] = time.perf_counter() - started
         except StopRequested:
-            return self._order(Stop(exit_code=EXIT_STOPPED, save=True))
+            return self._order(Stop(exit_code=None))
         except SharedFault:
             raise  # as every rank does
         except Exception as error:
@@ -202,7 +202,7 @@ class Leader:
         if self._failure is not None:
             self._tell(self._failure)
             raise self._failure
-        stop = Stop(exit_code=0, save=False)
+        stop = Stop(exit_code=EXIT_DONE)
         self._order(stop)
         return stop
 
@@ -310,4 +310,4 @@ class Leader:
         """Let the other ranks end quietly; this one reports. Where they cannot listen they end as it does, whose
         connections close."""
         if not self._is_alone:
-            self._order(Stop(exit_code=2 if isinstance(error, ValueError) else 1, save=False))
+            self._order(Stop(exit_code=EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT))

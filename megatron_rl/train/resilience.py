@@ -13,18 +13,14 @@ from typing import Any
 import torch
 
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.errors import Fault
+from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS, Fault, StopRequested
 from megatron_rl.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
 
-class StopRequested(Exception):
-    """Raised on rank 0 where a phase can be abandoned."""
-
-
 class StopSignals:
-    """Remembers SIGINT, SIGTERM and SIGUSR1 (Slurm's word that the time is nearly up); rank 0 decides what they mean.
+    """Remembers SIGINT, SIGTERM and SIGUSR1; rank 0 decides what they mean.
 
     A Ctrl-C under torchrun comes twice, from the terminal and from torchrun, so what follows the first signal within
     `repeat_seconds` is the same request and not a second one.
@@ -38,7 +34,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.name: str | None = None
         self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         threading.Thread(target=self._take, name="sigusr1", daemon=True).start()
@@ -52,7 +48,7 @@ class StopSignals:
             return
         if self.name is not None:
             log.error("second signal (%s): stopping now", signal.Signals(number).name)
-            os._exit(128 + number)
+            os._exit(EXIT_INTERRUPTED)
         self.name, self._since = signal.Signals(number).name, time.monotonic()
         log.warning("%s: stopping after a checkpoint; once more to stop at once", self.name)
 

@@ -2,7 +2,6 @@
 
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,11 @@ import torch.distributed as dist
 
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.errors import StopRequested
+from megatron_rl.place import own_place
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.ports import address_towards
-from megatron_rl.train.resilience import StopRequested, StopSignals
+from megatron_rl.train.resilience import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class NodeServers:
         """
         self.keeper: ServerKeeper | None = None
         self._keys = dict(keys)
-        self.node = int(os.environ.get("GROUP_RANK", "0"))
+        self.node = own_place().node
         self.urls = list(config.rollout.urls)
         try:
             if not self.urls:
@@ -47,7 +48,7 @@ class NodeServers:
 
     def _start(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
         mine: dict[str, Any] = {"keys": {}, "error": None, "stopped": False}
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if own_place().local_rank == 0:
             node = self.node
             name = "server" if node == 0 else f"node{node}_server"
             try:
@@ -65,7 +66,9 @@ class NodeServers:
             except StopRequested:
                 mine["stopped"] = True
             except (ValueError, OSError) as error:
-                mine["error"] = f"node {node} ({socket.gethostname()}): {error}" if num_nodes() > 1 else str(error)
+                mine["error"] = (
+                    f"node {node} ({socket.gethostname()}): {error}" if own_place().num_nodes > 1 else str(error)
+                )
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine, group=control)
         if any(one["stopped"] for one in found):
@@ -89,19 +92,16 @@ class NodeServers:
             self.keeper.close()
 
 
-def num_nodes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def is_one_machine(urls: Sequence[str]) -> bool:
     """True when this run's ranks and servers share memory. urls: rollout.urls."""
     hosts = {urlsplit(url).hostname or "" for url in urls}
-    return num_nodes() <= 1 and all(ipaddress.ip_address(address_towards(host)).is_loopback for host in hosts)
+    return own_place().num_nodes == 1 and all(ipaddress.ip_address(address_towards(host)).is_loopback for host in hosts)
 
 
 def node_address() -> str:
     """This machine as the others of the run see it; loopback when there are no others."""
-    return "127.0.0.1" if num_nodes() <= 1 else address_towards(os.environ["MASTER_ADDR"])
+    place = own_place()
+    return "127.0.0.1" if place.num_nodes == 1 else address_towards(place.address)
 
 
 def _agreed_address(urls: Sequence[str], control: Any) -> str:

@@ -3,9 +3,10 @@
 import datetime
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,12 @@ from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, speak_as
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
+from megatron_rl.place import own_place
+from megatron_rl.stores import join
 from megatron_rl.sync.export import export_directory
 from megatron_rl.sync.together import together
 from megatron_rl.train.checkpoints import Checkpoints
@@ -30,21 +34,26 @@ _GRACE_SECONDS = 60.0
 
 
 class Session:
-    """Owns this rank's place in the training world. `close()` leaves it."""
+    """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block."""
 
     def __init__(
-        self, config: RunConfig, num_optimizer_steps: int, resume: bool, distributed_optimizer: bool = True
+        self,
+        config: RunConfig,
+        num_optimizer_steps: int,
+        resume: bool,
+        distributed_optimizer: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Collective. With `resume`, `restore` will load the newest checkpoint, if there is one.
 
         num_optimizer_steps: the length of the learning-rate schedule. distributed_optimizer: shard the optimizer over
-        data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. ValueError when the run
-        directory holds a run and `resume` is false, or another process is running it.
+        data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. check: called now and
+        then while other ranks are waited for; what it raises ends the wait. ValueError when the run directory holds a
+        run and `resume` is false, or another process is running it, or not all ranks come.
         """
         self.config = config
-        self.rank = int(os.environ.get("RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        place = own_place()
+        self.rank, world_size = place.rank, place.world_size
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
@@ -55,15 +64,17 @@ class Session:
             )
         directory = config.run_dir / "checkpoints"
         refuse_to_overwrite(directory, resume)
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         # The watch ends a rank that waits for too long; these only have to be later.
         deadline = config.train.phase_deadline_seconds + _GRACE_SECONDS
-        initialize_parallel(self.layout, deadline, config.seed)
+        store = join(place, config.train.phase_deadline_seconds, check)
+        initialize_parallel(self.layout, deadline, config.seed, place, store)
+        speak_as(self.rank)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
         self._claimed = ExitStack()
         refused, *_ = together(self._claim if self.rank == 0 else None, self.control)
         if refused is not None:
-            _leave_world()
+            dist.destroy_process_group()
             raise ValueError(refused)
         self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
@@ -80,7 +91,7 @@ class Session:
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
-        self._resume = resume
+        self._resume, self._has_resumed = resume, False
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.bailing, self.layout)[stage].total
@@ -109,7 +120,9 @@ class Session:
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
         """Collective: load the newest whole checkpoint; the driver's state and carried samples, or None in a new
         run."""
-        return self.checkpoints.restore(self.trainer) if self._resume else None
+        found = self.checkpoints.restore(self.trainer) if self._resume else None
+        self._has_resumed = found is not None
+        return found
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
@@ -121,6 +134,12 @@ class Session:
         if wait:
             self.watch.enter("save", self.watch.step)
         self.checkpoints.settle(wait)
+
+    @property
+    def stop_code(self) -> int:
+        """The exit code of a run that a signal stops here, after `settle(wait=True)`. The same on all ranks."""
+        can_resume = self._has_resumed or self.checkpoints.latest is not None
+        return EXIT_STOPPED if can_resume else EXIT_INTERRUPTED
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: true on every rank when it is on one."""
@@ -138,17 +157,34 @@ class Session:
         export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
     def close(self) -> None:
+        """Leave the training world, together with the others: whoever starts ranks ends those that are left when one
+        has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
         self.watch.enter("close", self.watch.step)
+        try:
+            self.any_rank(False)
+            are_all_here = True
+        except RuntimeError:
+            are_all_here = False
+        self._end()
+        if are_all_here:
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error of this rank alone the others may be in a collective, so nothing is done that waits for them:
+        it stays in its groups, which end with the process (`end_rank`)."""
+        if kind is None or issubclass(kind, SharedFault):
+            self.close()
+        else:
+            self.watch.enter("close", self.watch.step)
+            self._end()
+
+    def _end(self) -> None:
         self.checkpoints.close()
         self.watch.close()
-        _leave_world()
         self._claimed.close()
-
-
-def _leave_world() -> None:
-    """A process that ends with live groups may end by SIGABRT, and torchrun would tell of it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def should_save(step: int, last: int, config: RunConfig) -> bool:

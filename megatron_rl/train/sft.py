@@ -10,7 +10,6 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
-from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.chats import ChatBatches, validation_parts
 from megatron_rl.train.epochs import EpochDirectories, EpochLoss
@@ -25,15 +24,14 @@ from megatron_rl.train.trainer import StepResult
 
 def run_sft(config: SftConfig, resume: bool) -> int:
     """Train for `train.steps` or `train.epochs` and leave `run_dir/hf`. Returns the exit code."""
-    signals = StopSignals()
     tokenizer = load_tokenizer(config.model.path)
     batches = ChatBatches(config, tokenizer)
     validation = validation_parts(config, tokenizer, batches.messages)
     config.check_warmup(batches.num_steps)
     refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
-    session = Session(config, batches.num_steps, resume)
-    with ExitStack() as parts, told_in_words(session.watch):
-        parts.callback(session.close)
+    signals = StopSignals()
+    session = Session(config, batches.num_steps, resume, check=signals.check)
+    with session, ExitStack() as parts, told_in_words(session.watch):
         restored = session.restore()
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
@@ -75,7 +73,7 @@ class _Run:
                 if step > first:
                     save(step)
                 session.settle(wait=True)
-                return EXIT_STOPPED
+                return session.stop_code
             session.watch.enter("train", step)
             started = time.perf_counter()
             device.reset_peak_memory()

@@ -20,7 +20,7 @@ _STUCK_SECONDS = 30.0
 class Watch:
     """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it. Every rank that
     is in one phase for longer than the deadline writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and
-    ends with exit code 1; torchrun then ends the others. `close()` stops watching.
+    ends with exit code 1; its launcher then ends the others. `close()` stops watching.
     """
 
     def __init__(self, run_dir: Path, rank: int, deadline_seconds: float) -> None:

@@ -26,7 +26,7 @@ say() {
   echo "$(date +%T) job $SLURM_JOB_ID, start $((restarts + 1)): $*"
 }
 
-# Ranks save when they get it, and end with 75.
+# Ranks save when they get it, and end with 75; with 130 when there is nothing to save yet.
 pass_on() {
   signalled=$((signalled + 1))
   say "SIGUSR1: asking the ranks to save and end"
@@ -70,8 +70,8 @@ prepare() {
 }
 
 # step NAME TASKS_PER_NODE NODES... -- COMMAND...: a step over all of each node's memory and its share of the cores per
-# task. --wait: when a rank has ended, the others have so long to end too. A clean end takes seconds; a rank that waits
-# for a dead one would wait until its deadline.
+# task. --wait: when a rank has ended, the others have so long to end too. They end at once after a clean stop; a rank
+# that waits inside of a collective for a dead one ends by this. --kill-on-bad-exit would kill rank 0 at its last words.
 step() {
   local name=$1 tasks=$2 on=()
   shift 2
@@ -83,7 +83,7 @@ step() {
   local cores=$((SLURM_CPUS_ON_NODE / tasks))
   exec srun --nodes="${#on[@]}" --nodelist="$(commas "${on[@]}")" --ntasks="$((tasks * ${#on[@]}))" \
     --ntasks-per-node="$tasks" --distribution=block --exact --mem=0 --cpus-per-task="$((cores > 0 ? cores : 1))" \
-    --cpu-bind=none --kill-on-bad-exit=0 --wait="${WAIT_SECONDS:-120}" --label --output="$logs/${name}_node%n.log" "$@"
+    --cpu-bind=none --kill-on-bad-exit=0 --wait="${WAIT_SECONDS:-30}" --label --output="$logs/${name}_node%n.log" "$@"
 }
 
 # srun's names for a task's place, under those of torchrun. A rank whose slurmstepd is gone ends by itself.
@@ -125,7 +125,8 @@ run() {
 
 # finish CODE: of the training step. Nothing is put back into the queue that somebody has cancelled.
 finish() {
-  if [ "$1" = 75 ] || { [ "$signalled" != 0 ] && [ "$1" = 138 ]; }; then # 138: by SIGUSR1, before there was a run to save
+  # 130, or 138 by SIGUSR1 itself before anything handled it: there was nothing to save yet.
+  if [ "$1" = 75 ] || { [ "$signalled" != 0 ] && { [ "$1" = 130 ] || [ "$1" = 138 ]; }; }; then
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
       say "stopped with $1; back into the queue"
       scontrol requeue "$SLURM_JOB_ID"
