@@ -19,7 +19,6 @@ from tiny_model import write_tiny_model
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.keys import bearer
 from megatron_rl.rollout.serve import registered_keys
-from megatron_rl.rollout.server import gpu_share
 from megatron_rl.train.serving import is_one_machine
 
 
@@ -86,15 +85,6 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready", trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def test_servers_of_one_machine_share_its_gpus() -> None:
-    gpus = [str(i) for i in range(8)]
-    assert [gpu_share(gpus, i, 3) for i in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
-    assert gpu_share(gpus, 0, 1) == gpus
-    assert gpu_share([], 3, 4) == []
-    with pytest.raises(ValueError, match="rollout.servers = 3 on a machine with 2 GPUs"):
-        gpu_share(["0", "1"], 0, 3)
 
 
 def test_weights_pass_through_memory_on_one_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:

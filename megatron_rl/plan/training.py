@@ -29,8 +29,6 @@ def plan_training(
     """path, overrides: of the configuration, as they were given."""
     layout = config.parallel.layout(cluster.training_ranks)
     found = list(problems(config, bailing, layout.world_size))
-    if isinstance(config, RlConfig):
-        found += config.sharing_problems(bool(config.rollout.urls or cluster.serving_nodes))
     plan: dict[str, Any] = {"layout": asdict(layout)}
     if not found:
         plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
@@ -44,6 +42,8 @@ def plan_training(
         )
         if isinstance(config, RlConfig) and cluster.rates is not None:
             plan["step"] = _step(config, bailing, cluster, cluster.rates)
+    if isinstance(config, RlConfig):
+        found += config.sharing_problems(attached=bool(config.rollout.urls or cluster.serving_nodes))
     kind = "sft" if isinstance(config, SftConfig) else "train"
     return plan | {"launch": _launch(kind, cluster, path, overrides), "problems": found}
 
@@ -116,8 +116,10 @@ def _memory(
         # Servers start when the trainer has its state, and before it has seen a token.
         stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
         state = {part: training[part] for part in stays} if colocated else {}
+        # On nodes of their own job.sh starts as many as there are GPUs for.
+        rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
         parts, numbers, against = plan_servers(
-            config.rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
+            rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
         )
         if colocated and not numbers["gpus_each"]:
             host |= parts
@@ -125,9 +127,6 @@ def _memory(
             training |= parts
         elif numbers["gpus_each"]:
             memory["serving_gpu"] = state | parts
-        if not colocated and numbers["gpus_each"]:  # job.sh divides a node's GPUs among its serving processes
-            numbers["per_node"] = cluster.gpus_per_node // numbers["gpus_each"]
-            numbers["idle_gpus"] = cluster.gpus_per_node % numbers["gpus_each"]
         servers = {"servers": numbers}
         found += against
     memory["host"] = host
