@@ -108,11 +108,15 @@ def test_the_papers_run_on_256_gpus(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "a plan makes nothing"
 
 
-def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+def text_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> str:
     names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates")
-    values = {"json": True} | dict.fromkeys(names) | options
+    values = {"json": False} | dict.fromkeys(names) | options
     run_plan(argparse.Namespace(config=config, set=list(overrides), **values))
-    return json.loads(capsys.readouterr().out)
+    return capsys.readouterr().out
+
+
+def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return dict(json.loads(text_in_process(capsys, config, *overrides, json=True, **options)))
 
 
 def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
@@ -176,28 +180,12 @@ def test_embedded_servers_are_on_the_cpu_and_for_small_models(
     embedded = ("rollout.engine=embedded", "rollout.servers=2")
     (problem,) = run_in_process(capsys, config, *embedded)["problems"]
     # 2 x 2.75e9 operations for each of 64 responses, at 60e9 a second.
-    assert problem.startswith(
-        "rollout.engine 'embedded' generates on the CPU, and for 2.75 B active parameters a token"
-    )
-    assert (
-        "takes about 5.9 s there, more than rollout.token_deadline_seconds 1; set rollout.engine = 'sglang'" in problem
-    )
-    run_plan(
-        argparse.Namespace(
-            config=config,
-            set=[*embedded, "rollout.token_deadline_seconds=10"],
-            json=False,
-            rates=None,
-            nodes=1,
-            gpus_per_node=8,
-            serving_nodes=0,
-            gpu_memory_gb=192.0,
-        )
-    )
-    said = capsys.readouterr()
-    assert "servers   2 per node, each on the CPU\n" in said.out
-    assert "is for small models" not in said.err
-    found = run_in_process(capsys, config, *embedded, "rollout.token_deadline_seconds=10", gpu_memory_gb=192.0)
+    assert problem.startswith("rollout.engine 'embedded' generates on the CPU, and for 2.75 B active parameters")
+    assert "about 5.9 s there, more than rollout.token_deadline_seconds 1; set rollout.engine = 'sglang'" in problem
+    slow = (*embedded, "rollout.token_deadline_seconds=10")
+    assert "servers   2 per node, each on the CPU\n" in text_in_process(capsys, config, *slow, gpu_memory_gb=192.0)
+    found = run_in_process(capsys, config, *slow, gpu_memory_gb=192.0)
+    assert found["problems"] == []
     assert not found["memory"]["training_gpu"].keys() & {"server_weights", "server_cache"}
     # Two servers with old and new weights, and a cache in fp32 of 64 slots of 16,384 tokens.
     assert found["memory"]["host"]["server_weights"] == 2 * 2 * 2 * 16_801_974_272
@@ -228,19 +216,8 @@ def test_gpus_that_do_not_generate_are_told(tmp_path: Path, capsys: pytest.Captu
     small = "rollout.max_running_requests=8"
     by_default = run_in_process(capsys, config, small)["servers"]
     assert (by_default["per_node"], by_default["gpus_each"], by_default["idle_gpus"]) == (8, 1, 0)
-    run_plan(
-        argparse.Namespace(
-            config=config,
-            set=[small, "rollout.servers=1"],
-            json=False,
-            rates=None,
-            nodes=1,
-            gpus_per_node=8,
-            serving_nodes=0,
-            gpu_memory_gb=0.0,
-        )
-    )
-    assert "7 of a node's 8 GPUs do not generate: raise rollout.servers, or --tp-size" in capsys.readouterr().out
+    text = text_in_process(capsys, config, small, "rollout.servers=1")
+    assert "7 of a node's 8 GPUs do not generate: raise rollout.servers, or --tp-size" in text
     # On nodes of their own job.sh starts as many as fit, whatever rollout.servers says.
     options = ("rollout.sglang_arguments=['--tp-size', '3']", "rollout.servers=7", small)
     apart = run_in_process(capsys, config, *options, nodes=3, serving_nodes=1, gpu_memory_gb=192.0)["servers"]
@@ -314,7 +291,8 @@ def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
         "unseen": None,
     }
     assert found["responses"]["total"] == 980
-    (problem,) = run_in_process(capsys, evaluation, "rollout.max_response_tokens=16384")["problems"]
+    long = "rollout.max_response_tokens=16384"
+    (problem,) = run_in_process(capsys, evaluation, long, gpu_memory_gb=0.0)["problems"]
     assert "= 18432 is over the model's max_position_embeddings 16384" in problem
 
 
