@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import write_tiny_model
 
 from megatron_rl import device, preflight
+from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import GenerationSection, RlConfig
@@ -259,6 +262,34 @@ def test_what_cannot_share_gpus_is_refused(
         else:
             with pytest.raises(ValueError, match=message):
                 check_seats(one_node(**sync), ranks, trains_on_gpu=True)
+
+
+def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'run_dir = "{tmp_path}/run"\nmodel.path = "{tmp_path}/model"\ndata.train = "{tmp_path}/train.jsonl"\n'
+        "budget.tokens = 64\nrollout = {prompts_per_step = 1, samples_per_prompt = 2, servers = 1}\n"
+        "train = {steps = 1, micro_batch_tokens = 128}\n"
+    )
+    config = load_config(RlConfig, file)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # of a launcher, on a machine without GPUs
+    with machine([]):
+        preflight.check_before_start(config, 2, resume=False)
+        monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
+        with pytest.raises(ValueError, match=r"needs about .* GiB of host memory and 0.0 GiB are free"):
+            preflight.check_before_start(config, 2, resume=False)
+        monkeypatch.undo()
+    on_cpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
+    with machine(["0", "1"]):
+        preflight.check_before_start(config, 2, resume=False)
+        on_gpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
+        with pytest.raises(ValueError, match="4 training ranks on a machine with 2 GPUs, and each needs one"):
+            preflight.check_before_start(config, 4, resume=False)
+    assert 0 < on_gpu < on_cpu, "embedded servers and copies stay in host memory, the ranks' state does not"
 
 
 def test_nccl_and_ipc_need_a_trainer_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

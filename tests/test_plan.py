@@ -224,6 +224,27 @@ def test_gpus_that_do_not_generate_are_told(tmp_path: Path, capsys: pytest.Captu
     assert (apart["per_node"], apart["gpus_each"], apart["idle_gpus"]) == (2, 3, 2)
 
 
+def test_a_serving_node_starts_as_many_processes_as_servers_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path)
+    parts = "sed -n '/ each=/,/ per_node=/p' " + str(ROOT / "examples/ring_lite/slurm/job.sh")
+    job = f'set -euo pipefail; gpus=8; logs={tmp_path}; eval "$({parts})"; echo $per_node'
+    fast = "rollout.token_deadline_seconds=10"
+    for override, expected in [
+        ("rollout.sglang_arguments=['--tp-size', '4']", "2"),
+        ("rollout.sglang_arguments=['--tp=3']", "2"),
+        ("rollout.sglang_arguments=[]", "8"),
+        ("rollout.engine=embedded", "8"),
+        ("rollout.sglang_arguments=['--tp-size', '16']", "0"),  # which the script refuses
+    ]:
+        options = {"nodes": 2, "serving_nodes": 1, "gpu_memory_gb": 0.0}
+        text = text_in_process(capsys, config, override, fast, json=True, **options)
+        (tmp_path / "plan.json").write_text(text)
+        done = subprocess.run(["bash", "-c", job], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n", override
+
+
 def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(tmp_path)
 
