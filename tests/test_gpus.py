@@ -283,7 +283,7 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
         with pytest.raises(ValueError, match=r"needs about .* GiB of host memory and 0.0 GiB are free"):
             preflight.check_before_start(config, 2, resume=False)
         monkeypatch.undo()
-    on_cpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
+        on_cpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
     with machine(["0", "1"]):
         preflight.check_before_start(config, 2, resume=False)
         on_gpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
