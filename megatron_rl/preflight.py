@@ -27,7 +27,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     rollouts: a file to train from in place of servers.
     """
     bailing = load_bailing_config(config.model.path)
-    for problem in problems(config, bailing, world_size):
+    serves = isinstance(config, RlConfig) and not config.rollout.urls and rollouts is None
+    for problem in problems(config, bailing, world_size, serves):
         raise ValueError(problem)
     num_gpus = len(visible_gpus())
     if 0 < num_gpus < world_size:
@@ -52,22 +53,20 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     if isinstance(config, RlConfig):
         rollout = config.rollout
-        starts_servers = not rollout.urls and rollouts is None
         if rollout.router_replay:
             if rollouts is not None:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
-            if rollout.engine == "sglang" and starts_servers and not visible_gpus():
+            if rollout.engine == "sglang" and serves and not visible_gpus():
                 raise ValueError(
                     "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
                     "rollout.engine = 'embedded' or rollout.router_replay = false"
                 )
         if rollouts is None:
             check_seats(config, world_size, bool(visible_gpus()))
-        if starts_servers:
+        if serves:
             _check_servers(rollout)
             if config.sync.transport == "ipc":
                 check_same_torch(rollout)
-    serves = isinstance(config, RlConfig) and not config.rollout.urls and rollouts is None
     needed = required_bytes(config, bailing, world_size, serves)
     _check_memory(needed, config.model.dtype, bailing, "train.micro_batch_tokens or rollout.max_running_requests")
 
@@ -75,7 +74,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
     bailing = load_bailing_config(config.model.path)
-    for problem in generation_problems(config.rollout, bailing):
+    for problem in serving_problems(config.rollout, bailing):
         raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
     needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
@@ -91,7 +90,7 @@ def check_before_selection(config: SelectConfig) -> None:
     _check_servers(config.rollout)
     for candidate in find_candidates(config.candidates):
         bailing = load_bailing_config(candidate.path)
-        for problem in generation_problems(config.rollout, bailing):
+        for problem in serving_problems(config.rollout, bailing):
             raise ValueError(f"candidate {candidate.path}: {problem}")
         # Of one candidate after the other.
         needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
@@ -103,17 +102,17 @@ def check_before_selection(config: SelectConfig) -> None:
 _EMBEDDED_FLOPS = 60e9
 
 
-def generation_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
-    """Sequences that are longer than the model can read, and a model that is too large for the embedded server."""
+def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves: bool = True) -> Iterator[str]:
+    """Sequences that are longer than the model can read, and a model that is too large for the embedded server.
+    serves: servers are started."""
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
             f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
         )
-
     active, slots = bailing.num_active_parameters(), rollout.max_running_requests
     seconds = 2 * active * slots / (_EMBEDDED_FLOPS * rollout.threads)
-    if rollout.engine == "embedded" and not rollout.urls and seconds > rollout.token_deadline_seconds:
+    if serves and rollout.engine == "embedded" and seconds > rollout.token_deadline_seconds:
         yield (
             f"rollout.engine 'embedded' generates on the CPU, and for {active / 1e9:.2f} B active parameters a token "
             f"of {slots} responses (rollout.max_running_requests) takes about {seconds:.1f} s there, more than "
@@ -165,12 +164,13 @@ def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
         )
 
 
-def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iterator[str]:
-    """What the configuration and the model's shape alone say against a run, whatever machine it is for."""
+def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> Iterator[str]:
+    """What the configuration and the model's shape alone say against a run, whatever machine it is for. serves: it
+    starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(bailing)
     yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
-        yield from generation_problems(config.rollout, bailing)
+        yield from serving_problems(config.rollout, bailing, serves)
         if config.rollout.router_replay:
             try:
                 routed_shape(bailing)

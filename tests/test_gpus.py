@@ -289,6 +289,13 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
         on_gpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
         with pytest.raises(ValueError, match="4 training ranks on a machine with 2 GPUs, and each needs one"):
             preflight.check_before_start(config, 4, resume=False)
+    # Without servers it does not matter what these could not do.
+    slow = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"token_deadline_seconds": 1e-9, "max_response_tokens": 8})}
+    )
+    with machine([]), pytest.raises(ValueError, match="rollout.engine 'embedded' generates on the CPU"):
+        preflight.check_before_start(slow, 1, resume=False)
+    assert not list(preflight.problems(slow, load_bailing_config(config.model.path), 1, serves=False))
     assert 0 < on_gpu < on_cpu, "embedded servers and copies stay in host memory, the ranks' state does not"
 
 

@@ -126,9 +126,8 @@ def _servers(plan: dict[str, Any]) -> Iterator[str]:
         return
     servers = plan["servers"]
     gpus = servers["gpus_each"]
-    yield f"{servers['per_node']} per node, each " + (
-        f"over {gpus} GPU{'' if gpus == 1 else 's'}" if gpus else "on the CPU"
-    )
+    where = f"over {gpus} GPU{'' if gpus == 1 else 's'}" if gpus else "on the CPU"
+    yield f"{servers['per_node']} per node, each {where}"
     if servers["idle_gpus"]:
         told = f"{servers['idle_gpus']} of a node's {plan['cluster']['gpus_per_node']} GPUs do not generate"
         yield f"{told}: raise rollout.servers, or --tp-size in rollout.sglang_arguments"

@@ -28,7 +28,8 @@ def plan_training(
 ) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given."""
     layout = config.parallel.layout(cluster.training_ranks)
-    found = list(problems(config, bailing, layout.world_size))
+    serves = isinstance(config, RlConfig) and not config.rollout.urls
+    found = list(problems(config, bailing, layout.world_size, serves))
     plan: dict[str, Any] = {"layout": asdict(layout)}
     if not found:
         plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 class NodeServers:
     """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside: one of them is on rank
-    0's machine. Both are known where weights go over a process group. keeper: of this node's servers,
-    on its first rank. node: its number. `close()` ends these."""
+    0's machine. Both are known where weights go over a process group. keeper: of this node's servers, on its first
+    rank. node: its number. `close()` ends these."""
 
     def __init__(
         self, config: RlConfig, weights: Path, control: Any, signals: StopSignals, keys: Mapping[str, str]
