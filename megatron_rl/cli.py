@@ -199,10 +199,11 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     config = load_config(kind, arguments.config, arguments.set)
     keys = None
     if getattr(arguments, "servers", None):
-        from megatron_rl.rollout.serve import registered_keys
+        from megatron_rl.rollout.serve import check_registered_torch, registered_keys
 
         keys = registered_keys(arguments.servers, config.rollout.ready_deadline_seconds)
         config = load_config(kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
+        check_registered_torch(arguments.servers, config)
     rollouts = getattr(arguments, "rollouts", None)
     if place.world_size == 1:
         num_ranks = arguments.nproc or 1

@@ -29,6 +29,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import mmap
 import os
 import platform
 import resource
@@ -38,7 +39,7 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -71,8 +72,15 @@ def backend() -> str:
 
 
 def set_local_device(local_rank: int) -> None:
-    if on_cuda():
-        torch.cuda.set_device(local_rank)
+    """Take the GPU of this rank's number on its machine; nothing on a CPU. ValueError when there are not so many."""
+    if not on_cuda():
+        return
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs, and each rank needs one; start "
+            "fewer (--nproc, torchrun --nproc_per_node), or name more in CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def use_in_thread(where: torch.device) -> None:
@@ -112,9 +120,36 @@ def synchronize() -> None:
 
 
 def host_empty(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on. With CUDA it takes
-    up to twice as much: torch rounds pinned memory up to a power of two."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_cuda())
+    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on.
+
+    It is made and given back as it is asked for: keep what is used again. Fault where the driver cannot lock so much.
+    """
+    if not on_cuda() or not num_bytes:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return torch.frombuffer(_LockedMemory(num_bytes), dtype=torch.uint8)
+
+
+class _LockedMemory(mmap.mmap):
+    """Host memory that CUDA has locked, to the page. What torch locks itself it rounds up to a power of two."""
+
+    _address = 0
+
+    def __new__(cls, num_bytes: int) -> Self:
+        self = super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.madvise(mmap.MADV_DONTFORK)  # a child's copy would have the parent write elsewhere than the device reads
+        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+        if code:
+            raise Fault(
+                f"CUDA cannot lock {num_bytes / 2**30:.2f} GiB of host memory (error {code}); see what the machine has "
+                "free, and the limits of the container"
+            )
+        self._address = address
+        return self
+
+    def __del__(self) -> None:  # with the last tensor on it
+        if self._address:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
 def send(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ Transformer Engine's layers keep less.
 from dataclasses import asdict, dataclass
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import GenerationSection, ModelSection, RunConfig
+from megatron_rl.config.schema import GenerationSection, ModelSection, RlConfig, RunConfig
 from megatron_rl.layout import Layout
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -187,6 +187,46 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
             )
         )
     return found
+
+
+def host_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout, num_ranks: int) -> dict[str, int]:
+    """Host memory of one machine with `num_ranks` of the training ranks, by part, beside what these hold on their
+    devices and beside servers.
+
+        checkpoint  the copy that becomes one
+        optimizer   states that live in host memory, or are there while servers generate
+        reference   weights of the KL term, and the present ones while those take their place
+        exports     on one machine: two in the folder that servers read
+        buckets     of weights on their way by gloo, two on the first rank and one on each other
+    """
+    item, share = ITEM_BYTES[config.model.dtype], num_ranks / layout.world_size
+    stages = rank_bytes(config, bailing, layout)
+    ranks_per_stage = layout.world_size // layout.pipeline
+    found = {"checkpoint": round(share * bailing.num_parameters() * SAVED_BYTES[config.model.dtype])}
+    offload = config.optimizer.offload_fraction
+    if isinstance(config, RlConfig) and config.train.offload_while_generating:
+        offload = 1.0
+    if offload:
+        states = bailing.num_parameters() * _OPTIMIZER_BYTES[config.model.dtype]
+        found["optimizer"] = round(share * offload * states)
+    if not isinstance(config, RlConfig):
+        return found
+    if config.algorithm.kl_coefficient:
+        found["reference"] = round(share * 2 * ranks_per_stage * sum(rank.weights for rank in stages))
+    if share == 1.0:
+        found["exports"] = 2 * bailing.num_parameters() * item
+    if config.sync.transport == "distributed":
+        found["buckets"] = (num_ranks + 1) * config.sync.bucket_mb * 2**20
+    return found
+
+
+def serving_host_bytes(
+    rollout: GenerationSection, dtype: str, bailing: BailingConfig, num_gpus: int, updates: bool = True
+) -> int:
+    """Host memory of all servers of a machine with so many GPUs: of embedded ones, and of SGLang's on a CPU."""
+    if num_gpus and rollout.engine == "sglang":
+        return 0
+    return rollout.servers_on(num_gpus) * sum(server_bytes(rollout, dtype, bailing, updates))
 
 
 def server_bytes(

@@ -12,11 +12,12 @@ from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
-from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, rank_bytes, server_bytes
+from megatron_rl.gpus import expandable_segments, visible_gpus
+from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
 from megatron_rl.rollout.recorded import check_first_row
 from megatron_rl.rollout.routing import routed_shape
-from megatron_rl.rollout.server import find_sglang, on_gpu
+from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
 
 
@@ -26,8 +27,15 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     rollouts: a file to train from in place of servers.
     """
     bailing = load_bailing_config(config.model.path)
-    for problem in problems(config, bailing, world_size):
+    serves = isinstance(config, RlConfig) and not config.rollout.urls and rollouts is None
+    for problem in problems(config, bailing, world_size, serves):
         raise ValueError(problem)
+    num_gpus = len(visible_gpus())
+    if 0 < num_gpus < world_size:
+        raise ValueError(
+            f"{world_size} training ranks on a machine with {num_gpus} GPUs, and each needs one; start fewer "
+            "(--nproc), or name more in CUDA_VISIBLE_DEVICES"
+        )
     data = config.data.files if isinstance(config, SftConfig) else []
     if isinstance(config, RlConfig):
         data += config.data.train_files
@@ -45,29 +53,31 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     if isinstance(config, RlConfig):
         rollout = config.rollout
-        starts_servers = not rollout.urls and rollouts is None
         if rollout.router_replay:
             if rollouts is not None:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
-            if rollout.engine == "sglang" and starts_servers and not on_gpu():
+            if rollout.engine == "sglang" and serves and not visible_gpus():
                 raise ValueError(
                     "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
                     "rollout.engine = 'embedded' or rollout.router_replay = false"
                 )
-        if starts_servers:
+        if rollouts is None:
+            check_seats(config, world_size, bool(visible_gpus()))
+        if serves:
             _check_servers(rollout)
-    needed = required_bytes(config, bailing, world_size)
+            if config.sync.transport == "ipc":
+                check_same_torch(rollout)
+    needed = required_bytes(config, bailing, world_size, serves)
     _check_memory(needed, config.model.dtype, bailing, "train.micro_batch_tokens or rollout.max_running_requests")
 
 
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
     bailing = load_bailing_config(config.model.path)
-    for problem in length_problems(config.rollout, bailing):
+    for problem in serving_problems(config.rollout, bailing):
         raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
-    one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
-    needed = config.rollout.num_servers * sum(one)
+    needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
 
 
@@ -80,38 +90,87 @@ def check_before_selection(config: SelectConfig) -> None:
     _check_servers(config.rollout)
     for candidate in find_candidates(config.candidates):
         bailing = load_bailing_config(candidate.path)
-        for problem in length_problems(config.rollout, bailing):
+        for problem in serving_problems(config.rollout, bailing):
             raise ValueError(f"candidate {candidate.path}: {problem}")
-        one = server_bytes(config.rollout, config.model.dtype, bailing, updates=False)
-        needed = config.rollout.num_servers * sum(one)  # of one candidate after the other
+        # Of one candidate after the other.
+        needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
         _check_memory(needed, config.model.dtype, bailing, largest)
 
 
-def length_problems(rollout: GenerationSection, bailing: BailingConfig) -> Iterator[str]:
-    """Sequences that are longer than the model can read."""
+# Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
+_EMBEDDED_FLOPS = 60e9
+
+
+def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves: bool = True) -> Iterator[str]:
+    """Sequences that are longer than the model can read, and a model that is too large for the embedded server.
+    serves: servers are started."""
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
             f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
         )
+    active, slots = bailing.num_active_parameters(), rollout.max_running_requests
+    seconds = 2 * active * slots / (_EMBEDDED_FLOPS * rollout.threads)
+    if serves and rollout.engine == "embedded" and seconds > rollout.token_deadline_seconds:
+        yield (
+            f"rollout.engine 'embedded' generates on the CPU, and for {active / 1e9:.2f} B active parameters a token "
+            f"of {slots} responses (rollout.max_running_requests) takes about {seconds:.1f} s there, more than "
+            f"rollout.token_deadline_seconds {rollout.token_deadline_seconds:g}; set rollout.engine = 'sglang', which "
+            "runs on GPUs"
+        )
 
 
 def _check_servers(rollout: RolloutSection) -> None:
     """That those of this machine can be started."""
+    num_servers = len(server_gpus(rollout))
     if rollout.engine == "sglang":
         find_sglang(rollout)
     if rollout.port:
-        for i in range(rollout.num_servers):
+        for i in range(num_servers):
             _check_port(rollout.port + i)
 
 
-def problems(config: RunConfig, bailing: BailingConfig, world_size: int) -> Iterator[str]:
-    """What the configuration and the model's shape alone say against a run, whatever machine it is for."""
+def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
+    """ValueError for servers and ways of weights that cannot share this machine's GPUs with the trainer. num_ranks:
+    training ranks of this machine."""
+    attached = bool(config.rollout.urls)
+    for problem in config.sharing_problems(attached):
+        raise ValueError(problem)
+    gpus = visible_gpus()
+    if config.sync.transport == "distributed" and config.sync.backend == "nccl" and not trains_on_gpu:
+        raise ValueError("sync.backend 'nccl' needs a run that trains on GPUs, this one does not; set 'auto' or 'gloo'")
+    if not attached:
+        server_gpus(config.rollout)
+    if config.sync.transport != "ipc" or not gpus:
+        return
+    if not trains_on_gpu:
+        raise ValueError(
+            "sync.transport 'ipc' is for servers on the GPUs that the trainer is on, and this torch finds none while "
+            f"the machine has {len(gpus)}; install a torch for CUDA, or set MEGATRON_RL_DEVICE=cpu"
+        )
+    if num_ranks != len(gpus):
+        raise ValueError(
+            f"sync.transport 'ipc' needs a training rank on every GPU, and {num_ranks} ranks share this machine's "
+            f"{len(gpus)}; start one for each (--nproc, torchrun --nproc_per_node), or name {num_ranks} in "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    variable = expandable_segments()
+    if variable is not None:
+        raise ValueError(
+            f"{variable} asks for expandable segments, and sync.transport 'ipc' hands this memory to other processes, "
+            "which many containers forbid for such (pidfd_getfd: Operation not permitted); take expandable_segments "
+            "out of it, or set sync.transport = 'disk'"
+        )
+
+
+def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> Iterator[str]:
+    """What the configuration and the model's shape alone say against a run, whatever machine it is for. serves: it
+    starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(bailing)
     yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
-        yield from length_problems(config.rollout, bailing)
+        yield from serving_problems(config.rollout, bailing, serves)
         if config.rollout.router_replay:
             try:
                 routed_shape(bailing)
@@ -137,30 +196,25 @@ def _check_port(port: int) -> None:
             raise ValueError(f"rollout.port {port} cannot be used ({error.strerror}); set another or 0") from None
 
 
-def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int) -> int:
-    """Host memory of a run on this machine: all ranks, the copy that becomes a checkpoint, two exports in the shared
-    folder, the reference, servers."""
-    layout = config.parallel.layout(world_size)
-    stages = rank_bytes(config, bailing, layout)
-    ranks_per_stage = world_size // layout.pipeline
-    total = ranks_per_stage * sum(rank.total for rank in stages)
-    total += bailing.num_parameters() * (SAVED_BYTES[config.model.dtype] + 2 * ITEM_BYTES[config.model.dtype])
-    if isinstance(config, RlConfig):
-        if config.algorithm.kl_coefficient:
-            total += ranks_per_stage * sum(rank.weights for rank in stages)
-        if not config.rollout.urls:
-            total += config.rollout.num_servers * sum(server_bytes(config.rollout, config.model.dtype, bailing))
+def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> int:
+    """Host memory of a run on this machine. serves: it starts servers."""
+    layout, num_gpus = config.parallel.layout(world_size), len(visible_gpus())
+    total = sum(host_bytes(config, bailing, layout, world_size).values())
+    if not num_gpus:
+        ranks_per_stage = world_size // layout.pipeline
+        total += ranks_per_stage * sum(rank.total for rank in rank_bytes(config, bailing, layout))
+    if serves:
+        assert isinstance(config, RlConfig)
+        total += serving_host_bytes(config.rollout, config.model.dtype, bailing, num_gpus)
     return total
 
 
 def _check_memory(needed: int, dtype: str, bailing: BailingConfig, largest: str) -> None:
     """largest: the keys by which it could need less."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ or Path("/dev/nvidia0").exists():
-        return  # host memory is not where a GPU run keeps its state
     free = psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: "
+            f"this run needs about {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are free: "
             f"{bailing.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, or a "
             "larger machine"
         )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_rl.config.schema import RolloutSection, SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
+from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import ServerPool
@@ -153,8 +154,13 @@ def shared(value: Any, control: Any) -> Any:
     return box[0]
 
 
+def refused_alone(*arguments: Any, **more: Any) -> None:
+    raise AssertionError("over NCCL a send that is in no batch makes a communicator of its own for the pair, of 100 MB")
+
+
 def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Push in buckets of one parameter, damage a server, push in one bucket; prove each time."""
+    dist.send = dist.recv = refused_alone
     servers = Servers(spec, folder) if session.rank == 0 else None
     report: dict[str, Any] = {"pushes": []}
     try:
@@ -246,6 +252,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
         scenario("killed before", lambda servers: servers.kill_and_wait(1))
         scenario("killed within", lambda servers: servers.at_a_bucket(transport, 0, signal.SIGKILL))
         scenario("stopped within", lambda servers: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
+        report["no communicator"] = without_communicator(session, servers, push)
         if servers:
             servers.stop_requested = True
         report["stop"] = push(2)
@@ -269,6 +276,27 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
         if servers:
             servers.close()
     return report
+
+
+def without_communicator(session: Session, servers: Servers | None, push: Callable[..., str]) -> list[str]:
+    """What comes of pushes, in a group of their own, whose first broadcast raises as NCCL's does."""
+    key_of = servers.key_of if servers else no_key
+    transport = DistributedTransport(
+        session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS, key_of=key_of
+    )
+    broadcast = update_group.broadcast
+
+    def failing(*arguments: Any) -> Any:
+        update_group.broadcast = broadcast
+        raise dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage\nncclInvalidUsage: This usually reflects invalid "
+            "usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000"
+        )
+
+    update_group.broadcast = failing
+    said = [push(4, transport), push(5, transport)]
+    transport.close()
+    return said
 
 
 async def settled(pool: ServerPool) -> None:

@@ -26,6 +26,7 @@ LAYERS = {
     "config": 0,
     "records": 0,
     "device": 0,
+    "gpus": 0,
     "layout": 0,
     "memory": 0,
     "lifeline": 0,
@@ -75,7 +76,7 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    torchless = ("config", "records", "endpoint", "data", "reward", "layout", "memory")
+    torchless = ("config", "records", "endpoint", "data", "reward", "layout", "gpus", "memory")
     torchless += ("preflight", "plan", "simulation", "report")
     for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))

@@ -108,11 +108,15 @@ def test_the_papers_run_on_256_gpus(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "a plan makes nothing"
 
 
-def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+def text_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> str:
     names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates")
-    values = {"json": True} | dict.fromkeys(names) | options
+    values = {"json": False} | dict.fromkeys(names) | options
     run_plan(argparse.Namespace(config=config, set=list(overrides), **values))
-    return json.loads(capsys.readouterr().out)
+    return capsys.readouterr().out
+
+
+def run_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return dict(json.loads(text_in_process(capsys, config, *overrides, json=True, **options)))
 
 
 def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
@@ -146,9 +150,99 @@ def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
     attention = 5 * 2 * 28 * 2048 * 13_000 * 409_600 / 3e14
     assert matmuls + attention < step["train_seconds"]["mean"] < matmuls + 2 * attention + 2
     # Options come before the file.
-    found = run_in_process(capsys, config, nodes=34, serving_nodes=2, gpu_memory_gb=192.0)
-    assert found["layout"]["world_size"] == 256
+    apart = {"nodes": 34, "serving_nodes": 2, "gpu_memory_gb": 192.0}
+    found = run_in_process(capsys, config, "sync.transport=distributed", **apart)
+    assert (found["problems"], found["layout"]["world_size"]) == ([], 256)
     assert found["memory"]["serving_gpu"]["total"] == pytest.approx(0.55 * 192 * 2**30, abs=1)
+
+
+def test_what_cannot_be_where_servers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(tmp_path)
+
+    def problems(*overrides: str, serving: int = 0) -> list[str]:
+        options = {"nodes": 2, "serving_nodes": serving, "gpu_memory_gb": 0.0}
+        return list(run_in_process(capsys, config, *overrides, **options)["problems"])
+
+    nccl = ("sync.transport=distributed", "sync.backend=nccl")
+    (problem,) = problems(*nccl)
+    assert problem.startswith("sync.backend 'nccl' is for servers on GPUs of their own")
+    assert problems(*nccl, serving=1) == problems("sync.transport=distributed") == problems("sync.transport=ipc") == []
+    (problem,) = problems("sync.transport=ipc", serving=1)
+    assert problem.startswith("sync.transport 'ipc' is for SGLang servers that this run starts")
+    (problem,) = problems("rollout.release_memory=true", serving=1)
+    assert problem.startswith("rollout.release_memory is for servers that this run starts")
+
+
+def test_embedded_servers_are_on_the_cpu_and_for_small_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path)
+    embedded = ("rollout.engine=embedded", "rollout.servers=2")
+    (problem,) = run_in_process(capsys, config, *embedded)["problems"]
+    # 2 x 2.75e9 operations for each of 64 responses, at 60e9 a second.
+    assert problem.startswith("rollout.engine 'embedded' generates on the CPU, and for 2.75 B active parameters")
+    assert "about 5.9 s there, more than rollout.token_deadline_seconds 1; set rollout.engine = 'sglang'" in problem
+    slow = (*embedded, "rollout.token_deadline_seconds=10")
+    assert "servers   2 per node, each on the CPU\n" in text_in_process(capsys, config, *slow, gpu_memory_gb=192.0)
+    found = run_in_process(capsys, config, *slow, gpu_memory_gb=192.0)
+    assert found["problems"] == []
+    assert not found["memory"]["training_gpu"].keys() & {"server_weights", "server_cache"}
+    # Two servers with old and new weights, and a cache in fp32 of 64 slots of 16,384 tokens.
+    assert found["memory"]["host"]["server_weights"] == 2 * 2 * 2 * 16_801_974_272
+    assert found["memory"]["host"]["server_cache"] == 2 * 64 * 16_384 * 28 * 2 * 512 * 4
+
+
+def test_host_memory_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, parameters = written(tmp_path), 16_801_974_272
+    gpus = {"gpu_memory_gb": 0.0}
+    found = run_in_process(capsys, config, **gpus)["memory"]["host"]
+    assert found == {"checkpoint": 14 * parameters, "exports": 4 * parameters, "total": 18 * parameters}
+    options = ("algorithm.kl_coefficient=0.1", "optimizer.offload_fraction=0.25", "sync.transport=distributed")
+    found = run_in_process(capsys, config, *options, nodes=4, **gpus)["memory"]["host"]
+    weights = run_in_process(capsys, config, nodes=4, **gpus)["memory"]["training_gpu"]["weights"]
+    assert found == {
+        "checkpoint": 14 * parameters // 4,
+        "optimizer": 12 * parameters // 4 // 4,
+        "reference": 2 * 8 * weights,
+        "buckets": 9 * 512 * 2**20,  # two on the first rank
+        "total": found["total"],
+    }
+    turns = ("rollout.release_memory=true", "train.offload_while_generating=true")
+    assert run_in_process(capsys, config, *turns, **gpus)["memory"]["host"]["optimizer"] == 12 * parameters
+
+
+def test_gpus_that_do_not_generate_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(tmp_path)
+    small = "rollout.max_running_requests=8"
+    by_default = run_in_process(capsys, config, small)["servers"]
+    assert (by_default["per_node"], by_default["gpus_each"], by_default["idle_gpus"]) == (8, 1, 0)
+    text = text_in_process(capsys, config, small, "rollout.servers=1")
+    assert "7 of a node's 8 GPUs do not generate: raise rollout.servers, or --tp-size" in text
+    # On nodes of their own job.sh starts as many as fit, whatever rollout.servers says.
+    options = ("rollout.sglang_arguments=['--tp-size', '3']", "rollout.servers=7", small)
+    apart = run_in_process(capsys, config, *options, nodes=3, serving_nodes=1, gpu_memory_gb=192.0)["servers"]
+    assert (apart["per_node"], apart["gpus_each"], apart["idle_gpus"]) == (2, 3, 2)
+
+
+def test_a_serving_node_starts_as_many_processes_as_servers_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path)
+    parts = "sed -n '/ each=/,/ per_node=/p' " + str(ROOT / "examples/ring_lite/slurm/job.sh")
+    job = f'set -euo pipefail; gpus=8; logs={tmp_path}; eval "$({parts})"; echo $per_node'
+    fast = "rollout.token_deadline_seconds=10"
+    for override, expected in [
+        ("rollout.sglang_arguments=['--tp-size', '4']", "2"),
+        ("rollout.sglang_arguments=['--tp=3']", "2"),
+        ("rollout.sglang_arguments=[]", "8"),
+        ("rollout.engine=embedded", "8"),
+        ("rollout.sglang_arguments=['--tp-size', '16']", "0"),  # which the script refuses
+    ]:
+        options = {"nodes": 2, "serving_nodes": 1, "gpu_memory_gb": 0.0}
+        text = text_in_process(capsys, config, override, fast, json=True, **options)
+        (tmp_path / "plan.json").write_text(text)
+        done = subprocess.run(["bash", "-c", job], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n", override
 
 
 def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +300,7 @@ def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "seen.jsonl").write_text("{}\n" * 30)
     evaluation = tmp_path / "evaluation.toml"
     evaluation.write_text(
-        f"{model}[rollout]\nmax_prompt_tokens = 2048\nmax_response_tokens = 8192\n"
+        f'{model}[rollout]\nengine = "sglang"\nmax_prompt_tokens = 2048\nmax_response_tokens = 8192\n'
         f'[benchmarks.seen]\npath = "{tmp_path}/seen.jsonl"\nsamples = 32\n'
         f'[benchmarks.first]\npath = "{tmp_path}/seen.jsonl"\nsamples = 2\nprompts = 10\n'
         '[benchmarks.unseen]\npath = "nowhere.jsonl"\n'
@@ -218,7 +312,8 @@ def test_a_plan_of_what_only_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
         "unseen": None,
     }
     assert found["responses"]["total"] == 980
-    (problem,) = run_in_process(capsys, evaluation, "rollout.max_response_tokens=16384")["problems"]
+    long = "rollout.max_response_tokens=16384"
+    (problem,) = run_in_process(capsys, evaluation, long, gpu_memory_gb=0.0)["problems"]
     assert "= 18432 is over the model's max_position_embeddings 16384" in problem
 
 

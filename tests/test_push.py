@@ -18,12 +18,12 @@ from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.names import name_table
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.server import EmbeddedServer, gpu_share
+from megatron_rl.rollout.server import EmbeddedServer
 from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.buckets import Place, divide
 from megatron_rl.sync.distributed import chosen_backend, join_request
 from megatron_rl.sync.handles import serialized
-from megatron_rl.sync.spans import gather_spans, opened_rank
+from megatron_rl.sync.spans import gather_spans
 
 # 97 rows of vocabulary: padded under tensor parallelism. Three layers, the first dense.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -147,6 +147,14 @@ def test_a_server_that_goes_in_a_push_is_replaced_and_nobody_serves_a_mixture(
     assert found["versions"] == ["1", "1"]
 
 
+def test_a_group_that_nccl_refuses_is_told_with_the_remedy_and_not_tried_again(faults: dict[str, Any]) -> None:
+    said, then = faults["no communicator"]
+    assert said.startswith("RequestRefused: weights 4 did not reach all 2 servers")
+    assert "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000" in said
+    assert "set sync.backend = 'gloo', or give the servers GPUs of their own" in said
+    assert then == "", "the other rank and the servers were not left waiting"
+
+
 def test_a_stop_before_a_push_is_told_after_the_other_ranks_have_done_their_part(faults: dict[str, Any]) -> None:
     assert faults["stop"] == "StopRequested: stopped by the test"
     assert faults["after the stop"] == ""
@@ -192,33 +200,28 @@ def test_a_span_is_a_node_where_every_node_holds_the_model_and_else_everyone() -
     assert spans("a", "a", "b", "ab") == [((0, 1, 2, 3), {"a": 0, "b": 2})]
 
 
-def test_a_rank_of_a_server_opens_the_memory_on_its_own_gpu() -> None:
-    gpus = [str(gpu) for gpu in range(8)]
-    for server in range(2):
-        share = gpu_share(gpus, server, 2)
-        assert [str(opened_rank(server, rank, 2, 8)) for rank in range(4)] == share
-    assert opened_rank(1, 3, 2, 0) == 0
-
-
 @pytest.mark.parametrize(
-    ("asked", "engine", "gpu", "expected"),
+    ("asked", "engine", "gpu", "beside", "expected"),
     [
-        ("auto", "sglang", True, "nccl"),
-        ("auto", "sglang", False, "gloo"),
-        ("auto", "embedded", True, "gloo"),
-        ("gloo", "sglang", True, "gloo"),
-        ("nccl", "sglang", True, "nccl"),
+        ("auto", "sglang", True, False, "nccl"),
+        ("auto", "sglang", True, True, "gloo"),  # it may be on rank 0's GPU
+        ("auto", "sglang", False, False, "gloo"),
+        ("auto", "embedded", True, False, "gloo"),
+        ("gloo", "sglang", True, False, "gloo"),
+        ("nccl", "sglang", True, True, "nccl"),
     ],
 )
-def test_the_backend_is_nccl_between_gpus(asked: str, engine: str, gpu: bool, expected: str) -> None:
-    assert chosen_backend(asked, engine, gpu) == expected
+def test_the_backend_is_nccl_between_gpus_of_different_machines(
+    asked: str, engine: str, gpu: bool, beside: bool, expected: str
+) -> None:
+    assert chosen_backend(asked, engine, gpu, beside) == expected
     body = join_request("10.0.0.1", 29500, 3, 5, "weights", expected)
     assert (body["backend"], body["rank_offset"], body["world_size"]) == (expected, 3, 5)
 
 
 def test_nccl_without_gpus_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sync.backend 'nccl' needs a run that trains on GPUs"):
-        chosen_backend("nccl", "sglang", trains_on_gpu=False)
+        chosen_backend("nccl", "sglang", trains_on_gpu=False, beside=False)
 
 
 # Buckets -------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,14 @@ import psutil
 import pytest
 from tiny_model import write_tiny_model
 
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_STOPPED
 from megatron_rl.keys import bearer
-from megatron_rl.rollout.serve import registered_keys
-from megatron_rl.rollout.server import gpu_share
+from megatron_rl.rollout import serve
+from megatron_rl.rollout.ports import is_here
+from megatron_rl.rollout.serve import check_registered_torch, registered_keys
+from megatron_rl.rollout.server import torch_version
 from megatron_rl.train.serving import is_one_machine
 
 
@@ -33,6 +37,43 @@ def test_a_run_waits_until_all_processes_have_registered(tmp_path: Path) -> None
         registered_keys(tmp_path, 0.3)
     threading.Timer(0.5, register, (tmp_path, "a", {"http://a:1": "other"})).start()
     assert registered_keys(tmp_path, 20) == {"http://a:1": "other", "http://b:1": "k", "http://b:2": "k"}
+
+
+def test_servers_with_another_torch_are_no_members_of_an_nccl_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Path(__file__).parents[1] / "examples/ring_lite/paper_256gpu/stage1_math.toml"
+    own = torch_version()
+    monkeypatch.setattr(serve, "visible_gpus", lambda: ["0"])
+
+    def check(*changes: str) -> None:
+        check_registered_torch(tmp_path, load_config(RlConfig, stage, ["sync.transport=distributed", *changes]))
+
+    for theirs in (own, "1.2.3"):
+        entry = {"keys": {"http://a:1": "k"}, "num_processes": 1, "torch": theirs}
+        (tmp_path / "a.json").write_text(json.dumps(entry))
+        for changes in (["sync.backend=gloo"], ["sync.transport=disk"], ["rollout.engine=embedded"]):
+            check(*changes)
+        if theirs == own:
+            check()
+        else:
+            with pytest.raises(ValueError, match=rf"have torch 1.2.3, this run {own}, .* set sync.backend = 'gloo'"):
+                check()
+
+
+def test_a_server_is_here_where_the_way_to_it_ends_at_its_beginning() -> None:
+    assert is_here("127.0.0.1")
+    assert is_here("localhost")
+    for address in own_addresses():
+        assert is_here(address)
+    if own_addresses():  # else there is no way to anywhere
+        assert not is_here("192.0.2.1"), "an address of documentation, which nobody has"
+
+
+def own_addresses() -> list[str]:
+    """This machine's on networks."""
+    found = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
+    return [a.address for a in found if a.family.name == "AF_INET" and a.address[:4] != "127."]
 
 
 def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(tmp_path: Path) -> None:
@@ -58,6 +99,7 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
         ((url, key),) = registered_keys(folder, 60).items()
         (registered,) = folder.glob("*.json")
         assert stat.S_IMODE(registered.stat().st_mode) == 0o600
+        assert json.loads(registered.read_text())["torch"] == torch_version()
         assert httpx.get(f"{url}/server_info", trust_env=False).status_code == 401
         assert httpx.get(f"{url}/server_info", headers=bearer(key), trust_env=False).status_code == 200
         (path,) = folder.glob("*.pid")
@@ -88,32 +130,11 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def test_servers_of_one_machine_share_its_gpus() -> None:
-    gpus = [str(i) for i in range(8)]
-    assert [gpu_share(gpus, i, 3) for i in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
-    assert gpu_share(gpus, 0, 1) == gpus
-    assert gpu_share([], 3, 4) == []
-    with pytest.raises(ValueError, match="rollout.servers = 3 on a machine with 2 GPUs"):
-        gpu_share(["0", "1"], 0, 3)
-
-
 def test_weights_pass_through_memory_on_one_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_one_machine([])
     assert is_one_machine(["http://127.0.0.1:1", "http://localhost:2"])
-    own = (
-        "http://"
-        + next(  # this machine's address on a network is not loopback; where there is none, any will do
-            (
-                a.address
-                for n in psutil.net_if_addrs().values()
-                for a in n
-                if a.family.name == "AF_INET" and a.address[:4] != "127."
-            ),
-            "10.0.0.1",
-        )
-    )
-    if own != "http://10.0.0.1":
-        assert not is_one_machine(["http://127.0.0.1:1", f"{own}:1"])
+    for address in own_addresses():
+        assert not is_one_machine(["http://127.0.0.1:1", f"http://{address}:1"])
     two_nodes = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     for name, value in (two_nodes | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1}).items():
         monkeypatch.setenv(name, str(value))

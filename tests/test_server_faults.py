@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.gpus import without_expandable_segments
 from megatron_rl.keys import bearer
 from megatron_rl.rollout import pool as pool_module
 from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
 from megatron_rl.rollout.ports import close_port, hold_port
-from megatron_rl.rollout.server import without_expandable_segments
 from megatron_rl.rollout.update_group import checksum
 
 LENGTH, SHORT = 300, 60

@@ -105,7 +105,7 @@ def main() -> None:
         finally:
             server.stop()
         asked = prompts(arguments.batches[-1], arguments.repeats)
-        server = SglangServer(folder / "model", folder / "sglang.log", python=python, on_cpu=True, **shared)
+        server = SglangServer(folder / "model", folder / "sglang.log", python=python, **shared)
         try:
             serve(server)
             sequences = [ids + answer["output_ids"] for ids, answer in zip(asked, sampled, strict=True)]

@@ -156,6 +156,12 @@ class BailingConfig(BaseModel):
         vocabulary = (1 if self.tie_word_embeddings else 2) * self.vocab_size * h
         return layers + dense * 3 * h * self.intermediate_size + vocabulary + h
 
+    def num_active_parameters(self) -> int:
+        """Those of the weights that a token passes through, embedding and LM head counted whole."""
+        num_moe = sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+        idle = self.num_experts - self.num_experts_per_tok
+        return self.num_parameters() - num_moe * idle * 3 * self.hidden_size * self.moe_intermediate_size
+
 
 def load_bailing_config(model_dir: str | Path) -> BailingConfig:
     """Read `model_dir/config.json`; ValueError names the directory, the field and the value, and any file of the

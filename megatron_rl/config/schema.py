@@ -5,11 +5,13 @@ Nothing here imports torch or megatron, so a wrong configuration is refused in a
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from megatron_rl.gpus import visible_gpus
 from megatron_rl.layout import Layout
 
 Positive = Annotated[int, Field(gt=0)]
@@ -470,8 +472,9 @@ class GenerationSection(Section):
     servers: int = Field(
         default=0,
         ge=0,
-        description="servers to start; 0 starts one SGLang server, or one embedded server per core, at most 4: one on "
-        "each core beats one with many threads, since the operations of a small model are too short to share",
+        description="servers to start on each machine; 0 starts as many SGLang servers as its GPUs are enough for "
+        "(each takes --tp-size of them; on a CPU one), or one embedded server per core, at most 4: one on each core "
+        "beats one with many threads, since the operations of a small model are too short to share",
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
     ready_deadline_seconds: float = Field(default=120.0, gt=0)
@@ -490,15 +493,24 @@ class GenerationSection(Section):
         default=3, ge=0, description="times that each of our servers is started again before the run stops"
     )
 
-    @property
-    def num_servers(self) -> int:
-        return len(self.urls) or self.servers or (1 if self.engine == "sglang" else min(4, os.cpu_count() or 1))
+    def servers_on(self, num_gpus: int) -> int:
+        """Servers to start on a machine with so many GPUs; 0 on a CPU."""
+        if self.servers:
+            return self.servers
+        return max(1, num_gpus // self.sglang_gpus) if self.engine == "sglang" else min(4, os.cpu_count() or 1)
 
     @property
     def sglang_tensor_size(self) -> int:
-        """GPUs that one SGLang server is divided over by tensor parallelism."""
-        size = self._sglang_argument("--tp", "--tp-size", "--tensor-parallel-size")
-        return int(size) if size.isdigit() else 1
+        """GPUs that the weights of one SGLang server are divided over by tensor parallelism."""
+        return self._sglang_size("--tp", "--tp-size", "--tensor-parallel-size")
+
+    @property
+    def sglang_gpus(self) -> int:
+        """GPUs that one SGLang server takes: by tensor and pipeline parallelism, and for each replica as many."""
+        shares = "--enable-dp-attention" in self._sglang_words
+        replicas = 1 if shares else self._sglang_size("--dp", "--dp-size", "--data-parallel-size")
+        pipeline = self._sglang_size("--pp", "--pp-size", "--pipeline-parallel-size")
+        return self.sglang_tensor_size * pipeline * replicas
 
     @property
     def sglang_memory_share(self) -> float | None:
@@ -509,10 +521,18 @@ class GenerationSection(Section):
         except ValueError:
             return None
 
+    @property
+    def _sglang_words(self) -> list[str]:
+        return [part for argument in self.sglang_arguments for part in argument.replace("=", " ").split()]
+
+    def _sglang_size(self, *names: str) -> int:
+        size = self._sglang_argument(*names)
+        return int(size) if size.isdigit() and int(size) else 1
+
     def _sglang_argument(self, *names: str) -> str:
         """The last value given under one of these names; empty when there is none."""
-        words = [part for argument in self.sglang_arguments for part in argument.replace("=", " ").split()]
-        return next((value for name, value in reversed([*itertools.pairwise(words)]) if name in names), "")
+        pairs = reversed([*itertools.pairwise(self._sglang_words)])
+        return next((value for name, value in pairs if name in names), "")
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -556,10 +576,10 @@ class RolloutSection(GenerationSection):
 
 def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
     """ValueError for what no server could be started or reached by."""
-    if rollout.port and rollout.port + rollout.num_servers - 1 > 65535:
+    num_servers = rollout.servers_on(len(visible_gpus()))
+    if rollout.port and rollout.port + num_servers - 1 > 65535:
         raise ValueError(
-            f"rollout.port {rollout.port} leaves no room for {rollout.num_servers} servers below 65536; "
-            "set a lower port or 0"
+            f"rollout.port {rollout.port} leaves no room for {num_servers} servers below 65536; set a lower port or 0"
         )
     twice = {url for url in rollout.urls if rollout.urls.count(url) > 1}
     if twice:
@@ -594,8 +614,9 @@ class SyncSection(Section):
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto",
-        description="with distributed: of the process group; auto takes nccl where this run trains on GPUs and "
-        "rollout.engine is 'sglang', else gloo",
+        description="with distributed: of the process group; auto takes nccl where this run trains on GPUs and all "
+        "servers are SGLang's on other machines than the first rank's, else gloo. NCCL refuses two members on one GPU, "
+        "so it is not for servers that this run starts on its own GPUs",
     )
     bucket_mb: Positive = Field(
         default=512, description="with distributed and ipc: MiB that travel at once, unless one tensor alone is larger"
@@ -901,8 +922,7 @@ class RlConfig(RunConfig, SamplingConfig):
 
     @model_validator(mode="after")
     def _check_sync(self) -> "RlConfig":
-        own_sglang = self.rollout.engine == "sglang" and not self.rollout.urls
-        if self.sync.transport == "ipc" and not own_sglang:
+        if self.sync.transport == "ipc" and self.rollout.engine != "sglang":
             raise ValueError(
                 "sync.transport 'ipc' is for SGLang servers that this run starts; set rollout.engine = 'sglang' and "
                 "leave rollout.urls empty, or take 'distributed' or 'disk'"
@@ -912,17 +932,35 @@ class RlConfig(RunConfig, SamplingConfig):
                 f"sync.backend 'nccl' is for SGLang servers on GPUs, rollout.engine is {self.rollout.engine!r}; set "
                 "sync.backend = 'auto'"
             )
-        if self.rollout.release_memory and self.rollout.urls:
-            raise ValueError(
-                "rollout.release_memory is for servers that this run starts, on the GPUs that it trains on; leave "
-                "rollout.urls empty, or set it to false"
-            )
+        if self.rollout.urls:
+            for problem in self.sharing_problems(attached=True):
+                raise ValueError(problem)
         if self.train.offload_while_generating and not self.rollout.release_memory:
             raise ValueError(
                 "train.offload_while_generating makes room for servers that give it back; set "
                 "rollout.release_memory = true too, or this one to false"
             )
         return self
+
+    def sharing_problems(self, attached: bool) -> Iterator[str]:
+        """What cannot be where servers are. attached: at rollout.urls or in steps of their own; else this run starts
+        them, on the GPUs that it trains on."""
+        if attached and self.sync.transport == "ipc":
+            yield (
+                "sync.transport 'ipc' is for SGLang servers that this run starts, on the GPUs that it trains on; leave "
+                "rollout.urls empty, or take 'distributed' or 'disk'"
+            )
+        if attached and self.rollout.release_memory:
+            yield (
+                "rollout.release_memory is for servers that this run starts, on the GPUs that it trains on; leave "
+                "rollout.urls empty, or set it to false"
+            )
+        if not attached and self.sync.transport == "distributed" and self.sync.backend == "nccl":
+            yield (
+                "sync.backend 'nccl' is for servers on GPUs of their own: this run starts its servers on the GPUs that "
+                "it trains on, and NCCL refuses a group with two members on one GPU; set sync.transport = 'ipc', or "
+                "sync.backend = 'auto', which takes gloo"
+            )
 
     @model_validator(mode="after")
     def _check_budget(self) -> "RlConfig":

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
@@ -39,7 +38,8 @@ def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides:
         return plan_teacher(config, path, overrides)
     assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
     bailing, shape = shape_of(config)
-    found: dict[str, Any] = {"model": _model(bailing)} | ({"shape": str(shape)} if shape else {})
+    model = {"parameters": bailing.num_parameters(), "active_parameters": bailing.num_active_parameters()}
+    found: dict[str, Any] = {"model": model} | ({"shape": str(shape)} if shape else {})
     if isinstance(config, RunConfig):
         return found | plan_training(config, bailing, cluster, path, overrides)
     return found | plan_serving(config, bailing, cluster, path, overrides)
@@ -55,10 +55,3 @@ def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSec
     if gpus < 1 or nodes <= serving or serving < 0:
         raise ValueError(f"--nodes {nodes} x --gpus-per-node {gpus} less --serving-nodes {serving} leaves no training")
     return ClusterSection.model_construct(**values)
-
-
-def _model(bailing: BailingConfig) -> dict[str, int]:
-    idle = bailing.num_experts - bailing.num_experts_per_tok
-    num_moe = sum(bailing.is_moe_layer(i) for i in range(bailing.num_hidden_layers))
-    active = bailing.num_parameters() - num_moe * idle * 3 * bailing.hidden_size * bailing.moe_intermediate_size
-    return {"parameters": bailing.num_parameters(), "active_parameters": active}

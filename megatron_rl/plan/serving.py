@@ -9,7 +9,7 @@ from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import ClusterSection, CommandConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
-from megatron_rl.preflight import length_problems
+from megatron_rl.preflight import serving_problems
 
 
 def plan_serving(
@@ -19,10 +19,10 @@ def plan_serving(
     assert isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig)
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
-    found = list(length_problems(config.rollout, bailing))
+    found = list(serving_problems(config.rollout, bailing))
     dtype = (config.model if isinstance(config, EvaluateConfig) else config.serving).dtype
     parts, servers, against = plan_servers(config.rollout, dtype, bailing, cluster, updates=False)
-    memory = {"serving_gpu": parts | {"total": sum(parts.values())}}
+    memory = {"serving_gpu" if servers["gpus_each"] else "host": parts | {"total": sum(parts.values())}}
     found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
     return {
         "responses": _responses(config),

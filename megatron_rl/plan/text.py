@@ -126,7 +126,11 @@ def _servers(plan: dict[str, Any]) -> Iterator[str]:
         return
     servers = plan["servers"]
     gpus = servers["gpus_each"]
-    yield f"{servers['per_node']} per node, each over {gpus:g} GPU{'' if gpus == 1 else 's'}"
+    where = f"over {gpus} GPU{'' if gpus == 1 else 's'}" if gpus else "on the CPU"
+    yield f"{servers['per_node']} per node, each {where}"
+    if servers["idle_gpus"]:
+        told = f"{servers['idle_gpus']} of a node's {plan['cluster']['gpus_per_node']} GPUs do not generate"
+        yield f"{told}: raise rollout.servers, or --tp-size in rollout.sglang_arguments"
     yield (
         f"each answers up to {servers['slots']} at a time, and has cache for {servers['full_length_responses']:,} "
         f"of full length ({servers['max_sequence_tokens']:,} tokens)"
@@ -136,7 +140,8 @@ def _servers(plan: dict[str, Any]) -> Iterator[str]:
 def _memory(name: str, parts: dict[str, int], plan: dict[str, Any]) -> Iterator[str]:
     limit = plan["cluster"]["gpu_memory_gb"]
     of_limit = f" of {limit:g}" if limit else ""
-    yield f"{parts['total'] / GIB:.1f} GiB{of_limit} on the fullest {name.replace('_', ' ')}, estimated:"
+    where = f"{of_limit} on the fullest {name.replace('_', ' ')}" if name != "host" else " of a node's host memory"
+    yield f"{parts['total'] / GIB:.1f} GiB{where}, estimated:"
     yield ", ".join(f"{part.replace('_', ' ')} {n / GIB:.2f}" for part, n in parts.items() if part != "total")
 
 

@@ -11,7 +11,7 @@ from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import ClusterSection, RlConfig, RunConfig, SftConfig
 from megatron_rl.layout import Layout
-from megatron_rl.memory import rank_bytes
+from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight import problems
 from megatron_rl.simulation.cluster import CannotSimulate
@@ -28,7 +28,8 @@ def plan_training(
 ) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given."""
     layout = config.parallel.layout(cluster.training_ranks)
-    found = list(problems(config, bailing, layout.world_size))
+    serves = isinstance(config, RlConfig) and not config.rollout.urls
+    found = list(problems(config, bailing, layout.world_size, serves))
     plan: dict[str, Any] = {"layout": asdict(layout)}
     if not found:
         plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
@@ -42,6 +43,8 @@ def plan_training(
         )
         if isinstance(config, RlConfig) and cluster.rates is not None:
             plan["step"] = _step(config, bailing, cluster, cluster.rates)
+    if isinstance(config, RlConfig):
+        found += config.sharing_problems(attached=bool(config.rollout.urls or cluster.serving_nodes))
     kind = "sft" if isinstance(config, SftConfig) else "train"
     return plan | {"launch": _launch(kind, cluster, path, overrides), "problems": found}
 
@@ -104,25 +107,30 @@ def _memory(
     config: RunConfig, bailing: BailingConfig, layout: Layout, cluster: ClusterSection, found: list[str]
 ) -> dict[str, Any]:
     """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others, or the same while
-    servers generate where these give their memory back to the trainer; the servers in numbers. found: gets what speaks
-    against these."""
+    servers generate where these give their memory back to the trainer, and of a training node's host memory; the
+    servers in numbers. found: gets what speaks against these."""
     colocated = not cluster.serving_nodes
     training = asdict(max(rank_bytes(config, bailing, layout), key=lambda rank: rank.total))
+    host = host_bytes(config, bailing, layout, cluster.gpus_per_node)
     memory, servers = {"training_gpu": training}, {}
     if isinstance(config, RlConfig) and (not colocated or not config.rollout.urls):
         # Servers start when the trainer has its state, and before it has seen a token.
         stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
         state = {part: training[part] for part in stays} if colocated else {}
+        # On nodes of their own job.sh starts as many as there are GPUs for.
+        rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
         parts, numbers, against = plan_servers(
-            config.rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
+            rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
         )
-        if colocated and not config.rollout.release_memory:
+        if colocated and not numbers["gpus_each"]:
+            host |= parts
+        elif colocated and not config.rollout.release_memory:
             training |= parts
-        else:
+        elif numbers["gpus_each"]:
             memory["serving_gpu"] = state | parts
-        if colocated:  # on nodes of their own job.sh divides the GPUs
-            servers = {"servers": numbers}
-            found += against
+        servers = {"servers": numbers}
+        found += against
+    memory["host"] = host
     return {"memory": {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}, **servers}
 
 

@@ -12,7 +12,7 @@ from typing import Self
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.errors import Fault
 from megatron_rl.keys import new_key
-from megatron_rl.rollout.server import GenerationServer, server_starter
+from megatron_rl.rollout.server import GenerationServer, server_gpus, server_starter
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,21 @@ def start_servers(
     weights_roots: Sequence[Path] = (),
     secret_variables: Collection[str] = (),
 ) -> ServerKeeper:
-    """Start `rollout.num_servers` servers here, listening on `host`; their logs are `folder/NAME_I.log`.
+    """Start this machine's servers, listening on `host`; their logs are `folder/NAME_I.log`. They divide its GPUs.
 
     They serve who shows a new key, which the keeper knows. weights_roots: below these embedded servers may load
     weights, beside `model_path`. secret_variables: of the environment, what they must not inherit beside what is called
-    a secret. ValueError when there is no SGLang to start.
+    a secret. ValueError when there is no SGLang to start, or too few GPUs.
     """
     key = new_key()
+    shares = server_gpus(rollout)
+    num_gpus, num_used = sum(map(len, shares)), len(shares) * rollout.sglang_gpus
+    if num_used < num_gpus:
+        log.warning(
+            "%d of this machine's GPUs do not generate: %d server(s) take %d each; raise rollout.servers, or "
+            "--tp-size in rollout.sglang_arguments",
+            *(num_gpus - num_used, len(shares), rollout.sglang_gpus),
+        )
     return ServerKeeper(
         [
             server_starter(
@@ -170,12 +178,12 @@ def start_servers(
                 dtype,
                 host=host,
                 port=rollout.port + i if rollout.port else 0,
-                number=i,
+                gpus=gpus,
                 weights_roots=weights_roots,
                 key=key,
                 secret_variables=secret_variables,
             )
-            for i in range(rollout.num_servers)
+            for i, gpus in enumerate(shares)
         ],
         rollout,
     )

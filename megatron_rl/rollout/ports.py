@@ -7,6 +7,7 @@ process that asks for exactly this one, which is why `is_ours` looks who has it.
 when it dies the port stays with this process.
 """
 
+import ipaddress
 import socket
 
 import psutil
@@ -71,11 +72,22 @@ def _listens(host: str, port: int, pid: int) -> bool:
 
 def address_towards(host: str) -> str:
     """This machine's address on the way to `host`. ValueError when there is no such host."""
+    return _both_ends(host)[0]
+
+
+def is_here(host: str) -> bool:
+    """True when `host` is this machine: the way from it to itself begins where it ends. ValueError as above."""
+    own, other = _both_ends(host)
+    return own == other or ipaddress.ip_address(own).is_loopback
+
+
+def _both_ends(host: str) -> tuple[str, str]:
+    """This machine's address on the way to `host`, and the address of that."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             # Nothing is sent: connecting only tells which of this machine's addresses leads there.
             probe.connect(address)
-            return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0]), str(probe.getpeername()[0])
     except OSError as error:
         raise ValueError(f"host {host!r} cannot be reached: {error}; correct rollout.urls or MASTER_ADDR") from None

@@ -13,8 +13,10 @@ import psutil
 
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.gpus import visible_gpus
 from megatron_rl.rollout.keeper import start_servers
 from megatron_rl.rollout.ports import address_towards
+from megatron_rl.rollout.server import find_sglang, torch_version
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +28,10 @@ class _StopRequested(Exception):
 
 
 def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
-    """Start `rollout.num_servers` servers on this machine, register them in `folder`, and keep them running until
+    """Start this machine's servers, register them in `folder`, and keep them running until
     SIGTERM or SIGINT. Returns the exit code; Fault when one cannot be kept alive.
 
-    What is registered is their urls and their key, in a file for this user alone.
+    What is registered is their urls, their key and the torch they have, in a file for this user alone.
     They listen on the address by which this machine reaches MASTER_ADDR, where the training run is; without that on
     loopback. num_processes: how many like this one register in the folder.
     """
@@ -39,6 +41,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     name = f"{socket.gethostname()}-{os.getpid()}"
+    torch = torch_version(find_sglang(config.rollout)) if config.rollout.engine == "sglang" else torch_version()
     _remove_stale(folder)
     host = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
@@ -58,7 +61,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
             partial = folder / f".{name}.partial"
             partial.unlink(missing_ok=True)
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump({"keys": keys, "num_processes": num_processes}, file)
+                json.dump({"keys": keys, "num_processes": num_processes, "torch": torch}, file)
             partial.replace(folder / f"{name}.json")
             log.info("serving at %s", ", ".join(keeper.urls))
             while True:
@@ -101,3 +104,18 @@ def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
             log.info("waiting for generation servers to register in %s", folder)
             told = True
         time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def check_registered_torch(folder: Path, config: RlConfig) -> None:
+    """ValueError where weights may go over NCCL to registered servers with another torch, whose NCCL is another one."""
+    may_be_nccl = config.sync.transport == "distributed" and config.sync.backend != "gloo" and visible_gpus()
+    if not may_be_nccl or config.rollout.engine != "sglang":
+        return
+    own = torch_version()
+    for path in sorted(folder.glob("*.json")):
+        theirs = json.loads(path.read_text()).get("torch", own)
+        if theirs != own:
+            raise ValueError(
+                f"the servers of {path} have torch {theirs or '(none)'}, this run {own}, and weights would go over "
+                "NCCL; install the same torch in both, or set sync.backend = 'gloo'"
+            )

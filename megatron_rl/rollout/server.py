@@ -1,6 +1,7 @@
 """Starting, watching and stopping generation servers, each a process of its own."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -15,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.schema import GenerationSection, RolloutSection
+from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.ports import close_port, hold_port, is_ours
@@ -226,7 +228,6 @@ class SglangServer(GenerationServer):
         context_length: int,
         dtype: str = "float32",
         weight_version: str = "0",
-        on_cpu: bool,
         gpus: Sequence[str] = (),
         releases_memory: bool = False,
         arguments: Sequence[str] = (),
@@ -234,7 +235,7 @@ class SglangServer(GenerationServer):
         secret_variables: Collection[str] = (),
     ) -> None:
         """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
-        input too. on_cpu: see rollout/sglang_cpu. gpus: those that it may use, all when none is named. releases_memory:
+        input too. gpus: those that it may use; without any it runs on the CPU, see rollout/sglang_cpu. releases_memory:
         on a GPU it is able to; on a CPU it only answers as if. arguments: further ones of launch_server, after ours, so
         that they win. ValueError when somebody else has the port."""
         port = hold_port(host, port)
@@ -254,10 +255,11 @@ class SglangServer(GenerationServer):
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if releases_memory and not on_cpu:
+        if releases_memory and gpus:
             flags.append("--enable-memory-saver")
+            # torch_memory_saver, by which SGLang releases memory, does not go together with them.
             environment |= without_expandable_segments(os.environ)
-        if on_cpu:
+        if not gpus:
             # Without a limit it takes 70 % of the memory for its cache.
             flags += ["--device", "cpu", "--max-total-tokens", max_running_requests * context_length]
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parent / "sglang_cpu")}
@@ -274,18 +276,6 @@ class SglangServer(GenerationServer):
         super().__init__(command, log_path, port, host, key, secret_variables, **environment)
 
 
-def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables to change: torch_memory_saver, by which SGLang releases memory, does not go together with it.
-    The second name is the one of later versions of torch."""
-    changed = {}
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        options = environment.get(name, "").split(",")
-        kept = [option for option in options if option.partition(":")[0].strip() != "expandable_segments"]
-        if kept != options:
-            changed[name] = ",".join(kept)
-    return changed
-
-
 def server_starter(
     model_path: Path,
     log_path: Path,
@@ -294,16 +284,16 @@ def server_starter(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
-    number: int = 0,
+    gpus: Sequence[str] = (),
     weights_roots: Sequence[Path] = (),
     key: str = "",
     secret_variables: Collection[str] = (),
 ) -> Callable[[int], GenerationServer]:
     """A function that starts this server: with 0 the first time, later at the port that it had.
 
-    port: where the first one listens; 0 picks. number: of this server among this machine's `rollout.num_servers`, which
-    share its GPUs. weights_roots: of an embedded server; SGLang loads from anywhere. key, secret_variables: see
-    GenerationServer. ValueError when there is no SGLang to start, or fewer GPUs than servers.
+    port: where the first one listens; 0 picks. gpus: of this server, on a CPU none. weights_roots: of an embedded
+    server; SGLang loads from anywhere. key, secret_variables: see GenerationServer. ValueError when there is no SGLang
+    to start.
     """
     shared: dict[str, Any] = {
         "host": host,
@@ -315,14 +305,12 @@ def server_starter(
     }
     if rollout.engine == "sglang":
         python = find_sglang(rollout)
-        gpus = gpu_share(visible_gpus(), number, rollout.num_servers)
         routed = ("--enable-return-routed-experts",) if rollout.router_replay else ()
         return lambda again: SglangServer(
             model_path,
             log_path,
             python=python,
             port=again or port,
-            on_cpu=not on_gpu(),
             gpus=gpus,
             releases_memory=rollout.release_memory,
             arguments=(*routed, *rollout.sglang_arguments),
@@ -333,7 +321,43 @@ def server_starter(
     )
 
 
-def find_sglang(rollout: RolloutSection) -> Path:
+def server_gpus(rollout: GenerationSection) -> list[list[str]]:
+    """The GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
+    gpus = visible_gpus() if rollout.engine == "sglang" else []
+    return gpu_shares(gpus, rollout.servers_on(len(gpus)), rollout.sglang_gpus)
+
+
+def torch_version(python: Path | None = None) -> str:
+    """The release of torch, such as "2.14.1", that an interpreter has, by default this one; "" where there is none.
+
+    It is not imported. What comes behind a +, of which build it is, is left out.
+    """
+    if python is None:
+        return importlib.metadata.version("torch").partition("+")[0]
+    program = "import importlib.metadata; print(importlib.metadata.version('torch'))"
+    try:
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(
+            f"{python} does not tell which torch it has ({error}); correct rollout.sglang_python"
+        ) from None
+    return done.stdout.strip().partition("+")[0]
+
+
+def check_same_torch(rollout: GenerationSection) -> None:
+    """ValueError where servers on GPUs have another torch than this process, whose handles of memory they open."""
+    if not visible_gpus():
+        return
+    python = find_sglang(rollout)
+    own, theirs = torch_version(), torch_version(python)
+    if theirs != own:
+        raise ValueError(
+            f"{python} has torch {theirs or '(none)'}, this process {own}: servers cannot open its memory "
+            "(sync.transport 'ipc'); install the same torch in both, or set sync.transport = 'disk'"
+        )
+
+
+def find_sglang(rollout: GenerationSection) -> Path:
     """The interpreter that has sglang. ValueError tells how to get one."""
     if rollout.sglang_python is not None:
         if not os.access(rollout.sglang_python, os.X_OK):
@@ -348,28 +372,3 @@ def find_sglang(rollout: RolloutSection) -> Path:
         "rollout.engine 'sglang' finds no sglang here and no .venv-sglang in the working directory; run "
         "`make install-sglang` (on a GPU machine: pip install 'megatron_rl[gpu]') or set rollout.sglang_python"
     )
-
-
-def on_gpu() -> bool:
-    """True where servers will find an NVIDIA GPU."""
-    return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and Path("/dev/nvidia0").exists()
-
-
-def visible_gpus() -> list[str]:
-    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
-    if not on_gpu():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
-    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-
-
-def gpu_share(gpus: Sequence[str], number: int, num_servers: int) -> list[str]:
-    """The GPUs of one server of several on this machine: equally many each, none shared."""
-    if gpus and len(gpus) < num_servers:
-        raise ValueError(
-            f"rollout.servers = {num_servers} on a machine with {len(gpus)} GPUs; each needs one, set fewer"
-        )
-    size = len(gpus) // num_servers
-    return list(gpus[number * size : (number + 1) * size])

@@ -85,7 +85,8 @@ class Cluster:
         self._algorithm = chosen_algorithm(config.algorithm)
         self._budgets = config.phase_budgets(cluster.training_ranks)
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
-        servers = len(config.rollout.urls) or (cluster.serving_nodes or cluster.nodes) * config.rollout.num_servers
+        per_node = config.rollout.servers_on(cluster.gpus_per_node)
+        servers = len(config.rollout.urls) or (cluster.serving_nodes or cluster.nodes) * per_node
         self.engines = Engines(count=servers, slots=config.rollout.max_running_requests, rates=rates)
         self._number = 0
         self._per_prompt = PromptYield()

@@ -19,7 +19,7 @@ from megatron_rl.device import on_cuda, torch_device
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model
 from megatron_rl.rollout import update_group
-from megatron_rl.rollout.client import ServerError, ServerLost
+from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
 from megatron_rl.stores import host_store
 from megatron_rl.sync.buckets import Bucket, divide
@@ -30,10 +30,13 @@ from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update
 log = logging.getLogger(__name__)
 
 
-def chosen_backend(backend: str, engine: str, trains_on_gpu: bool) -> str:
-    """What `sync.backend` means in this run. ValueError for NCCL without GPUs."""
+def chosen_backend(backend: str, engine: str, trains_on_gpu: bool, beside: bool) -> str:
+    """What `sync.backend` means in this run. ValueError for NCCL without GPUs.
+
+    beside: a server is on rank 0's machine. Then it may be on rank 0's GPU, where NCCL would refuse it.
+    """
     if backend == "auto":
-        return "nccl" if trains_on_gpu and engine == "sglang" else "gloo"
+        return "nccl" if trains_on_gpu and engine == "sglang" and not beside else "gloo"
     if backend == "nccl" and not trains_on_gpu:
         raise ValueError("sync.backend 'nccl' needs a run that trains on GPUs, this one does not; set 'auto' or 'gloo'")
     return backend
@@ -75,6 +78,9 @@ class DistributedTransport:
         device = torch_device() if backend == "nccl" else torch.device("cpu")
         # Pieces for rank 0 travel by what moves the memory that they are in.
         self._group = None if backend == "nccl" else control
+        if backend == "nccl":
+            # All ranks have met in it: then pieces in a batch go over its communicator. A pair's own takes 100 MB.
+            dist.all_reduce(torch.zeros(1, device=device))
         table = name_table(model.bailing)
         self.buckets = divide(table.values(), model.dtype, max_bytes)
         self._owner_of = owners(exported_names(model), control)
@@ -123,13 +129,13 @@ class DistributedTransport:
     def _collect(self, bucket: Bucket, flat: Tensor) -> None:
         """Collective: rank 0's `flat` becomes the whole bucket."""
         fill(flat, bucket, self._dtype, gathered(bucket.entries, self._parameters))
+        rank, pieces = dist.get_rank(), []
         for owner, start, end in bucket.runs(self._owner_of):
-            if owner == 0:
-                continue
-            if dist.get_rank() == owner:
-                dist.send(flat[start:end], dst=0, group=self._group)
-            elif dist.get_rank() == 0:
-                dist.recv(flat[start:end], src=owner, group=self._group)
+            if owner != 0 and rank in (0, owner):
+                how, peer = (dist.irecv, owner) if rank == 0 else (dist.isend, 0)
+                pieces.append(dist.P2POp(how, flat[start:end], peer, self._group))
+        for work in dist.batch_isend_irecv(pieces) if pieces else []:
+            work.wait()
 
 
 def owners(mine: list[str], control: Any) -> dict[str, int]:
@@ -191,7 +197,16 @@ class _Sender:
             "weight_version": version,
         }
         asked = self._requests.ask("/update_weights_from_distributed", dict.fromkeys(self._urls, body))
-        self._pending = update_group.broadcast(self._group, flat), asked
+        told = ""
+        try:
+            self._pending = update_group.broadcast(self._group, flat), asked
+        except RuntimeError as error:  # NCCL makes its communicator here, at the first one
+            told = _told(error)
+        if told:
+            self._give_up(asked, told)
+            for url in self._urls:  # what the servers say of it has no remedy
+                if not isinstance(self._failed.get(url), ServerLost):
+                    self._failed[url] = RequestRefused(told)
 
     def end(self) -> dict[str, ServerError]:
         """Wait for what is on its way; returns why each server that failed did."""
@@ -276,16 +291,40 @@ class _Sender:
             return
         work, asked = self._pending
         self._pending = None
-        failed = False
+        told = ""
         try:
             work.wait()
         except RuntimeError as error:
-            log.warning("the broadcast of weights failed: %s", str(error).splitlines()[0])
-            failed = True
-        if failed:
-            # Before their answers are waited for: the end of its connections tells a server that nothing will come.
-            del work
-            self._abandon()
+            told = _told(error)
+        if not told:
+            self._requests.settle(asked)
+            return
+        del work
+        self._give_up(asked, told)
+        if not self._failed:  # nobody admits it
+            self._failed.update({url: ServerLost(f"{url}: {told}") for url in self._urls})
+
+    def _give_up(self, asked: Asked, told: str) -> None:
+        """A broadcast failed; see what the servers say. No error may be held any more, whose traceback holds the
+        group."""
+        log.warning("%s", told)
+        # Before their answers are waited for: the end of its connections tells a server that nothing will come.
+        self._abandon()
         self._requests.settle(asked)
-        if failed and not self._failed:  # nobody admits it
-            self._failed.update({url: ServerLost(f"{url}: the broadcast failed") for url in self._urls})
+
+
+def _told(error: RuntimeError) -> str:
+    """Why a broadcast failed, on one line, with the remedy where it is known."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    remedy = ""
+    if "Duplicate GPU" in text:
+        remedy = (
+            ". A server is on the GPU of the trainer's first rank, or two servers are on one, which NCCL refuses: set "
+            "sync.backend = 'gloo', or give the servers GPUs of their own"
+        )
+    elif "ismatched NCCL" in text:
+        remedy = (
+            ". Trainer and servers have different versions of NCCL: install the same torch in both, or set "
+            "sync.backend = 'gloo'"
+        )
+    return f"the broadcast of weights to the servers failed: {text}{remedy}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.device import backend, forget_shared, torch_device
+from megatron_rl.gpus import opened_rank
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
@@ -25,7 +26,7 @@ from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.requests import Asked, ServerRequests, Waits
-from megatron_rl.sync.spans import gather_spans, opened_rank, ranks_by_node
+from megatron_rl.sync.spans import gather_spans, ranks_by_node
 from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
@@ -50,8 +51,8 @@ class IpcTransport:
     ) -> None:
         """Collective over the gloo group `control` of all ranks. node: of this rank. local_urls: of this node's
         servers, by their number; on its first rank, empty elsewhere. num_servers, num_gpus: of each node; 0 GPUs on a
-        CPU.
-        max_bytes, silence_seconds and key_of: see DistributedTransport. ValueError where a GPU has no training rank."""
+        CPU. Each GPU has one training rank, in their order. max_bytes, silence_seconds and key_of: see
+        DistributedTransport."""
         self._parameters = model.parameters_by_canonical_name()
         self._dtype, self._control, self._local_urls = model.dtype, control, tuple(local_urls)
         self._num_servers, self._num_gpus = num_servers, num_gpus
@@ -68,11 +69,7 @@ class IpcTransport:
         self._span, self._span_group = _own_group([span.ranks for span in spans], backend(), spans)
         nodes = ranks_by_node(node_of)
         self._node_ranks, self._node_group = _own_group(nodes, "gloo", nodes)
-        if num_gpus not in (0, len(self._node_ranks)):
-            raise ValueError(
-                f"sync.transport 'ipc' needs one training rank on every GPU, and {len(self._node_ranks)} ranks of node "
-                f"{node} share {num_gpus} GPUs; start one process for each, or name fewer in CUDA_VISIBLE_DEVICES"
-            )
+        assert num_gpus in (0, len(self._node_ranks)), "preflight.check_seats"
         largest = max(bucket.num_bytes for bucket in self.buckets)
         requests = ServerRequests(silence_seconds, largest, key_of)
         self._sender = _Sender(requests) if rank == self._node_ranks[0] else None

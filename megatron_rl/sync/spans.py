@@ -1,4 +1,4 @@
-"""Which ranks gather the weights together, and whose memory each rank of a server opens. Pure."""
+"""Which ranks gather the weights together. Pure."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -30,9 +30,3 @@ def gather_spans(node_of: Sequence[int], exports: Sequence[Collection[str]]) -> 
         Span(ranks=ranks, owner_of={name: rank for rank in reversed(ranks) for name in exports[rank]})
         for ranks in spans
     ]
-
-
-def opened_rank(server: int, tensor_rank: int, num_servers: int, num_gpus: int) -> int:
-    """The local rank of the trainer whose memory this rank of a server opens: the one on the same GPU, since a server
-    sees its own GPUs alone and a tensor-parallel rank is on the GPU of its number. On a CPU (num_gpus 0) the first."""
-    return server * (num_gpus // num_servers) + tensor_rank if num_gpus else 0

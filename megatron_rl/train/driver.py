@@ -4,6 +4,7 @@ Rank 0 alone talks to the servers, scores and plans, and says what all ranks do 
 arrived, train a plan, or stop. The others wait for its word on gloo.
 """
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,9 +14,11 @@ from typing import Any
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_DONE, StopRequested
+from megatron_rl.gpus import visible_gpus
 from megatron_rl.keys import key_in_environment
+from megatron_rl.place import own_place
+from megatron_rl.preflight import check_seats
 from megatron_rl.records import Plan
-from megatron_rl.rollout.server import visible_gpus
 from megatron_rl.sync.distributed import DistributedTransport, chosen_backend
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
@@ -30,6 +33,8 @@ from megatron_rl.train.serving import NodeServers, is_one_machine
 from megatron_rl.train.session import Session, should_save
 from megatron_rl.train.trainer import Batches, StepResult
 
+log = logging.getLogger(__name__)
+
 
 def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: Mapping[str, str] | None = None) -> int:
     """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code.
@@ -40,6 +45,8 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
     if keys is None:
         key = key_in_environment(config.rollout.api_key_variable, "rollout.api_key_variable")
         keys = dict.fromkeys(config.rollout.urls, key)
+    if rollouts is None:
+        check_seats(config, own_place().local_world_size, device.on_cuda())
     signals = StopSignals()
     num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
     session = Session(config, num_optimizer_steps, resume, check=signals.check)
@@ -153,18 +160,21 @@ def _transport(
         return DiskTransport(folder, session.export, version)
     max_bytes, silence_seconds = config.sync.bucket_mb * 2**20, config.rollout.silence_seconds
     if config.sync.transport == "ipc":
+        num_gpus = len(visible_gpus())
         return IpcTransport(
             session.model,
             session.control,
             max_bytes,
             servers.node,
             servers.keeper.urls if servers.keeper is not None else (),
-            config.rollout.num_servers,
-            len(visible_gpus()),
+            config.rollout.servers_on(num_gpus),
+            num_gpus,
             silence_seconds,
             servers.key_of,
         )
-    backend = chosen_backend(config.sync.backend, config.rollout.engine, device.on_cuda())
+    backend = chosen_backend(config.sync.backend, config.rollout.engine, device.on_cuda(), servers.beside)
+    if session.is_leader:
+        log.info("weights go to the servers over %s", backend)
     return DistributedTransport(
         session.model, session.control, max_bytes, servers.address, silence_seconds, backend, servers.key_of
     )

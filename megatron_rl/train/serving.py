@@ -15,15 +15,17 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.place import own_place
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
-from megatron_rl.rollout.ports import address_towards
+from megatron_rl.rollout.ports import address_towards, is_here
+from megatron_rl.rollout.server import check_same_torch
 from megatron_rl.train.resilience import StopSignals
 
 log = logging.getLogger(__name__)
 
 
 class NodeServers:
-    """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. keeper: of this node's servers,
-    on its first rank. node: its number. `close()` ends these."""
+    """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside: one of them is on rank
+    0's machine. Both are known where weights go over a process group. keeper: of this node's servers, on its first
+    rank. node: its number. `close()` ends these."""
 
     def __init__(
         self, config: RlConfig, weights: Path, control: Any, signals: StopSignals, keys: Mapping[str, str]
@@ -41,7 +43,9 @@ class NodeServers:
         try:
             if not self.urls:
                 self._start(config, weights, control, signals)
-            self.address = _agreed_address(self.urls, control) if config.sync.transport == "distributed" else ""
+            self.address, self.beside = "", False
+            if config.sync.transport == "distributed":
+                self.address, self.beside = _agreed_address(self.urls, control)
         except BaseException:
             self.close()
             raise
@@ -52,6 +56,8 @@ class NodeServers:
             node = self.node
             name = "server" if node == 0 else f"node{node}_server"
             try:
+                if config.sync.transport == "ipc":
+                    check_same_torch(config.rollout)
                 self.keeper = start_servers(
                     weights,
                     config.run_dir,
@@ -104,18 +110,19 @@ def node_address() -> str:
     return "127.0.0.1" if place.num_nodes == 1 else address_towards(place.address)
 
 
-def _agreed_address(urls: Sequence[str], control: Any) -> str:
-    """Rank 0's, on every rank. ValueError on every rank when there is no single one."""
-    told: list[Any] = [None, None]
+def _agreed_address(urls: Sequence[str], control: Any) -> tuple[str, bool]:
+    """Rank 0's, and whether one of the servers is on its machine, on every rank. ValueError on every rank when there is
+    no single address."""
+    told: list[Any] = [None, None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = own_address(urls)
+            told[:2] = own_address(urls), any(is_here(urlsplit(url).hostname or "") for url in urls)
         except ValueError as error:
-            told[1] = str(error)
+            told[2] = str(error)
     dist.broadcast_object_list(told, src=0, group=control)
-    if told[1] is not None:
-        raise ValueError(told[1])
-    return str(told[0])
+    if told[2] is not None:
+        raise ValueError(told[2])
+    return str(told[0]), bool(told[1])
 
 
 def own_address(urls: Sequence[str]) -> str:

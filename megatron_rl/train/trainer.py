@@ -129,6 +129,7 @@ class Trainer:
         self._moe_grad_scale = torch.ones([], device=self._where)
         model.config.moe_grad_scale_func = lambda: self._moe_grad_scale
         self._reference: list[Tensor] | None = None
+        self._present: list[Tensor] = []  # room for the weights while the reference takes their place
         self._routers = model.routers
         self.residence = Residence(model, self.optimizer, optimizer.offload_fraction)
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
@@ -136,6 +137,7 @@ class Trainer:
     def keep_reference(self) -> None:
         """Remember the present weights, off the device, as the reference policy of the KL term."""
         self._reference = [_on_host(p) for p in self.model.parameters()]
+        self._present = [_host_like(p) for p in self.model.parameters()]
 
     def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """This rank's part of these sequences, ready for the methods below."""
@@ -278,14 +280,14 @@ class Trainer:
         """The reference weights take the place of the present ones for one pass; these wait in host memory."""
         assert self._reference is not None
         parameters = self.model.parameters()
-        present = [_on_host(p) for p in parameters]
         with torch.no_grad():
+            for p, kept in zip(parameters, self._present, strict=True):
+                kept.copy_(p, non_blocking=True)
             for p, reference in zip(parameters, self._reference, strict=True):
                 p.copy_(reference, non_blocking=True)
             found = self.logprobs(batches, temperature)
-            for p, kept in zip(parameters, present, strict=True):
+            for p, kept in zip(parameters, self._present, strict=True):
                 p.copy_(kept, non_blocking=True)
-            device.synchronize()  # what is in host memory may go now
         return with_field(batches, "ref_logprobs", found)
 
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
@@ -347,6 +349,9 @@ class Trainer:
 def _on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, from where the device takes it without help of the host. It may be under way still, in
     front of whatever the device does next."""
-    tensor = tensor.detach()
-    copy = device.host_empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor, non_blocking=True)
+    return _host_like(tensor).copy_(tensor.detach(), non_blocking=True)
+
+
+def _host_like(tensor: Tensor) -> Tensor:
+    """Room for a copy."""
+    return device.host_empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

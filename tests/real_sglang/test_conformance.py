@@ -25,7 +25,6 @@ def _server(tmp_path_factory):
         max_running_requests=SLOTS,
         context_length=CONTEXT,
         weight_version="0",
-        on_cpu=True,
         key=new_key(),
     )
     process.wait_ready(180)

@@ -37,7 +37,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
             python=find_sglang(rollout),
             max_running_requests=4,
             context_length=128,
-            on_cpu=True,
             key=new_key(),
         )
     try:

@@ -98,7 +98,12 @@ run() {
   prepare "$@"
   if [ "$2" -gt 0 ]; then
     if [ "$gpus" -gt 0 ]; then # each server sees its own GPUs only
-      per_node=${SERVERS_PER_NODE:-$gpus}
+      each=$(sed -n 's/^ *"gpus_each": \([1-9][0-9]*\),*$/\1/p' "$logs/plan.json") # --tp-size
+      per_node=${SERVERS_PER_NODE:-$((gpus / ${each:-1}))}
+      if [ "$per_node" = 0 ]; then
+        say "a server takes ${each:-1} GPUs (--tp-size in rollout.sglang_arguments), and a node has $gpus; lower it"
+        exit 2
+      fi
       binding=(--gpus-per-task="$((gpus / per_node))")
     fi
     step serve "$per_node" "${serving_nodes[@]}" -- "${binding[@]}" megatron-rl serve "$config" "${@:3}" \
