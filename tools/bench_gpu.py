@@ -49,7 +49,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from bench_reference import Reference  # noqa: E402
+from bench_reference import Reference, ratios  # noqa: E402
 from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
 from profile_parts import mark_modules, marked, seconds_by_part  # noqa: E402
 from timing import median_seconds, pace  # noqa: E402
@@ -349,20 +349,6 @@ def measure_reference(bailing: BailingConfig, arguments: argparse.Namespace) -> 
     }
 
 
-def compare(found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Tokens/s of ours, at the length of `--tokens` and the first of `--recompute`, over the reference's."""
-    ours = next(row for row in found["training"] if row["length"] == arguments.tokens)
-    reference, many = found["reference"], arguments.micro_batches
-    if "seconds" not in ours or "seconds" not in reference:
-        return
-    steps = [many * row["seconds"] + row["seconds_of_step"] for row in (ours, reference)]
-    reference["ours_over_reference"] = {
-        "micro_batch": round(reference["seconds"] / ours["seconds"], 3),
-        "step": round(steps[1] / steps[0], 3),
-    }
-    tell(f"reference: {reference}")
-
-
 def join() -> Any:
     """A world of this process alone; its gloo group."""
     initialize_parallel(ALONE, 600.0, seed=1)
@@ -456,7 +442,9 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     bench = Bench(of(layers), config, join(), arguments.rounds)
     peaks = {"": nominal or reached, "_of_matmul": reached}
     measure_training(bench, arguments, peaks, found)
-    compare(found, arguments)
+    ours = next(row for row in found["training"] if row["length"] == arguments.tokens)
+    found["reference"] |= ratios(ours, found["reference"], arguments.micro_batches)
+    tell(f"reference: {found['reference']}")
     found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
 
 

@@ -1,7 +1,8 @@
 """Transformers' own mixture-of-experts class at a BailingMoE's shape, trained by torch's AdamW: what a training loop of
 forty lines reaches, for tools/bench_gpu.py to compare with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -41,6 +42,16 @@ def reference_config(bailing: BailingConfig) -> Qwen2MoeConfig:
         initializer_range=bailing.initializer_range,
         use_cache=False,
     )
+
+
+def ratios(ours: Mapping[str, Any], reference: Mapping[str, Any], micro_batches: int) -> dict[str, dict[str, float]]:
+    """Tokens/s of ours over the reference's at the same tokens, of a micro-batch and of a step with its optimizer.
+    Empty where one of them has no `seconds`."""
+    if "seconds" not in ours or "seconds" not in reference:
+        return {}
+    step, step_of_reference = (micro_batches * row["seconds"] + row["seconds_of_step"] for row in (ours, reference))
+    found = {"micro_batch": reference["seconds"] / ours["seconds"], "step": step_of_reference / step}
+    return {"ours_over_reference": {name: round(ratio, 3) for name, ratio in found.items()}}
 
 
 class Reference:
