@@ -171,11 +171,11 @@ def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
 
 @given(chosen=choices(), buffer=st.sampled_from(["last one first", "first one first"]), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=30)
-def test_gradients_added_up_in_the_product_are_those_of_fp64_to_less_than_a_rounding(
+def test_gradients_added_up_in_the_product_are_those_of_single_experts(
     chosen: tuple[int, list[list[int]]], buffer: str, seed: int
 ) -> None:
-    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches, from what single products in fp64
-    make of the same rounded operands, which are seen on their way into the product."""
+    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches against the formula in fp64, as far as
+    the roundings of activations to bf16 let it."""
     torch.manual_seed(seed)
     num_experts, expert_of = max(2, chosen[0]), torch.tensor(chosen[1])
     weights = [x for pair in parameters_in(buffer, num_experts, torch.bfloat16) for x in pair]
@@ -204,7 +204,6 @@ def test_gradients_added_up_in_the_product_are_those_of_fp64_to_less_than_a_roun
     for weight, start, gradient in zip(weights, before, gradients[1:], strict=True):
         added = (weight.main_grad - start).double()
         expected = torch.zeros_like(added) if gradient is None else 2 * gradient
-        # Activations and their gradients are rounded to bf16 on the way; sums of a token's and micro-batches' are not.
         assert float((added - expected).abs().max()) < 0.05 * scale
         assert weight.grad is None or weight.grad_added_to_main_grad
     assert sum(getattr(weight, "grad_added_to_main_grad", False) for weight in weights) == 2
