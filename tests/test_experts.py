@@ -174,8 +174,8 @@ def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
 def test_gradients_added_up_in_the_product_are_those_of_single_experts(
     chosen: tuple[int, list[list[int]]], buffer: str, seed: int
 ) -> None:
-    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches against the formula in fp64, as far as
-    the roundings of activations to bf16 let it."""
+    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches against the formula in fp64, as far
+    as the roundings of activations to bf16 let it."""
     torch.manual_seed(seed)
     num_experts, expert_of = max(2, chosen[0]), torch.tensor(chosen[1])
     weights = [x for pair in parameters_in(buffer, num_experts, torch.bfloat16) for x in pair]
