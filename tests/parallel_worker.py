@@ -307,7 +307,7 @@ def main(folder: Path) -> None:
                 (folder / "host_waits.json").write_text(json.dumps(waits))
         if session.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(session, batches)
-        if whole_gradients or spec.get("alone"):  # where the distributed optimizer has all of them as well
+        if whole_gradients:
             gradients = export_tensors(session.model, lambda p: p.main_grad)
             out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
         if number == 0:

@@ -382,7 +382,7 @@ def test_bfloat16_by_what_a_gpu_has_trains_close_to_float32(
 
 def test_quack_changes_the_experts_gradients_alone_and_by_their_rounding_alone(model: Path, tmp_path: Path) -> None:
     """The same step in bf16, where the gradients of experts are rounded to bf16 in every micro-batch, or never."""
-    common = {"dtype": "bfloat16", "as_on_a_gpu": True, "whole_gradients": False, "alone": True}
+    common = {"dtype": "bfloat16", "as_on_a_gpu": True}
     torchs = run_ranks(1, make_spec(model, **common), tmp_path / "torch")
     quacks = run_ranks(1, make_spec(model, **common, expert_weight_gradient="quack"), tmp_path / "quack")
     names = [name for name in torchs if name.startswith("grad/")]
