@@ -280,7 +280,27 @@ async def settled(pool: ServerPool) -> None:
             await asyncio.sleep(0.05)
 
 
-SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults}
+def received(session: Session, spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Push to the receiver at spec["url"] over spec["backend"], in buckets of one parameter and in one bucket; what it
+    has each time."""
+    servers = Servers(spec, folder) if session.rank == 0 else None
+    found = []
+    try:
+        for number, max_bytes in enumerate((1, 2**30)):
+            where = (session.model, session.control, max_bytes, "127.0.0.1", 30.0, spec["backend"])
+            transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
+            transport.push(number + 1, servers.receivers if servers else None)
+            if servers:
+                push = {"checksums": servers.checksums()[0], "version": servers.versions()[0]}
+                found.append(push | {"buckets": len(transport.buckets)})
+            transport.close()
+    finally:
+        if servers:
+            servers.close()
+    return found
+
+
+SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults, "received": received}
 
 
 def main(folder: Path) -> None:
