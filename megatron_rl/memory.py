@@ -113,11 +113,12 @@ def _layer_gradient_bytes(
 ) -> int:
     """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
     product, of its input and of its weight, or at its first one that of a weight twice as large, when what the last one
-    kept is gone; and three of the residual stream."""
+    kept is gone; and three of the residual stream. quack has none of the experts' weights."""
     h, t, e = bailing.hidden_size, layout.tensor, layout.expert_tensor
     if moe:
         width = bailing.moe_intermediate_size
         weight = bailing.num_experts // layout.expert * h * width // e
+        weight = 0 if model.expert_weight_gradient == "quack" else weight
         last, first = bailing.num_experts_per_tok * (h * e + width), bailing.num_experts_per_tok * (h * e - width)
     else:
         width = bailing.intermediate_size

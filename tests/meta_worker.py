@@ -38,7 +38,7 @@ from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
 from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
-from megatron_rl.model import build, experts, layers, logprobs  # noqa: E402
+from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
 from megatron_rl.model.providers import Installed  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.objective import PolicyObjective  # noqa: E402
@@ -102,7 +102,9 @@ def stand_in() -> None:
             if getattr(module, name, None) is original:
                 setattr(module, name, _alone(original))
     param_and_grad_buffer._coalescing_manager = _together
-    build.installed = lambda: Installed(compute_capability=(9, 0))
+    build.installed = lambda: Installed(compute_capability=(9, 0), flash_attn_4=True, quack=True)
+    kernels.flash_attention_4 = lambda: _flash_attention_4
+    kernels.quack_add_product = lambda: _add_product
     build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
     logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
     logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
@@ -127,6 +129,35 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _FlashAttention4(torch.autograd.Function):
+    """What it keeps: its inputs, the output, and a number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[1], len(q), dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **_: Any) -> tuple[Tensor, None]:
+    assert causal
+    assert q.shape[::2] == k.shape[::2] == v.shape[::2]
+    return _FlashAttention4.apply(q, k, v), None
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor, *, cu_seqlens_k: Tensor, tuned: bool) -> None:
+    assert not tuned
+    assert cu_seqlens_k.is_meta
+    assert out.shape == (len(cu_seqlens_k) - 1, a.shape[0], b.shape[1])
+    assert a.shape[1] == len(b)
+    assert a.stride(0) == b.stride(1) == out.stride(2) == 1
+    assert (a.dtype, b.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 class _Rotation(torch.autograd.Function):

@@ -1,11 +1,19 @@
-"""The arithmetic of tools/bench_gpu.py: FLOPs by hand, the layers that fit, and which part an operation belongs to."""
+"""tools/bench_gpu.py: FLOPs by hand, the layers that fit, which part an operation belongs to, what is left out of a
+step, the reference's shape; and all of it at a tiny size."""
 
+import json
+import os
+import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -14,8 +22,14 @@ from megatron_rl.config.bailing import read_bailing_config
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+from bench_gpu import ALONE, SMOKE, Bench, run_config  # noqa: E402
+from bench_reference import Reference, ratios, reference_config  # noqa: E402
 from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
 from profile_parts import assign, mark_modules, marked  # noqa: E402
+
+from megatron_rl.model.build import initialize_parallel, mpu  # noqa: E402
+
+LING_LITE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 
 
 def test_flops_of_ling_lite_by_hand() -> None:
@@ -80,3 +94,127 @@ def test_operations_of_forward_backward_and_recomputation_belong_to_the_part_tha
     for handle in handles:
         handle.remove()
     assert {part for part, _ in counted()} == {"head", "other"}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    initialize_parallel(ALONE, deadline_seconds=60, seed=0)
+    config = run_config(Namespace(recompute=["none"]), 32)
+    shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE)
+    yield Bench(shape, config, dist.new_group(backend="gloo"), rounds=1)
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def test_without_head_there_is_no_gradient_of_the_head(bench: Bench) -> None:
+    """Not even of zeros, which a GPU would write and add; that of the rest of the model is there."""
+    (gpt,) = bench.trainer.model.gpts
+    weights = {"head": gpt.output_layer.weight, "embedding": gpt.embedding.word_embeddings.weight}
+    told: Counter[str] = Counter()
+    hooks = [weight.register_hook(lambda _, name=name: told.update([name])) for name, weight in weights.items()]
+    batch = bench.micro_batch([16, 16])
+    with bench.without_head():
+        bench.step(batch, 2)
+    assert told == {"embedding": 2}
+    bench.step(batch, 2)
+    assert told == {"embedding": 4, "head": 2}
+    for hook in hooks:
+        hook.remove()
+
+
+def test_recomputation_runs_every_layer_once_more_and_changes_no_gradient(bench: Bench) -> None:
+    (gpt,) = bench.trainer.model.gpts
+    passes: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_: passes.append(1)) for layer in gpt.decoder.layers]
+    batch = bench.micro_batch([16, 16])
+    gradients, counts = [], []
+    state = [p.detach().clone() for p in bench.trainer.model.parameters()]
+    for how in ("none", "full", "none"):
+        with bench.recomputing(how):
+            bench.step(batch, 1)
+        gradients.append([p.main_grad.clone() for p in bench.trainer.model.parameters()])
+        counts.append(len(passes))
+        passes.clear()
+        with torch.no_grad():
+            for p, before in zip(bench.trainer.model.parameters(), state, strict=True):
+                p.copy_(before)
+    assert counts == [2, 4, 2]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients[:2], strict=True))
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_the_reference_has_the_same_shape_but_for_a_gate_of_shared_experts(dense: int) -> None:
+    changes = {"num_hidden_layers": 3, "first_k_dense_replace": dense}
+    shape = read_bailing_config(LING_LITE).model_copy(update=changes)
+    with torch.device("meta"):
+        from transformers import Qwen2MoeForCausalLM
+
+        model = Qwen2MoeForCausalLM(reference_config(shape))
+    gates = (3 - dense) * shape.hidden_size
+    assert sum(p.numel() for p in model.parameters()) == shape.num_parameters() + gates
+    sizes = {name.split(".", 3)[-1]: tuple(p.shape) for name, p in model.named_parameters() if ".layers.2." in name}
+    assert sizes["mlp.experts.gate_up_proj"] == (64, 2 * 1408, 2048)
+    assert sizes["self_attn.k_proj.weight"] == (4 * 128, 2048)
+    assert sizes["mlp.shared_expert.up_proj.weight"] == (2 * 1408, 2048)
+    assert model.model.rotary_emb.config.rope_parameters["rope_theta"] == 600_000
+    assert model.config.norm_topk_prob
+
+
+def test_a_shape_that_the_reference_has_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_shared_experts 0 and norm_head False; compare another shape"):
+        reference_config(read_bailing_config(LING_LITE).model_copy(update={"num_shared_experts": 0}))
+
+
+def test_the_reference_learns_what_it_is_given() -> None:
+    torch.manual_seed(0)
+    shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE | {"initializer_range": 0.05})
+    reference = Reference(shape, [16, 16], torch.device("cpu"))
+    for group in reference.optimizer.param_groups:
+        group["lr"] = 1e-2
+    first, *_, last = (reference.step(2) for _ in range(15))
+    assert first == pytest.approx(torch.log(torch.tensor(512.0)), rel=0.1)
+    assert last < 0.5 * first
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+
+
+def test_ratios_to_the_reference_by_hand() -> None:
+    ours, theirs = ({"seconds": a, "seconds_of_step": b} for a, b in ((0.25, 1.0), (0.5, 3.0)))
+    assert ratios(ours, theirs, 8) == {"ours_over_reference": {"micro_batch": 2.0, "step": 2.333}}
+    assert ratios({"left_out": "out of memory"}, theirs, 8) == ratios(ours, {"left_out": "no"}, 8) == {}
+
+
+def test_all_of_it_at_a_tiny_size() -> None:
+    command = [sys.executable, str(ROOT / "tools/bench_gpu.py"), "--smoke", "--rounds", "1", "--micro-batches", "2"]
+    command += ["--lengths", "32", "--choices", "expert_weight_gradient"]
+    environment = os.environ | {"MEGATRON_RL_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    rows = [(row["length"], row["recompute"]) for row in found["training"]]
+    assert rows == [(length, how) for length in (32, 128) for how in ("none", "full")]
+    assert found["without_head"]["seconds"] > 0
+    assert found["choices"]["expert_weight_gradient = torch"]["seconds"] > 0
+    assert (
+        "set model.expert_weight_gradient = 'torch'" in found["choices"]["expert_weight_gradient = quack"]["left_out"]
+    )
+    reference, ours = found["reference"], found["training"][2]
+    assert reference["class"] == "Qwen2MoeForCausalLM"
+    assert reference["parameters"] == found["parameters"] + found["layers"] * 64
+    expected = reference["seconds"] / ours["seconds"]
+    assert reference["ours_over_reference"]["micro_batch"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--recompute", "some"], "'some' is none of none, full"),
+        (["--choices", "layers"], "'layers' is none of experts"),
+    ],
+)
+def test_what_is_not_known_is_refused(option: list[str], message: str) -> None:
+    command = [sys.executable, str(ROOT / "tools/bench_gpu.py"), "--smoke", *option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -2,12 +2,14 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_stand_ins import gemm_add_inplace
 from torch import Tensor
 
 from megatron_rl.model.experts import GroupedExperts, Weights, distance, rows_of
@@ -89,6 +91,7 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
         linears=[holding(weight) for pair in experts for weight in pair],
         weights=None,
         ready=None,
+        add_product=None,
     )
     module._weights = partial(GroupedExperts._weights, module)
     output, bias = GroupedExperts.forward(module, hidden, counts, probs)
@@ -109,6 +112,14 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
 
 
+def grouped(parameters: list[torch.nn.Parameter], ready: Any, add_product: Any) -> SimpleNamespace:
+    """GroupedExperts of these weights, as far as its methods look."""
+    module = SimpleNamespace(num_local_experts=len(parameters) // 2, linears=[*map(holding, parameters)])
+    module.weights, module.ready, module.add_product = None, ready, add_product
+    module._weights = partial(GroupedExperts._weights, module)
+    return module
+
+
 def test_gradients_of_all_experts_are_added_to_megatrons_at_once() -> None:
     torch.manual_seed(0)
     hidden, probs = torch.randn(6, HIDDEN), torch.rand(6, 2)
@@ -122,8 +133,7 @@ def test_gradients_of_all_experts_are_added_to_megatrons_at_once() -> None:
         weight.main_grad = main.detach()
     told: list[Tensor] = []
     for parameters, ready in ((alone, None), (weights, told.append)):
-        module = SimpleNamespace(num_local_experts=4, linears=[*map(holding, parameters)], weights=None, ready=ready)
-        module._weights = partial(GroupedExperts._weights, module)
+        module = grouped(parameters, ready, None)
         for _ in range(2):  # two micro-batches
             GroupedExperts.forward(module, hidden, expert_of, probs)[0].square().sum().backward()
     for weight, before, same in zip(weights, start, alone, strict=True):
@@ -157,3 +167,87 @@ def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
         found = Weights(weights, reverse).stacked()
         assert torch.equal(found.flip(0) if reverse else found, torch.stack(weights))
         assert (found.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr()) == is_copied
+
+
+@given(chosen=choices(), buffer=st.sampled_from(["last one first", "first one first"]), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=30)
+def test_gradients_added_up_in_the_product_are_those_of_fp64_to_less_than_a_rounding(
+    chosen: tuple[int, list[list[int]]], buffer: str, seed: int
+) -> None:
+    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches, from what single products in fp64
+    make of the same rounded operands, which are seen on their way into the product."""
+    torch.manual_seed(seed)
+    num_experts, expert_of = max(2, chosen[0]), torch.tensor(chosen[1])
+    weights = [x for pair in parameters_in(buffer, num_experts, torch.bfloat16) for x in pair]
+    mains = [x.detach().float() for pair in parameters_in(buffer, num_experts, torch.float32) for x in pair]
+    for weight, main in zip(weights, in_one_buffer(mains, buffer), strict=True):
+        weight.main_grad = main
+    before = [weight.main_grad.clone() for weight in weights]
+    told: list[Tensor] = []
+    module = grouped(weights, told.append, gemm_add_inplace)
+    hidden = torch.randn(len(expert_of), HIDDEN).bfloat16().requires_grad_()
+    probs = torch.rand(expert_of.shape)
+    upstream = torch.randn(len(expert_of), HIDDEN).bfloat16()
+    for _ in range(2):
+        GroupedExperts.forward(module, hidden, expert_of, probs)[0].backward(upstream)
+
+    exact = [weight.detach().double().requires_grad_() for weight in weights]
+    x = hidden.detach().double().requires_grad_()
+    output = torch.zeros_like(x)
+    for token, numbers in enumerate(expert_of.tolist()):
+        for place, number in enumerate(numbers):
+            gate, up = (x[token] @ exact[2 * number].T).chunk(2)
+            output[token] += (F.silu(gate) * up * probs[token, place]) @ exact[2 * number + 1].T
+    gradients = torch.autograd.grad(output, [x, *exact], upstream.double(), allow_unused=True)
+    scale = max(float(g.abs().max()) for g in gradients if g is not None)
+    assert float((hidden.grad.double() - 2 * gradients[0]).abs().max()) < 0.05 * scale
+    for weight, start, gradient in zip(weights, before, gradients[1:], strict=True):
+        added = (weight.main_grad - start).double()
+        expected = torch.zeros_like(added) if gradient is None else 2 * gradient
+        # Activations and their gradients are rounded to bf16 on the way; sums of a token's and micro-batches' are not.
+        assert float((added - expected).abs().max()) < 0.05 * scale
+        assert weight.grad is None or weight.grad_added_to_main_grad
+    assert sum(getattr(weight, "grad_added_to_main_grad", False) for weight in weights) == 2
+    assert len(told) == 2 * (len(weights) - 2)
+
+
+def in_one_buffer(tensors: list[Tensor], buffer: str) -> list[Tensor]:
+    """The same values, as `parameters_in` lays out parameters."""
+    order = tensors if buffer == "first one first" else tensors[::-1]
+    pieces = torch.cat([x.flatten() for x in order]).split([x.numel() for x in order])
+    placed = [piece.view(x.shape) for piece, x in zip(pieces, order, strict=True)]
+    return placed if buffer == "first one first" else placed[::-1]
+
+
+def test_a_gradient_added_up_in_the_product_is_not_rounded_to_bf16() -> None:
+    """Of 1,000 + 0.5 bf16 has 1,000."""
+    weights = [x for pair in parameters_in("first one first", 2, torch.bfloat16) for x in pair]
+    for weight, main in zip(
+        weights, in_one_buffer([torch.zeros(w.shape) for w in weights], "first one first"), strict=True
+    ):
+        weight.main_grad = main
+    ups = weights[::2]
+    found = {}
+    for name, kernel in {"torch": None, "quack": gemm_add_inplace}.items():
+        for weight in ups:
+            weight.main_grad.zero_()
+        x = torch.zeros(16, HIDDEN, dtype=torch.bfloat16)
+        x[0, 0], x[1, 0] = 1000.0, 0.5
+        x.requires_grad_()
+        ends = torch.tensor([8, 16], dtype=torch.int32)
+        product = Weights(ups, False, lambda _: None, kernel).product(x, ends)
+        product.backward(torch.ones_like(product))
+        found[name] = float(ups[0].main_grad[0, 0])
+    assert found == {"torch": 1000.0, "quack": 1000.5}
+
+
+def test_weights_apart_leave_their_gradients_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    weights = [x for pair in parameters_in("apart", 2, torch.bfloat16) for x in pair]
+    for weight in weights:
+        weight.main_grad = torch.zeros(weight.shape)
+    module = grouped(weights, lambda _: None, gemm_add_inplace)
+    hidden = torch.randn(3, HIDDEN).bfloat16()
+    GroupedExperts.forward(module, hidden, torch.tensor([[0], [1], [0]]), torch.rand(3, 1))[0].sum().backward()
+    assert all(weight.grad is not None and float(weight.grad.abs().max()) > 0 for weight in weights)
+    assert all(float(weight.main_grad.abs().max()) == 0 for weight in weights)
+    assert "leaves a layer to torch" in caplog.text

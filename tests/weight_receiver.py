@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Receiver(BaseHTTPRequestHandler):
     backend = "gloo"
     group: Any = None
     version = "0"
-    received: dict[str, Tensor] = {}
+    received: ClassVar[dict[str, Tensor]] = {}
 
     def do_GET(self) -> None:
         self._answer({"version": "embedded-receiver", "weight_version": Receiver.version})

@@ -6,16 +6,19 @@ Random weights in bf16, as many layers as memory.py plans to fit the device; no 
 batches hold `--tokens` random tokens in sequences of one length, or one sequence where that is longer.
 
 - `matmul_tflops`: what one product of `--cube`^3 in bf16 reaches here.
-- `training`: of each length, seconds of one micro-batch forward and backward, as the difference between optimizer
-  steps of few and of many micro-batches, so that the optimizer and the start of a step are not in it;
-  `seconds_of_step` is what a step takes besides. MFU = `model_flops` (tools/mfu.py: useful operations, active
-  weights, causal attention) / seconds / peak, the nominal one and that of the product above; with the optimizer it is
-  `mfu_step`, at `--micro-batches` a step. Peak memory of tensors against what memory.py plans.
-- `without_head`: the same at the length of `--tokens`, the head replaced by a mean, its FLOPs not counted.
+- `training`: of each length and each of `--recompute`, seconds of one micro-batch forward and backward, as the
+  difference between optimizer steps of few and of many micro-batches, so that the optimizer and the start of a step
+  are not in it; `seconds_of_step` is what a step takes besides. MFU = `model_flops` (tools/mfu.py: useful operations,
+  active weights, causal attention) / seconds / peak, the nominal one and that of the product above; with the optimizer
+  it is `mfu_step`, at `--micro-batches` a step. Peak memory of tensors against what memory.py plans.
+- `without_head`: the same at the length of `--tokens` and the first of `--recompute`, the head replaced by a mean: its
+  FLOPs are not counted, and it has no gradient.
+- `reference`: the same of transformers' own class at the same shape (tools/bench_reference.py), with its head, in a
+  process of its own; `ours_over_reference` is the ratio of tokens/s to it, of micro-batches and of whole steps.
 - `parts`: seconds of such a step that the device worked for each part (tools/profile_parts.py), and idle: the step's
   seconds without a profiler, less these. On a CPU the time of operations, which knows no idling.
 - `head`: the fused head against logits, log_softmax and autograd: seconds, and the most memory beyond the inputs.
-- `choices`: seconds of one micro-batch of two layers without head for every way to compute experts and attention.
+- `choices`: seconds of one micro-batch of two layers without head for every way to compute a part (`--choices`).
 - `export`: weights under Hugging Face names into one bucket after the other on the device, and on to the host's memory.
 
 Every number is a median of `--rounds` after a round that warms up. `--smoke` runs all of it at a tiny size, on a CPU
@@ -27,15 +30,14 @@ import contextlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,8 +49,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from bench_reference import Reference, ratios  # noqa: E402
 from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
 from profile_parts import mark_modules, marked, seconds_by_part  # noqa: E402
+from timing import median_seconds, pace  # noqa: E402
 
 from megatron_rl import device  # noqa: E402
 from megatron_rl.checkpoint.names import name_table  # noqa: E402
@@ -71,6 +75,8 @@ ALONE = Layout(world_size=1)
 # Of the device's memory, what is planned with: the rest is for the CUDA context, libraries and the allocator's gaps.
 SHARE = 0.9
 CHILD_SECONDS = 180
+CHOICES = ("experts", "attention", "expert_weight_gradient")
+PACKAGES = ("torch", "megatron-core", "transformers")
 SMOKE = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
 SMOKE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2}
 
@@ -79,31 +85,16 @@ def tell(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    device.synchronize()
-    started = time.perf_counter()
-    run()
-    device.synchronize()
-    return time.perf_counter() - started
-
-
-def median_seconds(run: Callable[[], Any], rounds: int) -> float:
-    """Of `rounds` runs after one that is not counted."""
-    return statistics.median([seconds_of(run) for _ in range(rounds + 1)][1:])
-
-
 class WithoutHead:
     """In the head's place: the mean of each hidden state, which costs next to nothing.
 
-    The head's weight takes part with the factor 0, so that megatron's reduction of gradients hears of it.
+    The head's weight takes no part. Megatron would wait for its gradient only if it reduced gradients beside the
+    backward pass, which one rank does not.
     """
 
-    def __call__(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: HeadRequest, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        weight = output_layer.weight if output_weight is None else output_weight
+    def __call__(self, *, hidden_states: Tensor, context: HeadRequest, **_: Any) -> tuple[Tensor, Tensor]:
         means = hidden_states.squeeze(1).index_select(0, context.index).float().mean(-1)
-        return means + 0.0 * weight[0, 0].float(), torch.zeros_like(means)
+        return means, torch.zeros_like(means)
 
 
 class Bench:
@@ -143,12 +134,19 @@ class Bench:
 
     def seconds(self, batch: MicroBatch, many: int) -> tuple[float, float]:
         """Of one micro-batch, and of a step besides."""
-        few = max(1, many // 4)
-        # In turns, so that a device that changes its pace changes both.
-        rounds = [[seconds_of(lambda n=n: self.step(batch, n)) for n in (few, many)] for _ in range(self._rounds + 1)]
-        short, long = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
-        each = (long - short) / (many - few)
-        return each, long - many * each
+        return pace(lambda count: self.step(batch, count), many, self._rounds)
+
+    @contextlib.contextmanager
+    def recomputing(self, how: str) -> Any:
+        """As if the model had been built with `model.recompute` none or full: its layers read it in every pass."""
+        config = self.trainer.model.config
+        names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        before = [getattr(config, name) for name in names]
+        for name, value in zip(names, ("full", "uniform", 1) if how == "full" else (None,) * 3, strict=True):
+            setattr(config, name, value)
+        yield
+        for name, value in zip(names, before, strict=True):
+            setattr(config, name, value)
 
     @contextlib.contextmanager
     def without_head(self) -> Any:
@@ -195,7 +193,7 @@ def run_config(arguments: argparse.Namespace, num_tokens: int, **model: Any) -> 
     return SftConfig.model_validate(
         {
             "run_dir": "unused",
-            "model": {"path": SHAPE.parent, "dtype": "bfloat16", "recompute": arguments.recompute, **model},
+            "model": {"path": SHAPE.parent, "dtype": "bfloat16", "recompute": arguments.recompute[0], **model},
             "train": {"steps": 1000, "micro_batch_tokens": num_tokens},
             "data": {"train": "unused", "batch_tokens": 1},
         }
@@ -206,9 +204,9 @@ def micro_batch_lengths(length: int, num_tokens: int) -> list[int]:
     return [length] * max(1, num_tokens // length)
 
 
-def planned_bytes(arguments: argparse.Namespace, bailing: BailingConfig, length: int) -> int:
+def planned_bytes(arguments: argparse.Namespace, bailing: BailingConfig, length: int, recompute: str) -> int:
     num_tokens = sum(micro_batch_lengths(length, arguments.tokens))
-    return rank_bytes(run_config(arguments, num_tokens), bailing, ALONE)[0].total
+    return rank_bytes(run_config(arguments, num_tokens, recompute=recompute), bailing, ALONE)[0].total
 
 
 def rates(seconds: float, flops: float, peaks: dict[str, float]) -> dict[str, float]:
@@ -220,20 +218,21 @@ def measure_training(
 ) -> None:
     found["training"] = []
     many = arguments.micro_batches
-    for length in arguments.lengths:
+    for length, recompute in product(arguments.lengths, arguments.recompute):
         lengths = micro_batch_lengths(length, arguments.tokens)
-        row: dict[str, Any] = {"length": length, "tokens": sum(lengths)}
+        row: dict[str, Any] = {"length": length, "tokens": sum(lengths), "recompute": recompute}
         found["training"].append(row)
         flops = model_flops(bench.bailing, lengths, sum(lengths) - len(lengths))
         batch = bench.micro_batch(lengths)
         device.reset_peak_memory()
         try:
-            each, besides = bench.seconds(batch, many)
+            with bench.recomputing(recompute):
+                each, besides = bench.seconds(batch, many)
         except torch.OutOfMemoryError:
             row["left_out"] = "out of memory"
             continue
         whole = many * each + besides
-        planned = planned_bytes(arguments, bench.bailing, length)
+        planned = planned_bytes(arguments, bench.bailing, length, recompute)
         row |= {
             "seconds": round(each, 5),
             "seconds_of_step": round(besides, 5),
@@ -245,7 +244,7 @@ def measure_training(
             "peak_over_planned": round(device.peak_memory_bytes() / planned, 3),
         }
         tell(f"training: {row}")
-        if length == arguments.tokens:
+        if (length, recompute) == (arguments.tokens, arguments.recompute[0]):
             with bench.without_head():
                 each, _ = bench.seconds(batch, many)
                 flops = model_flops(bench.bailing, lengths, 0)
@@ -300,40 +299,54 @@ def measure_heads(bailing: BailingConfig, num_tokens: int, rounds: int) -> dict[
     return found
 
 
-def measure_choices() -> dict[str, Any]:
-    """Seconds of a micro-batch by key and value of the model's section; a value that cannot be had says why.
+def measured_by_child(*asked: str) -> dict[str, Any]:
+    """What a process of its own prints: megatron's gradient hooks keep a model in memory for as long as one lives. What
+    cannot be had says why."""
+    command = [sys.executable, __file__, *sys.argv[1:], *asked]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"left_out": f"not done after {CHILD_SECONDS} s"}
+    if done.returncode:
+        return {"left_out": done.stderr.strip().rpartition("\n")[2]}
+    return dict(json.loads(done.stdout[done.stdout.rfind("{") :]))  # libraries may have written in front of it
 
-    Each in a process of its own: megatron's gradient hooks keep a model in memory for as long as the process lives.
-    """
+
+def measure_choices(keys: list[str]) -> dict[str, Any]:
+    """Seconds of a micro-batch by key and value of the model's section."""
     found: dict[str, Any] = {}
-    for key in ("experts", "attention"):
-        field = ModelSection.model_fields.get(key)
-        for value in get_args(field.annotation) if field else ():
-            if value == "auto":
-                continue
-            command = [sys.executable, __file__, *sys.argv[1:], "--choice", key, value]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHILD_SECONDS)
-            except subprocess.TimeoutExpired:
-                found[f"{key} = {value}"] = {"left_out": f"not done after {CHILD_SECONDS} s"}
-                continue
-            last = done.stderr.strip().rpartition("\n")[2]
-            # Libraries may have written in front of it.
-            result = done.stdout[done.stdout.rfind("{") :]
-            found[f"{key} = {value}"] = json.loads(result) if done.returncode == 0 else {"left_out": last}
-            tell(f"{key} = {value}: {found[f'{key} = {value}']}")
+    for key in keys:
+        for value in get_args(ModelSection.model_fields[key].annotation):
+            if value != "auto":
+                found[f"{key} = {value}"] = measured_by_child("--choice", key, value)
+                tell(f"{key} = {value}: {found[f'{key} = {value}']}")
     return found
 
 
 def measure_choice(bailing: BailingConfig, arguments: argparse.Namespace) -> dict[str, float]:
     """A child's work: a model of two layers without head."""
     key, value = arguments.choice
-    config = run_config(arguments, arguments.tokens, layers="local", **{key: value})
+    config = run_config(arguments, arguments.tokens, **{key: value})
     bench = Bench(bailing.model_copy(update={"num_hidden_layers": 2}), config, join(), arguments.rounds)
     with bench.without_head():
         batch = bench.micro_batch(micro_batch_lengths(arguments.tokens, arguments.tokens))
         each, _ = bench.seconds(batch, arguments.micro_batches)
     return {"seconds": round(each, 5)}
+
+
+def measure_reference(bailing: BailingConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A child's work: transformers' class of `bailing`'s layers."""
+    lengths = micro_batch_lengths(arguments.tokens, arguments.tokens)
+    reference = Reference(bailing, lengths, device.torch_device())
+    each, besides = pace(reference.step, arguments.micro_batches, arguments.rounds)
+    return {
+        "class": type(reference.model).__name__,
+        "parameters": sum(p.numel() for p in reference.model.parameters()),
+        "seconds": round(each, 5),
+        "seconds_of_step": round(besides, 5),
+        "tokens_per_second": round(sum(lengths) / each),
+        "peak_gb": round(device.peak_memory_bytes() / 1e9, 3),
+    }
 
 
 def join() -> Any:
@@ -390,6 +403,10 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     if arguments.choice:
         found |= measure_choice(shape, arguments)
         return
+    if arguments.reference:
+        layers = {"num_hidden_layers": arguments.reference}
+        found |= measure_reference(shape.model_copy(update=layers), arguments)
+        return
     longest = max(arguments.lengths, key=lambda n: sum(micro_batch_lengths(n, arguments.tokens)))
 
     def of(layers: int) -> BailingConfig:
@@ -397,33 +414,48 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 
     available = SHARE * device.memory_bytes()
     layers = arguments.layers or layers_that_fit(
-        lambda n: planned_bytes(arguments, of(n), longest), shape.num_hidden_layers, available
+        lambda n: max(planned_bytes(arguments, of(n), longest, how) for how in arguments.recompute),
+        shape.num_hidden_layers,
+        available,
     )
     name = device.device_name()
     nominal = arguments.peak or (None if arguments.smoke else nominal_peak(name))
-    product = matmul_flops(arguments.cube, arguments.rounds)
-    tell(f"{name}: {layers} layers, {product / 1e12:.3f} TFLOP/s at {arguments.cube}^3")
+    reached = matmul_flops(arguments.cube, arguments.rounds)
+    tell(f"{name}: {layers} layers, {reached / 1e12:.3f} TFLOP/s at {arguments.cube}^3")
     found |= {
         "device": name,
         "memory_gb": round(device.memory_bytes() / 1e9, 1),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": arguments.commit or commit(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "megatron-core")},
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
         "layers": layers,
         "parameters": of(layers).num_parameters(),
-        "recompute": arguments.recompute,
         "micro_batches": arguments.micro_batches,
         "nominal_tflops": nominal and nominal / 1e12,
-        "matmul_tflops": round(product / 1e12, 3),
+        "matmul_tflops": round(reached / 1e12, 3),
     }
     # First, while the device's memory is free.
-    found["choices"] = measure_choices()
+    found["choices"] = measure_choices(arguments.choices)
+    found["reference"] = measured_by_child("--reference", str(layers))
     found["head"] = measure_heads(shape, arguments.tokens, arguments.rounds)
     config = run_config(arguments, sum(micro_batch_lengths(longest, arguments.tokens)))
     bench = Bench(of(layers), config, join(), arguments.rounds)
-    peaks = {"": nominal or product, "_of_matmul": product}
+    peaks = {"": nominal or reached, "_of_matmul": reached}
     measure_training(bench, arguments, peaks, found)
+    ours = next(row for row in found["training"] if row["length"] == arguments.tokens)
+    found["reference"] |= ratios(ours, found["reference"], arguments.micro_batches)
+    tell(f"reference: {found['reference']}")
     found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
+
+
+def names_in(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def split(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return split
 
 
 def main() -> int:
@@ -432,7 +464,10 @@ def main() -> int:
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--tokens", type=int, help="of a micro-batch; it is one of the lengths too")
     parser.add_argument("--micro-batches", type=int, default=8, help="of an optimizer step, at least 2")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", type=names_in(("none", "full")), default="none,full", metavar="none,full")
+    parser.add_argument(
+        "--choices", type=names_in(CHOICES), default=",".join(CHOICES), help="keys of the model's section"
+    )
     parser.add_argument("--peak", type=float, help="nominal FLOP/s of a device that tools/mfu.py does not know")
     parser.add_argument("--cube", type=int)
     parser.add_argument("--bucket-mb", type=int, default=512)
@@ -440,12 +475,15 @@ def main() -> int:
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--choice", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     tiny = arguments.smoke
     arguments.tokens = arguments.tokens or (128 if tiny else 8192)
     arguments.cube = arguments.cube or (128 if tiny else 8192)
     lengths = arguments.lengths or ([32, 128, 192] if tiny else [2048, 4096, 8192, 16384, 24576])
     arguments.lengths = sorted({*lengths, arguments.tokens})
+    if not arguments.recompute:
+        raise ValueError("--recompute names nothing; give none, full, or both")
     if arguments.micro_batches < 2:
         raise ValueError(f"--micro-batches must be at least 2, got {arguments.micro_batches}")
     found: dict[str, Any] = {}

@@ -82,19 +82,25 @@ class ServedModelSection(ServingSection):
 class ModelSection(ServedModelSection):
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
-        description="auto takes Transformer Engine where it is installed, a GPU is used and parallel.context is 1; "
-        "else local",
+        description="auto takes local ones, and Transformer Engine's, which have not run on a GPU yet, only where fp8 "
+        "asks for them",
     )
-    attention: Literal["auto", "flash", "sdpa"] = Field(
+    attention: Literal["auto", "flash", "fa4", "sdpa"] = Field(
         default="auto",
-        description="of local layers. flash: torch's variable-length flash attention, on a GPU in bfloat16; sdpa: "
-        "torch's scaled_dot_product_attention over sequences of about the same length. auto takes flash where it can",
+        description="of local layers. flash: torch's variable-length flash attention, on a GPU in bfloat16; fa4: "
+        "FlashAttention 4 of the package flash-attn-4, not run on a GPU yet; sdpa: torch's "
+        "scaled_dot_product_attention over sequences of about the same length. auto takes flash where it can",
     )
     experts: Literal["auto", "grouped", "sequential"] = Field(
         default="auto",
         description="of local layers. grouped: all experts of a rank in two grouped matrix products of torch's own, "
         "not in float64; sequential: two products for each. auto takes grouped in bfloat16 on a GPU of compute "
         "capability 9.0 or later. Transformer Engine's layers have their own",
+    )
+    expert_weight_gradient: Literal["torch", "quack"] = Field(
+        default="torch",
+        description="of grouped experts. torch: a grouped product in bfloat16, added to the float32 gradients in a "
+        "pass of its own; quack: added in the product, by the package quack-kernels, not run on a GPU yet",
     )
     router_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the router's logits and probabilities; servers may have them in bfloat16"

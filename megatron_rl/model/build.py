@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 )
 from megatron.core.utils import unwrap_model  # noqa: E402
 
+from megatron_rl.model import kernels  # noqa: E402
 from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
-from megatron_rl.model.layers import FlashAttention, PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.layers import FlashAttention, FlashAttention4, PackedAttention, RMSNorm  # noqa: E402
 from megatron_rl.model.providers import Installed, Providers, choose  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
 
@@ -121,7 +123,7 @@ def transformer_config(
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=providers.experts == "transformer_engine",
-        moe_permute_fusion=providers.permutation == "transformer_engine",
+        moe_permute_fusion=providers.transformer_engine,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_stages(bailing, layout) if layout.pipeline > 1 else None,
@@ -167,16 +169,28 @@ def installed() -> Installed:
     return Installed(
         compute_capability=device.compute_capability(),
         transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
-        apex=importlib.util.find_spec("amp_C") is not None,
+        flash_attn_4=_is_installed("flash-attn-4"),
+        quack=_is_installed("quack-kernels"),
         weight_gradient=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
+
+
+def _is_installed(distribution: str) -> bool:
+    """By the package's name: to look for its module would import others' (flash_attn), or find another's (quack)."""
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
+
+
+_ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAttention}
 
 
 def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Providers) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if providers.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
-        layer.mlp = _with_router(layer.mlp) if is_moe else layer.mlp
+        layer.mlp = _with_router(layer.mlp, providers) if is_moe else layer.mlp
         return layer
     backend = LocalSpecProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
@@ -187,13 +201,13 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Provid
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),
-                core_attention=FlashAttention if providers.attention == "flash" else PackedAttention,
+                core_attention=_ATTENTION[providers.attention],
                 linear_proj=backend.row_parallel_linear(),
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=_with_router(mlp, providers.experts == "grouped") if is_moe else mlp,
+        mlp=_with_router(mlp, providers) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
         # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.
         sharded_state_dict_keys_map={
@@ -202,12 +216,13 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Provid
     )
 
 
-def _with_router(mlp: Any, grouped: bool = False) -> Any:
+def _with_router(mlp: Any, providers: Providers) -> Any:
     """Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
     parts = replace(mlp.keywords["submodules"], router=Router)
-    if not grouped:
+    if providers.experts != "grouped":
         return partial(mlp, submodules=parts)
-    experts = partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords)
+    add_product = kernels.quack_add_product() if providers.expert_weight_gradient == "quack" else None
+    experts = partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords, add_product=add_product)
     return partial(GroupedLayer, submodules=replace(parts, experts=experts))
 
 
@@ -310,6 +325,8 @@ def build_model(
         for module in chunk.modules():
             if isinstance(module, GroupedExperts):
                 module.ready = partial(_gradient_is_there, chunk)
+        if providers.weight_gradient == "transformer_engine":
+            fuse_weight_gradients(chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -328,6 +345,23 @@ def build_model(
         dtype=dtype,
         token_multiple=layout.tensor * align,
     )
+
+
+def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers, grouped ones too, add a weight's gradient to megatron's fp32 one in the
+    product. Only now is the latter there.
+
+    Megatron asks for it when it builds them, by a flag that its own layers refuse without apex. They are known by the
+    attribute, which they read in every forward pass and other modules have not: norms, attention, router and embedding,
+    nor megatron's head. A layer stays as it is while one of its weights has no such gradient.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            weights = [p for p in module.parameters(recurse=False) if p.dim() > 1 and p.requires_grad]
+            sums = [getattr(p, "main_grad", None) for p in weights]
+            module.fuse_wgrad_accumulation = bool(sums) and all(
+                x is not None and x.dtype == torch.float32 for x in sums
+            )
 
 
 def _gradient_is_there(chunk: DistributedDataParallel, parameter: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-"""All experts of a rank in two grouped matrix products, by torch's own kernel.
+"""All experts of a rank in two grouped matrix products, by torch's own kernel; their weights' gradients by quack's if
+asked for.
 
 megatron-core's local experts run one after the other: two small products for each, and the host has to know how many
 tokens each one gets. Its grouped ones want Transformer Engine. Here megatron's module still owns the parameters, expert
@@ -8,6 +9,7 @@ Legend: T tokens of this rank, each with K choices out of its E experts; P rows 
 another's; H hidden size.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 # The weights' gradient sums over the rows of each expert. Kernels want some, and those in multiples of 16 bytes.
 _ALIGNED_BYTES = 16
 
@@ -35,13 +39,15 @@ class GroupedExperts(SequentialMLP):
 
     ready: called with each parameter whose gradient is there, but with the first of each kind, for which megatron's DDP
     is called by itself; None where there is no DDP.
+    add_product: quack's `gemm_add_inplace`; None leaves gradients to torch.
     """
 
     ready: Callable[[Tensor], None] | None = None
     weights: "tuple[Weights, Weights] | None" = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, add_product: Callable[..., None] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_product = add_product
         self.linears = tuple(x for expert in self.local_experts for x in (expert.linear_fc1, expert.linear_fc2))
 
     def forward(self, hidden: Tensor, expert_of: Tensor, probs: Tensor) -> tuple[Tensor, None]:
@@ -57,11 +63,11 @@ class GroupedExperts(SequentialMLP):
             expert_of = torch.repeat_interleave(numbers, counts, output_size=len(hidden))[:, None]
             probs = probs[:, None]
         rows = rows_of(expert_of, self.num_local_experts, _ALIGNED_BYTES // hidden.dtype.itemsize, ups.is_reversed)
-        gate_and_up = F.grouped_mm(_Spread.apply(hidden, *rows[:2]), ups.stacked().mT, offs=rows.ends)
+        gate_and_up = ups.product(_Spread.apply(hidden, *rows[:2]), rows.ends)
         # Where a row has no token it has the probability 0, and so an output and a gradient of the weights of 0.
         row_probs = probs.new_zeros(len(rows.token)).index_put((rows.of_choice.flatten(),), probs.flatten())
         activated = weighted_bias_swiglu_impl(gate_and_up, None, row_probs[:, None])
-        output = F.grouped_mm(activated, downs.stacked().mT, offs=rows.ends)
+        output = downs.product(activated, rows.ends)
         return _Collect.apply(output, *rows[:2]), None
 
     def _weights(self) -> tuple["Weights", "Weights"]:
@@ -71,7 +77,13 @@ class GroupedExperts(SequentialMLP):
         if self.weights is None:
             ups, downs = ([linear.weight for linear in self.linears[i::2]] for i in range(2))
             is_reversed = min(distance(ups), distance(downs)) < 0
-            self.weights = Weights(ups, is_reversed, self.ready), Weights(downs, is_reversed, self.ready)
+            common = is_reversed, self.ready, self.add_product
+            self.weights = Weights(ups, *common), Weights(downs, *common)
+            if self.add_product and not all(weights.in_one_buffer for weights in self.weights):
+                log.warning(
+                    "model.expert_weight_gradient = 'quack' leaves a layer to torch: its experts do not lie evenly in "
+                    "megatron's buffer of gradients"
+                )
         return self.weights
 
 
@@ -212,17 +224,32 @@ class Weights:
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], is_reversed: bool, ready: Callable[[Tensor], None] | None = None
+        self,
+        weights: Sequence[Tensor],
+        is_reversed: bool,
+        ready: Callable[[Tensor], None] | None = None,
+        add_product: Callable[..., None] | None = None,
     ) -> None:
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
         self._step = max(0, distance(self._ordered))
         self._main_step = max(0, distance([weight.main_grad for weight in self._ordered])) if ready else 0
-        self._ready = ready
+        self._ready, self._add_product = ready, add_product
+
+    @property
+    def in_one_buffer(self) -> bool:
+        """Weights and gradients both lie evenly."""
+        return bool(self._step and self._main_step)
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [P, in], each expert's rows up to its `ends`, times its weight [out, in] -> [P, out]."""
+        if self._add_product and self.in_one_buffer:
+            return _Product.apply(self, self._ordered[0], x, ends)
+        return F.grouped_mm(x, self.stacked().mT, offs=ends)
 
     def stacked(self) -> Tensor:
         """[E, ...]"""
-        if self._step and self._main_step:
+        if self.in_one_buffer:
             return _View.apply(self, self._ordered[0])
         return _Stack.apply(self._step, *self._ordered)
 
@@ -233,10 +260,40 @@ class Weights:
         """gradient: [E, ...], added to megatron's."""
         first, count = self._ordered[0], len(self._ordered)
         _add(first.main_grad.as_strided((count, first.numel()), (self._main_step, 1)), gradient.reshape(count, -1))
-        first.grad_added_to_main_grad = True  # its hook adds nothing, until the next step
+        self._added()
+
+    def add_product(self, gradient: Tensor, x: Tensor, ends: Tensor) -> None:
+        """Of gradient [P, out] and x [P, in] each expert's product [out, in], added to megatron's in fp32."""
+        assert self._add_product is not None
+        first, count = self._ordered[0].main_grad, len(self._ordered)
+        total = first.as_strided((count, *first.shape), (self._main_step, *first.stride()))
+        # Without tuning: it would try every kernel again for every number of rows.
+        self._add_product(gradient.mT, x, total, cu_seqlens_k=F.pad(ends, (1, 0)), tuned=False)
+        self._added()
+
+    def _added(self) -> None:
+        self._ordered[0].grad_added_to_main_grad = True  # its hook adds nothing, until the next step
         assert self._ready is not None
         for weight in self._ordered[1:]:
             self._ready(weight)
+
+
+class _Product(torch.autograd.Function):
+    """Torch's grouped product, but the weights' gradient is never a tensor of its own. As in `_View`, autograd knows
+    the first of the parameters alone."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Weights, first: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        ctx.weights = weights
+        ctx.save_for_backward(x, ends)
+        return F.grouped_mm(x, weights.view().mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, ends), gradient = ctx.saved_tensors, grads[0].contiguous()
+        of_x = F.grouped_mm(gradient, ctx.weights.view(), offs=ends) if ctx.needs_input_grad[2] else None
+        ctx.weights.add_product(gradient, x, ends)
+        return None, torch.empty_like(ctx.weights.view()[0]), of_x, None  # the second for megatron's hook, unread
 
 
 class _View(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.device import compiled, import_megatron
+from megatron_rl.model import kernels
 from megatron_rl.model.packing import PackedSequences
 
 import_megatron()
@@ -111,6 +112,31 @@ class FlashAttention(PackedAttention):
             scale=self.softmax_scale,
             window_size=causal,
             **groups,
+        )
+        return attended.flatten(1)
+
+
+class FlashAttention4(PackedAttention):
+    """The same by FlashAttention 4 of the package flash-attn-4.
+
+    It is called directly: torch's own adapter (`activate_flash_attention_impl`) changes every attention of the process,
+    and that of torch 2.11 refuses the backward pass of packed sequences.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernel = kernels.flash_attention_4()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        starts, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        attended, _ = self.kernel(
+            *(query, key, value.contiguous()),  # as above
+            cu_seqlens_q=starts,
+            cu_seqlens_k=starts,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=self.softmax_scale,
+            causal=True,
         )
         return attended.flatten(1)
 

@@ -15,10 +15,14 @@ from megatron_rl.layout import Layout
 # for which the host waits (aten/native/GroupedMMUtils.h).
 FLASH_CAPABILITY = (8, 0)
 GROUPED_CAPABILITY = (9, 0)
-# What torch's flash attention takes without padding the heads.
+# What torch's flash attention takes without padding the heads. FlashAttention 4 takes the same on Hopper.
 MAX_FLASH_HEAD_DIM = 256
 FLASH_HEAD_DIM_MULTIPLE = 8
-# What torch's grouped product demands of the rows of its operands.
+# Major compute capabilities for which FlashAttention 4 has both passes and torch's own adapter lets it (Hopper and
+# Blackwell of data centres), and where the latter takes head dims up to this, or MAX_FLASH_HEAD_DIM.
+FA4_CAPABILITIES = (9, 10)
+FA4_BLACKWELL_HEAD_DIM = 128
+# What torch's grouped product, and quack's, demand of the rows of their operands.
 GROUPED_ROW_BYTES = 16
 
 
@@ -27,19 +31,23 @@ class Installed:
     """What this process can use. The default is a CPU with nothing but torch and megatron-core.
 
     compute_capability: of the CUDA device; None on a CPU.
-    transformer_engine: the package. apex: NVIDIA's, with its kernels; on the package index the name is another's.
-    weight_gradient: apex's extension that adds a weight's gradient up inside of the product.
+    transformer_engine, flash_attn_4, quack: the packages. weight_gradient: apex's extension that adds a weight's
+    gradient up inside of the product.
     """
 
     compute_capability: tuple[int, int] | None = None
     transformer_engine: bool = False
-    apex: bool = False
+    flash_attn_4: bool = False
+    quack: bool = False
     weight_gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Providers:
-    """Of each part who computes it; a value of `COSTS` says what that costs."""
+    """Of each part who computes it; a value of `COSTS` says what that costs.
+
+    weight_gradient: of linear layers. expert_weight_gradient: of routed experts.
+    """
 
     layers: str
     attention: str
@@ -47,7 +55,7 @@ class Providers:
     experts: str
     permutation: str
     weight_gradient: str
-    optimizer: str
+    expert_weight_gradient: str
 
     @property
     def transformer_engine(self) -> bool:
@@ -61,13 +69,19 @@ class Providers:
             yield f"{field.name.replace('_', ' ')}: {value.replace('_', ' ')}" + (f" ({cost})" if cost else "")
 
 
+_UNPROVEN = "not run on a GPU yet"
 COSTS = {
     ("layers", "local"): "norms and products apart; no fp8",
+    ("layers", "transformer_engine"): _UNPROVEN,
+    ("attention", "fa4"): _UNPROVEN,
     ("attention", "sdpa"): "a kernel for each bucket of sequences of about the same length, padded by up to a quarter",
     ("norm", "fp32"): "a copy in fp32, then the weight's product apart",
     ("experts", "sequential"): "two small products for each expert, and the host waits for the number of its tokens",
     ("permutation", "torch"): "tokens are sorted and copied by torch's index operations",
     ("weight_gradient", "separate"): "added to the fp32 gradient in a pass of its own",
+    ("weight_gradient", "transformer_engine"): "in the product; that of the head in a pass of its own",
+    ("expert_weight_gradient", "separate"): "added to the fp32 gradient in a pass of its own",
+    ("expert_weight_gradient", "quack"): _UNPROVEN,
 }
 
 
@@ -79,30 +93,43 @@ def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Ite
             f"{wanted} and {' and '.join(local)} exclude each other: Transformer Engine's layers bring attention and "
             "experts along, and no context parallelism; leave one of them out"
         )
-    if model.attention == "flash" and not _flash_fits(model, bailing, layout):
+    if model.attention in ("flash", "fa4") and not _flash_fits(model, bailing, layout):
         yield (
-            f"model.attention = 'flash' needs bfloat16, parallel.context = 1 and a head_dim that is a multiple of "
-            f"{FLASH_HEAD_DIM_MULTIPLE} up to {MAX_FLASH_HEAD_DIM}, got {model.dtype}, {layout.context} and "
-            f"{bailing.head_dim}; set model.attention = 'sdpa'"
+            f"model.attention = '{model.attention}' needs bfloat16, parallel.context = 1 and a head_dim that "
+            f"is a multiple of {FLASH_HEAD_DIM_MULTIPLE} up to {MAX_FLASH_HEAD_DIM}, got {model.dtype}, "
+            f"{layout.context} and {bailing.head_dim}; set model.attention = 'sdpa'"
         )
     if model.experts == "grouped" and not _grouped_fits(model, bailing, layout):
         yield (
-            f"model.experts = 'grouped' needs several experts on a rank, no float64, and rows in multiples of "
-            f"{GROUPED_ROW_BYTES} bytes, got {bailing.num_experts} over parallel.expert = {layout.expert} in "
-            f"{model.dtype}, hidden_size {bailing.hidden_size} and moe_intermediate_size "
-            f"{bailing.moe_intermediate_size} over {layout.expert_tensor}; set model.experts = 'sequential'"
+            f"model.experts = 'grouped' needs {_GROUPED_NEEDS}, got {_grouped_got(model, bailing, layout)}; set "
+            "model.experts = 'sequential'"
         )
+    if model.expert_weight_gradient == "quack":
+        if model.experts == "sequential":
+            yield (
+                "model.expert_weight_gradient = 'quack' and model.experts = 'sequential' exclude each other: it is of "
+                "grouped experts; leave one of them out"
+            )
+        elif model.dtype != "bfloat16" or not _grouped_fits(model, bailing, layout):
+            yield (
+                f"model.expert_weight_gradient = 'quack' needs bfloat16, and {_GROUPED_NEEDS}, got "
+                f"{_grouped_got(model, bailing, layout)}; set model.expert_weight_gradient = 'torch'"
+            )
 
 
 def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installed: Installed) -> Providers:
-    """The best that there is of what the configuration leaves open. ValueError when it asks for what cannot be had."""
+    """The best that has been measured of what the configuration leaves open. ValueError when it asks for what cannot be
+    had.
+
+    What is installed alone changes nothing but apex's extension: Transformer Engine, FlashAttention 4 and quack are
+    asked for.
+    """
     for problem in problems(model, bailing, layout):
         raise ValueError(problem)
     capability = installed.compute_capability
     on_gpu = capability is not None
-    engine = on_gpu and installed.transformer_engine
     wanted = _asks_for_engine(model)
-    if wanted and not engine:
+    if wanted and not (on_gpu and installed.transformer_engine):
         raise ValueError(
             f"{wanted} needs a CUDA device and the package transformer_engine; install megatron_rl[gpu], or set "
             "model.layers = 'local' and model.fp8 = 'none'"
@@ -113,26 +140,74 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
             f"model.attention = 'flash' needs a CUDA device of compute capability "
             f"{'.'.join(map(str, FLASH_CAPABILITY))} or later; set model.attention = 'sdpa'"
         )
-    if engine and not _reasons_for_local(model, layout) and model.dtype != "float64":
-        layers = attention = norm = experts = "transformer_engine"
-    else:
-        has_grouped = capability is not None and capability >= GROUPED_CAPABILITY and model.dtype == "bfloat16"
-        grouped = model.experts == "grouped" or (
-            model.experts == "auto" and has_grouped and _grouped_fits(model, bailing, layout)
+    if model.attention == "fa4":
+        _check_fa4(bailing, installed)
+    has_grouped = capability is not None and capability >= GROUPED_CAPABILITY and model.dtype == "bfloat16"
+    if model.expert_weight_gradient == "quack" and not (has_grouped and installed.quack):
+        raise ValueError(
+            f"model.expert_weight_gradient = 'quack' needs a CUDA device of compute capability "
+            f"{'.'.join(map(str, GROUPED_CAPABILITY))} or later{_and_package('quack-kernels', installed.quack)}, got "
+            f"{_name(capability)}; set model.expert_weight_gradient = 'torch'"
         )
-        flash = model.attention != "sdpa" and has_flash and _flash_fits(model, bailing, layout)
-        layers, norm = "local", "fused" if on_gpu else "fp32"
-        attention, experts = "flash" if flash else "sdpa", "grouped" if grouped else "sequential"
-    return Providers(
-        layers=layers,
-        attention=attention,
-        norm=norm,
-        experts=experts,
-        permutation="transformer_engine" if engine and model.dtype != "float64" else "torch",
-        weight_gradient="apex" if on_gpu and installed.weight_gradient and model.dtype == "bfloat16" else "separate",
-        # The order in which megatron-core 0.19.2 looks for a fused Adam (optimizer/__init__.py).
-        optimizer="transformer_engine" if engine else "apex" if on_gpu and installed.apex else "torch",
+    apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"
+    if wanted:
+        engine = "transformer_engine"
+        gradient = "apex" if apex else engine if model.dtype == "bfloat16" else "separate"
+        return Providers(
+            layers=engine,
+            attention=engine,
+            norm=engine,
+            experts=engine,
+            permutation=engine,
+            weight_gradient=gradient,
+            expert_weight_gradient=gradient,
+        )
+    grouped = model.experts == "grouped" or (
+        model.experts == "auto" and has_grouped and _grouped_fits(model, bailing, layout)
     )
+    attention = model.attention
+    if attention == "auto":
+        attention = "flash" if has_flash and _flash_fits(model, bailing, layout) else "sdpa"
+    gradient = "apex" if apex else "separate"
+    return Providers(
+        layers="local",
+        attention=attention,
+        norm="fused" if on_gpu else "fp32",
+        experts="grouped" if grouped else "sequential",
+        permutation="torch",
+        weight_gradient=gradient,
+        # Grouped products are torch's, of which apex's extension knows nothing.
+        expert_weight_gradient="quack"
+        if model.expert_weight_gradient == "quack"
+        else "separate"
+        if grouped
+        else gradient,
+    )
+
+
+def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
+    """ValueError where FlashAttention 4 is not there, or does not run."""
+    capability = installed.compute_capability
+    if capability is None or capability[0] not in FA4_CAPABILITIES or not installed.flash_attn_4:
+        raise ValueError(
+            f"model.attention = 'fa4' needs a CUDA device of compute capability "
+            f"{' or '.join(f'{major}.x' for major in FA4_CAPABILITIES)}"
+            f"{_and_package('flash-attn-4', installed.flash_attn_4)}, got {_name(capability)}; set model.attention = "
+            "'auto'"
+        )
+    if capability[0] > 9 and not (bailing.head_dim <= FA4_BLACKWELL_HEAD_DIM or bailing.head_dim == MAX_FLASH_HEAD_DIM):
+        raise ValueError(
+            f"model.attention = 'fa4' needs a head_dim up to {FA4_BLACKWELL_HEAD_DIM}, or {MAX_FLASH_HEAD_DIM}, on "
+            f"{_name(capability)}, got {bailing.head_dim}; set model.attention = 'auto'"
+        )
+
+
+def _and_package(name: str, is_there: bool) -> str:
+    return "" if is_there else f" and the package {name} (pip install {name})"
+
+
+def _name(capability: tuple[int, int] | None) -> str:
+    return "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
 
 
 def _asks_for_engine(model: ModelSection) -> str | None:
@@ -147,12 +222,24 @@ def _reasons_for_local(model: ModelSection, layout: Layout) -> list[str]:
     reasons = [f"model.layers = '{model.layers}'"] if model.layers == "local" else []
     chosen = {"attention": model.attention, "experts": model.experts}
     reasons += [f"model.{name} = '{value}'" for name, value in chosen.items() if value != "auto"]
+    if model.expert_weight_gradient != "torch":
+        reasons.append(f"model.expert_weight_gradient = '{model.expert_weight_gradient}'")
     return reasons + ([f"parallel.context = {layout.context}"] if layout.context > 1 else [])
 
 
 def _flash_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
     fits = bailing.head_dim <= MAX_FLASH_HEAD_DIM and bailing.head_dim % FLASH_HEAD_DIM_MULTIPLE == 0
     return model.dtype == "bfloat16" and layout.context == 1 and fits
+
+
+_GROUPED_NEEDS = f"several experts on a rank, no float64, and rows in multiples of {GROUPED_ROW_BYTES} bytes"
+
+
+def _grouped_got(model: ModelSection, bailing: BailingConfig, layout: Layout) -> str:
+    return (
+        f"{bailing.num_experts} over parallel.expert = {layout.expert} in {model.dtype}, hidden_size "
+        f"{bailing.hidden_size} and moe_intermediate_size {bailing.moe_intermediate_size} over {layout.expert_tensor}"
+    )
 
 
 def _grouped_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:

@@ -1,7 +1,7 @@
 """Norm and scaling of many gradients at once, for megatron's clipping.
 
-Without Transformer Engine and apex megatron-core 0.19.2 takes a kernel for each parameter, and for its norm the host
-waits for each (utils.py, local_multi_tensor_*).
+By itself megatron-core 0.19.2 takes Transformer Engine's or apex's as soon as one is installed, and else a kernel for
+each parameter, for whose norm the host waits (utils.py, local_multi_tensor_*).
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,12 @@ from megatron_rl.device import import_megatron
 
 import_megatron()
 
-from megatron.core import utils  # noqa: E402
 from megatron.core.optimizer import clip_grads  # noqa: E402
 
 
 def install() -> None:
-    """Let megatron use these where it would use its own."""
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = l2_norm, scale
+    """Let megatron use these, whatever is installed."""
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = l2_norm, scale
 
 
 def l2_norm(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], *_: Any) -> tuple[Tensor, None]:

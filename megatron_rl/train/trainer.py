@@ -45,6 +45,7 @@ from megatron_rl.train.traces import gather
 
 device.import_megatron()
 
+from megatron.core import optimizer as megatron_optimizer  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -85,6 +86,8 @@ class Trainer:
         self.model = model
         self._control = control
         clipping.install()
+        # Torch's AdamW, also where Transformer Engine or apex is installed: theirs have not run here.
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

@@ -26,6 +26,7 @@ from megatron_rl.config.schema import ModelSection
 MODEL = SHAPE | {"hidden_size": 128, "moe_intermediate_size": 64}
 # Router choices that the sequences bring along: where rounding decides between two experts, everything behind differs.
 GIVEN, CHOSEN = "given", "chosen"
+OF_PACKAGES = {"transformer_engine", "fa4", "quack"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def options(name: str) -> list[str]:
 def providers() -> dict[str, dict[str, str]]:
     """The model's section for every choice of parts, by name."""
     choices = [{"layers": value} for value in options("layers")]
+    choices += [{"layers": "local", "expert_weight_gradient": value} for value in options("expert_weight_gradient")]
     parts = [name for name in ("attention", "experts") if options(name)]
     choices += [
         {"layers": "local", **dict(zip(parts, of_parts, strict=True))} for of_parts in product(*map(options, parts))
@@ -92,15 +94,15 @@ class TrainingRuns:
         self._found: dict[str, Future[dict[str, Tensor]]] = {}
 
     def __call__(self, name: str) -> dict[str, Tensor]:
-        """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run. Skips where the parts that it
-        asks for cannot be had: on a CPU, or without Transformer Engine."""
+        """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run. Skips where the parts that it asks for
+        cannot be had: on a CPU, or without a package that not everybody has."""
         if not self._found:
             self._found = {key: self._threads.submit(self._run, key) for key in self._runs}
         try:
             return self._found[name].result()
         except AssertionError as error:
             reason, asked = refusal(str(error)), self._runs[name].model
-            may_lack = asked and (not device.on_cuda() or asked["layers"] == "transformer_engine")
+            may_lack = asked and (not device.on_cuda() or not OF_PACKAGES.isdisjoint(asked.values()))
             if reason is None or not may_lack:
                 raise
             pytest.skip(reason)

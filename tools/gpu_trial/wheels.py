@@ -86,8 +86,8 @@ def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def fetch(question: str, destination: Path, piece_bytes: int = PIECE_BYTES) -> list[Wheel]:
-    """Download the wheels of `question` and lay them into `destination`/1, 2, ...; what was there goes first. Fault when
-    a wheel cannot be had, with what pip says; the others are fetched, and nothing is laid out."""
+    """Download the wheels of `question` and lay them into `destination`/1, 2, ... in place of what was there. Fault when
+    some cannot be had, with what pip says of each; then nothing is laid out."""
     requirements, leave_out = asked_for(question)
     with tempfile.TemporaryDirectory() as name:
         files: list[tuple[str, str, Path]] = []

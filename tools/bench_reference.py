@@ -1,0 +1,86 @@
+"""Transformers' own mixture-of-experts class at a BailingMoE's shape, trained by torch's AdamW: what a training loop of
+forty lines reaches, for tools/bench_gpu.py to compare with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from megatron_rl.config.bailing import BailingConfig
+
+
+def reference_config(bailing: BailingConfig) -> Qwen2MoeConfig:
+    """The shape of a BailingMoE. Beyond it, Qwen2Moe has a gate of its shared experts, of hidden_size weights a layer.
+
+    ValueError for a shape that it has not: a normalised head, or layers without shared experts.
+    """
+    if bailing.norm_head or not bailing.shared_intermediate_size:
+        raise ValueError(
+            f"Qwen2Moe has shared experts and a plain head, got num_shared_experts {bailing.num_shared_experts} and "
+            f"norm_head {bailing.norm_head}; compare another shape"
+        )
+    return Qwen2MoeConfig(
+        vocab_size=bailing.vocab_size,
+        hidden_size=bailing.hidden_size,
+        intermediate_size=bailing.intermediate_size,
+        num_hidden_layers=bailing.num_hidden_layers,
+        num_attention_heads=bailing.num_attention_heads,
+        num_key_value_heads=bailing.num_key_value_heads,
+        head_dim=bailing.head_dim,
+        moe_intermediate_size=bailing.moe_intermediate_size,
+        shared_expert_intermediate_size=bailing.shared_intermediate_size,
+        num_experts=bailing.num_experts,
+        num_experts_per_tok=bailing.num_experts_per_tok,
+        norm_topk_prob=bailing.norm_topk_prob,
+        mlp_only_layers=list(range(bailing.first_k_dense_replace)),
+        qkv_bias=False,
+        tie_word_embeddings=bailing.tie_word_embeddings,
+        max_position_embeddings=bailing.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": bailing.rope_theta},
+        rms_norm_eps=bailing.rms_norm_eps,
+        initializer_range=bailing.initializer_range,
+        use_cache=False,
+    )
+
+
+def ratios(ours: Mapping[str, Any], reference: Mapping[str, Any], micro_batches: int) -> dict[str, dict[str, float]]:
+    """Tokens/s of ours over the reference's at the same tokens, of a micro-batch and of a step with its optimizer.
+    Empty where one of them has no `seconds`."""
+    if "seconds" not in ours or "seconds" not in reference:
+        return {}
+    step, step_of_reference = (micro_batches * row["seconds"] + row["seconds_of_step"] for row in (ours, reference))
+    found = {"micro_batch": reference["seconds"] / ours["seconds"], "step": step_of_reference / step}
+    return {"ours_over_reference": {name: round(ratio, 3) for name, ratio in found.items()}}
+
+
+class Reference:
+    """The model in bf16, its fastest experts and attention that need no further package, and AdamW on its bf16 weights.
+
+    That is less work than ours has, which adds gradients up in fp32 and keeps fp32 weights besides. `lengths` are those
+    of a micro-batch's sequences, all the same.
+    """
+
+    def __init__(self, bailing: BailingConfig, lengths: Sequence[int], where: torch.device) -> None:
+        assert len(set(lengths)) == 1
+        with where:
+            self.model = Qwen2MoeForCausalLM._from_config(
+                reference_config(bailing),
+                dtype=torch.bfloat16,
+                attn_implementation="sdpa",
+                experts_implementation="grouped_mm",
+            )
+            self._tokens = torch.randint(bailing.vocab_size, (len(lengths), lengths[0]))
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+
+    def step(self, count: int) -> float:
+        """An optimizer step over the micro-batch, `count` times; the mean loss, for which the host waits."""
+        total = torch.zeros([], device=self._tokens.device)
+        for _ in range(count):
+            loss = self.model(input_ids=self._tokens, labels=self._tokens).loss / count
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total)
