@@ -85,9 +85,11 @@ def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
     return wheels, lists["leave_out"]
 
 
-def fetch(question: str, destination: Path, piece_bytes: int = PIECE_BYTES) -> list[Wheel]:
-    """Download the wheels of `question` and lay them into `destination`/1, 2, ... in place of what was there. Fault when
-    some cannot be had, with what pip says of each; then nothing is laid out."""
+def fetch(
+    question: str, destination: Path, added: Sequence[Path] = (), piece_bytes: int = PIECE_BYTES
+) -> list[Wheel]:
+    """Download the wheels of `question` and lay them, with those `added`, into `destination`/1, 2, ... in place of what
+    was there. Fault when some cannot be had, with what pip says of each; then nothing is laid out."""
     requirements, leave_out = asked_for(question)
     with tempfile.TemporaryDirectory() as name:
         files: list[tuple[str, str, Path]] = []
@@ -106,6 +108,7 @@ def fetch(question: str, destination: Path, piece_bytes: int = PIECE_BYTES) -> l
             files.append((requirement, changed, found[0]))
         if missing:
             raise Fault("these wheels cannot be had:\n" + "\n".join(missing))
+        files += [(path.name, "not from the index", path) for path in added]
         shutil.rmtree(destination, ignore_errors=True)
         return laid_out(files, destination, piece_bytes)
 
@@ -232,6 +235,8 @@ def install(wheels: Sequence[Wheel], store: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:
         raise Fault(f"pip does not install the wheels:\n{done.stderr.strip()}")
+    # Python looks for .pth files where packages are installed, not in the folders of PYTHONPATH; cutlass has one.
+    (site / "sitecustomize.py").write_text("import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n")
     shutil.rmtree(joined)
 
 
@@ -242,6 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("fetch", "unpack"))
     parser.add_argument("question")
+    parser.add_argument("--add", type=Path, action="append", default=[], metavar="WHEEL", help="built here; with fetch")
     arguments = parser.parse_args()
     question = arguments.question
     if arguments.action == "unpack":
@@ -252,7 +258,9 @@ def main() -> int:
         else:
             print(f"{question}: installed; PYTHONPATH={STORE / question / 'site'}")
         return 0
-    wheels = fetch(question, FETCHED / question)
+    if absent := [str(path) for path in arguments.add if path.suffix != ".whl" or not path.is_file()]:
+        raise ValueError(f"--add {absent[0]} is no wheel; give the .whl that was built")
+    wheels = fetch(question, FETCHED / question, arguments.add)
     sizes: dict[int, int] = {}
     for wheel in wheels:
         notes = [f"{len(wheel.parts)} parts"] * (len(wheel.parts) > 1) + [wheel.changed] * bool(wheel.changed)
