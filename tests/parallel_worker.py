@@ -311,8 +311,10 @@ def main(folder: Path) -> None:
         )
         if session.rank == spec.get("poisoned_rank"):
             poison_next_gradient(session)
-        if session.rank == spec.get("killed_rank"):
-            die_in_the_backward_pass(session, folder)
+        if "killed_rank" in spec:
+            session.watch.enter("train", 0)
+            if session.rank == spec["killed_rank"]:
+                die_in_the_backward_pass(session, folder)
         for step in range(spec.get("steps", 1)):
             if step in spec.get("offload_before", ()):
                 session.trainer.residence.piece_bytes = 40_000

@@ -33,7 +33,7 @@ RUNS = {
     **{f"{name} bfloat16": Run(layout=name, dtype="bfloat16", experts=GIVEN) for name in NAMES},
 }
 # Of the watch on a phase, which ends who waits for a rank that is gone and hears nothing; and what it may take besides.
-DEADLINE_SECONDS, MARGIN_SECONDS = 60, 30
+DEADLINE_SECONDS, MARGIN_SECONDS = 90, 30
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,6 +33,7 @@ def _server(tmp_path_factory):
         context_length=CONTEXT,
         weight_version="0",
         on_cpu=arguments is None,
+        releases_memory=True,
         arguments=(arguments or "").split(),
         key=new_key(),
     )

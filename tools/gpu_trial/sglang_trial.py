@@ -58,7 +58,6 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
         "model": {"path": str(folder / "model"), "dtype": "bfloat16", "trust_remote_code": True},
         "data": {"train": str(folder / "data/train.jsonl")},
         "rollout": rollout,
-        # An embedded server is in another memory than a trainer on a GPU; on a CPU it takes weights over IPC too.
         "sync": {"transport": transport},
         "budget": {"tokens": 300},
         "optimizer": {"learning_rate": 1e-3},
@@ -114,7 +113,7 @@ def push(trial: Trial, folder: Path, seconds: float) -> Any:
         raise PartFailed(f"tools/make_tiny_model.py ended with code {code}")
     rollout: dict[str, Any] = {"servers": 1, "release_memory": True, "ready_deadline_seconds": READY_SECONDS}
     if not trial.is_dry:
-        rollout |= {"engine": "sglang", "sglang_arguments": ARGUMENTS.split()}
+        rollout |= {"engine": "sglang", "sglang_arguments": ARGUMENTS.split(), "silence_seconds": 60.0}
     spec = {
         "scenario": "timed",
         "model": str(folder / "large"),
@@ -152,14 +151,15 @@ def main() -> int:
         def inputs(_: float) -> None:
             from inputs import make_inputs
 
-            make_inputs(folder, 1, 100, 1)
+            # Heads of 32: triton's products want 16 at least.
+            make_inputs(folder, 1, 100, 1, "--hidden-size", "128", "--moe-intermediate-size", "64")
 
         trial.part("inputs", 60, inputs)
         trial.part("loop_disk", 150, lambda seconds: loop(trial, folder, "disk", seconds))
         trial.part("loop_ipc", 150, lambda seconds: loop(trial, folder, "ipc", seconds))
         for dtype in ("float32", "bfloat16"):
             trial.part(f"replay_{dtype}", 90, lambda seconds, dtype=dtype: replay(trial, dtype, seconds))
-        trial.part("push", 180, lambda seconds: push(trial, folder, seconds))
+        trial.part("push", 240, lambda seconds: push(trial, folder, seconds))
     return end(trial)
 
 

@@ -85,9 +85,7 @@ def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
     return wheels, lists["leave_out"]
 
 
-def fetch(
-    question: str, destination: Path, added: Sequence[Path] = (), piece_bytes: int = PIECE_BYTES
-) -> list[Wheel]:
+def fetch(question: str, destination: Path, added: Sequence[Path] = (), piece_bytes: int = PIECE_BYTES) -> list[Wheel]:
     """Download the wheels of `question` and lay them, with those `added`, into `destination`/1, 2, ... in place of what
     was there. Fault when some cannot be had, with what pip says of each; then nothing is laid out."""
     requirements, leave_out = asked_for(question)
