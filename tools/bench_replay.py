@@ -30,12 +30,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
-from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection  # noqa: E402
+from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection, RolloutSection  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
+from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
-from megatron_rl.rollout.server import EmbeddedServer, GenerationServer, SglangServer  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.trainer import Trainer  # noqa: E402
 
@@ -44,42 +44,38 @@ PROMPT_TOKENS = 16
 
 def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Generated]]:
     """By prompt, from a server of its own."""
-    context = PROMPT_TOKENS + arguments.new_tokens
-    server = server_of(model, arguments, context)
-    shape = routed_shape(load_bailing_config(model))
-
-    async def run() -> list[list[Generated]]:
-        client = GenerationClient(server.url)
-        options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
-        wanted = [
-            [Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens) for s in range(arguments.samples)]
-            for p in prompts
-        ]
-        try:
-            return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
-        finally:
-            await client.close()
-
-    try:
-        server.wait_ready(240)
-        return asyncio.run(run())
-    finally:
-        server.stop()
-
-
-def server_of(model: Path, arguments: argparse.Namespace, context: int) -> GenerationServer:
-    log = model.parent / "server.log"
-    if arguments.sglang is None:
-        return EmbeddedServer(model, log, context_length=context, dtype=arguments.dtype)
-    return SglangServer(
-        model,
-        log,
-        python=Path(sys.executable),
-        context_length=context,
-        dtype=arguments.dtype,
-        on_cpu=False,
-        arguments=("--enable-return-routed-experts", *arguments.sglang.split()),
+    rollout = RolloutSection(
+        engine="embedded" if arguments.sglang is None else "sglang",
+        sglang_arguments=(arguments.sglang or "").split(),
+        servers=1,
+        router_replay=True,
+        prompts_per_step=1,
+        samples_per_prompt=1,
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=arguments.new_tokens,
+        max_running_requests=64,
+        ready_deadline_seconds=240,
     )
+    shape = routed_shape(load_bailing_config(model))
+    with start_servers(model, model.parent, rollout, arguments.dtype) as keeper:
+        keeper.wait_ready()
+
+        async def run() -> list[list[Generated]]:
+            client = GenerationClient(keeper.urls[0], key_of=keeper.key_of)
+            options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
+            wanted = [
+                [
+                    Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens)
+                    for s in range(arguments.samples)
+                ]
+                for p in prompts
+            ]
+            try:
+                return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
+            finally:
+                await client.close()
+
+        return asyncio.run(run())
 
 
 def trainer_of(model: Path, dtype: str) -> Trainer:

@@ -103,15 +103,17 @@ class Trial:
         if self.folder is not None:
             (self.folder / f"{self._question}.json").write_text(json.dumps(self.found, indent=1))
 
-    def log_path(self, name: str) -> Path | None:
-        """Where a part's own output goes, to be read afterwards."""
-        return self.folder / f"{self._question}-{name}.log" if self.folder is not None else None
+    def log(self, name: str, said: str) -> None:
+        """Keep a part's own output in $OUT/QUESTION.log: one file, since few files come back from the machine."""
+        if self.folder is not None:
+            with (self.folder / f"{self._question}.log").open("a") as file:
+                file.write(f"--- {name}\n{said}\n")
 
 
 def run(
     trial: Trial, name: str, command: Sequence[object], seconds: float, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit code and stdout of a command in the checkout; what it says on stderr is passed on, and kept in $OUT.
+    """Exit code and stdout of a command in the checkout; stdout is logged, and what it says on stderr is passed on.
 
     After `seconds` it is interrupted, and after GRACE_SECONDS killed with all that it started; PartFailed when it says
     nothing on stdout then.
@@ -137,8 +139,7 @@ def run(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             said, _ = process.communicate()
-    if (log := trial.log_path(name)) is not None:
-        log.write_text(said)
+    trial.log(name, said)
     if late and not said.strip():
         raise PartFailed(f"not done after {seconds:.0f} s")
     return process.returncode, said
