@@ -180,7 +180,7 @@ def test_wheels_that_cannot_be_had_are_all_named_and_nothing_is_replaced(
 
 
 def make_trial(seconds: float = 100.0) -> "parts.Trial":
-    return parts.Trial("question", Namespace(dry=True, commit="abc", seconds=seconds))
+    return parts.Trial("question", Namespace(dry=True, commit="abc", seconds=seconds, only=[]))
 
 
 def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +250,30 @@ def test_tests_that_fail_or_do_not_exist_fail_their_part(tmp_path: Path, monkeyp
     assert "assert 1 == 2" in raised.value.found["failed"]["test_wrong"]
     with pytest.raises(parts.PartFailed, match="0 passed"):
         parts.run_tests(trial, "nothing", [str(file)], 60, only="absent")
+
+
+def test_a_trial_runs_the_parts_that_it_is_asked_for_and_exits_by_how_they_went(tmp_path: Path) -> None:
+    environment = os.environ | {"OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+
+    def trial(*options: str) -> tuple[int, dict]:
+        command = [sys.executable, FOLDER / "nccl_trial.py", "--commit", "abc", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        found = json.loads(done.stdout)
+        assert json.loads((tmp_path / "nccl.json").read_text()) == found
+        return done.returncode, found["parts"]
+
+    # Two real ranks, each with the environment of one that shares a GPU.
+    code, found = trial("--dry", "--only", "one_gpu")
+    assert (code, list(found)) == (0, ["machine", "one_gpu"]), found
+    assert list(found["one_gpu"]["found"]["passed"]) == ["test_two_ranks_on_one_gpu_exchange_what_they_should"]
+    assert found["machine"]["found"]["torch"]
+    assert trial("--dry", "--only", "one_gpus")[0] == 2
+    # Without a GPU nothing is tried, and everything told.
+    code, found = trial()
+    assert code == 1
+    assert "no CUDA device" in found.pop("machine")["failed"]
+    assert len(found) == 7
+    assert all(part == {"left_out": "machine failed"} for part in found.values())
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------

@@ -52,12 +52,18 @@ class Trial:
             "parts": {},
         }
         self._question = question
+        self._only: set[str] = set(arguments.only)
         self._stopped = ""
         self.tell(f"{question}: at most {arguments.seconds:g} s{' (dry)' if self.is_dry else ''}")
 
     @property
     def seconds_left(self) -> float:
         return self._seconds - (time.monotonic() - self._started)
+
+    @property
+    def unknown_parts(self) -> list[str]:
+        """What `--only` asked for and never came."""
+        return sorted(self._only - self.found["parts"].keys())
 
     @property
     def has_failed(self) -> bool:
@@ -72,6 +78,8 @@ class Trial:
 
         decides: when it fails the others are left out, since they could show nothing.
         """
+        if self._only and name not in {"machine", *self._only}:
+            return None
         row: dict[str, Any] = {}
         self.found["parts"][name] = row
         # What is left when a part starts; less would only show that the time was over.
@@ -202,6 +210,7 @@ def trial_of(question: str, what: str) -> Trial:
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="on a CPU: gloo, a tiny model, the embedded server")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="PART,...", help="these parts")
     parser.add_argument("--commit", help="where there is no git to ask")
     arguments = parser.parse_args()
     if arguments.dry:
@@ -228,9 +237,12 @@ def machine(is_dry: bool) -> dict[str, Any]:
 
 
 def end(trial: Trial) -> int:
-    """Print the whole result; 1 when a part failed or was left out."""
+    """Print the whole result; 1 when a part failed or was left out, 2 when `--only` names one that there is not."""
     trial.write()
     print(json.dumps(trial.found, indent=1))
+    if unknown := trial.unknown_parts:
+        trial.tell(f"--only: there is no part {', '.join(unknown)}")
+        return 2
     return int(trial.has_failed)
 
 
