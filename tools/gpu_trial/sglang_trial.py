@@ -38,7 +38,8 @@ MEAN_DIFFERENCE = 0.05
 
 
 def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
-    """Two steps. ipc: trainer and server in turns, each with all of the memory."""
+    """Two steps. ipc: trainer and server in turns, each with all of the memory; embedded servers have it not, and get
+    the weights by broadcast."""
     turns = transport == "ipc" and not trial.is_dry
     rollout: dict[str, Any] = {
         "engine": "embedded" if trial.is_dry else "sglang",
@@ -58,7 +59,7 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
         "model": {"path": str(folder / "model"), "dtype": "bfloat16", "trust_remote_code": True},
         "data": {"train": str(folder / "data/train.jsonl")},
         "rollout": rollout,
-        "sync": {"transport": transport},
+        "sync": {"transport": "distributed" if trial.is_dry and transport == "ipc" else transport},
         "budget": {"tokens": 300},
         "optimizer": {"learning_rate": 1e-3},
         "train": {
