@@ -54,7 +54,7 @@ def test_two_ranks_on_one_gpu_exchange_what_they_should(tmp_path: Path) -> None:
     """First, since it says in seconds whether NCCL takes them."""
     found = run_ranks(2, {}, tmp_path / "run", worker="collectives_worker.py", timeout_seconds=80)
     for rank in (0, 1):
-        assert found[f"sum/{rank}"].tolist() == [1.0, 2.0]
+        assert found[f"sum/{rank}"].tolist() == [1.0, 12.0]  # 0 + 1, 1 + 11
         # Rank r sends r + 1 numbers to rank 0 and 2 - r to rank 1, each 10 r and a place.
         assert found[f"exchanged/{rank}"].tolist() == [[0.0, 10.0, 11.0], [1.0, 2.0, 12.0]][rank]
         assert found[f"neighbour/{rank}"].tolist() == [1.0 - rank]
