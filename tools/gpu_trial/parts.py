@@ -126,11 +126,10 @@ def run(
     After `seconds` it is interrupted, and after GRACE_SECONDS killed with all that it started; PartFailed when it says
     nothing on stdout then.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | (environment or {}),
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=sys.stderr,
         text=True,
@@ -215,7 +214,10 @@ def trial_of(question: str, what: str) -> Trial:
     arguments = parser.parse_args()
     if arguments.dry:
         os.environ |= {"MEGATRON_RL_DEVICE": "cpu", "MEGATRON_RL_GPU_CHECK_ON_CPU": "1"}
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/gpu"), str(ROOT / "tools")]
+    folders = [str(ROOT), *(str(ROOT / name) for name in ("tests", "tests/gpu", "tools"))]
+    sys.path[:0] = folders
+    # For every process that a part starts: the package need not be installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     trial = Trial(question, arguments)
     trial.part("machine", 60, lambda _: machine(trial.is_dry), decides=True)
     return trial
