@@ -255,11 +255,11 @@ def test_tests_that_fail_or_do_not_exist_fail_their_part(tmp_path: Path, monkeyp
 def test_a_trial_runs_the_parts_that_it_is_asked_for_and_exits_by_how_they_went(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
 
-    def trial(*options: str) -> tuple[int, dict]:
-        command = [sys.executable, FOLDER / "nccl_trial.py", "--commit", "abc", *options]
+    def trial(*options: str, question: str = "nccl") -> tuple[int, dict]:
+        command = [sys.executable, FOLDER / f"{question}_trial.py", "--commit", "abc", *options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
         found = json.loads(done.stdout)
-        assert json.loads((tmp_path / "nccl.json").read_text()) == found
+        assert json.loads((tmp_path / f"{question}.json").read_text()) == found
         return done.returncode, found["parts"]
 
     # Two real ranks, each with the environment of one that shares a GPU.
@@ -268,6 +268,16 @@ def test_a_trial_runs_the_parts_that_it_is_asked_for_and_exits_by_how_they_went(
     assert list(found["one_gpu"]["found"]["passed"]) == ["test_two_ranks_on_one_gpu_exchange_what_they_should"]
     assert found["machine"]["found"]["torch"]
     assert trial("--dry", "--only", "one_gpus")[0] == 2
+    code, found = trial("--dry", "--only", "push", question="sglang")
+    assert code == 0, found
+    report = found["push"]["found"]
+    assert list(report["pushes"]) == ["distributed", "disk"]
+    pushes = [push for pair in report["pushes"].values() for push in pair]
+    assert len(pushes) == 4
+    # The second after the kill found the server again, with these weights and no others; and so did one after a release.
+    for push in (*pushes, report["killed"]["then"], report["released"]["push"]):
+        assert max(push["differences"]) < 1e-5
+    assert report["killed"]["said"]
     # Without a GPU nothing is tried, and everything told.
     code, found = trial()
     assert code == 1

@@ -181,7 +181,7 @@ def run_tests(
     PartFailed when one fails, or none ran.
     """
     results = Path(f"/tmp/gpu_trial-{os.getpid()}-{name}.xml")
-    command: list[object] = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", *files]
+    command: list[object] = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["--junitxml", results, "--timeout", max(1, int(seconds)), *(["-k", only] if only else [])]
     code, said = run(trial, name, command, seconds, environment)
     trial.tell(said[-3000:])
