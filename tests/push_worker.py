@@ -308,7 +308,10 @@ def received(session: Session, spec: dict[str, Any], folder: Path) -> list[dict[
 
 def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank and its server: seconds of pushes over each of spec["transports"] beside a copy on the device; over the
-    first of them also what comes of a server that is killed in a push, and of memory that is released."""
+    first of them also what comes of a server that is killed in a push, and of memory that is released.
+
+    difference: mean |trainer - server log-prob| of a few tokens, behind a push of weights that the server had not.
+    """
     servers = Servers(spec, folder)
     max_bytes, silence = spec["bucket_bytes"], 60.0
     num_bytes = session.bailing.num_parameters() * session.model.dtype.itemsize
@@ -327,20 +330,32 @@ def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any
     report: dict[str, Any] = {"gb": num_bytes / 1e9, "device_copy_seconds": copy_seconds(num_bytes), "pushes": {}}
     version = itertools.count(1)
 
+    def difference() -> float:
+        return max(mean_differences(session.trainer, servers.scores(), session.control))
+
+    def change() -> int:
+        """Other weights than the server has, to and fro; returns what they are called."""
+        number = next(version)
+        with torch.no_grad():
+            for p in session.model.parameters():
+                p.mul_(1.1 if number % 2 else 1 / 1.1)
+        return number
+
     def pushed(transport: Transport) -> dict[str, Any]:
+        number = change()
+        before = difference()
         started = time.perf_counter()
-        parts = transport.push(next(version), servers.receivers)
+        parts = transport.push(number, servers.receivers)
         found: dict[str, Any] = {"seconds": time.perf_counter() - started, **dataclasses.asdict(parts)}
-        probe = servers.scores()
-        return found | {"differences": mean_differences(session.trainer, probe, session.control)}
+        return found | {"difference_before": before, "difference": difference()}
 
     def killed(transport: Transport) -> dict[str, Any]:
         before = servers.pids()
         servers.at_a_bucket(transport, 0, signal.SIGKILL)
-        started, said = time.perf_counter(), []
+        started, said, number = time.perf_counter(), [], change()
         while len(said) < 3:
             try:
-                found = pushed(transport)
+                transport.push(number, servers.receivers)
                 break
             except ServerError as error:
                 said.append(f"{type(error).__name__}: {error}")
@@ -348,7 +363,8 @@ def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any
         else:
             raise AssertionError(f"no push succeeded: {said}")
         assert servers.pids() != before
-        return {"said": said, "seconds_until_whole": time.perf_counter() - started, "then": found}
+        found = {"said": said, "seconds_until_whole": time.perf_counter() - started}
+        return found | {"difference": difference()}
 
     def released() -> dict[str, Any]:
         free = [device.free_bytes()]
@@ -359,16 +375,12 @@ def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any
         free.append(device.free_bytes())
         servers.loop.run(servers.pool.resume_memory(WEIGHTS))
         transport = make[spec["transports"][0]]()
-        again = pushed_before_resuming(transport)
+        transport.push(change(), servers.receivers)
+        servers.loop.run(servers.pool.resume_memory(WORKSPACE))
         transport.close()
         free.append(device.free_bytes())
-        return found | {"free_gb": [None if n is None else n / 1e9 for n in free], "push": again}
-
-    def pushed_before_resuming(transport: Transport) -> dict[str, Any]:
-        parts = transport.push(next(version), servers.receivers)
-        servers.loop.run(servers.pool.resume_memory(WORKSPACE))
-        differences = mean_differences(session.trainer, servers.scores(), session.control)
-        return dataclasses.asdict(parts) | {"differences": differences}
+        found |= {"free_gb": [None if n is None else n / 1e9 for n in free]}
+        return found | {"difference": difference()}
 
     try:
         for name in spec["transports"]:

@@ -135,7 +135,12 @@ def push(trial: Trial, folder: Path, seconds: float) -> Any:
     except AssertionError as error:
         report = folder / "push/report.json"
         raise PartFailed(str(error)[-2000:], json.loads(report.read_text()) if report.exists() else None) from error
-    return json.loads((folder / "push/report.json").read_text())
+    found = json.loads((folder / "push/report.json").read_text())
+    behind = [push["difference"] for pushes in found["pushes"].values() for push in pushes]
+    behind += [found[name]["difference"] for name in ("killed", "released")]
+    if max(behind) > MEAN_DIFFERENCE:
+        raise PartFailed(f"a server has other weights behind a push: mean difference {max(behind)}", found)
+    return found
 
 
 def main() -> int:
