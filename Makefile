@@ -49,7 +49,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -162,6 +162,12 @@ fuzz-server: install  ## 20,000 requests of every kind to an embedded server: no
 # Not by `install`, which makes a CPU's environment: PYTHON is one that has torch for CUDA (docs/gpu.md).
 gpu-check:  ## on a machine with a GPU: training there against a CPU and fp64, every choice of parts, short runs; PYTHON=...
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PYTHON) -m pytest tests/gpu
+
+# Each runs though the one before failed.
+gpu-trial-dry: install  ## tools/gpu_trial/ on a CPU: every part of every trial, gloo and tiny models in place of a GPU (a quarter of an hour)
+	@failed=; for question in nccl speed sglang te; do \
+	  $(BIN)/python tools/gpu_trial/$${question}_trial.py --dry >/dev/null || failed="$$failed $$question"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 check: install  ## lint and types
 	$(BIN)/ruff check .

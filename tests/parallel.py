@@ -1,4 +1,7 @@
-"""Run a test's work on real gloo ranks, each a process of its own, and bring back what they computed."""
+"""Run a test's work on real ranks, each a process of its own, and bring back what they computed.
+
+They are gloo's on a CPU. With MEGATRON_RL_RANKS_ON_ONE_GPU=1 they are NCCL's, and share the first GPU.
+"""
 
 import json
 import os
@@ -14,18 +17,37 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 
 
+def sharing_a_gpu(rank: int) -> dict[str, str]:
+    """The environment of a rank that has its GPU in common with others.
+
+    NCCL refuses two ranks of one machine on one GPU. It tells machines apart by NCCL_HOSTID, so each rank is one, and
+    they talk over sockets. That shows what is computed and in which order, and nothing about speed.
+    """
+    return {
+        "LOCAL_RANK": "0",
+        "NCCL_HOSTID": f"rank{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        # Every rank compiles; a pool of processes for each would be hundreds.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+
+
 def run_ranks(
     num_ranks: int,
     spec: dict[str, Any],
     folder: Path,
     timeout_seconds: float = 240,
     worker: str = "parallel_worker.py",
-    on_cpu: bool = True,
+    on_cpu: bool | None = None,
 ) -> dict[str, Tensor]:
     """Run a worker of tests/ with `spec` on `num_ranks` ranks; returns the tensors that all of them wrote.
 
-    on_cpu: else on the device that a process of this environment takes by itself.
+    on_cpu: else on the device that a process of this environment takes by itself. None: as the module says.
     """
+    on_one_gpu = on_cpu is not True and os.environ.get("MEGATRON_RL_RANKS_ON_ONE_GPU") == "1"
+    if on_cpu is None:
+        on_cpu = not on_one_gpu
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     with socket.socket() as probe:
@@ -44,7 +66,9 @@ def run_ranks(
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / worker), str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | (sharing_a_gpu(rank) if on_one_gpu else {}),
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
         )

@@ -6,7 +6,9 @@ Run by tests/parallel.py. The spec names a model directory, a layout, sequences 
 import dataclasses
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,18 @@ def poison_next_gradient(session: Session) -> None:
         return gradient * torch.nan
 
     hook = parameter.register_hook(poison)
+
+
+def die_in_the_backward_pass(session: Session, folder: Path) -> None:
+    """By SIGKILL, while the others are in it too, or in a collective behind it."""
+    parameter = session.model.parameters()[-1]
+
+    def die(gradient: torch.Tensor) -> torch.Tensor:
+        (folder / "killed_at").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+        return gradient
+
+    parameter.register_hook(die)
 
 
 def masters(session: Session) -> dict[str, torch.Tensor]:
@@ -297,6 +311,10 @@ def main(folder: Path) -> None:
         )
         if session.rank == spec.get("poisoned_rank"):
             poison_next_gradient(session)
+        if "killed_rank" in spec:
+            session.watch.enter("train", 0)
+            if session.rank == spec["killed_rank"]:
+                die_in_the_backward_pass(session, folder)
         for step in range(spec.get("steps", 1)):
             if step in spec.get("offload_before", ()):
                 session.trainer.residence.piece_bytes = 40_000

@@ -4,10 +4,12 @@ The spec names the model that the trainer has, its layout and the servers' urls.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -15,19 +17,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import torch
 import torch.distributed as dist
 
+from megatron_rl import device
 from megatron_rl.config.schema import RolloutSection, SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
-from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
 from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
+from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
-from megatron_rl.sync.transport import Receivers, Transport
+from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
 from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
@@ -43,7 +48,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> Session:
         {
             "run_dir": str(folder / "run"),
             "threads": 1,
-            "model": {"path": spec["model"], "dtype": "float32"},
+            "model": {"path": spec["model"], "dtype": spec.get("dtype", "float32")},
             "parallel": spec["parallel"],
             "optimizer": {"learning_rate": 1e-3},
             "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 60},
@@ -68,10 +73,11 @@ class Servers:
             ready_deadline_seconds=60,
             max_restarts=9,
         )
+        rollout = rollout.model_copy(update=spec.get("rollout", {}))
         self.keeper: ServerKeeper | None = None
         self.urls = [spec["url"]] if "url" in spec else []
         if not self.urls:
-            self.keeper = start_servers(Path(spec["other"]), folder, rollout, "float32")
+            self.keeper = start_servers(Path(spec["other"]), folder, rollout, spec.get("dtype", "float32"))
             self.keeper.wait_ready()
             self.urls = self.keeper.urls
         self.loop = BackgroundLoop()
@@ -119,7 +125,7 @@ class Servers:
         assert self.keeper is not None
         self.keeper._kept[number].server.wait_ready(30)
 
-    def at_a_bucket(self, transport: DistributedTransport, number: int, how: signal.Signals) -> None:
+    def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
         """The signal comes when a part of the weights has been sent."""
         pid, send, count = self.pids()[number], transport._sender.send, itertools.count()
 
@@ -299,16 +305,144 @@ def without_communicator(session: Session, servers: Servers | None, push: Callab
     return said
 
 
-async def settled(pool: ServerPool) -> None:
-    async with asyncio.timeout(30):
-        while len(pool.serving) < 2:
+async def settled(pool: ServerPool, count: int = 2, seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while len(pool.serving) < count:
             await pool.recovered()
             for member in await pool.recovered():
                 pool.put_back(member)
             await asyncio.sleep(0.05)
 
 
-SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults}
+def received(session: Session, spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Push to the receiver at spec["url"] over spec["backend"], in buckets of one parameter and in one bucket; what it
+    has each time."""
+    servers = Servers(spec, folder) if session.rank == 0 else None
+    found = []
+    try:
+        for number, max_bytes in enumerate((1, 2**30)):
+            where = (session.model, session.control, max_bytes, "127.0.0.1", 30.0, spec["backend"])
+            transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
+            transport.push(number + 1, servers.receivers if servers else None)
+            if servers:
+                push = {"checksums": servers.checksums()[0], "version": servers.versions()[0]}
+                found.append(push | {"buckets": len(transport.buckets)})
+            transport.close()
+    finally:
+        if servers:
+            servers.close()
+    return found
+
+
+def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One rank and its server: seconds of pushes over each of spec["transports"] beside a copy on the device; over the
+    first of them also what comes of a server that is killed in a push, and of memory that is released.
+
+    difference: mean |trainer - server log-prob| of a few tokens, behind a push of weights that the server had not.
+    """
+    servers = Servers(spec, folder)
+    max_bytes, silence = spec["bucket_bytes"], 60.0
+    num_bytes = session.bailing.num_parameters() * session.model.dtype.itemsize
+    weights = WeightFolder(session.control, num_bytes, shared=None)
+    num_gpus = int(device.on_cuda())
+    make: dict[str, Callable[[], Transport]] = {
+        "disk": lambda: DiskTransport(weights, session.export),
+        "ipc": lambda: IpcTransport(
+            *(session.model, session.control, max_bytes, 0, servers.urls, 1, num_gpus, silence),
+            key_of=servers.key_of,
+        ),
+        "distributed": lambda: DistributedTransport(
+            *(session.model, session.control, max_bytes, "127.0.0.1", silence), key_of=servers.key_of
+        ),
+    }
+    report: dict[str, Any] = {"gb": num_bytes / 1e9, "device_copy_seconds": copy_seconds(num_bytes), "pushes": {}}
+    version = itertools.count(1)
+
+    def difference() -> float:
+        return max(mean_differences(session.trainer, servers.scores(), session.control))
+
+    def change() -> int:
+        """Other weights than the server has, to and fro; returns what they are called."""
+        number = next(version)
+        with torch.no_grad():
+            for p in session.model.parameters():
+                p.mul_(1.1 if number % 2 else 1 / 1.1)
+        return number
+
+    def pushed(transport: Transport) -> dict[str, Any]:
+        number = change()
+        before = difference()
+        started = time.perf_counter()
+        parts = transport.push(number, servers.receivers)
+        found: dict[str, Any] = {"seconds": time.perf_counter() - started, **dataclasses.asdict(parts)}
+        return found | {"difference_before": before, "difference": difference()}
+
+    def killed(transport: Transport) -> dict[str, Any]:
+        before = servers.pids()
+        servers.at_a_bucket(transport, 0, signal.SIGKILL)
+        started, said, number = time.perf_counter(), [], change()
+        while len(said) < 3:
+            try:
+                transport.push(number, servers.receivers)
+                break
+            except ServerError as error:
+                said.append(f"{type(error).__name__}: {error}")
+                servers.loop.run(settled(servers.pool, 1, spec["rollout"]["ready_deadline_seconds"]))
+        else:
+            raise AssertionError(f"no push succeeded: {said}")
+        assert servers.pids() != before
+        found = {"said": said, "seconds_until_whole": time.perf_counter() - started}
+        return found | {"difference": difference()}
+
+    def released() -> dict[str, Any]:
+        free = [device.free_bytes()]
+        servers.loop.run(servers.pool.release_memory())
+        started = time.perf_counter()
+        device.wait_until_free(0, 30)
+        found = {"seconds_until_free": time.perf_counter() - started}
+        free.append(device.free_bytes())
+        servers.loop.run(servers.pool.resume_memory(WEIGHTS))
+        transport = make[spec["transports"][0]]()
+        transport.push(change(), servers.receivers)
+        servers.loop.run(servers.pool.resume_memory(WORKSPACE))
+        transport.close()
+        free.append(device.free_bytes())
+        found |= {"free_gb": [None if n is None else n / 1e9 for n in free]}
+        return found | {"difference": difference()}
+
+    try:
+        for name in spec["transports"]:
+            transport = make[name]()
+            report["pushes"][name] = [pushed(transport) for _ in range(2)]  # the first makes what is kept
+            if name == spec["transports"][0]:
+                report["killed"] = killed(transport)
+            transport.close()
+        if spec["rollout"].get("release_memory"):
+            report["released"] = released()
+    finally:
+        (folder / "report.json").write_text(json.dumps(report))  # also of a scenario that fails
+        servers.close()
+        weights.close()
+    return report
+
+
+def copy_seconds(num_bytes: int) -> float:
+    """Of so many bytes from one place of the device's memory to another, 512 MiB at a time."""
+    piece = min(num_bytes, 2**29)
+    source = torch.ones(piece, dtype=torch.uint8, device=device.torch_device())
+    target = torch.zeros_like(source)
+    seconds = []
+    for _ in range(4):
+        device.synchronize()
+        started = time.perf_counter()
+        for start in range(0, num_bytes, piece):
+            target[: num_bytes - start].copy_(source[: num_bytes - start])
+        device.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults, "received": received, "timed": timed}
 
 
 def main(folder: Path) -> None:

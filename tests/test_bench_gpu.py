@@ -100,7 +100,7 @@ def test_operations_of_forward_backward_and_recomputation_belong_to_the_part_tha
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     initialize_parallel(ALONE, deadline_seconds=60, seed=0)
-    config = run_config(Namespace(recompute=["none"]), 32)
+    config = run_config(Namespace(recompute=["none"], model=[]), 32)
     shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE)
     yield Bench(shape, config, dist.new_group(backend="gloo"), rounds=1)
     mpu.destroy_model_parallel()

@@ -76,6 +76,7 @@ ALONE = Layout(world_size=1)
 SHARE = 0.9
 CHILD_SECONDS = 180
 CHOICES = ("experts", "attention", "expert_weight_gradient")
+PIECES = ("reference", "head", "training", "export")
 PACKAGES = ("torch", "megatron-core", "transformers")
 SMOKE = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
 SMOKE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2}
@@ -189,11 +190,12 @@ def part_of(name: str, module: torch.nn.Module) -> str | None:
 
 
 def run_config(arguments: argparse.Namespace, num_tokens: int, **model: Any) -> SftConfig:
-    """A run with micro-batches of `num_tokens`; model: further keys of its section."""
+    """A run with micro-batches of `num_tokens`; model: further keys of its section, before those of `--model`."""
+    of_all = dict(arguments.model) | model
     return SftConfig.model_validate(
         {
             "run_dir": "unused",
-            "model": {"path": SHAPE.parent, "dtype": "bfloat16", "recompute": arguments.recompute[0], **model},
+            "model": {"path": SHAPE.parent, "dtype": "bfloat16", "recompute": arguments.recompute[0], **of_all},
             "train": {"steps": 1000, "micro_batch_tokens": num_tokens},
             "data": {"train": "unused", "batch_tokens": 1},
         }
@@ -431,21 +433,29 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         "layers": layers,
         "parameters": of(layers).num_parameters(),
         "micro_batches": arguments.micro_batches,
+        "model": dict(arguments.model),
         "nominal_tflops": nominal and nominal / 1e12,
         "matmul_tflops": round(reached / 1e12, 3),
     }
     # First, while the device's memory is free.
     found["choices"] = measure_choices(arguments.choices)
-    found["reference"] = measured_by_child("--reference", str(layers))
-    found["head"] = measure_heads(shape, arguments.tokens, arguments.rounds)
+    if "reference" not in arguments.skip:
+        found["reference"] = measured_by_child("--reference", str(layers))
+    if "head" not in arguments.skip:
+        found["head"] = measure_heads(shape, arguments.tokens, arguments.rounds)
+    if {"training", "export"}.issubset(arguments.skip):
+        return
     config = run_config(arguments, sum(micro_batch_lengths(longest, arguments.tokens)))
     bench = Bench(of(layers), config, join(), arguments.rounds)
     peaks = {"": nominal or reached, "_of_matmul": reached}
-    measure_training(bench, arguments, peaks, found)
-    ours = next(row for row in found["training"] if row["length"] == arguments.tokens)
-    found["reference"] |= ratios(ours, found["reference"], arguments.micro_batches)
-    tell(f"reference: {found['reference']}")
-    found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
+    if "training" not in arguments.skip:
+        measure_training(bench, arguments, peaks, found)
+    if "training" in found and "reference" in found:
+        ours = next(row for row in found["training"] if row["length"] == arguments.tokens)
+        found["reference"] |= ratios(ours, found["reference"], arguments.micro_batches)
+        tell(f"reference: {found['reference']}")
+    if "export" not in arguments.skip:
+        found["export"] = measure_export(bench, arguments.bucket_mb << 20, arguments.rounds)
 
 
 def names_in(known: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -458,6 +468,13 @@ def names_in(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return split
 
 
+def key_and_value(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if key not in ModelSection.model_fields or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE of the model's section, such as attention=flash")
+    return key, value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=0, help="0: as many as memory.py plans to fit")
@@ -468,6 +485,10 @@ def main() -> int:
     parser.add_argument(
         "--choices", type=names_in(CHOICES), default=",".join(CHOICES), help="keys of the model's section"
     )
+    parser.add_argument(
+        "--model", type=key_and_value, action="append", default=[], metavar="KEY=VALUE", help="of the model's section"
+    )
+    parser.add_argument("--skip", type=names_in(PIECES), default="", metavar=",".join(PIECES))
     parser.add_argument("--peak", type=float, help="nominal FLOP/s of a device that tools/mfu.py does not know")
     parser.add_argument("--cube", type=int)
     parser.add_argument("--bucket-mb", type=int, default=512)

@@ -1,9 +1,10 @@
 """What router replay does to the gap between the sampler's and the trainer's log-probs, on the same responses.
 
-    python tools/bench_replay.py [--dtype bfloat16] [--layers 6] [--experts 16] [--topk 4] [--seed 0]
+    python tools/bench_replay.py [--dtype bfloat16] [--layers 6] [--experts 16] [--topk 4] [--seed 0] [--sglang ...]
 
 Makes a model (tools/make_tiny_model.py; weights of 1/sqrt(hidden), so that tokens and experts matter as in a trained
-one), lets the embedded server sample responses in `--dtype` and asks it for the experts that it chose. The trainer, in
+one), lets a server sample responses in `--dtype` and asks it for the experts that it chose. The server is the embedded
+one, or with `--sglang` SGLang on a GPU, which gets the arguments in it. The trainer, in
 the same precision, works out the responses' log-probs with its routers' own choice and with the server's. The two
 round differently, and where two experts are nearly tied they choose differently. Prints one JSON object: |trainer -
 server| of the response tokens (mean, 99th and 99.9th percentile, maximum) without and with replay, and the share of the
@@ -29,12 +30,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
-from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection  # noqa: E402
+from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection, RolloutSection  # noqa: E402
 from megatron_rl.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
+from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
-from megatron_rl.rollout.server import EmbeddedServer  # noqa: E402
 from megatron_rl.train.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.trainer import Trainer  # noqa: E402
 
@@ -43,27 +44,38 @@ PROMPT_TOKENS = 16
 
 def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Generated]]:
     """By prompt, from a server of its own."""
-    context = PROMPT_TOKENS + arguments.new_tokens
-    server = EmbeddedServer(model, model.parent / "server.log", context_length=context, dtype=arguments.dtype)
+    rollout = RolloutSection(
+        engine="embedded" if arguments.sglang is None else "sglang",
+        sglang_arguments=(arguments.sglang or "").split(),
+        servers=1,
+        router_replay=True,
+        prompts_per_step=1,
+        samples_per_prompt=1,
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=arguments.new_tokens,
+        max_running_requests=64,
+        ready_deadline_seconds=240,
+    )
     shape = routed_shape(load_bailing_config(model))
+    with start_servers(model, model.parent, rollout, arguments.dtype) as keeper:
+        keeper.wait_ready()
 
-    async def run() -> list[list[Generated]]:
-        client = GenerationClient(server.url)
-        options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
-        wanted = [
-            [Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens) for s in range(arguments.samples)]
-            for p in prompts
-        ]
-        try:
-            return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
-        finally:
-            await client.close()
+        async def run() -> list[list[Generated]]:
+            client = GenerationClient(keeper.urls[0], key_of=keeper.key_of)
+            options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
+            wanted = [
+                [
+                    Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens)
+                    for s in range(arguments.samples)
+                ]
+                for p in prompts
+            ]
+            try:
+                return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
+            finally:
+                await client.close()
 
-    try:
-        server.wait_ready(120)
         return asyncio.run(run())
-    finally:
-        server.stop()
 
 
 def trainer_of(model: Path, dtype: str) -> Trainer:
@@ -143,6 +155,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sglang", metavar="ARGUMENTS", help="of launch_server, in one word")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), arguments), indent=1))

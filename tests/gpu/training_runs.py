@@ -14,7 +14,7 @@ import pytest
 import torch
 from parallel import run_ranks
 from reference import routed_by
-from test_parallel import SHAPE, make_spec
+from test_parallel import LAYOUTS, SHAPE, make_spec
 from tiny_model import tensors_of, write_tiny_model
 from torch import Tensor
 
@@ -31,7 +31,8 @@ OF_PACKAGES = {"transformer_engine", "fa4", "quack"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """on_cpu: beside the device under test. experts: given with the sequences, or chosen by the routers.
+    """on_cpu: beside the device under test. layout: a name of test_parallel.LAYOUTS; one rank without.
+    experts: given with the sequences, or chosen by the routers.
     model: keys of the configuration's section. placed: the sequences of each micro-batch; None packs them up to 80
     tokens. balance: of the load-balance loss, which depends on what shares a micro-batch. watch_host: see
     tests/host_waits.py."""
@@ -44,6 +45,7 @@ class Run:
     placed: list[list[int]] | None = None
     balance: float = 0.0
     watch_host: bool = False
+    layout: str = ""
 
 
 def options(name: str) -> list[str]:
@@ -84,22 +86,22 @@ RUNS: dict[str, Run] = {
 class TrainingRuns:
     """Starts every run at once, a few at a time, and hands out what they found. start: the weights before the step."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, of: dict[str, Run] = RUNS) -> None:
+        self._folder, self._runs = folder, of
         self._model = write_tiny_model(folder / "model", **MODEL)
         self.start = tensors_of(self._model)
         self._threads = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 4))
         self._found: dict[str, Future[dict[str, Tensor]]] = {}
 
     def __call__(self, name: str) -> dict[str, Tensor]:
-        """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run of RUNS. Skips where the parts that it
-        asks for cannot be had: on a CPU, or without a package that not everybody has."""
+        """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run. Skips where the parts that it asks for
+        cannot be had: on a CPU, or without a package that not everybody has."""
         if not self._found:
-            self._found = {key: self._threads.submit(self._run, key) for key in RUNS}
+            self._found = {key: self._threads.submit(self._run, key) for key in self._runs}
         try:
             return self._found[name].result()
         except AssertionError as error:
-            reason, asked = refusal(str(error)), RUNS[name].model
+            reason, asked = refusal(str(error)), self._runs[name].model
             may_lack = asked and (not device.on_cuda() or not OF_PACKAGES.isdisjoint(asked.values()))
             if reason is None or not may_lack:
                 raise
@@ -114,11 +116,16 @@ class TrainingRuns:
         self._threads.shutdown(cancel_futures=True)
 
     def _folder_of(self, name: str) -> Path:
-        return self._folder / f"run{list(RUNS).index(name)}"
+        return self._folder / f"run{list(self._runs).index(name)}"
 
     def _run(self, name: str) -> dict[str, Tensor]:
-        run, folder = RUNS[name], self._folder_of(name)
-        spec = make_spec(self._model, dtype=run.dtype, recompute=run.recompute, **run.model)
+        run, folder = self._runs[name], self._folder_of(name)
+        num_ranks, parallel = LAYOUTS.get(run.layout, (1, {}))
+        spec = make_spec(self._model, dtype=run.dtype, recompute=run.recompute, parallel=parallel, **run.model)
+        # The ranks of a context-parallel group share the cap of one process.
+        spec["token_cap"] //= parallel.get("context", 1)
+        if num_ranks > 1:  # with buckets that end within layers
+            spec["train"] = {"overlap": "on", "overlap_bucket_parameters": 5000}
         spec["moe"] = {"load_balance_coefficient": run.balance, "z_loss_coefficient": 1e-3}
         spec["watch_host"] = run.watch_host and device.on_cuda()
         if run.placed is not None:
@@ -126,7 +133,7 @@ class TrainingRuns:
         if run.experts == GIVEN:
             for row in spec["sequences"]:
                 row["routed_experts"] = routed_by(self._model, row["token_ids"])[:-1].tolist()
-        tensors = run_ranks(1, spec, folder, on_cpu=run.on_cpu)
+        tensors = run_ranks(num_ranks, spec, folder, on_cpu=run.on_cpu)
         loss = json.loads((folder / "result.json").read_text())["metrics"]["loss"]
         return tensors | {"loss": torch.tensor(loss, dtype=torch.float64)}
 

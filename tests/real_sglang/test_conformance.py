@@ -1,5 +1,11 @@
-"""Real SGLang against the tests of conformance.py: what they say of a server is true of the one we stand in for."""
+"""Real SGLang against the tests of conformance.py: what they say of a server is true of the one we stand in for.
 
+It is the one of .venv-sglang on a CPU. With MEGATRON_RL_SGLANG_ON_GPU set it is this interpreter's, on a GPU, and gets
+the arguments in the variable.
+"""
+
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +23,8 @@ from conformance import *  # noqa: E402, F403
 def _server(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("conformance")
     models = make_models(folder)
-    python = ROOT / ".venv-sglang/bin/python"
+    arguments = os.environ.get("MEGATRON_RL_SGLANG_ON_GPU")
+    python = ROOT / ".venv-sglang/bin/python" if arguments is None else Path(sys.executable)
     process = SglangServer(
         models[0].path,
         folder / "server.log",
@@ -25,9 +32,12 @@ def _server(tmp_path_factory):
         max_running_requests=SLOTS,
         context_length=CONTEXT,
         weight_version="0",
+        on_cpu=arguments is None,
+        releases_memory=True,
+        arguments=(arguments or "").split(),
         key=new_key(),
     )
-    process.wait_ready(180)
+    process.wait_ready(240)  # on a GPU it compiles first
     subject = Subject(
         process, models, Kind(seeds=False, whole=False, long_tokens=250, spare_tokens=SGLANG_SPARE_TOKENS)
     )
