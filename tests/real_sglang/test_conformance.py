@@ -12,6 +12,7 @@ import pytest
 from subject import CONTEXT, ROOT, SLOTS, Kind, Subject, make_models
 
 from megatron_rl.config.schema import RolloutSection
+from megatron_rl.gpus import visible_gpus
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS, SglangServer, find_sglang
 
@@ -32,7 +33,7 @@ def _server(tmp_path_factory):
         max_running_requests=SLOTS,
         context_length=CONTEXT,
         weight_version="0",
-        on_cpu=arguments is None,
+        gpus=() if arguments is None else visible_gpus(),
         releases_memory=True,
         arguments=(arguments or "").split(),
         key=new_key(),
