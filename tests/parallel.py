@@ -4,17 +4,22 @@ They are gloo's on a CPU. With MEGATRON_RL_RANKS_ON_ONE_GPU=1 they are NCCL's, a
 """
 
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+_PRELOADED = ["megatron_rl.train.driver", "megatron_rl.train.sft", "transformers", "psutil", "httpx"]
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
@@ -31,6 +36,33 @@ def sharing_a_gpu(rank: int) -> dict[str, str]:
         # Every rank compiles; a pool of processes for each would be hundreds.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
+
+
+def _start(worker: Path, folder: Path, log: Path, environment: dict[str, str], on_cpu: bool) -> BaseProcess:
+    """A process that runs the worker as a program. On a CPU it is a fork of one that has imported torch and megatron
+    already, which takes some six seconds; CUDA allows no forks."""
+    context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
+    if on_cpu:
+        context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_run_worker, args=(worker, folder, log, environment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is loaded
+        for name in ("MEGATRON_RL_DEVICE", "CUDA_VISIBLE_DEVICES"):
+            if on_cpu:
+                patch.setenv(name, environment[name])
+        process.start()
+    return process
+
+
+def _run_worker(worker: Path, folder: Path, log: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(worker), str(folder)]
+    sys.path.insert(0, str(worker.parent))
+    runpy.run_path(str(worker), run_name="__main__")
 
 
 def run_ranks(
@@ -53,32 +85,29 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
+    environment = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
         # Without a visible GPU a CUDA build of torch is what it is on a machine without one.
         **({"MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
     }
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / worker), str(folder)],
-            env=environment
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | (sharing_a_gpu(rank) if on_one_gpu else {}),
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    processes = []
     try:
-        codes = [process.wait(timeout_seconds) for process in processes]
+        for rank, (log, place) in enumerate(zip(logs, places, strict=True)):
+            own = os.environ | environment | place | (sharing_a_gpu(rank) if on_one_gpu else {})
+            processes.append(_start(ROOT / "tests" / worker, folder, log, own, on_cpu))
+        give_up = time.monotonic() + timeout_seconds
+        for process in processes:
+            process.join(max(0.0, give_up - time.monotonic()))
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.join()
     if any(codes):
         ends = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
         raise AssertionError(f"ranks ended with {codes}\n{ends}")
