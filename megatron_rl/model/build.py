@@ -354,6 +354,9 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
     Megatron asks for it when it builds them, by a flag that its own layers refuse without apex. They are known by the
     attribute, which they read in every forward pass and other modules have not: norms, attention, router and embedding,
     nor megatron's head. A layer stays as it is while one of its weights has no such gradient.
+
+    In their first micro-batch, with fp8 in that of every step, they write over the sum, so a step has to be one run of
+    megatron's schedule, as it is (train/trainer.py).
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

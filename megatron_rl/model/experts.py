@@ -76,10 +76,11 @@ class GroupedExperts(SequentialMLP):
             run_pre_hooks(linear)
         if self.weights is None:
             ups, downs = ([linear.weight for linear in self.linears[i::2]] for i in range(2))
-            is_reversed = min(distance(ups), distance(downs)) < 0
+            sums = [[weight.main_grad for weight in weights] for weights in (ups, downs)] if self.ready else []
+            is_reversed = min(map(distance, [ups, downs, *sums])) < 0
             common = is_reversed, self.ready, self.add_product
             self.weights = Weights(ups, *common), Weights(downs, *common)
-            if self.add_product and not all(weights.in_one_buffer for weights in self.weights):
+            if self.add_product and not all(weights.adds_products for weights in self.weights):
                 log.warning(
                     "model.expert_weight_gradient = 'quack' leaves a layer to torch: its experts do not lie evenly in "
                     "megatron's buffer of gradients"
@@ -221,6 +222,7 @@ class Weights:
 
     Where they and megatron's fp32 gradients lie evenly in that order, the stack is a view of them, and gradients of all
     are added at once. Else (a bucket of the buffer may end between them) it is a copy, and autograd gives each its own.
+    add_product asks for evenly lying gradients alone.
     """
 
     def __init__(
@@ -237,24 +239,25 @@ class Weights:
         self._ready, self._add_product = ready, add_product
 
     @property
-    def in_one_buffer(self) -> bool:
-        """Weights and gradients both lie evenly."""
-        return bool(self._step and self._main_step)
+    def adds_products(self) -> bool:
+        """Gradients are added up by `add_product`, which is there and can."""
+        return bool(self._add_product and self._main_step)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [P, in], each expert's rows up to its `ends`, times its weight [out, in] -> [P, out]."""
-        if self._add_product and self.in_one_buffer:
+        if self.adds_products:
             return _Product.apply(self, self._ordered[0], x, ends)
         return F.grouped_mm(x, self.stacked().mT, offs=ends)
 
     def stacked(self) -> Tensor:
         """[E, ...]"""
-        if self.in_one_buffer:
+        if self._step and self._main_step:
             return _View.apply(self, self._ordered[0])
         return _Stack.apply(self._step, *self._ordered)
 
-    def view(self) -> Tensor:
-        return _view(self._ordered, self._step)
+    def values(self) -> Tensor:
+        """[E, ...], for which there is no gradient: a view where it can be one."""
+        return _view(self._ordered, self._step) if self._step else torch.stack([w.detach() for w in self._ordered])
 
     def add(self, gradient: Tensor) -> None:
         """gradient: [E, ...], added to megatron's."""
@@ -286,14 +289,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, weights: Weights, first: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         ctx.weights = weights
         ctx.save_for_backward(x, ends)
-        return F.grouped_mm(x, weights.view().mT, offs=ends)
+        return F.grouped_mm(x, weights.values().mT, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x, ends), gradient = ctx.saved_tensors, grads[0].contiguous()
-        of_x = F.grouped_mm(gradient, ctx.weights.view(), offs=ends) if ctx.needs_input_grad[2] else None
+        values = ctx.weights.values()
         ctx.weights.add_product(gradient, x, ends)
-        return None, torch.empty_like(ctx.weights.view()[0]), of_x, None  # the second for megatron's hook, unread
+        of_first = values.new_empty(values.shape[1:])  # for megatron's hook, which does not read it
+        return None, of_first, F.grouped_mm(gradient, values, offs=ends), None
 
 
 class _View(torch.autograd.Function):
@@ -302,7 +306,7 @@ class _View(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Weights, first: Tensor) -> Tensor:
         ctx.weights = weights
-        return weights.view()
+        return weights.values()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -21,7 +21,7 @@ def quack_add_product() -> Callable[..., None]:
 
 def _import(module: str, name: str, asked: str, package: str, instead: str) -> Callable[..., Any]:
     try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         key = asked.partition(" ")[0]
         raise ValueError(

@@ -146,8 +146,8 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     if model.expert_weight_gradient == "quack" and not (has_grouped and installed.quack):
         raise ValueError(
             f"model.expert_weight_gradient = 'quack' needs a CUDA device of compute capability "
-            f"{'.'.join(map(str, GROUPED_CAPABILITY))} or later{_and_package('quack-kernels', installed.quack)}, got "
-            f"{_name(capability)}; set model.expert_weight_gradient = 'torch'"
+            f"{'.'.join(map(str, GROUPED_CAPABILITY))} or later and the package quack-kernels (pip install "
+            f"quack-kernels), got {_name(capability, installed.quack)}; set model.expert_weight_gradient = 'torch'"
         )
     apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"
     if wanted:
@@ -168,7 +168,11 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     attention = model.attention
     if attention == "auto":
         attention = "flash" if has_flash and _flash_fits(model, bailing, layout) else "sdpa"
-    gradient = "apex" if apex else "separate"
+    gradient = of_experts = "apex" if apex else "separate"
+    if model.expert_weight_gradient == "quack":
+        of_experts = "quack"
+    elif grouped:  # products of torch's own, of which apex's extension knows nothing
+        of_experts = "separate"
     return Providers(
         layers="local",
         attention=attention,
@@ -176,12 +180,7 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
         experts="grouped" if grouped else "sequential",
         permutation="torch",
         weight_gradient=gradient,
-        # Grouped products are torch's, of which apex's extension knows nothing.
-        expert_weight_gradient="quack"
-        if model.expert_weight_gradient == "quack"
-        else "separate"
-        if grouped
-        else gradient,
+        expert_weight_gradient=of_experts,
     )
 
 
@@ -191,9 +190,8 @@ def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
     if capability is None or capability[0] not in FA4_CAPABILITIES or not installed.flash_attn_4:
         raise ValueError(
             f"model.attention = 'fa4' needs a CUDA device of compute capability "
-            f"{' or '.join(f'{major}.x' for major in FA4_CAPABILITIES)}"
-            f"{_and_package('flash-attn-4', installed.flash_attn_4)}, got {_name(capability)}; set model.attention = "
-            "'auto'"
+            f"{' or '.join(f'{major}.x' for major in FA4_CAPABILITIES)} and the package flash-attn-4 (pip install "
+            f"flash-attn-4), got {_name(capability, installed.flash_attn_4)}; set model.attention = 'auto'"
         )
     if capability[0] > 9 and not (bailing.head_dim <= FA4_BLACKWELL_HEAD_DIM or bailing.head_dim == MAX_FLASH_HEAD_DIM):
         raise ValueError(
@@ -202,12 +200,9 @@ def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
         )
 
 
-def _and_package(name: str, is_there: bool) -> str:
-    return "" if is_there else f" and the package {name} (pip install {name})"
-
-
-def _name(capability: tuple[int, int] | None) -> str:
-    return "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+def _name(capability: tuple[int, int] | None, has_package: bool = True) -> str:
+    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    return device if has_package else f"{device} without it"
 
 
 def _asks_for_engine(model: ModelSection) -> str | None:
