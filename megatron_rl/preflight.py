@@ -117,7 +117,7 @@ def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves:
             f"rollout.engine 'embedded' generates on the CPU, and for {active / 1e9:.2f} B active parameters a token "
             f"of {slots} responses (rollout.max_running_requests) takes about {seconds:.1f} s there, more than "
             f"rollout.token_deadline_seconds {rollout.token_deadline_seconds:g}; set rollout.engine = 'sglang', which "
-            "runs on GPUs"
+            "runs on GPUs, or for a small model a lower max_running_requests or more rollout.threads"
         )
 
 

@@ -421,7 +421,11 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
-        (["--set", "rollout.max_running_requests=900000000"], "this run needs about"),
+        (["--set", "rollout.max_running_requests=9000000"], "rollout.engine 'embedded' generates on the CPU"),
+        (
+            ["--set", "rollout.max_running_requests=900000000", "--set", "rollout.token_deadline_seconds=1e6"],
+            "this run needs about",
+        ),
         (
             [
                 "--set",

@@ -270,7 +270,8 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     longer = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_response_tokens=32768"])
     with pytest.raises(ValueError, match=r"max_prompt_tokens \+ max_response_tokens = 32800 is over the model's"):
         check_before_evaluation(longer)
-    larger = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_running_requests=900000000"])
+    slow = ["rollout.token_deadline_seconds=1e6"]
+    larger = load_config(EvaluateConfig, inputs / "evaluate.toml", [*slow, "rollout.max_running_requests=900000000"])
     with pytest.raises(ValueError, match=r"GiB are free: .* lower rollout.max_running_requests or rollout.max_resp"):
         check_before_evaluation(larger)
 

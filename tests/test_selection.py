@@ -305,7 +305,9 @@ def test_what_cannot_be_chosen_from_is_refused_before_anything_starts(inputs: Pa
     refused("epoch_2 more than once", f'candidates=["{good}", "{tmp_path}/same"]')
     refused("the first 21 prompts .* are 20 different ones, of 20 in all; lower prompts", "prompts=21")
     refused("candidate .*: rollout.max_prompt_tokens .* = 100012 is over", "rollout.max_prompt_tokens=100000")
-    refused("GiB are free", "rollout.max_running_requests=900000000")
+    many = "rollout.max_running_requests=900000000"
+    refused("rollout.engine 'embedded' generates on the CPU", many)
+    refused("GiB are free", many, "rollout.token_deadline_seconds=1e6")
     renamed = other.rename(tmp_path / "epoch_3")
     shutil.copytree(renamed, tmp_path / "bare", ignore=shutil.ignore_patterns("sft.json"))
     refused("prefer = 'validation_loss' needs", f'candidates=["{tmp_path}/bare"]', "prefer=validation_loss")
