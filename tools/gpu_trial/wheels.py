@@ -175,7 +175,7 @@ def laid_out(files: Sequence[tuple[str, str, Path]], destination: Path, piece_by
 
 
 def parts_of(wheels: Sequence[Wheel], sizes: Sequence[int], capacity: int) -> Iterator[tuple[Part, ...]]:
-    """Of each wheel, the largest first, its parts: each in the first piece that has room. Their checksums are to come."""
+    """Of each wheel, the largest first, its parts: each in the first piece that has room; without checksums yet."""
     free: list[int] = []
     for wheel, num_bytes in zip(wheels, sizes, strict=True):
         parts = list(divided(num_bytes, capacity))
