@@ -56,7 +56,7 @@ def make_wheel(folder: Path, name: str, members: dict[str, bytes]) -> Path:
     return path
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(0, 30_000), min_size=1, max_size=8),
     piece_bytes=st.integers(9_000, 40_000),
@@ -255,11 +255,11 @@ def test_tests_that_fail_or_do_not_exist_fail_their_part(tmp_path: Path, monkeyp
 def test_a_trial_runs_the_parts_that_it_is_asked_for_and_exits_by_how_they_went(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
 
-    def trial(*options: str, question: str = "nccl") -> tuple[int, dict]:
-        command = [sys.executable, FOLDER / f"{question}_trial.py", "--commit", "abc", *options]
+    def trial(*options: str) -> tuple[int, dict]:
+        command = [sys.executable, FOLDER / "nccl_trial.py", "--commit", "abc", *options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
         found = json.loads(done.stdout)
-        assert json.loads((tmp_path / f"{question}.json").read_text()) == found
+        assert json.loads((tmp_path / "nccl.json").read_text()) == found
         return done.returncode, found["parts"]
 
     # Two real ranks, each with the environment of one that shares a GPU.
@@ -268,15 +268,6 @@ def test_a_trial_runs_the_parts_that_it_is_asked_for_and_exits_by_how_they_went(
     assert list(found["one_gpu"]["found"]["passed"]) == ["test_two_ranks_on_one_gpu_exchange_what_they_should"]
     assert found["machine"]["found"]["torch"]
     assert trial("--dry", "--only", "one_gpus")[0] == 2
-    code, found = trial("--dry", "--only", "push", question="sglang")
-    assert code == 0, found
-    report = found["push"]["found"]
-    assert list(report["pushes"]) == ["distributed", "disk"]
-    pushes = [push for pair in report["pushes"].values() for push in pair]
-    assert len(pushes) == 4
-    assert min(push["difference_before"] for push in pushes) > 1e-3
-    assert max(push["difference"] for push in (*pushes, report["killed"], report["released"])) < 1e-5
-    assert report["killed"]["said"]
     # Without a GPU nothing is tried, and everything told.
     code, found = trial()
     assert code == 1
@@ -313,3 +304,10 @@ def test_ranks_that_share_a_gpu_are_machines_of_their_own_with_the_first_gpu(
     assert [found.pop("NCCL_HOSTID") for found in together] == ["rank0", "rank1"]
     expected = {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "MEGATRON_RL_DEVICE": None}
     assert together == [expected, expected]
+
+
+def test_a_rank_that_is_not_done_in_time_is_no_success(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, time\ntime.sleep(60 * int(os.environ['RANK']))\n")
+    with pytest.raises(AssertionError, match=r"ranks ended with \[0, None\]"):
+        run_ranks(2, {}, tmp_path / "run", timeout_seconds=8, worker=str(worker))

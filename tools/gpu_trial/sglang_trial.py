@@ -138,8 +138,9 @@ def push(trial: Trial, folder: Path, seconds: float) -> Any:
     found = json.loads((folder / "push/report.json").read_text())
     behind = [push["difference"] for pushes in found["pushes"].values() for push in pushes]
     behind += [found[name]["difference"] for name in ("killed", "released")]
-    if max(behind) > MEAN_DIFFERENCE:
-        raise PartFailed(f"a server has other weights behind a push: mean difference {max(behind)}", found)
+    before = [push["difference_before"] for pushes in found["pushes"].values() for push in pushes]
+    if max(behind) > MEAN_DIFFERENCE or max(behind) > min(before) / 2:
+        raise PartFailed(f"a server has other weights behind a push: {max(behind)} nats, before {min(before)}", found)
     return found
 
 

@@ -22,7 +22,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,36 +143,55 @@ def stripped(wheel: Path, patterns: Sequence[str]) -> None:
 
 
 def laid_out(files: Sequence[tuple[str, str, Path]], destination: Path, piece_bytes: int) -> list[Wheel]:
-    """Requirement, change and path of wheels -> pieces with a manifest each. Large wheels first, in parts that fill a
-    piece; each further part goes where it fits first."""
-    # The manifest is in every piece. 400 bytes a part is more than it takes.
-    room_of_manifest = 400 * (len(files) + sum(path.stat().st_size // piece_bytes + 1 for *_, path in files))
-    capacity = piece_bytes - room_of_manifest
-    if capacity <= 0:
-        raise ValueError(f"a piece of {piece_bytes:,} bytes does not even hold the manifest of {len(files)} wheels")
-    free: list[int] = []
-    wheels = []
-    for requirement, changed, path in sorted(files, key=lambda item: -item[2].stat().st_size):
-        sizes = list(divided(path.stat().st_size, capacity))
+    """Requirement, change and path of wheels -> pieces with a manifest each, in `destination`/1, 2, ..."""
+    ordered = sorted(files, key=lambda item: -item[2].stat().st_size)
+    sizes = [path.stat().st_size for *_, path in ordered]
+    wheels = [
+        Wheel(file=path.name, requirement=requirement, sha256=sha256(path), changed=changed, parts=())
+        for requirement, changed, path in ordered
+    ]
+    # The manifest is in every piece, and longer the more parts there are.
+    room = 0
+    while True:
+        if (capacity := piece_bytes - room) <= 0:
+            raise ValueError(f"a piece of {piece_bytes:,} bytes does not even hold the manifest of {len(files)} wheels")
+        planned = zip(wheels, parts_of(wheels, sizes, capacity), strict=True)
+        placed = [replace(wheel, parts=parts) for wheel, parts in planned]
+        if (needed := len(manifest(placed))) <= room:
+            break
+        room = needed
+    for number, (wheel, (*_, path)) in enumerate(zip(placed, ordered, strict=True)):
         parts = []
         with path.open("rb") as source:
-            for number, size in enumerate(sizes):
-                piece = next((i for i, left in enumerate(free) if left >= size), len(free))
-                if piece == len(free):
-                    free.append(capacity)
-                free[piece] -= size
-                folder = destination / str(piece + 1)
+            for part in wheel.parts:
+                folder = destination / str(part.piece)
                 folder.mkdir(parents=True, exist_ok=True)
-                file = path.name if len(sizes) == 1 else f"{path.name}.part{number + 1}"
-                (folder / file).write_bytes(source.read(size))
-                parts.append(Part(file=file, piece=piece + 1, num_bytes=size, sha256=sha256(folder / file)))
-        wheels.append(
-            Wheel(file=path.name, requirement=requirement, sha256=sha256(path), changed=changed, parts=tuple(parts))
-        )
-    text = json.dumps([asdict(wheel) for wheel in wheels], indent=1)
+                (folder / part.file).write_bytes(source.read(part.num_bytes))
+                parts.append(replace(part, sha256=sha256(folder / part.file)))
+        placed[number] = replace(wheel, parts=tuple(parts))
     for folder in destination.iterdir():
-        (folder / MANIFEST).write_text(text)
-    return wheels
+        (folder / MANIFEST).write_text(manifest(placed))
+    return placed
+
+
+def parts_of(wheels: Sequence[Wheel], sizes: Sequence[int], capacity: int) -> Iterator[tuple[Part, ...]]:
+    """Of each wheel, the largest first, its parts: each in the first piece that has room; without checksums yet."""
+    free: list[int] = []
+    for wheel, num_bytes in zip(wheels, sizes, strict=True):
+        parts = list(divided(num_bytes, capacity))
+        found = []
+        for number, size in enumerate(parts, 1):
+            piece = next((i for i, left in enumerate(free) if left >= size), len(free))
+            if piece == len(free):
+                free.append(capacity)
+            free[piece] -= size
+            file = wheel.file if len(parts) == 1 else f"{wheel.file}.part{number}"
+            found.append(Part(file=file, piece=piece + 1, num_bytes=size, sha256="0" * 64))
+        yield tuple(found)
+
+
+def manifest(wheels: Sequence[Wheel]) -> str:
+    return json.dumps([asdict(wheel) for wheel in wheels], indent=1)
 
 
 def divided(num_bytes: int, at_most: int) -> Iterator[int]:
