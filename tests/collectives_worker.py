@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.stores import training_store
+from megatron_rl.place import own_place
+from megatron_rl.stores import join
 
 REPEATS = 10
 
@@ -22,7 +23,7 @@ def main(folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device.set_local_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(device.backend(), store=training_store(60), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(device.backend(), store=join(own_place(), 60), rank=rank, world_size=size, timeout=timeout)
     where = device.torch_device()
 
     def total() -> Tensor:
