@@ -44,6 +44,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from megatron_rl.errors import Fault
+from megatron_rl.gpus import visible_gpus
 
 log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,8 +73,16 @@ def backend() -> str:
 
 
 def set_local_device(local_rank: int) -> None:
-    """Take the GPU of this rank's number on its machine; nothing on a CPU. ValueError when there are not so many."""
+    """Take the GPU of this rank's number on its machine; nothing on a CPU, which the log tells where there are GPUs.
+    ValueError when there are not so many."""
     if not on_cuda():
+        if local_rank == 0 and (gpus := visible_gpus()):
+            log.warning(
+                "this run trains on the CPU: the machine has %d GPUs, and torch %s cannot use them; install torch for "
+                "CUDA (docs/gpu.md), or set MEGATRON_RL_DEVICE=cpu",
+                len(gpus),
+                torch.__version__,
+            )
         return
     if local_rank >= torch.cuda.device_count():
         raise ValueError(

@@ -4,7 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -136,7 +136,9 @@ Seat = tuple[int, str]  # node and GPU
 @contextmanager
 def machine(gpus: list[str]) -> Iterator[None]:
     """What every machine of a run is taken for."""
-    with patch.object(preflight, "visible_gpus", lambda: gpus), patch.object(server, "visible_gpus", lambda: gpus):
+    with ExitStack() as patched:
+        for module in (device, preflight, server):
+            patched.enter_context(patch.object(module, "visible_gpus", lambda: gpus))
         yield
 
 
@@ -152,9 +154,7 @@ def nccl_groups(config: RlConfig, gpus: list[str], nodes: int, ranks: int, servi
     places = range(nodes - serving_nodes, nodes) if serving_nodes else range(nodes)
     served = [(node, gpu) for node in places for share in shares for gpu in share[: config.rollout.sglang_tensor_size]]
     trained = [[(node, gpu) for gpu in gpus[:ranks]] for node in range(nodes - serving_nodes)]
-    if (
-        config.sync.transport == "ipc"
-    ):  # every rank of a server opens memory of its own GPU, and NCCL joins the trainers
+    if config.sync.transport == "ipc":  # every rank of a server opens memory of its own GPU; NCCL joins the trainers
         for i, share in enumerate(shares):
             for rank, gpu in enumerate(share[: config.rollout.sglang_tensor_size]):
                 assert gpus[:ranks][opened_rank(i, rank, len(shares), len(gpus))] == gpu
@@ -358,6 +358,16 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="rank 2 of this machine finds 2 GPUs, and each rank needs one"):
         device.set_local_device(2)
     assert taken == [1]
+
+
+def test_gpus_that_torch_cannot_use_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    for rank in (0, 1):
+        with machine(EIGHT):
+            device.set_local_device(rank)
+        with machine([]):
+            device.set_local_device(rank)
+    (message,) = caplog.messages
+    assert f"trains on the CPU: the machine has 8 GPUs, and torch {torch.__version__} cannot use them" in message
 
 
 class Driver:
