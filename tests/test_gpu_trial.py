@@ -248,6 +248,10 @@ def test_tests_that_fail_or_do_not_exist_fail_their_part(tmp_path: Path, monkeyp
     with pytest.raises(parts.PartFailed, match="1 passed, 0 skipped, 1 failed") as raised:
         parts.run_tests(trial, "wrong", [str(file)], 60)
     assert "assert 1 == 2" in raised.value.found["failed"]["test_wrong"]
+    file.write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(90)\n")
+    with pytest.raises(parts.PartFailed, match="1 passed, 0 skipped, 0 failed") as raised:
+        parts.run_tests(trial, "late", [str(file)], 12)
+    assert list(raised.value.found["passed"]) == ["test_right"]
     with pytest.raises(parts.PartFailed, match="0 passed"):
         parts.run_tests(trial, "nothing", [str(file)], 60, only="absent")
 

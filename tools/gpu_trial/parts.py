@@ -192,7 +192,8 @@ def run_tests(
     found: dict[str, Any] = {"passed": {}, "skipped": {}, "failed": {}}
     for case in cases:
         outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        title = str(case.get("name"))
+        if (title := case.get("name")) is None:  # of a run that was interrupted
+            continue
         if outcome is None:
             found["passed"][title] = round(float(case.get("time", 0)), 2)
         else:
