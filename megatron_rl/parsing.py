@@ -76,6 +76,12 @@ def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
         yield line
 
 
+def shown(value: object) -> str:
+    """Write a value as a message quotes it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _refuse_depth(value: Any) -> None:
     """Level by level, since what is deep cannot be walked through by recursion."""
     level = [value]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from megatron_rl.files import model_files
-from megatron_rl.parsing import read_json
+from megatron_rl.parsing import read_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def _whole(low: int, high: int) -> BeforeValidator:
 
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}, got {_shown(value)}")
+            raise ValueError(f"must be a whole number from {low} to {high}, got {shown(value)}")
         return value
 
     return BeforeValidator(check)
@@ -43,15 +43,10 @@ def _above_zero(high: float) -> BeforeValidator:
 
     def check(value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value <= high:
-            raise ValueError(f"must be a number above 0 and up to {high:g}, got {_shown(value)}")
+            raise ValueError(f"must be a number above 0 and up to {high:g}, got {shown(value)}")
         return float(value)
 
     return BeforeValidator(check)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 _Width = Annotated[int, _whole(1, _MAX_WIDTH)]
@@ -100,7 +95,7 @@ class BailingConfig(BaseModel):
     @classmethod
     def _refuse_what_is_not_implemented(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("model_type") != "bailing_moe":
-            raise ValueError(f"model_type must be 'bailing_moe', got {_shown(values.get('model_type'))}")
+            raise ValueError(f"model_type must be 'bailing_moe', got {shown(values.get('model_type'))}")
         plain = {
             "use_bias": False,
             "use_qkv_bias": False,
@@ -111,7 +106,7 @@ class BailingConfig(BaseModel):
         }
         for name, supported in plain.items():
             if values.get(name, supported) != supported:
-                raise ValueError(f"{name} must be {supported!r} (BailingMoE version 1), got {_shown(values[name])}")
+                raise ValueError(f"{name} must be {supported!r} (BailingMoE version 1), got {shown(values[name])}")
         return {k: v for k, v in values.items() if v is not None}
 
     @model_validator(mode="after")
@@ -181,12 +176,12 @@ def read_bailing_config(path: Path) -> BailingConfig:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {_shown(values)}")
+        raise ValueError(f"{path} must hold a JSON object, got {shown(values)}")
     try:
         config = BailingConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {'; '.join(map(_told, error.errors()))}") from None
-    dropouts = ", ".join(f"{name} {_shown(values[name])}" for name in _DROPOUTS if values.get(name))
+    dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
     if dropouts and os.environ.get("RANK", "0") == "0":
         _tell_of_dropout(dropouts)
     return config
@@ -195,7 +190,7 @@ def read_bailing_config(path: Path) -> BailingConfig:
 def _told(problem: Any) -> str:
     name, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "bool_type":
-        message = f"must be true or false, got {_shown(problem['input'])}"
+        message = f"must be true or false, got {shown(problem['input'])}"
     return f"{name} {message}" if message.startswith("must ") else f"{name}: {message}" if name else message
 
 

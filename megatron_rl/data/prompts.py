@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.parsing import bounded_lines, parse_json
+from megatron_rl.parsing import bounded_lines, parse_json, shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -91,11 +91,11 @@ def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dic
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: not valid UTF-8 JSON ({error}); write one object per line") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: must be a JSON object, got {_shown(row)}; write one object per line")
+                raise ValueError(f"{path}:{line}: must be a JSON object, got {shown(row)}; write one object per line")
             for name in row:
                 if name not in allowed:
                     raise ValueError(
-                        f"{path}:{line}: unknown field {name!r} = {_shown(row[name])}; "
+                        f"{path}:{line}: unknown field {name!r} = {shown(row[name])}; "
                         f"the fields are {', '.join(allowed)}; put anything else into 'meta'"
                     )
             yield line, row
@@ -104,13 +104,13 @@ def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dic
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        got = _shown(value) if name in row else "no such field"
+        got = shown(value) if name in row else "no such field"
         raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {got}; fill it in or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{where}: field {name!r} holds half of a surrogate pair, got {_shown(value)}; repair its escapes"
+            f"{where}: field {name!r} holds half of a surrogate pair, got {shown(value)}; repair its escapes"
         ) from None
     return value
 
@@ -118,7 +118,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _meta(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
-        raise ValueError(f"{where}: field 'meta' must be an object, got {_shown(meta)}; write {{}} or leave it out")
+        raise ValueError(f"{where}: field 'meta' must be an object, got {shown(meta)}; write {{}} or leave it out")
     return meta
 
 
@@ -126,7 +126,7 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     value = row.get("messages")
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"{where}: field 'messages' must be a non-empty list, got {_shown(value)}; "
+            f"{where}: field 'messages' must be a non-empty list, got {shown(value)}; "
             'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
         )
     messages = []
@@ -134,12 +134,12 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
         name = f"messages[{index}]"
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
             raise ValueError(
-                f"{where}: field {name!r} must be an object of 'role' and 'content', got {_shown(item)}; "
+                f"{where}: field {name!r} must be an object of 'role' and 'content', got {shown(item)}; "
                 "leave out other keys"
             )
         if item["role"] not in ROLES:
             raise ValueError(
-                f"{where}: field '{name}.role' must be one of {', '.join(ROLES)}, got {_shown(item['role'])}; "
+                f"{where}: field '{name}.role' must be one of {', '.join(ROLES)}, got {shown(item['role'])}; "
                 "rename the role"
             )
         messages.append(Message(role=item["role"], content=_text(item, "content", f"{where}: {name}")))
@@ -173,8 +173,3 @@ def _not_empty(records: list[Any], path: str | Path) -> list[Any]:
 
 def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
