@@ -72,6 +72,18 @@ def opened_rank(server: int, tensor_rank: int, num_servers: int, num_gpus: int) 
     return server * (num_gpus // num_servers) + tensor_rank if num_gpus else 0
 
 
+def chosen_backend(backend: str, engine: str, trains_on_gpu: bool, beside: bool) -> str:
+    """Choose the backend that `sync.backend` means in this run. ValueError for NCCL without GPUs.
+
+    beside: a server is on rank 0's machine. Then it may be on rank 0's GPU, where NCCL would refuse it.
+    """
+    if backend == "auto":
+        return "nccl" if trains_on_gpu and engine == "sglang" and not beside else "gloo"
+    if backend == "nccl" and not trains_on_gpu:
+        raise ValueError("sync.backend 'nccl' needs a run that trains on GPUs, this one does not; set 'auto' or 'gloo'")
+    return backend
+
+
 def expandable_segments(environment: Mapping[str, str] | None = None) -> str | None:
     """The variable that has torch's allocator take expandable segments, or None."""
     environment = os.environ if environment is None else environment

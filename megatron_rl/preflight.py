@@ -12,7 +12,7 @@ from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
-from megatron_rl.gpus import expandable_segments, visible_gpus
+from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
 from megatron_rl.rollout.recorded import check_first_row
@@ -138,8 +138,8 @@ def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
     for problem in config.sharing_problems(attached):
         raise ValueError(problem)
     gpus = visible_gpus()
-    if config.sync.transport == "distributed" and config.sync.backend == "nccl" and not trains_on_gpu:
-        raise ValueError("sync.backend 'nccl' needs a run that trains on GPUs, this one does not; set 'auto' or 'gloo'")
+    if config.sync.transport == "distributed":
+        chosen_backend(config.sync.backend, config.rollout.engine, trains_on_gpu, beside=not attached)  # it may refuse
     if not attached:
         server_gpus(config.rollout)
     if config.sync.transport != "ipc" or not gpus:

@@ -20,11 +20,10 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import GenerationSection, RlConfig
-from megatron_rl.gpus import expandable_segments, gpu_shares, opened_rank, visible_gpus
+from megatron_rl.gpus import chosen_backend, expandable_segments, gpu_shares, opened_rank, visible_gpus
 from megatron_rl.preflight import check_seats
 from megatron_rl.rollout import server
 from megatron_rl.rollout.ports import is_here
-from megatron_rl.sync.distributed import chosen_backend
 
 EXAMPLES = Path(__file__).parents[1] / "examples/ring_lite"
 

@@ -30,18 +30,6 @@ from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update
 log = logging.getLogger(__name__)
 
 
-def chosen_backend(backend: str, engine: str, trains_on_gpu: bool, beside: bool) -> str:
-    """What `sync.backend` means in this run. ValueError for NCCL without GPUs.
-
-    beside: a server is on rank 0's machine. Then it may be on rank 0's GPU, where NCCL would refuse it.
-    """
-    if backend == "auto":
-        return "nccl" if trains_on_gpu and engine == "sglang" and not beside else "gloo"
-    if backend == "nccl" and not trains_on_gpu:
-        raise ValueError("sync.backend 'nccl' needs a run that trains on GPUs, this one does not; set 'auto' or 'gloo'")
-    return backend
-
-
 def join_request(
     address: str, port: int, offset: int, world_size: int, group_name: str, backend: str
 ) -> dict[str, Any]:
@@ -71,7 +59,7 @@ class DistributedTransport:
     ) -> None:
         """Collective over the gloo group `control` of all ranks. max_bytes: of a bucket, unless one parameter alone is
         larger. address: of this machine, by which the servers reach rank 0. silence_seconds: a server that does not
-        answer for so long, on top of the time for the bytes, is lost. backend: see `chosen_backend`.
+        answer for so long, on top of the time for the bytes, is lost. backend: see `gpus.chosen_backend`.
         key_of: of the servers, see `ServerRequests`."""
         self._parameters = model.parameters_by_canonical_name()
         self._dtype = model.dtype

@@ -14,12 +14,12 @@ from typing import Any
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_DONE, StopRequested
-from megatron_rl.gpus import visible_gpus
+from megatron_rl.gpus import chosen_backend, visible_gpus
 from megatron_rl.keys import key_in_environment
 from megatron_rl.place import own_place
 from megatron_rl.preflight import check_seats
 from megatron_rl.records import Plan
-from megatron_rl.sync.distributed import DistributedTransport, chosen_backend
+from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.together import together
