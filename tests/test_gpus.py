@@ -345,6 +345,19 @@ def test_servers_open_the_memory_of_a_trainer_with_the_same_torch_only(tmp_path:
     assert server.torch_version(Path(sys.executable)) == own
 
 
+@pytest.mark.parametrize(
+    ("servers", "arguments", "idle"),
+    [(8, (), 0), (3, (), 5), (3, ("--tp-size", "2"), 2), (1, ("--tp-size", "8"), 0), (0, (), 0)],
+)
+def test_gpus_that_do_not_generate_are_counted(servers: int, arguments: tuple[str, ...], idle: int) -> None:
+    rollout = GenerationSection(engine="sglang", servers=servers, sglang_arguments=arguments)
+    with machine(EIGHT):
+        assert server.idle_gpus(rollout) == idle
+        assert server.idle_gpus(rollout.model_copy(update={"engine": "embedded"})) <= 0
+    with machine([]):
+        assert server.idle_gpus(rollout) <= 0
+
+
 # The trainer's own --------------------------------------------------------------------------------------------------
 
 

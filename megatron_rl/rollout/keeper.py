@@ -12,7 +12,7 @@ from typing import Self
 from megatron_rl.config.schema import RolloutSection
 from megatron_rl.errors import Fault
 from megatron_rl.keys import new_key
-from megatron_rl.rollout.server import GenerationServer, server_gpus, server_starter
+from megatron_rl.rollout.server import GenerationServer, idle_gpus, server_gpus, server_starter
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,12 @@ def start_servers(
     """
     key = new_key()
     shares = server_gpus(rollout)
-    num_gpus, num_used = sum(map(len, shares)), len(shares) * rollout.sglang_gpus
-    if num_used < num_gpus:
+    num_idle = idle_gpus(rollout)
+    if num_idle > 0:
         log.warning(
             "%d of this machine's GPUs do not generate: %d server(s) take %d each; raise rollout.servers, or "
             "--tp-size in rollout.sglang_arguments",
-            *(num_gpus - num_used, len(shares), rollout.sglang_gpus),
+            *(num_idle, len(shares), rollout.sglang_gpus),
         )
     return ServerKeeper(
         [

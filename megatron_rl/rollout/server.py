@@ -321,6 +321,12 @@ def server_starter(
     )
 
 
+def idle_gpus(rollout: GenerationSection) -> int:
+    """Count the GPUs of this machine on which no server that is started here generates; 0 or less where all do."""
+    gpus = visible_gpus() if rollout.engine == "sglang" else []
+    return len(gpus) - rollout.servers_on(len(gpus)) * rollout.sglang_gpus
+
+
 def server_gpus(rollout: GenerationSection) -> list[list[str]]:
     """The GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
     gpus = visible_gpus() if rollout.engine == "sglang" else []
