@@ -91,7 +91,7 @@ def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
     give_up = time.monotonic() + deadline_seconds
     told = False
     while True:
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        found = list(_registrations(folder).values())
         expected = found[0]["num_processes"] if found else "any"
         if len(found) == expected:
             return {url: key for one in found for url, key in one["keys"].items()}
@@ -112,10 +112,15 @@ def check_registered_torch(folder: Path, config: RlConfig) -> None:
     if not may_be_nccl or config.rollout.engine != "sglang":
         return
     own = torch_version()
-    for path in sorted(folder.glob("*.json")):
-        theirs = json.loads(path.read_text()).get("torch", own)
+    for path, registration in _registrations(folder).items():
+        theirs = registration.get("torch", own)
         if theirs != own:
             raise ValueError(
                 f"the servers of {path} have torch {theirs or '(none)'}, this run {own}, and weights would go over "
                 "NCCL; install the same torch in both, or set sync.backend = 'gloo'"
             )
+
+
+def _registrations(folder: Path) -> dict[Path, Any]:
+    """Read what `run_serve` has written into the folder so far, by file."""
+    return {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
