@@ -167,6 +167,13 @@ def run_json(
     return found
 
 
+def run_bench(trial: Trial, name: str, lengths: str, seconds: float, *options: object) -> Any:
+    """tools/bench_gpu.py with sequences of these lengths, or its tiny shape where the trial is dry: what it prints."""
+    command: list[object] = [sys.executable, ROOT / "tools/bench_gpu.py", "--rounds", 3, "--commit", trial.commit]
+    command += ["--smoke"] if trial.is_dry else ["--lengths", lengths]
+    return run_json(trial, name, [*command, *options], seconds)
+
+
 def run_tests(
     trial: Trial,
     name: str,

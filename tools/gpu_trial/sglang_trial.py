@@ -76,13 +76,14 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
 
 def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
     """Two steps by the command line; what its metrics say of each. PartFailed unless the servers followed."""
+    from megatron_rl.train.metrics import read_metrics
+
     config = folder / f"{transport}.toml"
     settings = run_config(trial, folder, transport)
     config.write_text(tomli_w.dumps(settings))
     name = f"loop_{transport}"
     code, _ = run(trial, name, [sys.executable, "-m", "megatron_rl.cli", "train", config], seconds, CHECKS_NO_VERSION)
-    metrics = Path(settings["run_dir"]) / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = read_metrics(Path(settings["run_dir"]) / "metrics.jsonl")
     names = ("logprob_difference_mean", "logprob_difference_max", "num_lost_servers", "num_skipped_steps", "grad_norm")
     kept = [{key: value for key, value in row.items() if key in names or key.endswith("_seconds")} for row in rows]
     if code or len(rows) != 2:

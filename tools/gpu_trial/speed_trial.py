@@ -9,9 +9,8 @@ that a CPU has.
 """
 
 import sys
-from typing import Any
 
-from parts import ROOT, Trial, end, run_json, trial_of
+from parts import end, run_bench, trial_of
 
 LENGTHS = "8192,24576"
 FAST = {"attention": "fa4", "expert_weight_gradient": "quack"}
@@ -25,27 +24,24 @@ CHECKED = {
 CHECKED_ON_A_CPU = {"torch": {"layers": "local"}, "grouped": {"layers": "local", "experts": "grouped"}}
 
 
-def bench(trial: Trial, name: str, seconds: float, *options: object) -> Any:
-    command: list[object] = [sys.executable, ROOT / "tools/bench_gpu.py", "--rounds", 3, "--commit", trial.commit]
-    command += ["--smoke"] if trial.is_dry else ["--lengths", LENGTHS]
-    return run_json(trial, name, [*command, *options], seconds)
-
-
 def main() -> int:
     trial = trial_of("speed", __doc__ or "")
     from values import check_values
 
+    def bench(name: str, at_most: float, *options: object) -> None:
+        trial.part(name, at_most, lambda seconds: run_bench(trial, name, LENGTHS, seconds, *options))
+
     fast = ON_A_CPU if trial.is_dry else FAST
     chosen = [part for key, value in fast.items() for part in ("--model", f"{key}={value}")]
     few = ["--choices", "", "--recompute", "none", "--skip", "head,export"]
-    trial.part("torch", 200, lambda s: bench(trial, "torch", s, *few))
+    bench("torch", 200, *few)
     checked = CHECKED_ON_A_CPU if trial.is_dry else CHECKED
     trial.part("values", 120, lambda _: check_values(checked))
-    trial.part("fast", 150, lambda s: bench(trial, "fast", s, *few, "--skip", "head,export,reference", *chosen))
+    bench("fast", 150, *few, "--skip", "head,export,reference", *chosen)
     full = ["--choices", "", "--recompute", "full", "--skip", "head,export,reference"]
-    trial.part("recompute", 120, lambda s: bench(trial, "recompute", s, *full, *chosen))
+    bench("recompute", 120, *full, *chosen)
     each = ["--recompute", "none", "--skip", "reference,training"]
-    trial.part("choices", 150, lambda s: bench(trial, "choices", s, *each))
+    bench("choices", 150, *each)
     return end(trial)
 
 

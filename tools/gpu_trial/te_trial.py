@@ -10,9 +10,8 @@ ones.
 import importlib.metadata
 import subprocess
 import sys
-from typing import Any
 
-from parts import ROOT, PartFailed, Trial, end, run_json, trial_of
+from parts import PartFailed, end, run_bench, trial_of
 
 IMPORT = "import torch, transformer_engine.pytorch as te; te.Linear(64, 64, device='cuda')(torch.ones(8, 64).cuda())"
 
@@ -27,22 +26,6 @@ def load(is_dry: bool, seconds: float) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def bench(trial: Trial, name: str, layers: str, seconds: float) -> Any:
-    command: list[object] = [sys.executable, ROOT / "tools/bench_gpu.py", "--rounds", 3, "--commit", trial.commit]
-    command += ["--smoke"] if trial.is_dry else ["--lengths", "8192"]
-    command += [
-        "--choices",
-        "",
-        "--recompute",
-        "none",
-        "--skip",
-        "head,export,reference",
-        "--model",
-        f"layers={layers}",
-    ]
-    return run_json(trial, name, command, seconds)
-
-
 def main() -> int:
     trial = trial_of("te", __doc__ or "")
     from values import check_values
@@ -52,8 +35,10 @@ def main() -> int:
     trial.part(
         "values", 150, lambda _: check_values({name: {"layers": name} for name in dict.fromkeys(("local", layers))})
     )
-    trial.part("its_layers", 150, lambda seconds: bench(trial, "its_layers", layers, seconds))
-    trial.part("local_layers", 150, lambda seconds: bench(trial, "local_layers", "local", seconds))
+    few = ["--choices", "", "--recompute", "none", "--skip", "head,export,reference"]
+    for name, asked in (("its_layers", layers), ("local_layers", "local")):
+        options = [*few, "--model", f"layers={asked}"]
+        trial.part(name, 150, lambda s, name=name, options=options: run_bench(trial, name, "8192", s, *options))
     return end(trial)
 
 
