@@ -113,6 +113,23 @@ def check_memory(needed: int, context_length: int, max_running_requests: int) ->
         )
 
 
+def check_arguments(arguments: argparse.Namespace, context_length: int, longest: int) -> None:
+    """Raise ValueError for an option out of its range. longest: sequence that the model can read."""
+    for name, value, maximum in (
+        ("--context-length", context_length, longest),
+        ("--max-running-requests", arguments.max_running_requests, 4096),
+        ("--threads", arguments.threads, 1024),
+    ):
+        if not 1 <= value <= maximum:
+            raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
+    for name, seconds in (("--update-timeout", arguments.update_timeout), ("--hold-timeout", arguments.hold_timeout)):
+        if not 0 < seconds < 1e9:
+            raise ValueError(f"{name} must be in (0, 1e9), got {seconds}")
+    for root in arguments.weights_root:
+        if not Path(root).is_dir():
+            raise ValueError(f"--weights-root {root} is not a directory")
+
+
 def read_key(arguments: argparse.Namespace) -> str:
     """What requests have to show; "" for nothing. Neither way shows in `ps`."""
     if not arguments.key_from_stdin:
@@ -146,19 +163,7 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
 
     config = load_bailing_config(arguments.model_path)
     context_length = arguments.context_length or config.max_position_embeddings
-    for name, value, maximum in (
-        ("--context-length", context_length, config.max_position_embeddings),
-        ("--max-running-requests", arguments.max_running_requests, 4096),
-        ("--threads", arguments.threads, 1024),
-    ):
-        if not 1 <= value <= maximum:
-            raise ValueError(f"{name} must be in [1, {maximum}], got {value}")
-    for name, seconds in (("--update-timeout", arguments.update_timeout), ("--hold-timeout", arguments.hold_timeout)):
-        if not 0 < seconds < 1e9:
-            raise ValueError(f"{name} must be in (0, 1e9), got {seconds}")
-    for root in arguments.weights_root:
-        if not Path(root).is_dir():
-            raise ValueError(f"--weights-root {root} is not a directory")
+    check_arguments(arguments, context_length, config.max_position_embeddings)
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
