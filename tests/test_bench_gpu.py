@@ -23,12 +23,11 @@ from megatron_rl.config.bailing import read_bailing_config
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bench_gpu import ALONE, CHOICES, SMOKE, Bench, names_in, run_config  # noqa: E402
+from alone import world  # noqa: E402
+from bench_gpu import CHOICES, SMOKE, Bench, names_in, run_config  # noqa: E402
 from bench_reference import Reference, ratios, reference_config  # noqa: E402
 from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
 from profile_parts import assign, mark_modules, marked  # noqa: E402
-
-from megatron_rl.model.build import initialize_parallel, mpu  # noqa: E402
 
 LING_LITE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 
@@ -99,12 +98,10 @@ def test_operations_of_forward_backward_and_recomputation_belong_to_the_part_tha
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    initialize_parallel(ALONE, deadline_seconds=60, seed=0)
     config = run_config(Namespace(recompute=["none"], model=[]), 32)
     shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE)
-    yield Bench(shape, config, dist.new_group(backend="gloo"), rounds=1)
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
+    with world():
+        yield Bench(shape, config, dist.new_group(backend="gloo"), rounds=1)
 
 
 def test_without_head_there_is_no_gradient_of_the_head(bench: Bench) -> None:

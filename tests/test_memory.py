@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from alone import ALONE, world
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import ModelSection, SftConfig
-from megatron_rl.layout import Layout
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
-from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
+from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.batch import TrainSequence, make_micro_batch
 
@@ -39,15 +38,12 @@ SHAPE = {
     "num_experts_per_tok": 2,
     "num_shared_experts": 2,
 }
-ALONE = Layout(world_size=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    initialize_parallel(ALONE, deadline_seconds=60, seed=0)
-    yield
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
+def _alone() -> Iterator[None]:
+    with world():
+        yield
 
 
 def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict) -> tuple[int, int]:

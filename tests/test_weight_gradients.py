@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from alone import ALONE, world
 from tiny_model import write_tiny_model
 from torch import Tensor
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import OptimizerSection, SftConfig
-from megatron_rl.layout import Layout
 from megatron_rl.model import build
-from megatron_rl.model.build import build_model, fuse_weight_gradients, initialize_parallel, mpu
+from megatron_rl.model.build import build_model, fuse_weight_gradients
 from megatron_rl.model.providers import choose
 from megatron_rl.train import trainer
 from megatron_rl.train.trainer import Trainer
@@ -26,16 +26,13 @@ from megatron.core.optimizer import clip_grads  # isort: skip
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
-ALONE = Layout(world_size=1)
 WIDTH = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    initialize_parallel(ALONE, deadline_seconds=60, seed=0)
-    yield
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
+def _alone() -> Iterator[None]:
+    with world():
+        yield
 
 
 class _Product(torch.autograd.Function):

@@ -7,7 +7,10 @@ It has no model. `/weights_checker` answers the checksum of every tensor that ca
 
 import json
 import math
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -22,6 +25,8 @@ class Receiver(BaseHTTPRequestHandler):
     """One update group at a time, all requests in one state."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: two would wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = True
     backend = "gloo"
     group: Any = None
     version = "0"
@@ -74,8 +79,26 @@ class Receiver(BaseHTTPRequestHandler):
         pass
 
 
-if __name__ == "__main__":
-    Receiver.backend = sys.argv[1]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+def serve(receiver: type[Receiver]) -> None:
+    """Print the url, and serve until this process is ended."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), receiver)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
+
+
+@contextmanager
+def serving(command: Sequence[str], **options: Any) -> Iterator[str]:
+    """The url that a command prints which calls `serve`; it is a process of its own, as a server would be. options: of
+    Popen."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    Receiver.backend = sys.argv[1]
+    serve(Receiver)

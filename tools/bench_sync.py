@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from tiny_model import write_tiny_model  # noqa: E402
+from weight_receiver import Receiver, serve, serving  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, RolloutSection  # noqa: E402
@@ -103,53 +103,16 @@ def memcpy(num_bytes: int, repeats: int) -> float:
     return statistics.median(times)
 
 
-class Receiver(BaseHTTPRequestHandler):
-    """The routes of a weight update, without a model behind them."""
+class BareReceiver(Receiver):
+    """The routes of a weight update, without a model behind them, and with one buffer for all."""
 
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one packet: two would wait 40 ms for an acknowledgement
-    disable_nagle_algorithm = True
-    group: Any = None
     buffer = torch.empty(0, dtype=torch.uint8)
 
-    def do_GET(self) -> None:
-        self._answer({"version": "embedded-receiver"})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/init_weights_update_group":
-            address, port, rank = body["master_address"], body["master_port"], body["rank_offset"]
-            arguments = (address, port, rank, body["world_size"], body["group_name"], "gloo", 120.0)
-            Receiver.group = update_group.join(*arguments)
-        elif self.path == "/update_weights_from_distributed":
-            num_bytes = sum(4 * math.prod(shape) for shape in body["shapes"])
-            if Receiver.buffer.numel() < num_bytes:
-                Receiver.buffer = torch.empty(num_bytes, dtype=torch.uint8)
-            update_group.broadcast(Receiver.group, Receiver.buffer[:num_bytes]).wait()
-        self._answer({"success": True})
-
-    def _answer(self, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def bare_receiver() -> Iterator[str]:
-    """Its url; it is a process of its own, as a server would be."""
-    command = [sys.executable, str(Path(__file__)), "--bare-receiver"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.wait()
+    def _receive(self, body: dict[str, Any]) -> None:
+        num_bytes = sum(4 * math.prod(shape) for shape in body["shapes"])
+        if BareReceiver.buffer.numel() < num_bytes:
+            BareReceiver.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        update_group.broadcast(Receiver.group, BareReceiver.buffer[:num_bytes]).wait()
 
 
 class Peak:
@@ -202,10 +165,7 @@ def main() -> None:
         port, sizes, repeats = json.loads(arguments.receive)
         return receive_broadcasts("127.0.0.1", port, sizes, repeats)
     if arguments.bare_receiver:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-        sys.stdout.write(f"http://127.0.0.1:{server.server_port}\n")
-        sys.stdout.flush()
-        return server.serve_forever()
+        return serve(BareReceiver)
 
     # As one of two ranks on two cores would: threads that share a copy wait for each other while gloo and the server
     # take the cores.
@@ -248,7 +208,7 @@ def main() -> None:
             result["disk"] = timed(over_disk, receivers, 100, arguments.repeats)
             runner.run(receivers.pool.close())
         weights.close()
-        with bare_receiver() as url:
+        with serving([sys.executable, __file__, "--bare-receiver"]) as url:
             receivers = receivers_at([url])
             result["distributed_transport"] = timed(over_group, receivers, 1, arguments.repeats)
             runner.run(receivers.pool.close())

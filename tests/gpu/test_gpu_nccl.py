@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from test_gpu_training import BFLOAT16, FLOAT32, Tolerance, assert_close, update
 from test_parallel import LAYOUTS, SHAPE, make_spec
 from tiny_model import tensors_of, write_tiny_model
 from training_runs import GIVEN, Run, TrainingRuns
+from weight_receiver import serving
 
 from megatron_rl import device
 from megatron_rl.rollout.update_group import checksum
@@ -75,14 +75,8 @@ def receiver(backend: str, folder: Path) -> Iterator[str]:
     """The url of a stand-in for a server, a process of its own that sits on the same GPU."""
     environment = os.environ | (sharing_a_gpu(99) if backend == "nccl" else {})
     command = [sys.executable, str(ROOT / "tests/weight_receiver.py"), backend]
-    with (folder / "receiver.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.wait()
+    with (folder / "receiver.log").open("wb") as log, serving(command, env=environment, stderr=log) as url:
+        yield url
 
 
 @pytest.mark.parametrize("name", ["EP2", "PP2"])
