@@ -1,4 +1,6 @@
-"""What a program ends with: one message without a stack trace, and an exit code. Mistakes are plain ValueErrors.
+"""A program ends with an exit code, and with one message without a stack trace where it failed.
+
+Mistakes of a user are plain ValueErrors.
 
 | exit code | constant | meaning |
 |---|---|---|
@@ -49,13 +51,14 @@ _rank = 0
 
 
 def speak_as(rank: int) -> None:
-    """From now on this process is one of several that raise the same errors, which rank 0 alone tells."""
+    """Say that this process is one of several that raise the same errors, which rank 0 alone tells."""
     global _rank
     _rank = rank
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
-    """That of `run`, or when it raises that of the table above, after a message under the program's name."""
+    """Return the exit code of `run`. When it raises, print a message under the program's name and return the code of
+    the table above."""
     try:
         return run()
     except (ValueError, Fault) as error:

@@ -1,4 +1,7 @@
-"""Files of a model directory that somebody else made: none leads out of it, and none is anything but a file."""
+"""Look at and open the files of a model directory that somebody else made.
+
+None may lead out of the directory, and none may be anything but a file.
+"""
 
 import os
 import stat
@@ -9,7 +12,7 @@ from typing import BinaryIO
 
 
 def model_files(directory: Path, folder: str = "") -> list[Path]:
-    """All files of a model directory, or of a folder in it, by name. What lies in folders below is not looked at.
+    """List the files of a model directory, or of a folder in it, by name. Folders below are not looked at.
 
     A link may lead to a file of the directory. It may also lead to the blobs of Hugging Face's cache, where the
     directory is a snapshot in it. ValueError names any other link, one that leads nowhere, and what is neither a file
@@ -41,7 +44,7 @@ def open_model_file(directory: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def _refuse_outside(file: Path, real: str, directory: Path) -> None:
-    """real: where the file is once links are followed."""
+    """Raise ValueError for a file outside of the directory. real: where it is once links are followed."""
     if not any(Path(real).is_relative_to(home) for home in _homes(directory)):
         raise ValueError(
             f"{file} is a link to {real}, outside of the model directory; put a copy of the file in its place, or "
@@ -50,7 +53,7 @@ def _refuse_outside(file: Path, real: str, directory: Path) -> None:
 
 
 def _homes(directory: Path) -> Iterator[Path]:
-    """Where the files of the directory may lie: in itself, and for models--NAME/snapshots/REVISION in the blobs."""
+    """List where files of the directory may lie: in itself, and for models--NAME/snapshots/REVISION in the blobs."""
     root = Path(os.path.realpath(directory))
     yield root
     model = root.parent.parent

@@ -1,4 +1,4 @@
-"""Which GPUs this process may use, and who sits on which of them: for the trainer's ranks, servers, checks and plans.
+"""Decide which GPUs this process may use, and who sits on which: training ranks, servers, checks and plans ask here.
 
 No torch: what is decided here is decided before it is imported. What torch can use in the end, `device.on_cuda` says.
 """
@@ -12,7 +12,7 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the 
 
 
 def visible_gpus(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> list[str]:
-    """The GPUs that this process may use, by names that CUDA_VISIBLE_DEVICES takes; none on a CPU.
+    """List the GPUs that this process may use, by names that CUDA_VISIBLE_DEVICES takes; none on a CPU.
 
     Training rank r of this machine has the r-th. Containers may show any of the machine's device nodes, /dev/nvidia3
     alone for instance; CUDA counts those that it can open, from 0. `MEGATRON_RL_DEVICE=cpu` means none.
@@ -29,7 +29,7 @@ def visible_gpus(environment: Mapping[str, str] | None = None, devices: Path = P
 
 
 def _named(text: str, num_nodes: int) -> list[str]:
-    """What CUDA takes of CUDA_VISIBLE_DEVICES: up to the first entry that is none, and nothing where one comes twice.
+    """Read CUDA_VISIBLE_DEVICES as CUDA does: up to the first entry that is none, and nothing where one comes twice.
 
     The first entry decides whether names (GPU-..., MIG-...) or numbers are read. A MIG instance is a device of its own.
     """
@@ -53,7 +53,7 @@ def _named(text: str, num_nodes: int) -> list[str]:
 
 
 def gpu_shares(gpus: Sequence[str], num_servers: int, gpus_each: int = 1) -> list[list[str]]:
-    """The GPUs of each of the servers of a machine: equally many, none shared; [] for each on a CPU.
+    """Divide the GPUs of a machine among its servers: equally many each, none shared; [] for each on a CPU.
 
     gpus_each: so many a server needs. ValueError when there are too few.
     """
@@ -67,8 +67,8 @@ def gpu_shares(gpus: Sequence[str], num_servers: int, gpus_each: int = 1) -> lis
 
 
 def opened_rank(server: int, tensor_rank: int, num_servers: int, num_gpus: int) -> int:
-    """The training rank of this machine that sits on the same GPU as a rank of a server, by `gpu_shares`; on a CPU
-    (num_gpus 0) the first."""
+    """Find the training rank of this machine that sits on the same GPU as a rank of a server, by `gpu_shares`. On a CPU
+    (num_gpus 0) it is the first."""
     return server * (num_gpus // num_servers) + tensor_rank if num_gpus else 0
 
 
@@ -85,7 +85,7 @@ def chosen_backend(backend: str, engine: str, trains_on_gpu: bool, beside: bool)
 
 
 def expandable_segments(environment: Mapping[str, str] | None = None) -> str | None:
-    """The variable that has torch's allocator take expandable segments, or None."""
+    """Name the variable that has torch's allocator take expandable segments, or None."""
     environment = os.environ if environment is None else environment
     for name in _ALLOCATOR_VARIABLES:
         for option in environment.get(name, "").split(","):
@@ -96,7 +96,7 @@ def expandable_segments(environment: Mapping[str, str] | None = None) -> str | N
 
 
 def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables to change so that torch's allocator takes no expandable segments."""
+    """Say which variables to change so that torch's allocator takes no expandable segments."""
     changed = {}
     for name in _ALLOCATOR_VARIABLES:
         options = environment.get(name, "").split(",")

@@ -1,4 +1,4 @@
-"""Keys that a request shows to a server, and the environment's secrets, which no server needs."""
+"""Make and show the keys of servers, and keep the environment's secrets from them."""
 
 import os
 import re
@@ -16,28 +16,28 @@ _HOLDS_A_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")  # a proxy's or a packa
 
 
 def new_key() -> str:
-    """A key that nobody can guess. Of hex digits, which mean nothing to a command line or to YAML."""
+    """Make a key that nobody can guess, of hex digits, which mean nothing to a command line or to YAML."""
     return secrets.token_hex(32)
 
 
 def no_key(url: str) -> str:
-    """Of a server that asks for none."""
+    """Return the key of a server that asks for none, which is empty."""
     del url
     return ""
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The headers of a request that shows the key; none without one."""
+    """Make the headers of a request that shows the key; none without a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def hidden(text: str, key: str) -> str:
-    """The text without the key, for messages that quote what a server said."""
+    """Take the key out of a text, for messages that quote what a server said."""
     return text.replace(key, "...") if key else text
 
 
 def key_in_environment(variable: str, setting: str) -> str:
-    """The key in the variable that the configuration or an option names; "" where it names none.
+    """Read the key from the variable that the configuration or an option names; "" where it names none.
 
     setting: what named it, for messages. ValueError when the environment lacks it, or no header takes it.
     """
@@ -55,7 +55,7 @@ def key_in_environment(variable: str, setting: str) -> str:
 
 
 def without_secrets(environment: Mapping[str, str], named: Collection[str] = ()) -> dict[str, str]:
-    """The variables that hold no key, token or password, as far as their names tell, and are not `named`."""
+    """Keep the variables that hold no key, token or password, as far as their names tell, and are not `named`."""
     return {
         name: value
         for name, value in environment.items()

@@ -1,4 +1,4 @@
-"""Several training ranks on this machine: they are started, watched, and ended together."""
+"""Start, watch and end several training ranks on this machine."""
 
 import logging
 import os
@@ -50,7 +50,7 @@ def run_ranks(arguments: list[str], num_ranks: int) -> int:
 
 
 def _start(ranks: list[subprocess.Popen[bytes]], arguments: list[str], num_ranks: int) -> None:
-    """Append each rank as it starts."""
+    """Start all ranks, and append each as it starts."""
     # Bound and not listening: the port is this run's, and ranks that come before rank 0 listens know it.
     with socket.socket() as store:
         store.bind(("127.0.0.1", 0))
@@ -80,7 +80,8 @@ def _start(ranks: list[subprocess.Popen[bytes]], arguments: list[str], num_ranks
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended; the others soon after one that did not end well. Returns the exit code."""
+    """Wait until all ranks have ended, and end the others soon after one that did not end well. Returns the exit
+    code."""
     running = dict(enumerate(ranks))
     codes: list[int] = []
     terminate_at = kill_at = float("inf")
@@ -110,7 +111,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _exit_code(number: int, code: int) -> int:
-    """Of a rank; what subprocess makes of an end by a signal in terms of errors.py."""
+    """Translate what subprocess says of a rank's end, which may be a signal, into an exit code of errors.py."""
     if code >= 0:
         return code
     name = signal.Signals(-code).name
@@ -121,7 +122,7 @@ def _exit_code(number: int, code: int) -> int:
 
 
 def _worst(codes: list[int]) -> int:
-    """Of all ranks' codes in the order of their ends."""
+    """Choose the command's exit code from those of all ranks, in the order of their ends."""
     others = [code for code in codes if code != EXIT_DONE]
     return next((code for code in others if code != EXIT_STOPPED), EXIT_STOPPED if others else EXIT_DONE)
 

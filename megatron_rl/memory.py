@@ -191,8 +191,8 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
 
 
 def host_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout, num_ranks: int) -> dict[str, int]:
-    """Host memory of one machine with `num_ranks` of the training ranks, by part, beside what these hold on their
-    devices and beside servers.
+    """Estimate the host memory of a machine with `num_ranks` of the training ranks, by part, beside what these hold on
+    their devices and beside servers.
 
         checkpoint  the copy that becomes one
         optimizer   states that live in host memory, or are there while servers generate
@@ -224,7 +224,7 @@ def host_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout, num_ra
 def serving_host_bytes(
     rollout: GenerationSection, dtype: str, bailing: BailingConfig, num_gpus: int, updates: bool = True
 ) -> int:
-    """Host memory of all servers of a machine with so many GPUs: of embedded ones, and of SGLang's on a CPU."""
+    """Estimate the host memory of all servers of a machine with so many GPUs: embedded ones, and SGLang's on a CPU."""
     if num_gpus and rollout.engine == "sglang":
         return 0
     return rollout.servers_on(num_gpus) * sum(server_bytes(rollout, dtype, bailing, updates))

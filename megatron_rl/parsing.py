@@ -1,4 +1,4 @@
-"""JSON and TOML that somebody else wrote, read within limits that no real file meets."""
+"""Read JSON and TOML that somebody else wrote, within limits that no real file meets."""
 
 import io
 import json
@@ -20,7 +20,7 @@ _LONG_KEY = re.compile(rf"(?<![\w\"'-])(?:[\w\"'-]++[ \t]*+\.[ \t]*+){{{MAX_NEST
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """What the text says. options: of json.loads. ValueError for what is no JSON or is nested too deeply."""
+    """Read JSON. options: of json.loads. ValueError for what is no JSON or is nested too deeply."""
     try:
         value = json.loads(text, **options)
     except RecursionError:
@@ -33,7 +33,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """What the text says. ValueError for what is no TOML (tomllib.TOMLDecodeError) or is nested too deeply."""
+    """Read TOML. ValueError for what is no TOML (tomllib.TOMLDecodeError) or is nested too deeply."""
     if _LONG_KEY.search(text):
         raise _too_deep()
     try:
@@ -45,12 +45,12 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """ValueError, without the path, as `parse_json` and for a file that `read_text` refuses."""
+    """Read a file of JSON. ValueError, without the path, as of `parse_json` and `read_text`."""
     return parse_json(read_text(path))
 
 
 def read_text(path: Path) -> str:
-    """A whole file of text in UTF-8. ValueError, without the path, for another encoding, for more than
+    """Read a whole file of text in UTF-8. ValueError, without the path, for another encoding, for more than
     MAX_DOCUMENT_BYTES, and for a FIFO or device, which may never end."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -62,8 +62,8 @@ def read_text(path: Path) -> str:
 
 
 def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
-    """All lines with their ends, as iterating does. ValueError for one of more than MAX_LINE_BYTES, which is not read
-    to its end. name: of the file, for the message."""
+    """Give all lines with their ends, as iterating does. ValueError for one of more than MAX_LINE_BYTES, which is not
+    read to its end. name: of the file, for the message."""
     for number in count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
         if len(line) > MAX_LINE_BYTES:
@@ -83,7 +83,7 @@ def shown(value: object) -> str:
 
 
 def _refuse_depth(value: Any) -> None:
-    """Level by level, since what is deep cannot be walked through by recursion."""
+    """Refuse what is nested too deeply. It goes level by level, since recursion cannot walk through what is deep."""
     level = [value]
     for _ in range(MAX_NESTING + 1):
         level = [one for one in level if type(one) in (dict, list)]

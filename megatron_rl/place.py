@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks of a run, as a launcher says it in the environment."""
+"""Read where this process stands among the ranks of a run, as a launcher says it in the environment."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def has_rank(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def own_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place. ValueError for what no launcher sets, with the remedy."""
+    """Read this process's place. ValueError for what no launcher sets, with the remedy."""
     if not has_rank(environment):
         return Place()
 
@@ -68,7 +68,7 @@ def own_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def remedy(environment: Mapping[str, str] = os.environ) -> str:
-    """What to do about an environment that does not fit."""
+    """Say what to do about an environment that does not fit."""
     left = " ".join(name for name in _VARIABLES if name in environment)
     return f"when no launcher started this process as a rank, `unset {left}`; else let it set all of these variables"
 

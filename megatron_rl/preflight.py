@@ -103,7 +103,7 @@ _EMBEDDED_FLOPS = 60e9
 
 
 def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves: bool = True) -> Iterator[str]:
-    """Sequences that are longer than the model can read, and a model that is too large for the embedded server.
+    """Tell of sequences that are longer than the model can read, and of a model too large for the embedded server.
     serves: servers are started."""
     if rollout.max_sequence_tokens > bailing.max_position_embeddings:
         yield (
@@ -132,8 +132,8 @@ def _check_servers(rollout: RolloutSection) -> None:
 
 
 def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
-    """ValueError for servers and ways of weights that cannot share this machine's GPUs with the trainer. num_ranks:
-    training ranks of this machine."""
+    """Raise ValueError for servers and ways of weights that cannot share this machine's GPUs with the trainer.
+    num_ranks: training ranks of this machine."""
     attached = bool(config.rollout.urls)
     for problem in config.sharing_problems(attached):
         raise ValueError(problem)
@@ -165,8 +165,8 @@ def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
 
 
 def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> Iterator[str]:
-    """What the configuration and the model's shape alone say against a run, whatever machine it is for. serves: it
-    starts servers, on whichever nodes."""
+    """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
+    it starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(bailing)
     yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
@@ -197,7 +197,7 @@ def _check_port(port: int) -> None:
 
 
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> int:
-    """Host memory of a run on this machine. serves: it starts servers."""
+    """Estimate the host memory of a run on this machine. serves: it starts servers."""
     layout, num_gpus = config.parallel.layout(world_size), len(visible_gpus())
     total = sum(host_bytes(config, bailing, layout, world_size).values())
     if not num_gpus:

@@ -25,7 +25,7 @@ _TELL_AFTER_SECONDS, _TELL_EVERY_SECONDS = 5.0, 30.0
 
 
 def host_store(address: str, world_size: int, timeout_seconds: float, port: int = 0) -> dist.TCPStore:
-    """Rank 0's store at a port of `address`, which `.port` tells; 0 picks one.
+    """Make rank 0's store at a port of `address`, which `.port` tells; 0 picks one.
 
     The port is bound by the store itself, so nobody else can take it between its choice and its use.
     """
@@ -85,7 +85,7 @@ class _Waiting:
         self._tell_at = time.monotonic() + _TELL_AFTER_SECONDS
 
     def pause(self, missing: Callable[[], str], tells: bool = True) -> None:
-        """A moment. missing: who or what is waited for. tells: now and then in the log."""
+        """Wait a moment. missing: who or what is waited for. tells: now and then in the log."""
         self._check()
         now = time.monotonic()
         if now > self._give_up:
@@ -106,8 +106,8 @@ class _Waiting:
 
 
 def _hosted(place: Place, is_local: bool, deadline_seconds: float) -> dist.TCPStore:
-    """Rank 0's store: on loopback when all ranks are here, else on every interface, for nobody knows by which one the
-    others come."""
+    """Make the store of rank 0: on loopback when all ranks are here, else on every interface, for nobody knows by which
+    one the others come."""
     given = os.environ.pop(SOCKET_VARIABLE, None)
     try:
         if given is not None:
@@ -123,7 +123,7 @@ def _hosted(place: Place, is_local: bool, deadline_seconds: float) -> dist.TCPSt
 
 
 def _listening(address: str, port: int, backlog: int) -> socket.socket:
-    """At `address`; at every one of both families, as far as this machine has them, where it is empty."""
+    """Listen at `address`. Where that is empty listen at every address of both families that this machine has."""
     if not address and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # it may be built in and switched off
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
@@ -131,7 +131,7 @@ def _listening(address: str, port: int, backlog: int) -> socket.socket:
 
 
 def _reached(place: Place, waiting: _Waiting) -> dist.TCPStore:
-    """The store of rank 0 or of torchrun."""
+    """Wait for the store of rank 0 or of torchrun, and connect to it."""
     problem = ""
 
     def missing() -> str:
@@ -192,7 +192,7 @@ def _wait_for_all(store: dist.TCPStore, place: Place, waiting: _Waiting) -> None
 
 
 def _spans(numbers: list[int]) -> str:
-    """Ascending numbers in words: "1, 4-7"."""
+    """Write ascending numbers in words: "1, 4-7"."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

@@ -62,8 +62,8 @@ def resolve(path: Path) -> Path:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """What the file `latest` of a run's checkpoints names; None where there is no such file. ValueError where that is
-    no name of something beside it."""
+    """Read which checkpoint the file `latest` of a run names; None where there is no such file. ValueError where it
+    names nothing beside itself."""
     marker = checkpoints / "latest"
     if not marker.is_file():
         return None

@@ -152,7 +152,7 @@ class BailingConfig(BaseModel):
         return layers + dense * 3 * h * self.intermediate_size + vocabulary + h
 
     def num_active_parameters(self) -> int:
-        """Those of the weights that a token passes through, embedding and LM head counted whole."""
+        """Count the parameters that a token passes through, embedding and LM head whole."""
         num_moe = sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
         idle = self.num_experts - self.num_experts_per_tok
         return self.num_parameters() - num_moe * idle * 3 * self.hidden_size * self.moe_intermediate_size

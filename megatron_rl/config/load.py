@@ -65,7 +65,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def secret_variables(config: BaseModel) -> set[str]:
-    """The environment variables that the configuration names as holding keys, in whatever section."""
+    """Collect the environment variables that the configuration names as holding keys, in whatever section."""
     return set(_named_keys(config.model_dump()))
 
 

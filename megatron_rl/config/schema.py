@@ -500,19 +500,20 @@ class GenerationSection(Section):
     )
 
     def servers_on(self, num_gpus: int) -> int:
-        """Servers to start on a machine with so many GPUs; 0 on a CPU."""
+        """Count the servers to start on one machine. num_gpus: that it has, 0 on a CPU."""
         if self.servers:
             return self.servers
         return max(1, num_gpus // self.sglang_gpus) if self.engine == "sglang" else min(4, os.cpu_count() or 1)
 
     @property
     def sglang_tensor_size(self) -> int:
-        """GPUs that the weights of one SGLang server are divided over by tensor parallelism."""
+        """Count the GPUs that tensor parallelism divides the weights of one SGLang server over."""
         return self._sglang_size("--tp", "--tp-size", "--tensor-parallel-size")
 
     @property
     def sglang_gpus(self) -> int:
-        """GPUs that one SGLang server takes: by tensor and pipeline parallelism, and for each replica as many."""
+        """Count the GPUs that one SGLang server takes: by tensor and pipeline parallelism, and for each replica as
+        many."""
         shares = "--enable-dp-attention" in self._sglang_words
         replicas = 1 if shares else self._sglang_size("--dp", "--dp-size", "--data-parallel-size")
         pipeline = self._sglang_size("--pp", "--pp-size", "--pipeline-parallel-size")
@@ -949,8 +950,8 @@ class RlConfig(RunConfig, SamplingConfig):
         return self
 
     def sharing_problems(self, attached: bool) -> Iterator[str]:
-        """What cannot be where servers are. attached: at rollout.urls or in steps of their own; else this run starts
-        them, on the GPUs that it trains on."""
+        """Tell which settings do not go together with the place of the servers. attached: they are at rollout.urls or
+        in steps of their own; else this run starts them, on the GPUs that it trains on."""
         if attached and self.sync.transport == "ipc":
             yield (
                 "sync.transport 'ipc' is for SGLang servers that this run starts, on the GPUs that it trains on; leave "

@@ -183,7 +183,8 @@ def installed() -> Installed:
 
 
 def _is_installed(distribution: str) -> bool:
-    """By the package's name: to look for its module would import others' (flash_attn), or find another's (quack)."""
+    """Look a package up by its name: to look for its module would import others' (flash_attn) or find another's
+    (quack)."""
     try:
         return bool(version(distribution))
     except PackageNotFoundError:

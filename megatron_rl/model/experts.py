@@ -240,11 +240,11 @@ class Weights:
 
     @property
     def adds_products(self) -> bool:
-        """Gradients are added up by `add_product`, which is there and can."""
+        """Tell whether `add_product` adds up gradients: it is there, and they lie evenly."""
         return bool(self._add_product and self._main_step)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [P, in], each expert's rows up to its `ends`, times its weight [out, in] -> [P, out]."""
+        """Multiply x [P, in], each expert's rows up to its `ends`, by its weight [out, in] -> [P, out]."""
         if self.adds_products:
             return _Product.apply(self, self._ordered[0], x, ends)
         return F.grouped_mm(x, self.stacked().mT, offs=ends)
@@ -256,7 +256,7 @@ class Weights:
         return _Stack.apply(self._step, *self._ordered)
 
     def values(self) -> Tensor:
-        """[E, ...], for which there is no gradient: a view where it can be one."""
+        """Stack all weights [E, ...], without a gradient: a view where it can be one."""
         return _view(self._ordered, self._step) if self._step else torch.stack([w.detach() for w in self._ordered])
 
     def add(self, gradient: Tensor) -> None:
@@ -266,7 +266,7 @@ class Weights:
         self._added()
 
     def add_product(self, gradient: Tensor, x: Tensor, ends: Tensor) -> None:
-        """Of gradient [P, out] and x [P, in] each expert's product [out, in], added to megatron's in fp32."""
+        """Add each expert's product [out, in] of gradient [P, out] and x [P, in] to megatron's gradient, in fp32."""
         assert self._add_product is not None
         first, count = self._ordered[0].main_grad, len(self._ordered)
         total = first.as_strided((count, *first.shape), (self._main_step, *first.stride()))

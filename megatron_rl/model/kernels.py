@@ -1,4 +1,4 @@
-"""Kernels of packages that are not everywhere, looked up when a model is built that asks for them.
+"""Look up kernels of packages that are not everywhere, when a model is built that asks for them.
 
 What is installed may still not be importable: it may lack its own requirements, or want another torch or driver.
 """
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def flash_attention_4() -> Callable[..., Any]:
-    """`flash_attn_varlen_func` of the package flash-attn-4. ValueError where it cannot be imported."""
+    """Import `flash_attn_varlen_func` of the package flash-attn-4. ValueError where it cannot be imported."""
     return _import("flash_attn.cute", "flash_attn_varlen_func", "model.attention = 'fa4'", "flash-attn-4", "auto")
 
 
 def quack_add_product() -> Callable[..., None]:
-    """`gemm_add_inplace` of the package quack-kernels. ValueError where it cannot be imported."""
+    """Import `gemm_add_inplace` of the package quack-kernels. ValueError where it cannot be imported."""
     asked = "model.expert_weight_gradient = 'quack'"
     return _import("quack.gemm_interface", "gemm_add_inplace", asked, "quack-kernels", "torch")
 

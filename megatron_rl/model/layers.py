@@ -117,7 +117,7 @@ class FlashAttention(PackedAttention):
 
 
 class FlashAttention4(PackedAttention):
-    """The same by FlashAttention 4 of the package flash-attn-4.
+    """Compute the same attention by FlashAttention 4, of the package flash-attn-4.
 
     It is called directly: torch's own adapter (`activate_flash_attention_impl`) changes every attention of the process,
     and that of torch 2.11 refuses the backward pass of packed sequences.

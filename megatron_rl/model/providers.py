@@ -44,7 +44,7 @@ class Installed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Providers:
-    """Of each part who computes it; a value of `COSTS` says what that costs.
+    """Name who computes each part of the model; a value of `COSTS` says what that costs.
 
     weight_gradient: of linear layers. expert_weight_gradient: of routed experts.
     """
@@ -185,7 +185,7 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
 
 
 def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
-    """ValueError where FlashAttention 4 is not there, or does not run."""
+    """Raise ValueError where FlashAttention 4 is not there, or does not run."""
     capability = installed.compute_capability
     if capability is None or capability[0] not in FA4_CAPABILITIES or not installed.flash_attn_4:
         raise ValueError(

@@ -17,8 +17,8 @@ def plan_servers(
     taken_bytes: int = 0,
     updates: bool = True,
 ) -> tuple[dict[str, int], dict[str, Any], list[str]]:
-    """Bytes on each of their GPUs, the servers in numbers, and what speaks against them. Embedded servers take no GPU;
-    then the bytes are of a node's host memory.
+    """Give the bytes on each GPU of servers, these in numbers, and what speaks against them. Embedded servers take no
+    GPU; then the bytes are of a node's host memory.
 
     taken_bytes: of a GPU by others before a server starts. updates: new weights come while it serves. With
     --mem-fraction-static SGLang takes that share of what is free when it starts, for weights and cache; without it, and
@@ -65,7 +65,7 @@ def plan_servers(
 
 
 def over_limit(memory: dict[str, dict[str, int]], cluster: ClusterSection, remedies: dict[str, str]) -> list[str]:
-    """What does not fit on a GPU; nothing without a limit. memory, remedies: by kind of GPU."""
+    """Tell what does not fit on a GPU; nothing without a limit. memory, remedies: by kind of GPU."""
     limit = round(cluster.gpu_memory_gb * GIB)
     return [
         f"a {name.replace('_', ' ')} needs about {memory[name]['total'] / GIB:.1f} GiB and has "

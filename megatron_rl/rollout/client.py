@@ -220,7 +220,7 @@ class GenerationClient:
         return await self._is_ok("/health", timeout_seconds)
 
     def _shown(self, said: str) -> str:
-        """What the server said, for a message: not the key, which it may repeat."""
+        """Quote what the server said for a message, without the key, which it may repeat."""
         return hidden(said, self._key)[:_SHOWN_CHARACTERS]
 
     def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:

@@ -61,7 +61,7 @@ class ServerKeeper:
         self._thread.start()
 
     def key_of(self, url: str) -> str:
-        """The key of the server at `url`, to be sent now. ServerLost while it is not known who listens there."""
+        """Give the key of the server at `url`, to be sent now. ServerLost while it is not known who listens there."""
         return next(kept.server.key for kept in self._kept if kept.server.url == url)
 
     def check(self) -> None:

@@ -24,8 +24,8 @@ _TELL_EVERY_SECONDS = 10.0
 
 @contextmanager
 def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
-    """What writes `files` into `where`. When a signal or a Fault ends it, and there are responses, it says that they
-    stay; the signal becomes `Stopped`."""
+    """Say that responses stay in `where` when a signal or a Fault ends what writes them into `files`, and there are
+    some. The signal becomes `Stopped`."""
     try:
         yield
     except (KeyboardInterrupt, Fault) as error:

@@ -86,7 +86,7 @@ def _stop(number: int, _: Any) -> None:
 
 
 def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
-    """The key of every server that `run_serve` registers in `folder`, by its url, once all of its processes have.
+    """Wait until all serving processes have registered in `folder`, and give the key of every server by its url.
     ValueError after the deadline."""
     give_up = time.monotonic() + deadline_seconds
     told = False
@@ -107,7 +107,8 @@ def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
 
 
 def check_registered_torch(folder: Path, config: RlConfig) -> None:
-    """ValueError where weights may go over NCCL to registered servers with another torch, whose NCCL is another one."""
+    """Raise ValueError where weights may go over NCCL to registered servers with another torch, whose NCCL is another
+    one."""
     may_be_nccl = config.sync.transport == "distributed" and config.sync.backend != "gloo" and visible_gpus()
     if not may_be_nccl or config.rollout.engine != "sglang":
         return

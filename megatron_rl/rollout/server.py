@@ -89,7 +89,8 @@ class GenerationServer:
 
     @property
     def key(self) -> str:
-        """What requests to it have to show. ServerLost until it is proven that this process is who listens there."""
+        """Give the key that requests to it have to show. ServerLost until it is proven that this process is who listens
+        there."""
         if not self._is_proven:
             raise ServerLost(f"{self.url} is not known to be our server yet, so nothing is asked there")
         return self._key
@@ -159,11 +160,11 @@ class GenerationServer:
             log.error("generation server %d has not ended 10 s after SIGKILL", self._process.pid)
 
     def _answers(self, route: str, headers: Mapping[str, str]) -> int:
-        """The status."""
+        """Ask a route for its status."""
         return httpx.get(self.url + route, headers=headers, timeout=5.0, trust_env=False).status_code
 
     def _wants_key(self) -> bool:
-        """True. ValueError when it serves those without the key too."""
+        """Return True, or raise ValueError when it serves those without the key too."""
         if self._key and self._answers("/model_info", {}) == 200:
             raise ValueError(
                 f"the generation server at {self.url} answers without the run's key, so anybody who reaches it could "
@@ -328,13 +329,14 @@ def idle_gpus(rollout: GenerationSection) -> int:
 
 
 def server_gpus(rollout: GenerationSection) -> list[list[str]]:
-    """The GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
+    """List the GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
     gpus = visible_gpus() if rollout.engine == "sglang" else []
     return gpu_shares(gpus, rollout.servers_on(len(gpus)), rollout.sglang_gpus)
 
 
 def torch_version(python: Path | None = None) -> str:
-    """The release of torch, such as "2.14.1", that an interpreter has, by default this one; "" where there is none.
+    """Find the release of torch, such as "2.14.1", that an interpreter has, by default this one; "" where there is
+    none.
 
     It is not imported. What comes behind a +, of which build it is, is left out.
     """
@@ -351,7 +353,8 @@ def torch_version(python: Path | None = None) -> str:
 
 
 def check_same_torch(rollout: GenerationSection) -> None:
-    """ValueError where servers on GPUs have another torch than this process, whose handles of memory they open."""
+    """Raise ValueError where servers on GPUs have another torch than this process, whose handles of memory they
+    open."""
     if not visible_gpus():
         return
     python = find_sglang(rollout)

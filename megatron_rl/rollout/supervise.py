@@ -60,7 +60,7 @@ def main(command: list[str]) -> int:
 
 
 def _config(key: bytes) -> Path:
-    """A file of SGLang's options that can be read once, and is gone then."""
+    """Make a file of SGLang's options that can be read once, and is gone then."""
     path = Path(tempfile.mkdtemp(prefix="megatron_rl-key-")) / "config.yaml"
     os.mkfifo(path, 0o600)
 
@@ -73,7 +73,7 @@ def _config(key: bytes) -> Path:
 
 
 def _print(process: "subprocess.Popen[bytes]", key: bytes) -> None:
-    """What the command prints, without the key."""
+    """Print what the command prints, without the key."""
     assert process.stdout is not None
     for line in process.stdout:
         sys.stdout.buffer.write(line.replace(key, b"...") if key else line)

@@ -293,8 +293,8 @@ class _Sender:
             self._failed.update({url: ServerLost(f"{url}: {told}") for url in self._urls})
 
     def _give_up(self, asked: Asked, told: str) -> None:
-        """A broadcast failed; see what the servers say. No error may be held any more, whose traceback holds the
-        group."""
+        """Leave the group after a broadcast that failed, and see what the servers say. No error may be held any more,
+        whose traceback holds the group."""
         log.warning("%s", told)
         # Before their answers are waited for: the end of its connections tells a server that nothing will come.
         self._abandon()
@@ -302,7 +302,7 @@ class _Sender:
 
 
 def _told(error: RuntimeError) -> str:
-    """Why a broadcast failed, on one line, with the remedy where it is known."""
+    """Say on one line why a broadcast failed, with the remedy where it is known."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     remedy = ""
     if "Duplicate GPU" in text:

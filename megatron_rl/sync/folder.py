@@ -69,7 +69,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _own(opened: contextlib.ExitStack, path: Path | str, flags: int, folder: int | None = None) -> int:
-    """A descriptor of what this user owns. OSError for a link, and for what is somebody else's."""
+    """Open what this user owns, and return the descriptor. OSError for a link, and for what is somebody else's."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     opened.callback(os.close, descriptor)
     if os.fstat(descriptor).st_uid != os.geteuid():

@@ -87,8 +87,8 @@ class NodeServers:
         self.urls = list(self._keys)
 
     def key_of(self, url: str) -> str:
-        """The key of the server at `url`, to be sent now. ServerLost while it is not known who listens there, which
-        only its own node can tell."""
+        """Give the key of the server at `url`, to be sent now. ServerLost while it is not known who listens there,
+        which only its own node can tell."""
         if self.keeper is not None and url in self.keeper.urls:
             return self.keeper.key_of(url)
         return self._keys[url]

@@ -137,7 +137,7 @@ class Session:
 
     @property
     def stop_code(self) -> int:
-        """The exit code of a run that a signal stops here, after `settle(wait=True)`. The same on all ranks."""
+        """Choose the exit code of a run that a signal stops here, after `settle(wait=True)`. The same on all ranks."""
         can_resume = self._has_resumed or self.checkpoints.latest is not None
         return EXIT_STOPPED if can_resume else EXIT_INTERRUPTED
 

@@ -356,5 +356,5 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    """Room for a copy."""
+    """Make room in host memory for a copy."""
     return device.host_empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

@@ -121,7 +121,8 @@ class Trial:
 def run(
     trial: Trial, name: str, command: Sequence[object], seconds: float, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit code and stdout of a command in the checkout; stdout is logged, and what it says on stderr is passed on.
+    """Run a command in the checkout, and return its exit code and stdout; stdout is logged, and what it says on stderr
+    is passed on.
 
     After `seconds` it is interrupted, and after GRACE_SECONDS killed with all that it started; PartFailed when it says
     nothing on stdout then.
@@ -155,7 +156,8 @@ def run(
 def run_json(
     trial: Trial, name: str, command: Sequence[object], seconds: float, environment: dict[str, str] | None = None
 ) -> Any:
-    """The JSON object that a command prints last. PartFailed, with that, when it ends with another code than 0."""
+    """Run a command, and return the JSON object that it prints last. PartFailed, with that, when it ends with another
+    code than 0."""
     code, said = run(trial, name, command, seconds, environment)
     start = said.find("\n{") + 1 if not said.startswith("{") else 0  # libraries may have written in front of it
     try:
@@ -168,7 +170,8 @@ def run_json(
 
 
 def run_bench(trial: Trial, name: str, lengths: str, seconds: float, *options: object) -> Any:
-    """tools/bench_gpu.py with sequences of these lengths, or its tiny shape where the trial is dry: what it prints."""
+    """Run tools/bench_gpu.py with sequences of these lengths, or its tiny shape in a dry trial; returns what it
+    prints."""
     command: list[object] = [sys.executable, ROOT / "tools/bench_gpu.py", "--rounds", 3, "--commit", trial.commit]
     command += ["--smoke"] if trial.is_dry else ["--lengths", lengths]
     return run_json(trial, name, [*command, *options], seconds)
@@ -183,7 +186,7 @@ def run_tests(
     only: str = "",
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """pytest on `files`, of which the tests whose name fits `only`: seconds of each, and how many passed.
+    """Run pytest on `files`, of which the tests whose name fits `only`: seconds of each, and how many passed.
 
     PartFailed when one fails, or none ran.
     """
@@ -213,7 +216,7 @@ def run_tests(
 
 
 def trial_of(question: str, what: str) -> Trial:
-    """Of the command line."""
+    """Make the trial that the command line asks for, and look at the machine."""
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="on a CPU: gloo, a tiny model, the embedded server")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
@@ -232,7 +235,7 @@ def trial_of(question: str, what: str) -> Trial:
 
 
 def machine(is_dry: bool) -> dict[str, Any]:
-    """What this runs on. PartFailed without a GPU, unless dry."""
+    """Say what this runs on. PartFailed without a GPU, unless dry."""
     import torch
 
     from megatron_rl import device

@@ -50,8 +50,8 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """From 1, those that are not blank. ValueError for one that is too long, and for a .gz that is damaged or unpacks
-    to more than a real one does."""
+    """Number all lines from 1, and give those that are not blank. ValueError for one that is too long, and for a .gz
+    that is damaged or unpacks to more than a real one does."""
     with path.open("rb") as file:
         lines = bounded_lines(file, path) if path.suffix != ".gz" else _unpacked(path)
         yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
@@ -111,7 +111,7 @@ def _parquet(path: Path) -> Iterator[Piece]:
 
 
 def _check_row_groups(path: Path, metadata: Any) -> None:
-    """ValueError for one that would not fit into memory, which is read as a whole."""
+    """Refuse a row group that would not fit into memory, since it is read as a whole."""
     for number in range(metadata.num_row_groups):
         size = metadata.row_group(number).total_byte_size
         if size > MAX_ROW_GROUP_BYTES:

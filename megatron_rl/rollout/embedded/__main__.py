@@ -131,7 +131,7 @@ def check_arguments(arguments: argparse.Namespace, context_length: int, longest:
 
 
 def read_key(arguments: argparse.Namespace) -> str:
-    """What requests have to show; "" for nothing. Neither way shows in `ps`."""
+    """Read the key that requests have to show; "" for none. Neither way shows in `ps`."""
     if not arguments.key_from_stdin:
         return key_in_environment(arguments.api_key_variable, "--api-key-variable")
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows the line is the lifeline's

@@ -1,4 +1,4 @@
-"""Reading the JSON bodies of requests: bounded, small ones at once, large ones aside and few at a time.
+"""Read the JSON bodies of requests: bounded, small ones at once, large ones aside and few at a time.
 
 The event loop serves everybody, so nothing that one client sends may keep it for long. A large body is parsed in a
 thread. The C code that parses JSON lets other threads run only where it calls Python, so there every number is made by
@@ -26,7 +26,7 @@ _MAX_LISTS_AND_OBJECTS, _MAX_QUOTES = 2**17, 2**21
 
 
 class Bodies:
-    """Of one event loop."""
+    """Reads the bodies of requests in one event loop."""
 
     def __init__(self) -> None:
         self._reading = asyncio.Semaphore(_LARGE_AT_ONCE)
@@ -35,7 +35,7 @@ class Bodies:
     async def read(
         self, request: Request, max_bytes: int, parse: Callable[[dict[str, Any]], T], empty: T | None = None
     ) -> T:
-        """What `parse` makes of the body. RequestError for what is no JSON object, or not a plain one.
+        """Read a body and return what `parse` makes of it. RequestError for what is no JSON object, or not a plain one.
 
         empty: what a body without any bytes means; None refuses it.
         """
@@ -69,7 +69,7 @@ class Bodies:
 
 
 def json_object(content: bytes | bytearray, decoder: json.JSONDecoder) -> dict[str, Any]:
-    """The object that is written there as UTF-8. RequestError says what is wrong."""
+    """Read the JSON object that is written there as UTF-8. RequestError says what is wrong."""
     try:
         text = content.decode()
         if text.count("[") + text.count("{") > _MAX_LISTS_AND_OBJECTS or text.count('"') > _MAX_QUOTES:
@@ -94,7 +94,7 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of them; a key that comes twice means two things."""
+    """Make a dict of the pairs, and refuse a key that comes twice: it means two things."""
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -14,13 +14,13 @@ class RequestError(ValueError):
 
 
 class BodyTooLarge(RequestError):
-    """More bytes than any request needs that the server would take."""
+    """The body has more bytes than any request needs that the server would take."""
 
     status = 413
 
 
 class BodyTooSlow(RequestError):
-    """A large body that did not come in time."""
+    """A large body did not come in time."""
 
     status = 408
 
@@ -38,14 +38,14 @@ def default(body: dict[str, Any], key: str, otherwise: Any) -> Any:
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
-    """`value` if it is an integer of that range, ends included."""
+    """Return `value` if it is an integer of that range, ends included."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise RequestError(f"{name} must be an integer in [{minimum}, {maximum}], got {cut(value)}")
     return value
 
 
 def number(name: str, value: Any, minimum: float, maximum: float) -> float:
-    """`value` if it is a number of that range, ends included. No integer is too large to be compared."""
+    """Return `value` if it is a number of that range, ends included. No integer is too large to be compared."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise RequestError(f"{name} must be a number in [{minimum:g}, {maximum:g}], got {cut(value)}")
     return float(value)
@@ -63,7 +63,7 @@ def text(body: dict[str, Any], key: str, otherwise: str | None = None, maximum: 
 
 
 def string(name: str, value: Any, maximum: int = MAX_TEXT) -> str:
-    """`value` if it is a string of 1 to `maximum` characters that can be written as UTF-8."""
+    """Return `value` if it is a string of 1 to `maximum` characters that can be written as UTF-8."""
     if not isinstance(value, str) or not value:
         raise RequestError(f"{name} must be a string, not empty, got {cut(value)}")
     if len(value) > maximum:
@@ -78,7 +78,7 @@ def flag(body: dict[str, Any], key: str, otherwise: bool) -> bool:
 
 
 def cut(value: Any) -> str:
-    """The value as a message shows it. What is left out is never written down, however large or deep it is."""
+    """Write a value as a message shows it. What is left out is never written down, however large or deep it is."""
     shown = _SHOWN.repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 

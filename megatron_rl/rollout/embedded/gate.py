@@ -17,7 +17,7 @@ class _Waiter:
 
 
 class Gate:
-    """Of one event loop. As in SGLang a pause holds requests back here, before the engine ever sees them.
+    """Lets requests and updates of one event loop in. As in SGLang a pause holds requests back before the engine.
 
     Requests and updates are let in in the order in which they come, so neither can keep the other out for ever. An
     update waits for the requests that are inside, but not longer than `hold_seconds`: then it is refused, and those
@@ -45,7 +45,7 @@ class Gate:
 
     @asynccontextmanager
     async def updating(self) -> AsyncIterator[None]:
-        """UpdateError when requests run for too long."""
+        """Be alone with the engine inside of the block. UpdateError when requests run for too long."""
         with self._pause.touched():
             try:
                 async with asyncio.timeout(self._hold_seconds):
@@ -92,7 +92,7 @@ class Gate:
         self._let_in()
 
     def _let_in(self) -> None:
-        """Everybody whose turn it is. Whoever stops waiting meanwhile takes itself out of the queue."""
+        """Let in everybody whose turn it is. Whoever stops waiting meanwhile takes itself out of the queue."""
         while not self._is_updating and (waiter := self._next()) is not None:
             if waiter.is_update and self._inside and not self.paused:
                 return

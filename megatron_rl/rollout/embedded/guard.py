@@ -29,7 +29,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _problem(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the reason of a refusal."""
+        """Find the status and the reason of a refusal, or None."""
         # ASGI gives names in lower case. A header may come several times: each of its values counts.
         headers: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
@@ -56,7 +56,7 @@ class Guard:
 
 
 def _name_in(host: str) -> str:
-    """Without the port: a tunnel has another one."""
+    """Take the port off, since a tunnel has another one."""
     bare = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return bare.lower()
 

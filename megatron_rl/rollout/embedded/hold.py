@@ -1,4 +1,4 @@
-"""States that a client begins and must end, and what becomes of them when it does not."""
+"""End the states that a client begins and does not end."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator

@@ -63,12 +63,12 @@ class Limits:
 
     @property
     def request_tokens(self) -> int:
-        """Of a request's prompts and of all that it may generate."""
+        """Count the tokens that a request's prompts and all that it may generate can have."""
         return MAX_FULL_LENGTH * self.context_length
 
     @property
     def body_bytes(self) -> int:
-        """Room for so many token ids, each with a comma and a space, and for everything else."""
+        """Count the bytes of a body with so many token ids, each with a comma and a space, and with everything else."""
         return 2**20 + self.request_tokens * (len(str(self.vocab_size)) + 2)
 
 

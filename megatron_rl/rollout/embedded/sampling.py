@@ -37,7 +37,7 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def derive_seeds(seed: int, count: int) -> list[int]:
-    """The seeds of the samples of a prompt; the first keeps the given seed."""
+    """Derive the seeds of the samples of a prompt; the first keeps the given seed."""
     seed %= 2**64
     if count == 1:
         return [seed]

@@ -456,7 +456,7 @@ class Detokenizer:
 
 
 def _prompts(jobs: list[tuple[PromptRequest, Sequence]]) -> list[list[int]]:
-    """Each prompt once, however many samples it has."""
+    """List each prompt once, however many samples it has."""
     return list({id(sequence.prompt): sequence.prompt for _, sequence in jobs}.values())
 
 

@@ -19,16 +19,16 @@ class WaitingQueue:
         return len(self._heap)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In no particular order."""
+        """Give all sequences, in no particular order."""
         return (sequence for _, _, sequence in self._heap)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Their `turn` and `order` say where they go, so one that ran before comes back to its place."""
+        """Put sequences where their `turn` and `order` say, so that one that ran before comes back to its place."""
         for sequence in sequences:
             heapq.heappush(self._heap, (sequence.turn, sequence.order, sequence))
 
     def take(self) -> Sequence:
-        """The next one, which is in the queue no more."""
+        """Take the next one out of the queue."""
         return heapq.heappop(self._heap)[2]
 
     def remove_where(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:

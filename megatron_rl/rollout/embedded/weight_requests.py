@@ -58,7 +58,7 @@ class BucketLimits:
 
     @property
     def body_bytes(self) -> int:
-        """Room for name, dtype and shape of each tensor."""
+        """Count the bytes of a body with name, dtype and shape of each tensor."""
         return 2**20 + 512 * self.tensors
 
 
@@ -118,7 +118,7 @@ def parse_bucket(body: dict[str, Any], limits: BucketLimits) -> BucketRequest:
 
 
 def _size(shape: Any, maximum: int) -> int:
-    """How many values a tensor of this shape has."""
+    """Count the values of a tensor of this shape."""
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise RequestError(f"shapes must hold lists of at most {MAX_DIMENSIONS} sizes, got {cut(shape)}")
     return math.prod(integer("a size in shapes", size, 0, maximum) for size in shape)

@@ -1,4 +1,4 @@
-"""The directories from which a server loads weights: those that whoever started it named, and no others."""
+"""Know the directories from which a server may load weights: those that whoever started it named, and no others."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class WeightRoots:
         self._memory = [Path("/dev/shm"), Path(gettempdir()).resolve()]
 
     def directory(self, path: str) -> Path:
-        """The directory behind `path`, links followed. UpdateError for one that is not known, or is none."""
+        """Find the directory behind `path`, links followed. UpdateError for one that is not known, or is none."""
         try:
             found = Path(path).resolve()
             is_known = self._is_known(found)
