@@ -165,7 +165,7 @@ def root(rng: random.Random) -> Gold:
         ("a chain", f"\\sqrt{{{inside * outside**2}}}/{below} = {text}"),
     ]
     ways += [("without braces", f"{outside}\\sqrt{inside}")] if inside < 10 and below == 1 else []
-    mutations = [*other_trees(tree, rng), *(("a trailing letter", text + c) for c in "xst")]
+    mutations = [*other_trees(tree, rng), *(("a trailing letter", text + c) for c in "xtd")]
     other = write(Sum((tree, num(1))))
     return Gold(kind="root", text=text, ways=ways, mutations=mutations, other=other, name="d")
 
@@ -307,7 +307,7 @@ def scientific(rng: random.Random) -> Gold:
         ("written out", written_out(number / 10)),
         ("a sum", f"{shown} + 10^{{{exponent}}}"),
         ("a letter", f"{shown}x \\times 10^{{{exponent}}}"),
-        ("a trailing letter", f"{shown} \\times 10^{{{exponent}}}t"),
+        ("a trailing letter", f"{shown} \\times 10^{{{exponent}}}n"),
     ]
     other = f"{float(mantissa + 1)} \\times 10^{{{exponent}}}"
     text = f"{shown} \\times 10^{{{exponent}}}"
@@ -346,7 +346,6 @@ def counted(rng: random.Random) -> Gold:
                     ("the other side", f"\\binom{{{n}}}{{{n - k}}}"),
                     ("choose", f"{{{n} \\choose {k}}}"),
                     ("factorials", f"\\frac{{{n}!}}{{{k}!{n - k}!}}"),
-                    ("C", f"C({n},{k})"),
                     ("C with indices", f"C_{{{n}}}^{{{k}}}"),
                 ],
                 [
@@ -381,7 +380,7 @@ def counted(rng: random.Random) -> Gold:
         ("a third", f"\\frac{{{text}}}{{3}}"),
         ("a square", f"({text})^2"),
         ("a trailing letter", f"{text}x"),
-        ("a trailing letter", f"{number}d"),
+        ("a trailing letter", f"{number}n"),
         ("one digit more", f"{number}0"),
         ("twice", f"2 \\cdot {text}"),
         *mutations,
