@@ -1,6 +1,6 @@
 """Cases for the judges of answers: each reference answer in 25 other ways, and 25 other answers that look like it.
 
-    PYTHONPATH=.:tests python -m metamorphic.cases [--golds 500] [--seed 1] [--out runs/answers]
+    PYTHONPATH=.:tests python -m metamorphic.cases [--golds 500] [--seed 1] [--out runs/answers] [--write-known]
 
 A way must be called correct, a mutation must not. The program writes the cases to OUT/cases.jsonl, which
 tools/bench_rewards.py reads too, judges them, and writes a report by kind to OUT/report.txt.
@@ -32,12 +32,15 @@ KINDS: tuple[Callable[[random.Random], Gold], ...] = (
     numbers.counted,
     numbers.logarithm,
     numbers.complex_number,
+    numbers.scaled,
+    numbers.of_degrees,
     structures.ordered_tuple,
     structures.a_set,
     structures.a_list,
     structures.interval,
     structures.matrix,
     structures.ratio,
+    structures.unit_vectors,
     algebra.polynomial,
     algebra.formula,
     algebra.equation,
@@ -55,23 +58,32 @@ KINDS: tuple[Callable[[random.Random], Gold], ...] = (
     words.science_words,
     words.chemical_formula,
 )
+# What the judges cannot do yet, by kind, side and rule: [kind, "lost" or "taken", rule, number of cases].
+KNOWN = Path(__file__).parent / "known.json"
 GOLDS = 500
 CASES_EACH = 25
 SEED = 1
 # Of the 25, at most so many stand in a box as they were made; the others are dressed besides.
 _BARE = 16
 _EXAMPLES = 3
+LOST, TAKEN = "lost", "taken"
+Failure = tuple[str, str, str]  # kind, LOST or TAKEN, rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """pred: a response with its box. rule: how it was made from the gold answer. reward: the reward that judges it."""
+    """One response and whether it has to be called correct.
+
+    pred: the response, with its box. rule: how what stands in the box was made from the gold answer. dress: what was
+    done to it besides, "" for nothing. reward: the kind of reward that judges it.
+    """
 
     kind: str
     gold: str
     pred: str
     expected: bool
     rule: str
+    dress: str
     reward: str
 
 
@@ -121,20 +133,22 @@ def _mutations(gold: Gold, rng: random.Random) -> Texts:
 
 def _cases(gold: Gold, expected: bool, texts: Texts, rng: random.Random) -> list[Case]:
     """25 different responses; each rule once before any comes twice."""
-    texts = list({text: rule for rule, text in reversed(texts)}.items())[::-1]
-    pairs = _spread([(rule, text) for text, rule in texts if expected or text != gold.text], rng)
-    bare = [(rule, f"\\boxed{{{text}}}") for rule, text in pairs[:_BARE]]
-    found = {response: rule for rule, response in bare}
-    place = 0
-    while len(found) < CASES_EACH:
-        rule, text = pairs[(len(pairs) - 1 - place) % len(pairs)]
-        for dress, response in rng.sample(_dressed(text, gold), 1):
-            found.setdefault(response, f"{rule}; {dress}")
-        place += 1
-        assert place < 1000, f"{gold.kind} {gold.text}: {len(pairs)} are too few to make {CASES_EACH} of"
+    first_rule: dict[str, str] = {}
+    for rule, text in texts:
+        if expected or text != gold.text:
+            first_rule.setdefault(text, rule)
+    pairs = _spread([(rule, text) for text, rule in first_rule.items()], rng)
+    found = {f"\\boxed{{{text}}}": (rule, "") for rule, text in pairs[:_BARE]}
+    for _ in range(1000):
+        if len(found) == CASES_EACH:
+            break
+        rule, text = rng.choice(pairs)
+        dress, response = rng.choice(_dressed(text, gold))
+        found.setdefault(response, (rule, dress))
+    assert len(found) == CASES_EACH, f"{gold.kind} {gold.text}: {len(pairs)} texts are too few"
     return [
-        Case(kind=gold.kind, gold=gold.text, pred=response, expected=expected, rule=rule, reward=gold.reward)
-        for response, rule in found.items()
+        Case(kind=gold.kind, gold=gold.text, pred=pred, expected=expected, rule=rule, dress=dress, reward=gold.reward)
+        for pred, (rule, dress) in found.items()
     ]
 
 
@@ -175,6 +189,8 @@ def _dressed(text: str, gold: Gold) -> Texts:
         ("revised", f"\\boxed{{{gold.other}}}. Wait, that is wrong. It is {box}."),
         ("Chinese", f"因此答案是{box}。"),
     ]
+    if len(text) == 1 and text in "0123456789":
+        around.append(("a box without braces", f"\\boxed {text}"))
     return [(rule, f"\\boxed{{{content}}}") for rule, content in inside] + around
 
 
@@ -189,27 +205,46 @@ def judge(cases: Sequence[Case], workers: int = 1, seconds: float = 20.0) -> lis
     return [verdict for verdict in verdicts if verdict is not None]
 
 
+def failures(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> Counter[Failure]:
+    """How many cases of each kind, side and rule were judged otherwise than they are expected."""
+    return Counter(
+        (case.kind, LOST if case.expected else TAKEN, case.rule)
+        for case, verdict in zip(cases, verdicts, strict=True)
+        if bool(verdict.score) != case.expected
+    )
+
+
+def known_failures() -> Counter[Failure]:
+    return Counter({(kind, side, rule): number for kind, side, rule, number in json.loads(KNOWN.read_text())})
+
+
+def write_known(found: Counter[Failure]) -> None:
+    """One failure a line, so that a change of the judges shows in a diff."""
+    lines = [json.dumps([*failure, number], ensure_ascii=False) for failure, number in sorted(found.items())]
+    KNOWN.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 def report(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> str:
-    """By kind: what was lost and what was taken, by rule, with examples."""
-    failed: dict[tuple[str, bool], list[Case]] = defaultdict(list)
-    for case, verdict in zip(cases, verdicts, strict=True):
-        if bool(verdict.score) != case.expected:
-            failed[case.kind, case.expected].append(case)
-    numbers = Counter((case.kind, case.expected) for case in cases)
-    lines = [f"{'kind':32}{'lost':>16}{'taken':>16}"]
-    for kind in dict.fromkeys(case.kind for case in cases):
-        lost, taken = (f"{len(failed[kind, side])} of {numbers[kind, side]}" for side in (True, False))
-        lines.append(f"{kind:32}{lost:>16}{taken:>16}")
-    totals = [sum(len(failed[key]) for key in failed if key[1] is side) for side in (True, False)]
-    lines.append(f"{'all':32}{totals[0]:>16}{totals[1]:>16}")
-    for (kind, expected), wrong in failed.items():
-        lines.append(f"\n{kind}: {'right answers lost' if expected else 'wrong answers taken'}")
-        rules: dict[str, list[Case]] = defaultdict(list)
-        for case in wrong:
-            rules[case.rule].append(case)
-        for rule, group in sorted(rules.items(), key=lambda item: -len(item[1])):
-            shown = "   ".join(f"{case.pred!r} for {case.gold!r}" for case in group[:_EXAMPLES])
-            lines.append(f"  {len(group):3} {rule}: {shown}")
+    """By kind: how many right answers were lost and wrong ones taken; by rule, with examples."""
+    wrong = [case for case, verdict in zip(cases, verdicts, strict=True) if bool(verdict.score) != case.expected]
+    sides = {True: LOST, False: TAKEN}
+    all_of, wrong_of = (Counter((case.kind, case.expected) for case in group) for group in (cases, wrong))
+    kinds = list(dict.fromkeys(case.kind for case in cases))
+    lines = [f"{'kind':32}{LOST:>16}{TAKEN:>16}"]
+    for kind in kinds:
+        cells = (f"{wrong_of[kind, side]} of {all_of[kind, side]}" for side in sides)
+        lines.append(f"{kind:32}" + "".join(f"{cell:>16}" for cell in cells))
+    dresses = Counter(case.dress for case in wrong)
+    of_dresses = Counter(case.dress for case in cases)
+    totals = (sum(wrong_of[kind, side] for kind in kinds) for side in sides)
+    lines.append(f"{'all':32}" + "".join(f"{total:>16}" for total in totals))
+    lines += [f"{dresses[dress]:4} of {of_dresses[dress]:5} {dress or 'bare'}" for dress in sorted(of_dresses)]
+    groups: dict[Failure, list[Case]] = defaultdict(list)
+    for case in wrong:
+        groups[case.kind, sides[case.expected], case.rule].append(case)
+    for (kind, side, rule), group in sorted(groups.items()):
+        shown = "   ".join(f"{case.pred!r} for {case.gold!r}" for case in group[:_EXAMPLES])
+        lines.append(f"{side:6} {len(group):4} {kind}; {rule}: {shown}")
     return "\n".join(lines) + "\n"
 
 
@@ -222,12 +257,18 @@ def main() -> None:
     parser.add_argument("--golds", type=int, default=GOLDS)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=Path("runs/answers"))
+    parser.add_argument("--write-known", action="store_true", help=f"write what failed to {KNOWN.name}")
     args = parser.parse_args()
+    if args.write_known and (args.golds, args.seed) != (GOLDS, SEED):
+        parser.error("--write-known takes the default golds and seed: the tests judge those")
     args.out.mkdir(parents=True, exist_ok=True)
     cases = make_cases(args.golds, args.seed)
     write_cases(cases, args.out / "cases.jsonl")
-    text = report(cases, judge(cases))
+    verdicts = judge(cases)
+    text = report(cases, verdicts)
     (args.out / "report.txt").write_text(text)
+    if args.write_known:
+        write_known(failures(cases, verdicts))
     print(text)
 
 

@@ -452,3 +452,88 @@ def complex_number(rng: random.Random) -> Gold:
     ]
     other = f"{real + 1}{imaginary:+d}i"
     return Gold(kind="complex number", text=text, ways=ways, mutations=mutations, other=other, name="z")
+
+
+_SCALES = {"thousand": 3, "million": 6, "billion": 9}
+
+
+def scaled(rng: random.Random) -> Gold:
+    """Numbers with a scale word."""
+    word = rng.choice(list(_SCALES))
+    power, mantissa = _SCALES[word], Fraction(rng.choice([12, 15, 25, 30, 48, 75, 120, 350]), 10)
+    shown, whole = f"{float(mantissa):g}", int(mantissa * 10 ** _SCALES[word])
+    strangers = [other for other in ("hundred", *_SCALES, "trillion") if other != word]
+    ways = [
+        ("as it stands", f"{shown}\\text{{ {word}}}"),
+        ("plain word", f"{shown} {word}"),
+        ("mathrm", f"{shown}~\\mathrm{{{word}}}"),
+        ("written out", str(whole)),
+        ("one decimal", f"{whole}.0"),
+        ("scientific", f"{shown} \\times 10^{{{power}}}"),
+        ("e", f"{shown}e{power}"),
+        ("raised digits", f"{shown}×10{str(power).translate(RAISED)}"),
+        ("a product", f"{shown} \\times {10**power}"),
+        ("a chain", f"{shown}\\text{{ {word}}} = {whole}"),
+        ("full width", str(whole).translate(WIDE)),
+        *grouped(whole),
+    ]
+    mutations = [
+        *(("another word", f"{shown}\\text{{ {other}}}") for other in strangers),
+        *(("another word, plain", f"{shown} {other}") for other in strangers),
+        *(("a digit", f"{other_digit(shown, rng)}\\text{{ {word}}}") for _ in range(3)),
+        ("no word", shown),
+        ("a sign", f"-{shown}\\text{{ {word}}}"),
+        ("one digit more", f"{whole}0"),
+        ("one digit less", str(whole // 10)),
+        ("another exponent", f"{shown} \\times 10^{{{power + 1}}}"),
+        ("written out and the word", f"{whole}\\text{{ {word}}}"),
+        ("a third", f"\\frac{{{whole}}}{{3}}"),
+        ("a trailing letter", f"{whole}x"),
+    ]
+    other = f"{float(mantissa + 1):g}\\text{{ {word}}}"
+    return Gold(kind="scale word", text=ways[0][1], ways=ways, mutations=mutations, other=other, name="N")
+
+
+def of_degrees(rng: random.Random) -> Gold:
+    """Sines, cosines and tangents of an angle in degrees."""
+    degrees = rng.choice([n for n in range(4, 87) if n % 15 and n != 44])
+    name, co_name = rng.choice([("sin", "cos"), ("cos", "sin")])
+    rest = 90 - degrees
+    text = f"\\{name} {degrees}^\\circ"
+    ways = [
+        ("as it stands", text),
+        ("brackets", f"\\{name}({degrees}^\\circ)"),
+        ("left right", f"\\{name}\\left({degrees}^{{\\circ}}\\right)"),
+        ("sign", f"\\{name} {degrees}°"),
+        ("sign, brackets", f"\\{name}({degrees}°)"),
+        ("degree", f"\\{name} {degrees}\\degree"),
+        ("operatorname", f"\\operatorname{{{name}}} {degrees}^\\circ"),
+        ("mathrm", f"\\mathrm{{{name}}}\\,{degrees}^\\circ"),
+        ("the other function", f"\\{co_name} {rest}^\\circ"),
+        ("the other function, brackets", f"\\{co_name}({rest}°)"),
+        ("radians", f"\\{name}\\frac{{{degrees}\\pi}}{{180}}"),
+        ("radians, brackets", f"\\{name}\\left(\\frac{{{degrees}\\pi}}{{180}}\\right)"),
+        ("one decimal", f"\\{name} {degrees}.0^\\circ"),
+        ("a factor", f"1 \\cdot \\{name} {degrees}^\\circ"),
+        ("a chain", f"\\{co_name} {rest}^\\circ = {text}"),
+    ]
+    mutations = [
+        ("radians", f"\\{name} {degrees}"),
+        ("radians, brackets", f"\\{name}({degrees})"),
+        ("another function", f"\\{co_name} {degrees}^\\circ"),
+        ("a third function", f"\\tan {degrees}^\\circ"),
+        *(("a number", f"\\{name} {degrees + by}^\\circ") for by in (1, -1, 3)),
+        ("the other angle", f"\\{name} {rest}^\\circ"),
+        ("a sign", f"-{text}"),
+        ("twice", f"2{text}"),
+        ("twice inside", f"\\{name} {2 * degrees}^\\circ"),
+        ("a third", f"\\frac{{{text}}}{{3}}"),
+        ("the angle", f"{degrees}^\\circ"),
+        ("the number", str(degrees)),
+        ("one more", f"{text}+1"),
+        ("a power", f"\\{name}^2 {degrees}^\\circ"),
+        ("a trailing letter", f"{text} x"),
+        ("wrong radians", f"\\{name}\\frac{{{degrees}\\pi}}{{360}}"),
+    ]
+    other = f"\\{name} {degrees + 2}^\\circ"
+    return Gold(kind="function of degrees", text=text, ways=ways, mutations=mutations, other=other, name="x")

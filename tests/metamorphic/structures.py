@@ -413,3 +413,56 @@ def _same_ratio(text: str, parts: list[int]) -> bool:
     if len(found) != len(parts) or not all(part.isdigit() for part in found):
         return False
     return all(int(found[n]) * parts[0] == int(found[0]) * parts[n] for n in range(len(parts)))
+
+
+def unit_vectors(rng: random.Random) -> Gold:
+    """Sums of i, j and k."""
+    numbers = rng.sample([-9, -7, -5, -4, -3, -2, 2, 3, 4, 5, 6, 8], rng.choice([2, 3]))
+    letters = rng.sample("ijk", len(numbers))
+
+    def written(numbers: list[int], letters: list[str], style: str = "\\mathbf{{{}}}", between: str = "") -> str:
+        terms = (f"{number:+d}{between}{style.format(letter)}" for number, letter in zip(numbers, letters, strict=True))
+        return "".join(terms).removeprefix("+")
+
+    text = written(numbers, letters)
+    missing = next((letter for letter in "ijk" if letter not in letters), "n")
+    swapped = [letters[1], letters[0], *letters[2:]]
+    ways = [
+        ("as it stands", text),
+        ("backwards", written(numbers[::-1], letters[::-1])),
+        ("spaces", text.replace("+", " + ").replace("-", " - ").strip()),
+        ("thin spaces", written(numbers, letters, between="\\,")),
+        ("hats", written(numbers, letters, "\\hat{{{}}}")),
+        ("bold hats", written(numbers, letters, "\\hat{{\\mathbf{{{}}}}}")),
+        ("arrows", written(numbers, letters, "\\vec{{{}}}")),
+        ("boldsymbol", written(numbers, letters, "\\boldsymbol{{{}}}")),
+        ("no braces", written(numbers, letters, "\\mathbf {}")),
+        ("cdot", written(numbers, letters, between="\\cdot ")),
+        ("brackets", f"({text})"),
+        ("named", f"\\mathbf{{v}} = {text}"),
+        ("named with an arrow", f"\\vec{{v}} = {text}"),
+        *((rule, text.replace("-", sign)) for rule, sign in (("minus sign", "−"), ("en dash", "–"))),
+    ]
+    mutations = [
+        ("another letter", written(numbers, [*letters[:-1], missing])),
+        ("another letter in front", written(numbers, [missing, *letters[1:]])),
+        ("letters swapped", written(numbers, swapped)),
+        ("letters swapped, arrows", written(numbers, swapped, "\\vec{{{}}}")),
+        *(("a number", written([*numbers[:-1], numbers[-1] + by], letters)) for by in (10, 11, 20)),
+        *(("a number in front", written([numbers[0] + by, *numbers[1:]], letters)) for by in (10, 11, 20)),
+        ("a sign", written([*numbers[:-1], -numbers[-1]], letters)),
+        ("a sign in front", written([-numbers[0], *numbers[1:]], letters)),
+        ("all signs", written([-number for number in numbers], letters)),
+        ("a term less", written(numbers[:-1], letters[:-1])),
+        ("a term less in front", written(numbers[1:], letters[1:])),
+        ("a letter less", text.rpartition("\\mathbf")[0]),
+        ("numbers alone", written(numbers, letters, "").replace("{}", "")),
+        ("a term more", f"{text}+7\\mathbf{{n}}"),
+        ("one more", f"{text}+1"),
+        ("twice", f"2({text})"),
+        ("a third", f"\\frac{{{text}}}{{3}}"),
+        ("a trailing letter", f"{text}t"),
+        ("length", f"\\sqrt{{{sum(number**2 for number in numbers)}}}"),
+    ]
+    other = written([number + 20 for number in numbers], letters)
+    return Gold(kind="unit vectors", text=text, ways=ways, mutations=mutations, other=other)

@@ -271,7 +271,8 @@ def _write_power(base: str, exponent: Tree, style: Style) -> str:
 
 def _write_root(inside: Tree, index: int, style: Style) -> tuple[str, int]:
     if style.root == "^" or (index != 2 and style.root != "\\sqrt"):
-        return _write(Power(inside, Num(Fraction(1, index))), replace(style, root="\\sqrt", frac="/"))
+        base = _bracketed(inside, _ATOM, style)
+        return _write_power(base, Num(Fraction(1, index)), replace(style, frac="/")), _POWER
     text = write(inside, style)
     if style.root == "√":
         return (f"√{text}" if re.fullmatch(r"\d+|[a-z]", text) else f"√({text})"), _POWER
