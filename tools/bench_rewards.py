@@ -168,11 +168,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write there, not to the standard output")
     args = parser.parse_args()
     files = args.pairs or ([] if args.unseen else [DATA / name for name in IN_SAMPLE])
+    for path in args.unseen:
+        if path.name in IN_SAMPLE:
+            parser.error(f"rules were made beside {path}; it cannot be unseen")
     for path in [*files, *args.unseen]:
         if not path.is_file():
             parser.error(f"{path} does not exist; give a file of labelled pairs")
-        if path in args.unseen and path.name in IN_SAMPLE:
-            parser.error(f"rules were made beside {path}; it cannot be unseen")
     found = [compared(path, True if path.name in IN_SAMPLE else None, args) for path in files]
     found += [compared(path, False, args) for path in args.unseen]
     text = json.dumps(

@@ -496,7 +496,7 @@ def scaled(rng: random.Random) -> Gold:
 
 def of_degrees(rng: random.Random) -> Gold:
     """Sines, cosines and tangents of an angle in degrees."""
-    degrees = rng.choice([n for n in range(4, 87) if n % 15 and n != 44])
+    degrees = rng.choice([n for n in range(4, 87) if n % 15])
     name, co_name = rng.choice([("sin", "cos"), ("cos", "sin")])
     rest = 90 - degrees
     text = f"\\{name} {degrees}^\\circ"
