@@ -79,7 +79,9 @@ def kind_of(row: Row) -> str:
     return f"{plain}, definite" if row.get("definite") else plain
 
 
-def judged(rows: Sequence[Row], reward: str, judge: RewardKind | None, is_text: bool, args: argparse.Namespace):
+def judged(
+    rows: Sequence[Row], reward: str, judge: RewardKind | None, is_text: bool, args: argparse.Namespace
+) -> tuple[list[Verdict], float]:
     """Verdicts, and seconds for all of them once the workers are warm."""
     with RewardPool(reward, workers=args.workers, timeout_seconds=args.deadline, judge=judge) as pool:
         pool.score([("\\boxed{\\sqrt{x}}", "\\sqrt{y}")] * 4 * args.workers)

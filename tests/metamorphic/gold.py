@@ -16,17 +16,10 @@ from metamorphic.trees import Tree, changed, differ, spellings, value
 
 Texts = list[tuple[str, str]]  # (rule, text)
 
-
-# A value that another one may be rounded to is no sure mutation; neither is one near 5 %, which science allows.
+# A value that another one may be rounded to is no sure mutation.
 APART = 1e-3
-
-
 WIDE = str.maketrans("0123456789+=<>:;%()[],", "０１２３４５６７８９＋＝＜＞：；％（）［］，")
-
-
 VULGAR = {"1/2": "½", "1/3": "⅓", "2/3": "⅔", "1/4": "¼", "3/4": "¾", "1/5": "⅕", "1/8": "⅛", "3/8": "⅜", "5/8": "⅝"}
-
-
 RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -61,7 +54,7 @@ def other_trees(tree: Tree, rng: random.Random, apart: float = APART) -> Texts:
 
 
 def equal_trees(trees: Sequence[tuple[str, Tree]]) -> Texts:
-    """Every spelling of trees that are equal; that they are is looked at where they are made."""
+    """Every spelling of trees that are equal. Asserts that they are, at random points."""
     first = trees[0][1]
     assert not any(differ(first, tree, random.Random(0)) for _, tree in trees), trees
     return [(f"{rule}; {style}".strip("; "), text) for rule, tree in trees for style, text in spellings(tree)]

@@ -6,9 +6,6 @@ from fractions import Fraction
 from metamorphic.gold import WIDE, Gold, other_digit, shown_plainly
 from metamorphic.trees import fraction, write
 
-# Science takes 5 %, so another value has to be this far away.
-FAR_APART = 0.25
-
 
 def angle(rng: random.Random) -> Gold:
     degrees = rng.choice([10, 15, 22.5, 30, 36, 40, 45, 52, 60, 72, 75, 84, 105, 110, 120, 127, 135, 145, 150])
@@ -78,15 +75,15 @@ _UNITS = {
 
 
 def quantity(rng: random.Random) -> Gold:
-    return _quantity(rng, "quantity", "math", 0)
+    return _quantity(rng, "quantity", "math")
 
 
 def science_quantity(rng: random.Random) -> Gold:
-    return _quantity(rng, "science: quantity", "stem", FAR_APART)
+    return _quantity(rng, "science: quantity", "stem")
 
 
-def _quantity(rng: random.Random, kind: str, reward: str, apart: float) -> Gold:
-    """A value with an SI unit. `apart`: by which share at least another value differs, where science allows 5 %."""
+def _quantity(rng: random.Random, kind: str, reward: str) -> Gold:
+    """A value with an SI unit."""
     symbol = rng.choice(list(_UNITS))
     word, prefixes = _UNITS[symbol]
     prefix, other_prefix = rng.sample(prefixes, 2)
@@ -122,7 +119,7 @@ def _quantity(rng: random.Random, kind: str, reward: str, apart: float) -> Gold:
     stranger = rng.choice([other for other in _UNITS if other != symbol])
     two = rng.sample([other for other in _UNITS if other != symbol], 2)
     values = [number * 2, number * 10, number / 10, number + number / 2, number / 3 * 2]
-    if not apart:
+    if reward == "math":  # science takes 5 %
         values += [number + Fraction(1, 10), number + 1]
     mutations = [
         *(("a number", f"{shown_plainly(v)} {unit}") for v in values if v.denominator in (1, 2, 5, 10, 20, 50, 100)),
@@ -214,14 +211,14 @@ _COMPOUND = [
 
 
 def compound_quantity(rng: random.Random) -> Gold:
-    return _compound_quantity(rng, "compound quantity", "math", 0)
+    return _compound_quantity(rng, "compound quantity", "math")
 
 
 def science_compound_quantity(rng: random.Random) -> Gold:
-    return _compound_quantity(rng, "science: compound quantity", "stem", FAR_APART)
+    return _compound_quantity(rng, "science: compound quantity", "stem")
 
 
-def _compound_quantity(rng: random.Random, kind: str, reward: str, apart: float) -> Gold:
+def _compound_quantity(rng: random.Random, kind: str, reward: str) -> Gold:
     unit, spelled, equal, others = rng.choice(_COMPOUND)
     number = Fraction(rng.choice([12, 15, 24, 25, 36, 48, 75, 90, 120]), rng.choice([1, 10]))
     plain = shown_plainly(number)
@@ -249,7 +246,7 @@ def _compound_quantity(rng: random.Random, kind: str, reward: str, apart: float)
         ),
     ]
     values = [number * 2, number * 10, number / 10, number + number / 2]
-    if not apart:
+    if reward == "math":  # science takes 5 %
         values += [number + Fraction(1, 10), number + 1]
     mutations = [
         *(("a number", f"{shown_plainly(v)}\\,\\mathrm{{{unit}}}") for v in values),
