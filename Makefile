@@ -37,6 +37,8 @@ KILLS ?= 30
 CASES ?= 5000
 # How many in make fuzz-server.
 REQUESTS ?= 20000
+# Files of labelled pairs for bench-rewards; empty takes those of the workplace.
+PAIRS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
 
@@ -49,7 +51,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -153,6 +155,9 @@ test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with 
 test-browser: install install-browser  ## run reports in a real Chromium: no errors, no network, hostile responses, a phone
 	$(BIN)/python -m pytest tests/browser
 
+test-answers: install  ## the judges of answers on 500 golds, each in 25 ways and beside 25 mutations; a report by kind (five minutes)
+	ANSWERS=whole $(BIN)/python -m pytest -s tests/test_metamorphic.py
+
 fuzz-judge: install install-sandbox  ## 5,000 programs that answer the judge of code with mutated bytes: none may be called correct (two minutes)
 	$(BIN)/python tools/fuzz_judge.py --cases $(CASES) --seed $(SEED)
 
@@ -209,8 +214,8 @@ bench-rollout: install  ## sampler against the bare server, C3PO++ against waiti
 bench-engines: install install-sglang  ## the embedded server beside real SGLang on a CPU, as JSON
 	$(BIN)/python tools/bench_engines.py
 
-bench-rewards: install  ## the math reward beside plain math-verify on labelled pairs: agreement, deadlines, pairs/s, as JSON
-	$(BIN)/python tools/bench_rewards.py
+bench-rewards: install  ## the math and stem rewards beside math-verify on PAIRS: false positives and negatives by kind, pairs/s, as JSON
+	$(BIN)/python tools/bench_rewards.py $(PAIRS)
 
 bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on real tasks, as JSON
 	$(BIN)/python tools/bench_sandbox.py
