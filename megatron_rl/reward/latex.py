@@ -1,49 +1,107 @@
-"""One spelling for what LaTeX writes in many ways. Nothing here changes a value."""
+"""One spelling for what LaTeX, Unicode and Markdown write in many ways. Nothing here changes a value."""
 
 import re
+
+_GREEK = dict(
+    zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        (
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+            "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+        ).split(),
+        strict=True,
+    )
+)
+_SIGNS = {
+    "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∈": "\\in ", "∅": "\\emptyset ",
+    "∪": "\\cup ", "∩": "\\cap ", "∞": "\\infty ", "ℝ": "\\mathbb{R}", "ℂ": "\\mathbb{C}", "ℤ": "\\mathbb{Z}", "±": "\\pm ",
+    "∓": "\\mp ", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "°": "^\\circ ", "℃": "^\\circ C",
+    "℉": "^\\circ F", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ", "µ": "\\mu ", "∶": ":", "、": ",",
+    "。": ".", "⁄": "/", "－": "-", "−": "-", "–": "-", "—": "-", "‒": "-", "‑": "-", "﹣": "-", "…": "\\dots ", "\u3000": " ",
+    "\xa0": " ", "“": '"', "”": '"', "’": "'", "′": "'", "【": "[", "】": "]", "∣": "|", "￥": "¥", "′′": '"',
+}  # fmt: skip
+_SIGNS |= {letter: f"\\{name} " for letter, name in _GREEK.items()}
+_SIGNS |= {
+    sign: f"\\frac{{{above}}}{{{below}}}"
+    for sign, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)
+}
+# Full-width forms of ASCII are 0xFEE0 further on.
+_UNICODE = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)} | {
+    ord(sign): text for sign, text in _SIGNS.items() if len(sign) == 1
+}
+_RAISED, _LOWERED = ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
+_PLAIN = "0123456789+-n"
+_FROM_RAISED, _FROM_LOWERED = (str.maketrans(signs, _PLAIN) for signs in (_RAISED, _LOWERED))
+_FUNCTIONS = (
+    "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|arccot|ln|log|lg|exp|gcd|lcm|max|min|det|deg|dim|ker|arg"
+)
+# Names of points, the only thing whose mark a grader does not look for: the length AB of the segment AB.
+_POINTS = r"(?:\{\s*([A-Z]{2,4})\s*\}|([A-Z]{2,4})(?![a-zA-Z]))"
 
 _SPELLINGS = (
     # written through JSON twice; only before commands, so that line breaks of matrices stay
     (r"\\\\(?=(?:d?frac|left|right|le|ge|lt|gt|leq|geq|pi|sqrt|cup|infty|boxed|text|in)(?![a-zA-Z]))", r"\\"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
-    (r"\\[$]|[€£]", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|large|Large|LARGE|huge|small|normalsize|bf|rm)"
+     r"(?![a-zA-Z])\.?", ""),
+    (r"\\text\s*\{\s*\\?\$\s*\}|\\[$]", "¤"),
     (r"(?<!\\)\\[()\[\]]|\$", " "),
+    ("¤", r"\\$"),
     (r"(?<!\\)\\!\s*", ""),
     (r"\{,\}", ","),
     (r"(?<!\\)\\[,;: ]|~", " "),
     (r"\\(?:q?quad|enspace|thinspace)(?![a-zA-Z])", " "),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\[dtcs]frac(?![a-zA-Z])", r"\\frac"),
     # \frac\pi4, \frac{a}b
-    (r"\\frac\s*(\\(?!sqrt)[a-zA-Z]+|\w)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})\s*(\\(?!sqrt)[a-zA-Z]+|\w)", r"\1{\2}"),
-    (r"\\(?:textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname|hbox)\s*\{", r"\\text{"),
-    (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|≤|<=", r"\\le "),
-    (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|≥|>=", r"\\ge "),
+    (r"\\frac\s*(\\(?!sqrt|text|frac)[a-zA-Z]+|\w)", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\})\s*(\\(?!sqrt|text|frac)[a-zA-Z]+|\w)", r"\1{\2}"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*|\\color\s*\{[^{}]*\}", ""),
+    # a bold letter is a letter, and so are the upright constants; other upright text may be a unit
+    (r"\\(?:mathbf|boldsymbol|bm|mathit|pmb)\s*\{\s*(\\?[a-zA-Z]|[-+]?[\d.,]+)\s*\}", r" \1 "),
+    (r"\\(?:mathrm|text|textrm)\s*\{\s*([ied])\s*\}", r" \1 "),
+    (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
+    (r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|hbox"
+     r"|ce|emph|underline)\s*\{", r"\\text{"),
+    (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
+    (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
-    (r"\\neq(?![a-zA-Z])|≠", r"\\ne "),
-    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|∅", r"\\emptyset "),
+    (r"\\neq(?![a-zA-Z])", r"\\ne "),
+    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])|°", " "),
-    (r"∪", r"\\cup "),
-    (r"∞", r"\\infty "),
-    (r"π", r"\\pi "),
-    (r"√", r"\\sqrt "),
-    (r"−", "-"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+    (r"\\(?:overline|overrightarrow|widehat|angle|triangle|vec)\s*" + _POINTS, r"\1\2"),
+    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degrees?(?![a-zA-Z])", r"^\\circ "),
+    (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
+    (r"([√∛])\s*\(([^()]*)\)", r"\1{\2}"),
+    (r"√", r"\\sqrt"),
+    (r"∛\s*(\d+)", r"\\sqrt[3]{\1}"),
+    (r"∛", r"\\sqrt[3]"),
     (r"\+\s*\\infty", r"\\infty"),
-    (r"²", "^2"),
-    (r"³", "^3"),
     (r"\\colon(?![a-zA-Z])", ":"),
-    (r"\\mathbb\s*\{?\s*R\s*\}?|ℝ", r"\\mathbb{R}"),
+    (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
+    (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\bmod "),
     (r"\s+", " "),
-)
+)  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_BOLD = re.compile(r"\s*(\*\*|__)(?!\s)([^*]+)\1[.。]?\s*")
 
 
 def clean(latex: str) -> str:
-    """The same answer in one spelling: no sizes, spacing, dollars or degree signs; short names of commands."""
+    """The same answer in one spelling: ASCII, no sizes, colours, spacing or dollars; short names of commands.
+
+    Takes linear time and never fails. Cleaning twice is the same as once for what can be read as an answer.
+    """
+    bold = _BOLD.fullmatch(latex)
+    latex = bold[2] if bold else latex
+    if not latex.isascii():
+        latex = re.sub(f"[{_RAISED}]+", lambda run: f"^{{{run[0].translate(_FROM_RAISED)}}}", latex)
+        latex = re.sub(f"[{_LOWERED}]+", lambda run: f"_{{{run[0].translate(_FROM_LOWERED)}}}", latex)
+        latex = latex.translate(_UNICODE)
     for pattern, replacement in _RULES:
         latex = pattern.sub(replacement, latex)
     return latex.strip().rstrip(".;,").strip() if not latex.rstrip().endswith("...") else latex.strip()
@@ -55,8 +113,6 @@ def squeeze(latex: str) -> str:
     latex = re.sub(r"(\\[a-zA-Z]+) +(?![a-zA-Z])", r"\1", latex)
     latex = re.sub(r"(?<!\\[a-zA-Z])(?<![a-zA-Z]) +| +(?![a-zA-Z])", "", latex)
     return re.sub(r"([_^])\{(\w)\}", r"\1\2", latex)
-
-
 def without_text_marks(latex: str) -> str:
     return _TEXT.sub(r"\1", latex)
 
