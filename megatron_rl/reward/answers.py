@@ -9,7 +9,11 @@ from megatron_rl.reward.boxed import boxes
 _SEPARATOR = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\\\]|\\\[|\\\(|\\\)|\b(?:and|or)\b)*")
 _SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
 _CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)
-_REVISION = re.compile(r"\b(?:wait|actually|correction|no, it|should be|(?P<cue>answer is))\b", re.IGNORECASE)
+# Behind the last box: "the answer is 6", and "wait, that is wrong, it is 6".
+_REVISION = re.compile(
+    r"\banswer (?:is|should be)\b|\b(?:wait|no|actually|correction|wrong|mistake|sorry)\b.{0,80}?\b(?:it is|it's|should be)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _SAYS_ANSWER = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|answer is")
 _END_OF_SENTENCE = re.compile(r"\.(?:\s|$)|\n|<\|")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -32,7 +36,7 @@ def boxed_answer(text: str) -> str | None:
     found = boxes(text)
     if not found:
         return None
-    revised = _revised(text[found[-1].end :][-_MAX_TAIL_CHARACTERS:])
+    revised = _revised(text[found[-1].end :][-_MAX_TAIL_CHARACTERS:], found[-1].content)
     if revised:
         return revised
     first = len(found) - 1
@@ -58,13 +62,13 @@ def _belongs(between: str) -> bool:
     return bool(_SEPARATOR.fullmatch(between) and _SAYS_MORE.search(between))
 
 
-def _revised(behind: str) -> str | None:
-    """The answer that is stated behind a box, where it is taken back."""
+def _revised(behind: str, boxed: str) -> str | None:
+    """The answer that is stated behind a box and is none of what stands in it."""
     *_, last = [None, *_REVISION.finditer(behind)]
     if last is None:
         return None
-    rest = behind[last.end() :]
-    return _last_of(_END_OF_SENTENCE.split(rest.strip(), maxsplit=1)[0] if last["cue"] else rest, choices=False)
+    stated = _last_of(_END_OF_SENTENCE.split(behind[last.end() :].strip(), maxsplit=1)[0])
+    return None if stated is None or re.search(rf"(?<![\w.]){re.escape(stated)}(?![\w.])", boxed) else stated
 
 
 def stated_answer(text: str) -> str:
@@ -103,12 +107,12 @@ def _is_bare(text: str) -> bool:
     return not words or (len(words) == 1 and not re.search(r"\d", outside[words[0].end() :]))
 
 
-def _last_of(text: str, choices: bool = True) -> str | None:
+def _last_of(text: str) -> str | None:
     """Whatever ends last, a formula or a number outside of one; without either, a letter."""
     formulas = [(match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
     numbers = [(match.end(), match.group().rstrip(",")) for match in _NUMBER.finditer(_MATH.sub(_blank, text))]
-    letters = [(match.end(), match.group()) for match in _CHOICE.finditer(text)] if choices else []
-    found = formulas + numbers or letters
+    choices = [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
+    found = formulas + numbers or choices
     return max(found)[1] if found else None
 
 

@@ -32,6 +32,8 @@ from megatron_rl.reward.units import same_dimension
 _MAX_DEPTH = 8
 # Stands for something unknown: a letter, \theta, \text{Area}; not \pi, \sin and \frac.
 _LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:theta|alpha|beta|gamma|delta|phi|varphi|lambda|mu|omega|text)(?![a-zA-Z])")
+# 2,74 for 2.74, where the gold answer leaves no doubt that it is one number.
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,(?!\d{3}$)\d+")
 _PLAIN = (Number, Words, Choice)
 
 
@@ -108,8 +110,17 @@ class _Pair:
                 return self._may_lack(answer, gold) and self._same_value(None, answer)
             case Region(), Region():
                 return same_region(gold, answer, self.inner)
+            case Equation(), Equation():
+                return self._same_equation(gold, answer)
+            case Equation(), _:
+                said = _named(gold) or (None if any(map(_has_letters, gold.sides)) else ("", gold.sides[-1]))
+                return said is not None and self.inner(said[1], self.answer)
+            case _, Equation():
+                return self._ends_in(answer)
             case Items(), Items():
                 return self._same_items(gold, answer)
+            case Number(), Items(kind="list") if _DECIMAL_COMMA.fullmatch(self.answer):
+                return "." in self.gold and self.inner(self.gold, self.answer.replace(",", "."))
             case Items(), _:
                 # one value in a set, or one that several spellings of the gold answer give
                 alike = gold.kind == "list" and not isinstance(answer, Words)
@@ -120,13 +131,6 @@ class _Pair:
                 return self._all_same(gold.parts, answer.parts)
             case Ratio(parts=(one, other)), Number() | Expression():
                 return self.inner(f"\\frac{{{one}}}{{{other}}}", self.answer)
-            case Equation(), Equation():
-                return self._same_equation(gold, answer)
-            case Equation(), _:
-                said = _named(gold) or ((("", gold.sides[-1])) if not _has_letters(gold.sides[0]) else None)
-                return said is not None and self.inner(said[1], self.answer)
-            case _, Equation():
-                return self._ends_in(answer)
         return False
 
     def same_formula(self) -> bool:
@@ -167,6 +171,8 @@ class _Pair:
         numbers = read_number(values[0]), read_number(values[1])
         measured = any(side is not None and side.unit.is_known for side in (gold, answer))
         if numbers[0] and numbers[1] and not (numbers[0].is_percent or numbers[1].is_percent):
+            if measured and by != 1 and numbers[0].value == numbers[1].value != 0:
+                return False  # 5 bar for 5 atm: near, but not converted
             moved = numbers[1] if (by, shift) == (1, 0) else Number(value=numbers[1].value * by + shift)
             return self.rules.numbers(numbers[0], moved, measured)
         if shift:

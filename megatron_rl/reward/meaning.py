@@ -330,7 +330,7 @@ def read_quantity(text: str) -> Quantity | None:
         if has_letters and not (is_marked and unit.is_known):
             return None
         spaced = value != value.rstrip()
-        if unit.noun and not is_marked and len(suffix) < 4 and suffix.lower() not in ("am", "pm"):
+        if unit.noun and not is_marked and len(unit.noun) < 4 and suffix.lower() not in ("am", "pm"):
             continue  # 2abc
         is_sure = is_marked or (not unit.is_letter and not _may_be_product(suffix, spaced))
         return Quantity(value=value.strip(), unit=unit, is_sure=is_sure)
