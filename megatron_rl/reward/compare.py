@@ -137,7 +137,7 @@ class _Pair:
         """Where each side can be a number or formula, and at least one is a formula."""
         kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
         if {Expression} & kinds[0] and {Expression, Number} & kinds[1] or {Number} & kinds[0] and {Expression} & kinds[1]:
-            return self.rules.formulas(self.gold, self.answer)
+            return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))
         sets = re.compile(r"\\(?:setminus|cup|cap|mathbb|mid)(?![a-zA-Z])|[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
         return bool(sets.search(self.gold) and sets.search(self.answer)) and self.rules.formulas(self.gold, self.answer)
 
@@ -227,6 +227,11 @@ class _Pair:
 
 
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
+
+
+def _ungrouped(text: str) -> str:
+    """282 475 249 without what separates its thousands, which no parser reads."""
+    return re.sub(r"(?<=\d)[ ,](?=\d{3})", "", text) if read_number(text) is not None else text
 
 
 def _counts(side: Quantity) -> bool:

@@ -33,10 +33,13 @@ _RAISED, _LOWERED = ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅
 _PLAIN = "0123456789+-n"
 _FROM_RAISED, _FROM_LOWERED = (str.maketrans(signs, _PLAIN) for signs in (_RAISED, _LOWERED))
 _FUNCTIONS = (
-    "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|arccot|ln|log|lg|exp|gcd|lcm|max|min|det|deg|dim|ker|arg"
+    "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|arccot|ln|log|lg|exp|gcd|lcm|max|min|det"
 )
 # Names of points, the only thing whose mark a grader does not look for: the length AB of the segment AB.
 _POINTS = r"(?:\{\s*([A-Z]{2,4})\s*\}|([A-Z]{2,4})(?![a-zA-Z]))"
+
+_PART = r"((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*?)"
+_OVER = rf"\{{{_PART}\\over(?![a-zA-Z])\s*{_PART}\}}"
 
 _SPELLINGS = (
     # written through JSON twice; only before commands, so that line breaks of matrices stay
@@ -47,7 +50,10 @@ _SPELLINGS = (
     (r"(?<!\\)\\[()\[\]]|\$", " "),
     ("¤", r"\\$"),
     (r"(?<!\\)\\!\s*", ""),
-    (r"\{,\}", ","),
+    (r"\{([,:])\}", r"\1"),
+    (_OVER, r"\\frac{\1}{\2}"),
+    (_OVER, r"\\frac{\1}{\2}"),
+    (_OVER.replace("over", "choose"), r"\\binom{\1}{\2}"),
     (r"(?<!\\)\\[,;: ]|~", " "),
     (r"\\(?:q?quad|enspace|thinspace)(?![a-zA-Z])", " "),
     (r"\\[dtcs]frac(?![a-zA-Z])", r"\\frac"),
@@ -58,6 +64,9 @@ _SPELLINGS = (
     (r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*|\\color\s*\{[^{}]*\}", ""),
     # a bold letter is a letter, and so are the upright constants; other upright text may be a unit
     (r"\\(?:mathbf|boldsymbol|bm|mathit|pmb)\s*\{\s*(\\?[a-zA-Z]|[-+]?[\d.,]+)\s*\}", r" \1 "),
+    (r"\\(?:mathbf|boldsymbol|bm)\s+([a-zA-Z])(?![a-zA-Z])", r" \1 "),
+    (r"\\hat\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))|\\vec\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))", r" \1\2\3\4 "),
+    (r"\\hat\s*\{\s*([ijk])\s*\}", r" \1 "),
     (r"\\(?:mathrm|text|textrm)\s*\{\s*([ied])\s*\}", r" \1 "),
     (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
     (r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|hbox"
@@ -87,8 +96,9 @@ _SPELLINGS = (
     (r"\s+", " "),
 )  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
-_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-_BOLD = re.compile(r"\s*(\*\*|__)(?!\s)([^*]+)\1[.。]?\s*")
+# With exponents in braces inside, as units have them.
+_TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BOLD = re.compile(r"\s*(\*\*|__)(?!\s)(.+)\1[.。]?\s*", re.DOTALL)
 
 
 def clean(latex: str) -> str:
@@ -143,7 +153,7 @@ def split_top(latex: str, separators: re.Pattern[str]) -> list[str]:
 
 
 def is_one_bracket(latex: str, opening: str = "([{", closing: str = ")]}") -> bool:
-    """Whether the first bracket is closed by the last character and by nothing before."""
+    """Whether the first bracket is closed by the last character and by nothing before. Other brackets do not count."""
     if not latex or latex[0] not in opening or latex[-1] not in closing:
         return False
     depth, position = 0, 0
@@ -151,8 +161,8 @@ def is_one_bracket(latex: str, opening: str = "([{", closing: str = ")]}") -> bo
         if latex[position] == "\\":
             position += 2
             continue
-        depth += latex[position] in "([{"
-        depth -= latex[position] in ")]}"
+        depth += latex[position] in opening
+        depth -= latex[position] in closing
         if depth == 0:
             return position == len(latex) - 1
         position += 1

@@ -78,6 +78,7 @@ Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | I
 _MAX_WORDS_CHARACTERS = 400
 _AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|或者?|和"
 _LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
+_GROUPED = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _COLUMNS = re.compile(r"\s*&\s*")
 _ROWS = re.compile(r"\s*\\\\\s*")
 EQUALS = re.compile(r"\s*(?<![<>!\\:])=(?!=)\s*")
@@ -85,7 +86,7 @@ _RATIO = re.compile(r"\s*:\s*")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
 _IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
-_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LEAD = re.compile(
     r"(?:\\text\s*\{)?\s*(?:(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
     r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately|答案[是为]?\s*:?"
@@ -93,6 +94,8 @@ _LEAD = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _LABEL = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)\s*|([A-J])(?:[.:)](?=\s|\}|$)|$)\s*|([a-j])[.)]?$)(.*)", re.DOTALL)
+# (A)(B), A + 1, (A) or (B)
+_NO_LABEL = re.compile(rf"[-+*/^=(,;]|\\(?:cup|cap|cdot|times)(?![a-zA-Z])|{_AND}")
 _LETTERS = re.compile(r"[A-J]{2,8}")
 _NUMBER_WORDS = {
     word: number
@@ -111,7 +114,9 @@ _SAME_WORDS = {
 _LONG_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sqrt|arc[a-z]{3}|sinh|cosh|tanh)(?![a-zA-Z]))[a-zA-Z]{4,}")
 # [1,2[ and ]1,2]: an open end faces away.
 _FRENCH = re.compile(r"(?=\]|.*\[$)[\[\]]([^\[\]()]*,[^\[\]()]*)[\[\]]")
-_MEMBERS = re.compile(r"\\?\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\\vert|\||:)\s*(.*?)\s*\\?\}", re.DOTALL)
+_MEMBERS = re.compile(
+    r"(?:\\\{|\{(?=[^:]*\|))\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.*?)\s*\\?\}", re.DOTALL
+)
 _CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[€£¥])\s*(\d.*)", re.DOTALL)
 _UNIT_START = re.compile(r"\\text|\\frac\s*\{\s*\\text|\^\s*\\circ|\\mu|\\Omega|\\\$|\\pmod|[a-zA-ZµÅΩ$€£¥'\u4e00-\u9fff(]")
 _VALUE_END = re.compile(r"(?:[\d})!]|\\pi|\\infty)\s*$")
@@ -134,7 +139,7 @@ def meanings(text: str) -> tuple[Meaning, ...]:
         number = Number(value=Fraction(_NUMBER_WORDS[text.lower()]), places=0)
     if number is not None:
         may_be_list = "," in text and not re.search(r",0", text)
-        return (number, *([Items(kind="list", items=tuple(_separated(text)))] if may_be_list else []))
+        return (number, *([Items(kind="list", items=tuple(text.split(",")))] if may_be_list else []))
     return tuple(_structured(text))
 
 
@@ -214,7 +219,9 @@ def _structured(text: str) -> list[Meaning]:
 
 
 def _separated(text: str) -> list[str]:
-    return [part for part in latex.split_top(text, _LIST) if part]
+    """Of a list. Commas that group the digits of a number stay: 621,200 mg."""
+    grouped = _GROUPED.sub(lambda match: match[0].replace(",", "\0"), text)
+    return [part.replace("\0", ",") for part in latex.split_top(grouped, _LIST) if part]
 
 
 def _bracketed(text: str) -> Items | None:
@@ -281,7 +288,9 @@ def _words(text: str) -> list[Words]:
 def _plain_words(text: str) -> str:
     """In lower case; without quotes, commas, brackets, articles and the end of a sentence; a plural as a singular."""
     words = re.sub(r"[\s\"',;()?!~]+|(?<=[a-z])-(?=[a-z])|-(?= )|\.(?=\s|$)", " ", text.lower()).split()
-    kept = [_singular(word) for word in words if word not in ("a", "an", "the")]
+    # (D)(A) has no article
+    articles = ("a", "an", "the") if any(len(word) > 2 for word in words) else ()
+    kept = [_singular(word) for word in words if word not in articles]
     plain = " ".join(kept or words)
     return _SAME_WORDS.get(plain, plain)
 
@@ -296,7 +305,7 @@ def _choices(text: str) -> list[Meaning]:
     if lettered:
         plain = f"{lettered[1]} {lettered[2]}".strip()
     match = _LABEL.fullmatch(plain)
-    if match and not re.match(r"[-+*/^=(,;]|\\(?:cup|cap|cdot|times|text\s*\{\s*(?:and|or))", match[4].strip()):
+    if match and not _NO_LABEL.match(match[4].strip()):
         letter = match[1] or match[2] or match[3]
         return [Choice(letter=letter.upper(), text=match[4].strip())] if letter.isupper() or not match[4] else []
     if _LETTERS.fullmatch(plain) and list(plain) == sorted(set(plain)):
@@ -325,6 +334,8 @@ def read_quantity(text: str) -> Quantity | None:
         unit = read_unit(suffix)
         if unit is None or (unit.powers == _DEGREES and _FUNCTION.search(value)):
             continue
+        if suffix[0] == "(" and not unit.noun.startswith("mod"):  # (A)(B)
+            continue
         has_letters = read_number(value.strip()) is None and bool(_LETTER.search(_COMMAND.sub("", value)))
         is_marked = suffix.startswith(("\\text", "\\frac", "^", "\\$", "\\p", "(")) or not suffix[0].isascii()
         if has_letters and not (is_marked and unit.is_known):
@@ -333,6 +344,8 @@ def read_quantity(text: str) -> Quantity | None:
         if unit.noun and not is_marked and len(unit.noun) < 4 and suffix.lower() not in ("am", "pm"):
             continue  # 2abc
         is_sure = is_marked or (not unit.is_letter and not _may_be_product(suffix, spaced))
+        if unit.powers == _DEGREES:
+            value = value.replace("^\\circ", "")  # 180° - 150°
         return Quantity(value=value.strip(), unit=unit, is_sure=is_sure)
     return None
 

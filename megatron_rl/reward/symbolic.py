@@ -28,18 +28,21 @@ _FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln
 # What people type where LaTeX has a command, and what the parser does not know.
 _TYPED = (
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),  # the parser takes d\cdot for a differential
+    (re.compile(r"\\bmod(?![a-zA-Z])"), r"\\mod"),
     (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(rf"(?<![a-zA-Z\\])(pi|infty|{_FUNCTION})(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
+    (re.compile(r"\\log_\s*(?:e|\{\s*e\s*\})"), r"\\ln "),
     (re.compile(r"\\exp\s*\(([^()]*)\)"), r"e^{\1}"),
-    (re.compile(r"\^\s*([-+]?\d{2,})"), r"^{\1}"),
+    (re.compile(r"\^\s*([-+]\d+|\d{2,})"), r"^{\1}"),
     (re.compile(r"\^\s*\(([^()]*)\)"), r"^{\1}"),
     (re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ\s*"), r"{\\frac{\1 \\pi}{180}}"),
     (re.compile(r"(?<![a-zA-Z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
     (re.compile(r"(?:\{\}\s*)?\^\{?(\d+)\}?\s*C_\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
     (re.compile(r"(?<![a-zA-Z\\])C\((\d+),\s*(\d+)\)"), r"\\binom{\1}{\2}"),
     # a number before a bracket is no function
-    (re.compile(r"(?<![_^\d.a-zA-Z}])(\d+)\s*\((?=[^()]*\))"), r"\1 \\cdot ("),
+    (re.compile(r"(?<![_^\d.a-zA-Z}])(\d+)\s*\((?=[^()]*\))"), r"\1 * ("),
 )
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
 _INDEXED = re.compile(r"_\s*\{[^{}]*\}")
@@ -129,6 +132,7 @@ def _same_equation(gold: str, answer: str) -> bool:
 def _parse(latex: str) -> Any:
     """A sympy object, or None when math-verify's parser makes nothing of the whole text."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify.parser import should_treat_as_complex
     from sympy import Basic, MatrixBase
 
@@ -143,7 +147,10 @@ def _parse(latex: str) -> Any:
     )
     try:
         found = latex2sympy(
-            exact, is_real=not should_treat_as_complex(exact), convert_degrees=False, normalization_config=rules
+            exact,
+            is_real=not should_treat_as_complex(exact),
+            normalization_config=rules,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except Exception:  # the parser raises Exception itself, and sympy anything at all
         return None
