@@ -135,6 +135,8 @@ class _Pair:
 
     def same_formula(self) -> bool:
         """Where each side can be a number or formula, and at least one is a formula."""
+        if "\\infty" in (self.gold.lstrip("-"), self.answer.lstrip("-")):
+            return False  # one more infinity is infinity to sympy, but no answer
         kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
         if {Expression} & kinds[0] and {Expression, Number} & kinds[1] or {Number} & kinds[0] and {Expression} & kinds[1]:
             return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))

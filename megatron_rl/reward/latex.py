@@ -68,7 +68,9 @@ _SPELLINGS = (
     (r"\\hat\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))|\\vec\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))", r" \1\2\3\4 "),
     (r"\\hat\s*\{\s*([ijk])\s*\}", r" \1 "),
     (r"\\(?:mathrm|text|textrm)\s*\{\s*([ied])\s*\}", r" \1 "),
-    (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
+    # \text{sec} and \text{min} are seconds and minutes
+    (rf"\\(?:operatorname\*?|mathrm(?!\s*\{{\s*(?:sec|min)\s*\}})|text(?!\s*\{{\s*(?:sec|min)\s*\}}))\s*"
+     rf"\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
     (r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|hbox"
      r"|ce|emph|underline)\s*\{", r"\\text{"),
     (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),

@@ -106,11 +106,14 @@ _NUMBER_WORDS = {
 }
 _PROSE = re.compile(r"[\w\s'\".,:;()/%&?!+-]*(?:[^\W\d_]{2}|[\u4e00-\u9fff])[\w\s'\".,:;()/%&?!+-]*")
 _FORMULA = re.compile(r"(?:(?:\d*\(?(?:[A-Z][a-z]?\d*)+\)?\d*)+)(?:\d*[+-])?")
+# Addresses and versions.
+_DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 _SAME_WORDS = {
     "no solutions": "no solution", "none": "no solution", "no real solution": "no solution", "\\emptyset": "no solution",
     "all reals": "all real numbers", "\\mathbb{R}": "all real numbers",
 }  # fmt: skip
-# Of a word that is no product of letters.
+# Words that are no product of letters: a product has no letter twice, as odd has.
+_REPEATED = re.compile(r"(?<![\\a-zA-Z])(?=([a-zA-Z]{2,3})(?![a-zA-Z]))[a-zA-Z]*([a-zA-Z])[a-zA-Z]*\2")
 _LONG_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sqrt|arc[a-z]{3}|sinh|cosh|tanh)(?![a-zA-Z]))[a-zA-Z]{4,}")
 # [1,2[ and ]1,2]: an open end faces away.
 _FRENCH = re.compile(r"(?=\]|.*\[$)[\[\]]([^\[\]()]*,[^\[\]()]*)[\[\]]")
@@ -212,8 +215,8 @@ def _structured(text: str) -> list[Meaning]:
         found.append(quantity)
         if quantity.is_sure:
             return found
-    is_prose = any(isinstance(meaning, Words) for meaning in found) and (_LONG_WORD.search(plain) or not text.isascii())
-    if not is_prose:
+    has_words = any(isinstance(meaning, Words) for meaning in found)
+    if not (has_words and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.search(plain) or not text.isascii())):
         found.append(Expression(text=text))
     return found
 
@@ -277,6 +280,8 @@ def _words(text: str) -> list[Words]:
     found = []
     if _FORMULA.fullmatch(formula) and re.search(r"[a-z\d+]|[A-Z]{2}", formula) and re.search(r"[A-Z]", formula):
         found.append(Words(text=formula))  # as it stands: Co is no CO
+    if _DOTTED.fullmatch(plain):
+        return [Words(text=plain)]
     if not _PROSE.fullmatch(plain):
         return found
     if re.fullmatch(r"[^\W\d_]{2}", plain) and plain.lower() not in ("no", "ok"):

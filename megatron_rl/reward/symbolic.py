@@ -44,6 +44,8 @@ _TYPED = (
     # a number before a bracket is no function
     (re.compile(r"(?<![_^\d.a-zA-Z}])(\d+)\s*\((?=[^()]*\))"), r"\1 * ("),
 )
+# Outside of an integral d is a factor like others.
+_DIFFERENTIAL = re.compile(r"(\\[a-zA-Z]+)|d(?=\s*[a-zA-Z])")
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
 _INDEXED = re.compile(r"_\s*\{[^{}]*\}")
 _CONSTANT = re.compile(r"([+] ?)c$")
@@ -138,6 +140,8 @@ def _parse(latex: str) -> Any:
 
     if _PROSE.search(latex):
         return None
+    if "\\int" not in latex:
+        latex = _DIFFERENTIAL.sub(lambda match: match[1] or "d*", latex)
     for pattern, replacement in _TYPED:
         latex = pattern.sub(replacement, latex)
     exact = _DECIMAL.sub(_as_fraction, latex)
