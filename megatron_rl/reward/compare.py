@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 from megatron_rl.reward import latex
 from megatron_rl.reward.meaning import (
@@ -29,12 +30,15 @@ from megatron_rl.reward.number import Number, read_number
 from megatron_rl.reward.region import Region, same_region
 from megatron_rl.reward.units import same_dimension
 
+Kind = TypeVar("Kind", Choice, Quantity)
+
 _MAX_DEPTH = 8
 # Stands for something unknown: a letter, \theta, \text{Area}; not \pi, \sin and \frac.
-_LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:theta|alpha|beta|gamma|delta|phi|varphi|lambda|mu|omega|text)(?![a-zA-Z])")
+_LETTER = re.compile(
+    r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:theta|alpha|beta|gamma|delta|phi|varphi|lambda|mu|omega|text)(?![a-zA-Z])"
+)
 # 2,74 for 2.74, where the gold answer leaves no doubt that it is one number.
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,(?!\d{3}$)\d+")
-_PLAIN = (Number, Words, Choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +65,34 @@ def same_answer(gold: str, answer: str, rules: Rules, depth: int = 0) -> bool:
     if not gold or not answer or depth > _MAX_DEPTH:
         return False
     pair = _Pair(gold=gold, answer=answer, rules=rules, depth=depth)
-    quantities = [_quantity(gold), _quantity(answer)]
+    choices = _first(gold, Choice), _first(answer, Choice)
+    if choices[0] and choices[1]:
+        return pair.same(*choices)  # (C) 12 is no (B) 12
+    quantities = _first(gold, Quantity), _first(answer, Quantity)
     if quantities[0] and quantities[1] and (rules.letters_are_units or quantities[0].is_sure or quantities[1].is_sure):
-        return pair.same(*quantities)
+        return pair.same(*quantities)  # 5 m is no product beside 5 cm
     return any(pair.same(one, other) for one in meanings(gold) for other in meanings(answer)) or pair.same_formula()
 
 
-def _quantity(text: str) -> Quantity | None:
-    return next((meaning for meaning in meanings(text) if isinstance(meaning, Quantity)), None)
+def _first(text: str, kind: type[Kind]) -> Kind | None:
+    return next((meaning for meaning in meanings(text) if isinstance(meaning, kind)), None)
 
 
 def same_at_once(gold: str, answer: str, rules: Rules) -> bool | None:
     """As `same_answer` for plain numbers, words and letters of choices; None where a formula has to be computed."""
+    letters = _first(gold, Choice), _first(answer, Choice)
+    if letters[0] and letters[1] and not (letters[0].text and letters[1].text):
+        return letters[0].letter == letters[1].letter
     readings = meanings(gold), meanings(answer)
-    if not all(readings) or not all(isinstance(meaning, _PLAIN) for meaning in readings[0] + readings[1]):
-        return None
-    return same_answer(gold, answer, rules)
+    if all(readings) and all(map(_is_plain, readings[0] + readings[1])):
+        return same_answer(gold, answer, rules)
+    return None
+
+
+def _is_plain(meaning: Meaning) -> bool:
+    if isinstance(meaning, Quantity):
+        return meaning.is_sure and read_number(meaning.value) is not None
+    return isinstance(meaning, (Number, Words)) or (isinstance(meaning, Choice) and not meaning.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +121,11 @@ class _Pair:
             case Quantity(), Quantity():
                 return self._same_quantity(gold, answer)
             case Quantity(), Number() | Expression():
-                return self._may_lack(gold, answer) and not gold.unit.noun.startswith("mod") and self._same_value(gold, None)
+                return (
+                    self._may_lack(gold, answer)
+                    and not gold.unit.noun.startswith("mod")
+                    and self._same_value(gold, None)
+                )
             case Number() | Expression(), Quantity():
                 return self._may_lack(answer, gold) and self._same_value(None, answer)
             case Region(), Region():
@@ -122,11 +142,12 @@ class _Pair:
             case Number(), Items(kind="list") if _DECIMAL_COMMA.fullmatch(self.answer):
                 return "." in self.gold and self.inner(self.gold, self.answer.replace(",", "."))
             case Items(), _:
-                # one value in a set, or one that several spellings of the gold answer give
+                # one value in a set, or one that is written twice
                 alike = gold.kind == "list" and not isinstance(answer, Words)
                 return (alike or _is_single(gold)) and all(self.inner(item, self.answer) for item in gold.items)
             case _, Items():
-                return _is_single(answer) and self.inner(self.gold, answer.items[0])
+                alike = answer.kind == "list" and not isinstance(gold, Words)
+                return (alike or _is_single(answer)) and all(self.inner(self.gold, item) for item in answer.items)
             case Ratio(), Ratio():
                 return self._all_same(gold.parts, answer.parts)
             case Ratio(parts=(one, other)), Number() | Expression():
@@ -138,7 +159,12 @@ class _Pair:
         if "\\infty" in (self.gold.lstrip("-"), self.answer.lstrip("-")):
             return False  # one more infinity is infinity to sympy, but no answer
         kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
-        if {Expression} & kinds[0] and {Expression, Number} & kinds[1] or {Number} & kinds[0] and {Expression} & kinds[1]:
+        if (
+            {Expression} & kinds[0]
+            and {Expression, Number} & kinds[1]
+            or {Number} & kinds[0]
+            and {Expression} & kinds[1]
+        ):
             return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))
         sets = re.compile(r"\\(?:setminus|cup|cap|mathbb|mid)(?![a-zA-Z])|[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
         return bool(sets.search(self.gold) and sets.search(self.answer)) and self.rules.formulas(self.gold, self.answer)

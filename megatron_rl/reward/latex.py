@@ -32,13 +32,11 @@ _UNICODE = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)} | {
 _RAISED, _LOWERED = ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
 _PLAIN = "0123456789+-n"
 _FROM_RAISED, _FROM_LOWERED = (str.maketrans(signs, _PLAIN) for signs in (_RAISED, _LOWERED))
-_FUNCTIONS = (
-    "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|arccot|ln|log|lg|exp|gcd|lcm|max|min|det"
-)
+_FUNCTIONS = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|arccot|ln|log|lg|exp|gcd|lcm|max|min|det"
 # Names of points, the only thing whose mark a grader does not look for: the length AB of the segment AB.
 _POINTS = r"(?:\{\s*([A-Z]{2,4})\s*\}|([A-Z]{2,4})(?![a-zA-Z]))"
 
-_PART = r"((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*?)"
+_PART = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*?)"
 _OVER = rf"\{{{_PART}\\over(?![a-zA-Z])\s*{_PART}\}}"
 
 _SPELLINGS = (
@@ -95,12 +93,13 @@ _SPELLINGS = (
     (r"\\colon(?![a-zA-Z])", ":"),
     (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
     (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\bmod "),
-    (r"\s+", " "),
 )  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
 # With exponents in braces inside, as units have them.
+# Nothing of what follows is written so.
+_PLAIN_ASCII = re.compile(r"[A-Za-z0-9.,;:+/=()\[\]\s!?'-]*", re.ASCII)
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_BOLD = re.compile(r"\s*(\*\*|__)(?!\s)(.+)\1[.。]?\s*", re.DOTALL)
+_BOLD = re.compile(r"\s*(\*\*|__)(.+)\1[.。]?\s*", re.DOTALL)
 
 
 def clean(latex: str) -> str:
@@ -108,15 +107,22 @@ def clean(latex: str) -> str:
 
     Takes linear time and never fails. Cleaning twice is the same as once for what can be read as an answer.
     """
+    if not _PLAIN_ASCII.fullmatch(latex):
+        latex = _respelled(latex)
+    latex = re.sub(r"\s+", " ", latex).strip()
+    return latex if latex.endswith("...") else latex.rstrip(".;,").strip()
+
+
+def _respelled(latex: str) -> str:
     bold = _BOLD.fullmatch(latex)
     latex = bold[2] if bold else latex
     if not latex.isascii():
         latex = re.sub(f"[{_RAISED}]+", lambda run: f"^{{{run[0].translate(_FROM_RAISED)}}}", latex)
         latex = re.sub(f"[{_LOWERED}]+", lambda run: f"_{{{run[0].translate(_FROM_LOWERED)}}}", latex)
-        latex = latex.translate(_UNICODE)
+        latex = re.sub("或者?", " or ", latex.translate(_UNICODE))
     for pattern, replacement in _RULES:
         latex = pattern.sub(replacement, latex)
-    return latex.strip().rstrip(".;,").strip() if not latex.rstrip().endswith("...") else latex.strip()
+    return latex
 
 
 def squeeze(latex: str) -> str:
@@ -125,6 +131,8 @@ def squeeze(latex: str) -> str:
     latex = re.sub(r"(\\[a-zA-Z]+) +(?![a-zA-Z])", r"\1", latex)
     latex = re.sub(r"(?<!\\[a-zA-Z])(?<![a-zA-Z]) +| +(?![a-zA-Z])", "", latex)
     return re.sub(r"([_^])\{(\w)\}", r"\1\2", latex)
+
+
 def without_text_marks(latex: str) -> str:
     return _TEXT.sub(r"\1", latex)
 

@@ -62,14 +62,14 @@ def settle(response_text: str, answer: str, rules: Rules) -> Verdict | str:
         return make_verdict("wrong", details="the box is empty")
     if len(boxed) > MAX_ANSWER_CHARACTERS:
         return make_verdict("wrong", details=f"the answer has {excess(boxed)}")
-    too_much = next(filter(None, map(excess, golds)), None)
+    cleaned, cleaned_golds = clean(boxed), [clean(gold) for gold in golds]
+    too_much = next(filter(None, map(excess, cleaned_golds)), None)
     if too_much:
         return make_verdict("error", details=f"the reference answer has {too_much}")
-    too_much = excess(boxed)
+    too_much = excess(cleaned)
     if too_much:
         return make_verdict("wrong", details=f"the answer has {too_much}")
-    cleaned = clean(boxed)
-    outcomes = [same_at_once(clean(gold), cleaned, rules) for gold in golds]
+    outcomes = [same_at_once(gold, cleaned, rules) for gold in cleaned_golds]
     if True not in outcomes and None in outcomes:
         return boxed
     return make_verdict("correct" if True in outcomes else "wrong", time.perf_counter() - started)

@@ -76,7 +76,9 @@ class Items:
 Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | Items | Region
 
 _MAX_WORDS_CHARACTERS = 400
-_AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|或者?|和"
+_AND = (
+    r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|和"
+)
 _LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
 _GROUPED = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _COLUMNS = re.compile(r"\s*&\s*")
@@ -89,8 +91,8 @@ _IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LEAD = re.compile(
     r"(?:\\text\s*\{)?\s*(?:(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
-    r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately|答案[是为]?\s*:?"
-    r"|选项?)(?![a-zA-Z])\s*(?P<brace>\})?\s*(?P<rest>\S.*)",
+    r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?|there (?:is|are)|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately|答案[是为]?\s*:?"
+    r"|选项?)(?![a-zA-Z])\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LABEL = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)\s*|([A-J])(?:[.:)](?=\s|\}|$)|$)\s*|([a-j])[.)]?$)(.*)", re.DOTALL)
@@ -105,7 +107,7 @@ _NUMBER_WORDS = {
     )
 }
 _PROSE = re.compile(r"[\w\s'\".,:;()/%&?!+-]*(?:[^\W\d_]{2}|[\u4e00-\u9fff])[\w\s'\".,:;()/%&?!+-]*")
-_FORMULA = re.compile(r"(?:(?:\d*\(?(?:[A-Z][a-z]?\d*)+\)?\d*)+)(?:\d*[+-])?")
+_FORMULA = re.compile(r"(?:[A-Z][a-z]?|[\d()])+[+-]?")
 # Addresses and versions.
 _DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 _SAME_WORDS = {
@@ -121,7 +123,9 @@ _MEMBERS = re.compile(
     r"(?:\\\{|\{(?=[^:]*\|))\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.*?)\s*\\?\}", re.DOTALL
 )
 _CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[€£¥])\s*(\d.*)", re.DOTALL)
-_UNIT_START = re.compile(r"\\text|\\frac\s*\{\s*\\text|\^\s*\\circ|\\mu|\\Omega|\\\$|\\pmod|[a-zA-ZµÅΩ$€£¥'\u4e00-\u9fff(]")
+_UNIT_START = re.compile(
+    r"\\text|\\frac\s*\{\s*\\text|\^\s*\\circ|\\mu|\\Omega|\\\$|\\pmod|[a-zA-ZµÅΩ$€£¥'\u4e00-\u9fff(]"
+)
 _VALUE_END = re.compile(r"(?:[\d})!]|\\pi|\\infty)\s*$")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -216,7 +220,10 @@ def _structured(text: str) -> list[Meaning]:
         if quantity.is_sure:
             return found
     has_words = any(isinstance(meaning, Words) for meaning in found)
-    if not (has_words and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.search(plain) or not text.isascii())):
+    if not (
+        has_words
+        and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.search(plain) or not text.isascii())
+    ):
         found.append(Expression(text=text))
     return found
 

@@ -48,7 +48,7 @@ rpm;360 degree/min;
 +Pa;1 N/m^2; +pascal
 +C;1 A s; +coulomb
 +V;1 J/C; +volt 伏
-+Ω;1 V/A; +ohm \\Omega
++Ω;1 V/A; +ohm
 +F;1 C/V; +farad
 +T;1 V s/m^2; +tesla
 +Wb;1 V s; weber
@@ -80,7 +80,7 @@ ppb;;
 hp;745699872/1000000 W; horsepower
 """
 _PREFIXES = {
-    "": 0, "n": -9, "µ": -6, "\\mu": -6, "u": -6, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12,
+    "": 0, "n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12,
     "p": -12, "f": -15,
 }  # fmt: skip
 _PREFIX_WORDS = {
@@ -109,7 +109,7 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<power>\^\s*(?P<exponent>[-+]?\d+))|(?P<over>/|\bper\b)|(?P<times>\\cdot|\*|(?<=[a-zA-Z])-)"
     r"|(?P<open>\()|(?P<close>\))|(?P<root>square|cubic|sq\b\.?|cu\b\.?)"
     r"|(?P<name>\^\\circ\s*(?:C|F|[cC]elsius|[fF]ahrenheit)?(?![a-zA-Z])|degrees?\s+[cC]elsius|degrees?\s+[fF]ahrenheit"
-    r"|\\mu\s*[a-zA-Z]+|'{1,2}|\\Omega|\\?[$¥€£]|[a-zA-ZµÅΩ]+|[\u4e00-\u9fff]+))"
+    r"|'{1,2}|\\?[$¥€£]|[a-zA-ZµÅΩ]+|[\u4e00-\u9fff]+))"
 )
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
@@ -162,7 +162,7 @@ def read_unit(text: str) -> Unit | None:
     if len(text) > _MAX_CHARACTERS:
         return None
     plain = _FRACTION.sub(r"(\1)/(\2)", without_text_marks(text)).replace("{", "").replace("}", "")
-    plain = plain.strip().strip(".").strip()
+    plain = re.sub(r"\\mu\s*|μ", "µ", plain).replace("\\Omega", "Ω").strip().strip(".").strip()
     return _known(plain) or _noun(plain)
 
 
@@ -247,7 +247,11 @@ def _look_up(name: str) -> tuple[str, Fraction, tuple[tuple[str, int], ...]] | N
     """(symbol, scale, powers of base units) of one name, with its prefix."""
     squeezed = re.sub(r"\s+", "", name)
     table = _spellings()
-    for spelled in (squeezed, re.sub(r"^\\(?=\$)", "", squeezed), re.sub(r"^degrees(?=[cf])", "degree", squeezed.lower())):
+    for spelled in (
+        squeezed,
+        re.sub(r"^\\(?=\$)", "", squeezed),
+        re.sub(r"^degrees(?=[cf])", "degree", squeezed.lower()),
+    ):
         for candidate in (spelled, *([spelled.lower()] if len(spelled) > 3 else [])):
             for singular in (candidate, *([candidate[:-1]] if len(candidate) > 3 and candidate.endswith("s") else [])):
                 if singular in table:
