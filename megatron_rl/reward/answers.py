@@ -11,7 +11,8 @@ _SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
 _CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)
 # Behind the last box: "the answer is 6", and "wait, that is wrong, it is 6".
 _REVISION = re.compile(
-    r"\banswer (?:is|should be)\b|\b(?:wait|no|actually|correction|wrong|mistake|sorry)\b.{0,80}?\b(?:it is|it's|should be)\b",
+    r"\banswer (?:is|should be)\b"
+    r"|\b(?:wait|no|actually|correction|wrong|mistake|sorry)\b.{0,80}?\b(?:it is|it's|should be)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _SAYS_ANSWER = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|answer is")
@@ -30,8 +31,8 @@ def boxed_answer(text: str) -> str | None:
     """What stands in the last box; None without one, or when the last one is never closed.
 
     Boxes before it that only a comma, "and" or "or" separates from it belong to the same answer and are joined by
-    commas: `\\boxed{1}, \\boxed{2}` answers "1,2", and equal ones are one. An earlier box that is followed by more words
-    was revised. So was the last one where "wait" or "the answer is" with another answer comes behind it.
+    commas: `\\boxed{1}, \\boxed{2}` answers "1,2", and equal ones are one. An earlier box that is followed by more
+    words was revised. So was the last one where "the answer is" or "wait, it is" with another answer comes behind it.
     """
     found = boxes(text)
     if not found:
@@ -46,7 +47,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def reference_answers(answer: str) -> list[str]:
-    """The answers that a data set accepts: each string of a JSON list, the box of a whole solution, or the text itself."""
+    """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself."""
     text = answer.strip()
     listed = []
     if text.startswith('["') and text.endswith('"]'):

@@ -46,7 +46,7 @@ class Rules:
     """How numbers and formulas are compared.
 
     numbers: (gold, answer, whether it was measured in a unit) -> are they the same? Both are plain numbers.
-    formulas: (gold, answer) -> the same of two formulas, equations or numbers in LaTeX. It may not return, see `limits`.
+    formulas: (gold, answer) -> the same of two formulas, equations or numbers in LaTeX. May not return, see `limits`.
     letters_are_units: a letter behind a number is a unit, as in science, and not a factor.
     truth: yes, true and correct are one word.
     """
@@ -67,10 +67,10 @@ def same_answer(gold: str, answer: str, rules: Rules, depth: int = 0) -> bool:
     pair = _Pair(gold=gold, answer=answer, rules=rules, depth=depth)
     choices = _first(gold, Choice), _first(answer, Choice)
     if choices[0] and choices[1]:
-        return pair.same(*choices)  # (C) 12 is no (B) 12
+        return pair.same(choices[0], choices[1])  # (C) 12 is no (B) 12
     quantities = _first(gold, Quantity), _first(answer, Quantity)
     if quantities[0] and quantities[1] and (rules.letters_are_units or quantities[0].is_sure or quantities[1].is_sure):
-        return pair.same(*quantities)  # 5 m is no product beside 5 cm
+        return pair.same(quantities[0], quantities[1])  # 5 m is no product beside 5 cm
     return any(pair.same(one, other) for one in meanings(gold) for other in meanings(answer)) or pair.same_formula()
 
 
@@ -159,11 +159,8 @@ class _Pair:
         if "\\infty" in (self.gold.lstrip("-"), self.answer.lstrip("-")):
             return False  # one more infinity is infinity to sympy, but no answer
         kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
-        if (
-            {Expression} & kinds[0]
-            and {Expression, Number} & kinds[1]
-            or {Number} & kinds[0]
-            and {Expression} & kinds[1]
+        if ({Expression} & kinds[0] and {Expression, Number} & kinds[1]) or (
+            {Number} & kinds[0] and {Expression} & kinds[1]
         ):
             return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))
         sets = re.compile(r"\\(?:setminus|cup|cap|mathbb|mid)(?![a-zA-Z])|[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")

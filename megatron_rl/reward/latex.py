@@ -2,23 +2,21 @@
 
 import re
 
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        (
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-            "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-        ).split(),
-        strict=True,
-    )
-)
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma",
+    "τ": "tau", "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta",
+    "Θ": "Theta", "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
+}  # fmt: skip
 _SIGNS = {
-    "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∈": "\\in ", "∅": "\\emptyset ",
-    "∪": "\\cup ", "∩": "\\cap ", "∞": "\\infty ", "ℝ": "\\mathbb{R}", "ℂ": "\\mathbb{C}", "ℤ": "\\mathbb{Z}", "±": "\\pm ",
-    "∓": "\\mp ", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "°": "^\\circ ", "℃": "^\\circ C",
-    "℉": "^\\circ F", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ", "µ": "\\mu ", "∶": ":", "、": ",",
-    "。": ".", "⁄": "/", "－": "-", "−": "-", "–": "-", "—": "-", "‒": "-", "‑": "-", "﹣": "-", "…": "\\dots ", "\u3000": " ",
-    "\xa0": " ", "“": '"', "”": '"', "’": "'", "′": "'", "【": "[", "】": "]", "∣": "|", "￥": "¥", "′′": '"',
+    "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∈": "\\in ",
+    "∅": "\\emptyset ", "∪": "\\cup ", "∩": "\\cap ", "∞": "\\infty ", "ℝ": "\\mathbb{R}", "ℂ": "\\mathbb{C}",
+    "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ",
+    "÷": "\\div ", "°": "^\\circ ", "℃": "^\\circ C", "℉": "^\\circ F", "∠": "\\angle ", "△": "\\triangle ",
+    "⟨": "\\langle ", "⟩": "\\rangle ", "µ": "\\mu ", "∶": ":", "、": ",", "。": ".", "⁄": "/", "−": "-",
+    "–": "-", "—": "-", "‒": "-", "‑": "-", "﹣": "-", "…": "\\dots ", "“": '"', "”": '"', "’": "'", "′": "'",
+    "【": "[", "】": "]", "∣": "|", "￥": "¥",
+    "\u3000": " ", "\xa0": " ",
 }  # fmt: skip
 _SIGNS |= {letter: f"\\{name} " for letter, name in _GREEK.items()}
 _SIGNS |= {
@@ -26,9 +24,7 @@ _SIGNS |= {
     for sign, above, below in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True)
 }
 # Full-width forms of ASCII are 0xFEE0 further on.
-_UNICODE = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)} | {
-    ord(sign): text for sign, text in _SIGNS.items() if len(sign) == 1
-}
+_UNICODE = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)} | {ord(sign): text for sign, text in _SIGNS.items()}
 _RAISED, _LOWERED = ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ")
 _PLAIN = "0123456789+-n"
 _FROM_RAISED, _FROM_LOWERED = (str.maketrans(signs, _PLAIN) for signs in (_RAISED, _LOWERED))
@@ -63,8 +59,8 @@ _SPELLINGS = (
     # a bold letter is a letter, and so are the upright constants; other upright text may be a unit
     (r"\\(?:mathbf|boldsymbol|bm|mathit|pmb)\s*\{\s*(\\?[a-zA-Z]|[-+]?[\d.,]+)\s*\}", r" \1 "),
     (r"\\(?:mathbf|boldsymbol|bm)\s+([a-zA-Z])(?![a-zA-Z])", r" \1 "),
-    (r"\\hat\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))|\\vec\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))", r" \1\2\3\4 "),
-    (r"\\hat\s*\{\s*([ijk])\s*\}", r" \1 "),
+    (r"\\hat\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))", r" \1\2 "),
+    (r"\\vec\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))", r" \1\2 "),
     (r"\\(?:mathrm|text|textrm)\s*\{\s*([ied])\s*\}", r" \1 "),
     # \text{sec} and \text{min} are seconds and minutes
     (rf"\\(?:operatorname\*?|mathrm(?!\s*\{{\s*(?:sec|min)\s*\}})|text(?!\s*\{{\s*(?:sec|min)\s*\}}))\s*"

@@ -1,9 +1,9 @@
-"""Rewards by equivalence: is the answer in the box the reference answer? For mathematics here, for science in `stem.py`.
+"""Rewards by equivalence: is the answer in the box the reference answer? In mathematics; `stem.py` has science.
 
-Structure, words and plain numbers are compared by our own rules (`compare.py`), expressions by math-verify's parser and
-their values (`symbolic.py`). Hostile answers such as `9^{9^{9^{9}}}` run for minutes or take gigabytes inside sympy, and
-math-verify's own timeouts are SIGALRM. `judge_boxed` therefore runs only in a worker that can be killed, see `pool.py`;
-the worst is turned away before by the text alone (`limits.py`).
+Structure, words and plain numbers are compared by our own rules (`compare.py`), formulas by math-verify's parser and
+their values (`symbolic.py`). Hostile answers such as `9^{9^{9^{9}}}` run for minutes or take gigabytes inside sympy,
+and math-verify's own timeouts are SIGALRM. `judge_boxed` therefore runs only in a worker that can be killed, see
+`pool.py`; the worst is turned away before by the text alone (`limits.py`).
 """
 
 import logging

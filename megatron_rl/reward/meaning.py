@@ -7,13 +7,12 @@ takes linear time, and runs on the sampler's event loop.
 
 import functools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_rl.reward import latex
 from megatron_rl.reward.number import Number, read_number
-from megatron_rl.reward.region import read_region, Region
+from megatron_rl.reward.region import Region, read_region
 from megatron_rl.reward.units import Unit, read_unit
 
 
@@ -89,10 +88,14 @@ _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
 _IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# "The answer is" and the like, in front of an answer.
 _LEAD = re.compile(
-    r"(?:\\text\s*\{)?\s*(?:(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
-    r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?|there (?:is|are)|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately|答案[是为]?\s*:?"
-    r"|选项?)(?![a-zA-Z])\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
+    r"(?:\\text\s*\{)?\s*(?:"
+    r"(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
+    r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?"
+    r"|there (?:is|are)|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately"
+    r"|答案[是为]?\s*:?|选项?)"
+    r"(?![a-zA-Z])\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LABEL = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)\s*|([A-J])(?:[.:)](?=\s|\}|$)|$)\s*|([a-j])[.)]?$)(.*)", re.DOTALL)
@@ -100,19 +103,17 @@ _LABEL = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)\s*|([A-J])(?:[.:)](?=\s|\}|$)|$)\s
 _NO_LABEL = re.compile(rf"[-+*/^=(,;]|\\(?:cup|cap|cdot|times)(?![a-zA-Z])|{_AND}")
 _LETTERS = re.compile(r"[A-J]{2,8}")
 _NUMBER_WORDS = {
-    word: number
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split()
-    )
-}
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
+}  # fmt: skip
 _PROSE = re.compile(r"[\w\s'\".,:;()/%&?!+-]*(?:[^\W\d_]{2}|[\u4e00-\u9fff])[\w\s'\".,:;()/%&?!+-]*")
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?|[\d()])+[+-]?")
 # Addresses and versions.
 _DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 _SAME_WORDS = {
-    "no solutions": "no solution", "none": "no solution", "no real solution": "no solution", "\\emptyset": "no solution",
-    "all reals": "all real numbers", "\\mathbb{R}": "all real numbers",
+    "no solutions": "no solution", "none": "no solution", "no real solution": "no solution",
+    "\\emptyset": "no solution", "all reals": "all real numbers", "\\mathbb{R}": "all real numbers",
 }  # fmt: skip
 # Words that are no product of letters: a product has no letter twice, as odd has.
 _REPEATED = re.compile(r"(?<![\\a-zA-Z])(?=([a-zA-Z]{2,3})(?![a-zA-Z]))[a-zA-Z]*([a-zA-Z])[a-zA-Z]*\2")
@@ -156,15 +157,15 @@ def bare(text: str) -> str:
     for _ in range(8):
         before = text
         text = text.strip()
-        if latex.is_one_bracket(text, "{", "}") and not _MEMBERS.fullmatch(text) or _is_one_group(text):
+        if (latex.is_one_bracket(text, "{", "}") and not _MEMBERS.fullmatch(text)) or _is_one_group(text):
             text = text[1:-1].strip()
         whole = _TEXT.fullmatch(text)
         text = whole[1].strip() if whole else text
         text = text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' else text
         lead = _LEAD.fullmatch(text) if len(text) <= _MAX_WORDS_CHARACTERS else None
-        if lead and lead["brace"] is not None and text.lstrip().startswith("\\text"):
-            text = lead["rest"]
-        elif lead and lead["brace"] is None and not text.lstrip().startswith("\\text"):
+        if (lead and lead["brace"] is not None and text.lstrip().startswith("\\text")) or (
+            lead and lead["brace"] is None and not text.lstrip().startswith("\\text")
+        ):
             text = lead["rest"]
         french = _FRENCH.fullmatch(text)
         text = ("(" if text[0] == "]" else "[") + french[1] + ("]" if text[-1] == "]" else ")") if french else text
@@ -369,7 +370,3 @@ def _may_be_product(suffix: str, spaced: bool) -> bool:
 
 def _is_closed(value: str) -> bool:
     return all(value.count(opening) == value.count(closing) for opening, closing in ("()", "[]", "{}"))
-
-
-def parts_of(items: Sequence[str]) -> list[tuple[Meaning, ...]]:
-    return [meanings(item) for item in items]

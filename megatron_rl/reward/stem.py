@@ -35,8 +35,8 @@ def choice_letter(answer: str) -> str | None:
 
 
 def close_numbers(gold: Number, answer: Number, measured: bool) -> bool:
-    """Within 5 %. A whole number counts something, unless it has a unit: it is met by what rounds to it, and by no other
-    whole number. A percentage may be worked out."""
+    """Within 5 %. A whole number counts something, unless it has a unit: it is met by what rounds to it, and by no
+    other whole number. A percentage may be worked out."""
     if equal_numbers(gold, answer):
         return True
     if gold.is_percent != answer.is_percent:

@@ -89,7 +89,7 @@ _PREFIX_WORDS = {
 }  # fmt: skip
 _CHINESE_PREFIXES = {"千": 3, "毫": -3, "厘": -2, "分": -1, "微": -6, "纳": -9, "兆": 6}
 _ALIASES = {"公里": ("m", 3), "公斤": ("g", 3)}
-_SCALES = {
+_SCALES: dict[str, int | Fraction] = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "tens": 10,
     "half": Fraction(1, 2), "halves": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4),
     "万": 10**4, "亿": 10**8,
@@ -106,8 +106,8 @@ _NO_NOUN = re.compile(
 )
 _NOUN = re.compile(r"[A-Za-z]{3,}(?:[ -]?[A-Za-z]{2,}){0,3}|[A-Za-z]{2,}|[\u4e00-\u9fff]{1,4}")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<power>\^\s*(?P<exponent>[-+]?\d+))|(?P<over>/|\bper\b)|(?P<times>\\cdot|\*|(?<=[a-zA-Z])-)"
-    r"|(?P<open>\()|(?P<close>\))|(?P<root>square|cubic|sq\b\.?|cu\b\.?)"
+    r"\s*(?:\^\s*(?P<exponent>[-+]?\d+)|(?P<over>/|\bper\b)|(?P<times>\\cdot|\*|(?<=[a-zA-Z])-)"
+    r"|(?P<bracket>[()])|(?P<root>square|cubic|sq\b\.?|cu\b\.?)"
     r"|(?P<name>\^\\circ\s*(?:C|F|[cC]elsius|[fF]ahrenheit)?(?![a-zA-Z])|degrees?\s+[cC]elsius|degrees?\s+[fF]ahrenheit"
     r"|'{1,2}|\\?[$¥€£]|[a-zA-ZµÅΩ]+|[\u4e00-\u9fff]+))"
 )
@@ -174,58 +174,48 @@ def same_dimension(one: Unit, other: Unit) -> bool:
 
 
 def _known(text: str) -> Unit | None:
-    product, depth, sign, power_next, last = _Product(), 0, 1, 1, ""
-    position, pending = 0, ""
-    factors: list[tuple[str, int]] = []
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None or match.end() == position:
-            return None if text[position:].strip() else _finished(product, factors, pending, sign, power_next)
-        position = match.end()
-        kind = match.lastgroup if match.lastgroup != "exponent" else "power"
-        if kind == "power":
-            if not pending or abs(int(match["exponent"])) > _MAX_POWER:
-                return None
-            factors.append((pending, sign * int(match["exponent"])))
-            pending, power_next, last = "", 1, "power"
-            sign = sign if depth else 1
-            continue
-        if pending:
-            factors.append((pending, sign * power_next))
-            pending, power_next = "", 1
-            sign = sign if depth else 1
-        if kind == "over":
-            sign = -1
-        elif kind == "open":
-            depth += 1
-        elif kind == "close":
-            depth, sign = depth - 1, 1
-        elif kind == "root":
-            power_next = 2 if match["root"].startswith("sq") else 3
-        elif kind == "name":
-            pending = match["name"]
-        last = kind or ""
-    if last in ("over", "times", "root") or depth:
-        return None
-    return _finished(product, factors, pending, sign, power_next)
-
-
-def _finished(
-    product: _Product, factors: list[tuple[str, int]], pending: str, sign: int, power_next: int
-) -> Unit | None:
-    factors = factors + ([(pending, sign * power_next)] if pending else [])
+    factors = _factors(text)
+    product = _Product()
     if not factors or not all(product.take(name, power) for name, power in factors):
         return None
-    alone = len(factors) == 1 and factors[0][1] == 1
-    name = factors[0][0]
-    powers = tuple(sorted((base, power) for base, power in product.powers.items() if power))
+    name, _ = factors[0]
+    powers = tuple(sorted((base, exponent) for base, exponent in product.powers.items() if exponent))
     return Unit(
         scale=product.scale,
         powers=powers if powers or not product.names else (("one", 1),),
-        offset=_OFFSETS.get(product.names[0], Fraction(0)) if alone and product.names else Fraction(0),
+        offset=_OFFSETS.get(product.names[0], Fraction(0)) if product.names and factors == [(name, 1)] else Fraction(0),
         count=product.count,
         is_letter=len(factors) == 1 and len(name) == 1 and name.isascii() and name.isalpha(),
     )
+
+
+def _factors(text: str) -> list[tuple[str, int]] | None:
+    """(name, power) of each factor in m/s^2, N\\cdot m, kg m^-3, J/(kg K) and square metres; None for anything else."""
+    factors: list[tuple[str, int]] = []
+    depth, sign, root, position, last = 0, 1, 1, 0, ""
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            return None
+        position, kind = match.end(), match.lastgroup
+        if kind == "exponent":
+            if last != "name" or abs(int(match[kind])) > _MAX_POWER:
+                return None
+            name, power = factors.pop()
+            factors.append((name, power * int(match[kind])))
+        elif kind == "over":
+            sign = -1
+        elif kind == "bracket":
+            depth += 1 if match[kind] == "(" else -1
+            sign = sign if depth else 1
+        elif kind == "root":
+            root = 2 if match[kind].startswith("sq") else 3
+        elif kind == "name":
+            factors.append((match[kind], sign * root))
+            root = 1
+            sign = sign if depth else 1
+        last = kind or ""
+    return None if depth or last in ("over", "times", "root") else factors
 
 
 def _noun(text: str) -> Unit | None:
@@ -242,7 +232,7 @@ def _noun(text: str) -> Unit | None:
     return Unit(noun=" ".join(words), count=count)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _look_up(name: str) -> tuple[str, Fraction, tuple[tuple[str, int], ...]] | None:
     """(symbol, scale, powers of base units) of one name, with its prefix."""
     squeezed = re.sub(r"\s+", "", name)
@@ -268,7 +258,7 @@ def _spellings() -> dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]]
         scale, powers = _defined(definition, table) if definition else (Fraction(1), ((symbol, 1),))
         for spelling in (f"+{symbol}" if prefixed else symbol, *others.split()):
             bare = spelling.lstrip("+")
-            is_word = len(bare) > 3 or not bare.isascii()
+            is_word = len(bare) > 3
             prefixes = {"": 0}
             if spelling.startswith("+"):
                 prefixes = _PREFIX_WORDS if is_word else _PREFIXES
@@ -279,8 +269,6 @@ def _spellings() -> dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]]
     for alias, (symbol, exponent) in _ALIASES.items():
         _, scale, powers = table[symbol]
         table[alias] = (symbol, scale * Fraction(10) ** exponent, powers)
-    for first in ("ft", "in", "atm", "min", "cd", "Pa", "pt"):  # not femtotonnes and the like
-        assert first not in table or table[first][0] != "t"
     return table
 
 
@@ -288,7 +276,8 @@ def _defined(
     definition: str, table: dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]]
 ) -> tuple[Fraction, tuple[tuple[str, int], ...]]:
     number, names = re.fullmatch(r"(\d+(?:/\d+)?(?![a-z])|1(?=/))?\s*(.*)", definition).groups()  # type: ignore[union-attr]
-    scale, powers, sign = Fraction(number or 1), {}, 1
+    scale, sign = Fraction(number or 1), 1
+    powers: dict[str, int] = {}
     for over, name, exponent in re.findall(r"(/)?\s*([a-zA-Z]+)(?:\^(\d))?", names):
         sign = -1 if over else sign
         power = sign * int(exponent or 1)
