@@ -54,6 +54,7 @@ _SPELLINGS = (
     # \frac\pi4, \frac{a}b
     (r"\\frac\s*(\\(?!sqrt|text|frac)[a-zA-Z]+|\w)", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*(\\(?!sqrt|text|frac)[a-zA-Z]+|\w)", r"\1{\2}"),
+    (r"\\[dt]?binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
     (r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*|\\color\s*\{[^{}]*\}", ""),
     # a bold letter is a letter, and so are the upright constants; other upright text may be a unit

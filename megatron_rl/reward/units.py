@@ -22,7 +22,7 @@ K;; kelvin kelvins
 cd;; candela
 rad;; radian
 degree;; deg ^\\circ 度
-bit;; 位
++bit;;
 dollar;; $ usd buck
 yuan;; ¥ rmb cny 元
 euro;; € eur
@@ -74,7 +74,7 @@ ton;1000000 g; tonne t 吨
 gallon;3785411784/1000000000000 m^3; gal
 ha;10000 m^2; hectare
 acre;40468564224/10000000 m^2;
-byte;8 bit;
++byte;8 bit;
 ppm;;
 ppb;;
 hp;745699872/1000000 W; horsepower
