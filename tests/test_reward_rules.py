@@ -102,7 +102,9 @@ PIECES = st.lists(
          "<", "\\le", "\\cup", "^", "_", "\\pm", "\\%", "\\$", "$", "\\infty", "-", "\\begin{pmatrix}",
          "\\end{pmatrix}", "&", "\\\\", "\\", "cm", " m", "\\approx", "\\in", ":", "!", "/", "e5", "\u2028", "或",
          "½",
-         "²", "°", "**", "\\over", "A", "(B)", "not ", "\\mid", "|", "answer is ", "'", '"', "√", "\\mathrm{", "million",
+         "²", "°", "**", "\\over", "A", "(B)", "not ", "\\mid", "|", "answer is ", "'", '"', "√",
+         "\\mathrm{",
+         "million",
          "CO_2", "f(x)", "，"]
     ),
     max_size=30,
@@ -178,8 +180,10 @@ def test_a_prefix_moves_the_value_and_nothing_else(number, unit, first, second):
 
 @pytest.mark.parametrize(
     "piece",
-    ["{\\over", "{a}", "{a\\over b}", "A", "Aa1", "\\text{", "x or ", "('", "{x|", "\\hat{", "**", "5 m", "a b", "x=1,",
-     "1:", "9⁹", "\\textcolor{", "^\\circ", "\\{x:", "\\approx", "The answer is ", "和", "[1,2[", "5'", "√", "(A)", "A. ",
+    ["{\\over", "{a}", "{a\\over b}", "A", "Aa1", "\\text{", "x or ", "('", "{x|", "\\hat{", "**", "5 m", "a b",
+     "x=1,",
+     "1:", "9⁹", "\\textcolor{", "^\\circ", "\\{x:", "\\approx", "The answer is ", "和", "[1,2[", "5'", "√",
+     "(A)", "A. ",
      "mod 5 "],
 )  # fmt: skip
 def test_the_callers_part_takes_little_time_for_long_answers(piece):

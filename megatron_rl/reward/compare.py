@@ -45,7 +45,7 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d+,(?!\d{3}$)\d+")
 class Rules:
     """How numbers and formulas are compared.
 
-    numbers: (gold, answer, whether it was measured in a unit) -> are they the same? Both are plain numbers.
+    numbers: (gold, answer, whether the answer was converted to the gold one's unit) -> are they the same?
     formulas: (gold, answer) -> the same of two formulas, equations or numbers in LaTeX. May not return, see `limits`.
     letters_are_units: a letter behind a number is a unit, as in science, and not a factor.
     truth: yes, true and correct are one word.
@@ -194,12 +194,12 @@ class _Pair:
             by *= answer.unit.scale / gold.unit.scale
             shift = (answer.unit.offset - gold.unit.offset) / gold.unit.scale
         numbers = read_number(values[0]), read_number(values[1])
-        measured = any(side is not None and side.unit.is_known for side in (gold, answer))
+        converted = (by, shift) != (counts[1] / counts[0], 0)
         if numbers[0] and numbers[1] and not (numbers[0].is_percent or numbers[1].is_percent):
-            if measured and by != 1 and numbers[0].value == numbers[1].value != 0:
+            if converted and numbers[0].value == numbers[1].value != 0:
                 return False  # 5 bar for 5 atm: near, but not converted
             moved = numbers[1] if (by, shift) == (1, 0) else Number(value=numbers[1].value * by + shift)
-            return self.rules.numbers(numbers[0], moved, measured)
+            return self.rules.numbers(numbers[0], moved, converted)
         if shift:
             return False
         factor = f"\\frac{{{by.numerator}}}{{{by.denominator}}}"

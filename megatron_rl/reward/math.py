@@ -26,7 +26,7 @@ _WARM_UP_PAIRS = (
 )
 
 
-def same_numbers(gold: Number, answer: Number, measured: bool) -> bool:
+def same_numbers(gold: Number, answer: Number, converted: bool = False) -> bool:
     """Equal, or one is a fraction and the other a decimal that it rounds to: any response's twelve digits do."""
     if equal_numbers(gold, answer):
         return True

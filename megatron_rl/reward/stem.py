@@ -34,19 +34,19 @@ def choice_letter(answer: str) -> str | None:
     return next((meaning.letter for meaning in meanings(clean(answer)) if isinstance(meaning, Choice)), None)
 
 
-def close_numbers(gold: Number, answer: Number, measured: bool) -> bool:
-    """Within 5 %. A whole number counts something, unless it has a unit: it is met by what rounds to it, and by no
-    other whole number. A percentage may be worked out."""
+def close_numbers(gold: Number, answer: Number, converted: bool) -> bool:
+    """Within 5 %. A whole number counts something, unless units were converted: it is met by what rounds to it, and by
+    no other whole number. A percentage may be worked out."""
     if equal_numbers(gold, answer):
         return True
     if gold.is_percent != answer.is_percent:
         by = Fraction(1, 100) if answer.is_percent else Fraction(100)
         moved = Number(value=answer.value * by, is_percent=gold.is_percent)
-        return close_numbers(gold, moved, measured) or close_numbers(
-            gold, Number(value=answer.value, is_percent=gold.is_percent, places=answer.places), measured
+        return close_numbers(gold, moved, converted) or close_numbers(
+            gold, Number(value=answer.value, is_percent=gold.is_percent, places=answer.places), converted
         )
     apart = abs(gold.value - answer.value)
-    if gold.places == 0 and not measured and (answer.places == 0 or apart >= Fraction(1, 2)):
+    if gold.places == 0 and not converted and (answer.places == 0 or apart >= Fraction(1, 2)):
         return False
     return apart <= RELATIVE_TOLERANCE * abs(gold.value) or (gold.value == 0 and apart < Fraction(1, 10**9))
 
