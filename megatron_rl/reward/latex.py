@@ -79,7 +79,7 @@ _SPELLINGS = (
     (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\[lr]?vert(?![a-zA-Z])", "|"),
-    (r"\\(?:overline|overrightarrow|widehat|angle|triangle|vec)\s*" + _POINTS, r"\1\2"),
+    (r"\\(?:overline|widehat|angle|triangle)\s*" + _POINTS, r"\1\2"),
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degrees?(?![a-zA-Z])", r"^\\circ "),
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\\[a-zA-Z]+)", r"\\sqrt{\1}"),
     (r"([√∛])\s*\(([^()]*)\)", r"\1{\2}"),

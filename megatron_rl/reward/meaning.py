@@ -75,9 +75,7 @@ class Items:
 Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | Items | Region
 
 _MAX_WORDS_CHARACTERS = 400
-_AND = (
-    r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|和"
-)
+_AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])|和"
 _LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
 _GROUPED = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _COLUMNS = re.compile(r"\s*&\s*")
@@ -115,8 +113,8 @@ _SAME_WORDS = {
     "no solutions": "no solution", "none": "no solution", "no real solution": "no solution",
     "\\emptyset": "no solution", "all reals": "all real numbers", "\\mathbb{R}": "all real numbers",
 }  # fmt: skip
-# Words that are no product of letters: a product has no letter twice, as odd has.
-_REPEATED = re.compile(r"(?<![\\a-zA-Z])(?=([a-zA-Z]{2,3})(?![a-zA-Z]))[a-zA-Z]*([a-zA-Z])[a-zA-Z]*\2")
+# Words that are no product of letters: a product that stands alone has no letter twice, as odd has.
+_REPEATED = re.compile(r"(?=.*([a-zA-Z]).*\1)[a-zA-Z]{2,3}")
 _LONG_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sqrt|arc[a-z]{3}|sinh|cosh|tanh)(?![a-zA-Z]))[a-zA-Z]{4,}")
 # [1,2[ and ]1,2]: an open end faces away.
 _FRENCH = re.compile(r"(?=\]|.*\[$)[\[\]]([^\[\]()]*,[^\[\]()]*)[\[\]]")
@@ -223,7 +221,7 @@ def _structured(text: str) -> list[Meaning]:
     has_words = any(isinstance(meaning, Words) for meaning in found)
     if not (
         has_words
-        and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.search(plain) or not text.isascii())
+        and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.fullmatch(plain) or not text.isascii())
     ):
         found.append(Expression(text=text))
     return found

@@ -25,9 +25,14 @@ MAX_EXPRESSION_CHARACTERS = 500
 # Digits from which a decimal counts as rounded; fewer may be exact, and those of a response a guess.
 ROUNDED_GOLD_DIGITS, ROUNDED_ANSWER_DIGITS = 4, 12
 _FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
+# What these stand for, the parser leaves out.
+_DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 # What people type where LaTeX has a command, and what the parser does not know.
 _TYPED = (
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"([a-zA-Z])'"), r"\1_{p}"),  # x' is no x
+    (re.compile(r"(?<=_\{)(p+)\}'"), r"\1p}"),
+    (re.compile(r"\^\s*(?:\{\s*T\s*\}|T)"), "^{(T)}"),  # only matrices are transposed, and those are compared before
     (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),  # the parser takes d\cdot for a differential
     (re.compile(r"\\bmod(?![a-zA-Z])"), r"\\mod"),
     (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -138,7 +143,7 @@ def _parse(latex: str) -> Any:
     from math_verify.parser import should_treat_as_complex
     from sympy import Basic, MatrixBase
 
-    if _PROSE.search(latex):
+    if _PROSE.search(latex) or _DOTS.search(latex):
         return None
     if "\\int" not in latex:
         latex = _DIFFERENTIAL.sub(lambda match: match[1] or "d*", latex)
