@@ -293,6 +293,20 @@ def test_labelled_pairs_are_judged_as_their_labels_say(pool):
     assert shares["model-output-mcq"] >= 0.98
 
 
+def test_labelled_answers_are_judged_as_their_labels_say():
+    """In-sample: the rules were made beside these rows. Some labels contradict each other, so not all can agree."""
+    rows = rows_of("answers2_dev.jsonl")
+    wrong = []
+    for kind in ("math", "stem"):
+        of_kind = [row for row in rows if row["reward"] == kind]
+        with RewardPool(kind, workers=1, timeout_seconds=20.0) as pool:
+            texts = [row["pred"] if "\\boxed" in row["pred"] else boxed(row["pred"]) for row in of_kind]
+            verdicts = pool.score(zip(texts, (row["gold"] for row in of_kind), strict=True))
+        wrong += [row for row, v in zip(of_kind, verdicts, strict=True) if bool(v.score) != row["expected"]]
+    assert [row for row in wrong if row.get("definite")] == []
+    assert 1 - len(wrong) / len(rows) >= 0.98
+
+
 COEFFICIENTS = st.integers(-9, 9).filter(bool)
 
 

@@ -30,7 +30,7 @@ from megatron_rl.reward.number import Number, read_number
 from megatron_rl.reward.region import Region, same_region
 from megatron_rl.reward.units import same_dimension
 
-Kind = TypeVar("Kind", Choice, Quantity)
+Kind = TypeVar("Kind", Choice, Quantity, Number)
 
 _MAX_DEPTH = 8
 # Stands for something unknown: a letter, \theta, \text{Area}; not \pi, \sin and \frac.
@@ -86,6 +86,9 @@ def same_at_once(gold: str, answer: str, rules: Rules) -> bool | None:
     readings = meanings(gold), meanings(answer)
     if all(readings) and all(map(_is_plain, readings[0] + readings[1])):
         return same_answer(gold, answer, rules)
+    numbers = _first(gold, Number), _first(answer, Number)
+    if numbers[0] and numbers[1] and min(map(len, readings)) == 1:  # 1,234 could be a list, 1234 could not
+        return rules.numbers(numbers[0], numbers[1], False)
     return None
 
 
