@@ -227,6 +227,12 @@ def test_boxes_in_one_list_are_one_answer_and_a_revised_box_is_none():
     assert boxed_answer("\\boxed{4}. So \\boxed{1}, \\boxed{2} or \\boxed{3}") == "1,2,3"
     assert boxed_answer("\\boxed{4}\n\n\\boxed{4}") == "4"
     assert boxed_answer("\\boxed{1}, \\boxed{2") is None
+    assert boxed_answer("\\boxed{3}, \\boxed{3}") == "3"
+    assert boxed_answer("\\boxed{5}. Wait, that is wrong. It is 6.") == "6"
+    assert boxed_answer("\\boxed{5}. The answer is $x = 6$, as 2 + 4 shows.") == "x = 6"
+    assert boxed_answer("\\boxed{5}. The answer is 5, because 2 + 3 = 5.") == "5"
+    assert boxed_answer("\\boxed{5}. Wait, let me check with n = 3. It works.") == "5"
+    assert boxed_answer("\\boxed{C}. The answer is (C).") == "C"
 
 
 def test_an_answer_without_a_box_is_found_where_it_is_said():

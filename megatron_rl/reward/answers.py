@@ -68,8 +68,11 @@ def _revised(behind: str, boxed: str) -> str | None:
     *_, last = [None, *_REVISION.finditer(behind)]
     if last is None:
         return None
-    stated = _last_of(_END_OF_SENTENCE.split(behind[last.end() :].strip(), maxsplit=1)[0])
-    return None if stated is None or re.search(rf"(?<![\w.]){re.escape(stated)}(?![\w.])", boxed) else stated
+    candidates = _candidates(_END_OF_SENTENCE.split(behind[last.end() :].strip(), maxsplit=1)[0])
+    stated = min(candidates)[1] if candidates else None
+    if stated is None or re.search(rf"(?<![\w.]){re.escape(stated.strip('()'))}(?![\w.])", boxed):
+        return None
+    return stated
 
 
 def stated_answer(text: str) -> str:
@@ -110,11 +113,15 @@ def _is_bare(text: str) -> bool:
 
 def _last_of(text: str) -> str | None:
     """Whatever ends last, a formula or a number outside of one; without either, a letter."""
+    found = _candidates(text)
+    return max(found)[1] if found else None
+
+
+def _candidates(text: str) -> list[tuple[int, str]]:
+    """(where it ends, text) of formulas and of numbers outside of them; without either, of letters."""
     formulas = [(match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
     numbers = [(match.end(), match.group().rstrip(",")) for match in _NUMBER.finditer(_MATH.sub(_blank, text))]
-    choices = [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
-    found = formulas + numbers or choices
-    return max(found)[1] if found else None
+    return formulas + numbers or [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
 
 
 def _blank(match: re.Match[str]) -> str:

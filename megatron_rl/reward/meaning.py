@@ -340,7 +340,9 @@ def read_quantity(text: str) -> Quantity | None:
             return Quantity(value=priced[1] + (rest.value if rest else priced[3]), unit=unit, is_sure=True)
     for match in _UNIT_START.finditer(text, max(0, len(text) - _MAX_UNIT_CHARACTERS)):
         value, suffix = text[: match.start()], text[match.start() :]
-        if not _VALUE_END.search(value) or not _is_closed(value):
+        is_marked = suffix.startswith(("\\text", "\\frac", "^", "\\$", "\\p", "(")) or not suffix[0].isascii()
+        ends = _VALUE_END.search(value) or (suffix.startswith("\\text") and re.search(r"[a-zA-Z]\s*$", value))
+        if not ends or not _is_closed(value):
             continue
         unit = read_unit(suffix)
         if unit is None or (unit.powers == _DEGREES and _FUNCTION.search(value)):
@@ -348,7 +350,6 @@ def read_quantity(text: str) -> Quantity | None:
         if suffix[0] == "(" and not unit.noun.startswith("mod"):  # (A)(B)
             continue
         has_letters = read_number(value.strip()) is None and bool(_LETTER.search(_COMMAND.sub("", value)))
-        is_marked = suffix.startswith(("\\text", "\\frac", "^", "\\$", "\\p", "(")) or not suffix[0].isascii()
         if has_letters and not (is_marked and unit.is_known):
             return None
         spaced = value != value.rstrip()
