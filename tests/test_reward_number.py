@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.reward.latex import clean
-from megatron_rl.reward.number import equal_numbers, read_number, significant_digits
+from megatron_rl.reward.number import equal_numbers, is_rounded, read_number
 
 
 def value_of(text: str) -> Fraction | None:
@@ -30,7 +30,14 @@ def value_of(text: str) -> Fraction | None:
         ("12,\\!000,\\! 023", 12000023),
         ("1\\,000", 1000),
         ("1 000", 1000),
-        ("\\$1,000.99", "100099/100"),
+        ("1,000.99", "100099/100"),
+        ("1.234.567", 1234567),
+        ("1_000", 1000),
+        ("５０％", 50),
+        ("–3", -3),
+        ("½", "1/2"),
+        ("2½", "5/2"),
+        ("50 per cent", 50),
         ("1/3", "1/3"),
         ("\\dfrac{-1}{3}", "-1/3"),
         ("-\\frac 43", "-4/3"),
@@ -51,7 +58,6 @@ def value_of(text: str) -> Fraction | None:
         ("0.\\dot{9}", 1),
         ("50\\%", 50),
         ("28 percent", 28),
-        ("90^\\circ", 90),
     ],
 )
 def test_a_number_is_read_in_every_dress(text, value):
@@ -61,7 +67,7 @@ def test_a_number_is_read_in_every_dress(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", "x", "2+3", "1/0", "--2", "1,23", "12,34,567", "32, 349", "2\\cdot 3", "10^{10^{10}}", "1e999999999", "3!",
-     "2\\frac{5}{3}", "1.2.3", "0.33", "\\sqrt{4}", "(1,2)", "AZYUK2A"],
+     "2\\frac{5}{3}", "1.2.3", "0.33", "\\sqrt{4}", "(1,2)", "AZYUK2A", "(12,100)", "0,100", "90^\\circ", "\\$5"],
 )  # fmt: skip
 def test_anything_else_is_no_number_or_not_another_one(text):
     assert value_of(text) == (Fraction(33, 100) if text == "0.33" else None)
@@ -107,4 +113,17 @@ def test_a_percent_sign_may_be_left_out_or_worked_out(gold, answer, equal):
 
 
 def test_significant_digits_start_at_the_first_that_is_not_zero():
-    assert [significant_digits(text) for text in ("0.9659", "0.0043", "12.50", "12", "x")] == [4, 2, 4, 0, 0]
+    numbers = [read_number(text) for text in ("0.9659", "0.0043", "12.50", "12", "1.50 \\times 10^{3}", "1/2")]
+    assert [number.digits for number in numbers if number] == [4, 2, 4, 0, 3, 0]
+    assert [number.places for number in numbers if number] == [4, 4, 2, 0, -1, None]
+
+
+@given(st.integers(1, 10**6), st.integers(2, 10**4), st.integers(4, 14))
+def test_a_decimal_is_a_fraction_rounded_or_cut_off_and_not_its_neighbour(above, below, places):
+    exact = Fraction(above, below)
+    for whole in (exact * 10**places // 1, -(-exact * 10**places // 1)):
+        text = f"{whole // 10**places}.{whole % 10**places:0{places}d}"
+        number = read_number(text)
+        assert number is not None
+        assert is_rounded(number, exact, 4) is (number.digits >= 4)
+        assert not is_rounded(number, exact + exact / 10**10 + Fraction(2, 10**places), 4)

@@ -21,7 +21,7 @@ CASES = [
     ("0.0", "0.001", False),
     ("3", "4", False),
     ("59", "58", False),  # a count: 1.7 % are not close
-    ("1960", "1955", True),
+    ("1960", "1955", False),
     ("-21", "21", False),
     ("680", "680 \\text{ m}", True),
     ("680\\text{ m}", "0.68 \\text{ km}", True),

@@ -44,4 +44,5 @@ def vote(answer: str, judged_as: str) -> Hashable:
     if judged_as == "exact" or len(answer) > MAX_ANSWER_CHARACTERS:
         return answer.strip()
     cleaned = clean(answer)
-    return read_number(cleaned) or squeeze(cleaned)
+    number = read_number(cleaned)
+    return (number.value, number.is_percent) if number else squeeze(cleaned)

@@ -2,12 +2,20 @@
 
 import re
 
-from megatron_rl.reward.boxed import last_boxes
+from megatron_rl.parsing import parse_json
+from megatron_rl.reward.boxed import boxes
 
 # What may stand between two boxes that give one list: `\boxed{1}$ and $\boxed{2}`. Anything longer is a new answer.
 _SEPARATOR = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\\\]|\\\[|\\\(|\\\)|\b(?:and|or)\b)*")
 _SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
 _CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)
+# Behind the last box: "the answer is 6", and "wait, that is wrong, it is 6".
+_REVISION = re.compile(
+    r"\banswer (?:is|should be)\b"
+    r"|\b(?:wait|no|actually|correction|wrong|mistake|sorry)\b.{0,80}?\b(?:it is|it's|should be)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_SAYS_ANSWER = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|answer is")
 _END_OF_SENTENCE = re.compile(r"\.(?:\s|$)|\n|<\|")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 # Standing alone: neither a part of a word, as in AZYUK2A, nor of a longer number. A unit may follow.
@@ -20,13 +28,51 @@ _MAX_TAIL_CHARACTERS = 20_000
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the last `\\boxed{...}`; None without one, or when the last one is never closed.
+    """What stands in the last box; None without one, or when the last one is never closed.
 
     Boxes before it that only a comma, "and" or "or" separates from it belong to the same answer and are joined by
-    commas: `\\boxed{1}, \\boxed{2}` answers "1,2". An earlier box that is followed by more words was revised.
+    commas: `\\boxed{1}, \\boxed{2}` answers "1,2", and equal ones are one. An earlier box that is followed by more
+    words was revised. So was the last one where "the answer is" or "wait, it is" with another answer comes behind it.
     """
-    found = last_boxes(text, lambda between: bool(_SEPARATOR.fullmatch(between) and _SAYS_MORE.search(between)))
-    return ",".join(found) if found else None
+    found = boxes(text)
+    if not found:
+        return None
+    revised = _revised(text[found[-1].end :][-_MAX_TAIL_CHARACTERS:], found[-1].content)
+    if revised:
+        return revised
+    first = len(found) - 1
+    while first and _belongs(text[found[first - 1].end : found[first].start]):
+        first -= 1
+    return ",".join(dict.fromkeys(box.content.strip() for box in found[first:]))
+
+
+def reference_answers(answer: str) -> list[str]:
+    """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself."""
+    text = answer.strip()
+    listed = []
+    if text.startswith('["') and text.endswith('"]'):
+        try:
+            listed = parse_json(text)
+        except ValueError:
+            listed = []
+    texts = [item for item in listed if isinstance(item, str)] or [text]
+    return [(stated_answer(one) if _SAYS_ANSWER.search(one) else one).strip() for one in texts]
+
+
+def _belongs(between: str) -> bool:
+    return bool(_SEPARATOR.fullmatch(between) and _SAYS_MORE.search(between))
+
+
+def _revised(behind: str, boxed: str) -> str | None:
+    """The answer that is stated behind a box and is none of what stands in it."""
+    *_, last = [None, *_REVISION.finditer(behind)]
+    if last is None:
+        return None
+    candidates = _candidates(_END_OF_SENTENCE.split(behind[last.end() :].strip(), maxsplit=1)[0])
+    stated = min(candidates)[1] if candidates else None
+    if stated is None or re.search(rf"(?<![\w.]){re.escape(stated.strip('()'))}(?![\w.])", boxed):
+        return None
+    return stated
 
 
 def stated_answer(text: str) -> str:
@@ -67,11 +113,15 @@ def _is_bare(text: str) -> bool:
 
 def _last_of(text: str) -> str | None:
     """Whatever ends last, a formula or a number outside of one; without either, a letter."""
+    found = _candidates(text)
+    return max(found)[1] if found else None
+
+
+def _candidates(text: str) -> list[tuple[int, str]]:
+    """(where it ends, text) of formulas and of numbers outside of them; without either, of letters."""
     formulas = [(match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
     numbers = [(match.end(), match.group().rstrip(",")) for match in _NUMBER.finditer(_MATH.sub(_blank, text))]
-    choices = [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
-    found = formulas + numbers or choices
-    return max(found)[1] if found else None
+    return formulas + numbers or [(match.end(), match.group()) for match in _CHOICE.finditer(text)]
 
 
 def _blank(match: re.Match[str]) -> str:

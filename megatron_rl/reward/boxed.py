@@ -1,38 +1,45 @@
-"""The boxes of a response: `\\boxed{...}`."""
+"""The boxes of a response: `\\boxed{...}` or `\\fbox{...}`, or `\\boxed 5` without braces."""
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 
-_OPENING = re.compile(r"\\boxed\s*\{")
+_OPENING = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:(\{)|([-+]?\d+(?:[.,/]\d+)*|[A-Za-z](?![A-Za-z])))")
 
 
-def last_boxed(text: str) -> str | None:
-    """What stands inside the last `\\boxed{...}` of `text`, or None without one or when it is never closed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """content: what stands in it. start, end: of the whole command in the text."""
+
+    content: str
+    start: int
+    end: int
+
+
+def boxes(text: str) -> list[Box]:
+    """The boxes of `text` in their order, the inner one of two that are nested. Empty when the last one is not closed.
 
     Braces are balanced and `\\{`, `\\}` do not count. An unclosed last box is a response that was cut off, so an
     earlier box is not taken for it. Linear in the length of `text`.
     """
-    start = None
-    for match in _OPENING.finditer(text):
-        start = match.end()
-    end = None if start is None else _closing(text, start, len(text))
-    return None if end is None else text[start:end]
-
-
-def last_boxes(text: str, belongs: Callable[[str], bool]) -> list[str]:
-    """The last box and those before it, in their order, as long as `belongs` says of the text between one box and the
-    next that they are one answer. Empty where `last_boxed` is None. Linear in the length of `text`."""
     openings = list(_OPENING.finditer(text))
-    last = last_boxed(text)
-    if last is None:
-        return []
-    found = [last]
-    for opening, following in zip(openings[-2::-1], openings[:0:-1], strict=True):
-        end = _closing(text, opening.end(), following.start())
-        if end is None or not belongs(text[end + 1 : following.start()]):
-            break
-        found.insert(0, text[opening.end() : end])
+    limits = [*(opening.start() for opening in openings), len(text)][1:]
+    found = []
+    for opening, limit in zip(openings, limits, strict=True):
+        if opening[1] is None:
+            found.append(Box(content=opening[2], start=opening.start(), end=opening.end()))
+            continue
+        end = _closing(text, opening.end(), limit)
+        if end is not None:
+            found.append(Box(content=text[opening.end() : end], start=opening.start(), end=end + 1))
+        elif limit == len(text):
+            return []
     return found
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last box, or None without one or when it is never closed."""
+    found = boxes(text)
+    return found[-1].content if found else None
 
 
 def _closing(text: str, position: int, limit: int) -> int | None:

@@ -1,288 +1,317 @@
-"""Do two answers say the same? Their structure is compared here, single expressions by what the caller brings.
+"""Do two answers say the same? By what each of them can mean (`meaning.py`), pair of types by pair of types.
 
-The rules are those of somebody who grades: the order of a set or list does not matter, that of a tuple does; the name
-and the unit may be left out, but not be wrong; an approximation behind an exact value is not looked at.
+The rules are those of somebody who grades, docs/rewards.md lists them. Numbers and formulas are compared by what the
+caller brings, so that mathematics and science differ in that alone.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
 
 from megatron_rl.reward import latex
-from megatron_rl.reward.number import equal_numbers, read_number
-from megatron_rl.reward.region import read_region, same_region
-from megatron_rl.reward.units import same_unit, split_unit
+from megatron_rl.reward.meaning import (
+    EQUALS,
+    Choice,
+    Equation,
+    Expression,
+    Items,
+    Meaning,
+    Quantity,
+    Ratio,
+    Words,
+    bare,
+    is_name,
+    meanings,
+    read_quantity,
+)
+from megatron_rl.reward.number import Number, read_number
+from megatron_rl.reward.region import Region, same_region
+from megatron_rl.reward.units import same_dimension
 
-# (gold, answer) -> are these two expressions, without structure of their own, equal?
-Leaf = Callable[[str, str], bool]
+Kind = TypeVar("Kind", Choice, Quantity, Number)
 
-_AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])"
-_LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
-_COLUMNS = re.compile(r"\s*&\s*")
-_ROWS = re.compile(r"\s*\\\\\s*")
-_EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
-_RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])")
-_APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])|≈")
-_RATIO = re.compile(r"\s*:\s*")
-_MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
-_IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
-_LABEL = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?:[.:)](?=\s|$)|$))\s*(.*)", re.DOTALL)
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*")
-_MAX_DEPTH = 6
+_MAX_DEPTH = 8
+# Stands for something unknown: a letter, \theta, \text{Area}; not \pi, \sin and \frac.
+_LETTER = re.compile(
+    r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:theta|alpha|beta|gamma|delta|phi|varphi|lambda|mu|omega|text)(?![a-zA-Z])"
+)
+# 2,74 for 2.74, where the gold answer leaves no doubt that it is one number.
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,(?!\d{3}$)\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """kind: "set" and "list" have no order, "tuple", "row" (one row or column of a matrix) and "matrix" have one.
+class Rules:
+    """How numbers and formulas are compared.
 
-    brackets: those of a tuple, which tell open ends from closed ones where it is an interval.
+    numbers: (gold, answer, whether the answer was converted to the gold one's unit) -> are they the same?
+    formulas: (gold, answer) -> the same of two formulas, equations or numbers in LaTeX. May not return, see `limits`.
+    letters_are_units: a letter behind a number is a unit, as in science, and not a factor.
+    truth: yes, true and correct are one word.
     """
 
-    kind: str
-    items: tuple[str, ...]
-    brackets: str = ""
+    numbers: Callable[[Number, Number, bool], bool]
+    formulas: Callable[[str, str], bool]
+    letters_are_units: bool = False
+    truth: bool = False
 
 
-def same_answer(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> bool:
-    """Both cleaned by `latex.clean`. `leaf` is asked for expressions; it may not return, see `limits`."""
-    gold, answer = (_without_braces(side) for side in (gold, answer))
+def same_answer(gold: str, answer: str, rules: Rules, depth: int = 0) -> bool:
+    """Both cleaned by `latex.clean`. Not symmetric: what is missing in the answer may be said only in the gold one."""
+    gold, answer = bare(gold), bare(answer)
     if latex.squeeze(gold) == latex.squeeze(answer):
         return bool(answer)
     if not gold or not answer or depth > _MAX_DEPTH:
         return False
-    said = _same_words(gold, answer)
-    if said is not None:
-        return said
-    plain_gold, plain_answer = _unnamed(gold, answer)
-    if (plain_gold, plain_answer) != (gold, answer):
-        return same_answer(plain_gold, plain_answer, leaf, depth + 1)
-    if not same_unit(gold, answer):
+    pair = _Pair(gold=gold, answer=answer, rules=rules, depth=depth)
+    choices = _first(gold, Choice), _first(answer, Choice)
+    if choices[0] and choices[1]:
+        return pair.same(choices[0], choices[1])  # (C) 12 is no (B) 12
+    quantities = _first(gold, Quantity), _first(answer, Quantity)
+    if quantities[0] and quantities[1] and (rules.letters_are_units or quantities[0].is_sure or quantities[1].is_sure):
+        return pair.same(quantities[0], quantities[1])  # 5 m is no product beside 5 cm
+    return any(pair.same(one, other) for one in meanings(gold) for other in meanings(answer)) or pair.same_formula()
+
+
+def _first(text: str, kind: type[Kind]) -> Kind | None:
+    return next((meaning for meaning in meanings(text) if isinstance(meaning, kind)), None)
+
+
+def same_at_once(gold: str, answer: str, rules: Rules) -> bool | None:
+    """As `same_answer` for plain numbers, words and letters of choices; None where a formula has to be computed."""
+    letters = _first(gold, Choice), _first(answer, Choice)
+    if letters[0] and letters[1] and not (letters[0].text and letters[1].text):
+        return letters[0].letter == letters[1].letter
+    readings = meanings(gold), meanings(answer)
+    if all(readings) and all(map(_is_plain, readings[0] + readings[1])):
+        return same_answer(gold, answer, rules)
+    numbers = _first(gold, Number), _first(answer, Number)
+    if numbers[0] and numbers[1] and min(map(len, readings)) == 1:  # 1,234 could be a list, 1234 could not
+        return rules.numbers(numbers[0], numbers[1], False)
+    return None
+
+
+def _is_plain(meaning: Meaning) -> bool:
+    if isinstance(meaning, Quantity):
+        return meaning.is_sure and read_number(meaning.value) is not None
+    return isinstance(meaning, (Number, Words)) or (isinstance(meaning, Choice) and not meaning.text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    gold: str
+    answer: str
+    rules: Rules
+    depth: int
+
+    def inner(self, gold: str, answer: str) -> bool:
+        return same_answer(gold, answer, self.rules, self.depth + 1)
+
+    def same(self, gold: Meaning, answer: Meaning) -> bool:
+        match gold, answer:
+            case Number(), Number():
+                return self.rules.numbers(gold, answer, False)
+            case Words(), Words():
+                return self._same_words(gold, answer)
+            case Choice(), Choice():
+                both_say_more = bool(gold.text and answer.text)
+                return gold.letter == answer.letter and (not both_say_more or self.inner(gold.text, answer.text))
+            case Choice(), _:
+                return bool(gold.text) and self.inner(gold.text, self.answer)
+            case _, Choice():
+                return bool(answer.text) and self.inner(self.gold, answer.text)
+            case Quantity(), Quantity():
+                return self._same_quantity(gold, answer)
+            case Quantity(), Number() | Expression():
+                return (
+                    self._may_lack(gold, answer)
+                    and not gold.unit.noun.startswith("mod")
+                    and self._same_value(gold, None)
+                )
+            case Number() | Expression(), Quantity():
+                return self._may_lack(answer, gold) and self._same_value(None, answer)
+            case Region(), Region():
+                return same_region(gold, answer, self.inner)
+            case Equation(), Equation():
+                return self._same_equation(gold, answer)
+            case Equation(), _:
+                said = _named(gold) or (None if any(map(_has_letters, gold.sides)) else ("", gold.sides[-1]))
+                return said is not None and self.inner(said[1], self.answer)
+            case _, Equation():
+                return self._ends_in(answer)
+            case Items(), Items():
+                return self._same_items(gold, answer)
+            case Number(), Items(kind="list") if _DECIMAL_COMMA.fullmatch(self.answer):
+                return "." in self.gold and self.inner(self.gold, self.answer.replace(",", "."))
+            case Items(), _:
+                # one value in a set, or one that is written twice
+                alike = gold.kind == "list" and not isinstance(answer, Words)
+                return (alike or _is_single(gold)) and all(self.inner(item, self.answer) for item in gold.items)
+            case _, Items():
+                alike = answer.kind == "list" and not isinstance(gold, Words)
+                return (alike or _is_single(answer)) and all(self.inner(self.gold, item) for item in answer.items)
+            case Ratio(), Ratio():
+                return self._all_same(gold.parts, answer.parts)
+            case Ratio(parts=(one, other)), Number() | Expression():
+                return self.inner(f"\\frac{{{one}}}{{{other}}}", self.answer)
         return False
-    gold, answer = split_unit(gold)[0], split_unit(answer)[0]
-    return _same_structure(gold, answer, leaf, depth)
+
+    def same_formula(self) -> bool:
+        """Where each side can be a number or formula, and at least one is a formula."""
+        if "\\infty" in (self.gold.lstrip("-"), self.answer.lstrip("-")):
+            return False  # one more infinity is infinity to sympy, but no answer
+        kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
+        if ({Expression} & kinds[0] and {Expression, Number} & kinds[1]) or (
+            {Number} & kinds[0] and {Expression} & kinds[1]
+        ):
+            return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))
+        sets = re.compile(r"\\(?:setminus|cup|cap|mathbb|mid)(?![a-zA-Z])|[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
+        return bool(sets.search(self.gold) and sets.search(self.answer)) and self.rules.formulas(self.gold, self.answer)
+
+    def _same_words(self, gold: Words, answer: Words) -> bool:
+        names = (gold.text, *gold.also)
+        if self.rules.truth and _TRUTH.get(gold.text) is not None:
+            return _TRUTH[gold.text] is _TRUTH.get(answer.text)
+        return answer.text in names
+
+    def _may_lack(self, quantity: Quantity, other: Number | Expression) -> bool:
+        """May the other side leave the unit out?"""
+        if isinstance(other, Number) and other.is_percent:
+            return False
+        return quantity.is_sure or self.rules.letters_are_units
+
+    def _same_quantity(self, gold: Quantity, answer: Quantity) -> bool:
+        if not same_dimension(gold.unit, answer.unit) and _counts(gold) and _counts(answer):
+            return False
+        if gold.unit.noun.startswith("base") and answer.unit.noun.startswith("base") and gold.unit != answer.unit:
+            return False
+        return self._same_value(gold, answer)
+
+    def _same_value(self, gold: Quantity | None, answer: Quantity | None) -> bool:
+        """Of values in units that can be converted, or of one that has none."""
+        values = [side.value if side else text for side, text in ((gold, self.gold), (answer, self.answer))]
+        counts = [side.unit.count if side else Fraction(1) for side in (gold, answer)]
+        by, shift = counts[1] / counts[0], Fraction(0)
+        if gold and answer and gold.unit.is_known and answer.unit.is_known:
+            by *= answer.unit.scale / gold.unit.scale
+            shift = (answer.unit.offset - gold.unit.offset) / gold.unit.scale
+        numbers = read_number(values[0]), read_number(values[1])
+        converted = (by, shift) != (counts[1] / counts[0], 0)
+        if numbers[0] and numbers[1] and not (numbers[0].is_percent or numbers[1].is_percent):
+            if converted and numbers[0].value == numbers[1].value != 0:
+                return False  # 5 bar for 5 atm: near, but not converted
+            moved = numbers[1] if (by, shift) == (1, 0) else Number(value=numbers[1].value * by + shift)
+            return self.rules.numbers(numbers[0], moved, converted)
+        if shift:
+            return False
+        factor = f"\\frac{{{by.numerator}}}{{{by.denominator}}}"
+        return self.inner(values[0], values[1] if by == 1 else f"({values[1]}) \\cdot {factor}")
+
+    def _same_items(self, gold: Items, answer: Items) -> bool:
+        unordered = {"set", "list"}
+        kinds = {gold.kind, answer.kind}
+        if kinds <= unordered:
+            if _are_named(gold.items) != _are_named(answer.items):
+                return self._all_same(gold.items, answer.items)
+            return self._same_elements(_with_signs(gold.items), _with_signs(answer.items))
+        if "set" in kinds or ("matrix" in kinds and len(kinds) > 1) or kinds == {"row", "column"}:
+            return False
+        # A bracket tells a closed end of an interval from an open one; three numbers are no interval.
+        brackets = {side.brackets or "()" for side in (gold, answer)}
+        if len(gold.items) == 2 and len(brackets) > 1 and not kinds & {"row", "column"} and not self.rules.truth:
+            return False
+        return self._all_same(gold.items, answer.items)
+
+    def _all_same(self, gold: Sequence[str], answer: Sequence[str]) -> bool:
+        return len(gold) == len(answer) and all(map(self.inner, gold, answer))
+
+    def _same_elements(self, gold: Sequence[str], answer: Sequence[str]) -> bool:
+        """The same elements in any order. Repeats count only where the gold answer has some: a double root."""
+        matches = [[self.inner(one, other) for other in answer] for one in gold]
+        if any(not any(row) for row in matches) or not all(map(any, zip(*matches, strict=True))):
+            return False
+        repeats = any(sum(column) > 1 for column in zip(*matches, strict=True))
+        return len(gold) == len(answer) if repeats else True
+
+    def _same_equation(self, gold: Equation, answer: Equation) -> bool:
+        names = _named(gold), _named(answer)
+        if names[0] and names[1]:
+            renamed = _same_name(names[0][0], names[1][0])
+            if renamed is not None:
+                return self.inner(names[0][1], re.sub(*renamed, names[1][1]) if renamed[0] else names[1][1])
+        ends = [(side.sides[0], side.sides[-1]) for side in (gold, answer)]
+        return self.rules.formulas(*(f"{left}={right}" for left, right in ends))
+
+    def _ends_in(self, answer: Equation) -> bool:
+        """m+n = 73 and 2^10 = 1024 end in what is asked; 4 = 5 is no 5."""
+        *others, last = answer.sides
+        named = _named(answer)
+        if named is not None and named[1] != last:
+            return self.inner(self.gold, named[1])
+        if not self.inner(self.gold, last):
+            return False
+        return all(_has_letters(other) or self.inner(last, other) for other in others)
 
 
-def _same_structure(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
-    numbers = read_number(gold), read_number(answer)
-    if numbers[0] and numbers[1]:
-        return equal_numbers(numbers[0], numbers[1])
-    if _decimal_comma(gold, answer):
-        return True
-    parts = [[part.strip() for part in latex.split_top(side, _RATIO)] for side in (gold, answer)]
-    if max(map(len, parts)) > 1:
-        return _all_same(parts[0], parts[1], leaf, depth)
-    shapes = _shape(gold), _shape(answer)
-    if shapes[0] and shapes[1]:
-        if _same_shape(shapes[0], shapes[1], leaf, depth):
-            return True
-    elif _is_single(shapes[0]) or _is_single(shapes[1]):
-        return same_answer(_only(shapes[0], gold), _only(shapes[1], answer), leaf, depth + 1)
-    regions = read_region(gold), read_region(answer)
-    if regions[0] and regions[1]:
-        return same_region(regions[0], regions[1], lambda g, a: same_answer(g, a, leaf, depth + 1))
-    if len({len(latex.split_top(side, _EQUALS)) > 1 for side in (gold, answer)}) > 1:
-        return False  # 4 = 5 is not 5, and an equation without its right side is none
-    if {gold.lstrip("-"), answer.lstrip("-")} & {"\\infty"}:
-        return False  # two and one more infinities are infinity to sympy, but no answer
-    return _may_be_expressions(gold, answer, shapes) and leaf(gold, answer)
+_TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
 
 
-def _without_braces(side: str) -> str:
-    """{5} is 5, {1, 2} a list."""
-    while latex.is_one_bracket(side, "{", "}"):
-        side = side[1:-1].strip()
-    return side
+def _ungrouped(text: str) -> str:
+    """282 475 249 without what separates its thousands, which no parser reads."""
+    return re.sub(r"(?<=\d)[ ,](?=\d{3})", "", text) if read_number(text) is not None else text
 
 
-def _may_be_expressions(gold: str, answer: str, shapes: tuple[Shape | None, Shape | None]) -> bool:
-    """False for a list or tuple, which was compared already. A matrix may be a product, and one side may be a set of
-    numbers that the other gives by an inequality."""
-    listed = [shape for shape in shapes if shape is not None and shape.kind in ("list", "tuple", "set")]
-    return not listed or bool(re.search(r"[<>]|\\(?:le|ge|ne|in|cup|mid)(?![a-zA-Z])", gold + answer))
+def _counts(side: Quantity) -> bool:
+    """More than a scale word behind the value, as in 5 million."""
+    return side.unit.is_known or bool(side.unit.noun)
 
 
-def _same_words(gold: str, answer: str) -> bool | None:
-    """For answers in words and letters of choices; None where either is mathematics."""
-    gold_words, answer_words = (latex.without_text_marks(side).strip() for side in (gold, answer))
-    choice = _label(gold_words)
-    if choice and (len(gold_words) > 1 or re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", answer_words)):
-        return _same_choice(choice, answer_words)
-    if _words(gold_words) is None or _words(answer_words) is None:
-        return None
-    if _words(gold_words) == _words(answer_words):
-        return True
-    # abc may be a product. A phrase, or what is marked as text, is not.
-    marked = "\\text" in gold or "\\text" in answer or min(map(_shortest_word, (gold_words, answer_words))) > 1
-    return False if marked else None
-
-
-def _label(words: str) -> tuple[str, str] | None:
-    """(letter, text) of "(B)", "B" and "(B) Paris". (A)(B) is a product."""
-    match = _LABEL.fullmatch(words)
-    return (match[1] or match[2], match[3]) if match and not re.match(r"[-+*/^=(]", match[3]) else None
-
-
-def _same_choice(gold: tuple[str, str], answer: str) -> bool | None:
-    """(B), B, b and "B. Paris" name one choice; its text alone does too."""
-    label = _label(answer)
-    if label:
-        return label[0] == gold[0]
-    if re.fullmatch(r"\(?[a-z]\)?", answer):
-        return answer.strip("()").upper() == gold[0]
-    return _words(answer) is not None and _words(answer) == _words(gold[1]) if gold[1] else None
-
-
-_SAME_WORDS = {"no solutions": "no solution", "none": "no solution", "all reals": "all real numbers"}
-
-
-def _words(text: str) -> str | None:
-    if text.strip() == "\\emptyset":
-        return "no solution"
-    if text.strip() == "\\mathbb{R}":
-        return "all real numbers"
-    if not _WORDS.fullmatch(text) or len(text) < 2:
-        return None
-    words = " ".join(text.lower().replace("-", " ").rstrip(".").split())
-    return _SAME_WORDS.get(words, words)
-
-
-def _shortest_word(text: str) -> int:
-    return min(map(len, text.split()), default=0)
-
-
-def _unnamed(gold: str, answer: str) -> tuple[str, str]:
-    """Without approximations, `x \\in`, and the name before "=" where only one has it or both have the same."""
-    gold, answer = _exact_part(gold), _exact_part(answer)
-    gold, answer = (side[match.end() :] if (match := _IN.match(side)) else side for side in (gold, answer))
-    names = _name_and_value(gold), _name_and_value(answer)
-    if names[0] and names[1]:
-        same = latex.squeeze(names[0][0]) == latex.squeeze(names[1][0])
-        return (names[0][1], names[1][1]) if same else (gold, answer)
-    if names[0] and not _is_relation(answer):
-        return names[0][1], answer
-    if names[1] and not _is_relation(gold):
-        return gold, names[1][1]
-    return gold, answer
-
-
-def _exact_part(side: str) -> str:
-    first, *rest = _APPROXIMATELY.split(side)
-    if not rest:
-        return side
-    exact = first.strip()
-    return rest[-1].strip() if not exact or _is_name(exact) else exact
-
-
-def _name_and_value(side: str) -> tuple[str, str] | None:
-    """(name, value) of `k = 5` and `5 = k`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
-    if sum("=" in item for item in latex.split_top(side, _LIST)) > 1:
-        return None  # several values, each with its own name
-    parts = latex.split_top(side, _EQUALS)
-    if len(parts) > 1 and parts[-1] and _is_name(parts[0]):
-        return parts[0], parts[-1]
-    return (parts[1], parts[0]) if len(parts) == 2 and parts[0] and _is_name(parts[1]) else None
-
-
-def _is_name(side: str) -> bool:
-    """Something that is computed and not an expression: x, f(2), a_{37}, A:B, (p,q,r), \\frac{NO}{BO}."""
-    bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[a-zA-Z])\([^()]*\)", "", side)
-    return bool(re.search(r"[a-zA-Z]", bare)) and not re.search(r"[-+*^\d]|\\(?:cdot|times|sqrt|int|sum)", bare)
-
-
-def _is_relation(side: str) -> bool:
-    """Outside of all brackets: the k=1 below a sum is none."""
-    return len(latex.split_top(side, _RELATION)) > 1
-
-
-def _decimal_comma(gold: str, answer: str) -> bool:
-    """1000,99 for 1000.99; only where the gold answer leaves no doubt that it is one number."""
-    if not re.fullmatch(r"[-+]?\d+,\d+", answer) or not re.fullmatch(r"[-+]?[\d,]*\.\d+", gold):
-        return False
-    read, expected = read_number(answer.replace(",", ".")), read_number(gold)
-    return read is not None and expected is not None and read.value == expected.value
-
-
-def _shape(side: str) -> Shape | None:
-    """The structure of `side`, or None for a single expression."""
-    matrix = _MATRIX.fullmatch(side.strip("[]() ") if side.startswith(("[\\begin", "(\\begin")) else side)
-    if matrix and "\\begin" not in matrix[2]:
-        return _matrix(matrix[2])
-    if side.startswith("\\{") and side.endswith("\\}") and len(latex.split_top(side[2:-2], re.compile(r"\\\}"))) == 1:
-        return Shape(kind="set", items=_items(side[2:-2]))
-    if latex.is_one_bracket(side, "([", ")]"):
-        items = _items(side[1:-1])
-        return Shape(kind="tuple", items=items, brackets=side[0] + side[-1]) if len(items) > 1 else None
-    items = _items(side)
-    if len(items) > 1 and read_number(side) is None:
-        return Shape(kind="list", items=items)
-    return Shape(kind="list", items=_both_signs(side)) if "\\pm" in side else None
-
-
-def _matrix(body: str) -> Shape:
-    rows = [row for row in latex.split_top(body.strip(), _ROWS) if row and row != "\\hline"]
-    cells = [latex.split_top(row, _COLUMNS) for row in rows]
-    if len(cells) == 1 or all(len(row) == 1 for row in cells):
-        return Shape(kind="row", items=tuple(cell for row in cells for cell in row), brackets=str(len(cells) > 1))
-    return Shape(kind="matrix", items=tuple(f"({','.join(row)})" for row in cells))
-
-
-def _items(side: str) -> tuple[str, ...]:
-    """Parts of a list. A comma between groups of three digits, without a space, belongs to a number."""
-    grouped = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "\0", side)
-    return tuple(part.replace("\0", ",") for part in latex.split_top(grouped, _LIST) if part)
-
-
-def _both_signs(side: str) -> tuple[str, ...]:
-    upper = side.replace("\\pm", "+").replace("\\mp", "-")
-    lower = side.replace("\\pm", "-").replace("\\mp", "+")
-    return tuple(sign.lstrip("+ ") for sign in (upper, lower))
-
-
-def _same_shape(gold: Shape, answer: Shape, leaf: Leaf, depth: int) -> bool:
-    unordered = {"set", "list"}
-    if gold.kind in unordered and answer.kind in unordered:
-        if _has_names(gold) != _has_names(answer):
-            return _all_same(gold.items, answer.items, leaf, depth)
-        return _same_elements(_with_signs(gold.items), _with_signs(answer.items), leaf, depth)
-    kinds = {gold.kind, answer.kind}
-    if "set" in kinds or ("matrix" in kinds and len(kinds) > 1):
-        return False
-    # A bracket tells a closed end of an interval from an open one; three numbers are no interval.
-    if len(gold.items) == 2 and (gold.brackets or "()") != (answer.brackets or "()") and "row" not in kinds:
-        return False
-    if kinds == {"row"} and gold.brackets != answer.brackets:
-        return False
-    return _all_same(gold.items, answer.items, leaf, depth)
+def _is_single(items: Items) -> bool:
+    return items.kind == "set" and len(items.items) == 1
 
 
 def _with_signs(items: Sequence[str]) -> list[str]:
-    return [sign for item in items for sign in (_both_signs(item) if "\\pm" in item else (item,))]
+    return [sign for item in items for sign in _signs(item)]
 
 
-def _all_same(gold: Sequence[str], answer: Sequence[str], leaf: Leaf, depth: int) -> bool:
-    return len(gold) == len(answer) and all(
-        same_answer(g, a, leaf, depth + 1) for g, a in zip(gold, answer, strict=True)
-    )
+def _signs(item: str) -> tuple[str, ...]:
+    both = next((meaning for meaning in meanings(item) if isinstance(meaning, Items)), None) if "\\pm" in item else None
+    return both.items if both is not None and both.kind == "list" else (item,)
 
 
-def _same_elements(gold: Sequence[str], answer: Sequence[str], leaf: Leaf, depth: int) -> bool:
-    """The same elements in any order. Repeats count only where the gold answer has some: a double root."""
-    matches = [[same_answer(g, a, leaf, depth + 1) for a in answer] for g in gold]
-    if any(not any(row) for row in matches) or not all(map(any, zip(*matches, strict=True))):
-        return False
-    repeats = any(sum(column) > 1 for column in zip(*matches, strict=True))
-    return len(gold) == len(answer) if repeats else True
-
-
-def _has_names(shape: Shape) -> bool:
+def _are_named(items: Sequence[str]) -> bool:
     """AB=4, CD=5: values whose order their names give. x=1, x=2 are two values of one."""
-    names = [_name_and_value(item) for item in shape.items]
+    names = [_named(Equation(sides=tuple(latex.split_top(item, EQUALS)))) for item in items]
     return all(names) and len({latex.squeeze(name[0]) for name in names if name}) > 1
 
 
-def _is_single(shape: Shape | None) -> bool:
-    return shape is not None and shape.kind == "set" and len(shape.items) == 1
+def _named(equation: Equation) -> tuple[str, str] | None:
+    """(name, value) of `k = 5` and `5 = k`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
+    first, *_, last = equation.sides if len(equation.sides) > 1 else ("", "")
+    if is_name(first):
+        return first, last
+    return (last, first) if len(equation.sides) == 2 and is_name(last) else None
 
 
-def _only(shape: Shape | None, side: str) -> str:
-    return shape.items[0] if shape is not None and _is_single(shape) else side
+def _same_name(gold: str, answer: str) -> tuple[str, str] | None:
+    """How the answer's letter is renamed to be the gold one's; None where the names differ.
+
+    y and f(x) name one function, and f(x) and f(t) too.
+    """
+    gold, answer = latex.squeeze(gold), latex.squeeze(answer)
+    if gold == answer:
+        return "", ""
+    functions = [re.fullmatch(r"([a-zA-Z])\(([a-zA-Z])\)", name) for name in (gold, answer)]
+    if functions[0] and functions[1]:
+        if functions[0][1] != functions[1][1]:
+            return None
+        return rf"(?<![a-zA-Z\\]){functions[1][2]}(?![a-zA-Z])", functions[0][2]
+    return ("", "") if "y" in (gold, answer) and (functions[0] or functions[1]) else None
+
+
+def _has_letters(text: str) -> bool:
+    """Letters that stand for something that is not known: no unit, and not the e, i and d of mathematics."""
+    quantity = read_quantity(text)
+    value = quantity.value if quantity is not None and quantity.is_sure else text
+    return bool(_LETTER.search(value))

@@ -1,20 +1,20 @@
-"""Reward by mathematical equivalence of the last box and the gold answer.
+"""Rewards by equivalence: is the answer in the box the reference answer? In mathematics; `stem.py` has science.
 
-Structure and plain numbers are compared by our own rules (`compare.py`), expressions by math-verify's parser and their
-values (`symbolic.py`). Hostile answers such as `9^{9^{9^{9}}}` run for minutes or take gigabytes inside sympy, and
-math-verify's own timeouts are SIGALRM. `judge_boxed` therefore runs only in a worker that can be killed, see `pool.py`;
-the worst is turned away before by the text alone (`limits.py`).
+Structure, words and plain numbers are compared by our own rules (`compare.py`), formulas by math-verify's parser and
+their values (`symbolic.py`). Hostile answers such as `9^{9^{9^{9}}}` run for minutes or take gigabytes inside sympy,
+and math-verify's own timeouts are SIGALRM. `judge_boxed` therefore runs only in a worker that can be killed, see
+`pool.py`; the worst is turned away before by the text alone (`limits.py`).
 """
 
 import logging
 import time
 
-from megatron_rl.reward.answers import boxed_answer, stated_answer
-from megatron_rl.reward.compare import same_answer
+from megatron_rl.reward.answers import boxed_answer, reference_answers
+from megatron_rl.reward.compare import Rules, same_answer, same_at_once
 from megatron_rl.reward.latex import clean
 from megatron_rl.reward.limits import MAX_ANSWER_CHARACTERS, excess
-from megatron_rl.reward.number import equal_numbers, read_number
-from megatron_rl.reward.symbolic import equal_expressions
+from megatron_rl.reward.number import Number, equal_numbers, is_rounded
+from megatron_rl.reward.symbolic import ROUNDED_ANSWER_DIGITS, ROUNDED_GOLD_DIGITS, equal_expressions
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
 # One pair for each part of sympy that is set up on first use, which takes up to 0.3 s.
@@ -26,40 +26,59 @@ _WARM_UP_PAIRS = (
 )
 
 
-def settle_math(response_text: str, answer: str) -> Verdict | str:
-    """The verdict where text and plain numbers already give it, otherwise the box that a worker has to judge.
+def same_numbers(gold: Number, answer: Number, converted: bool = False) -> bool:
+    """Equal, or one is a fraction and the other a decimal that it rounds to: any response's twelve digits do."""
+    if equal_numbers(gold, answer):
+        return True
+    if answer.places is None:
+        return is_rounded(gold, answer.value, ROUNDED_GOLD_DIGITS)
+    return gold.places is None and is_rounded(answer, gold.value, ROUNDED_ANSWER_DIGITS)
 
-    An answer that is not the gold string and goes beyond `limits.excess` is "wrong", a gold answer that does is an
-    "error" of the data.
-    """
+
+MATH = Rules(numbers=same_numbers, formulas=equal_expressions)
+
+
+def settle_math(response_text: str, answer: str) -> Verdict | str:
+    """The verdict where text and plain numbers already give it, otherwise the box that a worker has to judge."""
+    return settle(response_text, answer, MATH)
+
+
+def judge_boxed(boxed: str, answer: str) -> Verdict:
+    """Are `boxed` and `answer` the same? Only for pool workers: may hang, exhaust memory or crash."""
+    return judge(boxed, answer, MATH)
+
+
+def settle(response_text: str, answer: str, rules: Rules) -> Verdict | str:
+    """An answer that is not the gold string and goes beyond `limits.excess` is "wrong", a gold answer that does is an
+    "error" of the data."""
     started = time.perf_counter()
     boxed = boxed_answer(response_text)
     if boxed is None:
         return make_verdict("no_answer")
-    boxed, answer = boxed.strip(), _reference(answer)
-    if boxed == answer and boxed:
+    boxed, golds = boxed.strip(), reference_answers(answer)
+    if boxed and (boxed in golds or boxed == answer.strip()):
         return make_verdict("correct")
     if not boxed:
         return make_verdict("wrong", details="the box is empty")
     if len(boxed) > MAX_ANSWER_CHARACTERS:
         return make_verdict("wrong", details=f"the answer has {excess(boxed)}")
-    too_much = excess(answer)
+    cleaned, cleaned_golds = clean(boxed), [clean(gold) for gold in golds]
+    too_much = next(filter(None, map(excess, cleaned_golds)), None)
     if too_much:
         return make_verdict("error", details=f"the reference answer has {too_much}")
-    too_much = excess(boxed)
+    too_much = excess(cleaned)
     if too_much:
         return make_verdict("wrong", details=f"the answer has {too_much}")
-    numbers = read_number(clean(answer)), read_number(clean(boxed))
-    if numbers[0] and numbers[1]:
-        equal = equal_numbers(numbers[0], numbers[1])
-        return make_verdict("correct" if equal else "wrong", time.perf_counter() - started)
-    return boxed
+    outcomes = [same_at_once(gold, cleaned, rules) for gold in cleaned_golds]
+    if True not in outcomes and None in outcomes:
+        return boxed
+    return make_verdict("correct" if True in outcomes else "wrong", time.perf_counter() - started)
 
 
-def judge_boxed(boxed: str, answer: str) -> Verdict:
-    """Are `boxed` and `answer` the same? Only for pool workers: may hang, exhaust memory or crash."""
+def judge(boxed: str, answer: str, rules: Rules) -> Verdict:
     started = time.perf_counter()
-    equal = same_answer(clean(_reference(answer)), clean(boxed), equal_expressions)
+    cleaned = clean(boxed)
+    equal = any(same_answer(clean(gold), cleaned, rules) for gold in reference_answers(answer))
     return make_verdict("correct" if equal else "wrong", time.perf_counter() - started)
 
 
@@ -69,8 +88,3 @@ def warm_up() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     for boxed, answer in _WARM_UP_PAIRS:
         judge_boxed(boxed, answer)
-
-
-def _reference(answer: str) -> str:
-    """Some data give whole solutions as the answer; a bare answer is taken as it is."""
-    return (stated_answer(answer) if "\\boxed" in answer or "answer is" in answer else answer).strip()

@@ -7,8 +7,16 @@ from fractions import Fraction
 # Above this a power of ten is not written out: 10^10^10 must not become a number.
 _MAX_EXPONENT = 400
 _MAX_CONTINUED = 60
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
+# What a program prints of a floating-point number has so many digits or more.
+_FLOAT_DIGITS = 15
+_DIGITS = (
+    r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|[1-9]\d{0,2}(?:\\?_\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,}|\d+)"
+)
 _DECIMAL = re.compile(rf"({_DIGITS})?(?:\.(\d*))?")
+_WRITTEN = re.compile(
+    rf"\(?[-+]? ?(?P<whole>{_DIGITS})?(?:\.(?P<places>\d*))?"
+    r"(?: ?(?:\\times|\\cdot|×|\*|x) ?10 ?\^ ?\{? ?(?P<exponent>[-+]?\d+) ?\}?)?\)?"
+)
 _RECURRING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\((\d+)\))")
 _CONTINUED = re.compile(r"(\d*)\.(\d*?)(\d+?)\3{2,}\s*(?:\\[lc]?dots|\.\.\.|…)")
 _FRACTION = re.compile(r"\\frac ?(?:\{ ?([-+]? ?\d+) ?\}|(\d)) ?(?:\{ ?([-+]? ?\d+) ?\}|(\d))")
@@ -16,15 +24,21 @@ _SLASH = re.compile(r"(\d+) ?/ ?(\d+)")
 _MIXED = re.compile(r"(\d+) ?(?:(\\frac.+)|(?<= )(\d+ ?/ ?\d+))")
 _SCIENTIFIC = re.compile(r"(.+?) ?(?:(?:\\times|\\cdot|×|\*|x) ?10 ?\^ ?\{? ?([-+]?\d+) ?\}?|[eE]([-+]?\d+))")
 _POWER_OF_TEN = re.compile(r"10 ?\^ ?\{? ?([-+]?\d+) ?\}?")
-_PERCENT = re.compile(r"(.+?) ?(?:\\?%|(?:percent|pct)(?:age)?)")
+_PERCENT = re.compile(r"(.+?) ?(?:\\?%|\\text ?\{ ?\\?(?:per ?cent|%|pct)(?:age)? ?\}|(?:per ?cent|pct)(?:age)?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """value: exact, with the percent sign left out. is_percent: whether there was one."""
+    """value: exact, with the percent sign left out. is_percent: whether there was one.
+
+    places: decimals as they are written, 0 for a plain integer; None for fractions, which are exact.
+    digits: significant ones of a number with decimals, otherwise 0.
+    """
 
     value: Fraction
     is_percent: bool = False
+    places: int | None = None
+    digits: int = 0
 
 
 def read_number(text: str) -> Number | None:
@@ -34,8 +48,21 @@ def read_number(text: str) -> Number | None:
     scientific notation, percentages. A sum or product is not a number but an expression.
     """
     percent = _PERCENT.fullmatch(text)
-    value = _signed(percent[1] if percent else text)
-    return None if value is None else Number(value=value, is_percent=bool(percent))
+    plain = (percent[1] if percent else text).strip()
+    value = _signed(plain)
+    if value is None:
+        return None
+    written = _WRITTEN.fullmatch(plain)
+    if written is None:
+        return Number(value=value, is_percent=bool(percent))
+    places = len(written["places"] or "")
+    digits = (re.sub(r"\D", "", written["whole"] or "") + (written["places"] or "")).lstrip("0")
+    return Number(
+        value=value,
+        is_percent=bool(percent),
+        places=places - int(written["exponent"] or 0),
+        digits=len(digits) if places else 0,
+    )
 
 
 def equal_numbers(gold: Number, answer: Number) -> bool:
@@ -48,10 +75,15 @@ def equal_numbers(gold: Number, answer: Number) -> bool:
     return percent.value == 100 * plain.value
 
 
-def significant_digits(text: str) -> int:
-    """Of a plain decimal with a fractional part, and 0 for everything else."""
-    match = re.fullmatch(r"[-+]?(\d*)\.(\d+)", text)
-    return len((match[1] + match[2]).lstrip("0")) if match else 0
+def is_rounded(decimal: Number, exact: Fraction | float, from_digits: int) -> bool:
+    """Is `decimal`, of `from_digits` significant digits or more, `exact` rounded or cut off where it ends?
+
+    From 15 digits on as many count as floating-point arithmetic gets right, twelve.
+    """
+    if decimal.digits < from_digits or decimal.places is None:
+        return False
+    apart, size = abs(decimal.value - Fraction(exact)), abs(Fraction(exact))
+    return apart < Fraction(10) ** -decimal.places or (decimal.digits >= _FLOAT_DIGITS and apart * 10**12 <= size)
 
 
 def _signed(text: str) -> Fraction | None:
@@ -67,7 +99,7 @@ def _signed(text: str) -> Fraction | None:
 
 def _without_group(text: str) -> str:
     """(1/3) and {5}: one pair of brackets around everything says nothing."""
-    if text[:1] + text[-1:] in ("()", "{}") and not any(character in text[1:-1] for character in "(){}"):
+    if text[:1] + text[-1:] in ("()", "{}") and not any(character in text[1:-1] for character in "(){},"):
         return text[1:-1].strip()
     return text
 
@@ -84,7 +116,7 @@ def _decimal(text: str) -> Fraction | None:
     match = _DECIMAL.fullmatch(text)
     if not match or not (match[1] or match[2]):
         return None
-    whole = re.sub("[, ]", "", match[1] or "0")
+    whole = re.sub(r"\D", "", match[1] or "0")
     return Fraction(f"{whole}.{match[2]}") if match[2] else Fraction(whole)
 
 
@@ -124,7 +156,7 @@ def _recurring(text: str) -> Fraction | None:
 def _scientific(text: str) -> Fraction | None:
     match = _SCIENTIFIC.fullmatch(text)
     if match:
-        mantissa, exponent = _decimal(match[1]), int(match[2] or match[3])
+        mantissa, exponent = _decimal(_without_group(match[1])), int(match[2] or match[3])
     else:
         match = _POWER_OF_TEN.fullmatch(text)
         if not match:

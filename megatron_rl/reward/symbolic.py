@@ -7,9 +7,10 @@ decimals become exact fractions before they are parsed.
 
 import functools
 import re
+from fractions import Fraction
 from typing import Any
 
-from megatron_rl.reward.number import read_number, significant_digits
+from megatron_rl.reward.number import is_rounded, read_number
 
 _DIGITS = 40
 _BITS = 140
@@ -21,8 +22,38 @@ _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dot
 _PROSE = re.compile(r"(?<![_{])(?<!_\{)\\text\s*\{[^{}]*[A-Za-z]{2}")
 # A single expression that is longer than this and than two gold answers is not read: parsing takes a second for 2,000.
 MAX_EXPRESSION_CHARACTERS = 500
-# Digits from which a decimal reference answer counts as rounded; fewer may be exact.
-_ROUNDED_FROM_DIGITS = 4
+# Digits from which a decimal counts as rounded; fewer may be exact, and those of a response a guess.
+ROUNDED_GOLD_DIGITS, ROUNDED_ANSWER_DIGITS = 4, 12
+_FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
+# What these stand for, the parser leaves out.
+_DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
+# What people type where LaTeX has a command, and what the parser does not know.
+_TYPED = (
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"([a-zA-Z])'"), r"\1_{p}"),  # x' is no x
+    (re.compile(r"(?<=_\{)(p+)\}'"), r"\1p}"),
+    (re.compile(r"\^\s*(?:\{\s*T\s*\}|T)"), "^{(T)}"),  # only matrices are transposed, and those are compared before
+    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "*"),  # the parser takes d\cdot for a differential
+    (re.compile(r"\\bmod(?![a-zA-Z])"), r"\\mod"),
+    (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(rf"(?<![a-zA-Z\\])(pi|infty|{_FUNCTION})(?![a-zA-Z])"), r"\\\1 "),
+    (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
+    (re.compile(r"\\log_\s*(?:e|\{\s*e\s*\})"), r"\\ln "),
+    (re.compile(r"\\exp\s*\(([^()]*)\)"), r"e^{\1}"),
+    (re.compile(r"\^\s*([-+]\d+|\d{2,})"), r"^{\1}"),
+    (re.compile(r"\^\s*\(([^()]*)\)"), r"^{\1}"),
+    (re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ\s*"), r"{\\frac{\1 \\pi}{180}}"),
+    (re.compile(r"(?<![a-zA-Z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?:\{\}\s*)?\^\{?(\d+)\}?\s*C_\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<![a-zA-Z\\])C\((\d+),\s*(\d+)\)"), r"\\binom{\1}{\2}"),
+    # a number before a bracket is no function
+    (re.compile(r"(?<![_^\d.a-zA-Z}])(\d+)\s*\((?=[^()]*\))"), r"\1 * ("),
+)
+# Outside of an integral d is a factor like others.
+_DIFFERENTIAL = re.compile(r"(\\[a-zA-Z]+)|d(?=\s*[a-zA-Z])")
+_EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
+_INDEXED = re.compile(r"_\s*\{[^{}]*\}")
+_CONSTANT = re.compile(r"([+] ?)c$")
 
 
 def real_value(latex: str) -> float | None:
@@ -33,51 +64,111 @@ def real_value(latex: str) -> float | None:
 
 
 def equal_expressions(gold: str, answer: str) -> bool:
-    """Whether two single expressions (cleaned by `latex.clean`) have the same value for all values of their letters.
+    """Whether two single expressions or equations (cleaned by `latex.clean`) are the same for all values of letters.
 
-    Also True where the gold answer is a decimal of four or more significant digits and the exact answer rounds to it.
+    Also True where one is a decimal to which the other rounds: of four or more significant digits in the gold answer,
+    of twelve or more in the other one. Those are no guesses.
     """
     if len(answer) > max(MAX_EXPRESSION_CHARACTERS, 2 * len(gold)):
         return False
+    gold, answer = _one_constant(gold), _one_constant(answer)
+    sides = gold, answer
+    equations = ["=" in _INDEXED.sub("", side) for side in sides]
+    if any(equations):
+        return all(equations) and _same_equation(gold, answer)
     parsed = _parse(gold), _parse(answer)
     if parsed[0] is None or parsed[1] is None:
         return False
     equal = _equal_values(parsed[0], parsed[1])
     if equal is None:
         equal = _verified(parsed[0], parsed[1])
-    return equal or _rounds_to(parsed[1], gold, answer)
+    return (
+        equal
+        or _rounds_to(parsed[1], gold, answer, ROUNDED_GOLD_DIGITS)
+        or _rounds_to(parsed[0], answer, gold, ROUNDED_ANSWER_DIGITS)
+    )
 
 
-def _rounds_to(answer: Any, gold_text: str, answer_text: str) -> bool:
-    """gold 0.9659, answer (sqrt(6)+sqrt(2))/4. A decimal answer has to be the same decimal."""
-    digits = significant_digits(gold_text)
-    if digits < _ROUNDED_FROM_DIGITS or re.search(r"\d\.\d|\.\d", answer_text):
+def _rounds_to(exact: Any, decimal_text: str, exact_text: str, from_digits: int) -> bool:
+    """gold 0.9659, answer (sqrt(6)+sqrt(2))/4. Of two decimals neither is rounded here."""
+    decimal = read_number(decimal_text)
+    if decimal is None or decimal.digits < from_digits or re.search(r"\d\.\d|\.\d", exact_text):
         return False
-    value, number = _value(answer, {}), read_number(gold_text)
-    if value is None or number is None or abs(value.imag) > _CLOSE:
+    value = _value(exact, {})
+    return value is not None and abs(value.imag) <= _CLOSE and is_rounded(decimal, _fraction(value.real), from_digits)
+
+
+def _fraction(value: Any) -> Fraction:
+    from sympy import Float, Rational
+
+    ratio = Rational(Float(value, _DIGITS))
+    return Fraction(int(ratio.p), int(ratio.q))
+
+
+def _same_equation(gold: str, answer: str) -> bool:
+    """Equations with the same solutions, as far as a factor that is not 0 anywhere tells: 2x-y+1=0 and y=2x+1."""
+    differences = []
+    for side in (gold, answer):
+        parts = [_parse(part) for part in _EQUALS.split(side)]
+        if len(parts) != 2 or any(part is None for part in parts):
+            return False
+        differences.append(parts)
+    from sympy import Expr
+
+    if not all(isinstance(part, Expr) for parts in differences for part in parts):
+        return bool(
+            differences[0] and all(_verified(*pair) for pair in zip(differences[0], differences[1], strict=True))
+        )
+    one, other = (parts[0] - parts[1] for parts in differences)
+    letters = sorted(one.free_symbols | other.free_symbols, key=lambda letter: str(letter.name))
+    if one.free_symbols != other.free_symbols or not letters or len(letters) > len(_POINTS) - 2:
         return False
-    places = len(gold_text.rpartition(".")[2])
-    return bool(abs(value.real - float(number.value)) <= 0.5 * 10.0**-places * (1 + 1e-9))
+    factor = None
+    for shift in range(4):
+        point = {letter: _POINTS[(n + shift) % len(_POINTS)] for n, letter in enumerate(letters)}
+        values = _value(one, point), _value(other, point)
+        if values[0] is None or values[1] is None or values[0] == 0 or values[1] == 0:
+            return False
+        if factor is not None and not _close(factor, values[0] / values[1]):
+            return False
+        factor = values[0] / values[1]
+    return True
 
 
 @functools.lru_cache(maxsize=256)
 def _parse(latex: str) -> Any:
-    """A sympy object, or None when math-verify makes nothing of it."""
-    from math_verify import LatexExtractionConfig, parse
+    """A sympy object, or None when math-verify's parser makes nothing of the whole text."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from math_verify.parser import should_treat_as_complex
     from sympy import Basic, MatrixBase
 
-    if _PROSE.search(latex):
+    if _PROSE.search(latex) or _DOTS.search(latex):
         return None
+    if "\\int" not in latex:
+        latex = _DIFFERENTIAL.sub(lambda match: match[1] or "d*", latex)
+    for pattern, replacement in _TYPED:
+        latex = pattern.sub(replacement, latex)
     exact = _DECIMAL.sub(_as_fraction, latex)
-    # As it stands or not at all: left to itself, math-verify takes some part of what it cannot read.
-    found = parse(
-        f"\\boxed{{{exact}}}",
-        [LatexExtractionConfig(boxed_match_priority=0)],
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
+    # Its rules for units would drop the last letter of a product, and those for operators guess.
+    rules = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none", equations=False
     )
-    return found[0] if found and isinstance(found[0], (Basic, MatrixBase)) else None
+    try:
+        found = latex2sympy(
+            exact,
+            is_real=not should_treat_as_complex(exact),
+            normalization_config=rules,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except Exception:  # the parser raises Exception itself, and sympy anything at all
+        return None
+    return found if isinstance(found, (Basic, MatrixBase)) else None
+
+
+def _one_constant(text: str) -> str:
+    """The constant of an integral is C, however it is called."""
+    return _CONSTANT.sub(r"\1C", text)
 
 
 def _as_fraction(match: re.Match[str]) -> str:

@@ -1,101 +1,287 @@
-"""Units behind a value: they may be left out, and must not be another one."""
+"""Units of measurement: which texts are one, by their spelling, and how one is converted to another.
 
+Whether a text *behind a value* is a unit is decided by `meaning.py`: a letter behind a number is a factor as often.
+"""
+
+import functools
 import re
+from dataclasses import dataclass, field
+from fractions import Fraction
 
-# Spellings of one unit. A unit that is not here is never held against an answer.
-_SPELLINGS = {
-    "mm": "millimeter millimeters millimetre millimetres",
-    "cm": "centimeter centimeters centimetre centimetres",
-    "m": "meter meters metre metres",
-    "km": "kilometer kilometers kilometre kilometres",
-    "in": "inch inches",
-    "ft": "foot feet",
-    "yd": "yard yards",
-    "mi": "mile miles",
-    "mg": "milligram milligrams",
-    "g": "gram grams gm",
-    "kg": "kilogram kilograms",
-    "ton": "tons tonne tonnes",
-    "lb": "pound pounds lbs",
-    "s": "second seconds sec secs",
-    "min": "minute minutes mins",
-    "h": "hour hours hr hrs",
-    "day": "days",
-    "week": "weeks",
-    "month": "months",
-    "year": "years yr yrs",
-    "mL": "ml milliliter milliliters",
-    "L": "l liter liters litre litres",
-    "cent": "cents",
-    "dollar": "dollars usd",
-    "degree": "degrees deg",
-    "rad": "radian radians",
-    "mph": "",
-    "am": "",
-    "pm": "",
-    "J": "joule joules",
-    "kJ": "kilojoule kilojoules",
-    "N": "newton newtons",
-    "W": "watt watts",
-    "Pa": "",
-    "kPa": "",
-    "atm": "",
-    "K": "kelvin",
-    "mol": "mole moles",
-    "Hz": "hertz",
-    "kHz": "",
-    "MHz": "",
-    "GHz": "",
-    "V": "volt volts",
-    "A": "ampere amperes amp amps",
-    "eV": "",
-    "MeV": "",
-    "nm": "nanometer nanometers",
-}
-_CANONICAL = {word: unit for unit, others in _SPELLINGS.items() for word in (unit, *others.split())}
-_POWER = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
-_MARKED = rf"\\text\s*\{{[^{{}}]*\}}{_POWER}"
-_BARE = "|".join(sorted((re.escape(word) for word in _CANONICAL), key=len, reverse=True))
-# Bare letters are a unit only right after a digit and only where no product is meant: 5 cm, but not 5 x.
-_BARE = rf"(?<=[\d}})%])\s*(?:square |cubic |sq\.? )?(?:{_BARE})(?:{_POWER})(?:\s*/\s*(?:{_BARE}){_POWER})?"
-_UNIT = re.compile(
-    rf"(?P<value>.*[\d}})!]|.*\\pi|.*\\infty)\s*(?P<unit>{_MARKED}(?:\s*(?:/|\\cdot|\s|per)?\s*{_MARKED})*|{_BARE})",
-    re.DOTALL,
+from megatron_rl.reward.latex import without_text_marks
+
+# Each line: symbol; what it is in units of the lines above (nothing: a dimension of its own); other spellings.
+# "+" in front: takes the SI prefixes, "+" in front of a spelling too.
+_TABLE = """
++m;; +meter +metre 米
++g;; +gram gm 克
++s;; +second sec 秒
++A;; +ampere amp
+K;; kelvin kelvins
++mol;; +mole 摩尔
+cd;; candela
+rad;; radian
+degree;; deg ^\\circ 度
++bit;;
+dollar;; $ usd buck
+yuan;; ¥ rmb cny 元
+euro;; € eur
+pound_sterling;; £ gbp
+dB;; decibel
+cent;1/100 dollar;
+degreeC;K; celsius ^\\circC ^\\circcelsius degreecelsius 摄氏度
+degreeF;5/9 K; fahrenheit ^\\circF degreefahrenheit
+arcminute;1/60 degree; arcmin '
+arcsecond;1/3600 degree; arcsec ''
+rev;360 degree; revolution
+min;60 s; minute 分钟
+h;3600 s; hour hr 小时
+day;86400 s; 天
+week;604800 s;
+month;;
+year;; yr 年
++Hz;1/s; +hertz
+rpm;360 degree/min;
++N;1000 g m/s^2; +newton 牛
++J;1 N m; +joule 焦
++W;1 J/s; +watt 瓦
++Pa;1 N/m^2; +pascal
++C;1 A s; +coulomb
++V;1 J/C; +volt 伏
++Ω;1 V/A; +ohm
++F;1 C/V; +farad
++T;1 V s/m^2; +tesla
++Wb;1 V s; weber
++H;1 V s/A; henry
++eV;1602176634/10000000000000000000000000000 J; +electronvolt
++cal;4184/1000 J; +calorie
++L;1/1000 m^3; +l +liter +litre 升
++M;1000 mol/m^3; molar
+bar;100000 Pa;
+mbar;100 Pa;
+atm;101325 Pa; atmosphere
+mmHg;133322387415/1000000000 Pa; torr Torr
+in;254/10000 m; inch inches
+ft;3048/10000 m; foot feet
+yd;9144/10000 m; yard
+mi;1609344/1000 m; mile
+Å;1/10000000000 m; angstrom
+mph;1 mi/h;
+km_per_hour;1000 m/h; kmh kmph
+lb;45359237/100000 g; pound lbs
+oz;28349523125/1000000000 g; ounce
+ton;1000000 g; tonne t 吨
+gallon;3785411784/1000000000000 m^3; gal
+ha;10000 m^2; hectare
+acre;40468564224/10000000 m^2;
++byte;8 bit;
+ppm;;
+ppb;;
+hp;745699872/1000000 W; horsepower
+"""
+_PREFIXES = {
+    "": 0, "n": -9, "µ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12,
+    "p": -12, "f": -15,
+}  # fmt: skip
+_PREFIX_WORDS = {
+    "": 0, "pico": -12, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "hecto": 2, "kilo": 3, "mega": 6,
+    "giga": 9, "tera": 12,
+}  # fmt: skip
+_CHINESE_PREFIXES = {"千": 3, "毫": -3, "厘": -2, "分": -1, "微": -6, "纳": -9, "兆": 6}
+_ALIASES = {"公里": ("m", 3), "公斤": ("g", 3)}
+_SCALES: dict[str, int | Fraction] = {
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "tens": 10,
+    "half": Fraction(1, 2), "halves": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4),
+    "万": 10**4, "亿": 10**8,
+}  # fmt: skip
+# Above absolute zero, in kelvin; only for a temperature that stands alone.
+_OFFSETS = {"degreeC": Fraction(27315, 100), "degreeF": Fraction(45967, 180)}
+_MAX_CHARACTERS = 80
+_MAX_POWER = 9
+# Words that add to a value, or take it back, say no unit: 12 (not 13), 3 metres and 4 feet, 5 or more.
+_NO_NOUN = re.compile(
+    r"\b(?:and|or|not|no|if|for|to|where|than|but|more|less|most|least|except|from|between|is|are|nor|neither|about"
+    r"|when|as|per|half|minus|plus|times|either|with|without|mod|maybe|possibly|also)\b",
+    re.IGNORECASE,
 )
-_BASE = re.compile(r"(?P<value>[-+]?\d+)_\s*\{?\s*(?:\\text\s*\{)?(?P<base>\d+|[a-z]+)\}?\}?")
-# Words that add to a value, or take it back, are no unit: 12 (not 13), 3 metres and 4 feet.
-_NO_UNIT = re.compile(r"\\text\s*\{[^{}]*(?:\d|\b(?:and|or|not|if|for|to|where|than|but)\b)", re.IGNORECASE)
-_LETTER_UNITS = {"m", "g", "s", "h", "l", "L", "J", "N", "W", "K", "V", "A"}
+_NOUN = re.compile(r"[A-Za-z]{3,}(?:[ -]?[A-Za-z]{2,}){0,3}|[A-Za-z]{2,}|[\u4e00-\u9fff]{1,4}")
+_TOKEN = re.compile(
+    r"\s*(?:\^\s*(?P<exponent>[-+]?\d+)|(?P<over>/|\bper\b)|(?P<times>\\cdot|\*|(?<=[a-zA-Z])-)"
+    r"|(?P<bracket>[()])|(?P<root>square|cubic|sq\b\.?|cu\b\.?)"
+    r"|(?P<name>\^\\circ\s*(?:C|F|[cC]elsius|[fF]ahrenheit)?(?![a-zA-Z])|degrees?\s+[cC]elsius|degrees?\s+[fF]ahrenheit"
+    r"|'{1,2}|\\?[$¥€£]|[a-zA-ZµÅΩ]+|[\u4e00-\u9fff]+))"
+)
+_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 
-def split_unit(answer: str) -> tuple[str, str]:
-    """(value, unit), the unit empty where there is none. The base of a numeral (204_5) counts as its unit."""
-    base = _BASE.fullmatch(answer)
-    if base:
-        return base["value"], "base " + base["base"]
-    match = _UNIT.fullmatch(answer)
-    if not match or _NO_UNIT.search(match["unit"]):
-        return answer, ""
-    unit = match["unit"].strip()
-    # 5m is a product as often as five metres; only a power or a slash tells.
-    if unit in _LETTER_UNITS:
-        return answer, ""
-    return match["value"].strip(), unit
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """scale: what a value in this unit is multiplied by to be in base units; 1 for a unit that is unknown here.
+
+    powers: of the base units, sorted. noun: what is counted, or the base of a numeral; then there are no powers.
+    offset: added after the scale, for temperatures. count: how many of the unit a scale word says, as in 5 million m.
+    is_letter: a single letter, which behind a number may be a variable.
+    """
+
+    scale: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+    noun: str = ""
+    offset: Fraction = Fraction(0)
+    count: Fraction = Fraction(1)
+    is_letter: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self.powers)
 
 
-def same_unit(gold: str, answer: str) -> bool:
-    """False only where both have a unit that is known here and they differ, or numerals of different bases."""
-    units = canonical_unit(split_unit(gold)[1]), canonical_unit(split_unit(answer)[1])
-    return not all(units) or units[0] == units[1]
+@dataclass(slots=True)
+class _Product:
+    scale: Fraction = Fraction(1)
+    count: Fraction = Fraction(1)
+    powers: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def take(self, name: str, power: int) -> bool:
+        if name.lower() in _SCALES or name.lower().rstrip("s") in _SCALES:
+            self.count *= Fraction(_SCALES.get(name.lower(), 0) or _SCALES[name.lower().rstrip("s")]) ** power
+            return True
+        found = _look_up(name)
+        if found is None:
+            return False
+        self.scale *= found[1] ** power
+        self.names.append(found[0])
+        for base, exponent in found[2]:
+            self.powers[base] = self.powers.get(base, 0) + exponent * power
+        return True
 
 
-def canonical_unit(unit: str) -> str:
-    """One spelling, or "" when it has a part that is unknown."""
-    if unit.startswith("base "):
-        return unit
-    plain = re.sub(r"\\text\s*\{([^{}]*)\}|\\cdot", lambda match: f" {match[1] or ''} ", unit)
-    plain = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", plain))
-    plain = re.sub(r"[{}\s]", " ", plain.replace("per", "/").replace(".", ""))
-    parts = re.findall(r"[A-Za-z]+|[-/^\d]+", plain)
-    known = [_CANONICAL.get(part, _CANONICAL.get(part.lower())) if part.isalpha() else part for part in parts]
-    return " ".join(part for part in known if part) if all(known) else ""
+@functools.lru_cache(maxsize=4096)
+def read_unit(text: str) -> Unit | None:
+    """The unit that `text` (cleaned by `latex.clean`) is, `\\text` marks or not, or None. A counted noun is one."""
+    if len(text) > _MAX_CHARACTERS:
+        return None
+    plain = _FRACTION.sub(r"(\1)/(\2)", without_text_marks(text)).replace("{", "").replace("}", "")
+    plain = re.sub(r"\\mu\s*|μ", "µ", plain).replace("\\Omega", "Ω").strip().strip(".").strip()
+    return _known(plain) or _noun(plain)
+
+
+def same_dimension(one: Unit, other: Unit) -> bool:
+    """May a value in one be converted to the other? A unit that is unknown here is never held against another."""
+    if one.is_known and other.is_known:
+        return one.powers == other.powers
+    return not (one.is_known or other.is_known)
+
+
+def _known(text: str) -> Unit | None:
+    factors = _factors(text)
+    product = _Product()
+    if not factors or not all(product.take(name, power) for name, power in factors):
+        return None
+    name, _ = factors[0]
+    powers = tuple(sorted((base, exponent) for base, exponent in product.powers.items() if exponent))
+    return Unit(
+        scale=product.scale,
+        powers=powers if powers or not product.names else (("one", 1),),
+        offset=_OFFSETS.get(product.names[0], Fraction(0)) if product.names and factors == [(name, 1)] else Fraction(0),
+        count=product.count,
+        is_letter=len(factors) == 1 and len(name) == 1 and name.isascii() and name.isalpha(),
+    )
+
+
+def _factors(text: str) -> list[tuple[str, int]] | None:
+    """(name, power) of each factor in m/s^2, N\\cdot m, kg m^-3, J/(kg K) and square metres; None for anything else."""
+    factors: list[tuple[str, int]] = []
+    depth, sign, root, position, last = 0, 1, 1, 0, ""
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            return None
+        position, kind = match.end(), match.lastgroup
+        if kind == "exponent":
+            if last != "name" or abs(int(match[kind])) > _MAX_POWER:
+                return None
+            name, power = factors.pop()
+            factors.append((name, power * int(match[kind])))
+        elif kind == "over":
+            sign = -1
+        elif kind == "bracket":
+            depth += 1 if match[kind] == "(" else -1
+            sign = sign if depth else 1
+        elif kind == "root":
+            root = 2 if match[kind].startswith("sq") else 3
+        elif kind == "name":
+            factors.append((match[kind], sign * root))
+            root = 1
+            sign = sign if depth else 1
+        last = kind or ""
+    return None if depth or last in ("over", "times", "root") else factors
+
+
+def _noun(text: str) -> Unit | None:
+    bracketless = text[1:-1].strip() if text[:1] + text[-1:] == "()" else text
+    if re.fullmatch(r"\\?p?mod\s*\d+", bracketless):
+        return Unit(noun=re.sub(r"\D*(\d+)\D*", r"mod \1", bracketless))
+    text = re.sub(r"\s*\^[23]$", "", text)  # units^2
+    if not _NOUN.fullmatch(text) or _NO_NOUN.search(text):
+        return None
+    words = text.lower().split()
+    count = Fraction(1)
+    while words and words[0] in _SCALES:
+        count *= _SCALES[words.pop(0)]
+    return Unit(noun=" ".join(words), count=count)
+
+
+@functools.lru_cache(maxsize=4096)
+def _look_up(name: str) -> tuple[str, Fraction, tuple[tuple[str, int], ...]] | None:
+    """(symbol, scale, powers of base units) of one name, with its prefix."""
+    squeezed = re.sub(r"\s+", "", name)
+    table = _spellings()
+    for spelled in (
+        squeezed,
+        re.sub(r"^\\(?=\$)", "", squeezed),
+        re.sub(r"^degrees(?=[cf])", "degree", squeezed.lower()),
+    ):
+        for candidate in (spelled, *([spelled.lower()] if len(spelled) > 3 else [])):
+            for singular in (candidate, *([candidate[:-1]] if len(candidate) > 3 and candidate.endswith("s") else [])):
+                if singular in table:
+                    return table[singular]
+    return None
+
+
+@functools.cache
+def _spellings() -> dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]]:
+    table: dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]] = {}
+    for line in _TABLE.strip().splitlines():
+        symbol, definition, others = line.split(";")
+        prefixed, symbol = symbol.startswith("+"), symbol.lstrip("+")
+        scale, powers = _defined(definition, table) if definition else (Fraction(1), ((symbol, 1),))
+        for spelling in (f"+{symbol}" if prefixed else symbol, *others.split()):
+            bare = spelling.lstrip("+")
+            is_word = len(bare) > 3
+            prefixes = {"": 0}
+            if spelling.startswith("+"):
+                prefixes = _PREFIX_WORDS if is_word else _PREFIXES
+            elif "\u4e00" <= bare[0] <= "\u9fff":
+                prefixes = {"": 0} | _CHINESE_PREFIXES
+            for prefix, exponent in prefixes.items():
+                table.setdefault(prefix + bare, (symbol, scale * Fraction(10) ** exponent, powers))
+    for alias, (symbol, exponent) in _ALIASES.items():
+        _, scale, powers = table[symbol]
+        table[alias] = (symbol, scale * Fraction(10) ** exponent, powers)
+    return table
+
+
+def _defined(
+    definition: str, table: dict[str, tuple[str, Fraction, tuple[tuple[str, int], ...]]]
+) -> tuple[Fraction, tuple[tuple[str, int], ...]]:
+    number, names = re.fullmatch(r"(\d+(?:/\d+)?(?![a-z])|1(?=/))?\s*(.*)", definition).groups()  # type: ignore[union-attr]
+    scale, sign = Fraction(number or 1), 1
+    powers: dict[str, int] = {}
+    for over, name, exponent in re.findall(r"(/)?\s*([a-zA-Z]+)(?:\^(\d))?", names):
+        sign = -1 if over else sign
+        power = sign * int(exponent or 1)
+        scale *= table[name][1] ** power
+        for base, base_power in table[name][2]:
+            powers[base] = powers.get(base, 0) + base_power * power
+    return scale, tuple(sorted((base, power) for base, power in powers.items() if power))

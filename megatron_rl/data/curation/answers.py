@@ -1,8 +1,11 @@
 """Do two reference answers to one question agree?"""
 
-from megatron_rl.reward.compare import same_answer
+from megatron_rl.reward.compare import Rules, same_answer
 from megatron_rl.reward.latex import clean
 from megatron_rl.reward.limits import excess
+from megatron_rl.reward.math import same_numbers
+
+_WITHOUT_ALGEBRA = Rules(numbers=same_numbers, formulas=lambda gold, answer: False)
 
 
 def agree(domain: str, one: str, other: str) -> bool:
@@ -15,4 +18,4 @@ def agree(domain: str, one: str, other: str) -> bool:
         return True
     if domain.startswith("code") or excess(one) or excess(other):
         return False
-    return same_answer(clean(one), clean(other), lambda gold, answer: False)
+    return same_answer(clean(one), clean(other), _WITHOUT_ALGEBRA)
