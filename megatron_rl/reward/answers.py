@@ -47,8 +47,11 @@ def boxed_answer(text: str) -> str | None:
 
 
 def reference_answers(answer: str) -> list[str]:
-    """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself."""
-    text = answer.strip()
+    """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself.
+
+    Behind "####", where there is one: GSM8K's solutions end so.
+    """
+    text = answer.rpartition("####")[2].strip()
     listed = []
     if text.startswith('["') and text.endswith('"]'):
         try:

@@ -14,12 +14,14 @@ from megatron_rl.reward import latex
 from megatron_rl.reward.meaning import (
     EQUALS,
     Choice,
+    Clock,
     Equation,
     Expression,
     Items,
     Meaning,
     Quantity,
     Ratio,
+    Reaction,
     Words,
     bare,
     is_name,
@@ -131,6 +133,10 @@ class _Pair:
                 )
             case Number() | Expression(), Quantity():
                 return self._may_lack(answer, gold) and self._same_value(None, answer)
+            case Clock(), Clock():
+                return gold == answer
+            case Reaction(), Reaction():
+                return gold == answer
             case Region(), Region():
                 return same_region(gold, answer, self.inner)
             case Equation(), Equation():
@@ -173,7 +179,7 @@ class _Pair:
         names = (gold.text, *gold.also)
         if self.rules.truth and _TRUTH.get(gold.text) is not None:
             return _TRUTH[gold.text] is _TRUTH.get(answer.text)
-        return answer.text in names
+        return answer.text in names or answer.text.replace(" ", "") in (name.replace(" ", "") for name in names)
 
     def _may_lack(self, quantity: Quantity, other: Number | Expression) -> bool:
         """May the other side leave the unit out?"""

@@ -10,6 +10,7 @@ _GREEK = {
 }  # fmt: skip
 _SIGNS = {
     "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∈": "\\in ",
+    "→": "\\to ", "⟶": "\\to ", "⇌": "\\to ",
     "∅": "\\emptyset ", "∪": "\\cup ", "∩": "\\cap ", "∞": "\\infty ", "ℝ": "\\mathbb{R}", "ℂ": "\\mathbb{C}",
     "ℤ": "\\mathbb{Z}", "±": "\\pm ", "∓": "\\mp ", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ",
     "÷": "\\div ", "°": "^\\circ ", "℃": "^\\circ C", "℉": "^\\circ F", "∠": "\\angle ", "△": "\\triangle ",
@@ -62,7 +63,16 @@ _SPELLINGS = (
     (r"\\(?:mathbf|boldsymbol|bm)\s+([a-zA-Z])(?![a-zA-Z])", r" \1 "),
     (r"\\hat\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))", r" \1\2 "),
     (r"\\vec\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))", r" \1\2 "),
-    (r"\\(?:mathrm|text|textrm)\s*\{\s*([ied])\s*\}", r" \1 "),
+    (r"\\(?:mathrm|text|textrm)\s*\{\s*([ie])\s*\}", r" \1 "),
+    (r"\\(?:mathrm|text|textrm)\s*\{\s*d\s*\}\s*", " d"),
+    (r"\\var(epsilon|phi|theta|rho|sigma)(?![a-zA-Z])", r"\\\1"),
+    (r"\^\s*\\prime(?![a-zA-Z])", "'"),
+    (r"\^\s*\{\s*\\prime\s*\}", "'"),
+    (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
+    # in front of an index, as in {}^{14}_6C
+    (r"(?<![a-zA-Z}\\])\{\}", ""),
+    (r"\\(?:longrightarrow|rightarrow|to|rightleftharpoons|leftrightarrow|Rightarrow)(?![a-zA-Z])|<?[-=]+>",
+     r"\\to "),
     # \text{sec} and \text{min} are seconds and minutes
     (rf"\\(?:operatorname\*?|mathrm(?!\s*\{{\s*(?:sec|min)\s*\}})|text(?!\s*\{{\s*(?:sec|min)\s*\}}))\s*"
      rf"\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
@@ -92,7 +102,6 @@ _SPELLINGS = (
     (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\bmod "),
 )  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
-# With exponents in braces inside, as units have them.
 # Nothing of what follows is written so.
 _PLAIN_ASCII = re.compile(r"[A-Za-z0-9.,;:+/=()\[\]\s!?'-]*", re.ASCII)
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")

@@ -61,6 +61,20 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reaction:
+    """sides: what stands before and behind the arrow, each in alphabetical order and one spelling."""
+
+    sides: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """minutes: since midnight."""
+
+    minutes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
     """kind: "set" and "list" have no order; "tuple", "row", "column" and "matrix" (of rows) have one.
 
@@ -72,7 +86,7 @@ class Items:
     brackets: str = ""
 
 
-Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | Items | Region
+Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | Reaction | Clock | Items | Region
 
 _MAX_WORDS_CHARACTERS = 400
 _AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])|和"
@@ -82,6 +96,9 @@ _COLUMNS = re.compile(r"\s*&\s*")
 _ROWS = re.compile(r"\s*\\\\\s*")
 EQUALS = re.compile(r"\s*(?<![<>!\\:])=(?!=)\s*")
 _RATIO = re.compile(r"\s*:\s*")
+_ARROW = re.compile(r"\s*\\to(?![a-zA-Z])\s*")
+_PLUS = re.compile(r"\s+\+\s+|(?<=[\w)])\+(?=\d*[A-Z])")
+_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
 _IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
@@ -92,8 +109,8 @@ _LEAD = re.compile(
     r"(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
     r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?"
     r"|there (?:is|are)|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately"
-    r"|答案[是为]?\s*:?|选项?)"
-    r"(?![a-zA-Z])\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
+    r"(?![a-zA-Z])|答案[是为]?\s*:?|选项?)"
+    r"\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LABEL = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)\s*|([A-J])(?:[.:)](?=\s|\}|$)|$)\s*|([a-j])[.)]?$)(.*)", re.DOTALL)
@@ -106,12 +123,22 @@ _NUMBER_WORDS = {
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
 }  # fmt: skip
 _PROSE = re.compile(r"[\w\s'\".,:;()/%&?!+-]*(?:[^\W\d_]{2}|[\u4e00-\u9fff])[\w\s'\".,:;()/%&?!+-]*")
-_FORMULA = re.compile(r"(?:[A-Z][a-z]?|[\d()])+[+-]?")
+_FORMULA = re.compile(r"(?:[A-Z][a-z]?|[\d().])+[+-]?")
+# No product: IV is no VI, and a sequence such as ATG is no GTA.
+_ORDERED = re.compile(r"[IVX]{2,}|[A-Z]{3,}|\d'\s*-?\s*[A-Z]+\s*-?\s*\d'")
+_SPELLED_GREEK = re.compile(r"\\(alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|Delta)(?![a-zA-Z])")
+_ORDINALS = {
+    "first": "1", "second": "2", "third": "3", "fourth": "4", "fifth": "5", "sixth": "6", "seventh": "7", "eighth": "8",
+    "ninth": "9", "tenth": "10",
+}  # fmt: skip
 # Addresses and versions.
 _DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 _SAME_WORDS = {
     "no solutions": "no solution", "none": "no solution", "no real solution": "no solution",
     "\\emptyset": "no solution", "all reals": "all real numbers", "\\mathbb{R}": "all real numbers",
+    "dne": "does not exist", "doe not exist": "does not exist", "doesn t exist": "does not exist",
+    "\\infty": "infinity", "positive infinity": "infinity", "-\\infty": "negative infinity",
+    "minus infinity": "negative infinity",
 }  # fmt: skip
 # Words that are no product of letters: a product that stands alone has no letter twice, as odd has.
 _REPEATED = re.compile(r"(?=.*([a-zA-Z]).*\1)[a-zA-Z]{2,3}")
@@ -128,6 +155,8 @@ _UNIT_START = re.compile(
 _VALUE_END = re.compile(r"(?:[\d})!]|\\pi|\\infty)\s*$")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+# 2\\pi hr: an hour, or two letters.
+_MAY_BE_LETTERS = re.compile(r"\\pi\s*[a-zA-Z]{2}$")
 _BASE = re.compile(r"(?P<value>[-+]?\d+)_\s*\{?\s*(?:\\text\s*\{)?(?P<base>\d{1,2}|[a-z]+)\}?\}?")
 _MAX_UNIT_CHARACTERS = 60
 _DEGREES = (("degree", 1),)
@@ -192,7 +221,10 @@ def _exact_part(text: str) -> str:
 
 
 def _structured(text: str) -> list[Meaning]:
-    found: list[Meaning] = [*_words(text), *_choices(text)]
+    reaction = _reaction(text)
+    if reaction is not None:
+        return [reaction]
+    found: list[Meaning] = [*_words(text), *_choices(text), *_clock(text)]
     region = read_region(members[1] if (members := _MEMBERS.fullmatch(text)) else text)
     if region is not None:
         found.append(region)
@@ -216,12 +248,12 @@ def _structured(text: str) -> list[Meaning]:
     quantity = read_quantity(text)
     if quantity is not None:
         found.append(quantity)
-        if quantity.is_sure:
+        if quantity.is_sure and not _MAY_BE_LETTERS.search(text):
             return found
     has_words = any(isinstance(meaning, Words) for meaning in found)
     if not (
         has_words
-        and (_DOTTED.fullmatch(text) or _LONG_WORD.search(plain) or _REPEATED.fullmatch(plain) or not text.isascii())
+        and (_DOTTED.fullmatch(text) or _ORDERED.fullmatch(plain) or _LONG_WORD.search(plain) or _REPEATED.fullmatch(plain) or not text.isascii())
     ):
         found.append(Expression(text=text))
     return found
@@ -251,6 +283,26 @@ def _elements(inside: str) -> list[str]:
     return [part.replace("\0", ",") for part in latex.split_top(grouped, _LIST) if part]
 
 
+def _reaction(text: str) -> Reaction | None:
+    """2H_2 + O_2 \\to 2H_2O; no function, as f: A \\to B."""
+    sides = _ARROW.split(re.sub(r"[_{}^]|(?<=\d)\s+(?=[A-Z])", "", latex.without_text_marks(text)))
+    if len(sides) != 2 or not all(re.match(r"[\d.]*\s*[A-Z(]", side) for side in sides):
+        return None
+    return Reaction(sides=tuple(tuple(sorted(re.sub(r"\s", "", one) for one in _PLUS.split(side))) for side in sides))
+
+
+def _clock(text: str) -> list[Clock]:
+    """3:00 PM, 3 p.m. and 15:00."""
+    time = _TIME.fullmatch(latex.without_text_marks(text))
+    if time is None or not (time[2] or time[3]):
+        return []
+    hours = int(time[1])
+    if hours > (12 if time[3] else 23):
+        return []
+    hours = hours % 12 + 12 * (time[3].lower() == "p") if time[3] else hours
+    return [Clock(minutes=60 * hours + int(time[2] or 0))]
+
+
 def _matrix(text: str) -> Items | None:
     matrix = _MATRIX.fullmatch(text.strip("[]() ") if text.startswith(("[\\begin", "(\\begin")) else text)
     if not matrix or "\\begin" in matrix[2]:
@@ -277,17 +329,20 @@ def is_name(text: str) -> bool:
 
 
 def _words(text: str) -> list[Words]:
-    if text in _SAME_WORDS:
-        return [Words(text=_SAME_WORDS[text])]
     plain = latex.without_text_marks(text).strip()
+    same = _SAME_WORDS.get(text) or _SAME_WORDS.get(plain.lower())
+    if same:
+        return [Words(text=same)]
     if len(plain) > _MAX_WORDS_CHARACTERS:
         return []
-    formula = re.sub(r"[_{}^ ]|\\text", "", plain)
+    formula = re.sub(r"[_{}^ ]|\\text", "", plain.replace("\\cdot", "."))
     found = []
     if _FORMULA.fullmatch(formula) and re.search(r"[a-z\d+]|[A-Z]{2}", formula) and re.search(r"[A-Z]", formula):
         found.append(Words(text=formula))  # as it stands: Co is no CO
-    if _DOTTED.fullmatch(plain):
-        return [Words(text=plain)]
+    if _DOTTED.fullmatch(plain) or _ORDERED.fullmatch(plain):
+        return [Words(text=plain.lower())]
+    if re.search(r"[a-zA-Z]{4}", _COMMAND.sub("", plain)):
+        plain = _SPELLED_GREEK.sub(r"\1", plain)
     if not _PROSE.fullmatch(plain):
         return found
     if re.fullmatch(r"[^\W\d_]{2}", plain) and plain.lower() not in ("no", "ok"):
@@ -301,7 +356,8 @@ def _plain_words(text: str) -> str:
     words = re.sub(r"[\s\"',;()?!~]+|(?<=[a-z])-(?=[a-z])|-(?= )|\.(?=\s|$)", " ", text.lower()).split()
     # (D)(A) has no article
     articles = ("a", "an", "the") if any(len(word) > 2 for word in words) else ()
-    kept = [_singular(word) for word in words if word not in articles]
+    ordinals = (re.sub(r"^(\d+)(?:st|nd|rd|th)$", r"\1", _ORDINALS.get(word, word)) for word in words)
+    kept = [_singular(word) for word in ordinals if word not in articles]
     plain = " ".join(kept or words)
     return _SAME_WORDS.get(plain, plain)
 

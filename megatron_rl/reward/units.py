@@ -16,11 +16,11 @@ _TABLE = """
 +m;; +meter +metre 米
 +g;; +gram gm 克
 +s;; +second sec 秒
-+A;; +ampere amp
-K;; kelvin kelvins
++A;; +ampere amp 安培 安
+K;; kelvin kelvins 开尔文 开
 +mol;; +mole 摩尔
 cd;; candela
-rad;; radian
+rad;; radian 弧度
 degree;; deg ^\\circ 度
 +bit;;
 dollar;; $ usd buck
@@ -40,33 +40,47 @@ day;86400 s; 天
 week;604800 s;
 month;;
 year;; yr 年
-+Hz;1/s; +hertz
++Hz;1/s; +hertz 赫兹 赫
 rpm;360 degree/min;
-+N;1000 g m/s^2; +newton 牛
-+J;1 N m; +joule 焦
-+W;1 J/s; +watt 瓦
-+Pa;1 N/m^2; +pascal
-+C;1 A s; +coulomb
-+V;1 J/C; +volt 伏
-+Ω;1 V/A; +ohm
++N;1000 g m/s^2; +newton 牛顿 牛
++J;1 N m; +joule 焦耳 焦
++W;1 J/s; +watt 瓦特 瓦
++Pa;1 N/m^2; +pascal 帕斯卡 帕
++C;1 A s; +coulomb 库仑 库
++V;1 J/C; +volt 伏特 伏
++Ω;1 V/A; +ohm 欧姆 欧
++S;1 A/V; +siemens
 +F;1 C/V; +farad
-+T;1 V s/m^2; +tesla
-+Wb;1 V s; weber
++T;1 V s/m^2; +tesla 特斯拉
+gauss;1/10000 T; Gs
++Wb;1 V s; weber 韦伯
 +H;1 V s/A; henry
 +eV;1602176634/10000000000000000000000000000 J; +electronvolt
 +cal;4184/1000 J; +calorie
 +L;1/1000 m^3; +l +liter +litre 升
 +M;1000 mol/m^3; molar
++Wh;3600 J;
++Ah;3600 C;
++Bq;1/s; becquerel
++Gy;1 J/kg; gray
++Sv;1 J/kg; sievert
+lm;; lumen
+lx;1 lm/m^2; lux
+dyn;1/100000 N; dyne
+erg;1/10000000 J;
+Da;166053906660/100000000000000000000000000000000000 g; dalton amu
 bar;100000 Pa;
 mbar;100 Pa;
 atm;101325 Pa; atmosphere
 mmHg;133322387415/1000000000 Pa; torr Torr
+psi;6894757/1000 Pa;
 in;254/10000 m; inch inches
 ft;3048/10000 m; foot feet
 yd;9144/10000 m; yard
 mi;1609344/1000 m; mile
 Å;1/10000000000 m; angstrom
 mph;1 mi/h;
+knot;1852/3600 m/s; kn
 km_per_hour;1000 m/h; kmh kmph
 lb;45359237/100000 g; pound lbs
 oz;28349523125/1000000000 g; ounce
