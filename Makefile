@@ -37,7 +37,7 @@ KILLS ?= 30
 CASES ?= 5000
 # How many in make fuzz-server.
 REQUESTS ?= 20000
-# Files of labelled pairs for bench-rewards; empty takes those of the workplace.
+# Files of labelled pairs for bench-rewards; empty takes tests/answer_pairs.
 PAIRS ?=
 # Response lengths for bench-schedule; empty takes the tool's default.
 LENGTHS ?=
@@ -155,8 +155,8 @@ test-kill: install  ## KILLS=30 SIGKILLs at random moments; every run ends with 
 test-browser: install install-browser  ## run reports in a real Chromium: no errors, no network, hostile responses, a phone
 	$(BIN)/python -m pytest tests/browser
 
-test-answers: install  ## the judges of answers on 500 golds, each in 25 ways and beside 25 mutations; a report by kind (five minutes)
-	ANSWERS=whole $(BIN)/python -m pytest -s tests/test_metamorphic.py
+test-answers: install  ## the judges of answers on 500 golds, each in 25 ways and beside 25 mutations, and on labelled pairs (five minutes)
+	ANSWERS=whole $(BIN)/python -m pytest -s tests/test_metamorphic.py tests/test_answer_pairs.py
 
 fuzz-judge: install install-sandbox  ## 5,000 programs that answer the judge of code with mutated bytes: none may be called correct (two minutes)
 	$(BIN)/python tools/fuzz_judge.py --cases $(CASES) --seed $(SEED)

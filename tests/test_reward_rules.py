@@ -12,10 +12,22 @@ from hypothesis import strategies as st
 from megatron_rl.reward.compare import Rules, same_answer
 from megatron_rl.reward.latex import clean
 from megatron_rl.reward.math import same_numbers, settle_math
-from megatron_rl.reward.meaning import Choice, Equation, Expression, Items, Quantity, Ratio, Words, meanings
+from megatron_rl.reward.meaning import (
+    Choice,
+    Clock,
+    Equation,
+    Expression,
+    Items,
+    Quantity,
+    Ratio,
+    Reaction,
+    Words,
+    meanings,
+)
 from megatron_rl.reward.number import Number
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.reward.region import Region
+from megatron_rl.reward.statement import Congruence, Family, Relation
 from megatron_rl.reward.stem import SCIENCE, settle_stem
 from megatron_rl.reward.units import read_unit
 
@@ -68,6 +80,11 @@ def test_every_example_of_the_page_is_judged_as_it_says(kind):
         ("x>5", [Region, Expression]),
         ("x^2+1", [Expression]),
         ("\\pm 2", [Items]),
+        ("k\\pi, k\\in\\mathbb{Z}", [Family]),
+        ("n\\equiv 3 \\pmod 7", [Congruence]),
+        ("AB \\perp CD", [Relation]),
+        ("2H_2+O_2 \\to 2H_2O", [Reaction]),
+        ("3:00 PM", [Words, Clock, Ratio]),
         ("", []),
     ],
 )
@@ -105,7 +122,8 @@ PIECES = st.lists(
          "²", "°", "**", "\\over", "A", "(B)", "not ", "\\mid", "|", "answer is ", "'", '"', "√",
          "\\mathrm{",
          "million",
-         "CO_2", "f(x)", "，"]
+         "CO_2", "f(x)", "，", "\\to ", "\\in\\mathbb{Z}", "k", " for any integer ", "\\equiv ", "\\pmod 7",
+         "\\parallel ", "①", "3:00", "c_1", "\\begin{cases}", "\\end{cases}", "\\ne ", "且", "5 ft 3 in", "+C"]
     ),
     max_size=30,
 ).map("".join)  # fmt: skip
@@ -184,7 +202,9 @@ def test_a_prefix_moves_the_value_and_nothing_else(number, unit, first, second):
      "x=1,",
      "1:", "9⁹", "\\textcolor{", "^\\circ", "\\{x:", "\\approx", "The answer is ", "和", "[1,2[", "5'", "√",
      "(A)", "A. ",
-     "mod 5 "],
+     "mod 5 ", "k\\in\\mathbb{Z}", "k,", "(<", " (x<", "k for any ", "=0,1,2,", "A\\to ", "A+", "5 h ", "①",
+     "\\parallel ",
+     "|0\\rangle", "n\\equiv ", "\\text{ and ", "a & b \\\\ ", "{}", "x and ", "\\ne "],
 )  # fmt: skip
 def test_the_callers_part_takes_little_time_for_long_answers(piece):
     text = (piece * 2000)[:1990]

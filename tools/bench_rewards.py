@@ -23,10 +23,11 @@ from megatron_rl.reward.answers import stated_answer
 from megatron_rl.reward.pool import RewardKind, RewardPool
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = sorted((ROOT / "tests" / "answer_pairs").glob("*.jsonl"))
 # The rules were made while somebody looked at these rows. True: a prediction may be a whole text, whose answer is
 # looked for; False: it is what stands in the box.
-IN_SAMPLE = {"equiv_dev.jsonl": True, "answers2_dev.jsonl": False}
+IN_SAMPLE = {"equiv_dev.jsonl": True, "answers2_dev.jsonl": False} | {path.name: False for path in PAIRS}
 _BOX = re.compile(r"\\boxed\s*[{\d]|\\fbox\s*\{")
 _DELIMITED = re.compile(r"\s*(?:\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\])\s*", re.DOTALL)
 Row = dict[str, Any]
@@ -162,14 +163,14 @@ def examples(rows: Sequence[Row], verdicts: Sequence[Verdict], most: int) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", nargs="*", type=Path, help="default: the labelled pairs in ../shared/data")
+    parser.add_argument("pairs", nargs="*", type=Path, help="default: tests/answer_pairs")
     parser.add_argument("--unseen", nargs="+", type=Path, default=[], help="pairs that nobody made a rule beside")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=3.0, help="seconds per pair")
     parser.add_argument("--examples", type=int, default=20, help="of each kind at most so many pairs are shown")
     parser.add_argument("--out", type=Path, help="write there, not to the standard output")
     args = parser.parse_args()
-    files = args.pairs or ([] if args.unseen else [DATA / name for name in IN_SAMPLE])
+    files = args.pairs or ([] if args.unseen else PAIRS)
     for path in args.unseen:
         if path.name in IN_SAMPLE:
             parser.error(f"rules were made beside {path}; it cannot be unseen")

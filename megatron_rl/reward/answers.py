@@ -1,5 +1,6 @@
 """The answer that a text gives: its boxes, or what it says without one."""
 
+import ast
 import re
 
 from megatron_rl.parsing import parse_json
@@ -53,10 +54,10 @@ def reference_answers(answer: str) -> list[str]:
     """
     text = answer.rpartition("####")[2].strip()
     listed = []
-    if text.startswith('["') and text.endswith('"]'):
+    if text.startswith(('["', "['")) and text.endswith(('"]', "']")):
         try:
-            listed = parse_json(text)
-        except ValueError:
+            listed = parse_json(text) if text[1] == '"' else ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             listed = []
     texts = [item for item in listed if isinstance(item, str)] or [text]
     return [(stated_answer(one) if _SAYS_ANSWER.search(one) else one).strip() for one in texts]

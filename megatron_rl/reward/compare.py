@@ -30,7 +30,15 @@ from megatron_rl.reward.meaning import (
 )
 from megatron_rl.reward.number import Number, read_number
 from megatron_rl.reward.region import Region, same_region
-from megatron_rl.reward.units import same_dimension
+from megatron_rl.reward.statement import (
+    Congruence,
+    Family,
+    Relation,
+    constants_renamed,
+    same_domain,
+    with_letter,
+)
+from megatron_rl.reward.units import DEGREES, RADIANS, same_dimension
 
 Kind = TypeVar("Kind", Choice, Quantity, Number)
 
@@ -137,6 +145,18 @@ class _Pair:
                 return gold == answer
             case Reaction(), Reaction():
                 return gold == answer
+            case Family(), Family():
+                return self._same_family(gold, answer)
+            case Family(), _:
+                return self.inner(gold.value, self.answer)
+            case _, Family():
+                return self.inner(self.gold, answer.value)
+            case Congruence(), Congruence():
+                same_modulus = gold.modulus == answer.modulus and (gold.right - answer.right) % gold.modulus == 0
+                return same_modulus and self.inner(gold.left, answer.left)
+            case Relation(), Relation():
+                both_ways = answer.sides, answer.sides[::-1]
+                return gold.name == answer.name and any(self._all_same(gold.sides, sides) for sides in both_ways)
             case Region(), Region():
                 return same_region(gold, answer, self.inner)
             case Equation(), Equation():
@@ -171,9 +191,16 @@ class _Pair:
         if ({Expression} & kinds[0] and {Expression, Number} & kinds[1]) or (
             {Number} & kinds[0] and {Expression} & kinds[1]
         ):
-            return self.rules.formulas(_ungrouped(self.gold), _ungrouped(self.answer))
+            return self._formulas(_ungrouped(self.gold), _ungrouped(self.answer))
         sets = re.compile(r"\\(?:setminus|cup|cap|mathbb|mid)(?![a-zA-Z])|[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
-        return bool(sets.search(self.gold) and sets.search(self.answer)) and self.rules.formulas(self.gold, self.answer)
+        return bool(sets.search(self.gold) and sets.search(self.answer)) and self._formulas(self.gold, self.answer)
+
+    def _formulas(self, gold: str, answer: str) -> bool:
+        if _points(gold) != _points(answer):
+            return False
+        return self.rules.formulas(gold, answer) or any(
+            self.rules.formulas(gold, renamed) for renamed in constants_renamed(gold, answer)
+        )
 
     def _same_words(self, gold: Words, answer: Words) -> bool:
         names = (gold.text, *gold.also)
@@ -187,7 +214,25 @@ class _Pair:
             return False
         return quantity.is_sure or self.rules.letters_are_units
 
+    def _same_family(self, gold: Family, answer: Family) -> bool:
+        """The same formula in another letter. Over all integers it may start elsewhere, or count down."""
+        if not same_domain(gold.domain, answer.domain):
+            return False
+        starts = ("{}", "({}+1)", "({}-1)", "(-{})", "(1-{})", "(-1-{})") if gold.domain == "Z" else ("{}",)
+        return any(
+            self.inner(gold.value, with_letter(answer.value, answer.letter, start.format(gold.letter)))
+            for start in starts
+        )
+
+    def _same_angle(self, degrees: Quantity, other: str) -> bool:
+        return "\\pi" in other and self.inner(f"\\frac{{({degrees.value}) \\pi}}{{180}}", other)
+
     def _same_quantity(self, gold: Quantity, answer: Quantity) -> bool:
+        powers = gold.unit.powers, answer.unit.powers
+        if powers == (DEGREES, RADIANS):
+            return self._same_angle(gold, answer.value)
+        if powers == (RADIANS, DEGREES):
+            return self._same_angle(answer, gold.value)
         if not same_dimension(gold.unit, answer.unit) and _counts(gold) and _counts(answer):
             return False
         if gold.unit.noun.startswith("base") and answer.unit.noun.startswith("base") and gold.unit != answer.unit:
@@ -219,7 +264,9 @@ class _Pair:
         kinds = {gold.kind, answer.kind}
         if kinds <= unordered:
             if _are_named(gold.items) != _are_named(answer.items):
-                return self._all_same(gold.items, answer.items)
+                plain = _without_indices(gold.items), _without_indices(answer.items)
+                values_of_one = (*gold.items, *answer.items) != (*plain[0], *plain[1])
+                return self._all_same(gold.items, answer.items) or (values_of_one and self._same_elements(*plain))
             return self._same_elements(_with_signs(gold.items), _with_signs(answer.items))
         if "set" in kinds or ("matrix" in kinds and len(kinds) > 1) or kinds == {"row", "column"}:
             return False
@@ -247,7 +294,7 @@ class _Pair:
             if renamed is not None:
                 return self.inner(names[0][1], re.sub(*renamed, names[1][1]) if renamed[0] else names[1][1])
         ends = [(side.sides[0], side.sides[-1]) for side in (gold, answer)]
-        return self.rules.formulas(*(f"{left}={right}" for left, right in ends))
+        return self._formulas(*(f"{left}={right}" for left, right in ends))
 
     def _ends_in(self, answer: Equation) -> bool:
         """m+n = 73 and 2^10 = 1024 end in what is asked; 4 = 5 is no 5."""
@@ -263,6 +310,12 @@ class _Pair:
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
 
 
+def _points(text: str) -> list[str]:
+    """Names of angles and polygons, which are no products: ABC is CBA, but no ACB."""
+    runs = re.findall(r"(?<![a-zA-Z\\])[A-Z]{3,}(?![a-zA-Z])", text)
+    return sorted(min(run, run[::-1]) for run in runs)
+
+
 def _ungrouped(text: str) -> str:
     """282 475 249 without what separates its thousands, which no parser reads."""
     return re.sub(r"(?<=\d)[ ,](?=\d{3})", "", text) if read_number(text) is not None else text
@@ -274,7 +327,7 @@ def _counts(side: Quantity) -> bool:
 
 
 def _is_single(items: Items) -> bool:
-    return items.kind == "set" and len(items.items) == 1
+    return items.kind == "set" and len(items.items) == 1 and items.items[0] != "\\emptyset"
 
 
 def _with_signs(items: Sequence[str]) -> list[str]:
@@ -290,6 +343,11 @@ def _are_named(items: Sequence[str]) -> bool:
     """AB=4, CD=5: values whose order their names give. x=1, x=2 are two values of one."""
     names = [_named(Equation(sides=tuple(latex.split_top(item, EQUALS)))) for item in items]
     return all(names) and len({latex.squeeze(name[0]) for name in names if name}) > 1
+
+
+def _without_indices(items: Sequence[str]) -> list[str]:
+    """x_1=1, x_2=-3: two values of x."""
+    return [re.sub(r"^([a-zA-Z])_\s*\{?\d\}?(?=\s*=)", r"\1", item) for item in items]
 
 
 def _named(equation: Equation) -> tuple[str, str] | None:
@@ -308,7 +366,7 @@ def _same_name(gold: str, answer: str) -> tuple[str, str] | None:
     gold, answer = latex.squeeze(gold), latex.squeeze(answer)
     if gold == answer:
         return "", ""
-    functions = [re.fullmatch(r"([a-zA-Z])\(([a-zA-Z])\)", name) for name in (gold, answer)]
+    functions = [re.fullmatch(r"([a-zA-Z](?:\^\{?-1\}?)?'*)\(([a-zA-Z])\)", name) for name in (gold, answer)]
     if functions[0] and functions[1]:
         if functions[0][1] != functions[1][1]:
             return None

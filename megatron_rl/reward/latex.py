@@ -78,6 +78,8 @@ _SPELLINGS = (
      rf"\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
     (r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|mbox|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|hbox"
      r"|ce|emph|underline)\s*\{", r"\\text{"),
+    (r"\\text\{([^{}]*?)\b(and|or)\b([^{}]*)\}", r"\\text{\1}\\text{ \2 }\\text{\3}"),
+    (r"\\text\{\s*\}", " "),
     (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
     (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
     (r"\\lt(?![a-zA-Z])", "<"),
@@ -86,6 +88,8 @@ _SPELLINGS = (
     (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    # a state of quantum mechanics is a letter with an index
+    (r"\|\s*([\w+-]{1,8})\s*\\rangle(?![a-zA-Z])", r" q_{\1} "),
     (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\[lr]?vert(?![a-zA-Z])", "|"),
@@ -116,6 +120,7 @@ def clean(latex: str) -> str:
     if not _PLAIN_ASCII.fullmatch(latex):
         latex = _respelled(latex)
     latex = re.sub(r"\s+", " ", latex).strip()
+    latex = re.sub("([①-⑳])(?=[①-⑳])", r"\1,", latex)
     return latex if latex.endswith("...") else latex.rstrip(".;,").strip()
 
 

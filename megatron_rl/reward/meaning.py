@@ -6,6 +6,7 @@ takes linear time, and runs on the sampler's event loop.
 """
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +14,15 @@ from fractions import Fraction
 from megatron_rl.reward import latex
 from megatron_rl.reward.number import Number, read_number
 from megatron_rl.reward.region import Region, read_region
-from megatron_rl.reward.units import Unit, read_unit
+from megatron_rl.reward.statement import (
+    Congruence,
+    Family,
+    Relation,
+    read_congruence,
+    read_family,
+    read_relation,
+)
+from megatron_rl.reward.units import DEGREES, Unit, read_unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +95,16 @@ class Items:
     brackets: str = ""
 
 
-Meaning = Number | Words | Choice | Expression | Quantity | Equation | Ratio | Reaction | Clock | Items | Region
+Meaning = (
+    Number | Words | Choice | Expression | Quantity | Equation | Ratio | Reaction | Clock | Items | Region
+    | Family | Congruence | Relation
+)  # fmt: skip
 
 _MAX_WORDS_CHARACTERS = 400
-_AND = r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])|和"
+_AND = (
+    r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])"
+    r"|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|[和且]"
+)
 _LIST = re.compile(rf"\s*(?:[,;]\s*(?:{_AND})|[,;]|{_AND})\s*")
 _GROUPED = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _COLUMNS = re.compile(r"\s*&\s*")
@@ -101,6 +116,11 @@ _PLUS = re.compile(r"\s+\+\s+|(?<=[\w)])\+(?=\d*[A-Z])")
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![a-zA-Z])")
 _MATRIX = re.compile(r"\\begin\s*\{([pbvVB]?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
+_CASES = re.compile(
+    r"(?:\\\{\s*\\begin\s*\{array\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{array\}|\\begin\s*\{d?cases\}(.*)\\end\s*\{d?cases\})",
+    re.DOTALL,
+)
+_IF = re.compile(r"(?<![a-zA-Z])(?:if|when|for|is)(?![a-zA-Z])")
 _IN = re.compile(r"^[a-zA-Z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # "The answer is" and the like, in front of an answer.
@@ -109,6 +129,8 @@ _LEAD = re.compile(
     r"(?:so |thus |hence )?(?:the |my )?(?:(?:final |correct |right )?answer|solution|option|choice|result)"
     r"(?:\s+is|\s*:|\s*=)?(?:\s*:)?"
     r"|there (?:is|are)|(?:the|its|their)(?:\s+[a-z]+){1,3}\s+(?:is|are|equals)|about|approximately"
+    r"|it(?:'s| is| was| will be| equals)(?: an?| the)?|it(?= [a-z]+s\W*$)|(?:in|on|at|by|(?:in )?the year)(?= \d)"
+    r"|the [a-z]+(?= (?:converges|diverges|increases|decreases|exists)\W*$)"
     r"(?![a-zA-Z])|答案[是为]?\s*:?|选项?)"
     r"\s*(?P<brace>\}\s*:?)?\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
@@ -127,6 +149,8 @@ _FORMULA = re.compile(r"(?:[A-Z][a-z]?|[\d().])+[+-]?")
 # No product: IV is no VI, and a sequence such as ATG is no GTA.
 _ORDERED = re.compile(r"[IVX]{2,}|[A-Z]{3,}|\d'\s*-?\s*[A-Z]+\s*-?\s*\d'")
 _SPELLED_GREEK = re.compile(r"\\(alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|Delta)(?![a-zA-Z])")
+_MONTH = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+_DAY_FIRST = re.compile(rf"^(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? ((?:{_MONTH})[a-z]*)", re.IGNORECASE)
 _ORDINALS = {
     "first": "1", "second": "2", "third": "3", "fourth": "4", "fifth": "5", "sixth": "6", "seventh": "7", "eighth": "8",
     "ninth": "9", "tenth": "10",
@@ -155,11 +179,15 @@ _UNIT_START = re.compile(
 _VALUE_END = re.compile(r"(?:[\d})!]|\\pi|\\infty)\s*$")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+# Behind a value, in brackets: x+3 (x \\ne 2)
+_CONDITION = re.compile(r"(?<=[\w})])\s*\(([^()]*(?:[<>]|\\(?:ne|le|ge)(?![a-zA-Z]))[^()]*)\)$")
 # 2\\pi hr: an hour, or two letters.
 _MAY_BE_LETTERS = re.compile(r"\\pi\s*[a-zA-Z]{2}$")
 _BASE = re.compile(r"(?P<value>[-+]?\d+)_\s*\{?\s*(?:\\text\s*\{)?(?P<base>\d{1,2}|[a-z]+)\}?\}?")
+_VALUE, _NAME = r"\d{1,6}(?:\.\d{1,6})?", r"[a-zA-Z'\u4e00-\u9fff]+"
+_PARTS = re.compile(rf"({_VALUE})\s*({_NAME})")
+_PART_OF = re.compile(rf"{_VALUE}\s*{_NAME}(?:\s*{_VALUE}\s*{_NAME}){{1,2}}")
 _MAX_UNIT_CHARACTERS = 60
-_DEGREES = (("degree", 1),)
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 
 
@@ -221,9 +249,10 @@ def _exact_part(text: str) -> str:
 
 
 def _structured(text: str) -> list[Meaning]:
-    reaction = _reaction(text)
-    if reaction is not None:
-        return [reaction]
+    statement = _reaction(text) or read_family(text) or read_congruence(text) or read_relation(text)
+    if statement is not None:
+        return [statement]
+    text = _CONDITION.sub(r", \1", text)
     found: list[Meaning] = [*_words(text), *_choices(text), *_clock(text)]
     region = read_region(members[1] if (members := _MEMBERS.fullmatch(text)) else text)
     if region is not None:
@@ -253,7 +282,13 @@ def _structured(text: str) -> list[Meaning]:
     has_words = any(isinstance(meaning, Words) for meaning in found)
     if not (
         has_words
-        and (_DOTTED.fullmatch(text) or _ORDERED.fullmatch(plain) or _LONG_WORD.search(plain) or _REPEATED.fullmatch(plain) or not text.isascii())
+        and (
+            _DOTTED.fullmatch(text)
+            or _ORDERED.fullmatch(plain)
+            or _LONG_WORD.search(plain)
+            or _REPEATED.fullmatch(plain)
+            or not text.isascii()
+        )
     ):
         found.append(Expression(text=text))
     return found
@@ -304,6 +339,9 @@ def _clock(text: str) -> list[Clock]:
 
 
 def _matrix(text: str) -> Items | None:
+    cases = _CASES.fullmatch(text)
+    if cases:
+        return _cases(cases[1] or cases[2])
     matrix = _MATRIX.fullmatch(text.strip("[]() ") if text.startswith(("[\\begin", "(\\begin")) else text)
     if not matrix or "\\begin" in matrix[2]:
         return None
@@ -314,6 +352,16 @@ def _matrix(text: str) -> Items | None:
     return Items(kind="matrix", items=tuple(f"({','.join(row)})" for row in cells))
 
 
+def _cases(inside: str) -> Items:
+    """The rows of a piecewise function, (value, condition) each, or the equations of a system, in any order."""
+    rows = [re.sub(r"\s*,?\s*&\s*", ", ", row).strip(" ,.;") for row in latex.split_top(inside.strip(), _ROWS)]
+    pieces = [
+        latex.split_top(_IF.sub("", latex.without_text_marks(row)), re.compile(r"\s*,\s*")) for row in rows if row
+    ]
+    items = (f"({', '.join(parts)})" if len(parts) == 2 else ", ".join(parts) for parts in pieces)
+    return Items(kind="list", items=tuple(items))
+
+
 def _both_signs(text: str) -> tuple[str, ...]:
     upper = text.replace("\\pm", "+").replace("\\mp", "-")
     lower = text.replace("\\pm", "-").replace("\\mp", "+")
@@ -322,6 +370,7 @@ def _both_signs(text: str) -> tuple[str, ...]:
 
 def is_name(text: str) -> bool:
     """Something that is computed and not an expression: x, f(2), a_{37}, A:B, (p,q,r), \\frac{NO}{BO}, P(A), |S|."""
+    text = re.sub(r"\^\s*\{?\s*-1\s*\}?\s*(?=\()", "", text)  # f^{-1}(x)
     unmarked = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[a-zA-Z])\([^()]*\)", "", latex.without_text_marks(text))
     return bool(re.search(r"[a-zA-Z]", unmarked)) and not re.search(
         r"[-+*^\d!]|\\(?:cdot|times|sqrt|int|sum|prod|lim|infty|pi|sin|cos|tan|log|ln|binom)", unmarked
@@ -339,8 +388,10 @@ def _words(text: str) -> list[Words]:
     found = []
     if _FORMULA.fullmatch(formula) and re.search(r"[a-z\d+]|[A-Z]{2}", formula) and re.search(r"[A-Z]", formula):
         found.append(Words(text=formula))  # as it stands: Co is no CO
-    if _DOTTED.fullmatch(plain) or _ORDERED.fullmatch(plain):
-        return [Words(text=plain.lower())]
+    if _DOTTED.fullmatch(plain):
+        return [Words(text=plain)]
+    if _ORDERED.fullmatch(plain):
+        return [Words(text=_plain_words(plain))]
     if re.search(r"[a-zA-Z]{4}", _COMMAND.sub("", plain)):
         plain = _SPELLED_GREEK.sub(r"\1", plain)
     if not _PROSE.fullmatch(plain):
@@ -353,6 +404,7 @@ def _words(text: str) -> list[Words]:
 
 def _plain_words(text: str) -> str:
     """In lower case; without quotes, commas, brackets, articles and the end of a sentence; a plural as a singular."""
+    text = _DAY_FIRST.sub(r"\2 \1", re.sub(r"(?<=[\u4e00-\u9fff])[为是](?=\s*[-+\d])", "", text))
     words = re.sub(r"[\s\"',;()?!~]+|(?<=[a-z])-(?=[a-z])|-(?= )|\.(?=\s|$)", " ", text.lower()).split()
     # (D)(A) has no article
     articles = ("a", "an", "the") if any(len(word) > 2 for word in words) else ()
@@ -394,6 +446,9 @@ def read_quantity(text: str) -> Quantity | None:
             unit = rest.unit if rest.unit.powers else Unit(powers=unit.powers, count=rest.unit.count)
         if unit is not None and (rest is None or rest.unit.is_known or count_only or rest.unit.noun):
             return Quantity(value=priced[1] + (rest.value if rest else priced[3]), unit=unit, is_sure=True)
+    several = _several(text)
+    if several is not None:
+        return several
     for match in _UNIT_START.finditer(text, max(0, len(text) - _MAX_UNIT_CHARACTERS)):
         value, suffix = text[: match.start()], text[match.start() :]
         is_marked = suffix.startswith(("\\text", "\\frac", "^", "\\$", "\\p", "(")) or not suffix[0].isascii()
@@ -401,7 +456,7 @@ def read_quantity(text: str) -> Quantity | None:
         if not ends or not _is_closed(value):
             continue
         unit = read_unit(suffix)
-        if unit is None or (unit.powers == _DEGREES and _FUNCTION.search(value)):
+        if unit is None or (unit.powers == DEGREES and _FUNCTION.search(value)):
             continue
         if suffix[0] == "(" and not unit.noun.startswith("mod"):  # (A)(B)
             continue
@@ -412,10 +467,23 @@ def read_quantity(text: str) -> Quantity | None:
         if unit.noun and not is_marked and len(unit.noun) < 4 and suffix.lower() not in ("am", "pm"):
             continue  # 2abc
         is_sure = is_marked or (not unit.is_letter and not _may_be_product(suffix, spaced))
-        if unit.powers == _DEGREES:
+        if unit.powers == DEGREES:
             value = value.replace("^\\circ", "")  # 180° - 150°
         return Quantity(value=value.strip(), unit=unit, is_sure=is_sure)
     return None
+
+
+def _several(text: str) -> Quantity | None:
+    """2 hours 30 minutes, 5 ft 3 in: one value in the last unit; None where the units do not become smaller."""
+    plain = latex.without_text_marks(text)
+    parts = [(Fraction(value), read_unit(unit)) for value, unit in _PARTS.findall(plain)]
+    units = [unit for _, unit in parts if unit is not None and unit.is_known]
+    if not _PART_OF.fullmatch(plain) or len(units) != len(parts) or len({unit.powers for unit in units}) != 1:
+        return None
+    if any(one.scale <= other.scale for one, other in itertools.pairwise(units)) or units[0].offset:
+        return None
+    total = sum(value * unit.scale for value, unit in parts if unit is not None) / units[-1].scale
+    return Quantity(value=f"\\frac{{{total.numerator}}}{{{total.denominator}}}", unit=units[-1], is_sure=True)
 
 
 def _may_be_product(suffix: str, spaced: bool) -> bool:

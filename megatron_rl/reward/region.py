@@ -1,5 +1,6 @@
 """Sets of real numbers as intervals, inequalities, or unions of them: `x<-1 or x>1` is (-oo,-1) u (1,oo)."""
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,11 @@ from megatron_rl.reward import latex
 from megatron_rl.reward.number import read_number
 
 _UNION = re.compile(r"\s*(?:\\cup|\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z]))\s*")
+# "and", and a comma before what is left out: x > -1, x \\ne 0
+_ALSO = re.compile(
+    r"\s*(?:\\text\s*\{\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])|且"
+    r"|,(?=\s*\\?[a-zA-Z]+\s*\\ne(?![a-zA-Z])))\s*"
+)
 _COMMA = re.compile(r"\s*,\s*")
 _RELATION = re.compile(r"\s*(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z]))\s*")
 _VARIABLE = re.compile(r"[a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\)|\\(?:theta|alpha|lambda)")
@@ -42,10 +48,13 @@ def read_region(text: str) -> Region | None:
     intervals: list[Interval] = []
     variables: set[str] = set()
     for part in latex.split_top(text, _UNION):
-        piece = _bracketed(part) or _points(part) or _inequality(part, variables)
-        if piece is None:
-            return None
-        intervals += piece
+        piece: list[Interval] | None = None
+        for condition in latex.split_top(part, _ALSO):
+            found = _bracketed(condition) or _points(condition) or _inequality(condition, variables)
+            if found is None or (piece is not None and not _are_known([*piece, *found])):
+                return None
+            piece = found if piece is None else _intersection(piece, found)
+        intervals += piece or []
     if len(variables) > 1:
         return None
     return Region(intervals=tuple(intervals), variable=next(iter(variables), None))
@@ -66,10 +75,26 @@ def same_region(gold: Region, answer: Region, same: Callable[[str, str], bool]) 
     return True
 
 
+def _intersection(some: list[Interval], others: list[Interval]) -> list[Interval]:
+    """Of intervals between plain numbers."""
+    common = []
+    for one, other in itertools.product(some, others):
+        # An open end lies further in than a closed one.
+        low = max(one, other, key=lambda i: (_known(i.low), not i.low_closed))
+        high = min(one, other, key=lambda i: (_known(i.high), i.high_closed))
+        ends = _known(low.low), _known(high.high)
+        if ends[0] < ends[1] or (ends[0] == ends[1] and low.low_closed and high.high_closed):
+            common.append(_interval(low.low, high.high, low.low_closed, high.high_closed))
+    return common
+
+
+def _are_known(intervals: list[Interval]) -> bool:
+    return all(_position(end) is not None for i in intervals for end in (i.low, i.high))
+
+
 def merged(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
     """The same set without intervals that touch or overlap, where all ends are plain numbers."""
-    ends = [(_position(i.low), _position(i.high)) for i in intervals]
-    if any(low is None or high is None for low, high in ends):
+    if not _are_known(list(intervals)):
         return intervals
     done: list[Interval] = []
     for interval in sorted(intervals, key=lambda i: (_known(i.low), not i.low_closed)):

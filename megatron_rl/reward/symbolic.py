@@ -37,6 +37,7 @@ _TYPED = (
     (re.compile(r"\\bmod(?![a-zA-Z])"), r"\\mod"),
     (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(rf"(?<![a-zA-Z\\])(pi|infty|{_FUNCTION})(?![a-zA-Z])"), r"\\\1 "),
+    (re.compile(r"\\hbar(?![a-zA-Z])"), r"(\\frac{h}{2 \\pi})"),
     (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
     (re.compile(r"\\log_\s*(?:e|\{\s*e\s*\})"), r"\\ln "),
     (re.compile(r"\\exp\s*\(([^()]*)\)"), r"e^{\1}"),
@@ -53,7 +54,7 @@ _TYPED = (
 _DIFFERENTIAL = re.compile(r"(\\[a-zA-Z]+)|d(?=\s*[a-zA-Z])")
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
 _INDEXED = re.compile(r"_\s*\{[^{}]*\}")
-_CONSTANT = re.compile(r"([+] ?)c$")
+_CONSTANT = re.compile(r"([+] ?)[cC]$")
 
 
 def real_value(latex: str) -> float | None:
@@ -71,7 +72,9 @@ def equal_expressions(gold: str, answer: str) -> bool:
     """
     if len(answer) > max(MAX_EXPRESSION_CHARACTERS, 2 * len(gold)):
         return False
-    gold, answer = _one_constant(gold), _one_constant(answer)
+    both_end_in_constant = bool(_CONSTANT.search(gold) and _CONSTANT.search(answer))
+    if both_end_in_constant:
+        gold, answer = _one_constant(gold), _one_constant(answer)
     sides = gold, answer
     equations = ["=" in _INDEXED.sub("", side) for side in sides]
     if any(equations):
@@ -79,6 +82,8 @@ def equal_expressions(gold: str, answer: str) -> bool:
     parsed = _parse(gold), _parse(answer)
     if parsed[0] is None or parsed[1] is None:
         return False
+    if both_end_in_constant and _differ_by_constant(parsed[0], parsed[1]):
+        return True
     equal = _equal_values(parsed[0], parsed[1])
     if equal is None:
         equal = _verified(parsed[0], parsed[1])
@@ -87,6 +92,19 @@ def equal_expressions(gold: str, answer: str) -> bool:
         or _rounds_to(parsed[1], gold, answer, ROUNDED_GOLD_DIGITS)
         or _rounds_to(parsed[0], answer, gold, ROUNDED_ANSWER_DIGITS)
     )
+
+
+def _differ_by_constant(gold: Any, answer: Any) -> bool:
+    """Two integrals of one function, which end in +C."""
+    from sympy import Expr
+
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
+        return False
+    letters = sorted(gold.free_symbols | answer.free_symbols, key=lambda letter: str(letter.name))
+    if [letter.name for letter in letters[:1]] != ["C"] or len(letters) != 2:
+        return False
+    values = [_value(gold - answer, {letters[0]: "1", letters[1]: point}) for point in _POINTS[:3]]
+    return None not in values and all(abs(value - values[0]) < 1e-25 * (1 + abs(values[0])) for value in values)
 
 
 def _rounds_to(exact: Any, decimal_text: str, exact_text: str, from_digits: int) -> bool:
@@ -210,11 +228,21 @@ def _equal_where_negative(gold: Any, answer: Any, letters: list[Any]) -> bool:
             letter: f"-{value}" if letter is negative else value
             for letter, value in zip(letters, _POINTS, strict=False)
         }
+        if _has_root_of_negative(gold, point) or _has_root_of_negative(answer, point):
+            continue
         values = _value(gold, point), _value(answer, point)
         both_real = all(value is not None and abs(value.imag) <= _CLOSE * abs(value) for value in values)
         if both_real and _close(*values) is False:
             return False
     return True
+
+
+def _has_root_of_negative(expression: Any, point: dict[Any, str]) -> bool:
+    from sympy import Pow
+
+    roots = [power for power in expression.atoms(Pow) if power.exp.is_Rational and not power.exp.is_Integer]
+    values = (_value(root.base, point) for root in roots)
+    return any(value is None or value.imag != 0 or value.real < 0 for value in values)
 
 
 def _value(expression: Any, point: dict[Any, str]) -> Any:

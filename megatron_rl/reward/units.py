@@ -110,6 +110,7 @@ _SCALES: dict[str, int | Fraction] = {
 }  # fmt: skip
 # Above absolute zero, in kelvin; only for a temperature that stands alone.
 _OFFSETS = {"degreeC": Fraction(27315, 100), "degreeF": Fraction(45967, 180)}
+DEGREES, RADIANS = (("degree", 1),), (("rad", 1),)
 _MAX_CHARACTERS = 80
 _MAX_POWER = 9
 # Words that add to a value, or take it back, say no unit: 12 (not 13), 3 metres and 4 feet, 5 or more.
