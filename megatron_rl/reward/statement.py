@@ -38,7 +38,7 @@ class Relation:
 
 
 # \mathbb{Z}^+, \mathbb{N}_0, \mathbb{N}^*, Z
-_SET = r"(?:\\mathbb\{)?([ZNRQC])\}?\s*(?:([\^_])\s*\{?\s*([+*0]|\\ast|\\ge\s*0)\s*\}?)?"
+_SET = r"(?:\\mathbb\{)?(?P<set>[ZNRQC])\}?\s*(?:[\^_]\s*\{?\s*(?P<part>[+*0]|\\ast|\\ge\s*0)\s*\}?)?"
 _IN_SET = re.compile(
     rf"(?P<value>.*?)[\s,;]*\(?(?:\\text\s*\{{\s*(?:where|for|with)?\s*(?:all|any|some)?\s*\}})?\s*"
     rf"(?P<letter>[a-zA-Z])\s*\\in(?![a-zA-Z])\s*{_SET}\s*\)?",
@@ -75,8 +75,8 @@ def read_family(text: str) -> Family | None:
     """`text` (cleaned by `latex.clean`) as a family, or None."""
     found = _IN_SET.fullmatch(text)
     if found and _speaks_of(found["value"], found["letter"]):
-        set_, sign = found[3], found[5]
-        domain = {("N", None): "N", ("N", "0"): "N0"}.get((set_, sign), "N1" if sign else set_)
+        set_, part = found["set"], found["part"]
+        domain = {("N", None): "N", ("N", "0"): "N0"}.get((set_, part), "N1" if part else set_)
         return Family(value=found["value"].strip(), letter=found["letter"], domain=domain)
     found = _COUNTED.fullmatch(text)
     if found and _speaks_of(found["value"], found["letter"]):
@@ -86,7 +86,7 @@ def read_family(text: str) -> Family | None:
     found = _SAID.fullmatch(plain)
     letter = (found["letter"] or found["named"]) if found else None
     if found and letter and _speaks_of(found["value"], letter):
-        domain = found[6] or _DOMAINS[found["noun"] or found["said"] or ""]
+        domain = found["set"] or _DOMAINS[found["noun"] or found["said"] or ""]
         return Family(value=found["value"].strip(), letter=letter, domain=domain)
     return None
 
@@ -111,11 +111,11 @@ def constants_renamed(gold: str, answer: str) -> Iterator[str]:
     """
     golds = sorted({found[0] for found in _NUMBERED.finditer(gold)})
     numbered = sorted({found[0] for found in _NUMBERED.finditer(answer)})
-    letters = sorted(set(re.findall(r"(?<![a-zA-Z\\\\])[A-D](?![A-Z_])", answer)))
+    letters = sorted(set(re.findall(r"(?<![a-zA-Z\\])[A-D](?![A-Z_])", answer)))
     names = numbered or letters
     if not golds or len(golds) != len(names) or len(golds) > _MAX_CONSTANTS:
         return
-    pattern = re.compile("|".join(rf"(?<![a-zA-Z\\\\]){re.escape(name)}" for name in names))
+    pattern = re.compile("|".join(rf"(?<![a-zA-Z\\]){re.escape(name)}" for name in names))
     for order in itertools.permutations(golds):
         called = dict(zip(names, order, strict=True))
         yield pattern.sub(lambda found, called=called: f" {called[found[0]]} ", answer)  # type: ignore[misc]
