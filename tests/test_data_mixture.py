@@ -12,7 +12,7 @@ from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlData
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.train.collector import saved_by_domain
+from megatron_rl.train.group_source import saved_by_domain
 
 
 def source(name: str, count: int, weight: float = 1.0) -> Source:

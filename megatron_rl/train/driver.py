@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import DiskTransport, Transport
 from megatron_rl.train.exchange import Order, Stop, Work, receive
+from megatron_rl.train.group_source import GroupSource, RecordedGroups, ServerGroups
 from megatron_rl.train.guards import SkipGuard
 from megatron_rl.train.leader import Leader, obey
 from megatron_rl.train.objective import PolicyObjective
@@ -56,7 +58,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
             session.trainer.keep_reference()
         restored = session.restore()
         first = restored[0]["step"] if restored else 0
-        source: NodeServers | Path
+        servers: NodeServers | None = None
         transport = None
         try:
             if rollouts is None:
@@ -68,21 +70,20 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 parts.callback(folder.close)
                 session.export(folder.path)  # what servers start with, now and whenever one is started again
                 _make_room(config, session, None)  # servers size their caches by what is free when they start
-                source = NodeServers(config, folder.path, session.control, signals, keys)
-                parts.callback(source.close)
-                transport = _transport(config, session, folder, source, first)
+                servers = NodeServers(config, folder.path, session.control, signals, keys)
+                parts.callback(servers.close)
+                transport = _transport(config, session, folder, servers, first)
                 parts.callback(transport.close)
-            else:
-                source = rollouts
             leader = None
             if session.is_leader:
-                leader = Leader(config, session, signals, first, restored, source, transport)
+                open_source = partial(_open_source, config, session, signals, servers, rollouts)
+                leader = Leader(config, session, first, restored, open_source, transport)
                 parts.callback(leader.close)
                 if not resume:
-                    leader.collector.forget(lambda step: True)  # of another run in this folder
+                    leader.source.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
             return session.stop_code  # before the first step: there is nothing to save yet
-        return _steps(config, session, first, leader, transport, source if isinstance(source, NodeServers) else None)
+        return _steps(config, session, first, leader, transport, servers)
 
 
 def _steps(
@@ -150,6 +151,15 @@ def _take_room(config: RlConfig, session: Session, servers: NodeServers | None) 
     if config.rollout.release_memory:
         together(reload, session.control)
     return time.perf_counter() - started
+
+
+def _open_source(
+    config: RlConfig, session: Session, signals: StopSignals, servers: NodeServers | None, rollouts: Path | None
+) -> GroupSource:
+    if servers is not None:
+        return ServerGroups(config, session.layout, signals, servers)
+    assert rollouts is not None
+    return RecordedGroups(config, rollouts, signals)
 
 
 def _transport(

@@ -3,10 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
@@ -20,11 +19,11 @@ from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
 from megatron_rl.train import traces
 from megatron_rl.train.collector import Collector
 from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
+from megatron_rl.train.group_source import GroupSource, ServerGroups
 from megatron_rl.train.guards import Alarms
 from megatron_rl.train.metrics import MetricsLog, console
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import StopSignals, disk_fault
-from megatron_rl.train.serving import NodeServers
+from megatron_rl.train.resilience import disk_fault
 from megatron_rl.train.session import Session
 from megatron_rl.train.trainer import StepResult
 
@@ -54,13 +53,12 @@ class Leader:
         self,
         config: RlConfig,
         session: Session,
-        signals: StopSignals,
         first: int,
         restored: tuple[Any, bytes] | None,
-        source: NodeServers | Path,
+        open_source: Callable[[], GroupSource],
         transport: Transport | None,
     ) -> None:
-        """source: the servers, or the file that is trained from in their place. transport: with servers."""
+        """open_source: called here, so that the other ranks are told when it fails. transport: with servers."""
         self._config, self._session, self._transport = config, session, transport
         self._first = first
         self._metrics: MetricsLog | None = None
@@ -73,7 +71,10 @@ class Leader:
         # It failed in an order: the others may be in a collective that this rank has left, and do not listen.
         self._is_alone = False
         try:
-            self.collector = Collector(config, session.layout, cost_model(session.bailing), signals, source)
+            self.source = open_source()
+            # Only servers need weights.
+            self._servers = cast(ServerGroups, self.source) if transport is not None else None
+            self.collector = Collector(config, session.layout, cost_model(session.bailing), self.source)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
@@ -91,7 +92,7 @@ class Leader:
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
             covered = step if self._config.train.save_every == 0 else self._session.checkpoints.latest or 0
-            self.collector.forget(lambda past: past < covered)
+            self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
@@ -166,7 +167,7 @@ class Leader:
                 "precision is too low"
             )
             log.error("%s", self._failure)
-            self.collector.forget(lambda sampled: sampled >= step)
+            self.source.forget(lambda sampled: sampled >= step)
         console.print(
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
@@ -179,7 +180,7 @@ class Leader:
         assert self._schedule is not None
         path = self._config.run_dir / "tokens" / f"step_{step:06d}.jsonl"
         try:
-            traces.write(path, self._schedule, [r.traced_logprobs for r in results], self.collector.decode)
+            traces.write(path, self._schedule, [r.traced_logprobs for r in results], self.source.decode)
         except OSError as error:
             self._failure = disk_fault(self._config, "the token traces of this step are not written", error)
 
@@ -207,7 +208,7 @@ class Leader:
         return stop
 
     def close(self) -> None:
-        self.collector.close()
+        self.source.close()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -239,12 +240,12 @@ class Leader:
         Servers that released their memory take that of the weights again before, and the rest behind: while buckets of
         the trainer travel there need not be room for a cache as well.
         """
-        pool, run = self.collector.pool, self.collector.run
-        assert pool is not None
+        assert self._servers is not None
+        receivers = Receivers(pool=self._servers.pool, run=self._servers.run)
         resume_seconds = self._resume(WEIGHTS)
         for attempt in range(_PUSHES):
             try:
-                seconds: PushSeconds = self._order(Push(version=step), Receivers(pool=pool, run=run))
+                seconds: PushSeconds = self._order(Push(version=step), receivers)
                 break
             except ServerLost as error:
                 if attempt == _PUSHES - 1:
@@ -256,24 +257,25 @@ class Leader:
 
     @property
     def _releases_memory(self) -> bool:
-        return self._config.rollout.release_memory and self.collector.pool is not None
+        return self._config.rollout.release_memory and self._servers is not None
 
     def _release(self) -> None:
-        assert self.collector.pool is not None
-        self.collector.run(self.collector.pool.release_memory())
+        assert self._servers is not None
+        self._servers.run(self._servers.pool.release_memory())
 
     def _resume(self, parts: Sequence[str]) -> float:
         """Returns how long it took."""
         started = time.perf_counter()
         if self._releases_memory:
-            assert self.collector.pool is not None
-            self.collector.run(self.collector.pool.resume_memory(parts))
+            assert self._servers is not None
+            self._servers.run(self._servers.pool.resume_memory(parts))
         return time.perf_counter() - started
 
     def _prove(self, step: int) -> None:
         """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server
         can tell."""
-        urls, probe = self.collector.probe(self._config.sync.probe_tokens)
+        assert self._servers is not None
+        urls, probe = self._servers.probe(self._config.sync.probe_tokens)
         differences = self._order(probe)
         tolerance = self._config.probe_tolerance
         for url, difference in zip(urls, differences, strict=True):
@@ -286,9 +288,9 @@ class Leader:
 
     def _differing(self, url: str) -> str:
         """The tensors of the server at `url` that are not the trainer's, in words."""
-        assert self.collector.pool is not None
+        assert self._servers is not None
         try:
-            theirs, dtypes = self.collector.run(self.collector.pool.client(url).weight_checksums())
+            theirs, dtypes = self._servers.run(self._servers.pool.client(url).weight_checksums())
         except ServerError as error:
             return f"which tensors differ cannot be told ({error})"
         return told_difference(self._order(Checksums(dtypes=dtypes)), theirs)

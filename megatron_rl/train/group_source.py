@@ -1,0 +1,378 @@
+"""Where the scored groups of a phase come from: generation servers, or a file that was recorded before."""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from megatron_rl import __version__
+from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
+from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.c3po.budget import ANY, Shortfall, apportion
+from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
+from megatron_rl.data.mixture import PromptStream, check_domains, load_stream
+from megatron_rl.data.prompts import Prompt
+from megatron_rl.layout import Layout
+from megatron_rl.records import Group, Response, UnfinishedGroup
+from megatron_rl.reward.rewards import Rewards
+from megatron_rl.rollout.client import together
+from megatron_rl.rollout.journal import Journal
+from megatron_rl.rollout.pool import Counts, ServerPool
+from megatron_rl.rollout.recorded import Advantages, read_groups
+from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
+from megatron_rl.rollout.settings import model_settings
+from megatron_rl.train.background import BackgroundLoop
+from megatron_rl.train.exchange import Probe
+from megatron_rl.train.resilience import StopSignals, disk_fault
+from megatron_rl.train.serving import NodeServers
+
+log = logging.getLogger(__name__)
+
+_CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
+
+T = TypeVar("T")
+Keep = Callable[[Group], bool]
+
+
+class GroupSource(Protocol):
+    """Gives a phase its scored groups, and knows the prompt of each.
+
+    decode: text of output ids.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+
+    def groups(
+        self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
+    ) -> Collected:
+        """The groups that fill the needs of one phase, which are counted down.
+
+        unfinished: what the phase before left. keep: whether a group teaches something. StopRequested when a signal
+        came, WeightsNeeded when no server is left that has the weights: then nothing of the phase is kept, and the next
+        call begins where this one did. ValueError when there are too few.
+        """
+
+    def prompt_of(self, position: int) -> Prompt:
+        """The prompt of the groups whose `prompt_id` is `position`."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON. `restore` takes it."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """ValueError when the state is that of another source or of other prompts."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts since the last call."""
+
+    def forget(self, which: Callable[[int], bool]) -> None:
+        """Delete what is kept of those steps for a resume."""
+
+    def close(self) -> None: ...
+
+
+class RecordedGroups:
+    """The groups of a file (rollout/recorded.py), in its order, each once."""
+
+    def __init__(self, config: RlConfig, path: Path, signals: StopSignals) -> None:
+        """ValueError for a file that cannot be used."""
+        if config.rollout.router_replay:
+            raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
+        self._config, self._signals = config, signals
+        self._shares = domain_shares(config)
+        self.decode = response_decoder(
+            load_tokenizer(config.model.path), load_bailing_config(config.model.path).eos_token_id
+        )
+        self._digest = _load_stream(config).digest
+        self._groups, self._prompts = read_groups(path, advantages_of(config))
+        if config.budget.domains:
+            check_domains(self._prompts.values(), config.budget.domains, f"--rollouts {path}")
+        self._cursors = dict.fromkeys(self._shares, 0)
+
+    def groups(
+        self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
+    ) -> Collected:
+        async def take(domain: str, count: int) -> list[Group]:
+            return self._take(domain, count)
+
+        found = asyncio.run(_in_waves(take, needs, keep, self._config, self._shares))
+        self._signals.check()
+        found.num_generated_tokens = 0
+        found.purged += unfinished  # of a run that sampled when it was saved
+        return found
+
+    def prompt_of(self, position: int) -> Prompt:
+        return self._prompts[position]
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self._cursors, "from_rollouts": True, "data": self._digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._cursors = _restored_cursors(state, self._shares, self._digest, from_rollouts=True)
+
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
+    def forget(self, which: Callable[[int], bool]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _take(self, domain: str, count: int) -> list[Group]:
+        groups, first = self._groups, self._cursors[domain]
+        left = [i for i in range(first, len(groups)) if self._domain_of(groups[i]) == domain]
+        if count > len(left):
+            of_domain = f" of domain {domain!r}" if domain != ANY else ""
+            raise ValueError(
+                f"the phase needs {count} more groups{of_domain} and {len(left)} of the {len(groups)} of "
+                "--rollouts are left; record more, or lower train.steps or the budget"
+            )
+        self._cursors[domain] = left[count - 1] + 1
+        return [groups[i] for i in left[:count]]
+
+    def _domain_of(self, group: Group) -> str:
+        return domain_of(self._prompts[group.prompt_id], self._shares)
+
+
+class ServerGroups:
+    """Groups that generation servers sample and the reward workers score.
+
+    Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them.
+    """
+
+    def __init__(self, config: RlConfig, layout: Layout, signals: StopSignals, servers: NodeServers) -> None:
+        """ValueError for prompts that cannot be used."""
+        self._config, self._signals = config, signals
+        self._shares = domain_shares(config)
+        tokenizer, bailing = load_tokenizer(config.model.path), load_bailing_config(config.model.path)
+        self.decode = response_decoder(tokenizer, bailing.eos_token_id)
+        self._stream = _load_stream(config)
+        self._input_ids = rendered_prompts(self._stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+        # By domain: where it is in the one order of prompts.
+        self._cursors = dict.fromkeys(self._shares, 0)
+        self._keeper = servers.keeper
+        self._rewards = Rewards(config.reward)
+        lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
+        self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
+        routed = routed_shape(bailing) if config.rollout.router_replay else None
+        replace = self._keeper.replace if self._keeper else None
+        self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
+        self._loop = BackgroundLoop()
+        try:
+            self.run(self.pool.connect())
+        except BaseException:
+            self.close()
+            raise
+        self._sampler = Sampler(
+            self.pool,
+            self._rewards,
+            self.decode,
+            advantages_of(config),
+            config.rollout,
+            config.seed,
+            bailing.eos_token_id,
+            self._journal,
+        )
+
+    def groups(
+        self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
+    ) -> Collected:
+        before = dict(self._cursors)
+        num_recalled = self._journal.open(policy_version)
+        if num_recalled:
+            log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
+        try:
+            return self.run(self._sample(needs, policy_version, unfinished, keep))
+        except BaseException:
+            self._cursors = before
+            raise
+
+    def prompt_of(self, position: int) -> Prompt:
+        (prompt,), _ = self._stream.take(position, 1)
+        return prompt
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self._cursors, "from_rollouts": False, "data": self._stream.digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._cursors = _restored_cursors(state, self._shares, self._stream.digest, from_rollouts=False)
+
+    def metrics(self) -> dict[str, Any]:
+        counts, self.pool.counts = self.pool.counts, Counts()
+        return {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
+
+    def forget(self, which: Callable[[int], bool]) -> None:
+        self._journal.forget(which)
+
+    def close(self) -> None:
+        self._loop.run(self.pool.close())
+        self._rewards.close()
+        self._loop.close()
+        self._journal.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
+        abandoned then."""
+        return self._loop.run(self._watched(work))
+
+    def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
+        """What every serving server makes of the next prompts' tokens: their urls, and the question for the trainer."""
+        tokens: list[int] = []
+        position = min(self._cursors.values())
+        while len(tokens) < num_tokens:
+            (prompt,), position = self._stream.take(position, 1)
+            tokens += self._input_ids[prompt.id]
+        tokens = tokens[: max(2, min(num_tokens, self._config.rollout.max_sequence_tokens - 1))]
+        found = self.run(self.pool.input_logprobs(tokens))
+        return list(found), Probe(token_ids=tokens, logprobs=[one.tolist() for one in found.values()])
+
+    async def _sample(
+        self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
+    ) -> Collected:
+        if self._config.rollout.partial:
+            resumed = [(self._question(group.prompt_id), group) for group in unfinished]
+            max_waves = self._config.budget.max_waves
+            return await self._sampler.fill_partially(resumed, self._take, policy_version, needs, keep, max_waves)
+
+        async def take(domain: str, count: int) -> list[Group]:
+            return await self._sampler.sample(self._take(domain, count), policy_version)
+
+        found = await _in_waves(take, needs, keep, self._config, self._shares)
+        found.purged += unfinished  # of a run that was partial when it was saved
+        return found
+
+    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, but give it up when a signal came or a server was given up for good."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=0.2)
+                self._signals.check()
+                if self._keeper is not None:
+                    self._keeper.check()
+        finally:
+            task.cancel()
+            await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
+        return task.result()
+
+    def _take(self, domain: str, count: int) -> list[Question]:
+        positions, self._cursors[domain] = self._stream.positions_of(domain, self._cursors[domain], count)
+        return [self._question(position) for position in positions]
+
+    def _question(self, position: int) -> Question:
+        prompt = self.prompt_of(position)
+        return Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
+
+
+def domain_shares(config: RlConfig) -> dict[str, float]:
+    """The share of the budget of each domain; one for all where the budget does not tell domains apart."""
+    return config.budget.domains or {ANY: 1.0}
+
+
+def domain_of(prompt: Prompt, shares: Mapping[str, float]) -> str:
+    """The domain of a prompt, as far as the budget tells domains apart."""
+    return ANY if ANY in shares else prompt.domain
+
+
+def advantages_of(config: RlConfig) -> Advantages:
+    """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]."""
+    rule = chosen_algorithm(config.algorithm).advantage
+    longest, buffer = config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens
+
+    def advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
+        penalties = [overlong_penalty(response.num_output_tokens, longest, buffer) for response in responses]
+        return group_advantages(rewards + penalties, rule)
+
+    return advantages
+
+
+async def _in_waves(
+    take: Callable[[str, int], Awaitable[list[Group]]],
+    needs: Sequence[Shortfall],
+    keep: Keep,
+    config: RlConfig,
+    shares: dict[str, float],
+) -> Collected:
+    """Fill domains side by side, each in waves of its own: what one brings does not depend on the others."""
+    first_waves = apportion(config.rollout.prompts_per_step, shares)
+    return joined(
+        await together(
+            fill_in_waves(
+                partial(take, need.domain), max(1, first_waves[need.domain]), need, keep, config.budget.max_waves
+            )
+            for need in needs
+        )
+    )
+
+
+def _load_stream(config: RlConfig) -> PromptStream:
+    stream = load_stream(config.data, config.seed)
+    if config.budget.domains:
+        stream.check_shares(config.budget.domains)
+    return stream
+
+
+def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool) -> Any:
+    if state.get("from_rollouts", False) != from_rollouts:
+        raise ValueError(
+            "a run that samples and one that trains from --rollouts cannot continue each other: their cursors "
+            "count different things; start a new run with model.path set to the checkpoint"
+        )
+    if state["data"] != digest:
+        raise ValueError(
+            "the seed, or the prompts, weights or stages under data, are not those that this run began with, so "
+            "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
+            "model.path set to the checkpoint"
+        )
+    return saved_by_domain(state["cursor"], shares)
+
+
+def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
+    """What a checkpoint has for each domain with a share. One that was written before there were any has a bare number,
+    for all. ValueError when the domains are others."""
+    found: dict[str, Any] = saved if isinstance(saved, dict) else {ANY: saved}
+    if found.keys() != shares.keys():
+        raise ValueError(
+            "budget.domains was set or taken out since this run began, and prompts are counted by domain with it only; "
+            "put it back as it was, or start a new run with model.path set to the checkpoint"
+        )
+    return found
+
+
+def _identity(config: RlConfig, layout: Layout, data: str) -> str:
+    """Of all that decides what a phase samples and trains, apart from weights and cursor."""
+    relevant: Any = {
+        "seed": True,
+        "moe": True,
+        "optimizer": True,
+        "algorithm": True,
+        "budget": True,
+        "reward": {"kind", "domains", "overlong_buffer_tokens", "code", "judge"},
+        "rollout": {
+            "engine",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_response_tokens",
+            "temperature",
+            "partial",
+            "router_replay",
+        },
+        "parallel": True,
+        "train": {"micro_batch_tokens"},
+    }
+    values = config.model_dump(mode="json", include=relevant)
+    if config.optimizer.schedule != "constant" or config.optimizer.warmup_share is not None:
+        values["steps"] = config.train.steps
+    # The same path may hold another model by now.
+    model = model_settings(config.model.path, config.model.dtype)
+    everything = [__version__, data, layout.world_size, model, values]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

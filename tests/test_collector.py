@@ -1,0 +1,104 @@
+"""What rank 0 collects, carries and plans, from a source that the test fills."""
+
+import errno
+import json
+
+import pytest
+from rank_zero import FakeGroups, config_of
+
+from megatron_rl.c3po.packing import CostModel
+from megatron_rl.errors import Fault, StopRequested
+from megatron_rl.layout import Layout
+from megatron_rl.train.collector import Collector
+from megatron_rl.train.phase import Phase
+
+COST = CostModel(linear=1.0, quadratic=0.0)
+
+
+def collector_of(config, source):
+    return Collector(config, Layout(world_size=1), COST, source)
+
+
+def loss_tokens(plan):
+    return [step.num_loss_tokens for step in plan.plan.steps]
+
+
+def test_a_phase_asks_for_the_budget_trains_exactly_it_and_carries_the_rest(tmp_path):
+    source = FakeGroups(length=30)  # 60 tokens a group, so four groups for 200
+    collector = collector_of(config_of(tmp_path, "budget.cut=response"), source)
+    plan, metrics = collector.collect(0)
+    assert source.asked == [(0, [200])]
+    # Whole responses of 30: the seventh crosses 200, the eighth is left over.
+    assert (loss_tokens(plan), metrics["num_carried"], metrics["num_generated_tokens"]) == ([210], 1, 240)
+    collector.collect(1)
+    assert source.asked[1] == (1, [170])
+
+
+def test_the_last_response_is_cut_where_the_budget_ends(tmp_path):
+    plan, metrics = collector_of(config_of(tmp_path, "budget.cut=token"), FakeGroups(length=30)).collect(0)
+    assert (loss_tokens(plan), metrics["num_cut_tokens"]) == ([200], 10)
+
+
+def test_without_refill_a_phase_asks_for_prompts_and_may_be_short(tmp_path):
+    source = FakeGroups(length=20)
+    plan, metrics = collector_of(config_of(tmp_path, "budget.under_full=short"), source).collect(0)
+    assert source.asked == [(0, [2])]  # groups
+    assert (loss_tokens(plan), metrics["budget_use"]) == ([80], 0.4)
+
+
+def test_two_optimizer_steps_of_a_phase_get_one_budget_each(tmp_path):
+    source = FakeGroups(length=30)
+    plan, metrics = collector_of(config_of(tmp_path, "algorithm.optimizer_steps_per_rollout=2"), source).collect(0)
+    assert source.asked == [(0, [400])]
+    assert loss_tokens(plan) == [200, 200]
+    assert metrics["budget_use"] == 1.0
+
+
+def test_what_waited_longer_than_allowed_is_dropped_and_sampled_anew(tmp_path):
+    source = FakeGroups(length=30)
+    collector = collector_of(config_of(tmp_path, "budget.cut=response", "budget.max_staleness=1"), source)
+    collector.collect(0)
+    _, metrics = collector.collect(2)
+    assert source.asked[1] == (2, [200])
+    assert metrics["num_dropped_stale"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open(encoding="utf-8")]
+    (stale,) = (row["position"] for row in rows if row["outcome"] == "dropped: stale")
+    assert stale in range(4)  # of the first phase
+
+
+def test_an_abandoned_phase_changes_nothing(tmp_path):
+    source = FakeGroups(length=30)
+    collector = collector_of(config_of(tmp_path, "budget.cut=response"), source)
+    collector.collect(0)
+    before = collector.state()
+    source.raises = [StopRequested()]
+    with pytest.raises(StopRequested):
+        collector.collect(1)
+    assert collector.state() == before
+    assert not (tmp_path / "run/rollouts/step_000001.jsonl").exists()
+
+
+def test_a_restored_collector_plans_what_the_first_would_have(tmp_path):
+    config = config_of(tmp_path, "budget.cut=response")
+    sources = FakeGroups(length=30), FakeGroups(length=30)
+    collectors = [collector_of(config, source) for source in sources]
+    collectors[0].collect(0)
+    state, carried = collectors[0].state()
+    collectors[1].restore(json.loads(json.dumps(state)), carried)
+    plans = [collector.collect(1)[0] for collector in collectors]
+    assert plans[0].plan == plans[1].plan
+    assert [s.id for s in plans[0].samples] == [s.id for s in plans[1].samples]
+
+
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_full_disk_ends_a_run_or_costs_only_the_file(tmp_path, monkeypatch, choice):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Phase, "write", full)
+    collector = collector_of(config_of(tmp_path, f"train.on_save_error={choice}"), FakeGroups())
+    if choice == "continue":
+        assert loss_tokens(collector.collect(0)[0]) == [200]
+    else:
+        with pytest.raises(Fault, match="No space left on device"):
+            collector.collect(0)
