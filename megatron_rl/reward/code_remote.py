@@ -226,7 +226,7 @@ class Remote:
     def __setattr__(self, name: str, value: Any) -> None:
         self._remote_state.connection.ask("set", self, name, value)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         state = self._remote_state
         result = state.connection.ask("call", self, *arguments, keywords=keywords)
         return result._remote_named() if state.holder and isinstance(result, Remote) else result

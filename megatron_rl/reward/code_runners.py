@@ -17,7 +17,7 @@ from megatron_rl.reward.sandbox_run import Ended, Limits, Program, Running, RunR
 
 _HERE = Path(__file__).parent
 PROGRAM_MODULES = ("plain_data", "code_program")
-TESTER_MODULES = ("plain_data", "code_program", "code_remote", "code_tester")
+TESTER_MODULES = ("plain_data", "code_program", "code_remote", "code_pytest", "code_tester")
 MAX_JOB_BYTES = 1 << 30
 
 
