@@ -1,6 +1,8 @@
 """Code judged as its benchmark does: the block that is the solution, outputs and results, imports, kinds of tests."""
 
 import json
+import os
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -10,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as some
 from sandboxed import why_not
 
-from megatron_rl.reward.code import CodeSettings, judge_response, warm_up
+from megatron_rl.reward import sandbox as sandbox_module
+from megatron_rl.reward.code import CodeSettings, judge_response, runner, warm_up
 from megatron_rl.reward.code_answer import Block, closed_blocks, solution_of
 from megatron_rl.reward.code_compare import same_output, same_result
 from megatron_rl.reward.code_program import PRELUDE
 from megatron_rl.reward.code_tests import parse_exact_json, problem_of_tests, read_tests
+from megatron_rl.reward.sandbox_run import Limits
 
 REWARDS = Path(__file__).parents[2] / "shared" / "data" / "code_rewards_dev.json"
 SETTINGS = CodeSettings(seconds=20.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
@@ -362,3 +366,30 @@ def test_what_is_wrong_with_tests_is_said(tests, problem):
 )
 def test_tests_that_check_something_are_no_problem(tests):
     assert problem_of_tests(json.dumps(tests)) is None
+
+
+# numpy
+
+
+@needs_sandbox
+def test_programs_have_numpy_where_it_is_installed():
+    sandbox = runner(SETTINGS)._sandbox
+    same_version = sandbox.run_python("import sys; print(sys.version_info[:2])", b"", Limits()).stdout
+    ours = f"{sys.version_info[:2]}".encode() == same_version.strip()
+    if not sandbox.has_numpy and not ours:
+        pytest.skip(f"{sandbox.python} has no numpy, and is another version than this Python")
+    assert sandbox.has_numpy and "with numpy" in sandbox.description
+    for imported in ("import numpy as np\n", ""):  # as the prelude gives it
+        source = imported + "def f(x): return np.array(x) * 2"
+        assert judge(source, calls("f", ([[1, 2]], [2, 4]))).reason == "correct"
+    tests = {"type": "asserts", "asserts": ["import numpy as np\nassert np.allclose(f([1, 2]), [2, 4])"]}
+    assert judge("import numpy\ndef f(x): return numpy.array(x) * 2", tests).reason == "correct"
+    assert judge("print(np.arange(int(input())).sum())", stdin(("5", "10"))).reason == "correct"
+
+
+def test_only_links_of_blas_into_usr_are_shown(tmp_path, monkeypatch):
+    targets = {"libblas.so.3-x": "/usr/bin/env", "liblapack.so.3-x": "/etc/passwd", "editor": "/usr/bin/env"}
+    for name, target in targets.items():
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.setattr(sandbox_module, "_ALTERNATIVES", tmp_path)
+    assert sandbox_module._blas_links() == ["--symlink", os.path.realpath("/usr/bin/env"), f"{tmp_path}/libblas.so.3-x"]
