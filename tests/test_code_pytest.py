@@ -177,7 +177,7 @@ HACKS = {
     "not a number": "def f(x): return float('nan')",
     "infinity": "def f(x): return float('inf')",
     "exit": "import os\ndef f(x): os._exit(0)",
-    "an object for the test's own": "class R:\n  def __call__(s, x): return s\n  def __eq__(s, o): return True\nf = R()",
+    "an object for the test's own": "class R:\n  def __call__(s, x): return s\n  __eq__ = lambda s, o: True\nf = R()",
 }
 
 

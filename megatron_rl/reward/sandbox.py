@@ -168,12 +168,10 @@ class Sandbox:
         if found is None or not found.submodule_search_locations or version != sys.version_info[:2]:
             return False
         folder = Path(found.submodule_search_locations[0])
-        folders = [path for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
         before = self._shown
-        self._shown = [
-            *before,
-            *(part for path in folders for part in ("--ro-bind", str(path), f"{_PACKAGES}/{path.name}")),
-        ]
+        for path in (folder, folder.with_name("numpy.libs")):
+            if path.is_dir():
+                self._shown = [*self._shown, "--ro-bind", str(path), f"{_PACKAGES}/{path.name}"]
         source = f"import sys\nsys.path.append({_PACKAGES!r})\nimport numpy"
         try:
             works = self.run_python(source, b"", Limits(wall_seconds=30.0)).exit_code == 0
