@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -393,3 +394,15 @@ def test_only_links_of_blas_into_usr_are_shown(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(target)
     monkeypatch.setattr(sandbox_module, "_ALTERNATIVES", tmp_path)
     assert sandbox_module._blas_links() == ["--symlink", os.path.realpath("/usr/bin/env"), f"{tmp_path}/libblas.so.3-x"]
+
+
+def test_the_examples_of_the_page_are_so():
+    page = (Path(__file__).parents[1] / "docs" / "code_rewards.md").read_text(encoding="utf-8")
+    rows = [line for line in page.partition("| expected |")[2].splitlines()[2:] if line.startswith("| `")]
+    assert len(rows) >= 7
+    for row in rows:
+        (expected,), accepted, refused = (re.findall("`([^`]*)`", cell) for cell in row.strip("| ").split(" | "))
+        assert [same_output(got, expected) for got in (*accepted, *refused)] == [
+            *[True] * len(accepted),
+            *[False] * len(refused),
+        ], row

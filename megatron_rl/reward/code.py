@@ -1,7 +1,7 @@
 """Reward by running the program of a response against its tests, in a sandbox or on a SandboxFusion server.
 
 `answer` is JSON that says what the tests are (code_tests.py); which block of the response is the program, and what
-counts as the same output, stands in docs/rewards.md. Score 1 only if every test passes.
+counts as the same output, stands in docs/code_rewards.md. Score 1 only if every test passes.
 
 Whatever comes from the program's side is a value and never a verdict: expected outputs and results are compared here,
 outside of any sandbox, and tests that are programs run in a sandbox that the program cannot reach (docs/sandbox.md).

@@ -1,4 +1,4 @@
-"""Finds the program in a response: which of its fenced blocks is the solution (docs/rewards.md has the rule)."""
+"""Finds the program in a response: which of its fenced blocks is the solution (docs/code_rewards.md has the rule)."""
 
 import ast
 import builtins

@@ -1,4 +1,4 @@
-"""Compares what a program printed or returned with what its tests expect (docs/rewards.md has the rules)."""
+"""Compares what a program printed or returned with what its tests expect (docs/code_rewards.md has the rules)."""
 
 import math
 import re
