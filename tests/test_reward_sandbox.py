@@ -3,7 +3,6 @@
 Every test runs as the user that runs the tests and, where that is root, as an ordinary user too.
 """
 
-import ast
 import contextlib
 import os
 import signal
@@ -268,18 +267,12 @@ def test_no_file_of_the_host_can_be_read_or_seen(user, tmp_path):
         for path in paths:
             if os.path.exists(path): print(path)
         print(sorted(os.listdir('/')))
-        # numpy may be there, and the links by which it finds its BLAS.
-        print([sorted(os.listdir(p)) for p in ('/etc', '/packages') if os.path.exists(p)])
-        print([n for n in (os.listdir('/etc/alternatives') if os.path.exists('/etc') else []) if n[:4] != 'libb'])
     """
     try:
         record = run(user, source)
     finally:
         secret.unlink()
-    top, more, links = map(ast.literal_eval, record.stdout.decode().splitlines())
-    assert set(top) - {"etc", "packages"} == {"bin", "dev", "lib", "lib64", "proc", "tmp", "usr"}
-    assert all(names in (["alternatives"], ["numpy"], ["numpy", "numpy.libs"]) for names in more)
-    assert all(name.startswith("liblapack") for name in links)
+    assert record.stdout.decode().split("\n", 1)[0] == str(["bin", "dev", "lib", "lib64", "proc", "tmp", "usr"])
 
 
 def test_the_environment_of_the_host_is_in_none_of_the_processes_that_can_be_seen(user, monkeypatch):
