@@ -406,3 +406,76 @@ def test_the_examples_of_the_page_are_so():
             *[True] * len(accepted),
             *[False] * len(refused),
         ], row
+
+
+# LeetCode's lists and trees
+
+NODES = """
+from typing import *
+class ListNode:
+    def __init__(self, val=0, next=None): self.val, self.next = val, next
+class TreeNode:
+    def __init__(self, val=0, left=None, right=None): self.val, self.left, self.right = val, left, right
+def listed(values):
+    head = None
+    for value in reversed(values): head = ListNode(value, head)
+    return head
+def same(a, b):
+    while a and b:
+        if a.val != b.val: return False
+        a, b = a.next, b.next
+    return not a and not b
+"""
+REVERSED = """
+class Solution:
+    def f(self, head: Optional[ListNode]) -> Optional[ListNode]:
+        before = None
+        while head: head.next, before, head = before, head, head.next
+        return before
+"""
+NODE_TESTS = {
+    "type": "humaneval",
+    "prefix": NODES,
+    "entry_point": "Solution().f",
+    "test": "def check(candidate):\n    for n in (1, 5, 300):\n"
+    "        assert same(candidate(head=listed(list(range(n)))), listed(list(range(n))[::-1]))\n",
+}
+
+
+@needs_sandbox
+def test_lists_and_trees_of_the_tests_are_arguments_and_results():
+    judgement = judge(REVERSED, NODE_TESTS)
+    assert judgement.reason == "correct", judgement
+    assert judge(REVERSED.replace("return before", "return before and before.next"), NODE_TESTS).reason == "wrong"
+    depth = "class Solution:\n    def f(self, t): return 1 + max(self.f(t.left), self.f(t.right)) if t else 0"
+    test = "def check(candidate):\n    assert candidate(TreeNode(1, TreeNode(2, None, TreeNode(3)))) == 3\n"
+    assert judge(depth, {**NODE_TESTS, "test": test}).reason == "correct"
+    circle = (
+        "def check(candidate):\n    a = ListNode(1)\n    a.next = ListNode(2, a)\n    assert candidate(a) is True\n"
+    )
+    source = "class Solution:\n    def f(self, a): return a.next.next is a"
+    assert judge(source, {**NODE_TESTS, "test": circle}).reason == "correct"
+    several = "def check(candidate):\n    assert candidate([listed([1]), None, listed([2, 3])]) == 3\n"
+    source = "class Solution:\n    def f(self, lists): return max(l.next.val for l in lists if l and l.next)"
+    assert judge(source, {**NODE_TESTS, "test": several}).reason == "correct"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class ListNode:\n    val = property(lambda s: 0)\n    next = None\n" + REVERSED,
+        "class Any:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\nclass Solution:\n"
+        "    def f(self, head):\n        head.val = Any()\n        return head",
+        "class ListNode:\n    def __getattr__(s, n): return s\n    def __eq__(s, o): return True\n"
+        "    __ne__ = lambda s, o: False\n    def __bool__(s): return False\nclass Solution:\n    def f(self, head): return ListNode()",
+        "class Solution:\n    def f(self, head): return None",
+        "class Solution:\n    def f(self, head): return head",
+    ],
+)
+def test_lists_of_the_programs_please_nobody_who_expects_another(source):
+    tests = {
+        **NODE_TESTS,
+        "test": "def check(candidate):\n    assert same(candidate(listed([1, 2])), listed([2, 1]))\n",
+    }
+    assert judge(source, tests).reason == "wrong"

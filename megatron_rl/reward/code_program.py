@@ -9,8 +9,9 @@ A request and its answer are a line each, both plain data:
 What is no plain value stays here, under a number, and is described by [number, form, name, numbers of its classes that
 have one]. form is "", "iterator", "dataclass", "class", or "exception" for a class of exceptions; that has its built-in
 base too, and the program's class that it is made from, or None. The class that was raised is such an object, or None
-for a built-in one. In a request [number] stands for that object, ["dataclass", name, {field: value}] for one of the
-test's own, and ["named", module, name] for a function or type of the standard library.
+for a built-in one. In a request [number] stands for that object, and for those of the test's own
+["dataclass", name, {field: value}] and ["nodes", [[class, {attribute: [is it a node?, its place or a value]}], ...]];
+["named", module, name] is a function or type of the standard library.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ class Program:
         if described[0] == "named":
             _, module, name = described
             return operator.attrgetter(name)(sys.modules.get(module) or __import__(module, fromlist=["*"]))
+        if described[0] == "nodes":
+            return self.nodes(described[1])
         if described[0] != "dataclass":
             return self.objects[described[0]]
         _, name, fields = described
@@ -146,6 +149,19 @@ class Program:
         for field, value in fields.items():
             object.__setattr__(made, field, value)
         return made
+
+    def nodes(self, described: list) -> Any:
+        """Make the objects of the tests' own classes anew, of the program's classes of these names; the first."""
+        made: list = []
+        for name, _ in described:
+            kind = vars(self.module).get(name)
+            if not isinstance(kind, type):
+                raise TypeError(f"the program has no class {name}")
+            made.append(object.__new__(kind))
+        for node, (_, attributes) in zip(made, described, strict=True):
+            for name, (is_node, value) in attributes.items():
+                object.__setattr__(node, name, made[value] if is_node else value)
+        return made[0]
 
     def answer(self, line: bytes) -> bytes:
         try:
