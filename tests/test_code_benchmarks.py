@@ -468,7 +468,8 @@ def test_lists_and_trees_of_the_tests_are_arguments_and_results():
         "class Any:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\nclass Solution:\n"
         "    def f(self, head):\n        head.val = Any()\n        return head",
         "class ListNode:\n    def __getattr__(s, n): return s\n    def __eq__(s, o): return True\n"
-        "    __ne__ = lambda s, o: False\n    def __bool__(s): return False\nclass Solution:\n    def f(self, head): return ListNode()",
+        "    __ne__ = lambda s, o: False\n    def __bool__(s): return False\n"
+        "class Solution:\n    def f(self, head): return ListNode()",
         "class Solution:\n    def f(self, head): return None",
         "class Solution:\n    def f(self, head): return head",
     ],
