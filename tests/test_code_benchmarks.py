@@ -218,6 +218,12 @@ def test_each_case_has_a_new_solution():
 
 
 @needs_sandbox
+def test_an_import_of_the_future_may_stand_behind_a_prefix():
+    tests = {"type": "asserts", "prefix": "import math\n", "asserts": ["assert f(4) == 2"]}
+    assert judge("from __future__ import annotations\ndef f(x: Q): return math.isqrt(x)", tests).reason == "correct"
+
+
+@needs_sandbox
 def test_arguments_may_have_any_name():
     names = ["self", "program", "target", "operation", "keywords", "arguments"]
     source = f"def f(*, {', '.join(names)}): return {' + '.join(names)}"

@@ -24,6 +24,7 @@ from megatron_rl.reward.sandbox import Sandbox
 from megatron_rl.reward.sandbox_run import Limits, RunRecord, SandboxFailure
 from megatron_rl.reward.verdict import Reason, Verdict, make_verdict, printable
 
+_FUTURE = re.compile(r"^from __future__ import [^\n]*", re.MULTILINE)
 _NO_BLOCK = "no closed fenced block"
 
 
@@ -219,7 +220,8 @@ def _program(source: str, tests: SourceTests) -> str:
     head = re.compile(rf"^\s*(async\s+)?def\s+{re.escape(tests.entry_point.removeprefix(SOLUTION))}\b", re.MULTILINE)
     if tests.entry_point and head.search(tests.prefix) and not head.search(source):
         return tests.prefix + source  # the body only, which goes on where the prompt ends
-    return f"{tests.prefix}\n{source}"
+    future = "".join(f"{line}\n" for line in _FUTURE.findall(source))  # Python wants these first
+    return f"{future}{tests.prefix}\n{_FUTURE.sub('', source)}"
 
 
 def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:

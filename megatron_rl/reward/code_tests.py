@@ -219,7 +219,7 @@ def _checks(node: ast.AST) -> bool:
         return not isinstance(node.test, ast.Constant | ast.Tuple | ast.JoinedStr)
     if isinstance(node, ast.Call):
         called = getattr(node.func, "attr", None) or getattr(node.func, "id", None) or ""
-        return bool(re.match(r"assert|raises|fail", called))
+        return bool(re.match(r"assert|raises|fail|_?exit", called))
     return isinstance(node, ast.Raise)
 
 
