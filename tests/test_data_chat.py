@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt, response_decoder
 from megatron_rl.data.prompts import Message
 from megatron_rl.data.student import student_of
-from megatron_rl.reward.code import last_block
+from megatron_rl.reward.code_answer import closed_blocks
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
 SYSTEM = Message(role="system", content="be brief")
@@ -172,7 +172,7 @@ def test_the_eos_that_ends_a_response_is_no_part_of_its_text(ling) -> None:
     decode, eos = response_decoder(ling, ling.eos_token_id), ling.eos_token_id
     ids = ling.encode(program, add_special_tokens=False)
     assert decode([*ids, eos]) == decode(ids) == program
-    assert last_block(decode([*ids, eos])) is not None  # a fence with eos behind it would close nothing
+    assert closed_blocks(decode([*ids, eos]))  # a fence with eos behind it would close nothing
     assert decode([eos, *ids]) == "<|endoftext|>" + program
     assert decode([]) == ""
 

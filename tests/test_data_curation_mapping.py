@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.load import load_config
-from megatron_rl.data.curation.code_tests import problem_of_tests
 from megatron_rl.data.curation.config import CurationConfig, Source
 from megatron_rl.data.curation.mapping import Unusable, to_prompt
 from megatron_rl.data.curation.presets import PRESETS
 from megatron_rl.data.prompts import Prompt, prompt_id
-from megatron_rl.reward.code import TEST_TYPES
+from megatron_rl.reward.code_tests import TEST_TYPES, problem_of_tests
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
@@ -204,10 +203,23 @@ def test_a_malformed_row_is_told_what_is_wrong() -> None:
         ({"type": "asserts", "asserts": []}, "there is no test in it"),
         ({"type": "asserts", "asserts": [" "]}, "there is no test in it"),
         ({"type": "humaneval", "test": "assert True", "entry_point": "f"}, "there is no test in it"),
-        ({"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}, "ValueError: zip"),
-        ({"type": "stdin_stdout", "cases": [{"input": "1"}]}, "KeyError: 'output'"),
-        ({"type": "magic"}, "ValueError: type must be asserts, humaneval, function_io or stdin_stdout, got 'magic'"),
-        ({}, "KeyError: 'type'"),
+        ({"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}, "there are 1 inputs and 0 outputs"),
+        ({"type": "stdin_stdout", "cases": [{"input": "1"}]}, "cases[0].output must be text, got no such key"),
+        (
+            {"type": "stdin_stdout", "cases": [{"input": ["1"], "output": "1"}]},
+            "cases[0].input must be text, got [",
+        ),
+        (
+            {"type": "stdin_stdout", "cases": [{"input": "5", "output": " \n"}]},
+            "the tests check nothing: every expected",
+        ),
+        ({"type": "function_io", "fn_name": "f", "inputs": ["ab"], "outputs": ["ab"]}, "inputs[0] must be the list of"),
+        ({"type": "asserts", "asserts": ["f(1)"]}, "the tests check nothing: there is no assert"),
+        (
+            {"type": "magic"},
+            "the type of tests must be one of asserts, humaneval, pytest, function_io, stdin_stdout, got",
+        ),
+        ({}, "the type of tests must be one of"),
     ],
 )
 def test_tests_that_cannot_be_read_are_a_reason(tests: dict[str, Any], detail: str) -> None:
@@ -229,7 +241,18 @@ def test_all_tests_of_the_real_code_rows_are_read() -> None:
     kinds = set()
     for line in (SHARED / "code_dev.jsonl").open():
         kinds.add(json.loads(mapped(json.loads(line), preset="code_tests").answer)["type"])
-    assert kinds == set(TEST_TYPES)
+    assert kinds == set(TEST_TYPES) - {"pytest"}
+
+
+def test_lines_of_json_are_the_arguments_of_a_call() -> None:
+    text = json.dumps({"inputs": ['[1, 2]\n"a"\n'], "outputs": ["[3]"], "fn_name": "f"})
+    record = mapped({"question": "q", "input_output": text}, preset="apps")
+    assert json.loads(record.answer) == {
+        "type": "function_io",
+        "fn_name": "f",
+        "inputs": [[[1, 2], "a"]],
+        "outputs": [[3]],
+    }
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ class Program:
     stdin: what it reads there. talks: stdin is a socket to `Running.ask` instead.
     private_stdout: stdout is a socket, which no process of the sandbox can open by its /proc entry, as it can a pipe.
     descriptors: open files that it gets under the same numbers; they stay the caller's.
+    numpy: it may use that, where the sandbox has it; a tenth of a sandbox's start goes into showing it.
     channel: becomes its stdin and is closed here; a socket whose other end is another program's.
     """
 
@@ -82,6 +83,7 @@ class Program:
     private_stdout: bool = False
     descriptors: tuple[int, ...] = ()
     channel: socket.socket | None = None
+    numpy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

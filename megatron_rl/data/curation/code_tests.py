@@ -1,31 +1,10 @@
-"""Tests of programs: from the layouts of data sets to the JSON that reward/code.py reads."""
+"""Tests of programs: from the layouts of data sets to the JSON that reward/code_tests.py reads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_rl.parsing import parse_json
-
-
-def problem_of_tests(answer: str) -> str | None:
-    """Why reward/code.py could not use these tests, or None."""
-    try:
-        tests = parse_json(answer)
-        return None if _count(tests) else "there is no test in it"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _count(tests: Mapping[str, Any]) -> int:
-    kind = tests["type"]
-    if kind == "asserts":
-        return sum(bool(text.strip()) for text in tests["asserts"])
-    if kind == "humaneval":
-        return int("def check(" in tests["test"] and bool(tests["entry_point"].strip()))
-    if kind == "function_io":
-        return len(list(zip(tests["inputs"], tests["outputs"], strict=True))) if tests["fn_name"].strip() else 0
-    if kind == "stdin_stdout":
-        return len([(case["input"] + case["output"]) for case in tests["cases"]])
-    raise ValueError(f"type must be asserts, humaneval, function_io or stdin_stdout, got {kind!r}")
+from megatron_rl.reward.code_tests import parse_exact_json
 
 
 def _from_json(row: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
@@ -40,10 +19,19 @@ def _from_input_output(row: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
     if not found.get("fn_name"):
         cases = [{"input": _lines(i), "output": _lines(o)} for i, o in zip(inputs, outputs, strict=True)]
         return {"type": "stdin_stdout", "cases": cases}
+    if all(isinstance(given, str) for given in inputs):
+        return calls_of_lines(found["fn_name"], inputs, outputs)
     # Some rows wrap the result in a list and some do not; a function whose every result is a list of one is rare.
     if all(isinstance(output, list) and len(output) == 1 for output in outputs):
         outputs = [output[0] for output in outputs]
     return {"type": "function_io", "fn_name": found["fn_name"], "inputs": inputs, "outputs": outputs}
+
+
+def calls_of_lines(name: str, inputs: Sequence[str], outputs: Sequence[str]) -> Mapping[str, Any]:
+    """LiveCodeBench's calls of a function: a line of JSON for each argument, and the result as JSON."""
+    arguments = [[parse_exact_json(line) for line in text.splitlines() if line.strip()] for text in inputs]
+    results = [parse_exact_json(text) for text in outputs]
+    return {"type": "function_io", "fn_name": name, "inputs": arguments, "outputs": results}
 
 
 def _lines(value: Any) -> str:

@@ -5,10 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rl.data.curation.code_tests import TEST_LAYOUTS, problem_of_tests
+from megatron_rl.data.curation.code_tests import TEST_LAYOUTS
 from megatron_rl.data.curation.config import Layout
 from megatron_rl.data.prompts import Prompt, prompt_id
 from megatron_rl.reward.answers import boxed_answer, stated_answer
+from megatron_rl.reward.code_tests import problem_of_tests
 
 _ABSENT = object()
 _NO_ANSWER = re.compile(
