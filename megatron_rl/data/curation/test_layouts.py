@@ -1,0 +1,154 @@
+"""How data sets give the tests of a program, and the object of reward/code.py that each becomes."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_rl.data.curation import code_tests
+from megatron_rl.data.curation.packed import unpacked_text
+from megatron_rl.parsing import parse_json
+from megatron_rl.reward.code import TEST_TYPES
+
+Tests = Mapping[str, Any]
+# From the row and the value of tests_column. KeyError, TypeError or ValueError: the row is not in this layout.
+Reader = Callable[[Mapping[str, Any], Any], Tests]
+
+_TEST_FUNCTION = re.compile(r"^(?:async )?def (test\w*)\(", re.MULTILINE)
+_FROM_SOLUTION = re.compile(r"^(?:from solution import [^\n(]*(?:\([^)]*\))?|import solution\b[^\n]*)\n?", re.MULTILINE)
+
+
+def recognised_tests(value: Any) -> Tests | None:
+    """The tests that a value holds, whatever its column is called; None for anything else, such as an answer."""
+    found = value
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] not in "{[":
+            return _of_source(text)
+        try:
+            found = parse_json(text)
+        except ValueError:
+            return None
+    reader = _reader_of(found)
+    return None if reader is None else reader({}, found)
+
+
+def looks_like_tests(answer: str) -> bool:
+    """Whether an answer is no answer but the tests of a program, readable or not."""
+    try:
+        return recognised_tests(answer) is not None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return True
+
+
+def _reader_of(found: Any) -> Reader | None:
+    """By the keys of an object, and by the items of a list."""
+    if isinstance(found, Mapping):
+        if found.get("type") in TEST_TYPES:
+            return code_tests.TEST_LAYOUTS["json"]
+        if {"inputs", "outputs"} <= found.keys():
+            return code_tests.TEST_LAYOUTS["input_output"]
+        if "entry_point" in found and {"test_code", "test"} & found.keys():
+            return _from_check
+    if isinstance(found, Sequence) and not isinstance(found, str) and found:
+        if all(isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in found):
+            return _from_cases
+        if all(isinstance(item, str) and item.lstrip().startswith("assert ") for item in found):
+            return _from_asserts
+    return None
+
+
+def _of_source(text: str) -> Tests | None:
+    """Tests that are a program: pytest's functions, or one assert a line."""
+    if _TEST_FUNCTION.search(text) and "assert" in text:
+        return _from_pytest({}, text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return _from_asserts({}, lines) if lines and all(line.startswith("assert ") for line in lines) else None
+
+
+def _from_any(row: Mapping[str, Any], value: Any) -> Tests:
+    tests = recognised_tests(value)
+    if tests is None:
+        raise ValueError(f"no tests of a kind that is known, {value!r:.80}")
+    return tests
+
+
+def _from_cases(row: Mapping[str, Any], value: Any) -> Tests:
+    """A list of {"input", "output"}, or its text: on stdin, or with "testtype": "functional" or "fn_name" arguments."""
+    cases = parse_json(value) if isinstance(value, str) else value
+    return _of_cases(cases, next((case["fn_name"] for case in cases if case.get("fn_name")), ""))
+
+
+def _of_cases(cases: Sequence[Mapping[str, Any]], function: str) -> Tests:
+    kinds = {case.get("testtype") or case.get("type") or "" for case in cases}
+    called = bool(function) and not kinds <= {"stdin", "stdin_stdout"}
+    if not called and kinds & {"functional", "function_call"}:
+        raise ValueError("tests call a function whose name is not there")
+    if not called:
+        texts = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
+        return code_tests.TEST_LAYOUTS["input_output"]({}, texts)
+    return {
+        "type": "function_io",
+        "fn_name": function,
+        "inputs": [_arguments(case["input"]) for case in cases],
+        "outputs": [parse_json(case["output"]) if isinstance(case["output"], str) else case["output"] for case in cases],
+    }
+
+
+def _arguments(value: Any) -> list[Any]:
+    """LiveCodeBench writes one argument a line, each as JSON."""
+    if not isinstance(value, str):
+        return list(value)
+    return [parse_json(line) for line in value.split("\n") if line.strip()]
+
+
+def _from_livecodebench(row: Mapping[str, Any], value: Any) -> Tests:
+    """Public and private tests; metadata names the function, where there is one. What is private is packed."""
+    cases: list[Mapping[str, Any]] = []
+    for name in ("public_test_cases", "private_test_cases"):
+        given = row.get(name) or []
+        if isinstance(given, str):
+            given = parse_json(given if given.lstrip()[:1] == "[" else unpacked_text(given))
+        cases += given
+    metadata = row.get("metadata") or {}
+    if isinstance(metadata, str):
+        metadata = parse_json(metadata)
+    if not cases:
+        raise ValueError("there is no test in it")
+    return _of_cases(cases, metadata.get("func_name") or "")
+
+
+def _from_check(row: Mapping[str, Any], value: Any) -> Tests:
+    """Skywork's LeetCode rows: test_code defines check(candidate), entry_point is what it is given."""
+    found = parse_json(value) if isinstance(value, str) else value
+    return {
+        "type": "humaneval",
+        "test": found["test_code"] if "test_code" in found else found["test"],
+        "entry_point": found["entry_point"],
+        "prefix": found.get("import_prefix") or "",
+    }
+
+
+def _from_asserts(row: Mapping[str, Any], value: Any) -> Tests:
+    return {"type": "asserts", "setup": "", "asserts": list(value)}
+
+
+def _from_pytest(row: Mapping[str, Any], value: Any) -> Tests:
+    """KodCode: functions test_... that import what they test from the module `solution`. Each is one test."""
+    functions = _TEST_FUNCTION.findall(value)
+    if not functions:
+        raise ValueError("it defines no function test_...")
+    return {
+        "type": "asserts",
+        "setup": _FROM_SOLUTION.sub("", value),
+        "asserts": [f"{name}()" for name in dict.fromkeys(functions)],
+    }
+
+
+TEST_LAYOUTS: Mapping[str, Reader] = {
+    **code_tests.TEST_LAYOUTS,
+    "any": _from_any,
+    "cases": _from_cases,
+    "livecodebench": _from_livecodebench,
+    "pytest": _from_pytest,
+}
+NEED_A_COLUMN = ("json", "input_output", "any", "cases", "pytest")
