@@ -93,7 +93,7 @@ def read_prompts(
             row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
             without_domain[row["domain"]] += 1
         taken = [reader.text(row, name, line) for name in ("domain", "prompt", "answer")]
-        optional = [reader.text(row, name, line) if row.get(name) is not None else "" for name in ("id", "source")]
+        optional = [reader.text(row, name, line) if row.get(name) not in (None, "") else "" for name in ("id", "source")]
         meta = reader.meta(row, line)
         if None in taken or None in optional or meta is None:
             continue
@@ -116,7 +116,7 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
     chats = []
     for line, row in rows_of(path, reader.problems, most):
         messages, meta = reader.messages(row, line), reader.meta(row, line)
-        identity = reader.text(row, "id", line) if row.get("id") is not None else ""
+        identity = reader.text(row, "id", line) if row.get("id") not in (None, "") else ""
         if messages is None or meta is None or identity is None:
             continue
         identity = identity or _digest([part for message in messages for part in (message.role, message.content)])
@@ -138,7 +138,7 @@ class _Reader:
         try:
             return text_of(row, name)
         except Wrong as wrong:
-            near = None if name in row else likely_column(name, {c: None for c in row if c not in self._fields})
+            near = None if name in row else likely_column(name, [c for c in row if c not in self._fields])
             hint = f"; its column {near!r} may be it" if near else ""
             self._note(line, name, f"{wrong}{hint}", unmapped=name not in row or isinstance(row[name], list | dict))
             return None
@@ -147,7 +147,7 @@ class _Reader:
         try:
             return messages_of(row.get("messages"))
         except Wrong as wrong:
-            near = None if "messages" in row else likely_column("messages", row)
+            near = None if "messages" in row else likely_column("messages", list(row))
             hint = f"; its column {near!r} may be it" if near else ""
             self._note(line, "messages", f"{wrong}{hint}", unmapped="messages" not in row)
             return None

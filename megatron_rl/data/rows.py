@@ -2,7 +2,7 @@
 
 import difflib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,21 @@ _TOLD = 10
 
 # How data sets call what a prompt row has, the likeliest first; capitals and underscores do not count.
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "prompt": (
-        *("prompt", "question", "problem", "query", "instruction", "question_content", "problem_description"),
-        *("problem_statement", "user_prompt", "statement", "task", "text", "input", "messages", "conversations"),
+    "prompt": tuple(
+        "prompt question problem query instruction question_content problem_description problem_statement user_prompt "
+        "statement task text input messages conversations".split()
     ),
-    "answer": (
-        *("answer", "final_answer", "correct_answer", "reference_answer", "ground_truth", "groundtruth", "gold", "label"),
-        *("target", "expected_answer", "expected_output", "answers", "tests", "test_cases", "solution", "output"),
-        *("response", "test", "test_list", "reward_model"),
+    "answer": tuple(
+        "answer final_answer correct_answer reference_answer ground_truth groundtruth gold label target expected_answer "
+        "expected_output answers tests test_cases solution output response test test_list reward_model".split()
     ),
-    "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
+    "messages": tuple("messages conversations conversation chat dialogue dialog".split()),
 }
 
 
-def likely_column(field: str, columns: Mapping[str, Any]) -> str | None:
+def likely_column(field: str, columns: Sequence[str]) -> str | None:
     """Name the column that is probably meant by a field: a usual name of it, or a misspelt one."""
-    by_name = {_plain(column): column for column in reversed(columns)}
+    by_name = {_plain(str(column)): column for column in reversed(columns)}
     for name in NAMES.get(field, (field,)):
         if _plain(name) in by_name:
             return by_name[_plain(name)]
@@ -64,7 +63,9 @@ class Problems:
         """ValueError with all of it, where there is any."""
         if not self._found:
             return
-        texts = [text + (f" ({count - 1:,} more such rows)" if count > 1 else "") for text, count, _ in self._found.values()]
+        texts = [
+            text + (f" ({count - 1:,} more such rows)" if count > 1 else "") for text, count, _ in self._found.values()
+        ]
         if len(texts) > _TOLD:
             texts[_TOLD:] = [f"and {len(texts) - _TOLD} other faults"]
         lines = texts if len(texts) == 1 else [f"the rows cannot be used, for {len(texts)} reasons:", *texts]
@@ -96,7 +97,9 @@ def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> It
             if wrong is None:
                 yield line, row
             else:
-                problems.add(path, line, "json", f"{path}:{line}: {wrong}; write one object per line", unmapped=count == 1)
+                problems.add(
+                    path, line, "json", f"{path}:{line}: {wrong}; write one object per line", unmapped=count == 1
+                )
     if not count:
         problems.add(path, 0, "file", f"{path} holds no rows; write one JSON object per line")
 

@@ -59,8 +59,8 @@ class Layout(Section):
     tests_column: str = Field(default="", description=f"where, for the layouts {', '.join(NEED_A_COLUMN)}")
     options: tuple[str, ...] = Field(
         default=(),
-        description="instead of `answer`: the columns of the options of a multiple choice, the right one first. They go "
-        "below the prompt in an order by options_seed, and the answer is a letter: for evaluation",
+        description="instead of `answer`: the columns of the options of a multiple choice, the right one first. They "
+        "go below the prompt in an order by options_seed, and the answer is a letter: for evaluation",
     )
     options_seed: int = 1
     chat: str = Field(

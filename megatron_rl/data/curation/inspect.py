@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash
 
-from megatron_rl.data.curation.contamination import Index
 from megatron_rl.data.curation.config import CurationConfig, Layout
+from megatron_rl.data.curation.contamination import Index
 from megatron_rl.data.curation.mapping import Unusable, to_chat, to_prompt
 from megatron_rl.data.curation.rules import CHAT_RULES, RULES
 from megatron_rl.data.curation.sources import Piece, parsed
@@ -150,7 +150,11 @@ def record_from(row: object, layout: Layout, source: str) -> Prompt:
 def defect_of(record: Prompt, layout: Layout, rules: Collection[str]) -> tuple[str, str] | None:
     """The first rule that finds something, and what. What a layout makes on purpose is no defect."""
     for name, rule in RULES.items():
-        if name not in rules or (layout.chat and name not in CHAT_RULES) or (layout.options and name == "multiple_choice"):
+        if (
+            name not in rules
+            or (layout.chat and name not in CHAT_RULES)
+            or (layout.options and name == "multiple_choice")
+        ):
             continue
         found = rule(record)
         if found:

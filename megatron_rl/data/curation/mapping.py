@@ -15,7 +15,9 @@ from megatron_rl.reward.answers import boxed_answer, stated_answer
 
 _ABSENT = object()
 _ROLES = {
-    **{"human": "user", "User": "user", "prompter": "user"},
+    "human": "user",
+    "User": "user",
+    "prompter": "user",
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "bard", "bing", "Assistant"), "assistant"),
 }
 _NO_ANSWER = re.compile(

@@ -44,8 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # Open-R1 and NuminaMath: problem, solution, answer
     "numina": {"prompt": "problem", "answer": "answer", "domain": "math", "source_column": "source"},
-    # verl, Skywork-OR1, Eurus-2: chat messages, reward_model.ground_truth. `ability` is the domain, and a row with tests
-    # is one of code whatever its ability says
+    # verl, Skywork-OR1, Eurus-2: chat messages, reward_model.ground_truth. `ability` is the domain
     "verl": _VERL,
     # DAPO-Math-17k: verl, with instructions around every question
     "dapo": {

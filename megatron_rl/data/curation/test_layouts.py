@@ -13,8 +13,7 @@ Tests = Mapping[str, Any]
 # From the row and the value of tests_column. KeyError, TypeError or ValueError: the row is not in this layout.
 Reader = Callable[[Mapping[str, Any], Any], Tests]
 
-_TEST_FUNCTION = re.compile(r"^(?:async )?def (test\w*)\(", re.MULTILINE)
-_FROM_SOLUTION = re.compile(r"^(?:from solution import [^\n(]*(?:\([^)]*\))?|import solution\b[^\n]*)\n?", re.MULTILINE)
+_TEST_FUNCTION = re.compile(r"^\s*(?:async )?def test\w*\(", re.MULTILINE)
 
 
 def recognised_tests(value: Any) -> Tests | None:
@@ -86,11 +85,12 @@ def _of_cases(cases: Sequence[Mapping[str, Any]], function: str) -> Tests:
     if not called:
         texts = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
         return code_tests.TEST_LAYOUTS["input_output"]({}, texts)
+    outputs = [case["output"] for case in cases]
     return {
         "type": "function_io",
         "fn_name": function,
         "inputs": [_arguments(case["input"]) for case in cases],
-        "outputs": [parse_json(case["output"]) if isinstance(case["output"], str) else case["output"] for case in cases],
+        "outputs": [parse_json(output) if isinstance(output, str) else output for output in outputs],
     }
 
 
@@ -133,15 +133,10 @@ def _from_asserts(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _from_pytest(row: Mapping[str, Any], value: Any) -> Tests:
-    """KodCode: functions test_... that import what they test from the module `solution`. Each is one test."""
-    functions = _TEST_FUNCTION.findall(value)
-    if not functions:
+    """KodCode: a file of functions test_... that import what they test from the module `solution`."""
+    if not _TEST_FUNCTION.search(value):
         raise ValueError("it defines no function test_...")
-    return {
-        "type": "asserts",
-        "setup": _FROM_SOLUTION.sub("", value),
-        "asserts": [f"{name}()" for name in dict.fromkeys(functions)],
-    }
+    return {"type": "pytest", "test": value}
 
 
 TEST_LAYOUTS: Mapping[str, Reader] = {
