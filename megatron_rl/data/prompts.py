@@ -93,7 +93,7 @@ def read_prompts(
             row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
             without_domain[row["domain"]] += 1
         taken = [reader.text(row, name, line) for name in ("domain", "prompt", "answer")]
-        optional = [reader.text(row, name, line) if row.get(name) not in (None, "") else "" for name in ("id", "source")]
+        optional = [reader.optional(row, name, line) for name in ("id", "source")]
         meta = reader.meta(row, line)
         if None in taken or None in optional or meta is None:
             continue
@@ -116,7 +116,7 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
     chats = []
     for line, row in rows_of(path, reader.problems, most):
         messages, meta = reader.messages(row, line), reader.meta(row, line)
-        identity = reader.text(row, "id", line) if row.get("id") not in (None, "") else ""
+        identity = reader.optional(row, "id", line)
         if messages is None or meta is None or identity is None:
             continue
         identity = identity or _digest([part for message in messages for part in (message.role, message.content)])
@@ -142,6 +142,10 @@ class _Reader:
             hint = f"; its column {near!r} may be it" if near else ""
             self._note(line, name, f"{wrong}{hint}", unmapped=name not in row or isinstance(row[name], list | dict))
             return None
+
+    def optional(self, row: Mapping[str, Any], name: str, line: int) -> str | None:
+        """ "" where the row has none."""
+        return "" if row.get(name) in (None, "") else self.text(row, name, line)
 
     def messages(self, row: Mapping[str, Any], line: int) -> tuple[Message, ...] | None:
         try:

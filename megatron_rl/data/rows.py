@@ -13,16 +13,17 @@ _TOLD = 10
 
 # How data sets call what a prompt row has, the likeliest first; capitals and underscores do not count.
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "prompt": tuple(
-        "prompt question problem query instruction question_content problem_description problem_statement user_prompt "
-        "statement task text input messages conversations".split()
+    "prompt": (
+        "prompt", "question", "problem", "query", "instruction", "question_content", "problem_description", "statement",
+        "problem_statement", "user_prompt", "task", "text", "input", "messages", "conversations",
     ),
-    "answer": tuple(
-        "answer final_answer correct_answer reference_answer ground_truth groundtruth gold label target expected_answer "
-        "expected_output answers tests test_cases solution output response test test_list reward_model".split()
+    "answer": (
+        "answer", "final_answer", "correct_answer", "reference_answer", "ground_truth", "groundtruth", "gold", "label",
+        "target", "expected_answer", "expected_output", "answers", "tests", "test_cases", "solution", "output",
+        "response", "test", "test_list", "reward_model",
     ),
-    "messages": tuple("messages conversations conversation chat dialogue dialog".split()),
-}
+    "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
+}  # fmt: skip
 
 
 def likely_column(field: str, columns: Sequence[str]) -> str | None:

@@ -54,6 +54,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             r"\n+Remember to put your answer.*\Z",
         ),
     },
+    # GSM8K as verl prepares it
+    "verl_gsm8k": {
+        **_VERL,
+        "remove": (r"\s*Let's think step by step and output the final answer after \"####\"\.?\s*\Z",),
+    },
     # APPS and TACO: input_output is JSON text
     "apps": {
         "prompt": "question",

@@ -31,7 +31,7 @@ def recognised_tests(value: Any) -> Tests | None:
     return None if reader is None else reader({}, found)
 
 
-def looks_like_tests(answer: str) -> bool:
+def looks_like_tests(answer: Any) -> bool:
     """Whether an answer is no answer but the tests of a program, readable or not."""
     try:
         return recognised_tests(answer) is not None
