@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
         description="Guess the layout of a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), show three rows as they "
-        "would be read and what would be dropped and why, and write the mapping. docs/data.md describes layouts and reasons.",
+        "would be read and what would be dropped and why, and write the mapping. docs/data.md has layouts and reasons.",
     )
     inspect.add_argument("file", help="or a glob of files of one layout")
     inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")

@@ -39,16 +39,10 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
             f"{world_size} training ranks on a machine with {num_gpus} GPUs, and each needs one; start fewer "
             "(--nproc), or name more in CUDA_VISIBLE_DEVICES"
         )
-    data = config.data.files if isinstance(config, SftConfig) else []
-    if isinstance(config, RlConfig):
-        data += config.data.train_files
-    if rollouts is not None:
-        data.append(rollouts)
-    for path in data:
-        if not Path(path).is_file():
-            raise ValueError(f"data file {path} does not exist")
     _check_rows(config)
     if rollouts is not None:
+        if not rollouts.is_file():
+            raise ValueError(f"data file {rollouts} does not exist")
         check_first_row(rollouts)
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:

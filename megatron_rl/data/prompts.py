@@ -84,7 +84,7 @@ def read_prompts(
     domain: of rows that name none. suffix: goes behind every prompt; an id that is made from the content does not
     depend on it. most: rows to read; default: all.
     """
-    reader = _Reader(path, problems, _PROMPT_FIELDS)
+    reader = _Reader(path, problems, _PROMPT_FIELDS, most)
     without_domain: Counter[str] = Counter()
     prompts = []
     for line, row in rows_of(path, reader.problems, most):
@@ -105,14 +105,14 @@ def read_prompts(
                 Prompt(id=identity, domain=its_domain, prompt=text, answer=answer, source=source, meta=meta,
                        where=f"{path}:{line}")
             )  # fmt: skip
-    for name, count in without_domain.items():
-        log.info("%s: %d rows name no domain and are taken as %r", path, count, name)
-    return reader.done(prompts)
+    return reader.done(
+        prompts, [f"{count:,} rows name no domain and are taken as {name!r}" for name, count in without_domain.items()]
+    )
 
 
 def read_chats(path: str | Path, problems: Problems | None = None, most: int | None = None) -> list[Chat]:
     """Read the rows of a chat file, as `read_prompts` does."""
-    reader = _Reader(path, problems, _CHAT_FIELDS)
+    reader = _Reader(path, problems, _CHAT_FIELDS, most)
     chats = []
     for line, row in rows_of(path, reader.problems, most):
         messages, meta = reader.messages(row, line), reader.meta(row, line)
@@ -122,14 +122,14 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
         identity = identity or _digest([part for message in messages for part in (message.role, message.content)])
         if reader.claims_id(identity, line):
             chats.append(Chat(id=identity, messages=messages, meta=meta, where=f"{path}:{line}"))
-    return reader.done(chats)
+    return reader.done(chats, [])
 
 
 class _Reader:
     """The fields of one file's rows. What is wrong is noted, and its value is None."""
 
-    def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str]) -> None:
-        self._path, self._fields, self._tells = path, fields, problems is None
+    def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str], most: int | None) -> None:
+        self._path, self._fields, self._tells, self._whole = path, fields, problems is None, most is None
         self.problems = Problems() if problems is None else problems
         self._first_line: dict[str, int] = {}
         self._others: dict[str, None] = {}  # columns that go into meta, in their order
@@ -177,15 +177,15 @@ class _Reader:
             )
         return first == line
 
-    def done(self, records: list[Record]) -> list[Record]:
+    def done(self, records: list[Record], remarks: list[str]) -> list[Record]:
+        """The records; remarks on what was taken for granted are made once, when the whole file is read."""
         if self._tells:
             self.problems.tell()
         if self._others:
-            log.info(
-                "%s: columns %s are no fields of ours and go into meta",
-                self._path,
-                ", ".join(map(str, self._others))[:_LONGEST_COLUMNS],
-            )
+            columns = ", ".join(map(str, self._others))[:_LONGEST_COLUMNS]
+            remarks = [*remarks, f"columns {columns} are no fields of ours and go into meta"]
+        for remark in remarks if self._whole else []:
+            log.info("%s: %s", self._path, remark)
         return records
 
     def _note(self, line: int, fault: str, text: str, unmapped: bool = False) -> None:

@@ -47,8 +47,8 @@ def _score(rows: Rows, layout: Layout) -> tuple[int, int]:
         except Unusable:
             continue
         num_read += 1
-        if layout.remove and record.prompt.strip() == _plain_prompt(row, layout):
-            fits -= 1
+        if layout.remove:
+            fits += 1 if record.prompt.strip() != _plain_prompt(row, layout) else -1
     named = {layout.prompt, layout.answer, layout.tests_column, layout.domain_column, layout.id_column, layout.chat}
     named |= {layout.source_column, layout.append, *layout.options, *layout.meta}
     columns = {name.partition(".")[0] for name in named if name} & {name for row in rows for name in row}

@@ -18,7 +18,7 @@ def unpacked_text(packed: str, most: int = MAX_DOCUMENT_BYTES) -> str:
         content = _decompressed(base64.b64decode(packed, validate=True), most)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"neither JSON nor compressed tests in base64 ({error})") from None
-    return _pickled_text(content) if content[:1] in (b"\x80", b"V") else content.decode()
+    return content.decode() if content.lstrip()[:1] in (b"[", b"{") else _pickled_text(content)
 
 
 def _decompressed(data: bytes, most: int) -> bytes:
