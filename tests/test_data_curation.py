@@ -55,7 +55,9 @@ def run(folder: Path, rows: list[Any], **values: Any) -> tuple[Report, list[dict
 def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp_path: Path) -> None:
     good = rows_of("What is 3+4?", meta={"level": 1})[0]
     yes = rows_of("Is 7 prime?")[0] | {"answer": "Yes"}
-    report, kept, dropped = run(tmp_path, [good, yes, {"prompt": "no answer", "domain": "math"}], max_malformed_share=0.5)
+    report, kept, dropped = run(
+        tmp_path, [good, yes, {"prompt": "no answer", "domain": "math"}], max_malformed_share=0.5
+    )
     prompt = read_prompts(tmp_path / "out" / "kept.jsonl")[0]
     assert (prompt.prompt, prompt.answer, prompt.domain, prompt.meta) == ("What is 3+4?", "7", "math", {"level": 1})
     assert kept[0]["source"] == str(tmp_path / "rows.jsonl")
@@ -322,8 +324,13 @@ def test_conversations_are_curated_into_chats(tmp_path: Path) -> None:
     assert (chats[0].id, chats[0].meta) == ("a", {"level": 1, "solution": "seven"})
     dropped = read(tmp_path / "out" / "dropped.jsonl")
     assert [(row["reason"], row["line"]) for row in dropped] == [
-        ("special_tokens", 4), ("invalid_characters", 5), ("unusable_conversation", 6), ("malformed", 7), ("contamination", 8), ("duplicate", 3),
-    ]  # fmt: skip
+        ("special_tokens", 4),
+        ("invalid_characters", 5),
+        ("unusable_conversation", 6),
+        ("malformed", 7),
+        ("contamination", 8),
+        ("duplicate", 3),
+    ]
 
 
 def test_conversations_and_prompts_are_not_one_set_of_rows(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
 
 
-
 def packed(cases: list[dict[str, str]]) -> str:
     """As LiveCodeBench packs its private tests."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(cases)))).decode()
@@ -214,7 +213,7 @@ LAYOUTS: list[tuple[str, dict[str, Any], tuple[str, str, Any, dict[str, Any]]]] 
             "Incorrect Answer 3": "these",
             "Subdomain": "Physics",
         },
-        ("stem", "Which?\n\n(A) these\n(B) that\n(C) this\n(D) those", "C", {"Subdomain": "Physics"}),
+        ("stem", "Which?\n\n(A) that\n(B) those\n(C) these\n(D) this", "D", {"Subdomain": "Physics"}),
     ),
     ("areal", {"messages": MESSAGES, "answer": "2"}, ("math", "1+1?", "2", {})),
     ("slime", {"prompt": MESSAGES, "label": "2"}, ("math", "1+1?", "2", {})),

@@ -23,9 +23,11 @@ def guess_layout(rows: Rows) -> dict[str, Any]:
 
     rows: the first ones of a file.
     """
-    scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(PRESETS)]
-    (num_read, _), _, preset = max(scored)
     by_name = _columns(rows)
+    # A conversation that is answered is one to imitate, whatever stands beside it.
+    presets = [name for name in PRESETS if "chat" not in by_name or "chat" in PRESETS[name]]
+    scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(presets)]
+    (num_read, _), _, preset = max(scored)
     if by_name and _score(rows, layout_of(by_name))[0] > num_read:
         return by_name
     return {"preset": preset} if num_read else {}
