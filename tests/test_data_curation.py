@@ -170,6 +170,8 @@ def test_difficulty_drops_what_is_always_solved_and_what_no_model_solves(tmp_pat
         return " ".join(row["prompt"] for row in run(tmp_path, rows, difficulty={"rollouts": [model], **difficulty})[1])
 
     assert left() == "some? new?"
+    asked = write(tmp_path / "c.jsonl", [row | {"prompt": row["prompt"] + " Box it."} for row in read(Path(model))])
+    assert left(rollouts=[str(asked)], suffix=" Box it.") == "some? new?"
     assert left(stronger=[stronger]) == "some? hard? half? new?"
     assert left(stronger=[stronger], unmeasured="drop") == "some? hard? half?"
     assert left(stronger=[stronger], min_pass_rate=0.25) == "hard? half? new?"

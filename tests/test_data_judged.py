@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import TINY_CONFIG
 
-from megatron_rl.config.schema import RewardSection, RlData
+from megatron_rl.config.schema import RewardSection, RlConfig, RlData
 from megatron_rl.data.fitting import Limit
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_prompts
+from megatron_rl.preflight import check_before_start
 
 LENGTHS = {f"a.jsonl:{n}": n for n in range(1, 11)}
 TESTS = json.dumps({"type": "asserts", "asserts": ["assert f(1) == 2"]})
@@ -58,6 +60,14 @@ def test_the_suffix_and_the_domain_of_the_configuration_reach_the_prompts(tmp_pa
     path = write(tmp_path / "a.jsonl", {"prompt": "1+1?", "answer": 2})
     (prompt,) = load_stream(RlData(train=path, suffix=" Box it.", domain="sums"), 1).rows
     assert (prompt.prompt, prompt.domain) == ("1+1? Box it.", "sums")
+
+
+def test_a_run_is_not_gone_on_with_when_its_prompts_became_other_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "1+1?", "answer": 2})
+    changes = ({}, {"suffix": " Box it."}, {"domain": "sums"}, {"special_tokens": "token"})
+    digests = [load_stream(RlData(train=path, **change), 1).digest for change in changes]
+    assert len(set(digests)) == len(changes)
+    assert load_stream(RlData(train=path, too_long="drop"), 1).digest == digests[0]
 
 
 @pytest.mark.parametrize("kind", ["math", "stem", "exact"])
@@ -108,3 +118,38 @@ def test_prompts_that_do_not_ask_for_a_box_are_warned_of(
     for record, warning in zip(caplog.records, warnings, strict=True):
         assert record.message.startswith(warning)
         assert "set data.suffix" in record.message
+
+
+def start_of(tmp_path: Path, *data: Path, **reward: Any) -> None:
+    """What comes before a run of reinforcement learning starts."""
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model/config.json").write_text(json.dumps(TINY_CONFIG))
+    values = {
+        "run_dir": tmp_path / "run",
+        "model": {"path": tmp_path / "model"},
+        "data": {"train": {str(path): 1 for path in data}},
+        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2},
+        "budget": {"tokens": 100},
+        "train": {"steps": 1, "micro_batch_tokens": 256},
+        "reward": reward,
+    }
+    check_before_start(RlConfig.model_validate(values), 1, resume=False)
+
+
+def test_the_rows_of_all_files_are_looked_at_before_a_model_is_built(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", {"prompt": "1+1?", "answer": 2})
+    start_of(tmp_path, good)
+    bad = write(tmp_path / "bad.jsonl", {"question": "1+1?", "answer": 2}, {"prompt": "1+2?"})
+    with pytest.raises(ValueError) as error:
+        start_of(tmp_path, good, bad, tmp_path / "none.jsonl")
+    for part in (
+        "bad.jsonl:1: field 'prompt'",
+        "'question' may be it",
+        "bad.jsonl:2: field 'answer'",
+        "none.jsonl",
+    ):
+        assert part in str(error.value)
+    tests = write(tmp_path / "tests.jsonl", {"prompt": "f?", "answer": TESTS})
+    with pytest.raises(ValueError, match=r"tests\.jsonl:1: the answer of this row is tests of a program"):
+        start_of(tmp_path, good, tests, kind="math")
+    start_of(tmp_path, good, tests, kind="math", domains={"code": "code"})

@@ -110,7 +110,7 @@ PROGRAMS: dict[str, str | None] = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_code_goes_from_the_file_to_a_judged_response(name: str, tmp_path: Path, rewards: Rewards) -> None:
     if name in ("skywork_leetcode.parquet", "kodcode.jsonl") and "pytest" not in TEST_TYPES:
-        pytest.skip("reward/code.py judges neither pytest's files nor Solution().name yet")
+        pytest.skip("reward/code.py judges neither files of pytest nor Solution().name yet")
     solutions = {row["question"]: row["solution"] for row in raw_rows(name) if "solution" in row}
     prompts = [prompt for prompt in read_prompts(curated(name, tmp_path)) if prompt.domain == "code"]
     assert len(prompts) == sum(row.get("ability", "code") == "code" for row in raw_rows(name))

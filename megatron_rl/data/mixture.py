@@ -57,8 +57,10 @@ class Stream(ABC, Generic[Row]):
     only where an epoch of its file ends.
     """
 
-    def __init__(self, stages: Sequence[Stage[Row]], seed: int) -> None:
+    def __init__(self, stages: Sequence[Stage[Row]], seed: int, special_tokens: str = "text") -> None:
+        """special_tokens: as data.special_tokens, for the digest: other tokens are other rows."""
         self.seed = seed
+        self._of_tokens = "" if special_tokens == "text" else special_tokens
         self._sources: dict[Path, tuple[Row, ...]] = {
             source.path: source.rows for stage in stages for source in stage.sources
         }
@@ -116,7 +118,7 @@ class Stream(ABC, Generic[Row]):
 
     def _digest(self, stages: Sequence[Stage[Row]]) -> str:
         """16 hexadecimal digits that are others as soon as any position could have another row."""
-        digest = hashlib.sha256(str(self.seed).encode())
+        digest = hashlib.sha256(f"{self.seed}{self._of_tokens}".encode())
         paths: list[Path] = []
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
@@ -178,7 +180,7 @@ def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list) -> PromptStr
     fits: those of all rows that stay.
     """
     rows = _rows(data.train_files, lambda path, found: read_prompts(path, data.domain, data.suffix, found), fits)
-    return PromptStream(_stages(data.weights_by_stage, rows), seed)
+    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
 
 
 def load_prompts(
@@ -202,7 +204,8 @@ def load_prompts(
 
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:
     """As `load_stream`, of data.train."""
-    return ChatStream(_stages([(None, data.train)], _rows(list(data.train), read_chats, fits)), seed)
+    rows = _rows(list(data.train), read_chats, fits)
+    return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens)
 
 
 def _rows(

@@ -171,6 +171,7 @@ class DifficultySection(Section):
     min_pass_rate: float = Field(
         default=0.0, ge=0, lt=1, description="rows that neither model solves more often are dropped"
     )
+    suffix: str = Field(default="", description="data.suffix of the rollouts, which their prompts end in")
     passing_reward: float = Field(default=1.0, description="the least reward of a solved response")
     unmeasured: Literal["keep", "drop"] = "keep"
 

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_rl.data.curation import code_tests
 from megatron_rl.data.curation.packed import unpacked_text
 from megatron_rl.parsing import parse_json
-from megatron_rl.reward.code import TEST_TYPES
 
 Tests = Mapping[str, Any]
 # From the row and the value of tests_column. KeyError, TypeError or ValueError: the row is not in this layout.
@@ -42,7 +41,7 @@ def looks_like_tests(answer: Any) -> bool:
 def _reader_of(found: Any) -> Reader | None:
     """By the keys of an object, and by the items of a list."""
     if isinstance(found, Mapping):
-        if found.get("type") in TEST_TYPES:
+        if "type" in found and {"asserts", "test", "fn_name", "cases"} & found.keys():
             return code_tests.TEST_LAYOUTS["json"]
         if {"inputs", "outputs"} <= found.keys():
             return code_tests.TEST_LAYOUTS["input_output"]
