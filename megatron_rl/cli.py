@@ -140,7 +140,24 @@ def _parser() -> argparse.ArgumentParser:
         "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
     )
     report.set_defaults(run=_report)
+    inspect = commands.add_parser(
+        "inspect",
+        help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
+        description="Guess the layout of a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), show three rows as they "
+        "would be read and what would be dropped and why, and write the mapping. docs/data.md has layouts and reasons.",
+    )
+    inspect.add_argument("file", help="or a glob of files of one layout")
+    inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
+    inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
+    inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_rl.data.curation.preview import run_inspect
+
+    sys.stdout.write(run_inspect(arguments.file, arguments.preset, arguments.output) + "\n")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

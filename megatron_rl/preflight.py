@@ -12,6 +12,9 @@ from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.judged import refuse_misjudged
+from megatron_rl.data.prompts import read_chats, read_prompts
+from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
@@ -36,15 +39,10 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
             f"{world_size} training ranks on a machine with {num_gpus} GPUs, and each needs one; start fewer "
             "(--nproc), or name more in CUDA_VISIBLE_DEVICES"
         )
-    data = config.data.files if isinstance(config, SftConfig) else []
-    if isinstance(config, RlConfig):
-        data += config.data.train_files
+    _check_rows(config)
     if rollouts is not None:
-        data.append(rollouts)
-    for path in data:
-        if not Path(path).is_file():
-            raise ValueError(f"data file {path} does not exist")
-    if rollouts is not None:
+        if not rollouts.is_file():
+            raise ValueError(f"data file {rollouts} does not exist")
         check_first_row(rollouts)
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
@@ -71,8 +69,29 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     _check_memory(needed, config.model.dtype, bailing, "train.micro_batch_tokens or rollout.max_running_requests")
 
 
+def _check_rows(config: RunConfig) -> None:
+    """Tell of all faults of the data at once, before a model is built. The run reads the whole files."""
+    problems = Problems()
+    if isinstance(config, SftConfig):
+        for path in config.data.files:
+            read_chats(path, problems, most=LOOKED_AT)
+    if isinstance(config, RlConfig):
+        prompts = [
+            prompt
+            for path in config.data.train_files
+            for prompt in read_prompts(path, config.data.domain, problems=problems, most=LOOKED_AT)
+        ]
+    problems.tell()
+    if isinstance(config, RlConfig):
+        refuse_misjudged(prompts, config.reward)
+
+
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
+    problems = Problems()
+    for section in config.benchmarks.values():
+        read_prompts(section.path, section.domain, problems=problems, most=LOOKED_AT)
+    problems.tell()
     bailing = load_bailing_config(config.model.path)
     for problem in serving_problems(config.rollout, bailing):
         raise ValueError(problem)

@@ -257,7 +257,7 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     with pytest.raises(ValueError, match=r"twos.jsonl holds 8 prompts, benchmarks.twos.prompts is 9; lower it"):
         run_evaluation(more, tmp_path / "new", [], resume=False)
     short = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_prompt_tokens=1"])
-    with pytest.raises(ValueError, match=r"over rollout.max_prompt_tokens = 1"):
+    with pytest.raises(ValueError, match=r"have more tokens than rollout.max_prompt_tokens = 1: "):
         run_evaluation(short, tmp_path / "new", [], resume=False)
     assert not any((tmp_path / "new").iterdir()), "the corrected command needs it"
     with sole_writer(whole, "wait"), pytest.raises(ValueError, match="another process is writing to .*whole; wait for"):

@@ -361,7 +361,35 @@ def _weights(train: object) -> object:
 Weights = Annotated[dict[Path, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
 
 
-class SftData(Section):
+class TextSection(Section):
+    """How the texts of rows become tokens."""
+
+    special_tokens: Literal["text", "token"] = Field(
+        default="text",
+        description="what the tokenizer's special tokens are where a user's message has them written out, as in "
+        "`<|endoftext|>`: text like any other, or the token itself",
+    )
+
+
+class PromptSection(TextSection):
+    """How the rows of a file become prompts."""
+
+    domain: str = Field(default="math", min_length=1, description="of rows that name none and have no tests")
+    suffix: str = Field(
+        default="",
+        description="goes behind every prompt as it stands, such as "
+        '"\\n\\nPut your final answer within \\\\boxed{}." of mathematics',
+    )
+
+
+TooLong = Annotated[
+    Literal["stop", "drop"],
+    Field(description="rows that are longer than the run's limits: stop the run at its start, or are left out"),
+]
+
+
+class SftData(TextSection):
+    too_long: TooLong = "stop"
     train: Weights = Field(
         description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
         '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
@@ -406,7 +434,8 @@ class DataStage(Section):
     train: Weights = Field(description="as data.train")
 
 
-class RlData(Section):
+class RlData(PromptSection):
+    too_long: TooLong = "stop"
     train: Weights | None = Field(
         default=None,
         description="JSONL of {domain, prompt, answer}, or weights of several such files: "

@@ -15,7 +15,9 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import JudgeSection, RewardSection
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
+from megatron_rl.data.chat import load_tokenizer, response_decoder
+from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
@@ -166,18 +168,21 @@ def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Benchmark
 
 
 def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
-    prompts = read_prompts(section.path)[: section.prompts]
+    prompts = read_prompts(section.path, section.domain, section.suffix)[: section.prompts]
     if section.prompts is not None and len(prompts) < section.prompts:
         raise ValueError(
             f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
         )
-    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, section.path)
+    reward = _reward(config.reward, section)
+    check_judged(prompts, reward, f"benchmarks.{name}.suffix")
+    limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
+    input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
     path = _path(folder, name)
     done = whole_groups(path, 1, "remove the file")
     return Benchmark(
         name=name,
         section=section,
-        reward=_reward(config.reward, section),
+        reward=reward,
         prompts=tuple(prompts),
         questions=tuple(q for q in _questions(prompts, input_ids, section.samples) if q.prompt_id not in done),
         given_up=tuple(row for row in read_judged(path) if row.reason in GAVE_UP) if done else (),

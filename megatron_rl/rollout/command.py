@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.mixture import PromptStream, load_stream
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.judged import check_judged
+from megatron_rl.data.mixture import PromptStream, load_prompts, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
 from megatron_rl.locks import sole_writer
@@ -47,8 +48,7 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
 
 async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
-    stream = load_stream(config.data, config.seed)
-    input_ids = rendered_prompts(stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+    stream, input_ids = load_prompts(config, tokenizer)
     left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
     questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]
     await sample_questions(config, model, tokenizer, questions, path, "rollout_server")
@@ -80,6 +80,7 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
     stream = load_stream(config.data, config.seed)
+    check_judged(stream.rows, config.reward)
     with Rewards(config.reward) as rewards:
         asked = {"url", "model", "system", "top_p", "send_seed", "extra"}
         settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}

@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.selection import SelectConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.mixture import load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.locks import sole_writer
@@ -56,7 +57,7 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
 
 def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
-    stream = load_stream(config.data, config.seed)
+    stream, _ = load_prompts(config, load_tokenizer(candidates[0].path))
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)
@@ -84,11 +85,12 @@ def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], 
     settings = sampling_settings(config, candidate.path, digest)
     check_claim(path, settings, _REMEDY)
     done, _ = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)
+    limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
     return _Job(
         candidate=candidate,
         path=path,
         tokenizer=tokenizer,
-        input_ids=rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train"),
+        input_ids=rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens),
         settings=settings,
         done=frozenset(done),
     )

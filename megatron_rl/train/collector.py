@@ -21,8 +21,8 @@ from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import check_domains, load_stream
+from megatron_rl.data.chat import load_tokenizer, response_decoder
+from megatron_rl.data.mixture import check_domains, load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
@@ -65,10 +65,7 @@ class Collector:
         self._tokenizer = load_tokenizer(config.model.path)
         bailing = load_bailing_config(config.model.path)
         self.decode = response_decoder(self._tokenizer, bailing.eos_token_id)
-        self._stream = load_stream(config.data, config.seed)
-        self._input_ids = rendered_prompts(
-            self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
-        )
+        self._stream, self._input_ids = load_prompts(config, self._tokenizer)
         if config.budget.domains:
             self._stream.check_shares(config.budget.domains)
         # By domain: where it is in the one order of prompts, and what one of its prompts brings.
