@@ -1,7 +1,9 @@
 """`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
 
 import argparse
+import codecs
 import json
+import locale
 import logging
 import os
 import sys
@@ -17,6 +19,8 @@ from megatron_rl.place import has_rank, own_place, remedy
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (errors.py). A rank of several ends here."""
+    if argv is None:
+        use_utf8()
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
@@ -31,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code
+
+
+def use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode where the locale has another encoding, for all that it starts too.
+
+    Our own files say their encoding; names of files, words of the command line and what libraries read do not.
+    """
+    if codecs.lookup(locale.getencoding()).name != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def quieten_libraries() -> None:

@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "domains": {name: count.as_json() for name, count in domains.items()},
     }
     path = arguments.output.with_name(f"{arguments.output.name}.summary.json")
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(table(domains))
     for name, count in summary["files"].items():
         print(f"{name}: {count:,} rows")

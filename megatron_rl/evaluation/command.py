@@ -127,7 +127,7 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
 
     found = {row.position: row for row in await asyncio.gather(*map(again, benchmark.given_up))}
     partial = benchmark.path.with_suffix(".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.writelines(as_line(found.get(row.position, row)) for row in read_judged(benchmark.path))
         file.flush()
         os.fsync(file.fileno())
@@ -218,8 +218,8 @@ def _write(
         },
         "settings": settings,
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=1))
-    (folder / "results.md").write_text(markdown(results, model))
+    (folder / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results, model), encoding="utf-8")
     show(results, model)
 
 

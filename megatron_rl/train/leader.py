@@ -191,7 +191,7 @@ class Leader:
         samples = self._schedule.samples
         carry = Carry(samples=samples, since=(step,) * len(samples))
         (folder / f"step_{step:06d}.npz").write_bytes(pack_carry(carry))
-        (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)))
+        (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)), encoding="utf-8")
         log.warning(
             "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
             *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),

@@ -60,7 +60,7 @@ class Phase:
     def write(self, path: Path, prompt_of: PromptOf, decode: Decode) -> None:
         """One JSON row per sample."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             for sample, outcome, num_loss_tokens in self.outcomes():
                 row = _row(sample.response, prompt_of, decode) | {
                     "reward": sample.reward,
