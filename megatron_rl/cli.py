@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def use_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode where the locale has another encoding, for all that it starts too.
+    """Start this command again in Python's UTF-8 mode where the locale has another encoding, and so what it starts.
 
     Our own files say their encoding; names of files, words of the command line and what libraries read do not.
     """
@@ -282,6 +282,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
+    from megatron_rl.preflight import check_before_rollout
     from megatron_rl.rollout.command import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
@@ -291,6 +292,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     if config.teacher is not None and arguments.model:
         raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
     model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
+    check_before_rollout(config, model)
     return run_rollout(
         config,
         model,

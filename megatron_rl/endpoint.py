@@ -79,8 +79,11 @@ class Endpoint:
         connection."""
         body = {"model": self._section.model, "messages": list(messages), **options}
         async with httpx.AsyncClient(
-            **{"headers": self._headers, "timeout": self._section.timeout_seconds},
-            **{"verify": self._tls, "trust_env": False, "proxy": self._proxy},
+            headers=self._headers,
+            timeout=self._section.timeout_seconds,
+            verify=self._tls,
+            trust_env=False,
+            proxy=self._proxy,
         ) as client:
             for attempt in range(self._tries):
                 pause = _PAUSE_SECONDS * 2**attempt

@@ -1,5 +1,6 @@
 """What can be known to fail before torch is imported and servers start: directories, layout, memory, ports."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -10,8 +11,17 @@ import psutil
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
+from megatron_rl.config.limits import doubtful
+from megatron_rl.config.schema import (
+    GenerationSection,
+    RlConfig,
+    RolloutSection,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+)
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.mixture import load_stream
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
@@ -19,6 +29,8 @@ from megatron_rl.rollout.recorded import check_first_row
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
+
+log = logging.getLogger(__name__)
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
@@ -44,6 +56,10 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     for path in data:
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
+    if isinstance(config, RlConfig):
+        load_stream(config.data, config.seed).check_domains(config.reward, config.budget.domains)
+        for doubt in doubtful(config):
+            log.warning(doubt)
     if rollouts is not None:
         check_first_row(rollouts)
     _check_run_dir(config.run_dir)
@@ -79,6 +95,17 @@ def check_before_evaluation(config: EvaluateConfig) -> None:
     _check_servers(config.rollout.as_rollout())
     needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
+
+
+def check_before_rollout(config: SamplingConfig, model: Path | None) -> None:
+    """ValueError for the first thing that would fail once servers start. model: that answers; None is an endpoint."""
+    for path in config.data.train_files:
+        if not path.is_file():
+            raise ValueError(f"data file {path} does not exist")
+    if model is not None:
+        for problem in serving_problems(config.rollout, load_bailing_config(model)):
+            raise ValueError(problem)
+        _check_servers(config.rollout)
 
 
 def check_before_selection(config: SelectConfig) -> None:

@@ -32,8 +32,8 @@ def proxy_for(url: str, where: str) -> str | None:
         )
     if scheme.startswith("socks") and find_spec("socksio") is None:
         raise ValueError(
-            f"the environment names the proxy {shown_proxy(proxy)} for {where} {url}, and SOCKS needs the Python package "
-            f"socksio; install it (pip install socksio), or {remedy}"
+            f"the environment names the proxy {shown_proxy(proxy)} for {where} {url}, and SOCKS needs the Python "
+            f"package socksio; install it (pip install socksio), or {remedy}"
         )
     return proxy
 

@@ -68,7 +68,8 @@ def test_endpoints_of_this_machine_are_asked_without_a_proxy(monkeypatch, variab
     with stand_in("judge-1") as (url, handler):
         handler.replies += ["yes", "yes"]
         assert asked(Endpoint(EndpointSection(url=url, model="judge-1"), "teacher")) == "yes"
-        assert asked(Endpoint(EndpointSection(url=url.replace("127.0.0.1", "localhost"), model="judge-1"), "x")) == "yes"
+        by_name = url.replace("127.0.0.1", "localhost")
+        assert asked(Endpoint(EndpointSection(url=by_name, model="judge-1"), "teacher")) == "yes"
     run = {"status": "Finished", "return_code": 0, "stdout": "42\n", "stderr": "", "execution_time": 0.1}
     with answering({"status": "Success", "run_result": run}, []) as url:
         SandboxFusion(url)
@@ -100,7 +101,7 @@ def test_a_proxy_that_cannot_be_used_is_named_with_the_way_out(monkeypatch) -> N
     with pytest.raises(ValueError, match=r"socks5://127.0.0.1:9 for teacher.url .*socksio.*no_proxy=judge.invalid"):
         Endpoint(section, "teacher")
     monkeypatch.setenv("all_proxy", "gopher://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"gopher://127.0.0.1:9 for reward.code.endpoint .* one of http, https, socks5"):
+    with pytest.raises(ValueError, match=r"gopher://127.0.0.1:9 for reward.code.endpoint .* of http, https, socks5"):
         SandboxFusion("http://judge.invalid/v1")
     monkeypatch.setenv("no_proxy", "judge.invalid")
     assert proxy_for(section.url, "teacher.url") is None

@@ -17,8 +17,8 @@ FOLDERS = ("megatron_rl", "tools", "examples")
 _MODE = re.compile(r"[rwxabt+]+")
 # Where the mode stands among the arguments, and what it is where it is left out.
 _OPENERS = {
-    **{"open": (1, "r"), "os.fdopen": (1, "r"), "io.open": (1, "r"), "codecs.open": (1, "r")},
-    **{"gzip.open": (1, "rb"), "bz2.open": (1, "rb"), "lzma.open": (1, "rb")},
+    **dict.fromkeys(("open", "io.open", "os.fdopen", "codecs.open"), (1, "r")),
+    **dict.fromkeys(("gzip.open", "bz2.open", "lzma.open"), (1, "rb")),
     **{f"tempfile.{name}": (0, "w+b") for name in ("NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile")},
 }
 _NO_FILES = {"os.open", "tarfile.open", "zipfile.open"}

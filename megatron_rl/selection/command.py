@@ -57,6 +57,7 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
 def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
     stream = load_stream(config.data, config.seed)
+    stream.check_domains(config.reward, {})
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)

@@ -69,8 +69,7 @@ class Collector:
         self._input_ids = rendered_prompts(
             self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
         )
-        if config.budget.domains:
-            self._stream.check_shares(config.budget.domains)
+        self._stream.check_domains(config.reward, config.budget.domains)
         # By domain: where it is in the one order of prompts, and what one of its prompts brings.
         self.cursors = dict.fromkeys(self._shares, 0)
         self.per_prompt = dict.fromkeys(self._shares, PromptYield())
