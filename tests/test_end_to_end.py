@@ -419,6 +419,10 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
         (["--set", "model.path=/nowhere"], "model directory /nowhere does not exist"),
         (["--set", "parallel.tensor=3", "--nproc", "3"], "parallel.tensor must divide num_attention_heads 4, got 3"),
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
+        (
+            ["--set", "reward.domains.taskz=math"],
+            "data has that domain (tasks); rename it, or take it out. Did you mean",
+        ),
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
         (["--set", "rollout.max_running_requests=9000000"], "rollout.engine 'embedded' generates on the CPU"),

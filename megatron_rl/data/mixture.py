@@ -212,7 +212,7 @@ def check_reward_domains(prompts: Iterable[Prompt], reward: RewardSection, where
     for table, named in (("reward.domains", reward.domains), ("reward.judge.domains", reward.judge.domains)):
         for domain in sorted(set(named) - found):
             raise ValueError(
-                f"{table} names {domain!r}, but {where} has no prompts of that domain ({_listed(found)}); rename it, "
+                f"{table} names {domain!r}, but no prompt of {where} has that domain ({_listed(found)}); rename it, "
                 f"or take it out{meant(domain, found)}"
             )
 
