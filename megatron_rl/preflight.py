@@ -25,7 +25,7 @@ from megatron_rl.data.mixture import load_stream
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
-from megatron_rl.rollout.recorded import check_first_row
+from megatron_rl.rollout.recorded import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
@@ -61,7 +61,8 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         for doubt in doubtful(config):
             log.warning(doubt)
     if rollouts is not None:
-        check_first_row(rollouts)
+        assert isinstance(config, RlConfig)
+        check_rows(rollouts, limits_of(config.rollout, bailing))
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")

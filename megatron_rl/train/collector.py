@@ -32,7 +32,7 @@ from megatron_rl.rollout.client import together
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.recorded import read_groups
+from megatron_rl.rollout.recorded import limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
@@ -83,7 +83,7 @@ class Collector:
         if isinstance(source, Path):
             if config.rollout.router_replay:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
-            self._recorded = read_groups(source, self._advantages)
+            self._recorded = read_groups(source, self._advantages, limits_of(config.rollout, bailing))
             if config.budget.domains:
                 check_domains(self._recorded[1].values(), config.budget.domains, f"--rollouts {source}")
             return
