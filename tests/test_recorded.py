@@ -27,7 +27,7 @@ def prompt(position: int) -> Prompt:
 
 
 def write(path: Path, *groups: Group) -> list[str]:
-    text = "".join(group_rows(g, prompt(g.prompt_id), lambda ids: " ".join(map(str, ids))) for g in groups)
+    text = "".join(group_rows(g, prompt(g.prompt_id), "math", lambda ids: " ".join(map(str, ids))) for g in groups)
     path.write_text(text)
     return text.splitlines()
 
@@ -44,7 +44,7 @@ def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
         groups.append(Group(prompt_id=position, samples=tuple(samples)))
     write(tmp_path / "file", *groups)
     found, prompts = read_groups(tmp_path / "file", rank_of_reward)
-    assert prompts == {position: replace(prompt(position), answer="") for position in (7, 3)}
+    assert prompts == {position: prompt(position) for position in (7, 3)}
     assert [group.prompt_id for group in found] == [3, 7]  # as a run would have taken their prompts
     for group, expected in zip(found, groups[::-1], strict=True):
         assert [sample.advantage for sample in group.samples] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
@@ -106,6 +106,27 @@ def test_a_wrong_row_is_named(tmp_path: Path, change: dict[str, object], message
             check_rows(tmp_path / "file", LIMITS)
 
 
+def test_a_row_says_what_was_expected_and_what_was_extracted(tmp_path: Path) -> None:
+    group = Group(prompt_id=3, samples=(make_sample(3, 0, 5), make_sample(3, 1, 5)))
+    for kind, text, extracted in [
+        ("math", "so \\boxed{8}", "8"),
+        ("exact", "I do not know", None),
+        ("code", '```python\nprint("\\boxed{8}")\n```', None),  # the program is the response
+    ]:
+        rows = [json.loads(line) for line in group_rows(group, prompt(3), kind, lambda ids, t=text: t).splitlines()]
+        assert [(row["expected"], row["extracted"]) for row in rows] == [("7", extracted)] * 2
+    long = group_rows(group, replace(prompt(3), answer="7" * 10**6), "code", lambda ids: "")
+    assert len(long) < 10_000  # tests of programs have megabytes
+    # A file of before, whose rows have neither, is read as before.
+    (tmp_path / "file").write_text("".join(_without(line, "expected", "extracted") for line in long.splitlines()))
+    groups, prompts = read_groups(tmp_path / "file", rank_of_reward, LIMITS)
+    assert ([len(g.samples) for g in groups], prompts[3].answer) == ([2], "")
+
+
+def _without(line: str, *keys: str) -> str:
+    return json.dumps({key: value for key, value in json.loads(line).items() if key not in keys}) + "\n"
+
+
 def test_a_row_without_a_key_is_none_and_a_group_of_one_teaches_nothing(tmp_path: Path) -> None:
     lines = write(tmp_path / "file", Group(prompt_id=3, samples=(make_sample(3, 0, 5),)))
     check_rows(tmp_path / "file", LIMITS)
@@ -124,7 +145,8 @@ def test_a_file_that_a_kill_cut_short_keeps_its_whole_groups(tmp_path: Path) -> 
     # Characters at which str.splitlines would break a line.
     groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 5), make_sample(p, 1, 5))) for p in (4, 2)]
     odd = "".join(
-        group_rows(group, replace(prompt(0), prompt="a\u2028b\u0085c"), lambda ids: "\u2029") for group in groups
+        group_rows(group, replace(prompt(0), prompt="a\u2028b\u0085c"), "math", lambda ids: "\u2029")
+        for group in groups
     )
     (tmp_path / "file").write_text(odd + odd.splitlines()[0][:30])
     assert whole_groups(tmp_path / "file", 2, "set it right") == {4, 2}

@@ -286,7 +286,8 @@ class TrainSection(Section):
         default=0.5,
         ge=0,
         lt=1,
-        description="a mean reward of ten steps below this share of the best such mean so far is reported; 0 is off",
+        description="rewards of three steps in a row below this share of the best mean of ten steps so far are "
+        "reported; 0 is off",
     )
 
 

@@ -63,7 +63,9 @@ async def sample_questions(
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
-            lambda question, group: group_rows(group, question.prompt, sampler.decode),
+            lambda question, group: group_rows(
+                group, question.prompt, config.reward.kind_of(question.prompt.domain), sampler.decode
+            ),
             "prompts",
         )
 

@@ -19,15 +19,31 @@ from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import bounded_lines, parse_json, shown
 from megatron_rl.records import Group, Response, Sample
+from megatron_rl.reward.answers import extracted_answer
 
+# The tests of a program have megabytes.
+_ANSWER_CHARACTERS = 2000
 # Rounding may lift one a little above 0.
 _HIGHEST_LOGPROB = 1e-3
 
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 
 
-def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
-    """The lines of a group. decode: text of output ids, as in data/chat.py."""
+def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str | None]:
+    """What a row says of the answer of a response `text`: what was expected and what was taken from it, both cut.
+
+    extracted: None where there is none, and for programs. judged_as: the kind of the reward.
+    """
+    extracted = extracted_answer(judged_as, text)
+    return {
+        "expected": prompt.answer[:_ANSWER_CHARACTERS],
+        "extracted": None if extracted is None else extracted[:_ANSWER_CHARACTERS],
+    }
+
+
+def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[list[int]], str]) -> str:
+    """The lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in data/chat.py."""
+    texts = [decode(sample.response.output_ids.tolist()) for sample in group.samples]
     rows = [
         {
             "prompt_id": prompt.id,
@@ -35,7 +51,8 @@ def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str])
             "position": sample.response.prompt_id,
             "sample_index": sample.response.sample_index,
             "prompt": prompt.prompt,
-            "response": decode(sample.response.output_ids.tolist()),
+            "response": text,
+            **answer_columns(prompt, judged_as, text),
             "reward": sample.reward,
             "reason": sample.reason,
             "details": sample.details,
@@ -45,7 +62,7 @@ def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str])
             "rollout_logprobs": [float(x) for x in sample.response.rollout_logprobs],
             "policy_version": sample.response.policy_version,
         }
-        for sample in group.samples
+        for sample, text in zip(group.samples, texts, strict=True)
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

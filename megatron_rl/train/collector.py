@@ -74,6 +74,7 @@ class Collector:
         self.cursors = dict.fromkeys(self._shares, 0)
         self.per_prompt = dict.fromkeys(self._shares, PromptYield())
         self.carry = Carry()
+        self.examples: list[str] = []  # of the last phase: two responses beside what was expected
         self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
@@ -206,10 +207,11 @@ class Collector:
             self.per_prompt = {need.domain: need.per_prompt for need in needs}
         try:
             path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, self._prompt_of, self.decode)
+            phase.write(path, self._prompt_of, config.reward.kind_of, self.decode)
         except OSError as error:
             if fault := disk_fault(config, "the responses of this step are not written", error):
                 raise fault from error
+        self.examples = phase.examples(self._prompt_of, config.reward.kind_of, self.decode)
         phase.check_rewards(config.reward.max_error_share, self._prompt_of, self.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)

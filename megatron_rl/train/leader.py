@@ -149,7 +149,7 @@ class Leader:
         }
         if self._releases_memory:
             row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}
-        self._alarms.report(row)
+        self._alarms.report(row, self.collector.examples)
         try:
             self._metrics.write(row)
             if row["num_skipped_steps"]:
@@ -168,7 +168,9 @@ class Leader:
             log.error("%s", self._failure)
             self.collector.forget(lambda sampled: sampled >= step)
         console.print(
-            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
+            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  "
+            f"no answer {row['no_answer_share']:.0%}  uniform {row['uniform_group_share']:.0%}  "
+            f"entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
             f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
             f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
