@@ -1,9 +1,7 @@
 """`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
 
 import argparse
-import codecs
 import json
-import locale
 import logging
 import os
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 from megatron_rl import __version__, lifeline
 from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
+from megatron_rl.locales import use_utf8
 from megatron_rl.place import has_rank, own_place, remedy
 
 
@@ -35,16 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code
-
-
-def use_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode where the locale has another encoding, and so what it starts.
-
-    Our own files say their encoding; names of files, words of the command line and what libraries read do not.
-    """
-    if codecs.lookup(locale.getencoding()).name != "utf-8" and not sys.flags.utf8_mode:
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def quieten_libraries() -> None:

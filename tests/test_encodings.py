@@ -72,6 +72,21 @@ def test_a_command_reads_and_writes_utf8(locale_of: dict[str, str], tmp_path: Pa
     assert (found["domain"], found["response"], found["reward"]) == ("数学", "答案是 \\boxed{\\frac12}", 1.0)
 
 
+def test_curation_reads_and_writes_utf8(locale_of: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"domain": "数学", "prompt": f"{n} 的一半是多少?", "answer": str(n // 2)} for n in (2, 4)]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "题.jsonl").write_text("".join(lines), encoding="utf-8")
+    config = (
+        f'# 注释\noutput = "{tmp_path}/出"\nworkers = 1\n[[source]]\npath = "{tmp_path}/题.jsonl"\npreset = "ours"\n'
+    )
+    (tmp_path / "config.toml").write_text(config, encoding="utf-8")
+    assert "题.jsonl: 2 of 2 rows kept" in run(locale_of, ROOT / "tools/prepare_data.py", tmp_path / "config.toml")
+    kept = (tmp_path / "出/kept.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {(row["domain"], row["prompt"]) for row in map(json.loads, kept)} == {
+        (r["domain"], r["prompt"]) for r in rows
+    }
+
+
 def test_what_a_run_writes_is_utf8_also_where_no_command_started_it(locale_of: dict[str, str], tmp_path: Path) -> None:
     """Configuration and rollouts of a run, by the functions that write and read them."""
     run(locale_of, "-c", _WRITES, tmp_path)

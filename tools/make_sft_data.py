@@ -22,6 +22,7 @@ from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.data.sft_files import SftFiles
 from megatron_rl.data.student import student_of
 from megatron_rl.errors import exit_code
+from megatron_rl.locales import use_utf8
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -123,4 +124,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))
