@@ -205,13 +205,7 @@ class Collector:
         )
         if self._refill:
             self.per_prompt = {need.domain: need.per_prompt for need in needs}
-        try:
-            path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, self._prompt_of, config.reward.kind_of, self.decode)
-        except OSError as error:
-            if fault := disk_fault(config, "the responses of this step are not written", error):
-                raise fault from error
-        self.examples = phase.examples(self._prompt_of, config.reward.kind_of, self.decode)
+        self._write(phase, policy_version)
         phase.check_rewards(config.reward.max_error_share, self._prompt_of, self.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)
@@ -224,6 +218,18 @@ class Collector:
             counts, self.pool.counts = self.pool.counts, Counts()
             metrics |= {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
         return plan, metrics
+
+    def _write(self, phase: Phase, policy_version: int) -> None:
+        """The responses of a step, all into its file and two for a warning. Fault for a disk that a run cannot go on
+        with."""
+        kind_of = self._config.reward.kind_of
+        self.examples = phase.examples(self._prompt_of, kind_of, self.decode)
+        try:
+            path = self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
+            phase.write(path, self._prompt_of, kind_of, self.decode)
+        except OSError as error:
+            if fault := disk_fault(self._config, "the responses of this step are not written", error):
+                raise fault from error
 
     def forget(self, which: Callable[[int], bool]) -> None:
         """What these steps sampled is not needed any more."""

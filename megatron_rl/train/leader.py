@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,10 @@ class Leader:
             )
             log.error("%s", self._failure)
             self.collector.forget(lambda sampled: sampled >= step)
+        self._print(step, row)
+
+    def _print(self, step: int, row: Mapping[str, Any]) -> None:
+        """The line of a step for the person at the terminal."""
         console.print(
             f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  "
             f"no answer {row['no_answer_share']:.0%}  uniform {row['uniform_group_share']:.0%}  "
