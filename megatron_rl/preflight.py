@@ -21,6 +21,7 @@ from megatron_rl.config.schema import (
     SftConfig,
 )
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
@@ -57,7 +58,7 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
         if not Path(path).is_file():
             raise ValueError(f"data file {path} does not exist")
     if isinstance(config, RlConfig):
-        load_stream(config.data, config.seed).check_domains(config.reward, config.budget.domains)
+        _check_domains(config)
         for doubt in doubtful(config):
             log.warning(doubt)
     if rollouts is not None:
@@ -124,6 +125,14 @@ def check_before_selection(config: SelectConfig) -> None:
         needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
         _check_memory(needed, config.model.dtype, bailing, largest)
+
+
+def _check_domains(config: RlConfig) -> None:
+    """All rows are read for it: a domain may come late in a file."""
+    stream = load_stream(config.data, config.seed)
+    check_reward_domains(stream.rows, config.reward, "data.train")
+    if config.budget.domains:
+        stream.check_shares(config.budget.domains)
 
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import JudgeSection, RewardSection, RlData
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.train.collector import saved_by_domain
@@ -109,7 +110,9 @@ def test_every_domain_goes_through_the_one_order_by_itself(stages: list[Stage], 
 def test_a_domain_of_the_rewards_that_no_prompt_has_is_refused_with_the_nearest() -> None:
     stages = [Stage(sources=(source("math", 3),), num_rows=5), Stage(sources=(source("Code", 3),))]
     stream = PromptStream(stages, 1)
-    stream.check_domains(RewardSection(domains={"math": "math", "Code": "code"}), {})  # each in one of the stages
+    check_reward_domains(
+        stream.rows, RewardSection(domains={"math": "math", "Code": "code"}), "data.train"
+    )  # each in one of the stages
     for reward, message in [
         (
             RewardSection(domains={"maths": "math"}),
@@ -123,7 +126,7 @@ def test_a_domain_of_the_rewards_that_no_prompt_has_is_refused_with_the_nearest(
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            stream.check_domains(reward, {})
+            check_reward_domains(stream.rows, reward, "data.train")
 
 
 def test_shares_of_the_budget_must_be_of_the_domains_of_every_stage(caplog: pytest.LogCaptureFixture) -> None:

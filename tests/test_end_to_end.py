@@ -437,7 +437,7 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
         (
             ["--set", "reward.domains.taskz=math"],
-            "data has that domain (tasks); rename it, or take it out. Did you mean",
+            "no prompt of data.train has that domain (tasks); rename it, or take it out. Did you mean",
         ),
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),

@@ -8,22 +8,20 @@ import random
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from megatron_rl.config.schema import RewardSection, RlData, SftData, Weights
+from megatron_rl.config.schema import RlData, SftData, Weights
+from megatron_rl.data.domains import check_domains
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
-from megatron_rl.parsing import meant
 
 Row = TypeVar("Row", bound=Prompt | Chat)
 
 log = logging.getLogger(__name__)
-
-_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +132,6 @@ class PromptStream(Stream[Prompt]):
     def content(row: Prompt) -> list[Any]:
         return [row.domain, row.prompt, row.answer]
 
-    def check_domains(self, reward: RewardSection, shares: Mapping[str, float]) -> None:
-        """ValueError for a table of the configuration that names a domain which no prompt has, or lacks one that it
-        needs. shares: of the budget; none has no such table."""
-        check_reward_domains((prompt for rows in self._sources.values() for prompt in rows), reward, "the data")
-        if shares:
-            self.check_shares(shares)
-
     def check_shares(self, shares: Mapping[str, float]) -> None:
         """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others."""
         for number, stage in enumerate(self._stages, start=1):
@@ -203,39 +194,6 @@ def _shuffled(length: int, seed: str) -> list[int]:
     order = list(range(length))
     random.Random(seed).shuffle(order)
     return order
-
-
-def check_reward_domains(prompts: Iterable[Prompt], reward: RewardSection, where: str) -> None:
-    """ValueError for a domain that reward.domains or reward.judge.domains names and no prompt has: a misspelt one would
-    be judged by other rules, and score 0 throughout."""
-    found = {prompt.domain for prompt in prompts}
-    for table, named in (("reward.domains", reward.domains), ("reward.judge.domains", reward.judge.domains)):
-        for domain in sorted(set(named) - found):
-            raise ValueError(
-                f"{table} names {domain!r}, but no prompt of {where} has that domain ({_listed(found)}); rename it, "
-                f"or take it out{meant(domain, found)}"
-            )
-
-
-def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
-    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
-    found = {prompt.domain for prompt in prompts}
-    for domain in sorted(found - shares.keys()):
-        raise ValueError(
-            f"{where} has prompts of domain {domain!r}, which has no share in budget.domains "
-            f"({', '.join(sorted(shares))}); give it one, or leave its prompts out{meant(domain, shares)}"
-        )
-    for domain in sorted(shares.keys() - found):
-        raise ValueError(
-            f"budget.domains has a share for {domain!r}, but {where} has no prompts of that domain "
-            f"({_listed(found)}); add some, or take the share out{meant(domain, found)}"
-        )
-
-
-def _listed(names: Collection[str]) -> str:
-    """As a message has them, however many there are."""
-    shown = sorted(names)[:_MOST_NAMED]
-    return ", ".join(shown) + (f", ... {len(names)} in all" if len(names) > _MOST_NAMED else "")
 
 
 def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:

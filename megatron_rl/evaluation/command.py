@@ -16,7 +16,7 @@ from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import JudgeSection, RewardSection
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import check_reward_domains
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import Fault
 from megatron_rl.evaluation.report import average_of, markdown, show

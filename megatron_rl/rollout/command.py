@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import PromptStream, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
@@ -48,7 +49,7 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
 async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
     stream = load_stream(config.data, config.seed)
-    stream.check_domains(config.reward, {})
+    check_reward_domains(stream.rows, config.reward, "data.train")
     input_ids = rendered_prompts(stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
     left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
     questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]
@@ -83,7 +84,7 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
     stream = load_stream(config.data, config.seed)
-    stream.check_domains(config.reward, {})
+    check_reward_domains(stream.rows, config.reward, "data.train")
     with Rewards(config.reward) as rewards:
         asked = {"url", "model", "system", "top_p", "send_seed", "extra"}
         settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
@@ -57,7 +58,7 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
 def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
     stream = load_stream(config.data, config.seed)
-    stream.check_domains(config.reward, {})
+    check_reward_domains(stream.rows, config.reward, "data.train")
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)

@@ -22,7 +22,8 @@ from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import check_domains, load_stream
+from megatron_rl.data.domains import check_domains, check_reward_domains
+from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
@@ -69,7 +70,9 @@ class Collector:
         self._input_ids = rendered_prompts(
             self._stream.rows, self._tokenizer, config.rollout.max_prompt_tokens, "data.train"
         )
-        self._stream.check_domains(config.reward, config.budget.domains)
+        check_reward_domains(self._stream.rows, config.reward, "data.train")
+        if config.budget.domains:
+            self._stream.check_shares(config.budget.domains)
         # By domain: where it is in the one order of prompts, and what one of its prompts brings.
         self.cursors = dict.fromkeys(self._shares, 0)
         self.per_prompt = dict.fromkeys(self._shares, PromptYield())
