@@ -55,7 +55,7 @@ def _no_answer(row: Row) -> Iterator[str]:
             f"{cut:.0%} are cut off at the limit (raise rollout.max_response_tokens, or start from a model that ends "
             "its answers)"
         )
-    yield "the prompts do not ask for an answer in \\boxed{}, or for code in a fenced block (add that to every prompt)"
+    yield "the prompts do not ask for an answer in \\boxed{}, or for code in a fenced block (data.suffix adds that)"
     yield "the model is a base model, or its chat template is not the one it was trained with"
 
 
