@@ -12,11 +12,14 @@ from typing import Any
 from megatron_rl import __version__, lifeline
 from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
+from megatron_rl.locales import use_utf8
 from megatron_rl.place import has_rank, own_place, remedy
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (errors.py). A rank of several ends here."""
+    if argv is None:
+        use_utf8()
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
@@ -285,6 +288,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
+    from megatron_rl.preflight import check_before_rollout
     from megatron_rl.rollout.command import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
@@ -294,6 +298,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     if config.teacher is not None and arguments.model:
         raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
     model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
+    check_before_rollout(config, model)
     return run_rollout(
         config,
         model,

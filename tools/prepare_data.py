@@ -16,6 +16,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.errors import exit_code
+from megatron_rl.locales import use_utf8
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -51,4 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import random
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megatron_rl.config.schema import RlData, RolloutPhase, SftData, Weights
+from megatron_rl.data.domains import check_domains, check_reward_domains
 from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
@@ -198,6 +199,7 @@ def load_prompts(
         return [prompt for prompt in prompts if prompt.id in input_ids]
 
     stream = load_stream(config.data, config.seed, fits)
+    check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
     return stream, input_ids
 
@@ -237,21 +239,6 @@ def _shuffled(length: int, seed: str) -> list[int]:
     order = list(range(length))
     random.Random(seed).shuffle(order)
     return order
-
-
-def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
-    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
-    found = {prompt.domain for prompt in prompts}
-    for domain in sorted(found - shares.keys()):
-        raise ValueError(
-            f"{where} has prompts of domain {domain!r}, which has no share in budget.domains "
-            f"({', '.join(sorted(shares))}); give it one, or leave its prompts out"
-        )
-    for domain in sorted(shares.keys() - found):
-        raise ValueError(
-            f"budget.domains has a share for {domain!r}, but {where} has no prompts of that domain "
-            f"({', '.join(sorted(found))}); add some, or take the share out"
-        )
 
 
 def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:

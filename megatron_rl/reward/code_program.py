@@ -308,7 +308,7 @@ def fields_of(record: Any) -> dict:
 
 def compile_program(program: Program, source: str, suffix: str, command: list) -> str:
     """Compile in the working directory; a complaint or an empty string."""
-    with open("program" + suffix, "w") as file:
+    with open("program" + suffix, "w", encoding="utf-8") as file:
         file.write(source)
     code, _output, errors = run_child("", lambda: os.execv(command[0], command), 0)
     return "" if code == 0 else "does not compile: " + (errors or f"the compiler ended with {code}")
@@ -335,8 +335,8 @@ def run_main(code: Any) -> None:
     main = type(sys)("__main__")
     main.__file__ = os.path.abspath("program.py")
     sys.modules["__main__"] = main
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.argv = ["program.py"]
     exit_code = 0
     try:

@@ -424,8 +424,8 @@ def resident_bytes(pid: int) -> int:
         with contextlib.suppress(OSError):
             for thread in Path("/proc", str(waiting.pop()), "task").iterdir():
                 with contextlib.suppress(OSError, ValueError, IndexError):
-                    waiting += map(int, (thread / "children").read_text().split())
-                    largest = max(largest, int((thread / "statm").read_text().split()[1]))
+                    waiting += map(int, (thread / "children").read_text(encoding="utf-8").split())
+                    largest = max(largest, int((thread / "statm").read_text(encoding="utf-8").split()[1]))
         total += largest * _PAGE_BYTES
     return total
 
@@ -465,5 +465,13 @@ def _count_below(root: Path, folder: str, popen_arguments: dict[str, Any]) -> in
 def _ask_stat(arguments: list[str], popen_arguments: dict[str, Any]) -> str:
     command = ["/usr/bin/stat", *arguments]
     return subprocess.run(
-        command, capture_output=True, check=False, text=True, env={}, cwd="/", **popen_arguments
+        command,
+        capture_output=True,
+        check=False,
+        text=True,
+        env={},
+        cwd="/",
+        **popen_arguments,
+        encoding="utf-8",
+        errors="replace",
     ).stdout

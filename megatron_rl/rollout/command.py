@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.mixture import PromptStream, load_prompts, load_stream
 from megatron_rl.data.prompts import Prompt
@@ -62,7 +63,9 @@ async def sample_questions(
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
-            lambda question, group: group_rows(group, question.prompt, sampler.decode),
+            lambda question, group: group_rows(
+                group, question.prompt, config.reward.kind_of(question.prompt.domain), sampler.decode
+            ),
             "prompts",
         )
 
@@ -80,6 +83,7 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
     stream = load_stream(config.data, config.seed)
+    check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
     with Rewards(config.reward) as rewards:
         asked = {"url", "model", "system", "top_p", "send_seed", "extra"}

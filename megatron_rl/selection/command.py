@@ -157,8 +157,8 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
     link = config.run_dir / "chosen"
     if chosen is None:
         link.unlink(missing_ok=True)  # an earlier choice is none of these results
-    (config.run_dir / "results.json").write_text(json.dumps(record, indent=1))
-    (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said))
+    (config.run_dir / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said), encoding="utf-8")
     show(measured, chosen, title, said)
     if chosen is None:
         raise ValueError(

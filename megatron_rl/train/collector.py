@@ -22,7 +22,8 @@ from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
-from megatron_rl.data.mixture import check_domains, load_prompts
+from megatron_rl.data.domains import check_domains
+from megatron_rl.data.mixture import load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
@@ -32,7 +33,7 @@ from megatron_rl.rollout.client import together
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.recorded import read_groups
+from megatron_rl.rollout.recorded import limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
@@ -72,6 +73,7 @@ class Collector:
         self.cursors = dict.fromkeys(self._shares, 0)
         self.per_prompt = dict.fromkeys(self._shares, PromptYield())
         self.carry = Carry()
+        self.examples: list[str] = []  # of the last phase: two responses beside what was expected
         self._loop = BackgroundLoop()
         self._keeper: ServerKeeper | None = None
         self.pool: ServerPool | None = None
@@ -81,7 +83,7 @@ class Collector:
         if isinstance(source, Path):
             if config.rollout.router_replay:
                 raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
-            self._recorded = read_groups(source, self._advantages)
+            self._recorded = read_groups(source, self._advantages, limits_of(config.rollout, bailing))
             if config.budget.domains:
                 check_domains(self._recorded[1].values(), config.budget.domains, f"--rollouts {source}")
             return
@@ -202,12 +204,7 @@ class Collector:
         )
         if self._refill:
             self.per_prompt = {need.domain: need.per_prompt for need in needs}
-        try:
-            path = config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, self._prompt_of, self.decode)
-        except OSError as error:
-            if fault := disk_fault(config, "the responses of this step are not written", error):
-                raise fault from error
+        self._write(phase, policy_version)
         phase.check_rewards(config.reward.max_error_share, self._prompt_of, self.decode)
         budget = sum(self._budgets) if self._algorithm.uses_budget else None
         metrics = phase.metrics(budget, self._cost, self._prompt_of)
@@ -220,6 +217,18 @@ class Collector:
             counts, self.pool.counts = self.pool.counts, Counts()
             metrics |= {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
         return plan, metrics
+
+    def _write(self, phase: Phase, policy_version: int) -> None:
+        """The responses of a step, all into its file and two for a warning. Fault for a disk that a run cannot go on
+        with."""
+        kind_of = self._config.reward.kind_of
+        self.examples = phase.examples(self._prompt_of, kind_of, self.decode)
+        try:
+            path = self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
+            phase.write(path, self._prompt_of, kind_of, self.decode)
+        except OSError as error:
+            if fault := disk_fault(self._config, "the responses of this step are not written", error):
+                raise fault from error
 
     def forget(self, which: Callable[[int], bool]) -> None:
         """What these steps sampled is not needed any more."""
