@@ -1,5 +1,5 @@
-"""Curate prompts for reinforcement learning, or chats for fine-tuning: JSONL, JSON, CSV, Parquet or Hugging Face datasets
-in, kept and dropped rows out.
+"""Curate prompts for reinforcement learning, or chats for fine-tuning: JSONL, JSON, CSV, Parquet or Hugging Face
+datasets in, kept and dropped rows out.
 
     python tools/prepare_data.py CONFIG.toml [--set key=value] [--force]
 
