@@ -18,7 +18,8 @@ from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.preview import run_inspect
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
-from megatron_rl.reward.code import TEST_TYPES, warm_up
+from megatron_rl.reward.code import warm_up
+from megatron_rl.reward.code_tests import TEST_TYPES
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.stem import choice_verdict
 
