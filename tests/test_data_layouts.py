@@ -19,7 +19,6 @@ from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.preview import run_inspect
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
 from megatron_rl.reward.code import warm_up
-from megatron_rl.reward.code_tests import TEST_TYPES
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.stem import choice_verdict
 
@@ -110,8 +109,6 @@ PROGRAMS: dict[str, str | None] = {
 @needs_sandbox
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_code_goes_from_the_file_to_a_judged_response(name: str, tmp_path: Path, rewards: Rewards) -> None:
-    if name in ("skywork_leetcode.parquet", "kodcode.jsonl") and "pytest" not in TEST_TYPES:
-        pytest.skip("reward/code.py judges neither files of pytest nor Solution().name yet")
     solutions = {row["question"]: row["solution"] for row in raw_rows(name) if "solution" in row}
     prompts = [prompt for prompt in read_prompts(curated(name, tmp_path)) if prompt.domain == "code"]
     assert len(prompts) == sum(row.get("ability", "code") == "code" for row in raw_rows(name))

@@ -93,7 +93,7 @@ def _calls(function: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> Test
 def _arguments(value: Any) -> list[Any]:
     if not isinstance(value, str):
         return list(value)
-    return [parse_exact_json(line) for line in value.splitlines() if line.strip()]
+    return [parse_exact_json(line) for line in value.split("\n") if line.strip()]
 
 
 def _lines(value: Any) -> str:
