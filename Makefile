@@ -177,6 +177,7 @@ gpu-trial-dry: install  ## tools/gpu_trial/ on a CPU: every part of every trial,
 check: install  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/lint_encodings.py
 	$(BIN)/mypy
 
 format: install  ## apply the formatter and safe fixes

@@ -12,11 +12,14 @@ from typing import Any
 from megatron_rl import __version__, lifeline
 from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
+from megatron_rl.locales import use_utf8
 from megatron_rl.place import has_rank, own_place, remedy
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (errors.py). A rank of several ends here."""
+    if argv is None:
+        use_utf8()
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
@@ -140,7 +143,24 @@ def _parser() -> argparse.ArgumentParser:
         "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
     )
     report.set_defaults(run=_report)
+    inspect = commands.add_parser(
+        "inspect",
+        help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
+        description="Guess the layout of a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), show three rows as they "
+        "would be read and what would be dropped and why, and write the mapping. docs/data.md has layouts and reasons.",
+    )
+    inspect.add_argument("file", help="or a glob of files of one layout")
+    inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
+    inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
+    inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_rl.data.curation.preview import run_inspect
+
+    sys.stdout.write(run_inspect(arguments.file, arguments.preset, arguments.output) + "\n")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -268,6 +288,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
+    from megatron_rl.preflight import check_before_rollout
     from megatron_rl.rollout.command import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
@@ -277,6 +298,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     if config.teacher is not None and arguments.model:
         raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
     model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
+    check_before_rollout(config, model)
     return run_rollout(
         config,
         model,

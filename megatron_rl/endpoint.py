@@ -18,6 +18,7 @@ import httpx
 from megatron_rl.config.schema import EndpointSection
 from megatron_rl.keys import bearer, hidden, key_in_environment
 from megatron_rl.parsing import parse_json
+from megatron_rl.proxies import proxy_for, told_of_proxy
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class Endpoint:
     """Asks one model. May be used in several event loops."""
 
     def __init__(self, section: EndpointSection, where: str, tries: int = 3) -> None:
-        """where: the section's name, for messages. ValueError when the environment lacks the key, the url holds one, or
-        the endpoint does not list the model."""
+        """where: the section's name, for messages. ValueError when the environment lacks the key, or names a proxy that
+        cannot be used, when the url holds a key, or the endpoint does not list the model."""
         if "@" in section.url.split("://")[-1].split("/")[0] or "?" in section.url:  # it is logged and written down
             raise ValueError(
                 f"{where}.url must hold neither a password nor a query; put a key into the environment "
@@ -60,6 +61,7 @@ class Endpoint:
         self._key = key_in_environment(section.api_key_variable, f"{where}.api_key_variable")
         self._headers = bearer(self._key)
         self._url = section.url.rstrip("/")
+        self._proxy = proxy_for(self._url, f"{where}.url")
         self._tls = httpx.create_ssl_context()  # takes long to make
         self._told = -_TELL_EVERY_SECONDS
         self._room: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
@@ -77,7 +79,11 @@ class Endpoint:
         connection."""
         body = {"model": self._section.model, "messages": list(messages), **options}
         async with httpx.AsyncClient(
-            headers=self._headers, timeout=self._section.timeout_seconds, verify=self._tls
+            headers=self._headers,
+            timeout=self._section.timeout_seconds,
+            verify=self._tls,
+            trust_env=False,
+            proxy=self._proxy,
         ) as client:
             for attempt in range(self._tries):
                 pause = _PAUSE_SECONDS * 2**attempt
@@ -101,7 +107,7 @@ class Endpoint:
                 if attempt < self._tries - 1:
                     self._tell(problem, pause)
                     await asyncio.sleep(pause)
-        raise EndpointError(problem)
+        raise EndpointError(problem + told_of_proxy(self._proxy))
 
     def _check(self) -> None:
         url, model = self._section.url, self._section.model
@@ -111,14 +117,17 @@ class Endpoint:
                 headers=self._headers,
                 timeout=min(60.0, self._section.timeout_seconds),
                 verify=self._tls,
+                trust_env=False,
+                proxy=self._proxy,
             )
             if not listed.is_success:
                 raise ValueError(self._status(listed))
             names = [entry["id"] for entry in parse_json(listed.content)["data"]]
         except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self._where}.url {url} does not list its models ({self._shown(error)}); it must be the address of "
-                "an OpenAI-compatible server, such as http://host:port/v1"
+                f"{self._where}.url {url} does not list its models{told_of_proxy(self._proxy)} ({self._shown(error)}); "
+                "it must be the address of an OpenAI-compatible server, such as http://host:port/v1"
+                + (", which that proxy reaches, or one that no_proxy names" if self._proxy else "")
             ) from None
         if model not in names:
             raise ValueError(f"{self._where}.model {model!r} is not served at {url}; it has {', '.join(names)}")

@@ -1,12 +1,13 @@
 """Read JSON and TOML that somebody else wrote, within limits that no real file meets."""
 
+import difflib
 import io
 import json
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
         if not line:
             return
         yield line
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """Say for the end of a message which known word an unknown one may stand for; "" where none is like it."""
+    near = difflib.get_close_matches(word.casefold(), [name.casefold() for name in known], n=1)
+    found = [name for name in sorted(known) if name.casefold() in near]
+    return f". Did you mean {found[0]!r}?" if found else ""
 
 
 def shown(value: object) -> str:

@@ -1,5 +1,6 @@
 """What can be known to fail before torch is imported and servers start: directories, layout, memory, ports."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -10,15 +11,30 @@ import psutil
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.schema import GenerationSection, RlConfig, RolloutSection, RunConfig, SftConfig
+from megatron_rl.config.limits import doubtful
+from megatron_rl.config.schema import (
+    GenerationSection,
+    RlConfig,
+    RolloutSection,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+)
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.judged import refuse_misjudged
+from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.prompts import read_chats, read_prompts
+from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import providers
-from megatron_rl.rollout.recorded import check_first_row
+from megatron_rl.rollout.recorded import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
+
+log = logging.getLogger(__name__)
 
 
 def check_before_start(config: RunConfig, world_size: int, resume: bool, rollouts: Path | None = None) -> None:
@@ -36,16 +52,16 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
             f"{world_size} training ranks on a machine with {num_gpus} GPUs, and each needs one; start fewer "
             "(--nproc), or name more in CUDA_VISIBLE_DEVICES"
         )
-    data = config.data.files if isinstance(config, SftConfig) else []
+    _check_rows(config)
     if isinstance(config, RlConfig):
-        data += config.data.train_files
+        _check_domains(config)
+        for doubt in doubtful(config):
+            log.warning(doubt)
     if rollouts is not None:
-        data.append(rollouts)
-    for path in data:
-        if not Path(path).is_file():
-            raise ValueError(f"data file {path} does not exist")
-    if rollouts is not None:
-        check_first_row(rollouts)
+        assert isinstance(config, RlConfig)
+        if not rollouts.is_file():
+            raise ValueError(f"data file {rollouts} does not exist")
+        check_rows(rollouts, limits_of(config.rollout, bailing))
     _check_run_dir(config.run_dir)
     if (config.run_dir / "checkpoints/latest").exists() and not resume:
         raise ValueError(f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder")
@@ -71,14 +87,46 @@ def check_before_start(config: RunConfig, world_size: int, resume: bool, rollout
     _check_memory(needed, config.model.dtype, bailing, "train.micro_batch_tokens or rollout.max_running_requests")
 
 
+def _check_rows(config: RunConfig) -> None:
+    """Tell of all faults of the data at once, before a model is built. The run reads the whole files."""
+    problems = Problems()
+    if isinstance(config, SftConfig):
+        for path in config.data.files:
+            read_chats(path, problems, most=LOOKED_AT)
+    if isinstance(config, RlConfig):
+        prompts = [
+            prompt
+            for path in config.data.train_files
+            for prompt in read_prompts(path, config.data.domain, problems=problems, most=LOOKED_AT)
+        ]
+    problems.tell()
+    if isinstance(config, RlConfig):
+        refuse_misjudged(prompts, config.reward)
+
+
 def check_before_evaluation(config: EvaluateConfig) -> None:
     """ValueError for the first thing that would fail once servers start."""
+    problems = Problems()
+    for section in config.benchmarks.values():
+        read_prompts(section.path, section.domain, problems=problems, most=LOOKED_AT)
+    problems.tell()
     bailing = load_bailing_config(config.model.path)
     for problem in serving_problems(config.rollout, bailing):
         raise ValueError(problem)
     _check_servers(config.rollout.as_rollout())
     needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
     _check_memory(needed, config.model.dtype, bailing, "rollout.max_running_requests or rollout.max_response_tokens")
+
+
+def check_before_rollout(config: SamplingConfig, model: Path | None) -> None:
+    """ValueError for the first thing that would fail once servers start. model: that answers; None is an endpoint."""
+    for path in config.data.train_files:
+        if not path.is_file():
+            raise ValueError(f"data file {path} does not exist")
+    if model is not None:
+        for problem in serving_problems(config.rollout, load_bailing_config(model)):
+            raise ValueError(problem)
+        _check_servers(config.rollout)
 
 
 def check_before_selection(config: SelectConfig) -> None:
@@ -96,6 +144,16 @@ def check_before_selection(config: SelectConfig) -> None:
         needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
         _check_memory(needed, config.model.dtype, bailing, largest)
+
+
+def _check_domains(config: RlConfig) -> None:
+    """Tables by domain name domains that there are. All rows are read for it: a domain may come late in a file."""
+    if not (config.reward.domains or config.reward.judge.domains or config.budget.domains):
+        return
+    stream = load_stream(config.data, config.seed)
+    check_reward_domains(stream.rows, config.reward, "data.train")
+    if config.budget.domains:
+        stream.check_shares(config.budget.domains)
 
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).

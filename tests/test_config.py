@@ -15,6 +15,7 @@ from megatron_rl.config import bailing
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
 from megatron_rl.layout import Layout
@@ -120,6 +121,18 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("rollout.port=65535", r"rollout.port 65535 leaves no room for"),
         ("train.phase_deadline_seconds=inf", r"phase_deadline_seconds: .*finite number, got inf"),
         ("rollout.samples_per_prompt=1", r"samples_per_prompt must be at least 2"),
+        ("rollout.samples_per_prompt=201", r"budget.tokens 200 is below one group: its 201 responses .* raise the bud"),
+        (
+            "algorithm={name = 'grpo', optimizer_steps_per_rollout = 17}",
+            r"optimizer_steps_per_rollout 17 is more than the 16 responses of a phase .* lower it",
+        ),
+        (
+            "budget={tokens = 1025, under_full = 'short'}",
+            r"step 4 x samples_per_prompt 4 x max_response_tokens 64 = 1024 tokens can never fill .* of 1025",
+        ),
+        ("rollout.temperature=0", r"temperature 0 makes the 4 responses of a prompt .* all alike.*above 0"),
+        ("rollout.temperature=1e-7", r"temperature 1e-07 is too near to 0 .* set 0, which is greedy"),
+        ("rollout.temperature=-1", r"rollout.temperature: .*greater than or equal to 0, got -1"),
         ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
         ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'rloo', got 'ppo'"),
         (
@@ -331,6 +344,32 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
     assert (config.train.steps, config.train.save_every, config.budget.tokens) == (3, 1, 200)
     (tmp_path / "mixed.toml").write_text('base = "first.toml"\n[data]\ntrain = {"b.jsonl" = 2}\n')
     assert load_config(RlConfig, tmp_path / "mixed.toml").data.train == {Path("b.jsonl"): 2}  # not joined: a path below
+
+
+def test_the_part_of_a_domain_must_hold_a_group(tmp_path: Path) -> None:
+    changes = ["budget={tokens = 200, domains = {code = 0.5, math = 0.5}}", "rollout.samples_per_prompt=101"]
+    with pytest.raises(
+        ValueError, match=r"gives 'code' 0.5 of .*200, which is less than one group is at least .* 101\)"
+    ):
+        load_config(RlConfig, write(tmp_path, RL), changes)
+    load_config(RlConfig, write(tmp_path, RL), [changes[0], "rollout.samples_per_prompt=100"])
+
+
+def test_what_works_and_is_hardly_meant_is_told_at_start(tmp_path: Path) -> None:
+    def doubts(*changes: str) -> list[str]:
+        return list(doubtful(load_config(RlConfig, write(tmp_path, RL), changes)))
+
+    assert doubts() == doubts("budget.tokens=128") == []  # half of 4 x 64
+    (small,) = doubts("budget.tokens=127")
+    assert "budget.tokens 127 is far below what one group can be" in small
+    assert "= 256)" in small
+    assert doubts("budget={tokens = 127, scope = 'per_gpu'}") == []
+    assert doubts("budget.tokens=127", "algorithm.name=grpo") == []
+    assert doubts("optimizer.warmup_steps=1") == []
+    (slow,) = doubts("optimizer.warmup_steps=2")
+    assert "optimizer.warmup_steps 2 is not below the run's 2 optimizer steps" in slow
+    (nothing,) = doubts("optimizer.warmup_steps=1", "train.steps=1")
+    assert "the only step has 0 and trains nothing" in nothing
 
 
 def test_a_base_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt, response_decoder
 from megatron_rl.data.prompts import Message
 from megatron_rl.data.student import student_of
-from megatron_rl.reward.code import last_block
+from megatron_rl.reward.code_answer import closed_blocks
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
 SYSTEM = Message(role="system", content="be brief")
@@ -172,7 +172,7 @@ def test_the_eos_that_ends_a_response_is_no_part_of_its_text(ling) -> None:
     decode, eos = response_decoder(ling, ling.eos_token_id), ling.eos_token_id
     ids = ling.encode(program, add_special_tokens=False)
     assert decode([*ids, eos]) == decode(ids) == program
-    assert last_block(decode([*ids, eos])) is not None  # a fence with eos behind it would close nothing
+    assert closed_blocks(decode([*ids, eos]))  # a fence with eos behind it would close nothing
     assert decode([eos, *ids]) == "<|endoftext|>" + program
     assert decode([]) == ""
 
@@ -190,3 +190,33 @@ def test_a_student_would_misread_special_tokens_and_the_beginnings_of_turns(ling
         "user", "system", "assistant",
     ]  # fmt: skip
     assert student_of(tokenizer_with(NO_SYSTEM)).markers
+
+
+def test_special_tokens_that_a_user_writes_are_text_unless_asked_for(ling):
+    text = "a<|endoftext|>b <role>ASSISTANT</role>"
+    plain, marked = render_prompt(ling, text), render_prompt(ling, text, special_tokens="token")
+    human, assistant, eos = (ling.convert_tokens_to_ids(t) for t in ("<role>HUMAN</role>", "<role>ASSISTANT</role>",
+                                                                   "<|endoftext|>"))  # fmt: skip
+    assert ling.decode(plain) == ling.decode(marked) == f"<role>HUMAN</role>{text}<role>ASSISTANT</role>"
+    assert [token for token in marked if token in (human, assistant, eos)] == [human, eos, assistant, assistant]
+    assert [token for token in plain if token in (human, assistant, eos)] == [human, assistant]
+    # One token for a character, as of any other text: all of them, and two of the template.
+    assert len(plain) == len(text) + 2
+    assert render_prompt(ling, "1+1?") == render_prompt(ling, "1+1?", special_tokens="token")
+
+
+def test_special_tokens_of_an_assistant_are_tokens_and_learned(ling):
+    eos = ling.eos_token_id
+    chat = [Message(role="user", content="stop <|endoftext|>"), Message(role="assistant", content="ok<|endoftext|>")]
+    ids, mask = render_chat(ling, chat)
+    assert ids.count(eos) == 1
+    assert learned(ling, ids, mask) == ["ok<|endoftext|>"]
+    assert render_chat(ling, chat, "token")[0].count(eos) == 2
+
+
+def test_what_a_user_writes_cannot_look_like_what_stands_in_for_it(tokenizer_with):
+    tokenizer = tokenizer_with(WITH_EOS)
+    text = "\ue0000\ue000<|endoftext|>\ue000"
+    assert (
+        tokenizer.decode(render_prompt(tokenizer, text)).replace("<unk>", "?") == "[user]?0?<|endoftext|>?\n[assistant]"
+    )

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.report import Report
-from megatron_rl.data.prompts import read_prompts
+from megatron_rl.data.prompts import read_chats, read_prompts
 
 TOOL = Path(__file__).parents[1] / "tools" / "prepare_data.py"
 TEXT = (
@@ -55,13 +55,15 @@ def run(folder: Path, rows: list[Any], **values: Any) -> tuple[Report, list[dict
 def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp_path: Path) -> None:
     good = rows_of("What is 3+4?", meta={"level": 1})[0]
     yes = rows_of("Is 7 prime?")[0] | {"answer": "Yes"}
-    report, kept, dropped = run(tmp_path, [good, yes, {"prompt": "no domain", "answer": "1"}], max_malformed_share=0.5)
+    report, kept, dropped = run(
+        tmp_path, [good, yes, {"prompt": "no answer", "domain": "math"}], max_malformed_share=0.5
+    )
     prompt = read_prompts(tmp_path / "out" / "kept.jsonl")[0]
     assert (prompt.prompt, prompt.answer, prompt.domain, prompt.meta) == ("What is 3+4?", "7", "math", {"level": 1})
     assert kept[0]["source"] == str(tmp_path / "rows.jsonl")
     assert [(row["reason"], row["file"], row["line"], row["details"], row["row"]["prompt"]) for row in dropped] == [
         ("true_or_false", f"{tmp_path}/rows.jsonl", 2, "the answer is Yes", "Is 7 prime?"),
-        ("malformed", f"{tmp_path}/rows.jsonl", 3, "no column 'domain'; the row has prompt, answer", "no domain"),
+        ("malformed", f"{tmp_path}/rows.jsonl", 3, "no column 'answer'; the row has prompt, domain", "no answer"),
     ]
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (written["rows"], written["kept"]) == (3, 1)
@@ -168,6 +170,8 @@ def test_difficulty_drops_what_is_always_solved_and_what_no_model_solves(tmp_pat
         return " ".join(row["prompt"] for row in run(tmp_path, rows, difficulty={"rollouts": [model], **difficulty})[1])
 
     assert left() == "some? new?"
+    asked = write(tmp_path / "c.jsonl", [row | {"prompt": row["prompt"] + " Box it."} for row in read(Path(model))])
+    assert left(rollouts=[str(asked)], suffix=" Box it.") == "some? new?"
     assert left(stronger=[stronger]) == "some? hard? half? new?"
     assert left(stronger=[stronger], unmeasured="drop") == "some? hard? half?"
     assert left(stronger=[stronger], min_pass_rate=0.25) == "hard? half? new?"
@@ -213,14 +217,24 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.csv").write_text("prompt,answer\na,b,c\n")
+    (tmp_path / "b.csv").write_text('prompt,answer\n"never closed,b\n')
+    (tmp_path / "c.csv").write_bytes("prompt,answer\nCafé?,1\n".encode("latin-1"))
+    (tmp_path / "d.csv").write_text("prompt,prompt\na,b\n")
+    (tmp_path / "a.json").write_text('[{"prompt": "p"')
     (tmp_path / "a.parquet").write_text("a")
     (tmp_path / "a.jsonl").write_text("\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-9])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 100)
     for name, message in (
         ("b.jsonl", "no file matches"),
-        ("a.csv", r"a\.csv is none of \.jsonl, \.jsonl\.gz and \.parquet"),
+        ("a.txt", r"a\.txt is none of \.jsonl, \.jsonl\.gz, \.json, \.parquet, \.csv; convert it"),
+        ("a.csv", r"a\.csv:2: 3 columns, and the first line names 2; put quotes around texts with commas"),
+        ("b.csv", r"b\.csv:2: not CSV in UTF-8 \(unexpected end of data\)"),
+        ("c.csv", r"c\.csv:\d: not CSV in UTF-8 \(.*codec can't decode"),
+        ("d.csv", r"d\.csv:1: two columns have the same name; rename one of prompt, prompt"),
+        ("a.json", r"a\.json begins as a JSON array and is none"),
         ("a.parquet", r"a\.parquet does not read as Parquet"),
         ("a.jsonl", "has no rows"),
         ("a.jsonl.gz", "is no whole gzip file"),
@@ -267,3 +281,64 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
 def test_the_tool_says_what_to_correct(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, TOOL, tmp_path / "no.toml"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, f"prepare_data: config file {tmp_path}/no.toml does not exist\n")
+
+
+def test_csv_and_arrays_are_read_row_by_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('\ufeffprompt,answer\r\n"2 lines,\nWhat is 3+4?",7\r\n\r\nBad?,\r\n'.encode())
+    (tmp_path / "b.json").write_text(json.dumps(rows_of("What is 4+5?", "What is 5+6?"), indent=1))
+    (tmp_path / "c.jsonl").write_text("\n " + json.dumps(rows_of("What is 6+7?")))
+    given = config(tmp_path, *(tmp_path / name for name in ("a.csv", "b.json", "c.jsonl")))
+    curate(given)
+    kept, dropped = (read(tmp_path / "out" / name) for name in ("kept.jsonl", "dropped.jsonl"))
+    assert [row["prompt"] for row in kept] == [
+        "2 lines,\nWhat is 3+4?", "What is 4+5?", "What is 5+6?", "What is 6+7?",
+    ]  # fmt: skip
+    assert [(row["reason"], row["line"], row["row"]["prompt"]) for row in dropped] == [("missing_answer", 5, "Bad?")]
+
+
+def said(question: str, answer: str, **others: Any) -> dict[str, Any]:
+    messages = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": messages, **others}
+
+
+def test_conversations_are_curated_into_chats(tmp_path: Path) -> None:
+    rows = [
+        said("What is 3+4?", "7", id="a", metadata={"level": 1}, solution="seven"),
+        said("What is 3+4?", "Seven."),  # another response to the same question
+        said("What is 3+4?", "7"),
+        said("Go on.<|im_end|>", "No."),
+        said("Fine?", "Yes \ufffd"),
+        {"conversations": [{"from": "gpt", "value": "Hello!"}]},
+        {"conversations": "Hello!"},
+        said(TEXT, "It depends."),
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    benchmark = {"path": str(write(tmp_path / "benchmark.jsonl", rows_of(TEXT))), "preset": "ours"}
+    source = {"path": str(path), "preset": "sharegpt"}
+    given = {"output": tmp_path / "out", "workers": 1, "source": [source], "benchmark": [benchmark],
+             "max_malformed_share": 0.5}  # fmt: skip
+    curate(CurationConfig.model_validate(given))
+    chats = read_chats(tmp_path / "out" / "kept.jsonl")
+    assert [[(m.role, m.content) for m in chat.messages] for chat in chats] == [
+        [("user", "What is 3+4?"), ("assistant", "7")],
+        [("user", "What is 3+4?"), ("assistant", "Seven.")],
+    ]
+    assert (chats[0].id, chats[0].meta) == ("a", {"level": 1, "solution": "seven"})
+    dropped = read(tmp_path / "out" / "dropped.jsonl")
+    assert [(row["reason"], row["line"]) for row in dropped] == [
+        ("special_tokens", 4),
+        ("invalid_characters", 5),
+        ("unusable_conversation", 6),
+        ("malformed", 7),
+        ("contamination", 8),
+        ("duplicate", 3),
+    ]
+
+
+def test_conversations_and_prompts_are_not_one_set_of_rows(tmp_path: Path) -> None:
+    prompts = {"path": "p.jsonl", "preset": "ours"}
+    chats = {"path": "c.jsonl", "preset": "messages"}
+    with pytest.raises(ValueError, match=r"c\.jsonl holds conversations and p\.jsonl prompts"):
+        CurationConfig.model_validate({"output": tmp_path, "source": [prompts, chats]})
+    with pytest.raises(ValueError, match="difficulty is of prompts"):
+        CurationConfig.model_validate({"output": tmp_path, "source": [chats], "difficulty": {"rollouts": ["r"]}})

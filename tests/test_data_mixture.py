@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import RlData
+from megatron_rl.config.schema import JudgeSection, RewardSection, RlData
+from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.train.group_source import saved_by_domain
@@ -104,6 +105,28 @@ def test_every_domain_goes_through_the_one_order_by_itself(stages: list[Stage], 
         assert positions == [i for i, prompt in enumerate(whole[: cursors[domain]]) if prompt.domain == domain]
         assert len(positions) == sum(takes)
     assert PromptStream(stages, seed).positions_of("", 3, 4) == ([3, 4, 5, 6], 7)
+
+
+def test_a_domain_of_the_rewards_that_no_prompt_has_is_refused_with_the_nearest() -> None:
+    stages = [Stage(sources=(source("math", 3),), num_rows=5), Stage(sources=(source("Code", 3),))]
+    stream = PromptStream(stages, 1)
+    check_reward_domains(
+        stream.rows, RewardSection(domains={"math": "math", "Code": "code"}), "data.train"
+    )  # each in one of the stages
+    for reward, message in [
+        (
+            RewardSection(domains={"maths": "math"}),
+            r"reward.domains names 'maths', but .*\(Code, math\).* mean 'math'\?",
+        ),
+        (RewardSection(domains={"code": "code"}), r"reward.domains names 'code'.* Did you mean 'Code'\?"),
+        (RewardSection(domains={"数学": "math"}), r"reward.domains names '数学', .*; rename it, or take it out$"),
+        (
+            RewardSection(judge=JudgeSection(domains=("mth",), url="http://x", model="m")),
+            r"reward.judge.domains names 'mth'.* Did you mean 'math'\?",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_reward_domains(stream.rows, reward, "data.train")
 
 
 def test_shares_of_the_budget_must_be_of_the_domains_of_every_stage(caplog: pytest.LogCaptureFixture) -> None:

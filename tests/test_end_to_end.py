@@ -82,7 +82,7 @@ def rows_of(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    finish(command(inputs, folder, "train"))
+    (folder / "said").write_text(finish(command(inputs, folder, "train")), encoding="utf-8")
     return folder
 
 
@@ -100,6 +100,22 @@ def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(
     assert sum(sample["num_loss_tokens"] for sample in samples) == 300
     assert {sample["outcome"] for sample in samples} <= {"trained", "carried"}
     assert {*(v for s in samples if s["position"] >= rows[0]["num_prompts"] for v in s["policy_versions"])} == {"1"}
+
+
+def test_a_run_that_learns_nothing_says_so_in_its_third_step(whole: Path) -> None:
+    """The model has random weights, so no response is right, and few end."""
+    assert [row["uniform_group_share"] for row in rows_of(whole)] == [1.0] * 4
+    said = (whole / "said").read_text(encoding="utf-8")
+    before, *_ = said.partition("step 4/4 ")
+    for step in (1, 2, 3):
+        assert f"step {step}/4  reward 0.000  no answer " in before
+    assert before.count("  uniform 100%  ") == 3
+    assert before.count("step 3: all responses of a prompt have the same reward") == 1
+    assert "step 3: for example prompt " in before
+    (expected,) = [line for line in before.splitlines() if "step 3: for example" in line]
+    rows = [json.loads(line) for line in (whole / "run/rollouts/step_000002.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["prompt_id"] in expected and row["sample_index"] == 0][:1]
+    assert f"expected {row['expected']!r}" in expected
 
 
 def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
@@ -419,6 +435,10 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
         (["--set", "model.path=/nowhere"], "model directory /nowhere does not exist"),
         (["--set", "parallel.tensor=3", "--nproc", "3"], "parallel.tensor must divide num_attention_heads 4, got 3"),
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
+        (
+            ["--set", "reward.domains.taskz=math"],
+            "no prompt of data.train has that domain (tasks); rename it, or take it out. Did you mean",
+        ),
         (["--set", "budget.tokens=10"], "budget.tokens 10 is smaller than one response can be"),
         (["--set", "data.train=/nowhere.jsonl"], "data file /nowhere.jsonl does not exist"),
         (["--set", "rollout.max_running_requests=9000000"], "rollout.engine 'embedded' generates on the CPU"),

@@ -198,6 +198,24 @@ def test_top_p_reaches_the_server(inputs: Path, tmp_path: Path) -> None:
     assert len({(row["prompt"], row["response"]) for row in rows}) == 8  # greedy: all samples of a prompt are alike
 
 
+def test_temperature_0_is_greedy(inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is the most probable token each time has nothing to do with the seed, nor with top-p."""
+    changes = ("rollout.temperature=0", "benchmarks.ones.samples=2")
+    evaluate_here(inputs, tmp_path / "one", *changes, "seed=1", names=("ones",))
+    evaluate_here(inputs, tmp_path / "other", *changes, "seed=2", "rollout.top_p=1.0", names=("ones",))
+    found = [{(row["prompt"], row["response"]) for row in map(json.loads, lines(tmp_path / name, "ones"))}
+             for name in ("one", "other")]  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0]) == 8
+    assert "rollout.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1" in caplog.text
+
+
+def test_a_domain_of_the_rewards_that_no_benchmark_has_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names 'erly', but no prompt of the benchmarks has.*Did you mean 'early'\?"):
+        evaluate_here(inputs, tmp_path / "out", "reward.domains.erly=stem")
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
 def test_answers_that_cannot_be_judged_are_told_and_fail(inputs: Path, tmp_path: Path) -> None:
     options = ["--benchmark", "ones", "--set", "benchmarks.ones.reward=choice", "--set", "benchmarks.ones.samples=1"]
     said = evaluate(inputs, tmp_path / "out", *options, code=1).stderr
@@ -257,7 +275,7 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     with pytest.raises(ValueError, match=r"twos.jsonl holds 8 prompts, benchmarks.twos.prompts is 9; lower it"):
         run_evaluation(more, tmp_path / "new", [], resume=False)
     short = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_prompt_tokens=1"])
-    with pytest.raises(ValueError, match=r"over rollout.max_prompt_tokens = 1"):
+    with pytest.raises(ValueError, match=r"have more tokens than rollout.max_prompt_tokens = 1: "):
         run_evaluation(short, tmp_path / "new", [], resume=False)
     assert not any((tmp_path / "new").iterdir()), "the corrected command needs it"
     with sole_writer(whole, "wait"), pytest.raises(ValueError, match="another process is writing to .*whole; wait for"):

@@ -267,7 +267,7 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_model(tmp_path / "model")
-    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "p", "answer": "a"}\n')
     file = tmp_path / "config.toml"
     file.write_text(
         f'run_dir = "{tmp_path}/run"\nmodel.path = "{tmp_path}/model"\ndata.train = "{tmp_path}/train.jsonl"\n'

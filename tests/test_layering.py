@@ -30,6 +30,7 @@ LAYERS = {
     "layout": 0,
     "memory": 0,
     "lifeline": 0,
+    "locales": 0,
     "endpoint": 0,
     "errors": 0,
     "keys": 0,
@@ -38,6 +39,7 @@ LAYERS = {
     "locks": 0,
     "files": 0,
     "parsing": 0,
+    "proxies": 0,
     "": 0,
 }
 

@@ -16,7 +16,6 @@ from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.curation import sources
-from megatron_rl.data.curation.code_tests import problem_of_tests
 from megatron_rl.data.curation.config import Input
 from megatron_rl.data.curation.difficulty import _rates
 from megatron_rl.data.curation.sources import numbered_lines, read_pieces
@@ -25,6 +24,7 @@ from megatron_rl.data.scored import lines_of, read_scored
 from megatron_rl.evaluation.responses import read_judged
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
+from megatron_rl.reward.code_tests import problem_of_tests
 from megatron_rl.rollout.recorded import check_first_row, read_groups
 from megatron_rl.rollout.resumable import find_groups
 from megatron_rl.train.metrics import read_metrics

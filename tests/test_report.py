@@ -89,6 +89,37 @@ def test_every_metric_is_drawn_once_listed_as_zero_or_under_everything_else() ->
     assert found[-1]["title"] == "Everything else"
 
 
+def test_the_reward_is_drawn_also_where_it_is_0_throughout() -> None:
+    everything = {"reward", "reward/math", "kl", "too_slow_share"}
+    (learning,) = sections_for(everything, zero=everything)
+    assert [plot["title"] for plot in learning["plots"]] == ["Reward", "Reward by domain"]
+    assert learning["zero"] == ["kl"]
+
+
+def test_the_kinds_of_failure_are_named_with_their_shares(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 20)
+    rows = [{"step": i, "reward": 0.0, "no_answer_share": 1.0, "wrong_share": 0.0} for i in range(18)]
+    rows += [{"step": i, "reward": 0.0, "no_answer_share": 0.25, "wrong_share": 0.75} for i in (18, 19)]
+    found = dict(facts(the_run(folder, rows=rows), None))
+    assert found["failed responses, last tenth"] == "wrong answer 75%, no answer 25%"
+    old = [{"step": 0, "reward": 0.0}]  # of a version that did not count them
+    assert "failed responses, last tenth" not in dict(facts(the_run(folder, rows=old), None))
+
+
+def test_a_response_shows_what_was_expected_and_extracted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1)
+    path = folder / "rollouts/step_000000.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"expected": "7" * 1000, "extracted": "8"}
+    rows[1] |= {"expected": "7", "extracted": None}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = read_runs([folder])
+    first, second, third, *_ = read_step(run, 0, 600)["groups"][0]["responses"]
+    assert (first["expected"], first["extracted"]) == ("7" * 300, "8")
+    assert (second["expected"], "extracted" in second) == ("7", False)
+    assert "expected" not in third  # a row of before
+
+
 # ------------------------------------------------------------------------------------------- groups and stages
 
 

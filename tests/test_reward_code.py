@@ -14,17 +14,8 @@ import pytest
 from sandboxed import why_not
 
 from megatron_rl.config.schema import CodeSection, RewardSection
-from megatron_rl.reward.code import (
-    Block,
-    CodeSettings,
-    judge_code,
-    judge_response,
-    last_block,
-    runner,
-    score_code,
-    settle_code,
-    warm_up,
-)
+from megatron_rl.reward.code import CodeSettings, judge_code, judge_response, runner, settle_code, warm_up
+from megatron_rl.reward.code_answer import Block, closed_blocks
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.sandbox import Sandbox, SandboxUnavailable
 from megatron_rl.reward.sandbox_run import Limits
@@ -61,28 +52,33 @@ DOUBLE = {"type": "stdin_stdout", "cases": [{"input": "1\n", "output": "2\n"}, {
         ("```python\na\n```\n```python\nb", None),
         ("no `code` here", None),
         ("x ```python\na\n```", None),
+        ("1. so:\n     ```py\n     a\n       b\n     ```", ("py", "a\n  b\n")),
+        ('```\na = """\n    ```\n"""\n```', ("", 'a = """\n    ```\n"""\n')),
+        ("<think>\n```python\na\n</think>\n```python\nb\n```", ("python", "b\n")),
+        ("<think>\n```python\na\n```\n</think>\n```python\nb", None),
         ("", None),
     ],
 )
 def test_the_last_closed_block_is_found(text, expected):
-    assert last_block(text) == (None if expected is None else Block(tag=expected[0], source=expected[1]))
+    last = closed_blocks(text)[-1:]
+    assert last == ([] if expected is None else [Block(tag=expected[0], source=expected[1])])
 
 
 def test_a_long_response_of_fences_takes_linear_time():
     start = time.process_time()
-    last_block("```python\n" * 200_000)
-    last_block("`" * 1_000_000)
+    closed_blocks("```python\n" * 200_000)
+    closed_blocks("`" * 1_000_000)
     assert time.process_time() - start < 3.0
 
 
 def test_a_response_without_a_block_is_no_answer():
-    verdict = score_code("f = 1", json.dumps(SQUARES), SETTINGS)
+    verdict = judge_code("f = 1", json.dumps(SQUARES), SETTINGS)
     assert (verdict.score, verdict.reason) == (0.0, "no_answer")
 
 
 @needs_sandbox
 def test_a_right_program_scores_one_and_a_wrong_one_says_which_test_failed():
-    right = score_code(fenced("def f(x): return x * x"), json.dumps(SQUARES), SETTINGS)
+    right = judge_code(fenced("def f(x): return x * x"), json.dumps(SQUARES), SETTINGS)
     assert (right.score, right.reason) == (1.0, "correct")
     wrong = judge("def f(x): return x if x == 1 else 9", SQUARES)
     assert (wrong.verdict().score, wrong.reason, wrong.num_passed) == (0.0, "wrong", 2)
@@ -194,9 +190,9 @@ def test_a_module_that_the_tests_name_is_the_real_one_and_a_function_may_bear_a_
 
 @needs_sandbox
 def test_the_pool_kind_settles_what_needs_no_run_and_judges_the_rest():
-    assert settle_code("nothing", json.dumps(SQUARES)) == score_code("nothing", json.dumps(SQUARES))
+    assert settle_code("nothing", json.dumps(SQUARES)) == judge_code("nothing", json.dumps(SQUARES))
     settled = settle_code(fenced("def f(x): return x * x"), json.dumps(SQUARES))
-    assert settled == "python\ndef f(x): return x * x\n"
+    assert settled == fenced("def f(x): return x * x")
     assert judge_code(settled, json.dumps(SQUARES), SETTINGS).reason == "correct"
     texts = [fenced("def f(x): return x * x"), "nothing", fenced("def f(x): return 1")]
 
@@ -499,7 +495,7 @@ def test_no_answer_makes_the_judge_fail_or_wait(name):
     [
         "errors = []\nfor i in range(3):\n    try: assert f(i) == i * i\n    except Exception as e: errors.append(e)\n"
         "if errors: raise errors[0]",
-        "try: f(1)\nfinally:\n    try: f(2)\n    except Exception: pass",
+        "try: f(1)\nfinally:\n    try: assert f(2) == 4\n    except Exception: pass",
         "try: f(3)\nexcept Exception as e: raise type(e)(f'f(3) raised {e}') from e",
     ],
 )
@@ -577,12 +573,12 @@ def test_cpp_is_compiled_where_the_settings_name_a_compiler():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("not json", "JSONDecodeError"),
-        ("{}", "KeyError: 'type'"),
-        ('{"type": "essay"}', "must be one of asserts, humaneval, function_io, stdin_stdout, got 'essay'"),
+        ("not json", "tests must be JSON: Expecting value"),
+        ("{}", "the type of tests must be one of asserts, humaneval, pytest, function_io, stdin_stdout, got None"),
+        ('{"type": "essay"}', "the type of tests must be one of asserts, humaneval, pytest"),
         ('{"type": "asserts", "asserts": []}', "no test in it"),
-        ('{"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}', "ValueError"),
-        ("[]", "TypeError"),
+        ('{"type": "function_io", "fn_name": "f", "inputs": [[1]], "outputs": []}', "1 inputs and 0 outputs"),
+        ("[]", "tests must be an object of JSON, got []"),
     ],
 )
 def test_tests_that_cannot_be_read_are_an_error_and_not_the_programs_fault(answer, message):

@@ -15,7 +15,7 @@ from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import RlConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
-from megatron_rl.reward.code import score_code
+from megatron_rl.reward.code import judge_code
 from megatron_rl.reward.math import judge_boxed, settle_math
 from megatron_rl.reward.sandbox import Sandbox
 from megatron_rl.reward.stem import judge_value, settle_stem
@@ -78,8 +78,8 @@ def test_steps_are_counted_without_a_mistake() -> None:
 def test_programs_pass_their_tests_and_others_fail() -> None:
     found = domains.problems("code", 6, "a")
     for problem in found:
-        assert score_code(problem.response, problem.answer).score == 1, problem
-    assert sum(score_code(found[0].response, other.answer).score for other in found[1:]) == 0
+        assert judge_code(problem.response, problem.answer).score == 1, problem
+    assert sum(judge_code(found[0].response, other.answer).score for other in found[1:]) == 0
 
 
 def test_no_test_question_is_trained_on_and_lengths_differ_by_an_order_of_magnitude(tmp_path: Path) -> None:

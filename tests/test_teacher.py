@@ -14,7 +14,7 @@ from megatron_rl import cli
 from megatron_rl import endpoint as endpoint_module
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout import teacher as teacher_module
-from megatron_rl.rollout.recorded import check_first_row
+from megatron_rl.rollout.recorded import RowLimits, check_rows
 
 CONFIG = """
 run_dir = "{folder}/run"
@@ -101,7 +101,7 @@ def test_an_endpoint_answers_every_prompt_as_often_as_the_section_says(
     with pytest.raises(
         ValueError, match=r"line 1 has no token ids and log-probs: .*tools/make_sft_data.py makes its rows"
     ):
-        check_first_row(tmp_path / "out.jsonl")
+        check_rows(tmp_path / "out.jsonl", RowLimits())
     for file in tmp_path.iterdir():
         assert "s3cret" not in file.read_text()
     assert "s3cret" not in told

@@ -52,9 +52,13 @@ def test_a_gradient_far_above_the_usual_is_reported_once_there_is_a_usual() -> N
 
 def test_a_reward_that_collapses_is_reported_also_across_a_resume() -> None:
     alarms = Alarms(SECTION, rows([None] * 10, [0.6] * 10))
-    falling = [alarms.check({"grad_norm": None, "reward": 0.0}) for _ in range(6)]
-    assert falling[:5] == [[]] * 5  # 0.3 after five of ten, which is half of 0.6 and not below
-    assert falling[5] == ["the mean reward of 10 steps fell to 0.24 from 0.6"]
+    assert alarms.check({"grad_norm": None, "reward": 0.3}) == []  # half of 0.6, and not below
+    falling = [alarms.check({"grad_norm": None, "reward": 0.29}) for _ in range(53)]
+    assert [index for index, found in enumerate(falling, start=1) if found] == [3, 53]  # once, and again much later
+    assert "the reward has been below 0.3 for 3 steps or more, now 0.29, and its best mean of 10" in falling[2][0]
+    assert "was 0.6. Likely: the policy has collapsed (lower optimizer.learning_rate" in falling[2][0]
+    noisy = Alarms(SECTION, rows([None] * 10, [0.6] * 10))
+    assert [noisy.check({"grad_norm": None, "reward": r}) for r in (0.0, 0.0, 0.4, 0.0, 0.0)] == [[]] * 5
     never_good = Alarms(SECTION, rows([None] * 20, [0.04] * 10 + [0.0] * 10))
     assert never_good.check({"grad_norm": None, "reward": 0.0}) == []
 

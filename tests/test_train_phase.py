@@ -75,6 +75,7 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     assert {"code": metrics["num_loss_tokens/code"], "math": metrics["num_loss_tokens/math"]} == tokens
     assert tokens["code"] >= 6  # the carried response, and 14 tokens more of one of the two or both
     assert metrics["uniform_group_share"] == 1 / 4
+    assert (metrics["wrong_share"], metrics["no_answer_share"]) == (3 / 8, 0)
     assert metrics["budget_use"] == 1.0
     assert metrics["num_dropped_equal_rewards"] == metrics["num_dropped_not_needed"] == 2
     assert metrics["num_dropped_stale"] == 1
@@ -86,16 +87,39 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     assert metrics["num_cut_tokens"] == trained - 20
 
 
+def say(number: int) -> str:
+    return f"It is \\boxed{{{number}}}."
+
+
 def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
     phase = make_phase()
-    phase.write(tmp_path / "rollouts" / "step_0.jsonl", prompt_of, lambda ids: str(len(ids)))
+    phase.write(tmp_path / "rollouts" / "step_0.jsonl", prompt_of, lambda domain: "exact", lambda ids: say(len(ids)))
     rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_0.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert sum(row.get("num_loss_tokens", 0) for row in rows) == 20
     assert [row["num_tokens"] for row in rows if row["outcome"] == "dropped: kept for too long"] == [7, 0]
     (carried,) = (row for row in rows if row["position"] == 90)
     assert (carried["prompt_id"], carried["policy_versions"], carried["reason"]) == ("prompt-90", {"2": 6}, "wrong")
-    assert (carried["outcome"], carried["num_loss_tokens"], carried["response"]) == ("trained", 6, "6")
+    assert (carried["outcome"], carried["num_loss_tokens"], carried["response"]) == ("trained", 6, say(6))
+    assert {row["expected"] for row in rows} == {"!"}
+    assert all(row["extracted"] == str(row["num_tokens"]) for row in rows)
+
+
+def test_examples_are_of_two_failures_or_of_two_prompts() -> None:
+    def told(reasons: list[str]) -> list[str]:
+        phase = phase_with_reasons(reasons)
+        return phase.examples(prompt_of, lambda domain: "exact", lambda ids: "x" * 500 + say(len(ids)))
+
+    most, other = told(["no_answer"] * 9)  # and four that are wrong
+    assert most.startswith(
+        "prompt prompt-5, reward 0 (no_answer): expected '!', extracted '3', the response ends ...'xx"
+    )
+    assert most.endswith("It is \\\\boxed{3}.'")
+    assert "prompt-5" not in other
+    assert "reward 0 (wrong): expected '!'" in other
+    first, second = told([])  # of groups 0 and 1 the wrong ones: two prompts
+    assert ("prompt-0" in first, "prompt-1" in second) == (True, True)
+    assert max(map(len, (first, second))) < 400
 
 
 def phase_with_reasons(reasons: list[str]) -> Phase:

@@ -59,7 +59,7 @@ def main() -> int:
             where = folder / f"ranks{ranks}"
             worker = str(Path(__file__).resolve())
             run_ranks(ranks, spec | {"ranks": ranks}, where.resolve(), timeout_seconds=3600, worker=worker)
-            print(json.dumps(json.loads((where / "report.json").read_text()), indent=1))
+            print(json.dumps(json.loads((where / "report.json").read_text(encoding="utf-8")), indent=1))
             shutil.rmtree(where)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,7 +68,7 @@ def main() -> int:
 
 def measure(folder: Path) -> None:
     """One rank."""
-    spec = json.loads((folder / "spec.json").read_text())
+    spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
@@ -84,7 +84,7 @@ def measure(folder: Path) -> None:
         bench.round()
     bench.read()
     if bench.session.is_leader:
-        (folder / "report.json").write_text(json.dumps(bench.report(spec["ranks"])))
+        (folder / "report.json").write_text(json.dumps(bench.report(spec["ranks"])), encoding="utf-8")
     bench.session.close()
 
 
@@ -150,7 +150,7 @@ class Bench:
 
     @property
     def path(self) -> Path:
-        return self.directory / (self.directory / "latest").read_text()
+        return self.directory / (self.directory / "latest").read_text(encoding="utf-8")
 
     def note(self, name: str, seconds: float) -> None:
         self.figures.setdefault(name, []).append(seconds)

@@ -80,7 +80,12 @@ def run(folder: Path, layers: int) -> dict[str, object]:
     shutil.rmtree(there)
     make_directory(source, layers)
     compared = subprocess.run(
-        [sys.executable, tools / "verify_checkpoint.py", source, back], capture_output=True, text=True, check=False
+        [sys.executable, tools / "verify_checkpoint.py", source, back],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
     )
     report["back_equals_source"] = compared.returncode == 0
     return report
@@ -93,7 +98,9 @@ def shape(layers: int) -> BailingConfig:
 def make_directory(directory: Path, layers: int) -> int:
     """Values that are cheap and the same every time: windows of one random buffer, another for every tensor."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LING_LITE | {"num_hidden_layers": layers}, indent=1))
+    (directory / "config.json").write_text(
+        json.dumps(LING_LITE | {"num_hidden_layers": layers}, indent=1), encoding="utf-8"
+    )
     table = name_table(shape(layers))
     infos = [(name, entry.hf_shape, torch.bfloat16) for name, (entry, _) in hf_names(table).items()]
     largest = max(torch.Size(s).numel() for _, s, _ in infos)
@@ -134,7 +141,7 @@ def measured(command: list[object], size: int, cp_seconds: float) -> dict[str, f
 def rss_anon(pid: int) -> int:
     """Bytes; 0 when the process is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     lines = [line for line in status.splitlines() if line.startswith("RssAnon")]

@@ -198,16 +198,17 @@ def write_data(folder: Path, num_rows: int, seed: int) -> Counter[str]:
     make = Generator(seed)
     benchmark = [make.new_row() for _ in range(NUM_BENCHMARK_ROWS)]
     planted: Counter[str] = Counter()
-    with (folder / "benchmark.jsonl").open("w") as file:
+    with (folder / "benchmark.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(vars_of(row)) + "\n" for row in benchmark)
-    with (folder / "rows.jsonl").open("w") as file:
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for number, (kind, fields) in enumerate(generated(make, benchmark, num_rows)):
             planted[kind] += 1
             file.write(json.dumps({"id": f"{kind}:{number}", **fields}) + "\n")
     (folder / "curation.toml").write_text(
         f'output = "{folder}/out"\n[duplicates]\nthreshold = {THRESHOLD}\n'
         f'[[source]]\npath = "{folder}/rows.jsonl"\nprompt = "prompt"\nanswer = "answer"\nid_column = "id"\n'
-        f'domain = "math"\n[[benchmark]]\npath = "{folder}/benchmark.jsonl"\nprompt = "prompt"\n'
+        f'domain = "math"\n[[benchmark]]\npath = "{folder}/benchmark.jsonl"\nprompt = "prompt"\n',
+        encoding="utf-8",
     )
     return planted
 
@@ -216,14 +217,14 @@ def judged(out: Path, planted: Counter[str]) -> dict[str, Any]:
     """What became of the planted rows. An original of conflicting answers was planted as a row to keep."""
     found: Counter[tuple[str, str]] = Counter()
     conflicts = 0
-    with (out / "dropped.jsonl").open() as file:
+    with (out / "dropped.jsonl").open(encoding="utf-8") as file:
         for dropped in map(json.loads, file):
             kind = dropped["row"]["id"].partition(":")[0]
             if (kind, dropped["reason"]) == ("keep", "conflicting_answers"):
                 conflicts += 1
             else:
                 found[kind, dropped["reason"]] += 1
-    with (out / "kept.jsonl").open() as file:
+    with (out / "kept.jsonl").open(encoding="utf-8") as file:
         found.update((json.loads(line)["id"].partition(":")[0], "keep") for line in file)
     to_keep = planted["keep"] - planted["conflicting_answers"]
     false_drops = to_keep - found["keep", "keep"]
@@ -260,7 +261,7 @@ def run_measured(command: list[str]) -> dict[str, float]:
 def anonymous_bytes(pid: int) -> int:
     """0 for a process that has just ended."""
     try:
-        found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     except OSError:
         found = None
     return int(found[1]) * 1024 if found else 0
@@ -270,7 +271,7 @@ def bench(folder: Path, num_rows: int, workers: int, seed: int) -> dict[str, Any
     planted = write_data(folder, num_rows, seed)
     command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(folder / "curation.toml")]
     measured = run_measured([*command, "--set", f"workers={workers}"])
-    report = json.loads((folder / "out" / "report.json").read_text())
+    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
     return {
         "rows": num_rows,
         "workers": workers,

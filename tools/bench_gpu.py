@@ -306,7 +306,15 @@ def measured_by_child(*asked: str) -> dict[str, Any]:
     cannot be had says why."""
     command = [sys.executable, __file__, *sys.argv[1:], *asked]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHILD_SECONDS)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CHILD_SECONDS,
+            encoding="utf-8",
+            errors="replace",
+        )
     except subprocess.TimeoutExpired:
         return {"left_out": f"not done after {CHILD_SECONDS} s"}
     if done.returncode:
@@ -393,7 +401,7 @@ def matmul_flops(size: int, rounds: int) -> float:
 
 def commit() -> str:
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace")
     return done.stdout.strip() or "unknown"
 
 

@@ -56,7 +56,7 @@ HEADS = {"fused": fused_head, "plain": plain_head}
 
 def resident_bytes(field: str) -> int:
     """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"/proc/self/status has no {field}")
@@ -110,7 +110,7 @@ def measure(name: str, num_tokens: int, arguments: argparse.Namespace) -> dict:
 
 def in_a_process(name: str, num_tokens: int, values: Path) -> dict:
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name, str(num_tokens), "--values", str(values)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, encoding="utf-8", errors="replace")
     print(f"{name} at {num_tokens} tokens: {done.stdout.strip()}", file=sys.stderr)
     return json.loads(done.stdout)
 

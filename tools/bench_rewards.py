@@ -113,7 +113,7 @@ def speed(verdicts: Sequence[Verdict], seconds: float, workers: int) -> Row:
 
 def compared(path: Path, in_sample: bool | None, args: argparse.Namespace) -> Row:
     """One file. in_sample: None where nobody said."""
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     is_text = IN_SAMPLE.get(path.name, False)
     report: Row = {
@@ -183,7 +183,7 @@ def main() -> None:
         {"workers": args.workers, "deadline_seconds": args.deadline, "files": found}, indent=2, ensure_ascii=False
     )
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
 

@@ -254,8 +254,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder) / "model", **SHAPE)
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": NEVER}))
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": NEVER}), encoding="utf-8")
         result = asyncio.run(bench(arguments, model, Path(folder)))
     print(json.dumps(result, indent=1))
 

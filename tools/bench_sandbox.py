@@ -36,7 +36,7 @@ def fenced(source: str) -> str:
 def solutions(path: Path | None, code: str) -> dict[str, str]:
     if path is None:
         return {}
-    return {str(row["task_id"]): row[code] for row in map(json.loads, path.read_text().splitlines())}
+    return {str(row["task_id"]): row[code] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
 def items(
@@ -119,8 +119,8 @@ def main() -> None:
     if not arguments.data.is_file():
         parser.error(f"{arguments.data} does not exist; give a JSONL file of code tasks")
     warm_up(CodeSettings(seconds=30.0))
-    rows = list(map(json.loads, arguments.data.read_text().splitlines()))
-    taco = json.loads(arguments.taco.read_text()) if arguments.taco else []
+    rows = list(map(json.loads, arguments.data.read_text(encoding="utf-8").splitlines()))
+    taco = json.loads(arguments.taco.read_text(encoding="utf-8")) if arguments.taco else []
     found = items(
         rows,
         solutions(arguments.humaneval, "canonical_solution"),

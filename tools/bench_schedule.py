@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.lengths.is_file():
         parser.error(f"{arguments.lengths} does not exist; give a file with one response length per line")
-    recorded = [min(int(line), TOKEN_CAP) for line in arguments.lengths.read_text().split()]
+    recorded = [min(int(line), TOKEN_CAP) for line in arguments.lengths.read_text(encoding="utf-8").split()]
     needed = max(num_samples for num_samples, _ in CASES)
     if len(recorded) < needed:
         parser.error(f"{arguments.lengths} has {len(recorded)} lengths; {needed} are needed")

@@ -63,16 +63,23 @@ def measure(steps: int, folder: Path, nproc: int) -> dict[str, float]:
     )
     data = [*python, ROOT / "tools/make_task_data.py", folder / "data", "--num-sft", "1", "--num-train", "400"]
     subprocess.run([*data, "--num-test", "1"], check=True, stdout=sys.stderr)
-    (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=steps))
+    (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=steps), encoding="utf-8")
     environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
     train = [*python, "-m", "megatron_rl.cli", "train", folder / "config.toml", "--nproc", str(nproc)]
     subprocess.run(train, check=True, env=environment)
-    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][2:]
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()][2:]
     return {name: round(statistics.median(row[name] for row in rows), 4) for name in MEASURED}
 
 
 def measure_trl(python: str, script: str, steps: int) -> dict[str, float]:
-    answer = subprocess.run([python, script, "--steps", str(steps)], check=True, capture_output=True, text=True)
+    answer = subprocess.run(
+        [python, script, "--steps", str(steps)],
+        check=True,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     # TRL prints a dict per step before it; the result starts on a line of its own.
     return json.loads(answer.stdout[answer.stdout.index("{\n") :])
 

@@ -25,7 +25,7 @@ from megatron_rl.reward import code
 from megatron_rl.reward.plain_data import pack
 
 SETTINGS = code.CodeSettings(seconds=3.0, cpu_seconds=3, memory_bytes=512 * 1024**2)
-KINDS = ("asserts", "humaneval", "classes", "function_io", "stdin_stdout")
+KINDS = ("asserts", "humaneval", "pytest", "classes", "function_io", "stdin_stdout")
 HOSTILE = """
 import os
 lines = {lines!r}
@@ -76,6 +76,11 @@ def tests_of(kind: str, source: random.Random) -> dict[str, Any]:
         test = f"def check(candidate):\n    x = [1, 2]\n    assert candidate(x) == {number}\n"
         other = f"def check(candidate):\n    for a in (3, 4):\n        assert candidate(a, key=a) == {text!r}\n"
         return {"type": "humaneval", "entry_point": "f", "test": source.choice([test, other])}
+    if kind == "pytest":
+        near = f"import pytest\nfrom solution import f\ndef test_f():\n    assert f(1) == pytest.approx({number})\n"
+        case = "import solution\nclass TestF:\n    def test_f(self):\n"
+        case += f"        assert solution.f([2]) == {text!r} and solution.f(3) == [{number}]\n"
+        return {"type": "pytest", "test": source.choice([near, case])}
     if kind == "classes":
         asserts = [
             f"s = Stack(1)\ns.push(2)\nassert s.pop() == {text!r}",

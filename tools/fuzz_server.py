@@ -72,6 +72,8 @@ class Server:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self.log: list[str] = []
         assert self.process.stderr is not None

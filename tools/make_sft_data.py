@@ -22,6 +22,7 @@ from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.data.sft_files import SftFiles
 from megatron_rl.data.student import student_of
 from megatron_rl.errors import exit_code
+from megatron_rl.locales import use_utf8
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -108,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "domains": {name: count.as_json() for name, count in domains.items()},
     }
     path = arguments.output.with_name(f"{arguments.output.name}.summary.json")
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(table(domains))
     for name, count in summary["files"].items():
         print(f"{name}: {count:,} rows")
@@ -123,4 +124,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         "test.jsonl": [as_prompt(problem) for problem in data.test],
     }
     for name, rows in files.items():
-        (arguments.out / name).write_text("".join(as_line(row) for row in rows))
+        (arguments.out / name).write_text("".join(as_line(row) for row in rows), encoding="utf-8")
         print(f"{arguments.out / name}: {len(rows)} rows")
     return 0
 

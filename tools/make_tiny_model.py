@@ -283,7 +283,7 @@ def write_tokenizer(out: Path, model: TinyModel) -> None:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_tokens([AddedToken(BOXED, normalized=False)])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNK, *ROLES, EOS)])
-    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n")
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
@@ -300,7 +300,7 @@ def write_tokenizer(out: Path, model: TinyModel) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> None:
@@ -320,7 +320,7 @@ def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> Non
         eos = TOKENS.index(EOS)
         write_json(partial / "config.json", model_config(model))
         write_json(partial / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
-        (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE)
+        (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE, encoding="utf-8")
         if out.exists():
             replaced = partial.with_suffix(".replaced")
             out.rename(replaced)

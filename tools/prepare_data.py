@@ -1,4 +1,5 @@
-"""Curate prompts for reinforcement learning: JSONL, Parquet or Hugging Face datasets in, kept and dropped rows out.
+"""Curate prompts for reinforcement learning, or chats for fine-tuning: JSONL, JSON, CSV, Parquet or Hugging Face
+datasets in, kept and dropped rows out.
 
     python tools/prepare_data.py CONFIG.toml [--set key=value] [--force]
 
@@ -15,6 +16,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.errors import exit_code
+from megatron_rl.locales import use_utf8
 
 _TELL_EVERY_SECONDS = 5.0
 
@@ -50,4 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
         found.append({"name": name, "gpus": gpus, "overrides": overrides, "lengths": workload.told, **result})
     told = {"config": str(arguments.config), "rates": rates.model_dump(mode="json"), "cases": found}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+    arguments.output.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     draw(found, arguments.output.with_suffix(".png"))
     sys.stdout.write(table(found))
     return 0
@@ -127,7 +127,7 @@ def fit(arguments: argparse.Namespace) -> int:
     rates = calibrate(run, config, cluster, cost)
     output = arguments.output.with_suffix(".toml")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f"# Found by tools/simulate_cluster.py --calibrate {run}\n{dump_config(rates)}")
+    output.write_text(f"# Found by tools/simulate_cluster.py --calibrate {run}\n{dump_config(rates)}", encoding="utf-8")
     rows, steps = read_metrics(run / "metrics.jsonl")[SETTLED:], replay(run, config, cluster, cost, rates)[SETTLED:]
     sys.stdout.write(f"{'seconds of':<12}{'measured':>10}{'predicted':>11}{'ratio':>8}\n")
     for part in ("step", "rollout", "train"):

@@ -90,8 +90,10 @@ def compare(arguments: argparse.Namespace) -> int:
     # Steps of two stages and of a mixture train on other domains, so only the accuracies compare.
     parts = [*accuracy_tables(results, seeds), *([step_table(steps)] if name != "stages" else [])]
     text = "\n\n".join(parts) + "\n"
-    (folder / f"{name}.md").write_text(text)
-    (folder / f"{name}.json").write_text(json.dumps({"accuracy": results, "steps": summary(steps)}, indent=1))
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(
+        json.dumps({"accuracy": results, "steps": summary(steps)}, indent=1), encoding="utf-8"
+    )
     plot(steps, folder / f"{name}.png")
     print(text)
     print(f"[{stages.seconds():5.0f} s] {folder / name}.md, .json, .png")
@@ -100,7 +102,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def candidates() -> dict[str, Path]:
     """The epochs of the distilled model, by names that tell the entropy of the policy; the chosen one has a star."""
-    record = json.loads((RUN / "select/results.json").read_text())
+    record = json.loads((RUN / "select/results.json").read_text(encoding="utf-8"))
     found = {}
     for name, measured in record["candidates"].items():
         entropy, star = measured["entropy"]["value"], "*" if name == record["chosen"] else ""
@@ -117,13 +119,16 @@ def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[st
     # The same path may be another model by now, and `chosen` is a link.
     origin, record = model_settings(model, "float32"), run_dir / "started_from.json"
     if (run_dir / "config.toml").exists():  # a kill may have come before a run began in the folder
-        same = load_config(RlConfig, run_dir / "config.toml") == wanted and json.loads(record.read_text()) == origin
+        same = (
+            load_config(RlConfig, run_dir / "config.toml") == wanted
+            and json.loads(record.read_text(encoding="utf-8")) == origin
+        )
         if not same:
             sys.exit(
                 f"{run_dir} was run with another configuration or model; move it away, or work in another directory"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(origin))
+    record.write_text(json.dumps(origin), encoding="utf-8")
     if not (run_dir / "hf/config.json").exists():
         options = [*stages.settings(values), "--resume", *(["--nproc", str(nproc)] if nproc > 1 else [])]
         stages.run_python(

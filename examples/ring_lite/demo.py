@@ -65,7 +65,7 @@ class Demo:
         before = self.evaluate("before", folder / "sft/hf")
         self.train("reinforcement learning", "rl", self.arguments.steps, model=folder / "sft/hf")
         after = self.evaluate("after", folder / "rl/hf")
-        rows = [json.loads(line) for line in (folder / "rl/metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / "rl/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         plot(rows, folder / "plot.png")
         self.publish(before, after, rows)
         return 0
@@ -75,7 +75,7 @@ class Demo:
         wanted = {k: str(v) for k, v in vars(self.arguments).items()}
         record = self.folder / "demo.json"
         if self.folder.exists():
-            same = record.exists() and json.loads(record.read_text()) == wanted
+            same = record.exists() and json.loads(record.read_text(encoding="utf-8")) == wanted
             if same and not (self.folder / "summary.json").exists():
                 print(f"continuing the unfinished demo in {self.folder}")
                 return
@@ -83,7 +83,7 @@ class Demo:
             self.folder.rename(aside)
             print(f"an earlier demo is now in {aside}")
         self.folder.mkdir(parents=True)
-        record.write_text(json.dumps(wanted, indent=1))
+        record.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
 
     def train(self, title: str, stage: str, steps: int | None, model: Path) -> None:
         run_dir = self.folder / stage
@@ -110,7 +110,7 @@ class Demo:
             stages.run_python(
                 f"accuracy {when}", "-m", "megatron_rl.cli", "evaluate", CONFIGS / "evaluate.toml", *options
             )
-        return json.loads((output / "results.json").read_text())["benchmarks"]["unseen"]
+        return json.loads((output / "results.json").read_text(encoding="utf-8"))["benchmarks"]["unseen"]
 
     def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
         """The run's files where a reader looks for them, summary.json, and the result in words."""
@@ -142,7 +142,7 @@ class Demo:
             if not link.is_symlink():
                 link.symlink_to(Path("rl") / name)
         report = self.report()
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         print(
             f"[{stages.seconds():5.0f} s] done: accuracy {interval(before)} before, {interval(after)} after "
             f"{len(rows)} steps, on {after['num_prompts']} unseen prompts\n"
@@ -166,7 +166,15 @@ def interval(result: dict) -> str:
 
 
 def git_commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    )
     return answer.stdout.strip() or "unknown"
 
 

@@ -287,7 +287,7 @@ def write(arguments: argparse.Namespace) -> None:
             ("worked", worked, chat_row),
         ):
             path = arguments.out / f"{domain}_{name}.jsonl"
-            path.write_text("".join(json.dumps(row(domain, problem)) + "\n" for problem in found))
+            path.write_text("".join(json.dumps(row(domain, problem)) + "\n" for problem in found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -191,10 +191,10 @@ def move_aside(names: list[str]) -> None:
 def claim_folder(wanted: dict[str, object]) -> None:
     """Everything in RUN is of one seed, and of one size."""
     record = RUN / "pipeline.json"
-    if record.exists() and (before := json.loads(record.read_text())) != wanted:
+    if record.exists() and (before := json.loads(record.read_text(encoding="utf-8"))) != wanted:
         sys.exit(f"{RUN} holds a pipeline of {before}, not {wanted}; move it away, or work in another directory")
     RUN.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted))
+    record.write_text(json.dumps(wanted), encoding="utf-8")
 
 
 def do(stage: Stage, arguments: argparse.Namespace) -> None:

@@ -35,13 +35,13 @@ def write(run: Path, models: list[str]) -> None:
         parts += ["## What each stage should do", "\n".join(f"- {line}" for line in verdicts(found, folders))]
     choice = run / "select/results.md"
     if choice.exists():
-        parts += ["## Choice of the distilled checkpoint", choice.read_text()]
+        parts += ["## Choice of the distilled checkpoint", choice.read_text(encoding="utf-8")]
     if all(engines.values()):
         parts += ["## The export on two engines, at temperature 0.01", engine_table(run, engines)]
     if took := seconds(run):
         parts += ["## Seconds of each stage", cost_table(took)]
-    (run / "tables.md").write_text("\n\n".join(parts) + "\n")
-    (run / "tables.json").write_text(json.dumps({"accuracy": found, "engines": engines}, indent=1))
+    (run / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (run / "tables.json").write_text(json.dumps({"accuracy": found, "engines": engines}, indent=1), encoding="utf-8")
     rows = {
         name: read_metrics(run / name / "metrics.jsonl")
         for name in RL_STAGES
@@ -56,17 +56,17 @@ def write(run: Path, models: list[str]) -> None:
 def results(folder: Path) -> dict[str, Any]:
     """By benchmark; nothing where the evaluation has not run."""
     path = folder / "results.json"
-    return json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
 
 
 def seconds(run: Path) -> dict[str, float]:
     """How long each stage took, by its name."""
     path = run / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_seconds(run: Path, took: dict[str, float]) -> None:
-    (run / "seconds.json").write_text(json.dumps(took, indent=1))
+    (run / "seconds.json").write_text(json.dumps(took, indent=1), encoding="utf-8")
 
 
 def as_table(header: list[str], rows: list[list[str]]) -> str:
@@ -139,7 +139,7 @@ def responses(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """By benchmark and position."""
     found = {}
     for domain in DOMAINS:
-        lines = (folder / f"{domain}.jsonl").read_text().splitlines()
+        lines = (folder / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
         found[domain] = {row["position"]: row for row in map(json.loads, lines)}
     return found
 

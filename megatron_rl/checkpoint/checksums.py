@@ -33,7 +33,7 @@ def checksum_on_disk(path: Path) -> Checksum:
 def write_checksums(folder: Path, files: dict[str, Checksum]) -> None:
     """files: by path relative to `folder`."""
     content = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
-    (folder / CHECKSUMS).write_text(json.dumps(content, indent=1))
+    (folder / CHECKSUMS).write_text(json.dumps(content, indent=1), encoding="utf-8")
     sync(folder / CHECKSUMS)
 
 

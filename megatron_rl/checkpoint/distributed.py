@@ -153,7 +153,9 @@ def write_distributed(
             dcp.save({}, storage_writer=_Writer(folder, max_file_bytes), planner=planner, no_dist=True)
         except dcp.CheckpointException as error:  # around whatever was raised in it, Ctrl-C too
             raise next(iter(error.failures.values()))[0] from None
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (folder / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}), encoding="utf-8"
+    )
 
 
 class _Planner(SavePlanner):

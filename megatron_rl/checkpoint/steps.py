@@ -56,7 +56,7 @@ def point_to(path: Path) -> None:
     directory = path.parent
     sync(directory)
     written = directory / ".latest.partial"
-    with written.open("w") as file:
+    with written.open("w", encoding="utf-8") as file:
         file.write(path.name)
         file.flush()
         os.fsync(file.fileno())

@@ -10,16 +10,16 @@ from megatron_rl.config.schema import (
     Fraction,
     GenerationSection,
     Positive,
+    PromptSection,
     RewardKindName,
     RewardSection,
     RolloutSection,
-    Section,
     ServedModelSection,
     check_servers,
 )
 
 
-class BenchmarkSection(Section):
+class BenchmarkSection(PromptSection):
     path: Path = Field(description="JSONL of {domain, prompt, answer}")
     reward: RewardKindName | Literal["choice"] | None = Field(
         default=None,

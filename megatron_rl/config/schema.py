@@ -7,10 +7,11 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from megatron_rl.config.limits import impossible
 from megatron_rl.gpus import visible_gpus
 from megatron_rl.layout import Layout
 
@@ -21,6 +22,8 @@ Recompute = Annotated[
     Literal["none", "selective", "full"],
     BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
 ]
+# What servers take besides 0.
+_LEAST_TEMPERATURE = 1e-6
 # What megatron-core 0.19.2 can recompute of local layers; norms alone want Transformer Engine.
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
@@ -283,7 +286,8 @@ class TrainSection(Section):
         default=0.5,
         ge=0,
         lt=1,
-        description="a mean reward of ten steps below this share of the best such mean so far is reported; 0 is off",
+        description="rewards of three steps in a row below this share of the best mean of ten steps so far are "
+        "reported; 0 is off",
     )
 
 
@@ -361,7 +365,35 @@ def _weights(train: object) -> object:
 Weights = Annotated[dict[Path, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
 
 
-class SftData(Section):
+class TextSection(Section):
+    """How the texts of rows become tokens."""
+
+    special_tokens: Literal["text", "token"] = Field(
+        default="text",
+        description="what the tokenizer's special tokens are where a user's message has them written out, as in "
+        "`<|endoftext|>`: text like any other, or the token itself",
+    )
+
+
+class PromptSection(TextSection):
+    """How the rows of a file become prompts."""
+
+    domain: str = Field(default="math", min_length=1, description="of rows that name none and have no tests")
+    suffix: str = Field(
+        default="",
+        description="goes behind every prompt as it stands, such as "
+        '"\\n\\nPut your final answer within \\\\boxed{}." of mathematics',
+    )
+
+
+TooLong = Annotated[
+    Literal["stop", "drop"],
+    Field(description="rows that are longer than the run's limits: stop the run at its start, or are left out"),
+]
+
+
+class SftData(TextSection):
+    too_long: TooLong = "stop"
     train: Weights = Field(
         description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
         '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
@@ -406,7 +438,8 @@ class DataStage(Section):
     train: Weights = Field(description="as data.train")
 
 
-class RlData(Section):
+class RlData(PromptSection):
+    too_long: TooLong = "stop"
     train: Weights | None = Field(
         default=None,
         description="JSONL of {domain, prompt, answer}, or weights of several such files: "
@@ -473,7 +506,13 @@ class GenerationSection(Section):
     )
     max_response_tokens: Positive = 64
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        le=1e6,
+        description="0 takes the most probable token each time (greedy), for evaluate, and where a prompt has one "
+        "response",
+    )
     max_running_requests: Positive = Field(default=64, description="decoding slots of the embedded server")
     servers: int = Field(
         default=0,
@@ -498,6 +537,15 @@ class GenerationSection(Section):
     max_restarts: int = Field(
         default=3, ge=0, description="times that each of our servers is started again before the run stops"
     )
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> Self:
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature:g} is too near to 0 to divide by; set 0, which is greedy, or at least "
+                f"{_LEAST_TEMPERATURE:g}"
+            )
+        return self
 
     def servers_on(self, num_gpus: int) -> int:
         """Count the servers to start on one machine. num_gpus: that it has, 0 on a CPU."""
@@ -881,6 +929,11 @@ class RolloutPhase(CommandConfig):
             if self.model is None:
                 raise ValueError("model is required, a checkpoint to sample from; or teacher, an endpoint that answers")
             check_servers(self.rollout, self.model)
+        if self.rollout.temperature == 0 and self.rollout.samples_per_prompt > 1:
+            raise ValueError(
+                f"rollout.temperature 0 makes the {self.rollout.samples_per_prompt} responses of a prompt "
+                "(rollout.samples_per_prompt) all alike, and nothing is learned from that; set a temperature above 0"
+            )
         longest = self.rollout.max_response_tokens
         if self.reward.overlong_buffer_tokens > longest:
             raise ValueError(
@@ -969,34 +1022,15 @@ class RlConfig(RunConfig, SamplingConfig):
                 "sync.backend = 'auto', which takes gloo"
             )
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether optimizer steps are filled up to budget.tokens. c3po/algorithms.py has all of each algorithm."""
+        return self.algorithm.name == "c3po"
+
     @model_validator(mode="after")
-    def _check_budget(self) -> "RlConfig":
-        longest = self.rollout.max_response_tokens
-        if self.budget.tokens < longest:
-            raise ValueError(
-                f"budget.tokens {self.budget.tokens} is smaller than one response can be "
-                f"(rollout.max_response_tokens {longest}); set budget.tokens to at least {longest}"
-            )
-        for domain, share in self.budget.domains.items():
-            if share * self.budget.tokens < longest:
-                raise ValueError(
-                    f"budget.domains gives {domain!r} {share:g} of budget.tokens {self.budget.tokens}, which is less "
-                    f"than one response can be (rollout.max_response_tokens {longest}); raise its share or the budget"
-                )
-        if self.budget.domains and self.algorithm.name != "c3po":
-            raise ValueError(
-                f"budget.domains divides the token budget, and algorithm {self.algorithm.name!r} has none; set "
-                "algorithm.name = 'c3po', or take budget.domains out"
-            )
-        if self.micro_batch_cap < self.rollout.max_sequence_tokens:
-            shared = f" x parallel.context {self.parallel.context}" if self.parallel.context > 1 else ""
-            raise ValueError(
-                f"train.micro_batch_tokens {self.train.micro_batch_tokens}{shared} is smaller than one sequence can be "
-                f"(rollout.max_prompt_tokens + max_response_tokens = {self.rollout.max_sequence_tokens}); "
-                "raise it or shorten the responses"
-            )
-        if self.rollout.samples_per_prompt < 2:
-            raise ValueError("rollout.samples_per_prompt must be at least 2: a group of one has no advantage")
+    def _check_limits(self) -> "RlConfig":
+        for problem in impossible(self):
+            raise ValueError(problem)
         return self
 
     def phase_budgets(self, num_training_ranks: int) -> tuple[int, ...]:

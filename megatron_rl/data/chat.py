@@ -1,13 +1,16 @@
 """Text to tokens, through the chat template of the checkpoint.
 
-Special tokens that are written out inside a message (`<|endoftext|>`) are encoded as such: filter the data for them.
+A special token that a user's message has written out (`<|endoftext|>`) is text, unless it is asked for as the token.
+In what an assistant says it is the token: reasoning and tool calls are marked by some.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_rl.data.prompts import Message, Prompt
+from megatron_rl.data.prompts import Message
 from megatron_rl.files import model_files
 
 if TYPE_CHECKING:
@@ -43,30 +46,17 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None = None) -> list[int]:
-    """Token ids of one user message, generation prompt included: what the server is asked to continue."""
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None = None, special_tokens: str = "text"
+) -> list[int]:
+    """Token ids of one user message, generation prompt included: what the server is asked to continue.
+
+    special_tokens: as data.special_tokens.
+    """
     messages = [Message(role="user", content=prompt)]
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
-    return _render(tokenizer, messages, add_generation_prompt=True)
-
-
-def rendered_prompts(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, where: object
-) -> dict[str, tuple[int, ...]]:
-    """Token ids of every prompt by its id. ValueError names the first that is longer than `max_tokens`.
-
-    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later.
-    """
-    rendered = {}
-    for prompt in prompts:
-        ids = rendered[prompt.id] = tuple(render_prompt(tokenizer, prompt.prompt))
-        if len(ids) > max_tokens:
-            raise ValueError(
-                f"{where}: prompt {prompt.id} has {len(ids)} tokens, over rollout.max_prompt_tokens = {max_tokens}; "
-                "raise it or drop the prompt"
-            )
-    return rendered
+    return _render(tokenizer, messages, special_tokens, add_generation_prompt=True)
 
 
 def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable[[Sequence[int]], str]:
@@ -80,7 +70,9 @@ def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable
     return decode
 
 
-def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], special_tokens: str = "text"
+) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
     Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
@@ -94,14 +86,14 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
         raise ValueError("messages hold no assistant message, so there is nothing to learn; drop the conversation")
     if messages[0].role == "assistant":
         raise ValueError("messages begin with an assistant message; put the question before it")
-    ids = _render(tokenizer, messages, add_generation_prompt=False)
+    ids = _render(tokenizer, messages, special_tokens, add_generation_prompt=False)
     mask = [False] * len(ids)
     eos = tokenizer.eos_token_id
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        start = _prefix_length(tokenizer, messages, index, ids, add_generation_prompt=True)
-        end = _prefix_length(tokenizer, messages, index + 1, ids, add_generation_prompt=False)
+        start = _prefix_length(tokenizer, messages, index, special_tokens, ids, add_generation_prompt=True)
+        end = _prefix_length(tokenizer, messages, index + 1, special_tokens, ids, add_generation_prompt=False)
         if eos in ids[start:end]:
             end = start + _last_index(ids[start:end], eos) + 1
         elif end == len(ids):
@@ -112,31 +104,86 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], special_tokens: str, add_generation_prompt: bool
 ) -> list[int]:
+    if special_tokens == "text":
+        hidden, texts = _hidden(messages, _special(tokenizer))
+        if texts:
+            return _ids_with_texts(tokenizer, str(_applied(tokenizer, hidden, False, add_generation_prompt)), texts)
+    return list(_applied(tokenizer, messages, True, add_generation_prompt))
+
+
+def _applied(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool
+) -> Any:
     from jinja2 import TemplateError
 
     rows: list[Mapping[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return list(
-            tokenizer.apply_chat_template(
-                rows, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-            )
+        return tokenizer.apply_chat_template(
+            rows, tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
 
 
+@lru_cache(maxsize=8)
+def _special(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Any special token; the longest one where one begins with another."""
+    names = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)}, key=len)
+    return re.compile("|".join(map(re.escape, reversed(names)))) if names else None
+
+
+def _hidden(
+    messages: Sequence[Message], special: re.Pattern[str] | None
+) -> tuple[Sequence[Message], Mapping[str, str]]:
+    """The messages with something in place of every special token in what users say, and what it stands for."""
+    texts: dict[str, str] = {}
+    if special is None or not any(m.role == "user" and special.search(m.content) for m in messages):
+        return messages, texts
+    # Of the private-use characters one that nobody has written.
+    whole = "".join(message.content for message in messages)
+    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
+
+    def hide(found: re.Match[str]) -> str:
+        name = f"{mark}{len(texts)}{mark}"
+        texts[name] = found[0]
+        return name
+
+    hidden = [Message(role=m.role, content=special.sub(hide, m.content)) if m.role == "user" else m for m in messages]
+    return hidden, texts
+
+
+def _ids_with_texts(tokenizer: "PreTrainedTokenizerBase", rendered: str, texts: Mapping[str, str]) -> list[int]:
+    """Encode what the template made piece by piece: its own special tokens, and between them text, where what was
+    hidden is put back and nothing is special. Tokenizers divide a text at special tokens too, so pieces are theirs."""
+    special = _special(tokenizer)
+    assert special is not None
+    hidden = re.compile("|".join(map(re.escape, texts)))
+    ids: list[int] = []
+    start = 0
+    for found in [*special.finditer(rendered), None]:
+        piece = rendered[start : found.start() if found else len(rendered)]
+        text = hidden.sub(lambda name: texts[name[0]], piece)
+        if text:
+            ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=text != piece)
+        if found:
+            ids.append(int(tokenizer.convert_tokens_to_ids(found[0])))
+            start = found.end()
+    return ids
+
+
 def _prefix_length(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     count: int,
+    special_tokens: str,
     ids: Sequence[int],
     add_generation_prompt: bool,
 ) -> int:
     """Tokens of the first `count` messages, checked to be the beginning of `ids`."""
-    prefix = _render(tokenizer, messages[:count], add_generation_prompt)
+    prefix = _render(tokenizer, messages[:count], special_tokens, add_generation_prompt)
     if prefix != list(ids[: len(prefix)]):
         what = f"the first {count} of {len(messages)} messages"
         what += " with the generation prompt" if add_generation_prompt else ""

@@ -8,17 +8,25 @@ import random
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from megatron_rl.config.schema import RlData, SftData, Weights
+from megatron_rl.config.schema import RlData, RolloutPhase, SftData, Weights
+from megatron_rl.data.domains import check_domains, check_reward_domains
+from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
+from megatron_rl.data.rows import Problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = TypeVar("Row", bound=Prompt | Chat)
+Fits = Callable[[Sequence[Row]], Sequence[Row]]
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +58,10 @@ class Stream(ABC, Generic[Row]):
     only where an epoch of its file ends.
     """
 
-    def __init__(self, stages: Sequence[Stage[Row]], seed: int) -> None:
+    def __init__(self, stages: Sequence[Stage[Row]], seed: int, special_tokens: str = "text") -> None:
+        """special_tokens: as data.special_tokens, for the digest: other tokens are other rows."""
         self.seed = seed
+        self._of_tokens = "" if special_tokens == "text" else special_tokens
         self._sources: dict[Path, tuple[Row, ...]] = {
             source.path: source.rows for stage in stages for source in stage.sources
         }
@@ -109,7 +119,7 @@ class Stream(ABC, Generic[Row]):
 
     def _digest(self, stages: Sequence[Stage[Row]]) -> str:
         """16 hexadecimal digits that are others as soon as any position could have another row."""
-        digest = hashlib.sha256(str(self.seed).encode())
+        digest = hashlib.sha256(f"{self.seed}{self._of_tokens}".encode())
         paths: list[Path] = []
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
@@ -165,49 +175,70 @@ class ChatStream(Stream[Chat]):
         return [[message.role, message.content] for message in row.messages]
 
 
-def load_stream(data: RlData, seed: int) -> PromptStream:
-    """Reads every file once. ValueError for rows that are wrong."""
-    return PromptStream(_stages(data.weights_by_stage, read_prompts), seed)
+def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list) -> PromptStream:
+    """Reads every file once. ValueError for rows that are wrong, those of all files together.
+
+    fits: those of all rows that stay.
+    """
+    rows = _rows(data.train_files, lambda path, found: read_prompts(path, data.domain, data.suffix, found), fits)
+    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
 
 
-def load_chats(data: SftData, seed: int) -> ChatStream:
+def load_prompts(
+    config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
+    """The prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too long, or
+    not for the reward that judges them."""
+    limit = Limit(
+        tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens", too_long=config.data.too_long
+    )
+    input_ids: dict[str, tuple[int, ...]] = {}
+
+    def fits(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        input_ids.update(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens))
+        return [prompt for prompt in prompts if prompt.id in input_ids]
+
+    stream = load_stream(config.data, config.seed, fits)
+    check_reward_domains(stream.rows, config.reward, "data.train")
+    check_judged(stream.rows, config.reward)
+    return stream, input_ids
+
+
+def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:
     """As `load_stream`, of data.train."""
-    return ChatStream(_stages([(None, data.train)], read_chats), seed)
+    rows = _rows(list(data.train), read_chats, fits)
+    return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens)
+
+
+def _rows(
+    paths: Sequence[Path], read: Callable[[Path, Problems], list[Row]], fits: Fits[Row]
+) -> dict[Path, tuple[Row, ...]]:
+    problems = Problems()
+    rows = {path: tuple(read(path, problems)) for path in paths}
+    problems.tell()
+    stay = {id(row) for row in fits([row for members in rows.values() for row in members])}
+    left = {path: tuple(row for row in members if id(row) in stay) for path, members in rows.items()}
+    for path in (path for path, members in left.items() if not members):
+        raise ValueError(f"all rows of {path} are too long; take the file out, or raise the limit")
+    return left
 
 
 def _stages(
-    weights_by_stage: Sequence[tuple[int | None, Weights]], read: Callable[[Path], list[Row]]
+    weights_by_stage: Sequence[tuple[int | None, Weights]], rows: Mapping[Path, tuple[Row, ...]]
 ) -> list[Stage[Row]]:
-    rows: dict[Path, tuple[Row, ...]] = {}
-    stages = []
-    for num_rows, weights in weights_by_stage:
-        for path in weights:
-            if path not in rows:
-                rows[path] = tuple(read(path))
-        sources = tuple(Source(path=path, rows=rows[path], weight=weight) for path, weight in weights.items())
-        stages.append(Stage(sources=sources, num_rows=num_rows))
-    return stages
+    return [
+        Stage(
+            sources=tuple(Source(path=path, rows=rows[path], weight=weight) for path, weight in weights.items()),
+            num_rows=num_rows,
+        )
+        for num_rows, weights in weights_by_stage
+    ]
 
 
 def _shuffled(length: int, seed: str) -> list[int]:
     order = list(range(length))
     random.Random(seed).shuffle(order)
     return order
-
-
-def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
-    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
-    found = {prompt.domain for prompt in prompts}
-    for domain in sorted(found - shares.keys()):
-        raise ValueError(
-            f"{where} has prompts of domain {domain!r}, which has no share in budget.domains "
-            f"({', '.join(sorted(shares))}); give it one, or leave its prompts out"
-        )
-    for domain in sorted(shares.keys() - found):
-        raise ValueError(
-            f"budget.domains has a share for {domain!r}, but {where} has no prompts of that domain "
-            f"({', '.join(sorted(found))}); add some, or take the share out"
-        )
 
 
 def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:

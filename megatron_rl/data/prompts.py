@@ -1,24 +1,38 @@
 """The JSONL row contracts.
 
-A prompt row:  {"domain": str, "prompt": str, "answer": str, optional "id": str, "source": str, "meta": {...}}
+A prompt row:  {"prompt": str, "answer": str, optional "domain": str, "id": str, "source": str, "meta": {...}}
 A chat row:    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...], optional "id", "meta"}
+
+A number is taken for its text. Columns with other names go into "meta".
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_rl.parsing import bounded_lines, parse_json, shown
+from megatron_rl.data.curation.test_layouts import looks_like_tests
+from megatron_rl.data.rows import Problems, likely_column, rows_of
+from megatron_rl.parsing import shown
 
 ROLES = ("system", "user", "assistant")
+DEFAULT_DOMAIN = "math"
+_PROMPT_FIELDS = ("domain", "prompt", "answer", "id", "source", "meta")
+_CHAT_FIELDS = ("messages", "id", "meta")
+_LONGEST_COLUMNS = 300  # characters of a list of columns
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One verifiable question. `id` is unique in its file; without one in the row it is a hash of the content."""
+    """One verifiable question. `id` is unique in its file; without one in the row it is a hash of the content.
+    where: file:line, for messages."""
 
     id: str
     domain: str
@@ -26,6 +40,7 @@ class Prompt:
     answer: str
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +51,19 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """One conversation to imitate; its assistant messages are the targets."""
+    """One conversation to imitate; its assistant messages are the targets. where: file:line, for messages."""
 
     id: str
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+
+Record = TypeVar("Record", bound=Prompt | Chat)
+
+
+class Wrong(ValueError):
+    """A field of a row cannot be used. The message names it, its value and the remedy."""
 
 
 def prompt_id(domain: str, prompt: str, answer: str) -> str:
@@ -48,127 +71,190 @@ def prompt_id(domain: str, prompt: str, answer: str) -> str:
     return _digest([domain, prompt, answer])
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """All rows of a prompt file; ValueError names file, line, field and value of the first bad row."""
+def read_prompts(
+    path: str | Path,
+    domain: str = DEFAULT_DOMAIN,
+    suffix: str = "",
+    problems: Problems | None = None,
+    most: int | None = None,
+) -> list[Prompt]:
+    """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
+    file, line, field and value; where `problems` are given, they are noted there.
+
+    domain: of rows that name none. suffix: goes behind every prompt; an id that is made from the content does not
+    depend on it. most: rows to read; default: all.
+    """
+    reader = _Reader(path, problems, _PROMPT_FIELDS, most)
+    without_domain: Counter[str] = Counter()
     prompts = []
-    first_line: dict[str, int] = {}
-    for line, row in _rows(path, allowed=("domain", "prompt", "answer", "id", "source", "meta")):
-        where = f"{path}:{line}"
-        domain, prompt, answer = (_text(row, name, where) for name in ("domain", "prompt", "answer"))
-        identity = _text(row, "id", where) if "id" in row else prompt_id(domain, prompt, answer)
-        source = _text(row, "source", where) if "source" in row else ""
-        meta = _meta(row, where)
-        _claim_id(first_line, identity, line, where)
-        prompts.append(Prompt(id=identity, domain=domain, prompt=prompt, answer=answer, source=source, meta=meta))
-    return _not_empty(prompts, path)
+    for line, row in rows_of(path, reader.problems, most):
+        row_domain = row.get("domain")
+        if row_domain is None:
+            row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
+            without_domain[row["domain"]] += 1
+        taken = [reader.text(row, name, line) for name in ("domain", "prompt", "answer")]
+        optional = [reader.optional(row, name, line) for name in ("id", "source")]
+        meta = reader.meta(row, line)
+        if None in taken or None in optional or meta is None:
+            continue
+        (its_domain, prompt, answer), (identity, source) = map(str, taken), map(str, optional)
+        identity = identity or prompt_id(its_domain, prompt, answer)
+        if reader.claims_id(identity, line):
+            text = prompt + suffix
+            prompts.append(
+                Prompt(id=identity, domain=its_domain, prompt=text, answer=answer, source=source, meta=meta,
+                       where=f"{path}:{line}")
+            )  # fmt: skip
+    return reader.done(
+        prompts, [f"{count:,} rows name no domain and are taken as {name!r}" for name, count in without_domain.items()]
+    )
 
 
-def read_chats(path: str | Path) -> list[Chat]:
-    """All rows of a chat file; ValueError names file, line, field and value of the first bad row."""
+def read_chats(path: str | Path, problems: Problems | None = None, most: int | None = None) -> list[Chat]:
+    """Read the rows of a chat file, as `read_prompts` does."""
+    reader = _Reader(path, problems, _CHAT_FIELDS, most)
     chats = []
-    first_line: dict[str, int] = {}
-    for line, row in _rows(path, allowed=("messages", "id", "meta")):
-        where = f"{path}:{line}"
-        messages = _messages(row, where)
-        content = [part for message in messages for part in (message.role, message.content)]
-        identity = _text(row, "id", where) if "id" in row else _digest(content)
-        meta = _meta(row, where)
-        _claim_id(first_line, identity, line, where)
-        chats.append(Chat(id=identity, messages=messages, meta=meta))
-    return _not_empty(chats, path)
+    for line, row in rows_of(path, reader.problems, most):
+        messages, meta = reader.messages(row, line), reader.meta(row, line)
+        identity = reader.optional(row, "id", line)
+        if messages is None or meta is None or identity is None:
+            continue
+        identity = identity or _digest([part for message in messages for part in (message.role, message.content)])
+        if reader.claims_id(identity, line):
+            chats.append(Chat(id=identity, messages=messages, meta=meta, where=f"{path}:{line}"))
+    return reader.done(chats, [])
 
 
-def _rows(path: str | Path, allowed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank."""
-    if not Path(path).is_file():
-        raise ValueError(f"data file {path} does not exist")
-    with Path(path).open("rb") as file:
-        for line, raw in enumerate(bounded_lines(file, path), start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = parse_json(raw)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: not valid UTF-8 JSON ({error}); write one object per line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: must be a JSON object, got {shown(row)}; write one object per line")
-            for name in row:
-                if name not in allowed:
-                    raise ValueError(
-                        f"{path}:{line}: unknown field {name!r} = {shown(row[name])}; "
-                        f"the fields are {', '.join(allowed)}; put anything else into 'meta'"
-                    )
-            yield line, row
+class _Reader:
+    """The fields of one file's rows. What is wrong is noted, and its value is None."""
+
+    def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str], most: int | None) -> None:
+        self._path, self._fields, self._tells, self._whole = path, fields, problems is None, most is None
+        self.problems = Problems() if problems is None else problems
+        self._first_line: dict[str, int] = {}
+        self._others: dict[str, None] = {}  # columns that go into meta, in their order
+
+    def text(self, row: Mapping[str, Any], name: str, line: int) -> str | None:
+        try:
+            return text_of(row, name)
+        except Wrong as wrong:
+            near = None if name in row else likely_column(name, [c for c in row if c not in self._fields])
+            hint = f"; its column {near!r} may be it" if near else ""
+            self._note(line, name, f"{wrong}{hint}", unmapped=name not in row or isinstance(row[name], list | dict))
+            return None
+
+    def optional(self, row: Mapping[str, Any], name: str, line: int) -> str | None:
+        """ "" where the row has none."""
+        return "" if row.get(name) in (None, "") else self.text(row, name, line)
+
+    def messages(self, row: Mapping[str, Any], line: int) -> tuple[Message, ...] | None:
+        try:
+            return messages_of(row.get("messages"))
+        except Wrong as wrong:
+            near = None if "messages" in row else likely_column("messages", list(row))
+            hint = f"; its column {near!r} may be it" if near else ""
+            self._note(line, "messages", f"{wrong}{hint}", unmapped="messages" not in row)
+            return None
+
+    def meta(self, row: Mapping[str, Any], line: int) -> Mapping[str, Any] | None:
+        """With the row's other columns, unless a key of `meta` itself has the name."""
+        meta = row.get("meta", {})
+        if not isinstance(meta, dict):
+            self._note(line, "meta", f"field 'meta' must be an object, got {shown(meta)}; write {{}} or leave it out")
+            return None
+        others = {name: value for name, value in row.items() if name not in self._fields}
+        self._others.update(dict.fromkeys(others))
+        return others | meta if others else meta
+
+    def claims_id(self, identity: str, line: int) -> bool:
+        first = self._first_line.setdefault(identity, line)
+        if first != line:
+            self._note(
+                line,
+                "id",
+                f"field 'id' must be unique in its file, got {identity!r} as in line {first} (without an id it is a "
+                "hash of the content); drop the duplicate or give it another id",
+            )
+        return first == line
+
+    def done(self, records: list[Record], remarks: list[str]) -> list[Record]:
+        """The records; remarks on what was taken for granted are made once, when the whole file is read."""
+        if self._tells:
+            self.problems.tell()
+        if self._others:
+            columns = ", ".join(map(str, self._others))[:_LONGEST_COLUMNS]
+            remarks = [*remarks, f"columns {columns} are no fields of ours and go into meta"]
+        for remark in remarks if self._whole else []:
+            log.info("%s: %s", self._path, remark)
+        return records
+
+    def _note(self, line: int, fault: str, text: str, unmapped: bool = False) -> None:
+        self.problems.add(self._path, line, fault, f"{self._path}:{line}: {text}", unmapped)
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    """The text of a field; raises Wrong. A number is taken for its text, and of an answer a list of texts for JSON of
+    answers that are all right, and an object for JSON of tests."""
     value = row.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    elif name == "answer" and (isinstance(value, dict) or _is_list_of_texts(value)):
+        value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str) or not value.strip():
         got = shown(value) if name in row else "no such field"
-        raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {got}; fill it in or drop the row")
+        remedy = "write it in quotes" if isinstance(value, bool | float) else "fill it in or drop the row"
+        raise Wrong(f"field {name!r} must be a non-empty string, got {got}; {remedy}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{where}: field {name!r} holds half of a surrogate pair, got {shown(value)}; repair its escapes"
-        ) from None
+        raise Wrong(f"field {name!r} holds half of a surrogate pair, got {shown(value)}; repair its escapes") from None
     return value
 
 
-def _meta(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    meta = row.get("meta", {})
-    if not isinstance(meta, dict):
-        raise ValueError(f"{where}: field 'meta' must be an object, got {shown(meta)}; write {{}} or leave it out")
-    return meta
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item.strip() for item in value)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    value = row.get("messages")
+def _plain_answer(row: Mapping[str, Any]) -> str:
+    try:
+        return text_of(row, "answer")
+    except Wrong:
+        return ""
+
+
+def messages_of(value: object) -> tuple[Message, ...]:
+    """The messages of a conversation; raises Wrong."""
     if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{where}: field 'messages' must be a non-empty list, got {shown(value)}; "
+        raise Wrong(
+            f"field 'messages' must be a non-empty list, got {shown(value)}; "
             'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
         )
     messages = []
     for index, item in enumerate(value):
         name = f"messages[{index}]"
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
-            raise ValueError(
-                f"{where}: field {name!r} must be an object of 'role' and 'content', got {shown(item)}; "
-                "leave out other keys"
+            raise Wrong(
+                f"field {name!r} must be an object of 'role' and 'content', got {shown(item)}; leave out other keys"
             )
         if item["role"] not in ROLES:
-            raise ValueError(
-                f"{where}: field '{name}.role' must be one of {', '.join(ROLES)}, got {shown(item['role'])}; "
-                "rename the role"
+            raise Wrong(
+                f"field '{name}.role' must be one of {', '.join(ROLES)}, got {shown(item['role'])}; rename the role"
             )
-        messages.append(Message(role=item["role"], content=_text(item, "content", f"{where}: {name}")))
+        try:
+            messages.append(Message(role=item["role"], content=text_of(item, "content")))
+        except Wrong as wrong:
+            raise Wrong(f"{name}: {wrong}") from None
     if messages[-1].role != "assistant":
-        raise ValueError(
-            f"{where}: field 'messages' must end with an assistant message, got role {messages[-1].role!r} last; "
+        raise Wrong(
+            f"field 'messages' must end with an assistant message, got role {messages[-1].role!r} last; "
             "drop what follows the last answer"
         )
     if messages[0].role == "assistant":
-        raise ValueError(
-            f"{where}: field 'messages' must not begin with an assistant message, got role 'assistant' first; "
+        raise Wrong(
+            "field 'messages' must not begin with an assistant message, got role 'assistant' first; "
             "put the question before it"
         )
     return tuple(messages)
-
-
-def _claim_id(first_line: dict[str, int], identity: str, line: int, where: str) -> None:
-    if identity in first_line:
-        raise ValueError(
-            f"{where}: field 'id' must be unique in its file, got {identity!r} as in line {first_line[identity]} "
-            "(without an id it is a hash of the content); drop the duplicate or give it another id"
-        )
-    first_line[identity] = line
-
-
-def _not_empty(records: list[Any], path: str | Path) -> list[Any]:
-    if not records:
-        raise ValueError(f"{path} holds no rows; write one JSON object per line")
-    return records
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -15,7 +15,10 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import JudgeSection, RewardSection
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
+from megatron_rl.data.chat import load_tokenizer, response_decoder
+from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
@@ -41,7 +44,7 @@ _SEED_OFFSET = 1_000_000_007
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
     """One that is to be run. questions: those without a response yet. given_up: responses without a verdict.
-    path: of the responses."""
+    path: of the responses. one_of_each: the first prompt of each domain in its file."""
 
     name: str
     section: BenchmarkSection
@@ -50,6 +53,7 @@ class Benchmark:
     questions: tuple[Question, ...]
     given_up: tuple[Judged, ...]
     path: Path
+    one_of_each: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,10 @@ async def _sample(
     writing the settings `claimed`."""
     tokenizer = load_tokenizer(config.model.path)
     benchmarks = [_benchmark(config, name, section, tokenizer, folder) for name, section in sections.items()]
+    if len(sections) == len(config.benchmarks):  # else it may be of one that is left out
+        check_reward_domains((p for b in benchmarks for p in b.one_of_each), config.reward, "the benchmarks")
+    if config.rollout.temperature == 0 and any(section.samples > 1 for section in sections.values()):
+        log.warning("rollout.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 is enough")
     speeds: dict[str, Speed | None] = dict.fromkeys(sections)
     left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.given_up]
     model, rollout = config.model, config.rollout.as_rollout()
@@ -127,7 +135,7 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
 
     found = {row.position: row for row in await asyncio.gather(*map(again, benchmark.given_up))}
     partial = benchmark.path.with_suffix(".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.writelines(as_line(found.get(row.position, row)) for row in read_judged(benchmark.path))
         file.flush()
         os.fsync(file.fileno())
@@ -166,22 +174,27 @@ def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Benchmark
 
 
 def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
-    prompts = read_prompts(section.path)[: section.prompts]
+    everything = read_prompts(section.path, section.domain, section.suffix)
+    prompts = everything[: section.prompts]
     if section.prompts is not None and len(prompts) < section.prompts:
         raise ValueError(
             f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
         )
-    input_ids = rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, section.path)
+    reward = _reward(config.reward, section)
+    check_judged(prompts, reward, f"benchmarks.{name}.suffix")
+    limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
+    input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
     path = _path(folder, name)
     done = whole_groups(path, 1, "remove the file")
     return Benchmark(
         name=name,
         section=section,
-        reward=_reward(config.reward, section),
+        reward=reward,
         prompts=tuple(prompts),
         questions=tuple(q for q in _questions(prompts, input_ids, section.samples) if q.prompt_id not in done),
         given_up=tuple(row for row in read_judged(path) if row.reason in GAVE_UP) if done else (),
         path=path,
+        one_of_each=tuple({prompt.domain: prompt for prompt in reversed(everything)}.values()),
     )
 
 
@@ -218,8 +231,8 @@ def _write(
         },
         "settings": settings,
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=1))
-    (folder / "results.md").write_text(markdown(results, model))
+    (folder / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results, model), encoding="utf-8")
     show(results, model)
 
 

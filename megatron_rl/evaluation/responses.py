@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Sample
-from megatron_rl.reward.answers import boxed_answer
+from megatron_rl.reward.answers import extracted_answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, tex
         judged_as=judged_as,
         prompt=prompt.prompt,
         response=text,
-        answer=None if judged_as == "code" else boxed_answer(text),
+        answer=extracted_answer(judged_as, text),
         score=sample.reward,
         reason=sample.reason,
         details=sample.details,

@@ -54,4 +54,6 @@ def _benchmark(section: BenchmarkSection) -> dict[str, Any]:
         "sha256": hashlib.sha256(section.path.read_bytes()).hexdigest(),
         "reward": section.reward,
         "prompts": section.prompts,
+        # Named only where they are set, so that a folder of before they were known can be gone on with.
+        **section.model_dump(include={"domain", "suffix", "special_tokens"}, exclude_defaults=True),
     }

@@ -160,7 +160,7 @@ const watcher = new IntersectionObserver((entries) => {
     target.dataset.near = isIntersecting ? "yes" : "";
     if (isIntersecting && !target.dataset.drawn) drawPlot(target);
   }
-}, { rootMargin: "250px" });
+}, { rootMargin: "500px" });
 
 /** After a control has changed: what is in view now, the rest when it comes into view. */
 function redraw() {

@@ -86,6 +86,9 @@ function responseCard(step, response) {
   if (later) badges.push(badge(`trained in optimizer step ${response.trace.optimizer_step + 1} of the phase, whose weights did not sample it`));
   const said = make("div", { className: "said", textContent: "Point at a token, or tap it, for its numbers." });
   const card = make("div", {}, make("div", { className: "badges" }, ...badges));
+  const answer = (name, text) => make("p", { className: "note" }, `${name}: `, write(make("span", { className: "answer" }), text));
+  if (response.expected) card.append(answer("expected answer", response.expected));
+  if (response.expected) card.append(answer("extracted answer", response.extracted ?? "none"));
   if (response.details) card.append(make("p", { className: "note" }, write(make("span", {}), response.details)));
   if (response.trace) card.append(traced(response.trace, where, kind, said), said, shadingLegend());
   else card.append(prose(response.text, where, kind));

@@ -12,13 +12,14 @@ from megatron_rl.report.runs import Run
 _GROUPS = 4  # of a step
 _RESPONSES = 16  # of a group
 _PROMPT_CHARACTERS = 4000
+_ANSWER_CHARACTERS = 300
 _TOKEN = 6
 _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
 # What `megatron_rl/train/phase.py` and traces write first. Rows that begin otherwise are read whole.
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
 _KEPT = (
     *("sample_index", "reward", "reason", "details", "advantage", "outcome", "num_tokens", "num_loss_tokens"),
-    *("finish_reason", "policy_versions"),
+    *("finish_reason", "policy_versions", "expected", "extracted"),
 )
 
 
@@ -93,6 +94,9 @@ def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, char
     found["line"] = line
     if isinstance(details := found.get("details"), str):
         found["details"] = details[:_PROMPT_CHARACTERS]
+    for name in ("expected", "extracted"):
+        if name in found:
+            found[name] = _text(found[name])[:_ANSWER_CHARACTERS]
     if trace is None:
         return found | {"text": _cut(_text(row.get("response")), characters)}
     return found | {"trace": _cut_trace(trace, characters)}

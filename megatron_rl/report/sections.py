@@ -9,7 +9,8 @@ from typing import Any, Literal
 class Plot:
     """curves: label: metric, where NAME/* stands for NAME of every domain. note: what to look for.
 
-    kind: "stack" piles the curves up; "log" has a logarithmic axis; "zero" begins at 0.
+    kind: "stack" piles the curves up; "log" has a logarithmic axis; "zero" begins at 0. always: also where all of its
+    curves are 0 throughout.
     """
 
     title: str
@@ -17,6 +18,7 @@ class Plot:
     curves: dict[str, str]
     note: str = ""
     kind: Literal["line", "zero", "log", "stack"] = "line"
+    always: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +38,9 @@ SECTIONS = (
                 unit="mean of the step",
                 curves={"reward": "reward"},
                 note="Of the responses sampled in the step, before the budget selects among them.",
+                always=True,
             ),
-            Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}),
+            Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}, always=True),
             Plot(
                 title="Loss",
                 unit="per token",
@@ -94,6 +97,7 @@ SECTIONS = (
                 unit="share of responses",
                 kind="zero",
                 curves={
+                    "wrong answer": "wrong_share",
                     "cut off at the limit": "truncated_share",
                     "no answer": "no_answer_share",
                     "too slow": "too_slow_share",
@@ -270,7 +274,8 @@ _NOT_ALONE = {"num_loss_tokens_by_step"}
 def sections_for(present: Collection[str], zero: Collection[str]) -> list[dict[str, Any]]:
     """The sections as the page draws them, with the plots that have something to show.
 
-    present: metrics of any run. zero: those of them that are 0 throughout, which are listed and not drawn.
+    present: metrics of any run. zero: those of them that are 0 throughout, which most plots do not draw: they are
+    listed.
     """
     found: list[dict[str, Any]] = []
     drawn = set(_NOT_ALONE)
@@ -279,8 +284,8 @@ def sections_for(present: Collection[str], zero: Collection[str]) -> list[dict[s
         for plot in section.plots:
             named = _resolved(plot.curves, present)
             drawn |= set(named.values())
-            shown = {label: name for label, name in named.items() if name not in zero}
-            silent += [name for name in named.values() if name in zero]
+            shown = {label: name for label, name in named.items() if plot.always or name not in zero}
+            silent += [name for name in named.values() if name not in shown.values()]
             if shown:
                 plots.append(_as_json(plot, shown))
         if plots:

@@ -17,6 +17,14 @@ from megatron_rl.parsing import read_json
 from megatron_rl.report.runs import Run, flattened, told
 
 _ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
+# What may be true of a response at once: one that is cut off has no answer.
+_FAILURES = {
+    "wrong answer": "wrong_share",
+    "no answer": "no_answer_share",
+    "cut off at the limit": "truncated_share",
+    "too slow": "too_slow_share",
+    "not judged": "reward_error_share",
+}
 _KINDS: dict[str, type[BaseModel]] = {"rl": RlConfig, "sft": SftConfig}
 
 
@@ -30,6 +38,7 @@ def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
         ("steps", f"{run.num_steps:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else "")),
         ("reward, first → last tenth", _ends(run, "reward")),
         ("best ten steps", _best(run, "reward")),
+        ("failed responses, last tenth", _failures(run)),
         ("loss, first → last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
         ("last validation loss", _last(run, "validation_loss")),
         ("seed", str(run.config_values.get("seed", 1))),
@@ -152,6 +161,16 @@ def _best(run: Run, name: str) -> str:
     means = [fmean(values[i : i + 10]) for i in range(len(values) - 9)]
     at = max(range(len(means)), key=means.__getitem__)
     return f"{means[at]:.3f} from step {at}"
+
+
+def _failures(run: Run) -> str:
+    """The kinds of failure with their shares, the most frequent first; "" for a run whose log has none."""
+    found = []
+    for name, metric in _FAILURES.items():
+        values = _column(run, metric)
+        if values:
+            found.append((fmean(values[-max(1, len(values) // 10) :]), name))
+    return ", ".join(f"{name} {share:.0%}" for share, name in sorted(found, reverse=True) if share >= 0.005)
 
 
 def _last(run: Run, name: str) -> str:

@@ -47,6 +47,12 @@ def boxed_answer(text: str) -> str | None:
     return ",".join(dict.fromkeys(box.content.strip() for box in found[first:]))
 
 
+def extracted_answer(judged_as: str, text: str) -> str | None:
+    """Return what a reward of this kind takes from a response for its answer, for people to read; None for none, and
+    for programs, which the response shows whole."""
+    return None if judged_as == "code" else boxed_answer(text)
+
+
 def reference_answers(answer: str) -> list[str]:
     """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself.
 

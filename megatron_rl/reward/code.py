@@ -1,14 +1,7 @@
-"""Reward by running the last fenced block of a response against its tests, in a sandbox or on a SandboxFusion server.
+"""Reward by running the program of a response against its tests, in a sandbox or on a SandboxFusion server.
 
-`answer` is JSON, one object with "type":
-
-    asserts       {"asserts": [source, ...], "setup": source}
-    humaneval     {"test": source that defines check(candidate), "entry_point": name}
-    function_io   {"fn_name": name, "inputs": [arguments, ...], "outputs": [result, ...]}
-    stdin_stdout  {"cases": [{"input": text, "output": text}, ...]}
-
-asserts and humaneval may have "prefix": source that the prompt gave (imports, helpers, the function's head); it is put
-in front of the program. Score 1 only if every test passes.
+`answer` is JSON that says what the tests are (code_tests.py); which block of the response is the program, and what
+counts as the same output, stands in docs/code_rewards.md. Score 1 only if every test passes.
 
 Whatever comes from the program's side is a value and never a verdict: expected outputs and results are compared here,
 outside of any sandbox, and tests that are programs run in a sandbox that the program cannot reach (docs/sandbox.md).
@@ -19,22 +12,19 @@ import functools
 import math
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rl.parsing import parse_json
+from megatron_rl.reward.code_answer import Block, closed_blocks, solution_of
+from megatron_rl.reward.code_compare import same_output, same_result, short
 from megatron_rl.reward.code_runners import MAX_JOB_BYTES, InSandbox, ProgramEnded, Runner, TestsRun
+from megatron_rl.reward.code_tests import SOLUTION, AnyTests, CallTests, SourceTests, StdinTests, read_tests
 from megatron_rl.reward.plain_data import MAX_BYTES, NotPlain, pack, unpack
 from megatron_rl.reward.sandbox import Sandbox
 from megatron_rl.reward.sandbox_run import Limits, RunRecord, SandboxFailure
 from megatron_rl.reward.verdict import Reason, Verdict, make_verdict, printable
 
-TEST_TYPES = ("asserts", "humaneval", "function_io", "stdin_stdout")
-_CPP_TAGS = ("cpp", "c++", "cc", "cxx")
-_FENCE = re.compile(r"^ {0,3}(`{3,})([^`\n]*)$", re.MULTILINE)
-
-
+_FUTURE = re.compile(r"^from __future__ import [^\n]*", re.MULTILINE)
 _NO_BLOCK = "no closed fenced block"
 
 
@@ -68,14 +58,6 @@ class CodeSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A fenced block; tag is what stands behind the opening fence, in lower case."""
-
-    tag: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
     """details: which test failed and how, or why nothing was judged; empty for "correct". num_tests: 0 if unknown."""
 
@@ -89,55 +71,36 @@ class Judgement:
         return make_verdict(self.reason, self.seconds, self.details)
 
 
-def last_block(text: str) -> Block | None:
-    """The last fenced block, or None without one or when it is never closed: a response that was cut off.
-
-    A block ends at a line with at least as many backticks and nothing else, as in CommonMark. Linear in the text.
-    """
-    opening, last = None, None
-    for fence in _FENCE.finditer(text):
-        if opening is None:
-            opening, last = fence, None
-        elif len(fence[1]) >= len(opening[1]) and not fence[2].strip():
-            last = Block(tag=opening[2].strip().lower(), source=text[opening.end() + 1 : fence.start()])
-            opening = None
-    return last
-
-
 def settle_code(response_text: str, answer: str) -> Verdict | str:
-    """For the pool: "no_answer" at once, otherwise what `judge_code` needs, the block's tag and source."""
-    block = last_block(response_text)
-    return make_verdict("no_answer", details=_NO_BLOCK) if block is None else f"{block.tag}\n{block.source}"
+    """For the pool: "no_answer" at once, otherwise what `judge_code` needs, the response."""
+    return response_text if closed_blocks(response_text) else make_verdict("no_answer", details=_NO_BLOCK)
 
 
-def judge_code(tagged_source: str, answer: str, settings: CodeSettings | None = None) -> Verdict:
-    """For the pool's workers. A worker that is killed takes its sandbox with it."""
-    tag, _, source = tagged_source.partition("\n")
-    return judge_block(Block(tag=tag, source=source), answer, settings or CodeSettings()).verdict()
-
-
-def score_code(response_text: str, answer: str, settings: CodeSettings | None = None) -> Verdict:
-    """Judge one response; see `judge_response`."""
+def judge_code(response_text: str, answer: str, settings: CodeSettings | None = None) -> Verdict:
+    """Judge one response; see `judge_response`. In the pool's workers, one that is killed takes its sandbox with it."""
     return judge_response(response_text, answer, settings).verdict()
 
 
 def judge_response(response_text: str, answer: str, settings: CodeSettings | None = None) -> Judgement:
-    """Run the last block of the response against the tests in `answer`.
+    """Run the program of the response against the tests in `answer`.
 
     Blocks for up to settings.seconds, a little more where the sandbox has to be made. "error" is for tests that cannot
-    be read and for failures of the sandbox or the endpoint. Raises SandboxUnavailable where nothing can be run.
+    be read or check nothing, and for failures of the sandbox or the endpoint. Raises SandboxUnavailable where nothing
+    can be run.
     """
-    block = last_block(response_text)
-    if block is None:
+    settings = settings or CodeSettings()
+    blocks = closed_blocks(response_text)
+    if not blocks:
         return _without_run("no_answer", _NO_BLOCK)
-    return judge_block(block, answer, settings or CodeSettings())
-
-
-def judge_block(block: Block, answer: str, settings: CodeSettings) -> Judgement:
     try:
-        task = _read_task(block, parse_json(answer), settings)
-    except (KeyError, TypeError, ValueError) as error:
-        return _without_run("error", f"the tests cannot be read: {type(error).__name__}: {error}")
+        tests = read_tests(answer)
+        task = _task(solution_of(blocks, tests, bool(settings.cpp_compiler)), tests, settings)
+    except ValueError as error:
+        return _without_run("error", f"the tests cannot be used: {error}")
+    return _judge(task, settings)
+
+
+def _judge(task: "Tests | Calls", settings: CodeSettings) -> Judgement:
     started = time.monotonic()
     try:
         if isinstance(task, Calls):
@@ -150,7 +113,7 @@ def judge_block(block: Block, answer: str, settings: CodeSettings) -> Judgement:
         reason=reason,
         details=printable(details),
         num_passed=passed,
-        num_tests=task.num_tests if reason == "correct" else 0,
+        num_tests=passed if reason == "correct" else 0,
         seconds=time.monotonic() - started,
     )
 
@@ -172,10 +135,10 @@ def runner(settings: CodeSettings) -> Runner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tests:
-    """Tests that are programs themselves. job: for code_tester.py."""
+    """Tests that are programs themselves. job: for code_tester.py. num_tests: None where only that counts them."""
 
     job: dict[str, Any]
-    num_tests: int
+    num_tests: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,65 +146,52 @@ class Calls:
     """Tests that are inputs and expected results.
 
     start: requests before the first test, each answered by a complaint or nothing. requests: one for each test.
+    printed: the results are what programs that read stdin print, of up to so many bytes; None: values.
     """
 
-    kind: str
     start: tuple[bytes, ...]
     requests: tuple[bytes, ...]
     expected: tuple[Any, ...]
-    output_bytes: int = 0  # of stdout, for programs that read stdin
+    printed: int | None = None
     limits: Limits
-
-    @property
-    def num_tests(self) -> int:
-        return len(self.expected)
 
 
 Outcome = tuple[Reason, str, int]  # details, tests passed
 
 
-def _read_task(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> Tests | Calls:
-    """KeyError, TypeError or ValueError for tests that are not as they must be."""
-    kind = tests["type"]
-    if kind not in TEST_TYPES:
-        raise ValueError(f"type must be one of {', '.join(TEST_TYPES)}, got {kind!r}")
-    prefix = str(tests.get("prefix", ""))
-    source = _program(block.source, prefix, str(tests.get("entry_point", "")))
-    job: dict[str, Any] = {"kind": kind, "source": source, "prefix": prefix}
-    if kind == "asserts":
-        job |= {"setup": str(tests.get("setup", "")), "asserts": [str(text) for text in tests["asserts"]]}
-        task: Tests | Calls = Tests(job=job, num_tests=len(job["asserts"]))
-    elif kind == "humaneval":
-        job |= {"test": str(tests["test"]), "entry_point": str(tests["entry_point"])}
-        task = Tests(job=job, num_tests=1)
-    elif kind == "function_io":
-        task = _function_calls(source, tests, settings)
-    else:
-        task = _stdin_calls(block, tests, settings)
-    if task.num_tests == 0:
-        raise ValueError("there is no test in it")
-    return task
+def _task(block: Block, tests: AnyTests, settings: CodeSettings) -> Tests | Calls:
+    """ValueError for tests that cannot be sent to a sandbox."""
+    if isinstance(tests, CallTests):
+        return _function_calls(block.source, tests, settings)
+    if isinstance(tests, StdinTests):
+        return _stdin_calls(block, tests, settings)
+    job = {
+        "kind": tests.kind,
+        "source": _program(block.source, tests),
+        "prefix": tests.prefix,
+        "setup": tests.setup,
+        "tests": list(tests.tests),
+        "entry_point": tests.entry_point,
+    }
+    counts = {"asserts": len(tests.tests), "humaneval": 1}
+    return Tests(job=job, num_tests=counts.get(tests.kind))
 
 
 def _request(operation: str, *arguments: Any) -> bytes:
     return pack([operation, list(arguments), {}], max_bytes=MAX_JOB_BYTES)
 
 
-def _function_calls(source: str, tests: Mapping[str, Any], settings: CodeSettings) -> Calls:
-    name = str(tests["fn_name"])
-    pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+def _function_calls(source: str, tests: CallTests, settings: CodeSettings) -> Calls:
     return Calls(
-        kind="function_io",
-        start=(_request("load", source), _request("defines", name)),
-        requests=tuple(_request("solve", name, list(arguments)) for arguments, _ in pairs),
-        expected=tuple(output for _, output in pairs),
+        start=(_request("load", source), _request("defines", tests.name)),
+        requests=tuple(_request("solve", tests.name, arguments) for arguments in tests.inputs),
+        expected=tests.outputs,
         limits=settings.limits(),
     )
 
 
-def _stdin_calls(block: Block, tests: Mapping[str, Any], settings: CodeSettings) -> Calls:
-    cases = [(str(case["input"]), str(case["output"])) for case in tests["cases"]]
-    largest = max((len(text.encode()) for case in cases for text in case), default=0)
+def _stdin_calls(block: Block, tests: StdinTests, settings: CodeSettings) -> Calls:
+    largest = max(len(text.encode()) for case in tests.cases for text in case)
     limits = settings.limits()
     limits = replace(  # with room for the task's own input and output
         limits,
@@ -251,25 +201,27 @@ def _stdin_calls(block: Block, tests: Mapping[str, Any], settings: CodeSettings)
     )
     source: str | None = block.source
     start: tuple[bytes, ...] = ()
-    if settings.cpp_compiler and block.tag in _CPP_TAGS:
+    if settings.cpp_compiler and block.is_cpp:
         command = [*settings.cpp_compiler, "-o", "program", "program.cpp"]
         source, start = None, (_request("compile", source, ".cpp", command),)
     return Calls(
-        kind="stdin_stdout",
         start=start,
-        requests=tuple(_request("run", source, text, limits.output_bytes) for text, _ in cases),
-        expected=tuple(output for _, output in cases),
-        output_bytes=limits.output_bytes,
+        requests=tuple(_request("run", source, text, limits.output_bytes) for text, _ in tests.cases),
+        expected=tuple(output for _, output in tests.cases),
+        printed=limits.output_bytes,
         limits=limits,
     )
 
 
-def _program(source: str, prefix: str, entry_point: str) -> str:
-    if not prefix:
+def _program(source: str, tests: SourceTests) -> str:
+    """The program with what the prompt gave in front of it."""
+    if not tests.prefix:
         return source
-    if entry_point and not re.search(rf"^\s*(async\s+)?def\s+{re.escape(entry_point)}\b", source, re.MULTILINE):
-        return prefix + source  # the body only, which goes on where the prompt ends
-    return f"{prefix}\n{source}"
+    head = re.compile(rf"^\s*(async\s+)?def\s+{re.escape(tests.entry_point.removeprefix(SOLUTION))}\b", re.MULTILINE)
+    if tests.entry_point and head.search(tests.prefix) and not head.search(source):
+        return tests.prefix + source  # the body only, which goes on where the prompt ends
+    future = "".join(f"{line}\n" for line in _FUTURE.findall(source))  # Python wants these first
+    return f"{future}{tests.prefix}\n{_FUTURE.sub('', source)}"
 
 
 def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
@@ -277,7 +229,7 @@ def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
     # A character of what a program printed takes up to six in a line of plain data.
     requests = (*task.start, *task.requests)
     largest = max(map(len, requests))
-    max_bytes = max(MAX_BYTES, 6 * task.output_bytes + 4096, largest + 1)
+    max_bytes = max(MAX_BYTES, 6 * (task.printed or 0) + 4096, largest + 1)
     passed = 0
     with contextlib.closing(runner(settings).answers(requests, task.limits, max_bytes)) as answers:
         try:
@@ -297,7 +249,7 @@ def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
             except ProgramEnded as ended:
                 return *_of_end(ended.record, settings, f"in test {passed + 1}"), passed
             passed += 1
-            if time.monotonic() > deadline and passed < task.num_tests:
+            if time.monotonic() > deadline and passed < len(task.expected):
                 return "too_slow", f"in test {passed + 1}: over {settings.seconds:g} s for the item", passed
     return "correct", "", passed
 
@@ -314,10 +266,10 @@ def _check(line: bytes, expected: Any, task: Calls) -> None:
     """_Failed unless the answer in the line is what is expected."""
     try:
         result = _result(line)
-        if task.kind == "stdin_stdout":
-            _check_output(result, expected, task.output_bytes)
-        else:
-            _check_result(result, expected)
+        if task.printed is not None:
+            _check_output(result, expected, task.printed)
+        elif not same_result(result, expected):
+            raise _Failed(f"expected {short(expected)}, got {short(result)}")
     except _Failed:
         raise
     # The fault boundary: whatever a result does to whoever looks at it, it is not what was expected.
@@ -364,44 +316,8 @@ def _check_output(result: Any, expected: str, most: int) -> None:
         raise _Failed(f"more than {most} bytes of output")
     if code != 0:
         raise _Failed(f"ended with {_how(code)}: {errors.strip()}")
-    if _words(output) != _words(expected):
+    if not same_output(output, expected):
         raise _Failed(f"expected {expected[:100]!r}, got {output[:100]!r}")
-
-
-def _check_result(result: Any, expected: Any) -> None:
-    got = _as_json(result)
-    # APPS wraps some results in a list of one.
-    if not (_same(got, expected) or (type(expected) is list and len(expected) == 1 and _same(got, expected[0]))):
-        raise _Failed(f"expected {_short(expected)}, got {_short(got)}")
-
-
-def _words(text: str) -> list[list[str]]:
-    """Split a text into the words of each line, as most graders compare: blank lines and more space do not count."""
-    return [words for words in map(str.split, text.splitlines()) if words]
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_as_json(v) for v in value]
-    return {key: _as_json(v) for key, v in value.items()} if isinstance(value, dict) else value
-
-
-def _same(got: Any, expected: Any) -> bool:
-    if type(got) is list and type(expected) is list:
-        return len(got) == len(expected) and all(map(_same, got, expected))
-    if type(got) is dict and type(expected) is dict:
-        return got.keys() == expected.keys() and all(_same(got[key], expected[key]) for key in expected)
-    if type(got) is float and type(expected) is float:
-        return got == expected or abs(got - expected) <= 1e-9 * max(abs(got), abs(expected))
-    return bool(got == expected)
-
-
-def _short(value: Any) -> str:
-    """A part of its text. Integers of more digits than Python prints have none."""
-    try:
-        return repr(value)[:100]
-    except ValueError:
-        return f"a {type(value).__name__} of very many digits"
 
 
 def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
@@ -411,7 +327,7 @@ def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
     return _read_report(runner(settings).run_tests(task.job, limits, tester_limits), task.num_tests, settings)
 
 
-def _read_report(run: TestsRun, num_tests: int, settings: CodeSettings) -> Outcome:
+def _read_report(run: TestsRun, num_tests: int | None, settings: CodeSettings) -> Outcome:
     """The verdict from the tester's lines, or from its end where it did not come to one."""
     begun, loaded, passed = False, False, 0
     for line in run.tester.stdout.splitlines():
@@ -423,7 +339,7 @@ def _read_report(run: TestsRun, num_tests: int, settings: CodeSettings) -> Outco
         where = f"in test {passed + 1}" if loaded else "at the start"
         if word == "passed":
             passed += 1
-        elif word == "end" and rest == [num_tests] and passed == num_tests:
+        elif word == "end" and rest == [passed] and num_tests in (passed, None):
             return "correct", "", passed
         elif word == "failed" and rest[0] == "gone" and run.program is not None:
             return *_of_end(run.program, settings, where), passed

@@ -9,12 +9,14 @@ A request and its answer are a line each, both plain data:
 What is no plain value stays here, under a number, and is described by [number, form, name, numbers of its classes that
 have one]. form is "", "iterator", "dataclass", "class", or "exception" for a class of exceptions; that has its built-in
 base too, and the program's class that it is made from, or None. The class that was raised is such an object, or None
-for a built-in one. In a request [number] stands for that object, ["dataclass", name, {field: value}] for one of the
-test's own, and ["named", module, name] for a function or type of the standard library.
+for a built-in one. In a request [number] stands for that object, and for those of the test's own
+["dataclass", name, {field: value}] and ["nodes", [[class, {attribute: [is it a node?, its place or a value]}], ...]];
+["named", module, name] is a function or type of the standard library.
 """
 
 from __future__ import annotations
 
+import _symtable
 import builtins
 import operator
 import os
@@ -35,6 +37,38 @@ UNARY.update(neg=operator.neg, pos=operator.pos, invert=operator.invert)
 KEYED: dict = {"getitem": operator.getitem, "setitem": operator.setitem, "contains": operator.contains}
 _BINARY = "lt le gt ge add sub mul truediv floordiv mod matmul and_ or_ xor"
 BINARY: dict = {name: getattr(operator, name) for name in _BINARY.split()}
+# What a program may use without importing it, as its benchmark's judge puts these imports in front of it.
+_PRELUDE = """
+bisect: bisect_left bisect_right insort insort_left insort_right
+collections: ChainMap Counter OrderedDict defaultdict deque namedtuple
+copy: deepcopy
+dataclasses: dataclass field
+datetime: date timedelta
+decimal: Decimal
+fractions: Fraction
+functools: cache cached_property cmp_to_key lru_cache partial reduce total_ordering wraps
+heapq: heapify heappop heappush heappushpop heapreplace merge nlargest nsmallest
+io: BytesIO StringIO
+itertools: accumulate chain combinations combinations_with_replacement compress count cycle dropwhile groupby islice
+itertools: pairwise permutations product repeat starmap takewhile tee zip_longest
+json: dumps loads
+math: acos acosh asin asinh atan atan2 atanh ceil comb copysign cos cosh degrees dist e erf exp fabs factorial floor
+math: fmod frexp fsum gamma gcd hypot inf isclose isfinite isinf isnan isqrt lcm ldexp lgamma log log10 log1p log2 modf
+math: nan perm pi prod radians sin sinh sqrt tan tanh tau trunc
+operator: add and_ attrgetter floordiv itemgetter mod mul neg or_ sub truediv xor
+random: choice choices randint randrange sample shuffle uniform
+statistics: mean median mode stdev variance
+string: ascii_letters ascii_lowercase ascii_uppercase digits punctuation
+sys: maxsize setrecursionlimit stderr stdin stdout
+typing: Any Callable DefaultDict Deque Dict FrozenSet Generator Generic Hashable Iterable Iterator List Literal Mapping
+typing: NamedTuple NoReturn Optional Protocol Sequence Set SupportsInt Tuple Type TypeVar Union cast
+"""
+_MODULES = "bisect collections copy datetime functools heapq io itertools json math operator os random re statistics"
+# Name -> (module, name in it; empty for the module itself).
+PRELUDE: dict = {name: (name, "") for name in (_MODULES + " string sys time typing numpy").split()}
+PRELUDE.update(np=("numpy", ""))
+for _line in _PRELUDE.strip().splitlines():
+    PRELUDE.update((_name, (_line.partition(":")[0], _name)) for _name in _line.split()[1:])
 _MUTABLE = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict")
 
 
@@ -73,6 +107,7 @@ class Program:
 
     def __init__(self) -> None:
         vars(builtins).update(exit=sys.exit, quit=sys.exit)  # site, which has them, is not loaded
+        allow_long_integers()
         self.module = type(sys)("program")
         self.objects: list = []
         self._numbers: dict = {}
@@ -102,6 +137,8 @@ class Program:
         if described[0] == "named":
             _, module, name = described
             return operator.attrgetter(name)(sys.modules.get(module) or __import__(module, fromlist=["*"]))
+        if described[0] == "nodes":
+            return self.nodes(described[1])
         if described[0] != "dataclass":
             return self.objects[described[0]]
         _, name, fields = described
@@ -112,6 +149,19 @@ class Program:
         for field, value in fields.items():
             object.__setattr__(made, field, value)
         return made
+
+    def nodes(self, described: list) -> Any:
+        """Make the objects of the tests' own classes anew, of the program's classes of these names; the first."""
+        made: list = []
+        for name, _ in described:
+            kind = vars(self.module).get(name)
+            if not isinstance(kind, type):
+                raise TypeError(f"the program has no class {name}")
+            made.append(object.__new__(kind))
+        for node, (_, attributes) in zip(made, described, strict=True):
+            for name, (is_node, value) in attributes.items():
+                object.__setattr__(node, name, made[value] if is_node else value)
+        return made[0]
 
     def answer(self, line: bytes) -> bytes:
         try:
@@ -173,10 +223,51 @@ def built_in_base(kind: type) -> str:
     return next((c.__name__ for c in kind.__mro__ if c.__module__ == "builtins"), "Exception")
 
 
+def allow_long_integers() -> None:
+    """Let int() and str() take integers of any length: CPU time is what limits a program."""
+    if hasattr(sys, "set_int_max_str_digits"):  # else Python is old, and has no limit
+        sys.set_int_max_str_digits(0)
+
+
+def compiled(source: str) -> Any:
+    """Compile the program and import what it uses of the prelude. This file's `annotations` holds for it too: that of
+    a class which the task leaves to the reader, `root: TreeNode`, is never evaluated."""
+    code = compile(source, "program.py", "exec")
+    for name in sorted(unbound(source) & PRELUDE.keys()):
+        module, attribute = PRELUDE[name]
+        try:
+            found = __import__(module)
+        except ImportError:  # numpy
+            continue
+        # As a builtin: the tests take nothing from it for the program's own.
+        setattr(builtins, name, getattr(found, attribute) if attribute else found)
+    return code
+
+
+def unbound(source: str) -> set:
+    """Find the global names that a program reads and binds nowhere, but for those in annotations."""
+    try:
+        waiting = [_symtable.symtable("from __future__ import annotations\n" + source, "program.py", "exec")]
+    except SyntaxError:  # it has such an import behind its docstring
+        waiting = [_symtable.symtable(source, "program.py", "exec")]
+    top, read, bound = waiting[0], set(), set()
+    while waiting:
+        table = waiting.pop()
+        waiting += table.children
+        for name, flags in table.symbols.items():
+            scope = flags >> _symtable.SCOPE_OFF & _symtable.SCOPE_MASK
+            is_global = table is top or scope in (_symtable.GLOBAL_IMPLICIT, _symtable.GLOBAL_EXPLICIT)
+            if is_global and flags & (_symtable.DEF_LOCAL | _symtable.DEF_IMPORT):
+                bound.add(name)
+            elif is_global and flags & _symtable.USE:
+                read.add(name)
+    return read - bound
+
+
 def load(program: Program, source: str) -> None:
     """Run the program's definitions. Its name is not "__main__": a main part runs for tests on stdin only."""
     sys.modules["program"] = program.module
-    exec(compile(source, "program.py", "exec"), vars(program.module))
+    exec(compiled(source), vars(program.module))
 
 
 def names(program: Program, wanted: list) -> dict:
@@ -197,7 +288,7 @@ def solve(program: Program, name: str, arguments: list) -> Any:
     return function(*arguments)
 
 
-def call(program: Program, target: Any, *arguments: Any, **keywords: Any) -> Any:
+def call(program: Program, target: Any, /, *arguments: Any, **keywords: Any) -> Any:
     return target(*arguments, **keywords)
 
 
@@ -217,7 +308,7 @@ def fields_of(record: Any) -> dict:
 
 def compile_program(program: Program, source: str, suffix: str, command: list) -> str:
     """Compile in the working directory; a complaint or an empty string."""
-    with open("program" + suffix, "w") as file:
+    with open("program" + suffix, "w", encoding="utf-8") as file:
         file.write(source)
     code, _output, errors = run_child("", lambda: os.execv(command[0], command), 0)
     return "" if code == 0 else "does not compile: " + (errors or f"the compiler ended with {code}")
@@ -233,7 +324,7 @@ def run(program: Program, source: Any, stdin: str, max_bytes: int) -> list:
     if source not in CODE:
         with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(source)
-        CODE[source] = compile(source, "program.py", "exec")
+        CODE[source] = compiled(source)
     return run_child(stdin, lambda: run_main(CODE[source]), max_bytes)
 
 
@@ -244,8 +335,8 @@ def run_main(code: Any) -> None:
     main = type(sys)("__main__")
     main.__file__ = os.path.abspath("program.py")
     sys.modules["__main__"] = main
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.argv = ["program.py"]
     exit_code = 0
     try:

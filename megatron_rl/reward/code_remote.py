@@ -153,12 +153,34 @@ def exception_class(value: Any) -> Any:
     return value._remote_state.exception or value if isinstance(value, RemoteClass) else value
 
 
+def is_node(value: Any) -> bool:
+    """Is this an object of a class of the tests' own, as LeetCode's ListNode and TreeNode, that only holds values?"""
+    return type(value).__module__ == "tests" and hasattr(value, "__dict__") and not isinstance(value, BaseException)
+
+
+def _nodes(root: Any) -> list:
+    """An object of the tests and all that its attributes lead to, one behind the other, since lists are long and may
+    be circles: [class, {attribute: [is it a node?, its place or a value]}] for each."""
+    nodes, places, described = [root], {id(root): 0}, []
+    for node in nodes:  # grows
+        attributes = {}
+        for name, value in vars(node).items():
+            if is_node(value) and id(value) not in places:
+                places[id(value)] = len(nodes)
+                nodes.append(value)
+            attributes[name] = [True, places[id(value)]] if is_node(value) else [False, value]
+        described.append([type(node).__name__, attributes])
+    return described
+
+
 def _described(value: Any) -> list:
-    """Describe for `pack` an object of the program by its number, and a dataclass of the test by its fields."""
+    """Describe for `pack` an object of the program by its number, and one of the test by what it holds."""
     if isinstance(value, Remote):
         return [value._remote_state.number]
     if is_dataclass(type(value)):
         return ["dataclass", type(value).__name__, {name: field for name, (field, _) in fields_of(value).items()}]
+    if is_node(value):
+        return ["nodes", _nodes(value)]
     module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", None)
     name = getattr(value, "__qualname__", None)
     if module in _LIBRARY and type(name) is str:  # int, abs, operator.add, str.upper
@@ -226,7 +248,7 @@ class Remote:
     def __setattr__(self, name: str, value: Any) -> None:
         self._remote_state.connection.ask("set", self, name, value)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         state = self._remote_state
         result = state.connection.ask("call", self, *arguments, keywords=keywords)
         return result._remote_named() if state.holder and isinstance(result, Remote) else result

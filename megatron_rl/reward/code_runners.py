@@ -17,7 +17,7 @@ from megatron_rl.reward.sandbox_run import Ended, Limits, Program, Running, RunR
 
 _HERE = Path(__file__).parent
 PROGRAM_MODULES = ("plain_data", "code_program")
-TESTER_MODULES = ("plain_data", "code_program", "code_remote", "code_tester")
+TESTER_MODULES = ("plain_data", "code_program", "code_remote", "code_pytest", "code_tester")
 MAX_JOB_BYTES = 1 << 30
 
 
@@ -69,8 +69,10 @@ class InSandbox:
         return self._sandbox.description
 
     def answers(self, requests: Iterable[bytes], limits: Limits, max_bytes: int) -> Generator[bytes]:
+        requests = tuple(requests)
         program = self._helper("code_program", f"main({max_bytes})")
-        with self._sandbox.start(replace(program, talks=True), limits) as run:
+        program = replace(program, talks=True, numpy=any(map(_mentions_numpy, requests)))
+        with self._sandbox.start(program, limits) as run:
             for request in requests:
                 try:
                     yield run.ask(request, max_bytes)
@@ -80,13 +82,17 @@ class InSandbox:
     def run_tests(self, job: dict[str, Any], program_limits: Limits, tester_limits: Limits) -> TestsRun:
         for_program, for_tester = socket.socketpair()
         with for_program, for_tester:
-            program = replace(self._helper("code_program", f"main({MAX_JOB_BYTES})"), channel=for_program)
+            packed = pack(job, max_bytes=MAX_JOB_BYTES)
+            numpy = _mentions_numpy(packed)
+            program = self._helper("code_program", f"main({MAX_JOB_BYTES})")
+            program = replace(program, channel=for_program, numpy=numpy)
             channel = for_tester.fileno()
             tester = self._helper("code_tester", f"main(module.Lines({channel}, {channel}))")
             tester = replace(
                 tester,
-                stdin=pack(job, max_bytes=MAX_JOB_BYTES),
+                stdin=packed,
                 private_stdout=True,
+                numpy=numpy,
                 descriptors=(*tester.descriptors, channel),
             )
             with (
@@ -133,6 +139,10 @@ class InSandbox:
             names[-1]: SealedFile(bytes.fromhex(line))
             for names, line in zip((PROGRAM_MODULES, TESTER_MODULES), lines, strict=True)
         }
+
+
+def _mentions_numpy(text: bytes) -> bool:
+    return b"numpy" in text or b"np." in text
 
 
 def _watch(tester: Running, program: Running) -> TestsRun:

@@ -3,10 +3,10 @@
 It asks `code_program.py` on the other side of a socket; `code_remote.py` says what comes back. Standard library only.
 
 The job comes on stdin, one value of plain data:
-    {"kind": "asserts", "source": program, "prefix": source, "setup": source, "asserts": [source, ...]}
-    {"kind": "humaneval", "source": program, "prefix": source, "test": source, "entry_point": name}
+    {"kind": "asserts", "humaneval" or "pytest", "source": program, "prefix": source, "setup": source,
+     "tests": [source, ...], "entry_point": name, Solution().name or empty}
 The report goes to stdout, a line of plain data for each step:
-    ["broken", text]           the tests cannot be read, or need a module that is not here
+    ["broken", text]           the tests cannot be read, or need what is not here
     ["begin"]                  they could be read; from here on nothing is their fault
     ["loaded"]                 the program, and what comes before the first test
     ["passed"]                 one test
@@ -21,7 +21,8 @@ import builtins
 import os
 import sys
 
-from megatron_rl.reward.code_program import DETAIL_CHARACTERS, Lines, serve, silence
+from megatron_rl.reward.code_program import DETAIL_CHARACTERS, Lines, allow_long_integers, serve, silence
+from megatron_rl.reward.code_pytest import Unsupported, collected
 from megatron_rl.reward.code_remote import HOLDER, Connection, Gone, Refused, Remote, RemoteClass, exception_class
 from megatron_rl.reward.plain_data import unpack
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+# The module that stands for the program in files of tests for pytest, as in KodCode.
+SOLUTION = "solution"
 GONE = "the program ended the process"
 _ONLY_AST = 0x400  # ast.PyCF_ONLY_AST; importing ast takes longer than most tests
 _IMPORTABLE = {**{name: name for name in sys.stdlib_module_names}, "numpy": "numpy", "np": "numpy"}
@@ -50,6 +53,7 @@ class Names:
         self.opened: set = set()  # math in math.pi
         self.attributes: set = set()
         self.imports: set = set()  # modules, but those of a try statement
+        self.from_solution: dict = {}  # name here -> name in the module that stands for the program
 
     def add(self, tree: Any) -> None:
         waiting = [(tree, False)]
@@ -57,6 +61,8 @@ class Names:
             node, in_try = waiting.pop()
             kind = type(node).__name__
             self._note(node, kind, in_try)
+            if kind == "ImportFrom" and node.module == SOLUTION:
+                continue  # these names are the program's, and not bound here
             in_try = in_try or kind in ("Try", "TryStar")
             for name in node._fields:
                 value = getattr(node, name, None)
@@ -71,6 +77,8 @@ class Names:
             self.attributes.add(node.attr)
             if type(node.value).__name__ == "Name":
                 self.opened.add(node.value.id)
+                if node.value.id == SOLUTION:
+                    self.from_solution[f"{SOLUTION}.{node.attr}"] = node.attr
         elif kind == "alias":
             self.bound.add(node.asname or node.name.partition(".")[0])
         elif kind == "arg":
@@ -79,6 +87,8 @@ class Names:
             self.bound.add(node.name)
         if kind == "Import" and not in_try:
             self.imports.update(alias.name for alias in node.names)
+        elif kind == "ImportFrom" and node.module == SOLUTION:
+            self.from_solution.update((a.asname or a.name, a.name) for a in node.names if a.name != "*")
         elif kind == "ImportFrom" and not in_try and not node.level:
             self.imports.add(node.module)
 
@@ -89,7 +99,9 @@ class Names:
 
     def is_about(self, name: str) -> bool:
         """Are the tests about the program's class of this name? They call or open it, and never bind the name."""
-        return name[:1].isupper() and name not in self.bound and name in self.called | self.opened and name != HOLDER
+        here = {name} | {local for local, there in self.from_solution.items() if there == name}
+        used = self.called | self.opened | {f"{SOLUTION}.{name}"}  # in `here` where the tests write that
+        return name[:1].isupper() and here.isdisjoint(self.bound) and not here.isdisjoint(used) and name != HOLDER
 
 
 class Tester:
@@ -101,7 +113,7 @@ class Tester:
     def read(self) -> None:
         """Broken where a test cannot be compiled or needs what is not here. Nothing of the program has run yet, so
         nothing else can be the reason."""
-        texts = [self.job["setup"], *self.job["asserts"]] if self.job["kind"] == "asserts" else [self.job["test"]]
+        texts = [self.job["setup"], *self.job["tests"]]
         self.codes = [_parse(text) for text in texts]
         prefix = self.job["prefix"]
         try:
@@ -115,7 +127,8 @@ class Tester:
         self.modules = self.names.modules()
         needed = Names()
         needed.add(compile(prefix, "prefix.py", "exec", _ONLY_AST))
-        for module in sorted({*self.modules.values(), *self.names.imports, *needed.imports}):
+        sys.modules["pytest"] = sys.modules[collected.__module__]
+        for module in sorted({*self.modules.values(), *self.names.imports, *needed.imports} - {SOLUTION}):
             try:
                 __import__(module)
             except ImportError as error:
@@ -124,19 +137,28 @@ class Tester:
     def start(self) -> list:
         """Load the program and what comes before the tests; one function for each test, which raises if it fails."""
         self.connection.ask("load", self.job["source"])
-        entry_point = self.job.get("entry_point", "")
-        space = self._space(entry_point)
+        entry_point = self.job["entry_point"]
+        space = self._space(entry_point.partition("(")[0])
+        candidate = self._candidate(entry_point, space)
+        exec(self.codes[0], space)
         if self.job["kind"] == "asserts":
-            exec(self.codes[0], space)
             return [
                 lambda code=code, text=text: _check(code, text, space)
-                for code, text in zip(self.codes[1:], self.job["asserts"], strict=True)
+                for code, text in zip(self.codes[1:], self.job["tests"], strict=True)
             ]
-        if entry_point not in space:
-            raise NameError(f"the program does not define {entry_point}")
-        candidate = space[entry_point]
-        exec(self.codes[0], space)
+        exec(self.codes[1], space)
+        if self.job["kind"] == "pytest":
+            return collected(space)
         return [lambda: space["check"](candidate)]
+
+    def _candidate(self, entry_point: str, space: dict) -> Any:
+        """What `check` gets: a function of the program, or a method, of a new object at each call."""
+        name, is_method, method = entry_point.partition("().")
+        if name and name not in space:
+            raise NameError(f"the program does not define {name}")
+        if is_method:
+            return lambda *arguments, **keywords: getattr(space[name](), method)(*arguments, **keywords)
+        return space.get(name)
 
     def _space(self, entry_point: str) -> dict:
         """The tests' globals: what the task gives, then from the program what the tests read and nothing gives."""
@@ -146,12 +168,18 @@ class Tester:
         space.pop(entry_point, None)
         # What a program binds to `math` could be anything, so a module is the real one.
         space.update((name, __import__(module)) for name, module in self.modules.items() if name not in space)
-        given = {*space, *dir(builtins)}
-        wanted = sorted(({*self.names.read, entry_point} - given) | {entry_point} - {""})
+        given = {*space, *dir(builtins), *self.names.from_solution}
+        imported = {*self.names.from_solution.values()}
+        wanted = sorted(({*self.names.read, entry_point} - given) | {entry_point, *imported} - {""})
         found = self.connection.ask("names", wanted)
+        for name in sorted(imported - {*found}):
+            raise NameError(f"the program does not define {name}")
+        solution = vars(sys.modules.setdefault(SOLUTION, type(sys)(SOLUTION)))
         for name in wanted:
             if type(found) is dict and name in found:
-                space[name] = self._named(name, found[name])
+                solution[name] = self._named(name, found[name])
+                if name not in imported:
+                    space[name] = solution[name]
         return space
 
     def _named(self, name: str, value: Any) -> Any:
@@ -190,6 +218,8 @@ def _text(error: BaseException) -> str:
 def _failure(error: BaseException) -> list:
     if isinstance(error, Gone):
         return ["failed", "gone", GONE]
+    if isinstance(error, Unsupported):
+        return ["broken", _text(error)[:DETAIL_CHARACTERS]]
     text = _text(error)
     if not isinstance(error, (AssertionError, Refused)) or not text:
         text = f"{type(error).__name__}: {text}".rstrip(": ")
@@ -225,6 +255,7 @@ def main(lines: Lines) -> None:
     """Run the job on stdin against the program's process, to which `lines` lead, and report on stdout."""
     report = Lines(-1, os.dup(1))
     silence(1)
+    allow_long_integers()
     with open(0, "rb", closefd=False) as file:
         job = unpack(file.read())
     run_tests(job, Connection(lines), report.write_value)

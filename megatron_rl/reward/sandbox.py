@@ -38,6 +38,10 @@ _ISOLATION = """
 """
 _SYSTEM = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
 _CLOSING = "--dir /tmp/w --chdir /tmp/w --disable-userns --remount-ro /dev --remount-ro /"
+# Where the training's numpy is shown, for an interpreter that has none.
+_PACKAGES = "/packages"
+# Debian's numpy finds its BLAS through links of these names.
+_ALTERNATIVES = Path("/etc/alternatives")
 # All that a program may find there; Python itself adds LC_CTYPE.
 _ENVIRONMENT = {"PATH", "HOME", "LANG", "LC_CTYPE", "PWD"}
 _HOW_TO_GET = (
@@ -93,7 +97,9 @@ class Sandbox:
         if self._filter is None and not allow_without_seccomp:
             raise SandboxUnavailable(_NO_SECCOMP.format(reason=_missing_for_seccomp()))
         self.packages: tuple[str, ...] = ()
-        self._prove()
+        self._numpy = _blas_links()
+        version = self._prove()
+        self.has_numpy = version is None or self._show_numpy(version)
 
     @property
     def has_seccomp(self) -> bool:
@@ -107,7 +113,8 @@ class Sandbox:
         seccomp = "a seccomp filter" if self.has_seccomp else "NO seccomp filter (reward.code.allow_without_seccomp)"
         return (
             f"bubblewrap as {user}: namespaces of their own for processes, files, network, users; no capabilities; "
-            f"{seccomp}; limits on time, memory, processes, files, output. Programs by {self.python}"
+            f"{seccomp}; limits on time, memory, processes, files, output. Programs by {self.python}, "
+            f"{'with' if self.has_numpy else 'without'} numpy"
         )
 
     def python_command(self, source: str) -> tuple[str, ...]:
@@ -137,6 +144,8 @@ class Sandbox:
         # The program is process 1: bubblewrap's own would have neither the limits nor the filter, and a program of the
         # same user could take it over through /proc/1/mem.
         prefix = ["--ro-bind", self._prefix, self._prefix] if self._prefix else []
+        if program.numpy:
+            prefix += self._numpy
         limit_command = [
             "/usr/bin/prlimit",
             f"--nproc={limits.processes}",
@@ -154,8 +163,30 @@ class Sandbox:
             *(*_CLOSING.split(), *run_options, "--", *limit_command, *program.command),
         ]
 
-    def _prove(self) -> None:
-        """A run that looks out for what must not be there."""
+    def _show_numpy(self, version: tuple[int, ...]) -> bool:
+        """Show programs the training's numpy where that is for this version of Python and works there."""
+        found = importlib.util.find_spec("numpy")
+        if found is None or not found.submodule_search_locations or version != sys.version_info[:2]:
+            return False
+        folder = Path(found.submodule_search_locations[0])
+        before = self._numpy
+        for path in (folder, folder.with_name("numpy.libs")):
+            if path.is_dir():
+                self._numpy = [*self._numpy, "--ro-bind", str(path), f"{_PACKAGES}/{path.name}"]
+        source = f"import sys\nsys.path.append({_PACKAGES!r})\nimport numpy"
+        try:
+            program = Program(command=self.python_command(source), numpy=True)
+            works = self.run(program, Limits(wall_seconds=30.0)).exit_code == 0
+        except SandboxFailure:  # the folder is not for everybody
+            works = False
+        if works:
+            self.packages = (*self.packages, _PACKAGES)
+        else:
+            self._numpy = before
+        return works
+
+    def _prove(self) -> tuple[int, ...] | None:
+        """A run that looks out for what must not be there. The version of a Python without numpy, else None."""
         source = (
             "import os, site, sys\n"
             "assert os.getuid() == 65534 and os.getpid() == 1, 'not alone'\n"
@@ -165,20 +196,33 @@ class Sandbox:
             "before = set(sys.path)\n"
             "site.addsitepackages(None)\n"
             "try:\n    os.open('/proc/sys/kernel/core_pattern', os.O_WRONLY)\n"
-            "except OSError:\n    print(ascii([path for path in sys.path if path not in before]))\n"
+            "except OSError: pass\n"
+            "else: sys.exit('/proc/sys can be written')\n"
+            "import importlib.util\n"
+            "has_numpy = importlib.util.find_spec('numpy') is not None\n"
+            "print(ascii(([path for path in sys.path if path not in before], has_numpy, sys.version_info[:2])))\n"
         )
         try:
             record = self.run_python(source, b"", Limits(wall_seconds=30.0, processes=8))
         except SandboxFailure as failure:
             raise SandboxUnavailable(f"{failure}. {_USER_NAMESPACES}. {_HOW_TO_GET}") from failure
         try:
-            self.packages = tuple(map(str, ast.literal_eval(record.stdout.decode())))
+            packages, has_numpy, version = ast.literal_eval(record.stdout.decode())
         except (ValueError, SyntaxError):
             said = record.stderr.decode(errors="replace")[-500:].strip() or f"exit code {record.exit_code}"
             raise SandboxUnavailable(
                 f"the sandbox's own check with {self.python} failed: {said}. Give a Python that every user may read "
                 f"(apt-get install -y python3). {_HOW_TO_GET}"
             ) from None
+        self.packages = tuple(map(str, packages))
+        return None if has_numpy else version
+
+
+def _blas_links() -> list[str]:
+    """The links by which Debian's numpy finds its BLAS, made anew: nothing else of /etc is there."""
+    links = [*_ALTERNATIVES.glob("libblas*"), *_ALTERNATIVES.glob("liblapack*")]
+    targets = [(os.path.realpath(link), str(link)) for link in links]
+    return [part for pair in targets if pair[0].startswith("/usr/") for part in ("--symlink", *pair)]
 
 
 @functools.cache

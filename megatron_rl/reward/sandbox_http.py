@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.parsing import parse_json
+from megatron_rl.proxies import proxy_for, told_of_proxy
 from megatron_rl.reward.code_runners import (
     MAX_JOB_BYTES,
     PROGRAM_MODULES,
@@ -29,10 +30,14 @@ _ANSWER_SECONDS = 20.0
 
 
 class SandboxFusion:
-    """Runs Python on a server; `url` without /run_code. Raises SandboxUnavailable if the server cannot be reached."""
+    """Runs Python on a server; `url` without /run_code. Raises SandboxUnavailable if the server cannot be reached, and
+    ValueError if the environment names a proxy for it that cannot be used."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=_ANSWER_SECONDS)
+        self._proxy = proxy_for(url, "reward.code.endpoint")
+        self._client = httpx.Client(
+            base_url=url.rstrip("/") + "/", timeout=_ANSWER_SECONDS, trust_env=False, proxy=self._proxy
+        )
         self._url = url
         try:
             record = self.run_python("print(6*7)", b"", Limits())
@@ -77,7 +82,9 @@ class SandboxFusion:
             response.raise_for_status()
             return _record(parse_json(response.content), time.monotonic() - started)
         except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-            raise SandboxFailure(f"the code endpoint {self._url} failed: {type(error).__name__}: {error}") from error
+            raise SandboxFailure(
+                f"the code endpoint {self._url} failed{told_of_proxy(self._proxy)}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _script(modules: Iterable[str], call: str) -> str:

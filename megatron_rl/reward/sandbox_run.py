@@ -73,6 +73,7 @@ class Program:
     stdin: what it reads there. talks: stdin is a socket to `Running.ask` instead.
     private_stdout: stdout is a socket, which no process of the sandbox can open by its /proc entry, as it can a pipe.
     descriptors: open files that it gets under the same numbers; they stay the caller's.
+    numpy: it may use that, where the sandbox has it; a tenth of a sandbox's start goes into showing it.
     channel: becomes its stdin and is closed here; a socket whose other end is another program's.
     """
 
@@ -82,6 +83,7 @@ class Program:
     private_stdout: bool = False
     descriptors: tuple[int, ...] = ()
     channel: socket.socket | None = None
+    numpy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,8 +424,8 @@ def resident_bytes(pid: int) -> int:
         with contextlib.suppress(OSError):
             for thread in Path("/proc", str(waiting.pop()), "task").iterdir():
                 with contextlib.suppress(OSError, ValueError, IndexError):
-                    waiting += map(int, (thread / "children").read_text().split())
-                    largest = max(largest, int((thread / "statm").read_text().split()[1]))
+                    waiting += map(int, (thread / "children").read_text(encoding="utf-8").split())
+                    largest = max(largest, int((thread / "statm").read_text(encoding="utf-8").split()[1]))
         total += largest * _PAGE_BYTES
     return total
 
@@ -463,5 +465,13 @@ def _count_below(root: Path, folder: str, popen_arguments: dict[str, Any]) -> in
 def _ask_stat(arguments: list[str], popen_arguments: dict[str, Any]) -> str:
     command = ["/usr/bin/stat", *arguments]
     return subprocess.run(
-        command, capture_output=True, check=False, text=True, env={}, cwd="/", **popen_arguments
+        command,
+        capture_output=True,
+        check=False,
+        text=True,
+        env={},
+        cwd="/",
+        **popen_arguments,
+        encoding="utf-8",
+        errors="replace",
     ).stdout

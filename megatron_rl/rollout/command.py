@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.mixture import PromptStream, load_stream
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.judged import check_judged
+from megatron_rl.data.mixture import PromptStream, load_prompts, load_stream
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
 from megatron_rl.locks import sole_writer
@@ -47,8 +49,7 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
 
 async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
     tokenizer = load_tokenizer(model)
-    stream = load_stream(config.data, config.seed)
-    input_ids = rendered_prompts(stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+    stream, input_ids = load_prompts(config, tokenizer)
     left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
     questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]
     await sample_questions(config, model, tokenizer, questions, path, "rollout_server")
@@ -62,7 +63,9 @@ async def sample_questions(
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
             *(path, sampler, questions),
-            lambda question, group: group_rows(group, question.prompt, sampler.decode),
+            lambda question, group: group_rows(
+                group, question.prompt, config.reward.kind_of(question.prompt.domain), sampler.decode
+            ),
             "prompts",
         )
 
@@ -80,6 +83,8 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
     stream = load_stream(config.data, config.seed)
+    check_reward_domains(stream.rows, config.reward, "data.train")
+    check_judged(stream.rows, config.reward)
     with Rewards(config.reward) as rewards:
         asked = {"url", "model", "system", "top_p", "send_seed", "extra"}
         settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}

@@ -5,23 +5,45 @@ training; a float32 comes back from its decimal digits as it was. The rows of ro
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.schema import RolloutSection
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.parsing import bounded_lines, parse_json
+from megatron_rl.parsing import bounded_lines, parse_json, shown
 from megatron_rl.records import Group, Response, Sample
+from megatron_rl.reward.answers import extracted_answer
+
+# The tests of a program have megabytes.
+_ANSWER_CHARACTERS = 2000
+# Rounding may lift one a little above 0.
+_HIGHEST_LOGPROB = 1e-3
 
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 
 
-def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
-    """The lines of a group. decode: text of output ids, as in data/chat.py."""
+def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str | None]:
+    """What a row says of the answer of a response `text`: what was expected and what was taken from it, both cut.
+
+    extracted: None where there is none, and for programs. judged_as: the kind of the reward.
+    """
+    extracted = extracted_answer(judged_as, text)
+    return {
+        "expected": prompt.answer[:_ANSWER_CHARACTERS],
+        "extracted": None if extracted is None else extracted[:_ANSWER_CHARACTERS],
+    }
+
+
+def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[list[int]], str]) -> str:
+    """The lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in data/chat.py."""
+    texts = [decode(sample.response.output_ids.tolist()) for sample in group.samples]
     rows = [
         {
             "prompt_id": prompt.id,
@@ -29,7 +51,8 @@ def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str])
             "position": sample.response.prompt_id,
             "sample_index": sample.response.sample_index,
             "prompt": prompt.prompt,
-            "response": decode(sample.response.output_ids.tolist()),
+            "response": text,
+            **answer_columns(prompt, judged_as, text),
             "reward": sample.reward,
             "reason": sample.reason,
             "details": sample.details,
@@ -39,25 +62,41 @@ def group_rows(group: Group, prompt: Prompt, decode: Callable[[list[int]], str])
             "rollout_logprobs": [float(x) for x in sample.response.rollout_logprobs],
             "policy_version": sample.response.policy_version,
         }
-        for sample in group.samples
+        for sample, text in zip(group.samples, texts, strict=True)
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[int, Prompt]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLimits:
+    """What a run can train on; as it stands, what any file may hold. vocab_size: every token id is below it."""
+
+    vocab_size: int = 2**31
+    max_prompt_tokens: int = 2**31
+    max_response_tokens: int = 2**31
+    smallest_group: int = 1
+
+
+_ANY = RowLimits()
+
+
+def limits_of(rollout: RolloutSection, bailing: BailingConfig) -> RowLimits:
+    """Those of a configuration and its model."""
+    return RowLimits(
+        vocab_size=bailing.vocab_size,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_response_tokens=rollout.max_response_tokens,
+        smallest_group=2,
+    )
+
+
+def read_groups(path: Path, advantages: Advantages, limits: RowLimits = _ANY) -> tuple[list[Group], dict[int, Prompt]]:
     """Groups by position, that is in the order in which a run takes their prompts, whatever order they were completed
-    in; and the prompt of each position, without its answer. ValueError names a wrong line.
+    in; and the prompt of each position. ValueError names a wrong line.
 
     advantages: float64 [K] of one group from its responses and rewards [K].
     """
-    if not path.is_file():
-        raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(bounded_lines(file, path), start=1):
-            rows.append(_row(line, f"{path} line {number}"))
-    if not rows:
-        raise ValueError(f"rollouts file {path} is empty")
+    rows = list(_rows(path, limits))
     groups = []
     for position, members in groupby((sample for sample, _ in rows), key=lambda sample: sample.response.prompt_id):
         of_group = list(members)
@@ -68,13 +107,31 @@ def read_groups(path: Path, advantages: Advantages) -> tuple[list[Group], dict[i
     for one, other in pairwise(groups):
         if one.prompt_id == other.prompt_id:
             raise ValueError(f"{path}: position {one.prompt_id} comes twice; remove one of the groups")
+    for group in groups:
+        if len(group.samples) < limits.smallest_group:
+            raise ValueError(
+                f"{path}: position {group.prompt_id} has one response, and a group of one has no advantage; remove it, "
+                "or record with rollout.samples_per_prompt of at least 2"
+            )
     return groups, {sample.response.prompt_id: prompt for sample, prompt in rows}
 
 
-def check_first_row(path: Path) -> None:
-    """ValueError when what the file begins with cannot be trained from; `read_groups` comes when a model is loaded."""
+def check_rows(path: Path, limits: RowLimits) -> None:
+    """ValueError for the first row that cannot be trained from; `read_groups` comes when a model is loaded."""
+    for _ in _rows(path, limits):
+        pass
+
+
+def _rows(path: Path, limits: RowLimits) -> Iterator[tuple[Sample, Prompt]]:
+    """Every row, one at a time."""
+    if not path.is_file():
+        raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
+    number = 0
     with path.open("rb") as file:
-        _row(next(bounded_lines(file, path), b""), f"{path} line 1")
+        for number, line in enumerate(bounded_lines(file, path), start=1):
+            yield _row(line, f"{path} line {number}", limits)
+    if not number:
+        raise ValueError(f"rollouts file {path} is empty")
 
 
 def with_advantages(group: Group, advantages: Advantages) -> Group:
@@ -84,28 +141,36 @@ def with_advantages(group: Group, advantages: Advantages) -> Group:
     return replace(group, samples=tuple(replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)))
 
 
-def _row(line: bytes, where: str) -> tuple[Sample, Prompt]:
-    """The sample, without its advantage, and its prompt, without its answer."""
+def _row(line: bytes, where: str, limits: RowLimits) -> tuple[Sample, Prompt]:
+    """The sample, without its advantage, and its prompt, whose answer is what the row has of it."""
     try:
         row: dict[str, Any] = parse_json(line)
-        output_ids = np.array(row["output_ids"], np.int32)
+        output_ids = _ids(row, "output_ids", limits.vocab_size, limits.max_response_tokens)
+        logprobs = _logprobs(row["rollout_logprobs"], len(output_ids))
         response = Response(
-            prompt_id=int(row["position"]),
-            sample_index=int(row["sample_index"]),
-            prompt_ids=np.array(row["prompt_token_ids"], np.int32),
+            prompt_id=_whole(row, "position"),
+            sample_index=_whole(row, "sample_index"),
+            prompt_ids=_ids(row, "prompt_token_ids", limits.vocab_size, limits.max_prompt_tokens),
             output_ids=output_ids,
-            rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
-            policy_versions=np.full(len(output_ids), int(row["policy_version"]), np.int32),
+            rollout_logprobs=logprobs,
+            policy_versions=np.full(len(output_ids), _whole(row, "policy_version"), np.int32),
             finish_reason=str(row["finish_reason"]),
         )
         sample = Sample(
             response=response,
-            reward=float(row["reward"]),
+            reward=_reward(row["reward"]),
             reason=str(row["reason"]),
             details=str(row.get("details", "")),
             advantage=0.0,
         )
-        prompt = Prompt(id=str(row["prompt_id"]), domain=str(row["domain"]), prompt=str(row["prompt"]), answer="")
+        prompt = Prompt(
+            id=str(row["prompt_id"]),
+            domain=str(row["domain"]),
+            prompt=str(row["prompt"]),
+            answer=str(row.get("expected", "")),
+        )
+    except _WrongValue as error:
+        raise ValueError(f"{where}: {error}; record its group again, or remove it") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, KeyError) and error.args == ("output_ids",):
             raise ValueError(
@@ -114,9 +179,55 @@ def _row(line: bytes, where: str) -> tuple[Sample, Prompt]:
             ) from None
         begins = line[:100].decode(errors="replace")
         raise ValueError(f"{where} is not a scored response ({type(error).__name__}: {error}): {begins!r}") from None
-    if not len(output_ids) or len(output_ids) != len(response.rollout_logprobs) or not len(response.prompt_ids):
-        raise ValueError(
-            f"{where}: {len(response.prompt_ids)} prompt_token_ids, {len(output_ids)} output_ids and "
-            f"{len(response.rollout_logprobs)} rollout_logprobs; the last two must be equally many, and none empty"
-        )
     return sample, prompt
+
+
+class _WrongValue(ValueError):
+    """A value of a row that training would take, and come to nothing or to nonsense with."""
+
+
+def _ids(row: Mapping[str, Any], name: str, vocab_size: int, longest: int) -> np.ndarray:
+    """Token ids int32 [n]. numpy alone would cut 1.5 to 1, and None is a number to it where others are floats."""
+    ids = row[name]
+    if not isinstance(ids, list) or not ids:
+        raise _WrongValue(f"{name} must be a list of token ids and not empty, got {shown(ids)}")
+    if set(map(type, ids)) != {int} or not 0 <= min(ids) <= max(ids) < vocab_size:
+        at = next(i for i, one in enumerate(ids) if type(one) is not int or not 0 <= one < vocab_size)
+        raise _WrongValue(
+            f"{name}[{at}] must be a token id of the model, a whole number from 0 to {vocab_size - 1}, got "
+            f"{shown(ids[at])}"
+        )
+    if len(ids) > longest:
+        setting = "max_response_tokens" if name == "output_ids" else "max_prompt_tokens"
+        raise _WrongValue(f"{name} has {len(ids)} tokens, more than rollout.{setting} {longest}; raise that")
+    return np.array(ids, np.int32)
+
+
+def _logprobs(values: Any, count: int) -> np.ndarray:
+    """Log-probs float32 [count]."""
+    if not isinstance(values, list) or len(values) != count:
+        number = len(values) if isinstance(values, list) else shown(values)
+        raise _WrongValue(f"it has {count} output_ids and {number} rollout_logprobs; they must be equally many")
+    if set(map(type, values)) <= {float, int}:
+        found = np.array(values, np.float64)
+        if (np.isfinite(found) & (found <= _HIGHEST_LOGPROB)).all():
+            return found.astype(np.float32)
+    at = next(i for i, one in enumerate(values) if not _is_logprob(one))
+    raise _WrongValue(f"rollout_logprobs[{at}] must be a finite number, at most 0, got {shown(values[at])}")
+
+
+def _is_logprob(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value <= _HIGHEST_LOGPROB
+
+
+def _reward(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _WrongValue(f"reward must be a finite number, got {shown(value)}")
+    return float(value)
+
+
+def _whole(row: Mapping[str, Any], name: str) -> int:
+    value = row[name]
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise _WrongValue(f"{name} must be a whole number from 0 on, got {shown(value)}")
+    return value

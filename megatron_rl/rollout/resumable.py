@@ -52,7 +52,7 @@ async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: 
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         async for group in groups:
             file.write(group.lines)
             file.flush()

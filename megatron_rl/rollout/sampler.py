@@ -396,10 +396,13 @@ def _num_tokens(group: Group) -> int:
 
 
 def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueError:
+    reasons = Counter(sample.reason for group in found.filtered for sample in group.samples)
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     return ValueError(
         f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit}"
         + (f" of domain {shortfall.domain!r}" if shortfall.domain != ANY else "")
         + f" after {after} (budget.max_waves), of "
         f"{len(found.kept) + len(found.filtered)} groups {len(found.filtered)} had equal rewards and were filtered "
-        "out; raise budget.max_waves, lower the budget or choose prompts of fitting difficulty"
+        f"out{f' (their responses: {told})' if told else ''}; raise budget.max_waves, lower the budget or choose "
+        "prompts of fitting difficulty"
     )

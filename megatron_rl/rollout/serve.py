@@ -60,7 +60,9 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
             keys = {url: keeper.key_of(url) for url in keeper.urls}
             partial = folder / f".{name}.partial"
             partial.unlink(missing_ok=True)
-            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with os.fdopen(
+                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+            ) as file:
                 json.dump({"keys": keys, "num_processes": num_processes, "torch": torch}, file)
             partial.replace(folder / f"{name}.json")
             log.info("serving at %s", ", ".join(keeper.urls))
@@ -124,4 +126,4 @@ def check_registered_torch(folder: Path, config: RlConfig) -> None:
 
 def _registrations(folder: Path) -> dict[Path, Any]:
     """Read what `run_serve` has written into the folder so far, by file."""
-    return {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

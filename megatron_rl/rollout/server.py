@@ -19,6 +19,7 @@ import httpx
 from megatron_rl.config.schema import GenerationSection, RolloutSection
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
+from megatron_rl.proxies import without_proxy
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.ports import close_port, hold_port, is_ours
 
@@ -67,7 +68,8 @@ class GenerationServer:
                 stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
-                env=without_secrets(inherited, secret_variables) | environment,
+                # SGLang asks itself whether it is up, and would ask a proxy of the environment.
+                env=without_secrets(inherited, secret_variables) | without_proxy(inherited, host) | environment,
                 start_new_session=True,
             )
         assert self._process.stdin is not None
@@ -75,7 +77,7 @@ class GenerationServer:
             self._process.stdin.write(f"{key}\n".encode())
             self._process.stdin.flush()
         partial = log_path.with_suffix(".pid.partial")  # whoever waits for a new one never reads half of it
-        partial.write_text(str(self._process.pid))
+        partial.write_text(str(self._process.pid), encoding="utf-8")
         partial.replace(log_path.with_suffix(".pid"))
 
     @property
@@ -130,7 +132,7 @@ class GenerationServer:
     def last_words(self, lines: int = 8) -> str:
         """The end of its log."""
         try:
-            text = self.log_path.read_text(errors="replace")
+            text = self.log_path.read_text(errors="replace", encoding="utf-8")
         except OSError as error:
             return f"no log at {self.log_path} ({error})"
         return f"end of {self.log_path}:\n" + "\n".join(text.strip().splitlines()[-lines:])
@@ -344,7 +346,15 @@ def torch_version(python: Path | None = None) -> str:
         return importlib.metadata.version("torch").partition("+")[0]
     program = "import importlib.metadata; print(importlib.metadata.version('torch'))"
     try:
-        done = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [python, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(
             f"{python} does not tell which torch it has ({error}); correct rollout.sglang_python"

@@ -30,7 +30,7 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)  # of a run that was killed, or a link to somewhere else
-    with partial.open("x") as file:
+    with partial.open("x", encoding="utf-8") as file:
         file.write(json.dumps(settings, indent=1))
     os.replace(partial, path)
 

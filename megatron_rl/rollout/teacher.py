@@ -16,6 +16,7 @@ from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.errors import Fault
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import together
+from megatron_rl.rollout.recorded import answer_columns
 from megatron_rl.rollout.resumable import Finished
 from megatron_rl.rollout.sampler import sampling_seed
 
@@ -31,6 +32,7 @@ class Teacher:
 
     def __init__(self, config: SamplingConfig, section: TeacherSection, endpoint: Endpoint, rewards: Rewards) -> None:
         self._section, self._endpoint, self._rewards = section, endpoint, rewards
+        self._kind_of = config.reward.kind_of
         self._seed, self._size = config.seed, config.rollout.samples_per_prompt
         self._options = _options(config, section)
         self._num_responses = 0
@@ -109,6 +111,7 @@ class Teacher:
             "prompt": prompt.prompt,
             "response": reply.content,
             "reasoning": reply.reasoning,
+            **answer_columns(prompt, self._kind_of(prompt.domain), reply.content),
             "reward": verdict.score,
             "reason": verdict.reason,
             "details": verdict.details,

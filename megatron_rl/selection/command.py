@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.selection import SelectConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts
-from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.mixture import load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.locks import sole_writer
@@ -56,7 +57,7 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
 
 def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
-    stream = load_stream(config.data, config.seed)
+    stream, _ = load_prompts(config, load_tokenizer(candidates[0].path))
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)
@@ -84,11 +85,12 @@ def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], 
     settings = sampling_settings(config, candidate.path, digest)
     check_claim(path, settings, _REMEDY)
     done, _ = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)
+    limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
     return _Job(
         candidate=candidate,
         path=path,
         tokenizer=tokenizer,
-        input_ids=rendered_prompts(prompts, tokenizer, config.rollout.max_prompt_tokens, "data.train"),
+        input_ids=rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens),
         settings=settings,
         done=frozenset(done),
     )
@@ -155,8 +157,8 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
     link = config.run_dir / "chosen"
     if chosen is None:
         link.unlink(missing_ok=True)  # an earlier choice is none of these results
-    (config.run_dir / "results.json").write_text(json.dumps(record, indent=1))
-    (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said))
+    (config.run_dir / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said), encoding="utf-8")
     show(measured, chosen, title, said)
     if chosen is None:
         raise ValueError(

@@ -98,7 +98,7 @@ def assumed(config: RlConfig, cluster: ClusterSection, mean: float | None = None
 def read_lengths(path: Path) -> np.ndarray:
     """One length per line. ValueError for a file that holds none."""
     try:
-        lengths = np.array([float(line) for line in path.read_text().split()])
+        lengths = np.array([float(line) for line in path.read_text(encoding="utf-8").split()])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no file of response lengths, one per line ({error})") from None
     if not len(lengths) or lengths.min() <= 0:

@@ -106,7 +106,7 @@ def export_directory(
         write_index(partial, names_by_shard, table)
         copy_companions(source, partial, model.dtype)
         for name, text in (notes or {}).items():
-            (partial / name).write_text(text)
+            (partial / name).write_text(text, encoding="utf-8")
         replace_directory(partial, destination)
 
     _together(make if rank == 0 else None, destination, control)

@@ -34,7 +34,7 @@ class WeightFolder:
             parent = shared or _memory(num_bytes)
             _remove_abandoned(parent)
             made = [tempfile.mkdtemp(prefix=_PREFIX, dir=parent)]  # mode 0700
-            self._lock = (Path(made[0]) / _LOCK).open("x")
+            self._lock = (Path(made[0]) / _LOCK).open("x", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         dist.broadcast_object_list(made, src=0, group=control)
         self._folder = Path(made[0])

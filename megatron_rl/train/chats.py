@@ -10,6 +10,7 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import render_chat
+from megatron_rl.data.fitting import Limit
 from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
 from megatron_rl.train.batch import TrainSequence
@@ -26,11 +27,15 @@ class ChatBatches:
 
     def __init__(self, config: SftConfig, tokenizer: Any) -> None:
         """ValueError for data that cannot be used."""
-        self._stream = load_chats(config.data, config.seed)
+        self._sequences: dict[str, TrainSequence] = {}
+
+        def fits(chats: Sequence[Chat]) -> Sequence[Chat]:
+            self._sequences = tokenized(chats, config, tokenizer, "data.train")
+            return [chat for chat in chats if chat.id in self._sequences]
+
+        self._stream = load_chats(config.data, config.seed, fits)
         self.num_chats, self.digest = self._stream.num_rows, self._stream.digest
-        chats = self._stream.rows
-        self.messages = {chat.messages for chat in chats}
-        self._sequences = tokenized(chats, config, tokenizer, "data.train")
+        self.messages = {chat.messages for chat in self._stream.rows}
         positions = count() if config.train.epochs is None else range(config.train.epochs * self.num_chats)
         lengths = (len(sequence.token_ids) for position in positions for sequence in self._at(position, position + 1))
         self._ends = list(islice(batch_ends(lengths, config.data.batch_tokens), config.train.steps))
@@ -98,18 +103,18 @@ def validation_parts(config: SftConfig, tokenizer: Any, trained: set[Any]) -> li
 
 
 def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: str) -> dict[str, TrainSequence]:
-    """By id, with loss on what the model would have to generate (`render_chat`).
+    """By id, with loss on what the model would have to generate (`render_chat`); those that are short enough.
 
-    where: for messages. ValueError for a chat that is too long.
+    where: for the progress bar. ValueError for chats that are too long, as data.too_long says.
     """
-    limit, key = min(_limits(config))
-    found = {}
+    most, key = min(_limits(config))
+    limit = Limit(tokens=most, key=key, kind="chats", too_long=config.data.too_long)
+    found, lengths = {}, {}
     for chat in bar(chats, f"tokenizing {where}"):
-        ids, mask = render_chat(tokenizer, chat.messages)
-        if len(ids) > limit:
-            raise ValueError(
-                f"{where}: chat {chat.id} has {len(ids)} tokens; {key} allows {limit}: raise it or drop the chat"
-            )
+        ids, mask = render_chat(tokenizer, chat.messages, config.data.special_tokens)
+        lengths[chat.where] = len(ids)
+        if len(ids) > most:
+            continue
         positions = np.flatnonzero(mask).astype(np.int32)
         found[chat.id] = TrainSequence(
             token_ids=np.array(ids, np.int32),
@@ -119,6 +124,7 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
             rollout_logprobs=np.full(len(positions), np.nan, np.float32),
             num_stale_tokens=len(positions),
         )
+    limit.check(lengths)
     return found
 
 

@@ -30,6 +30,7 @@ class Collector:
         # By domain: what one of its prompts brings.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
+        self.examples: list[str] = []  # of the last phase: two responses beside what was expected
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
@@ -101,9 +102,13 @@ class Collector:
         )
 
     def _write(self, phase: Phase, policy_version: int) -> None:
-        prompt_of, decode = self._source.prompt_of, self._source.decode
+        """The responses of a step, all into its file and two for a warning. Fault for a disk that a run cannot go on
+        with, and for rewards that could not be given."""
+        prompt_of, decode, kind_of = self._source.prompt_of, self._source.decode, self._config.reward.kind_of
+        self.examples = phase.examples(prompt_of, kind_of, decode)
         try:
-            phase.write(self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl", prompt_of, decode)
+            path = self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
+            phase.write(path, prompt_of, kind_of, decode)
         except OSError as error:
             if fault := disk_fault(self._config, "the responses of this step are not written", error):
                 raise fault from error

@@ -17,8 +17,9 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
-from megatron_rl.data.mixture import PromptStream, check_domains, load_stream
+from megatron_rl.data.chat import load_tokenizer, response_decoder
+from megatron_rl.data.domains import check_domains
+from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, UnfinishedGroup
@@ -26,7 +27,7 @@ from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import together
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.recorded import Advantages, read_groups
+from megatron_rl.rollout.recorded import Advantages, limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
@@ -88,11 +89,10 @@ class RecordedGroups:
             raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
-        self.decode = response_decoder(
-            load_tokenizer(config.model.path), load_bailing_config(config.model.path).eos_token_id
-        )
-        self._digest = _load_stream(config).digest
-        self._groups, self._prompts = read_groups(path, advantages_of(config))
+        tokenizer, bailing = load_tokenizer(config.model.path), load_bailing_config(config.model.path)
+        self.decode = response_decoder(tokenizer, bailing.eos_token_id)
+        self._digest = _load_prompts(config, tokenizer)[0].digest
+        self._groups, self._prompts = read_groups(path, advantages_of(config), limits_of(config.rollout, bailing))
         if config.budget.domains:
             check_domains(self._prompts.values(), config.budget.domains, f"--rollouts {path}")
         self._cursors = dict.fromkeys(self._shares, 0)
@@ -155,8 +155,7 @@ class ServerGroups:
         self._shares = domain_shares(config)
         tokenizer, bailing = load_tokenizer(config.model.path), load_bailing_config(config.model.path)
         self.decode = response_decoder(tokenizer, bailing.eos_token_id)
-        self._stream = _load_stream(config)
-        self._input_ids = rendered_prompts(self._stream.rows, tokenizer, config.rollout.max_prompt_tokens, "data.train")
+        self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
         self._keeper = servers.keeper
@@ -314,11 +313,11 @@ async def _in_waves(
     )
 
 
-def _load_stream(config: RlConfig) -> PromptStream:
-    stream = load_stream(config.data, config.seed)
+def _load_prompts(config: RlConfig, tokenizer: Any) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
+    stream, input_ids = load_prompts(config, tokenizer)
     if config.budget.domains:
         stream.check_shares(config.budget.domains)
-    return stream
+    return stream, input_ids
 
 
 def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import SharedFault
+from megatron_rl.train.learning import AGAIN_STEPS, STEPS, Signs
 from megatron_rl.train.trainer import StepResult
 
 log = logging.getLogger(__name__)
@@ -48,15 +49,21 @@ class Alarms:
         self._section = section
         self._gradients: deque[float] = deque(maxlen=_GRADIENTS)
         self._rewards: deque[float] = deque(maxlen=_REWARDS)
+        self._signs = Signs()
         self._best = 0.0
+        self._low_steps = 0
+        self._learns_nothing = False
         for row in past:
             self.check(row)
 
-    def report(self, row: dict[str, Any]) -> None:
-        """Log what is wrong with the row of a new step, and count it in the row."""
+    def report(self, row: dict[str, Any], examples: Sequence[str] = ()) -> None:
+        """Log what is wrong with the row of a new step, and count it in the row. examples: responses of the step, told
+        where the run learns nothing."""
         found = self.check(row)
         for message in found:
             log.warning("step %d: %s", row["step"] + 1, message)
+        if found and examples and self._learns_nothing:
+            log.warning("step %d: for example %s", row["step"] + 1, "\n  and ".join(examples))
         row["num_alarms"] = len(found)
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
@@ -68,16 +75,23 @@ class Alarms:
             if norm > self._section.grad_norm_alarm * usual:
                 found.append(f"the gradient norm {norm:.3g} is far above the usual {usual:.3g}")
             self._gradients.append(norm)
+        told = self._signs.check(row)
         if self._section.reward_alarm and "reward" in row:
-            found += self._collapse(row["reward"])
-        return found
+            told += self._collapse(row["reward"])
+        self._learns_nothing = bool(told)
+        return found + told
 
     def _collapse(self, reward: float) -> list[str]:
+        """The reward of a new step against the best mean of ten steps before."""
+        limit = self._section.reward_alarm * self._best if self._best >= _LEAST_REWARD else -math.inf
+        self._low_steps = self._low_steps + 1 if reward < limit else 0
         self._rewards.append(reward)
-        if len(self._rewards) < _REWARDS:
+        if len(self._rewards) == _REWARDS:
+            self._best = max(self._best, fmean(self._rewards))
+        if self._low_steps % AGAIN_STEPS != STEPS:
             return []
-        mean = fmean(self._rewards)
-        self._best = max(self._best, mean)
-        if self._best < _LEAST_REWARD or mean >= self._section.reward_alarm * self._best:
-            return []
-        return [f"the mean reward of {_REWARDS} steps fell to {mean:.3g} from {self._best:.3g}"]
+        return [
+            f"the reward has been below {limit:.3g} for {STEPS} steps or more, now {reward:.3g}, and its best mean of "
+            f"{_REWARDS} steps was {self._best:.3g}. Likely: the policy has collapsed (lower optimizer.learning_rate, "
+            "go back to an earlier checkpoint); or the data has become harder (data.stages)"
+        ]

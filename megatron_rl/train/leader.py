@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -150,7 +150,7 @@ class Leader:
         }
         if self._releases_memory:
             row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}
-        self._alarms.report(row)
+        self._alarms.report(row, self.collector.examples)
         try:
             self._metrics.write(row)
             if row["num_skipped_steps"]:
@@ -168,8 +168,14 @@ class Leader:
             )
             log.error("%s", self._failure)
             self.source.forget(lambda sampled: sampled >= step)
+        self._print(step, row)
+
+    def _print(self, step: int, row: Mapping[str, Any]) -> None:
+        """The line of a step for the person at the terminal."""
         console.print(
-            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  entropy {row['entropy']:.3f}  "
+            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  "
+            f"no answer {row['no_answer_share']:.0%}  uniform {row['uniform_group_share']:.0%}  "
+            f"entropy {row['entropy']:.3f}  "
             f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
             f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
             f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
@@ -192,7 +198,7 @@ class Leader:
         samples = self._schedule.samples
         carry = Carry(samples=samples, since=(step,) * len(samples))
         (folder / f"step_{step:06d}.npz").write_bytes(pack_carry(carry))
-        (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)))
+        (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)), encoding="utf-8")
         log.warning(
             "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
             *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),

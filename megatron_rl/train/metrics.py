@@ -39,9 +39,9 @@ class MetricsLog:
         self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
         self._num_starts = 1 + max((row.get("num_starts", 1) for row in self.past), default=0)
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.past))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.past), encoding="utf-8")
         partial.replace(self._path)
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:

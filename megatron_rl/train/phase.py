@@ -15,10 +15,13 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
+from megatron_rl.rollout.recorded import answer_columns
 from megatron_rl.rollout.sampler import Collected
+from megatron_rl.train import learning
 
 Decode = Callable[[list[int]], str]
 PromptOf = Callable[[int], Prompt]  # by its position in the stream
+KindOf = Callable[[str], str]  # of reward, by the prompt's domain
 
 # Fewer responses without a verdict are bad luck in a small phase.
 _MIN_GAVE_UP = 8
@@ -57,12 +60,12 @@ class Phase:
             yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
         yield from ((sample, "dropped: stale", 0) for sample in self.stale)
 
-    def write(self, path: Path, prompt_of: PromptOf, decode: Decode) -> None:
+    def write(self, path: Path, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> None:
         """One JSON row per sample."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             for sample, outcome, num_loss_tokens in self.outcomes():
-                row = _row(sample.response, prompt_of, decode) | {
+                row = _row(sample.response, prompt_of, kind_of, decode) | {
                     "reward": sample.reward,
                     "reason": sample.reason,
                     "details": sample.details,
@@ -73,8 +76,22 @@ class Phase:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             for group in self.collected.purged:
                 for response in group.responses:
-                    row = _row(response, prompt_of, decode) | {"outcome": "dropped: kept for too long"}
+                    row = _row(response, prompt_of, kind_of, decode) | {"outcome": "dropped: kept for too long"}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def examples(self, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> list[str]:
+        """Two responses beside what was expected of them, for whoever reads that nothing is learned."""
+        own = [sample for group in self.generated for sample in group.samples] or self.schedule.samples
+
+        def prompt(sample: Sample) -> Prompt:
+            return prompt_of(sample.response.prompt_id)
+
+        return learning.examples(
+            own,
+            lambda sample: (prompt(sample).id, prompt(sample).answer),
+            lambda sample: kind_of(prompt(sample).domain),
+            lambda sample: decode(sample.response.output_ids.tolist()),
+        )
 
     def check_rewards(self, max_error_share: float, prompt_of: PromptOf, decode: Decode) -> None:
         """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
@@ -124,6 +141,7 @@ class Phase:
             "advantage_std": float(advantages.std()),
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
+            "wrong_share": _share(seen, lambda sample: sample.reason == "wrong"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
             "too_slow_share": _share(seen, lambda sample: sample.reason == "too_slow"),
             "reward_error_share": _share(seen, lambda sample: sample.reason in GAVE_UP),
@@ -179,14 +197,16 @@ class Phase:
         return barrier / busy if busy else 1.0
 
 
-def _row(response: Response, prompt_of: PromptOf, decode: Decode) -> dict[str, Any]:
+def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> dict[str, Any]:
+    prompt, text = prompt_of(response.prompt_id), decode(response.output_ids.tolist())
     versions, counts = np.unique(response.policy_versions, return_counts=True)
     return {
-        "prompt_id": prompt_of(response.prompt_id).id,
+        "prompt_id": prompt.id,
         "position": response.prompt_id,
         "sample_index": response.sample_index,
         "prompt": decode(response.prompt_ids.tolist()),
-        "response": decode(response.output_ids.tolist()),
+        "response": text,
+        **answer_columns(prompt, kind_of(prompt.domain), text),
         # Which weights sampled how many of its tokens, in order.
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,

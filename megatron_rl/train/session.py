@@ -105,7 +105,7 @@ class Session:
             self._claimed.enter_context(sole_writer(self.config.run_dir, "set run_dir to a new folder"))
         except ValueError as error:
             return str(error)
-        (self.config.run_dir / "config.toml").write_text(dump_config(self.config))
+        (self.config.run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         return None
 
     @property

@@ -86,7 +86,7 @@ def write(
     path.parent.mkdir(exist_ok=True)
     partial = path.parent / ".partial"
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             for index in schedule.plan.traced:
                 file.write(json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n")
         partial.replace(path)

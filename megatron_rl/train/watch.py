@@ -73,7 +73,7 @@ class Watch:
         path = self._run_dir / HEARTBEAT
         partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(found))
+            partial.write_text(json.dumps(found), encoding="utf-8")
             partial.replace(path)
         except OSError as error:  # a full disk is for those to tell who lose something by it
             log.warning("%s cannot be written (%s)", path, error.strerror)
@@ -88,7 +88,7 @@ class Watch:
         try:
             folder = self._run_dir / "stacks"
             folder.mkdir(exist_ok=True)
-            with (folder / f"rank_{self._rank}.txt").open("w") as file:
+            with (folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
                 file.write(f"{self.place}, after {self._deadline:g} s\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

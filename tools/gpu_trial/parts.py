@@ -109,12 +109,12 @@ class Trial:
 
     def write(self) -> None:
         if self.folder is not None:
-            (self.folder / f"{self._question}.json").write_text(json.dumps(self.found, indent=1))
+            (self.folder / f"{self._question}.json").write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
     def log(self, name: str, said: str) -> None:
         """Keep a part's own output in $OUT/QUESTION.log: one file, since few files come back from the machine."""
         if self.folder is not None:
-            with (self.folder / f"{self._question}.log").open("a") as file:
+            with (self.folder / f"{self._question}.log").open("a", encoding="utf-8") as file:
                 file.write(f"--- {name}\n{said}\n")
 
 
@@ -135,6 +135,8 @@ def run(
         stderr=sys.stderr,
         text=True,
         start_new_session=True,
+        encoding="utf-8",
+        errors="replace",
     )
     late = False
     try:
@@ -262,7 +264,7 @@ def end(trial: Trial) -> int:
 def _commit() -> str:
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace")
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"

@@ -80,7 +80,7 @@ def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
 
     config = folder / f"{transport}.toml"
     settings = run_config(trial, folder, transport)
-    config.write_text(tomli_w.dumps(settings))
+    config.write_text(tomli_w.dumps(settings), encoding="utf-8")
     name = f"loop_{transport}"
     code, _ = run(trial, name, [sys.executable, "-m", "megatron_rl.cli", "train", config], seconds, CHECKS_NO_VERSION)
     rows = read_metrics(Path(settings["run_dir"]) / "metrics.jsonl")
@@ -88,7 +88,7 @@ def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
     kept = [{key: value for key, value in row.items() if key in names or key.endswith("_seconds")} for row in rows]
     if code or len(rows) != 2:
         log = Path(settings["run_dir"]) / "server_0.log"
-        said = log.read_text(errors="replace")[-1500:] if log.exists() else ""
+        said = log.read_text(errors="replace", encoding="utf-8")[-1500:] if log.exists() else ""
         raise PartFailed(f"ended with code {code} after {len(rows)} steps. {said}", kept)
     if not all(row["grad_norm"] > 0 for row in rows):
         raise PartFailed("no step changed a weight, so nothing shows whether the servers followed", kept)
@@ -135,8 +135,10 @@ def push(trial: Trial, folder: Path, seconds: float) -> Any:
         run_ranks(1, spec, folder / "push", seconds, "push_worker.py", on_cpu=False)
     except AssertionError as error:
         report = folder / "push/report.json"
-        raise PartFailed(str(error)[-2000:], json.loads(report.read_text()) if report.exists() else None) from error
-    found = json.loads((folder / "push/report.json").read_text())
+        raise PartFailed(
+            str(error)[-2000:], json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+        ) from error
+    found = json.loads((folder / "push/report.json").read_text(encoding="utf-8"))
     behind = [push["difference"] for pushes in found["pushes"].values() for push in pushes]
     behind += [found[name]["difference"] for name in ("killed", "released")]
     before = [push["difference_before"] for pushes in found["pushes"].values() for push in pushes]

@@ -19,7 +19,15 @@ IMPORT = "import torch, transformer_engine.pytorch as te; te.Linear(64, 64, devi
 def load(is_dry: bool, seconds: float) -> dict[str, str]:
     """Import it and run one layer, in a process of its own: a wrong library can end one."""
     code = "import torch" if is_dry else IMPORT
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=seconds)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         raise PartFailed(f"code {done.returncode}: {done.stderr.strip()[-1500:]}")
     names = ("torch",) if is_dry else ("torch", "transformer-engine", "transformer-engine-torch")

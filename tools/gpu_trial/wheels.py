@@ -75,7 +75,7 @@ def sha256(path: Path) -> str:
 def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
     """The requirements of a question, those of the lists that it includes too, and the patterns of what is left out of
     a wheel, by its distribution. ValueError for an unknown question."""
-    lists = tomllib.loads(LISTS.read_text())
+    lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     if question not in lists["questions"]:
         raise ValueError(f"no question is called {question!r}; {LISTS.name} has {', '.join(lists['questions'])}")
     wheels = [wheel for name in lists["questions"][question] for wheel in lists["wheels"][name]]
@@ -116,7 +116,15 @@ def download(requirement: str, folder: Path) -> str:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", PYTHON, "--implementation", "cp", "--dest", str(folder)]
     command += [part for platform in PLATFORMS for part in ("--platform", platform)]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        [*command, requirement],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        encoding="utf-8",
+        errors="replace",
+    )
     return done.stderr.strip().rpartition("\n")[2]
 
 
@@ -170,7 +178,7 @@ def laid_out(files: Sequence[tuple[str, str, Path]], destination: Path, piece_by
                 parts.append(replace(part, sha256=sha256(folder / part.file)))
         placed[number] = replace(wheel, parts=tuple(parts))
     for folder in destination.iterdir():
-        (folder / MANIFEST).write_text(manifest(placed))
+        (folder / MANIFEST).write_text(manifest(placed), encoding="utf-8")
     return placed
 
 
@@ -207,7 +215,7 @@ def divided(num_bytes: int, at_most: int) -> Iterator[int]:
 def manifest_of(folder: Path) -> list[Wheel]:
     return [
         Wheel(**row | {"parts": tuple(Part(**part) for part in row["parts"])})
-        for row in json.loads((folder / MANIFEST).read_text())
+        for row in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     ]
 
 
@@ -249,11 +257,15 @@ def install(wheels: Sequence[Wheel], store: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(site)]
     command += [str(joined / wheel.file) for wheel in wheels]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise Fault(f"pip does not install the wheels:\n{done.stderr.strip()}")
     # Python looks for .pth files where packages are installed, not in the folders of PYTHONPATH; cutlass has one.
-    (site / "sitecustomize.py").write_text("import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n")
+    (site / "sitecustomize.py").write_text(
+        "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n", encoding="utf-8"
+    )
     shutil.rmtree(joined)
 
 

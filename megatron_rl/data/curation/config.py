@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from megatron_rl.config.schema import Fraction, Positive, Section
-from megatron_rl.data.curation.code_tests import TEST_LAYOUTS
 from megatron_rl.data.curation.presets import PRESETS
 from megatron_rl.data.curation.rules import RULES
+from megatron_rl.data.curation.test_layouts import NEED_A_COLUMN, TEST_LAYOUTS
 
 
 def _pattern(text: str) -> str:
@@ -56,9 +56,21 @@ class Layout(Section):
     tests: Annotated[str, _one_of(TEST_LAYOUTS)] = Field(
         default="", description="how the row gives the tests of a program, instead of `answer`"
     )
-    tests_column: str = Field(default="", description="where, for the layouts json and input_output")
-    domain: str = Field(default="", description="the domain of every row; or else domain_column")
-    domain_column: str = ""
+    tests_column: str = Field(default="", description=f"where, for the layouts {', '.join(NEED_A_COLUMN)}")
+    options: tuple[str, ...] = Field(
+        default=(),
+        description="instead of `answer`: the columns of the options of a multiple choice, the right one first. They "
+        "go below the prompt in an order by options_seed, and the answer is a letter: for evaluation",
+    )
+    options_seed: int = 1
+    chat: str = Field(
+        default="",
+        description="instead of all these: the column of a conversation, {role, content} or {from, value}, for "
+        "supervised fine-tuning; other columns go into `meta`",
+    )
+    domain: str = Field(default="", description="the domain of every row, or of those without one in domain_column")
+    domain_column: str = Field(default="", description="a row with tests is one of `code` whatever stands there")
+    domains: dict[str, str] = Field(default={}, description='other names, {MATH = "math"}')
     id_column: str = Field(default="", description="may be missing in a row: the id is then a hash of the content")
     source_column: str = Field(default="", description="may be missing in a row: the source is then path or hf")
     append: str = Field(default="", description="column whose text goes below the prompt where it is not empty")
@@ -71,7 +83,7 @@ class Layout(Section):
 class Input(Layout):
     """Files or a Hugging Face dataset. The preset's layout, and over it the keys that are given here."""
 
-    path: str = Field(default="", description="file or glob: .jsonl, .jsonl.gz, .parquet")
+    path: str = Field(default="", description="file or glob: .jsonl, .jsonl.gz, .json, .parquet, .csv")
     hf: str = Field(default="", description='"org/name", streamed by the library `datasets`')
     hf_config: str | None = None
     split: str = "train"
@@ -100,13 +112,18 @@ class Source(Input):
     @model_validator(mode="after")
     def _complete(self) -> "Source":
         layout = self.layout()
-        if not layout.prompt or not (layout.answer or layout.tests) or not (layout.domain or layout.domain_column):
+        if layout.chat:
+            return self
+        gives_answer = layout.answer or layout.tests or layout.options
+        if not layout.prompt or not gives_answer or not (layout.domain or layout.domain_column):
             raise ValueError(
                 f"{self.name} needs the columns prompt, answer (or tests) and domain (or domain_column); "
-                f"set them, or a preset: {', '.join(PRESETS)}"
+                f"set them, or a preset: {', '.join(PRESETS)}; megatron-rl inspect finds out which"
             )
-        if layout.tests in ("json", "input_output") and not layout.tests_column:
+        if layout.tests in NEED_A_COLUMN and not layout.tests_column:
             raise ValueError(f'{self.name}: tests = "{layout.tests}" needs tests_column')
+        if len(layout.options) == 1 or len(layout.options) > 10:
+            raise ValueError(f"{self.name}: options names {len(layout.options)} columns, and a choice has 2 to 10")
         return self
 
 
@@ -154,6 +171,7 @@ class DifficultySection(Section):
     min_pass_rate: float = Field(
         default=0.0, ge=0, lt=1, description="rows that neither model solves more often are dropped"
     )
+    suffix: str = Field(default="", description="data.suffix of the rollouts, which their prompts end in")
     passing_reward: float = Field(default=1.0, description="the least reward of a solved response")
     unmeasured: Literal["keep", "drop"] = "keep"
 
@@ -185,4 +203,12 @@ class CurationConfig(Section):
     def _has_sources(self) -> "CurationConfig":
         if not self.source:
             raise ValueError("there is nothing to curate; add a [[source]]")
+        chats = [bool(source.layout().chat) for source in self.source]
+        if any(chats) and not all(chats):
+            raise ValueError(
+                f"{self.source[chats.index(True)].name} holds conversations and {self.source[chats.index(False)].name} "
+                "prompts, and one file of rows cannot be both; curate them apart"
+            )
+        if chats[0] and self.difficulty.rollouts:
+            raise ValueError("difficulty is of prompts, and the sources are conversations; take difficulty out")
         return self

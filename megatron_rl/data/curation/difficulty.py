@@ -49,17 +49,17 @@ def read_difficulty(settings: DifficultySection) -> Difficulty | None:
     """None without rollouts. ValueError names a line that is no scored response."""
     if not settings.rollouts:
         return None
-    model, stronger = (_rates(paths, settings.passing_reward) for paths in (settings.rollouts, settings.stronger))
+    model, stronger = (_rates(paths, settings) for paths in (settings.rollouts, settings.stronger))
     return Difficulty(settings=settings, model=model, stronger=stronger if settings.stronger else None)
 
 
-def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
+def _rates(patterns: Iterable[str], settings: DifficultySection) -> Rates:
     rates: dict[int, tuple[int, int]] = {}
     for path in (path for pattern in patterns for path in files_of(pattern)):
         for number, line in numbered_lines(path):
             try:
                 row = parse_json(line)
-                key, reward = short_digest(row["prompt"]), float(row["reward"])
+                key, reward = short_digest(row["prompt"].removesuffix(settings.suffix)), float(row["reward"])
                 gave_up = row.get("reason") in GAVE_UP
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
@@ -69,5 +69,5 @@ def _rates(patterns: Iterable[str], passing_reward: float) -> Rates:
             if gave_up:  # scored 0, though nobody knows whether it solves the prompt
                 continue
             solved, total = rates.get(key, (0, 0))
-            rates[key] = solved + (reward >= passing_reward), total + 1
+            rates[key] = solved + (reward >= settings.passing_reward), total + 1
     return rates

@@ -1,20 +1,21 @@
 """What is done with one row on its own: mapping, rules, benchmarks, and the hashes by which rows are compared later."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasketch import MinHash
 
-from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.data.curation.config import CurationConfig, Layout
 from megatron_rl.data.curation.contamination import Index
-from megatron_rl.data.curation.mapping import Unusable, to_prompt
-from megatron_rl.data.curation.rules import RULES
+from megatron_rl.data.curation.mapping import Unusable, to_chat, to_prompt
+from megatron_rl.data.curation.rules import CHAT_RULES, RULES
 from megatron_rl.data.curation.sources import Piece, parsed
 from megatron_rl.data.curation.text import digest, numbers_digest, shingles, short_digest, token_hashes, tokens
-from megatron_rl.data.prompts import Prompt
+from megatron_rl.data.prompts import Message, Prompt, messages_of
+from megatron_rl.parsing import parse_json
 
 # prompt: digest of what exact duplicates have in common, as two halves. near: whether it is compared by bands.
 # text, identity: of the prompt as it stands and of the id. size: bytes of its line.
@@ -22,6 +23,9 @@ ROW = np.dtype(
     [("prompt", "<u8", 2), ("answer", "<u8"), ("text", "<u8"), ("identity", "<u8"), ("size", "<u4"), ("line", "<u4"),
      ("file", "<u4"), ("source", "<u2"), ("near", "?")]
 )  # fmt: skip
+
+
+CHAT = "(conversation)"  # the domain of conversations, within curation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class Inspector:
 
     def __init__(self, config: CurationConfig, index: Index | None) -> None:
         self._sources = [(source, source.layout()) for source in config.source]
-        self._rules = {name: RULES[name] for name in RULES if name in config.rules}
+        self._rules = frozenset(config.rules)
         self._settings = config.duplicates
         self._index = index
         self._permutations = MinHash(config.duplicates.bands * config.duplicates.band_rows, seed=1).permutations
@@ -89,12 +93,12 @@ class Inspector:
             text = raw.decode(errors="backslashreplace")
             return "malformed", {"details": f"not valid UTF-8 JSON: {error}"}, text
         try:
-            record = to_prompt(value, layout, source.name)
+            record = record_from(value, layout, source.name)
         except Unusable as unusable:
             return unusable.reason, {"details": unusable.detail}, value
-        for name, rule in self._rules.items():
-            if name not in source.skip_rules and (found := rule(record)):
-                return name, {"details": found}, as_row(record)
+        defect = defect_of(record, layout, self._rules.difference(source.skip_rules))
+        if defect:
+            return defect[0], {"details": defect[1]}, as_row(record)
         words = tokens(record.prompt)
         hashes = token_hashes(words)
         contamination = self._index and self._index.find(words, hashes)
@@ -106,10 +110,13 @@ class Inspector:
         return line
 
     def _hash(self, record: Prompt, words: list[str], hashes: np.ndarray, row: np.void, bands: np.ndarray) -> None:
-        verbatim = record.domain in self._settings.verbatim_domains
+        is_chat = record.domain == CHAT
+        verbatim = is_chat or record.domain in self._settings.verbatim_domains
         same = record.prompt.strip() if verbatim or not words else " ".join(words)
+        if is_chat:  # another response to the same question is another row
+            same = record.answer
         row["prompt"] = np.frombuffer(digest(same), np.uint64)
-        row["answer"] = short_digest(record.answer.strip())
+        row["answer"] = 0 if is_chat else short_digest(record.answer.strip())
         row["text"] = short_digest(record.prompt)
         row["identity"] = short_digest(record.id)
         if self._settings.near and not verbatim and words:
@@ -131,7 +138,47 @@ class Inspector:
         return mixed
 
 
+def record_from(row: object, layout: Layout, source: str) -> Prompt:
+    """The record of a row; raises Unusable. A conversation is one of the domain CHAT: its prompt is what the user says
+    in it, its answer JSON of the messages."""
+    if not layout.chat:
+        return to_prompt(row, layout, source)
+    chat = to_chat(row, layout)
+    return _as_record(chat.id, chat.messages, chat.meta)
+
+
+def defect_of(record: Prompt, layout: Layout, rules: Collection[str]) -> tuple[str, str] | None:
+    """The first rule that finds something, and what. What a layout makes on purpose is no defect."""
+    for name, rule in RULES.items():
+        if (
+            name not in rules
+            or (layout.chat and name not in CHAT_RULES)
+            or (layout.options and name == "multiple_choice")
+        ):
+            continue
+        found = rule(record)
+        if found:
+            return name, found
+    return None
+
+
 def as_row(record: Prompt) -> dict[str, Any]:
     """In the contract of data/prompts.py."""
+    meta = {"meta": record.meta} if record.meta else {}
+    if record.domain == CHAT:
+        return {"id": record.id, "messages": parse_json(record.answer), **meta}
     row = {"id": record.id, "domain": record.domain, "prompt": record.prompt, "answer": record.answer}
-    return row | {"source": record.source} | ({"meta": record.meta} if record.meta else {})
+    return row | {"source": record.source} | meta
+
+
+def from_row(row: Mapping[str, Any]) -> Prompt:
+    """The record of what `as_row` made."""
+    if "messages" in row:
+        return _as_record(row["id"], messages_of(row["messages"]), row.get("meta", {}))
+    return Prompt(**row)
+
+
+def _as_record(identity: str, messages: Sequence[Message], meta: Mapping[str, Any]) -> Prompt:
+    said = "\n".join(message.content for message in messages if message.role == "user")
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    return Prompt(id=identity, domain=CHAT, prompt=said, answer=json.dumps(plain, ensure_ascii=False), meta=meta)

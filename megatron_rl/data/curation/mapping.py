@@ -1,16 +1,25 @@
-"""One row of any layout to a Prompt, the record that everything after this works on."""
+"""One row of any layout to a Prompt, the record that everything after this works on, or to a Chat."""
 
+import hashlib
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rl.data.curation.code_tests import TEST_LAYOUTS, problem_of_tests
 from megatron_rl.data.curation.config import Layout
-from megatron_rl.data.prompts import Prompt, prompt_id
+from megatron_rl.data.curation.test_layouts import TEST_LAYOUTS, recognised_tests
+from megatron_rl.data.prompts import Chat, Prompt, Wrong, messages_of, prompt_id
 from megatron_rl.reward.answers import boxed_answer, stated_answer
+from megatron_rl.reward.code_tests import problem_of_tests
 
 _ABSENT = object()
+_ROLES = {
+    "human": "user",
+    "User": "user",
+    "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "bard", "bing", "Assistant"), "assistant"),
+}
 _NO_ANSWER = re.compile(
     r"[\s$.]*|[?-]+|n/a|null|nan|tbd|proof|not found|no answer|see (?:the )?(?:solution|explanation)\.?", re.IGNORECASE
 )
@@ -28,10 +37,14 @@ class Unusable(Exception):
 def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
     """The record of a row; raises Unusable. What it lets through keeps the contract of data/prompts.py."""
     prompt = prompt_of(row, layout)
-    answer = _tests(row, layout) if layout.tests else _answer(row, layout)
-    domain = layout.domain or _text(row, layout.domain_column)
-    if not domain.strip():
-        raise Unusable("malformed", f"column {layout.domain_column!r}, the domain, is empty")
+    is_tests = bool(layout.tests)
+    if layout.options:
+        prompt, answer = _shuffled_options(row, layout, prompt)
+    elif layout.tests:
+        answer = _tests(row, layout)
+    else:
+        answer, is_tests = _answer(row, layout)
+    domain = _domain(row, layout, is_tests and not layout.tests)
     if domain == "code" and (problem := problem_of_tests(answer)):
         raise Unusable("unreadable_tests", problem)
     name = _optional(row, layout.id_column)
@@ -43,8 +56,63 @@ def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
         source=_optional(row, layout.source_column) or source,
         meta=_meta(row, layout.meta),
     )
-    _check_encodable(record)
+    _check_encodable(record.id, domain, prompt, answer, record.source, json.dumps(record.meta, ensure_ascii=False))
     return record
+
+
+def to_chat(row: object, layout: Layout) -> Chat:
+    """The conversation of a row for supervised fine-tuning; raises Unusable. Columns that are no part of it go into
+    `meta`, or those of layout.meta where it names some."""
+    if not isinstance(row, Mapping):
+        raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
+    given = _look_up(row, layout.chat)
+    if not isinstance(given, list):
+        raise Unusable("malformed", f"column {layout.chat!r} must be a list of messages, got {_shown(given)}")
+    try:
+        messages = messages_of([_message(item) for item in given])
+    except Wrong as wrong:
+        raise Unusable("unusable_conversation", str(wrong)) from None
+    text = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+    others = [name for name in row if name not in (layout.chat.partition(".")[0], layout.id_column)]
+    meta = _meta(row, layout.meta or others)
+    name = _optional(row, layout.id_column)
+    _check_encodable(name, text, json.dumps(meta, ensure_ascii=False))
+    return Chat(id=name or hashlib.sha256(text.encode()).hexdigest()[:16], messages=messages, meta=meta)
+
+
+def _message(item: object) -> object:
+    """{role, content} of a message that calls them so, or from and value; `messages_of` refuses what this leaves."""
+    if not isinstance(item, Mapping):
+        return item
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    return {"role": _ROLES.get(str(role), role), "content": content}
+
+
+def _domain(row: Any, layout: Layout, found_tests: bool) -> str:
+    """found_tests: where an answer was expected. Such a row is one of code, unless its own domain is another one than
+    mathematics or science: of these two no answer can be tests."""
+    own = _optional(row, layout.domain_column) if layout.domain else _text(row, layout.domain_column)
+    own = layout.domains.get(own, own)
+    domain = own or layout.domain
+    if not domain.strip():
+        raise Unusable("malformed", f"column {layout.domain_column!r}, the domain, is empty")
+    return "code" if found_tests and (not own or own in ("math", "stem")) else domain
+
+
+def _shuffled_options(row: Any, layout: Layout, prompt: str) -> tuple[str, str]:
+    """The prompt with its options below it, and the letter of the right one. The order is a function of the seed and
+    the question."""
+    options = [_text(row, column).strip() for column in layout.options]
+    if not all(options):
+        raise Unusable("missing_answer", f"column {layout.options[options.index('')]!r}, an option, is empty")
+    if options[0] in options[1:]:
+        raise Unusable("malformed", f"two options are the right one, {_shown(options[0])}")
+    order = list(range(len(options)))
+    random.Random(f"options {layout.options_seed} {prompt}").shuffle(order)
+    lines = [f"({letter}) {options[place]}" for letter, place in zip("ABCDEFGHIJ", order, strict=False)]
+    return "\n".join([f"{prompt.rstrip()}\n", *lines]), "ABCDEFGHIJ"[order.index(0)]
 
 
 def prompt_of(row: object, layout: Layout) -> str:
@@ -100,7 +168,17 @@ def _optional(row: Any, column: str) -> str:
     return _text(row, column) if column and _find(row, column) is not _ABSENT else ""
 
 
-def _answer(row: Any, layout: Layout) -> str:
+def _answer(row: Any, layout: Layout) -> tuple[str, bool]:
+    """The answer, and whether the column holds tests of a program instead."""
+    value = _look_up(row, layout.answer)
+    try:
+        tests = recognised_tests(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Unusable("unreadable_tests", f"column {layout.answer!r}: {type(error).__name__}: {error}") from None
+    if tests is not None:
+        return json.dumps(tests, ensure_ascii=False), True
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) and item.strip() for item in value):
+        return json.dumps(value, ensure_ascii=False), False  # answers that are all right
     text: str | None = _text(row, layout.answer)
     if layout.answer_pattern is not None:
         *_, text = [None, *re.findall(layout.answer_pattern, text or "")]
@@ -110,7 +188,7 @@ def _answer(row: Any, layout: Layout) -> str:
         text = stated_answer(text)
     if text is None or _NO_ANSWER.fullmatch(text.strip()):
         raise Unusable("missing_answer", f"column {layout.answer!r} gives {_shown(_text(row, layout.answer))}")
-    return text
+    return text, False
 
 
 def _tests(row: Any, layout: Layout) -> str:
@@ -135,10 +213,9 @@ def _meta(row: Any, columns: Sequence[str]) -> dict[str, Any]:
     return json.loads(json.dumps(meta, default=str)) if meta else meta
 
 
-def _check_encodable(record: Prompt) -> None:
-    meta = json.dumps(record.meta, ensure_ascii=False)
+def _check_encodable(*texts: str) -> None:
     try:
-        "\0".join((record.id, record.domain, record.prompt, record.answer, record.source, meta)).encode()
+        "\0".join(texts).encode()
     except UnicodeEncodeError as error:
         raise Unusable("invalid_characters", f"half of a surrogate pair, {error.object[error.start]!r}") from None
 

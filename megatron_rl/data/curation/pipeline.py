@@ -49,7 +49,7 @@ class _Curation:
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         self._difficulty = read_difficulty(self._config.difficulty)
-        with (self._folder / DROPPED).open("w") as dropped:
+        with (self._folder / DROPPED).open("w", encoding="utf-8") as dropped:
             rows, bands = self._inspect(dropped)
             seconds["rows"] = time.perf_counter() - started
             with (self._folder / _RECORDS).open("rb") as records:
@@ -60,7 +60,7 @@ class _Curation:
         seconds["writing"] = time.perf_counter() - started - sum(seconds.values())
         report = self._report(seconds)
         text = json.dumps(report.as_json() | {"config": self._config.model_dump(mode="json")}, indent=2)
-        (self._folder / REPORT).write_text(text + "\n")
+        (self._folder / REPORT).write_text(text + "\n", encoding="utf-8")
         return report
 
     def _inspect(self, dropped: TextIO) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,11 @@ _OPTION_LINE = re.compile(r"^[ \t>*-]*(?:\\text(?:bf|rm)?\{)?\(?([A-Ja-j])\s*[.)
 _OPTION_IN_BRACKETS = re.compile(r"(?<![\w)])(?:\\(?:text|math)(?:bf|rm)?\{\s*)?\(([A-J])\)")
 _OPTION_INLINE = re.compile(r"(?<=\s)([A-J])[.)](?=\s*\S)")
 _LETTER_ANSWER = re.compile(r"\W*(?:\\text(?:bf)?\{)?\W*[A-Ja-j]\W*")
+# What models read as the end or the beginning of something: of ChatML and Llama 3, DeepSeek, Llama 2, Gemma, Ling.
+_SPECIAL_TOKEN = re.compile(
+    r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>｜]{1,40}｜>|</s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|<role>(?:HUMAN|ASSISTANT|SYSTEM)</role>"
+)
 _LONGEST_WORD = 40  # characters of an answer that is one word or letter, with what may be around it
 _WORD_ANSWER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf)\s*\{)?\s*(true|false|yes|no)\b\s*\}?\W*", re.IGNORECASE)
 
@@ -66,6 +71,12 @@ def invalid_characters(record: Prompt) -> str | None:
         if found:
             return f"{found[0]!a} at character {found.start()}"
     return None
+
+
+def special_tokens(record: Prompt) -> str | None:
+    """What is left of another model's chat, or an attack on the template."""
+    found = _SPECIAL_TOKEN.search(record.prompt)
+    return found and f"{found[0]} at character {found.start()}"
 
 
 def image(record: Prompt) -> str | None:
@@ -138,8 +149,11 @@ def _run(labels: list[str], order: str) -> list[str]:
 
 RULES: Mapping[str, Rule] = {
     "invalid_characters": invalid_characters,
+    "special_tokens": special_tokens,
     "image": image,
     "multiple_choice": multiple_choice,
     "multi_part": multi_part,
     "true_or_false": true_or_false,
 }
+# Of conversations; the others are about questions that have one answer.
+CHAT_RULES = ("invalid_characters", "special_tokens")

@@ -1,5 +1,6 @@
 """Rows of files and of Hugging Face datasets, in pieces that a worker process takes at once."""
 
+import csv
 import glob
 import gzip
 import zlib
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.data.curation.config import Input
-from megatron_rl.parsing import bounded_lines, parse_json
+from megatron_rl.parsing import MAX_LINE_BYTES, bounded_lines, parse_json, read_json
 
 PIECE_ROWS = 1000
 PIECE_BYTES = 8 * 1024**2  # rows of code with their tests can have megabytes
@@ -19,11 +20,13 @@ MAX_RATIO = 200
 ALWAYS_UNPACKED_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**30
 MAX_ROW_GROUP_BYTES = 8 * 2**30
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Rows of one file. rows: lines of JSON, as bytes, or objects. lines: where each stands, from 1."""
+    """Rows of one file. rows: lines of JSON, as bytes, or objects. lines: where each stands, from 1; of a Parquet file
+    or an array the number of the row."""
 
     file: str
     rows: Sequence[bytes | dict[str, Any]]
@@ -36,7 +39,18 @@ def read_pieces(given: Input) -> Iterator[Piece]:
         yield from _dataset(given)
         return
     for path in files_of(given.path):
-        yield from _parquet(path) if path.suffix == ".parquet" else _lines(path)
+        yield from pieces_of(path)
+
+
+def pieces_of(path: Path) -> Iterator[Piece]:
+    """Give all rows of one file by its ending; what ends in .json or .jsonl may be one array of rows, too."""
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.suffix == ".csv":
+        return _pieces(path, _csv(path))
+    if path.suffix != ".gz" and _is_array(path):
+        return _pieces(path, _array(path))
+    return _lines(path)
 
 
 def files_of(pattern: str) -> list[Path]:
@@ -44,8 +58,8 @@ def files_of(pattern: str) -> list[Path]:
     if not paths:
         raise ValueError(f"no file matches {pattern!r}; correct the path")
     for path in paths:
-        if path.suffix != ".parquet" and not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-            raise ValueError(f"{path} is none of .jsonl, .jsonl.gz and .parquet; convert it, or narrow the glob")
+        if not path.name.endswith(ENDINGS):
+            raise ValueError(f"{path} is none of {', '.join(ENDINGS)}; convert it, or narrow the glob")
     return paths
 
 
@@ -93,6 +107,48 @@ def _filled(numbered: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         if size > PIECE_BYTES:
             break
     return piece
+
+
+def _pieces(path: Path, numbered: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[Piece]:
+    while piece := list(islice(numbered, PIECE_ROWS)):
+        yield Piece(file=str(path), rows=[row for _, row in piece], lines=[number for number, _ in piece])
+
+
+def _is_array(path: Path) -> bool:
+    """Tell an array of rows from lines of rows by the first character; a byte order mark may come before it."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} begins as a JSON array and is none ({error}); write one object per line") from None
+    yield from enumerate(rows, start=1)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by the names in the first one, each under the line where it begins."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            names = next(rows, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}:1: two columns have the same name; rename one of {', '.join(names)}")
+            line = rows.line_num + 1
+            for row in rows:
+                if row and len(row) != len(names):
+                    raise ValueError(
+                        f"{path}:{line}: {len(row)} columns, and the first line names {len(names)}; put quotes around "
+                        "texts with commas"
+                    )
+                if row:
+                    yield line, dict(zip(names, row, strict=True))
+                line = rows.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{rows.line_num}: not CSV in UTF-8 ({error}); write it again as JSONL") from None
 
 
 def _parquet(path: Path) -> Iterator[Piece]:

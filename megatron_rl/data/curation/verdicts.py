@@ -12,6 +12,7 @@ import numpy as np
 from megatron_rl.data.curation.config import DuplicateSection
 from megatron_rl.data.curation.difficulty import Difficulty
 from megatron_rl.data.curation.duplicates import Record, Twin, exact_duplicates, near_duplicates
+from megatron_rl.data.curation.inspect import from_row
 from megatron_rl.data.prompts import Prompt
 
 _CACHED_RECORDS = 1 << 12
@@ -86,6 +87,6 @@ def record_reader(records: BinaryIO, sizes: np.ndarray) -> Record:
     @lru_cache(_CACHED_RECORDS)
     def record(row: int) -> Prompt:
         size = int(sizes[row])
-        return Prompt(**json.loads(os.pread(records.fileno(), size, int(ends[row]) - size)))
+        return from_row(json.loads(os.pread(records.fileno(), size, int(ends[row]) - size)))
 
     return record

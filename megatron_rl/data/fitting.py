@@ -1,0 +1,54 @@
+"""Which rows are short enough, and what is done with the others."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_rl.data.chat import render_prompt
+from megatron_rl.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMED = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """tokens: of a row at most. key: what says so. kind: what the rows are, for messages. too_long: as
+    data.too_long; None where there is no such key."""
+
+    tokens: int
+    key: str
+    kind: str = "prompts"
+    too_long: str | None = None
+
+    def check(self, lengths: Mapping[str, int]) -> set[str]:
+        """The rows to leave out, by where they stand. ValueError names those that are too long, or all where none is
+        left. lengths: tokens by file:line."""
+        longer = {where: length for where, length in lengths.items() if length > self.tokens}
+        if not longer:
+            return set()
+        named = ", ".join(f"{where} with {length:,}" for where, length in list(longer.items())[:_NAMED])
+        more = f" and {len(longer) - _NAMED:,} more" if len(longer) > _NAMED else ""
+        told = f"{len(longer):,} of {len(lengths):,} {self.kind} have more tokens than {self.key} = {self.tokens:,}"
+        if self.too_long == "drop" and len(longer) < len(lengths):
+            log.warning("%s and are left out, as data.too_long says: %s%s", told, named, more)
+            return set(longer)
+        drop = ' or leave them out by data.too_long = "drop"' if self.too_long == "stop" else " or drop the rows"
+        raise ValueError(f"{told}: {named}{more}; raise it (the longest has {max(longer.values()):,}){drop}")
+
+
+def rendered_prompts(
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", limit: Limit, special_tokens: str = "text"
+) -> dict[str, tuple[int, ...]]:
+    """Token ids by id of every prompt that is short enough; ValueError as of `Limit.check`.
+
+    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later.
+    """
+    rendered = {p.id: tuple(render_prompt(tokenizer, p.prompt, special_tokens=special_tokens)) for p in prompts}
+    left_out = limit.check({p.where or f"prompt {p.id}": len(rendered[p.id]) for p in prompts})
+    return {p.id: rendered[p.id] for p in prompts if (p.where or f"prompt {p.id}") not in left_out}

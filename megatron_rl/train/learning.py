@@ -1,0 +1,145 @@
+"""Signs that a run learns nothing, told within three steps: what was seen, the likeliest causes, and two responses."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.records import Sample
+from megatron_rl.reward.answers import extracted_answer
+from megatron_rl.reward.verdict import GAVE_UP
+
+Row = Mapping[str, Any]
+
+STEPS = 3
+# A sign that stays is told again after so many steps.
+AGAIN_STEPS = 50
+_NO_ANSWER_SHARE = 0.5
+_TRUNCATED_SHARE = 0.25
+# In nats per token. Policies that still learn have ten times as much.
+_LEAST_ENTROPY = 0.01
+_SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sign:
+    """seen: whether the row of a step shows it. said: what a row of the last `STEPS` steps that all show it says."""
+
+    seen: Callable[[Row], bool]
+    said: Callable[[Row], str]
+
+
+class Signs:
+    """Counts the steps in a row that show each sign. Only rows of reinforcement learning show any."""
+
+    def __init__(self) -> None:
+        self._in_a_row: Counter[int] = Counter()
+
+    def check(self, row: Row) -> list[str]:
+        """The row of a new step; messages for signs that its last `STEPS` steps show."""
+        if row.get("num_prompts") == 0:  # carried responses were all that the step needed
+            return []
+        found = []
+        for index, sign in enumerate(_SIGNS):
+            self._in_a_row[index] = self._in_a_row[index] + 1 if sign.seen(row) else 0
+            if self._in_a_row[index] % AGAIN_STEPS == STEPS:
+                found.append(sign.said(row))
+        return found
+
+
+def _no_answer(row: Row) -> Iterator[str]:
+    """Why responses may give no answer, the likeliest cause first."""
+    cut = row.get("truncated_share", 0.0)
+    if cut > _TRUNCATED_SHARE:
+        yield (
+            f"{cut:.0%} are cut off at the limit (raise rollout.max_response_tokens, or start from a model that ends "
+            "its answers)"
+        )
+    yield "the prompts do not ask for an answer in \\boxed{}, or for code in a fenced block (data.suffix adds that)"
+    yield "the model is a base model, or its chat template is not the one it was trained with"
+
+
+def _all_wrong(row: Row) -> Iterator[str]:
+    if row.get("no_answer_share", 0.0) > _NO_ANSWER_SHARE:
+        yield from _no_answer(row)
+        return
+    if row.get("reward_error_share", 0.0) > _TRUNCATED_SHARE:
+        yield "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
+    if row.get("too_slow_share", 0.0) > _TRUNCATED_SHARE:
+        yield "many programs ran out of their time (reward.code.cpu_seconds, reward.code.seconds)"
+    yield "reward.kind or reward.domains judge by the wrong rules, or the reference answers are no answers"
+    yield "the problems are too hard for the model (choose others by their difficulty: tools/prepare_data.py)"
+
+
+def _uniform(row: Row) -> str:
+    causes: Iterator[str] | tuple[str, ...] = ("every prompt is either always or never solved (choose others)",)
+    if row["reward"] == 0:
+        causes = _all_wrong(row)
+    elif row["reward"] >= 1:
+        causes = ("the problems are too easy for the model (choose others)", "the reward accepts any answer")
+    return (
+        f"all responses of a prompt have the same reward, for every prompt of the last {STEPS} steps (mean reward "
+        f"{row['reward']:.3g}), so nothing is learned. {_listed(causes)}"
+    )
+
+
+_SIGNS = (
+    Sign(seen=lambda row: row.get("uniform_group_share", 0.0) >= 1, said=_uniform),
+    Sign(
+        seen=lambda row: row.get("no_answer_share", 0.0) > _NO_ANSWER_SHARE,
+        said=lambda row: (
+            f"{row['no_answer_share']:.0%} of the responses give no answer, and more than half in each of the last "
+            f"{STEPS} steps. {_listed(_no_answer(row))}"
+        ),
+    ),
+    Sign(
+        seen=lambda row: "reward" in row and row.get("entropy") is not None and row["entropy"] < _LEAST_ENTROPY,
+        said=lambda row: (
+            f"the entropy is {row['entropy']:.2g} nats per token, below {_LEAST_ENTROPY:g} for {STEPS} steps, so "
+            "nothing new is tried. Likely: the policy has collapsed (lower optimizer.learning_rate, raise "
+            "algorithm.entropy_coefficient, go back to an earlier checkpoint); or rollout.temperature is far below 1"
+        ),
+    ),
+)
+
+
+def _listed(causes: Iterator[str] | Sequence[str]) -> str:
+    return "Likely: " + "; or ".join(causes)
+
+
+def examples(
+    samples: Sequence[Sample],
+    expected_of: Callable[[Sample], tuple[str, str]],
+    judged_as: Callable[[Sample], str],
+    text_of: Callable[[Sample], str],
+) -> list[str]:
+    """Describe two responses beside what was expected: one of the most frequent failure, and one that failed otherwise,
+    or else to another prompt.
+
+    expected_of: the prompt's id and reference answer.
+    """
+    failed = [sample for sample in samples if sample.reason != "correct"] or list(samples)
+    ((reason, _),) = Counter(sample.reason for sample in failed).most_common(1)
+    first = next(sample for sample in failed if sample.reason == reason)
+    others = sorted(
+        (sample for sample in failed if sample.id != first.id),
+        key=lambda one: (one.reason == reason, one.response.prompt_id == first.response.prompt_id),
+    )
+    found = []
+    for sample in (first, *others[:1]):
+        text, (name, expected) = text_of(sample), expected_of(sample)
+        why = f"{sample.reason}: {sample.details}" if sample.reason in GAVE_UP and sample.details else sample.reason
+        found.append(
+            f"prompt {name}, reward {sample.reward:g} ({why}): expected {_cut(expected)}, extracted "
+            f"{_cut(extracted_answer(judged_as(sample), text))}, the response ends {_cut(text, tail=True)}"
+        )
+    return found
+
+
+def _cut(text: str | None, tail: bool = False) -> str:
+    """Quoted, so that no terminal obeys it."""
+    if text is None:
+        return "nothing"
+    if len(text) <= _SHOWN_CHARACTERS:
+        return repr(text)
+    return f"...{text[-_SHOWN_CHARACTERS:]!r}" if tail else f"{text[:_SHOWN_CHARACTERS]!r}..."

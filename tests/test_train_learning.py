@@ -1,0 +1,113 @@
+"""A run that learns nothing says so within three steps, with causes and responses."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.schema import TrainSection
+from megatron_rl.train.guards import Alarms
+
+SECTION = TrainSection(micro_batch_tokens=1)
+HEALTHY = {
+    "grad_norm": 1.0,
+    "reward": 0.5,
+    "entropy": 0.4,
+    "num_prompts": 8,
+    "uniform_group_share": 0.5,
+    "no_answer_share": 0.1,
+    "wrong_share": 0.4,
+    "truncated_share": 0.0,
+    "too_slow_share": 0.0,
+    "reward_error_share": 0.0,
+}
+
+
+def told(num_steps: int, **changes: Any) -> list[list[str]]:
+    """What is said of each of so many steps of a new run."""
+    alarms = Alarms(SECTION, ())
+    return [alarms.check(HEALTHY | changes) for _ in range(num_steps)]
+
+
+def test_a_run_that_learns_is_not_spoken_of() -> None:
+    assert told(60) == [[]] * 60
+    assert told(9, uniform_group_share=0.99) == told(9, no_answer_share=0.5) == told(9, entropy=0.01) == [[]] * 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "causes"),
+    [
+        (
+            {"uniform_group_share": 1.0, "reward": 0.0, "wrong_share": 0.9},
+            r"all responses of a prompt have the same reward, for every prompt of the last 3 steps (mean reward 0)",
+            ["judge by the wrong rules", "too hard"],
+        ),
+        ({"uniform_group_share": 1.0, "reward": 1.0}, "(mean reward 1), so nothing is learned", ["too easy"]),
+        ({"uniform_group_share": 1.0}, "(mean reward 0.5)", ["either always or never solved"]),
+        (
+            {"uniform_group_share": 1.0, "reward": 0.0, "too_slow_share": 0.9},
+            "mean reward 0",
+            ["reward.code.cpu_seconds"],
+        ),
+        (
+            {"no_answer_share": 0.51},
+            "51% of the responses give no answer",
+            ["\\boxed{}", "chat template"],
+        ),
+        (
+            {"no_answer_share": 1.0, "truncated_share": 0.8},
+            "100% of the responses give no answer",
+            ["80% are cut off at the limit (raise rollout.max_response_tokens", "\\boxed{}"],
+        ),
+        ({"entropy": 0.004}, "the entropy is 0.004 nats per token", ["optimizer.learning_rate", "temperature"]),
+    ],
+)
+def test_three_steps_without_learning_are_told_with_the_likeliest_causes(
+    changes: dict[str, Any], said: str, causes: list[str]
+) -> None:
+    found = told(60, **changes)
+    assert [index for index, messages in enumerate(found, start=1) if messages] == [3, 53]
+    (message,) = found[2]
+    assert said in message
+    places = [message.index(cause, message.index("Likely: ")) for cause in causes]
+    assert places == sorted(places)
+
+
+def test_a_run_without_any_answer_is_told_of_both() -> None:
+    changes = {"uniform_group_share": 1.0, "no_answer_share": 1.0, "reward": 0.0, "truncated_share": 1.0}
+    *_, (uniform, no_answer) = told(3, **changes)
+    assert "100% are cut off at the limit" in uniform
+    assert "give no answer" in no_answer
+
+
+def test_steps_count_in_a_row_also_across_a_resume_and_not_where_nothing_was_sampled() -> None:
+    silent = HEALTHY | {"uniform_group_share": 1.0, "reward": 0.0}
+    alarms = Alarms(SECTION, [silent, silent])
+    carried = HEALTHY | {"num_prompts": 0, "uniform_group_share": 0.0}  # the step trained what another one had sampled
+    assert alarms.check(carried) == []
+    assert len(alarms.check(silent)) == 1
+    broken = Alarms(SECTION, [silent, silent, HEALTHY, silent])
+    assert broken.check(silent) == []
+    # Rows of SFT show no sign of it, and old ones may lack any of these.
+    sft = Alarms(SECTION, ())
+    assert [sft.check({"grad_norm": 1.0, "entropy": 0.0, "loss": 0.1}) for _ in range(5)] == [[]] * 5
+
+
+def test_two_responses_are_told_beside_it_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+    alarms = Alarms(SECTION, ())
+    examples = ["prompt a: expected 7, extracted 8", "prompt b: expected 1, extracted nothing"]
+    for step in range(3):
+        row = HEALTHY | {"step": step, "uniform_group_share": 1.0, "reward": 0.0}
+        alarms.report(row, examples)
+    assert row["num_alarms"] == 1
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2
+    assert said[0].startswith("step 3: all responses of a prompt have the same reward")
+    assert (
+        said[1]
+        == "step 3: for example prompt a: expected 7, extracted 8\n  and prompt b: expected 1, extracted nothing"
+    )
+    caplog.clear()
+    jumps = Alarms(SECTION, [HEALTHY] * 20)
+    jumps.report(HEALTHY | {"step": 20, "grad_norm": 99.0}, examples)
+    assert len(caplog.records) == 1  # a gradient that jumps is no matter of responses
