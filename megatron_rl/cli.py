@@ -234,7 +234,7 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
         from megatron_rl.train.driver import run_rl
 
         return run_rl(config, arguments.resume, rollouts, keys)
-    from megatron_rl.train.sft import run_sft
+    from megatron_rl.train.sft.run import run_sft
 
     return run_sft(config, arguments.resume)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.model.build import initialize_parallel, mpu
 
 ALONE = Layout(world_size=1)

@@ -22,12 +22,12 @@ from megatron_rl.checkpoint.checksums import checksum_on_disk, write_checksums
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.model.build import load_weights, sharded_state
-from megatron_rl.train import state
-from megatron_rl.train.batch import TrainSequence
-from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.session import Session
-from megatron_rl.train.state import Part
+from megatron_rl.train.checkpointing import state
+from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.step.objective import CrossEntropy
+from megatron_rl.train.run.context import Session
+from megatron_rl.train.checkpointing.state import Part
 
 CARRIED = b"surplus responses"
 

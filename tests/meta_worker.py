@@ -36,14 +36,14 @@ from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 
 from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
 from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
-from megatron_rl.layout import Layout  # noqa: E402
+from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
 from megatron_rl.model.providers import Installed  # noqa: E402
-from megatron_rl.train.batch import TrainSequence  # noqa: E402
-from megatron_rl.train.objective import PolicyObjective  # noqa: E402
-from megatron_rl.train.tally import Tally  # noqa: E402
-from megatron_rl.train.trainer import Trainer  # noqa: E402
+from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
+from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
+from megatron_rl.train.step.step_metrics import Tally  # noqa: E402
+from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 META = torch.device("meta")
 ALONE = Layout(world_size=1)

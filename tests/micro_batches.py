@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch
+from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch
 
 
 def micro_batch(sequences: list[TrainSequence], multiple_of: int, rank: int, size: int) -> MicroBatch:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-_PRELOADED = ["megatron_rl.train.driver", "megatron_rl.train.sft", "transformers", "psutil", "httpx"]
+_PRELOADED = ["megatron_rl.train.driver", "megatron_rl.train.sft.run", "transformers", "psutil", "httpx"]
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:

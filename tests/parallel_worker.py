@@ -31,12 +31,12 @@ from megatron_rl.model.build import load_sharded_state, load_weights, mpu, shard
 from megatron_rl.model.layers import FlashAttention
 from megatron_rl.model.providers import Installed
 from megatron_rl.sync.export import export_tensors
-from megatron_rl.train import state
-from megatron_rl.train.batch import TrainSequence
-from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.feed import Feed
-from megatron_rl.train.objective import CrossEntropy, PolicyObjective
-from megatron_rl.train.session import Session
+from megatron_rl.train.checkpointing import state
+from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.step.prefetch import Feed
+from megatron_rl.train.step.objective import CrossEntropy, PolicyObjective
+from megatron_rl.train.run.context import Session
 
 TRACED_AS = 100  # the first sequence, and so on
 

@@ -33,10 +33,10 @@ from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
-from megatron_rl.train.background import BackgroundLoop
-from megatron_rl.train.exchange import Probe
-from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.session import Session
+from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
+from megatron_rl.train.orchestrator.commands import Probe
+from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
+from megatron_rl.train.run.context import Session
 
 T = TypeVar("T")
 SILENCE_SECONDS = 3.0

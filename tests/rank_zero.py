@@ -11,10 +11,10 @@ from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.step.trainer import StepResult
 
 CONFIG = """
 run_dir = "run"

@@ -8,9 +8,9 @@ from rank_zero import FakeGroups, config_of
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.errors import Fault, StopRequested
-from megatron_rl.layout import Layout
-from megatron_rl.train.collector import Collector
-from megatron_rl.train.phase import Phase
+from megatron_rl.config.layout import Layout
+from megatron_rl.train.orchestrator.collector import Collector
+from megatron_rl.train.orchestrator.phase_metrics import Phase
 
 COST = CostModel(linear=1.0, quadratic=0.0)
 

@@ -13,7 +13,7 @@ from megatron_rl.config.schema import JudgeSection, RewardSection, RlData
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.train.group_source import saved_by_domain
+from megatron_rl.train.orchestrator.group_source import saved_by_domain
 
 
 def source(name: str, count: int, weight: float = 1.0) -> Source:

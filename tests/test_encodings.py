@@ -107,7 +107,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
 from megatron_rl.report.command import run_report
 from megatron_rl.rollout.sampler import Collected
-from megatron_rl.train.phase import Phase
+from megatron_rl.train.orchestrator.phase_metrics import Phase
 from samples import make_sample, make_schedule
 group = Group(prompt_id=0, samples=(make_sample(0, 0, 5),))
 phase = Phase(collected=Collected(kept=[group]), unneeded=[], stale=[], schedule=make_schedule([group]))

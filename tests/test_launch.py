@@ -180,7 +180,7 @@ def test_who_ends_well_ends_nobody_and_a_clean_stop_waits_longer(monkeypatch: py
 GOES = """
 import os
 if os.environ.get("RANK") == "1":
-    from megatron_rl.train.trainer import Trainer
+    from megatron_rl.train.step.trainer import Trainer
     def goes(*_):
         {how}
     Trainer.train_step = goes
@@ -189,7 +189,7 @@ if os.environ.get("RANK") == "1":
 STUCK = """
 if os.environ.get("RANK") == "0":
     import ctypes
-    from megatron_rl.train.trainer import Trainer
+    from megatron_rl.train.step.trainer import Trainer
     def waits(*_):
         print("in a collective", flush=True)
         while True:

@@ -13,10 +13,10 @@ from megatron_rl.errors import EXIT_DONE, Fault, StopRequested
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds
-from megatron_rl.train import leader as leader_module
-from megatron_rl.train.exchange import Stop
-from megatron_rl.train.leader import Leader
-from megatron_rl.train.metrics import read_metrics
+from megatron_rl.train.orchestrator import orchestrator as leader as leader_module
+from megatron_rl.train.orchestrator.commands import Stop
+from megatron_rl.train.orchestrator.orchestrator import Leader
+from megatron_rl.train.run.metrics import read_metrics
 
 
 class FakeTransport:
@@ -139,7 +139,7 @@ def test_metrics_on_a_full_disk_end_the_run_at_the_next_step(lead, monkeypatch):
 
     leader = lead(FakeGroups())
     leader.begin(0)
-    monkeypatch.setattr("megatron_rl.train.metrics.MetricsLog.write", full)
+    monkeypatch.setattr("megatron_rl.train.run.metrics.MetricsLog.write", full)
     leader.end(0, [result()])
     with pytest.raises(Fault, match="No space left on device"):
         leader.begin(1)

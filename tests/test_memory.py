@@ -21,7 +21,7 @@ from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
-from megatron_rl.train.batch import TrainSequence, make_micro_batch
+from megatron_rl.train.step.batch import TrainSequence, make_micro_batch
 
 LING_LITE = Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json"
 NUM_TOKENS = 512

@@ -14,7 +14,7 @@ from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 
 # 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
 # three of one, two and one.

@@ -27,7 +27,7 @@ from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
 from megatron_rl.rollout.recorded import check_first_row, read_groups
 from megatron_rl.rollout.resumable import find_groups
-from megatron_rl.train.metrics import read_metrics
+from megatron_rl.train.run.metrics import read_metrics
 
 DEEP = "[" * 100_000 + "]" * 100_000
 TOO_DEEP = "it is nested more than 100 deep"

@@ -11,7 +11,7 @@ import pytest
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.memory import stage_parameters
 from megatron_rl.plan.command import run_plan
 

@@ -24,7 +24,7 @@ from megatron_rl.rollout import serve
 from megatron_rl.rollout.ports import is_here
 from megatron_rl.rollout.serve import check_registered_torch, registered_keys
 from megatron_rl.rollout.server import torch_version
-from megatron_rl.train.serving import is_one_machine
+from megatron_rl.train.orchestrator.node_servers import is_one_machine
 
 
 def register(folder: Path, name: str, keys: dict[str, str], num_processes: int = 2) -> None:
@@ -146,7 +146,7 @@ SIGNALLED = """
 import subprocess, sys, threading, time
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 from megatron_rl.errors import EXIT_STOPPED
-from megatron_rl.train.resilience import StopSignals
+from megatron_rl.train.run.signals import StopSignals
 signals = StopSignals()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("ready", child.pid, flush=True)

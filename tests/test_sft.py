@@ -24,9 +24,9 @@ from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage
 from megatron_rl.data.prompts import Chat, Message
 from megatron_rl.preflight import check_before_start
-from megatron_rl.train.chats import ChatBatches, validation_parts
-from megatron_rl.train.epochs import EpochLoss
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.sft.chats import ChatBatches, validation_parts
+from megatron_rl.train.sft.epochs import EpochLoss
+from megatron_rl.train.step.trainer import StepResult
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable

@@ -16,7 +16,7 @@ from test_tokenizers import KINDS, byte_level
 
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.records import Group, Response, Sample
-from megatron_rl.train.traces import chosen, pieces, write
+from megatron_rl.train.step.token_traces import chosen, pieces, write
 
 WORDS = "the sum of x and y is prime "
 Decoded = tuple[Any, Callable[[Sequence[int]], str]]

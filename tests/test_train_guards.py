@@ -11,10 +11,10 @@ import torch
 
 from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import Fault, SharedFault
-from megatron_rl.train.guards import Alarms, SkipGuard
-from megatron_rl.train.resilience import told_in_words
-from megatron_rl.train.trainer import StepResult
-from megatron_rl.train.watch import Watch
+from megatron_rl.train.run.alarms import Alarms, SkipGuard
+from megatron_rl.train.run.signals import told_in_words
+from megatron_rl.train.step.trainer import StepResult
+from megatron_rl.train.run.watchdog import Watch
 
 SECTION = TrainSection(micro_batch_tokens=1, max_skipped_steps=2)
 
@@ -78,7 +78,7 @@ def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:
 
 def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time, pathlib\nfrom megatron_rl.train.watch import Watch\n"
+        "import sys, time, pathlib\nfrom megatron_rl.train.run.watchdog import Watch\n"
         "watch = Watch(pathlib.Path(sys.argv[1]), 3, 0.5)\n"
         "def hang_here():\n    time.sleep(60)\n"
         "watch.enter('train', 12)\nhang_here()\n"

@@ -8,9 +8,9 @@ import torch
 
 from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.model.packing import pack
-from megatron_rl.train.batch import MicroBatch
-from megatron_rl.train.objective import PolicyObjective
-from megatron_rl.train.tally import Tally, Terms
+from megatron_rl.train.step.batch import MicroBatch
+from megatron_rl.train.step.objective import PolicyObjective
+from megatron_rl.train.step.step_metrics import Tally, Terms
 
 log = math.log
 F64 = torch.float64

@@ -13,7 +13,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
-from megatron_rl.train.phase import Phase
+from megatron_rl.train.orchestrator.phase_metrics import Phase
 
 COST = CostModel(linear=1.0, quadratic=0.0)
 

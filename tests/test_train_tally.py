@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.train.tally import Reports, Tally, Terms
+from megatron_rl.train.step.step_metrics import Reports, Tally, Terms
 
 REPORTS = Reports(means=("entropy",), distributions={"x": ("mean", "min", "max", "p001", "p50", "p999")})
 

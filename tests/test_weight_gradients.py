@@ -18,8 +18,8 @@ from megatron_rl.config.schema import OptimizerSection, SftConfig
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, fuse_weight_gradients
 from megatron_rl.model.providers import choose
-from megatron_rl.train import trainer
-from megatron_rl.train.trainer import Trainer
+from megatron_rl.train.step import trainer
+from megatron_rl.train.step.trainer import Trainer
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
 from megatron.core.optimizer import clip_grads  # isort: skip

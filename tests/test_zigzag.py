@@ -10,7 +10,7 @@ from micro_batches import micro_batch
 
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import pack
-from megatron_rl.train.batch import TrainSequence, size_of
+from megatron_rl.train.step.batch import TrainSequence, size_of
 
 STALE_BEFORE = 9  # tokens at these positions were sampled by older weights
 sizes = st.integers(1, 6)

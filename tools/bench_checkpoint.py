@@ -34,10 +34,10 @@ from tiny_model import write_tiny_model  # noqa: E402
 from megatron_rl.checkpoint.checksums import damage, sync  # noqa: E402
 from megatron_rl.checkpoint.convert import forget_cached  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
-from megatron_rl.train.batch import TrainSequence  # noqa: E402
-from megatron_rl.train.checkpoints import Checkpoints  # noqa: E402
-from megatron_rl.train.objective import CrossEntropy  # noqa: E402
-from megatron_rl.train.session import Session  # noqa: E402
+from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
+from megatron_rl.train.checkpointing.checkpoints import Checkpoints  # noqa: E402
+from megatron_rl.train.step.objective import CrossEntropy  # noqa: E402
+from megatron_rl.train.run.context import Session  # noqa: E402
 
 ROOM = 3.2  # checkpoints that have to fit: one that is kept, one that is written, a copy
 SEQUENCE = 256

@@ -59,16 +59,16 @@ from megatron_rl.checkpoint.names import name_table  # noqa: E402
 from megatron_rl.config.bailing import BailingConfig, read_bailing_config  # noqa: E402
 from megatron_rl.config.schema import AlgorithmSection, ModelSection, SftConfig  # noqa: E402
 from megatron_rl.errors import exit_code  # noqa: E402
-from megatron_rl.layout import Layout  # noqa: E402
+from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E402
 from megatron_rl.model.head import HeadRequest  # noqa: E402
 from megatron_rl.model.logprobs import logprobs_and_entropy  # noqa: E402
 from megatron_rl.sync.buckets import divide  # noqa: E402
 from megatron_rl.sync.export import fill, gathered  # noqa: E402
-from megatron_rl.train.batch import MicroBatch, TrainSequence  # noqa: E402
-from megatron_rl.train.objective import PolicyObjective  # noqa: E402
-from megatron_rl.train.trainer import Trainer  # noqa: E402
+from megatron_rl.train.step.batch import MicroBatch, TrainSequence  # noqa: E402
+from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
+from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 SHAPE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 ALONE = Layout(world_size=1)

@@ -31,13 +31,13 @@ from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection, RolloutSection  # noqa: E402
-from megatron_rl.layout import Layout  # noqa: E402
+from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
-from megatron_rl.train.batch import TrainSequence  # noqa: E402
-from megatron_rl.train.trainer import Trainer  # noqa: E402
+from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
+from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 PROMPT_TOKENS = 16
 

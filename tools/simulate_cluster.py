@@ -31,7 +31,7 @@ from megatron_rl.simulation.calibrate import SETTLED, Replay, calibrate, replay
 from megatron_rl.simulation.forecast import PARTS, forecast
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Workload, assumed, group_correlation, read_lengths, scaled
-from megatron_rl.train.metrics import console, read_metrics
+from megatron_rl.train.run.metrics import console, read_metrics
 
 
 def main(arguments: argparse.Namespace) -> int:

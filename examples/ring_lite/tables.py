@@ -8,7 +8,7 @@ from typing import Any
 
 import figures
 
-from megatron_rl.train.metrics import read_metrics
+from megatron_rl.train.run.metrics import read_metrics
 
 DOMAINS = ("math", "code", "science", "general")
 RL_STAGES = ("stage1_math", "stage2_code_science")

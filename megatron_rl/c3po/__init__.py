@@ -13,7 +13,7 @@
                                                  configuration's [moe])
     the synchronous step                         packing.py        micro-batches balanced between barriers
     all of it together                           plan.py           scored samples in, `records.Plan` out
-    the gradient's scale, derived                train/trainer.py
+    the gradient's scale, derived                train/step/trainer.py
 
 What goes beyond the paper: correction.py (IcePop, KPop, truncated importance sampling) and the rivals in algorithms.py.
 The readings taken where the paper is silent stand in the docstrings; what is sampled again is in rollout/sampler.py.

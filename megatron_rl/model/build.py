@@ -20,7 +20,7 @@ from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, Mapping, canon
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import ModelSection, MoeSection
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.place import Place
 
 device.import_megatron()
@@ -154,7 +154,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         batch_p2p_comm=device.on_cuda(),
         # The loss returned to the schedule is already the sum over tokens divided by the constant budget: the schedule
-        # and DDP must only add up (see train/trainer.py).
+        # and DDP must only add up (see train/step/trainer.py).
         calculate_per_token_loss=True,
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if model.recompute == "full" else None,
@@ -364,7 +364,7 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
     nor megatron's head. A layer stays as it is while one of its weights has no such gradient.
 
     In their first micro-batch, with fp8 in that of every step, they write over the sum, so a step has to be one run of
-    megatron's schedule, as it is (train/trainer.py).
+    megatron's schedule, as it is (train/step/trainer.py).
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

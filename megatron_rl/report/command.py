@@ -14,7 +14,7 @@ from megatron_rl.report.rollouts import evenly, read_step, steps_with_rollouts
 from megatron_rl.report.runs import Run, read_runs
 from megatron_rl.report.sections import sections_for
 from megatron_rl.report.summary import changes, evaluations, facts, written_by
-from megatron_rl.train.metrics import bar
+from megatron_rl.train.run.metrics import bar
 
 log = logging.getLogger(__name__)
 

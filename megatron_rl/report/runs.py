@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.schema import RlConfig, SftConfig
 from megatron_rl.parsing import parse_toml, read_text
-from megatron_rl.train.metrics import read_metrics
+from megatron_rl.train.run.metrics import read_metrics
 
 _KINDS = {RlConfig: "rl", SftConfig: "sft"}
 

@@ -37,7 +37,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
     """
     if config.rollout.urls:
         raise ValueError("this command starts servers; leave rollout.urls empty")
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks training runs to save; see train/resilience.py
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks training runs to save; see train/run/signals.py
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     name = f"{socket.gethostname()}-{os.getpid()}"

@@ -17,7 +17,7 @@ from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.simulation.cluster import Cluster, Step, forward_passes
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Groups
-from megatron_rl.train.metrics import read_metrics
+from megatron_rl.train.run.metrics import read_metrics
 
 SETTLED = 5  # the first steps warm up the machine
 _ROUNDS = 10

@@ -25,15 +25,15 @@ from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import DiskTransport, Transport
-from megatron_rl.train.exchange import Order, Stop, Work, receive
-from megatron_rl.train.group_source import GroupSource, RecordedGroups, ServerGroups
-from megatron_rl.train.guards import SkipGuard
-from megatron_rl.train.leader import Leader, obey
-from megatron_rl.train.objective import PolicyObjective
-from megatron_rl.train.resilience import StopSignals, told_in_words
-from megatron_rl.train.serving import NodeServers, is_one_machine
-from megatron_rl.train.session import Session, should_save
-from megatron_rl.train.trainer import Batches, StepResult
+from megatron_rl.train.orchestrator.commands import Order, Stop, Work, receive
+from megatron_rl.train.orchestrator.group_source import GroupSource, RecordedGroups, ServerGroups
+from megatron_rl.train.run.alarms import SkipGuard
+from megatron_rl.train.orchestrator.orchestrator import Leader, obey
+from megatron_rl.train.step.objective import PolicyObjective
+from megatron_rl.train.run.signals import StopSignals, told_in_words
+from megatron_rl.train.orchestrator.node_servers import NodeServers, is_one_machine
+from megatron_rl.train.run.context import Session, should_save
+from megatron_rl.train.step.trainer import Batches, StepResult
 
 log = logging.getLogger(__name__)
 

@@ -76,7 +76,7 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
 
 def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
     """Two steps by the command line; what its metrics say of each. PartFailed unless the servers followed."""
-    from megatron_rl.train.metrics import read_metrics
+    from megatron_rl.train.run.metrics import read_metrics
 
     config = folder / f"{transport}.toml"
     settings = run_config(trial, folder, transport)

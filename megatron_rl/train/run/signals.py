@@ -14,7 +14,7 @@ import torch
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS, Fault, StopRequested
-from megatron_rl.train.watch import Watch
+from megatron_rl.train.run.watchdog import Watch
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_rl.checkpoint.epochs import SFT_NOTE, epoch_path
 from megatron_rl.checkpoint.hf import link_directory
 from megatron_rl.sync.together import together
-from megatron_rl.train.session import Session
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.run.context import Session
+from megatron_rl.train.step.trainer import StepResult
 
 
 class EpochLoss:

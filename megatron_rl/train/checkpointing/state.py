@@ -1,7 +1,7 @@
 """The trainer's state as Megatron's distributed checkpoint: model, optimizer, schedule and RNG, for any layout.
 
 Megatron plans on all ranks who writes what. Then every rank writes its file, without word to the others, and rank 0
-adds the index; train/checkpoints.py says when, and what makes a whole checkpoint of it.
+adds the index; train/checkpointing/checkpoints.py says when, and what makes a whole checkpoint of it.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from megatron_rl.train.batch import MicroBatch, Size, TrainSequence
+from megatron_rl.train.step.batch import MicroBatch, Size, TrainSequence
 
 
 @dataclass(frozen=True, kw_only=True)

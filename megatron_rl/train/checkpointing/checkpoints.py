@@ -1,7 +1,7 @@
 """A run's checkpoints: each whole or not there, whatever goes wrong while it is written or after.
 
 `checkpoints/` holds `step_N/` directories and `latest`, a file with the newest one's name that is replaced atomically
-after everything in it is on disk. A `step_N/` holds `megatron/` (train/state.py), `driver.json` (step, cursor,
+after everything in it is on disk. A `step_N/` holds `megatron/` (train/checkpointing/state.py), `driver.json` (step, cursor,
 counters), `carried.npz` (surplus responses), config.json and the tokenizer, so that it is a checkpoint like a converted
 one (checkpoint/read.py), and `checksums.json` of all that.
 
@@ -29,8 +29,8 @@ from megatron_rl.checkpoint.hf import copy_companions
 from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.sync.together import together
-from megatron_rl.train import state
-from megatron_rl.train.saving import Save, Written
+from megatron_rl.train.checkpointing import state
+from megatron_rl.train.checkpointing.save import Save, Written
 
 log = logging.getLogger(__name__)
 

@@ -35,13 +35,13 @@ from megatron_rl import device
 from megatron_rl.config.schema import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
-from megatron_rl.train import clipping
-from megatron_rl.train.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
-from megatron_rl.train.feed import Feed, sizes_of, with_field
-from megatron_rl.train.objective import Objective
-from megatron_rl.train.residence import Residence
-from megatron_rl.train.tally import Tally
-from megatron_rl.train.traces import gather
+from megatron_rl.train.step import multi_tensor as clipping
+from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
+from megatron_rl.train.step.prefetch import Feed, sizes_of, with_field
+from megatron_rl.train.step.objective import Objective
+from megatron_rl.train.step.offload import Residence
+from megatron_rl.train.step.step_metrics import Tally
+from megatron_rl.train.step.token_traces import gather
 
 device.import_megatron()
 

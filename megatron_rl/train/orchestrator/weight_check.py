@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.export import export_tensors
-from megatron_rl.train.batch import TrainSequence
-from megatron_rl.train.exchange import Probe
-from megatron_rl.train.trainer import Trainer
+from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.orchestrator.commands import Probe
+from megatron_rl.train.step.trainer import Trainer
 
 
 def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float]:

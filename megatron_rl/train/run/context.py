@@ -24,9 +24,9 @@ from megatron_rl.place import own_place
 from megatron_rl.stores import join
 from megatron_rl.sync.export import export_directory
 from megatron_rl.sync.together import together
-from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.trainer import Trainer
-from megatron_rl.train.watch import Watch
+from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.step.trainer import Trainer
+from megatron_rl.train.run.watchdog import Watch
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Session:
         self.checkpoints.save(step, self.trainer, driver, carried)
 
     def settle(self, wait: bool = False) -> None:
-        """Collective, at every step boundary and with `wait` before the run ends: see train/checkpoints.py."""
+        """Collective, at every step boundary and with `wait` before the run ends: see train/checkpointing/checkpoints.py."""
         if wait:
             self.watch.enter("save", self.watch.step)
         self.checkpoints.settle(wait)

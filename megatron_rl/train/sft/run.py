@@ -10,16 +10,16 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
-from megatron_rl.train.batch import TrainSequence
-from megatron_rl.train.chats import ChatBatches, validation_parts
-from megatron_rl.train.epochs import EpochDirectories, EpochLoss
-from megatron_rl.train.feed import Feed
-from megatron_rl.train.guards import Alarms, SkipGuard
-from megatron_rl.train.metrics import MetricsLog, bar, console
-from megatron_rl.train.objective import CrossEntropy
-from megatron_rl.train.resilience import StopSignals, disk_fault, told_in_words
-from megatron_rl.train.session import Session, should_save
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.sft.chats import ChatBatches, validation_parts
+from megatron_rl.train.sft.epochs import EpochDirectories, EpochLoss
+from megatron_rl.train.step.prefetch import Feed
+from megatron_rl.train.run.alarms import Alarms, SkipGuard
+from megatron_rl.train.run.metrics import MetricsLog, bar, console
+from megatron_rl.train.step.objective import CrossEntropy
+from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
+from megatron_rl.train.run.context import Session, should_save
+from megatron_rl.train.step.trainer import StepResult
 
 
 def run_sft(config: SftConfig, resume: bool) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.records import Plan, Sample, Selected, StepPlan
-from megatron_rl.train.batch import TrainSequence
+from megatron_rl.train.step.batch import TrainSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Rank 0 asks what the trainer makes of what each server made of some tokens: train/probe.py.
+    """Rank 0 asks what the trainer makes of what each server made of some tokens: train/orchestrator/weight_check.py.
 
     token_ids: the same for all servers. logprobs: of all tokens but the first, one list for each server.
     """

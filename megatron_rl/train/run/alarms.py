@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import SharedFault
-from megatron_rl.train.learning import AGAIN_STEPS, STEPS, Signs
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.run.learning import AGAIN_STEPS, STEPS, Signs
+from megatron_rl.train.step.trainer import StepResult
 
 log = logging.getLogger(__name__)
 

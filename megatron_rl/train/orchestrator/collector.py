@@ -10,12 +10,12 @@ from megatron_rl.c3po.budget import PromptYield, Shortfall, shortfalls
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.layout import Layout
+from megatron_rl.config.layout import Layout
 from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.train.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
-from megatron_rl.train.phase import Phase
-from megatron_rl.train.resilience import disk_fault
+from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
+from megatron_rl.train.orchestrator.phase_metrics import Phase
+from megatron_rl.train.run.signals import disk_fault
 
 
 class Collector:

@@ -17,7 +17,7 @@ from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.recorded import answer_columns
 from megatron_rl.rollout.sampler import Collected
-from megatron_rl.train import learning
+from megatron_rl.train.run import learning
 
 Decode = Callable[[list[int]], str]
 PromptOf = Callable[[int], Prompt]  # by its position in the stream

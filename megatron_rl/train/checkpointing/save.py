@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_rl.checkpoint.checksums import Checksum
 from megatron_rl.errors import SharedFault
 from megatron_rl.sync.together import together
-from megatron_rl.train.state import Part
+from megatron_rl.train.checkpointing.state import Part
 
 # What `Part.write` returned on each rank.
 Written = list[tuple[list[Any], dict[str, Checksum]]]

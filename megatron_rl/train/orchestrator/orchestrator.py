@@ -16,16 +16,16 @@ from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
-from megatron_rl.train import traces
-from megatron_rl.train.collector import Collector
-from megatron_rl.train.exchange import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
-from megatron_rl.train.group_source import GroupSource, ServerGroups
-from megatron_rl.train.guards import Alarms
-from megatron_rl.train.metrics import MetricsLog, console
-from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.resilience import disk_fault
-from megatron_rl.train.session import Session
-from megatron_rl.train.trainer import StepResult
+from megatron_rl.train.step import token_traces as traces
+from megatron_rl.train.orchestrator.collector import Collector
+from megatron_rl.train.orchestrator.commands import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
+from megatron_rl.train.orchestrator.group_source import GroupSource, ServerGroups
+from megatron_rl.train.run.alarms import Alarms
+from megatron_rl.train.run.metrics import MetricsLog, console
+from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
+from megatron_rl.train.run.signals import disk_fault
+from megatron_rl.train.run.context import Session
+from megatron_rl.train.step.trainer import StepResult
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from megatron_rl.c3po.correction import icepop, kpop, truncated
 from megatron_rl.c3po.loss import policy_loss
 from megatron_rl.c3po.surrogate import SURROGATES, at_sequence_level
 from megatron_rl.config.schema import AlgorithmSection
-from megatron_rl.train.batch import MicroBatch
-from megatron_rl.train.tally import Reports, Terms
+from megatron_rl.train.step.batch import MicroBatch
+from megatron_rl.train.step.step_metrics import Reports, Terms
 
 
 class Objective(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.device import send
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import PackedSequences, pack
-from megatron_rl.train.traces import TracedTokens
+from megatron_rl.train.step.token_traces import TracedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

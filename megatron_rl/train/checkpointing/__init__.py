@@ -1,0 +1,1 @@
+"""A run's checkpoints: what is saved, when, and which one is whole."""
