@@ -9,8 +9,8 @@ Transformer Engine's layers keep less.
 from dataclasses import asdict, dataclass
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import GenerationSection, ModelSection, RlConfig, RunConfig
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import GenerationSection, ModelSection, RlConfig, RunConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.

@@ -137,7 +137,8 @@ class StepPlan:
 class Plan:
     """What one train phase does: its optimizer steps, in order.
 
-    traced: positions in the step's sample list of those whose tokens' log-probs are written down (train/step/token_traces.py).
+    traced: positions in the step's sample list of those whose tokens' log-probs are written down
+    (train/step/token_traces.py).
     """
 
     steps: tuple[StepPlan, ...]

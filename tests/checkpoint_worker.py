@@ -23,11 +23,11 @@ from megatron_rl.config.schema import SftConfig
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.model.build import load_weights, sharded_state
 from megatron_rl.train.checkpointing import state
-from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
-from megatron_rl.train.step.objective import CrossEntropy
-from megatron_rl.train.run.context import Session
 from megatron_rl.train.checkpointing.state import Part
+from megatron_rl.train.run.context import TrainContext
+from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.step.objective import CrossEntropy
 
 CARRIED = b"surplus responses"
 
@@ -48,16 +48,16 @@ class Rank:
                 "data": {"train": "unused", "batch_tokens": 1},
             }
         )
-        self.session = Session(config, 10, resume=False)
-        self.trainer = self.session.trainer
+        self.context = TrainContext(config, 10, resume=False)
+        self.trainer = self.context.trainer
         self.said: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: self.said.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("megatron_rl").addHandler(handler)
 
     def checkpoints(self, directory: Path, **options: Any) -> Checkpoints:
-        section = self.session.config.train.model_copy(update=options)
-        return Checkpoints(directory, section, Path(self.spec["model"]), self.session.control)
+        section = self.context.config.train.model_copy(update=options)
+        return Checkpoints(directory, section, Path(self.spec["model"]), self.context.control)
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         checkpoints.save(step, self.trainer, {"step": step}, CARRIED)
@@ -79,9 +79,9 @@ class Rank:
 
     def names(self, directory: Path) -> list[str]:
         """Collective: what is there once every rank is here."""
-        self.session.any_rank(False)
+        self.context.any_rank(False)
         found = sorted(path.name for path in directory.iterdir())
-        self.session.any_rank(False)
+        self.context.any_rank(False)
         return found
 
     def has(self, weights: list[torch.Tensor]) -> bool:
@@ -179,7 +179,7 @@ def optimizer_state(rank: Rank) -> dict:
     for part in rank.trainer.optimizer.chained_optimizers:
         metadata = state._OPTIMIZER_METADATA
         theirs = part.sharded_state_dict(model, is_loading=False, metadata=metadata)["param_state"]
-        ours = state._optimizer_state(part, model, rank.trainer.residence.read)
+        ours = state._optimizer_state(part, model, rank.trainer.offloader.read)
         counts.append(sum(len(tensors) for tensors in ours.values()))
         for i, tensors in ours.items():
             assert tensors.keys() == theirs[i].keys()
@@ -219,13 +219,13 @@ def file_that_cannot_grow(rank: Rank) -> dict:
     checkpoints = rank.checkpoints(directory, on_save_error="continue")
     rank.save(checkpoints, 1)
     checkpoints.settle(wait=True)
-    with no_file_above(4096 if rank.session.rank == 1 else resource.RLIM_INFINITY):
+    with no_file_above(4096 if rank.context.rank == 1 else resource.RLIM_INFINITY):
         rank.save(checkpoints, 2)
         checkpoints.settle(wait=True)
     report: dict[str, Any] = {"names": rank.names(directory), "failed": checkpoints.num_failed_saves}
     report["warned"] = [line for line in rank.said if "step_2 was not written" in line]
     strict = rank.checkpoints(directory)
-    with no_file_above(4096 if rank.session.rank == 1 else resource.RLIM_INFINITY):
+    with no_file_above(4096 if rank.context.rank == 1 else resource.RLIM_INFINITY):
         rank.save(strict, 3)
         report["raised"] = raised(SharedFault, lambda: strict.settle(wait=True))
     rank.save(strict, 3)  # on a disk that has room again
@@ -241,10 +241,10 @@ def full_disk(rank: Rank) -> dict:
     needed = sum(path.stat().st_size for path in directory.glob("step_1/megatron/*.distcp"))
 
     def leave_free(num_bytes: int) -> None:
-        if rank.session.rank == 0:
+        if rank.context.rank == 0:
             (directory / "hog").unlink(missing_ok=True)
             (directory / "hog").write_bytes(bytes(shutil.disk_usage(directory).free - num_bytes))
-        rank.session.any_rank(False)
+        rank.context.any_rank(False)
 
     leave_free(needed // 2)
     report: dict[str, Any] = {"too little": raised(SharedFault, lambda: rank.save(checkpoints, 2))}
@@ -267,9 +267,9 @@ def damaged(rank: Rank) -> dict:
             at_two = rank.weights()
     checkpoints.settle(wait=True)
     rank.train()
-    if rank.session.rank == 0:
+    if rank.context.rank == 0:
         flip_a_bit(directory / "step_3/megatron/__1_0.distcp")
-    rank.session.any_rank(False)
+    rank.context.any_rank(False)
     again = rank.checkpoints(directory, keep_last=4)
     driver, _ = again.restore(rank.trainer) or ({}, b"")
     report: dict[str, Any] = {"driver": driver, "weights": rank.has(at_two), "names": rank.names(directory)}
@@ -277,12 +277,12 @@ def damaged(rank: Rank) -> dict:
     rank.save(again, 3)
     again.settle(wait=True)
     report["saved again"] = latest(directory)
-    rank.session.any_rank(False)
-    if rank.session.rank == 0:
+    rank.context.any_rank(False)
+    if rank.context.rank == 0:
         (directory / "step_1/carried.npz").unlink()
         (directory / "step_2/checksums.json").unlink()
         flip_a_bit(directory / "step_3/driver.json")
-    rank.session.any_rank(False)
+    rank.context.any_rank(False)
     nothing = rank.checkpoints(directory)
     return report | {"nothing left": raised(ValueError, lambda: nothing.restore(rank.trainer))}
 
@@ -302,19 +302,19 @@ def hostile(rank: Rank) -> dict:
     }
     report: dict[str, Any] = {}
     for name, change in plants.items():
-        if rank.session.rank == 0:
+        if rank.context.rank == 0:
             change()
             sums = {f"megatron/{path.name}": checksum_on_disk(path) for path in folder.iterdir()}
             write_checksums(directory / "step_1", sums)
-        rank.session.any_rank(False)
+        rank.context.any_rank(False)
         report[f"resume, {name}"] = raised(Fault, lambda: checkpoints.restore(rank.trainer))
         if name in ("index", "tensor"):
             report[f"load, {name}"] = raised(Fault, lambda: load_weights(rank.trainer.model, directory / "step_1"))
-        rank.session.any_rank(False)
-        if rank.session.rank == 0:
+        rank.context.any_rank(False)
+        if rank.context.rank == 0:
             for path in folder.iterdir():
                 path.write_bytes(whole[path.name]) if path.name in whole else path.unlink()
-        rank.session.any_rank(False)
+        rank.context.any_rank(False)
     return report | {"ran": marker.exists()}
 
 
@@ -325,9 +325,9 @@ def main(folder: Path) -> None:
     for name in spec["scenarios"]:
         rank.said.clear()
         report[name] = globals()[name](rank)
-        rank.session.any_rank(False)
-    (folder / f"report-{rank.session.rank}.json").write_text(json.dumps(report))
-    rank.session.close()
+        rank.context.any_rank(False)
+    (folder / f"report-{rank.context.rank}.json").write_text(json.dumps(report))
+    rank.context.close()
 
 
 if __name__ == "__main__":

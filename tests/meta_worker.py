@@ -35,14 +35,14 @@ from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 
 from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
-from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
+from megatron_rl.config.schema import AlgorithmSection, SftConfig  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
 from megatron_rl.model.providers import Installed  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
-from megatron_rl.train.step.step_metrics import Tally  # noqa: E402
+from megatron_rl.train.step.step_metrics import MetricAccumulator  # noqa: E402
 from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 META = torch.device("meta")
@@ -249,7 +249,7 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     for router in trainer._routers:
         router.load_balance_loss = router.z_loss = 0.0
         router.num_replayed = router.num_replaced = 0
-    tally = Tally(objective.reports, META)
+    tally = MetricAccumulator(objective.reports, META)
     memory.most = memory.now
     with memory:
         trainer._run([batch] * 2, 1.0, functools.partial(trainer._loss, objective, 100.0, tally))

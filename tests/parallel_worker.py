@@ -32,11 +32,11 @@ from megatron_rl.model.layers import FlashAttention
 from megatron_rl.model.providers import Installed
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train.checkpointing import state
-from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
-from megatron_rl.train.step.prefetch import Feed
+from megatron_rl.train.run.context import TrainContext
+from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.objective import CrossEntropy, PolicyObjective
-from megatron_rl.train.run.context import Session
+from megatron_rl.train.step.prefetch import Prefetch
 
 TRACED_AS = 100  # the first sequence, and so on
 
@@ -58,10 +58,10 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
 
 
 def whole_logprobs(
-    logprobs: list[torch.Tensor], placed: Sequence[Sequence[int]], sequences: list[TrainSequence], session: Session
+    logprobs: list[torch.Tensor], placed: Sequence[Sequence[int]], sequences: list[TrainSequence], context: TrainContext
 ) -> dict[str, torch.Tensor]:
     """The log-probs of every sequence of this data rank, joined over context-parallel ranks; on the first of them."""
-    rank, size = mpu.get_context_parallel_rank(), session.layout.context
+    rank, size = mpu.get_context_parallel_rank(), context.layout.context
     out = {}
     for part, bin_ in zip(logprobs, placed, strict=True):
         start = 0
@@ -81,18 +81,18 @@ def whole_logprobs(
 class RouterCalls:
     """What the routers of this rank used, call by call: [calls][tokens, topk], a token's experts in ascending order."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, context: TrainContext) -> None:
         self.by_layer: dict[int, list[torch.Tensor]] = {}
-        for router in session.model.routers:
+        for router in context.model.routers:
             router.register_forward_hook(lambda module, _, output: self._note(module.layer_number - 1, output[1]))
 
     def _note(self, layer: int, routing_map: torch.Tensor) -> None:
         self.by_layer.setdefault(layer, []).append(routing_map.nonzero()[:, 1].view(len(routing_map), -1))
 
-    def check(self, placed: Sequence[Sequence[int]], sequences: list[TrainSequence], session: Session) -> int:
+    def check(self, placed: Sequence[Sequence[int]], sequences: list[TrainSequence], context: TrainContext) -> int:
         """Every call used the experts that came with a micro-batch, all micro-batches equally often, and in their order
         as long as nothing goes backward. Returns how often that was."""
-        size, tensor = session.layout.context, session.layout.tensor
+        size, tensor = context.layout.context, context.layout.tensor
         times = set()
         for layer, calls in self.by_layer.items():
             expected = []
@@ -118,25 +118,25 @@ class RouterCalls:
         return times.pop()
 
 
-def own_routing(session: Session, sequences: list[TrainSequence], calls: RouterCalls) -> dict[str, torch.Tensor]:
+def own_routing(context: TrainContext, sequences: list[TrainSequence], calls: RouterCalls) -> dict[str, torch.Tensor]:
     """Log-probs of each sequence as the routers choose, and when they are given just that. One process."""
     out = {}
     for i, sequence in enumerate(sequences):
         calls.by_layer.clear()
         plain = dataclasses.replace(sequence, routed_experts=None)
-        (out[f"free/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([plain])])
+        (out[f"free/{i}"],) = context.trainer.logprobs([context.trainer.micro_batch([plain])])
         record = np.zeros_like(sequence.routed_experts)
         for layer, (call,) in calls.by_layer.items():
             record[:, layer] = call[: len(record)].cpu().numpy()
         given = dataclasses.replace(sequence, routed_experts=record)
-        (out[f"given/{i}"],) = session.trainer.logprobs([session.trainer.micro_batch([given])])
+        (out[f"given/{i}"],) = context.trainer.logprobs([context.trainer.micro_batch([given])])
     calls.by_layer.clear()
     return out
 
 
-def poison_next_gradient(session: Session) -> None:
+def poison_next_gradient(context: TrainContext) -> None:
     """Of one parameter of this rank, once."""
-    parameter = session.model.parameters()[-1]
+    parameter = context.model.parameters()[-1]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         hook.remove()
@@ -145,9 +145,9 @@ def poison_next_gradient(session: Session) -> None:
     hook = parameter.register_hook(poison)
 
 
-def die_in_the_backward_pass(session: Session, folder: Path) -> None:
+def die_in_the_backward_pass(context: TrainContext, folder: Path) -> None:
     """By SIGKILL, while the others are in it too, or in a collective behind it."""
-    parameter = session.model.parameters()[-1]
+    parameter = context.model.parameters()[-1]
 
     def die(gradient: torch.Tensor) -> torch.Tensor:
         (folder / "killed_at").write_text(str(time.time()))
@@ -157,56 +157,56 @@ def die_in_the_backward_pass(session: Session, folder: Path) -> None:
     parameter.register_hook(die)
 
 
-def masters(session: Session) -> dict[str, torch.Tensor]:
+def masters(context: TrainContext) -> dict[str, torch.Tensor]:
     """The optimizer's fp32 weights of this rank: the share that the model's are the rounding of, and the share that is
     no more than its own rounding."""
-    read = session.trainer.residence.read
+    read = context.trainer.offloader.read
     pairs = [
         (weight, read(master.detach()))
-        for part in session.trainer.optimizer.chained_optimizers
+        for part in context.trainer.optimizer.chained_optimizers
         for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for weight, master in zip(weights, kept, strict=True)
     ]
     weights, kept = (torch.cat([tensor.detach().flatten() for tensor in side]) for side in zip(*pairs, strict=True))
     assert kept.dtype == torch.float32
-    assert {p.main_grad.dtype for p in session.model.parameters()} == {torch.float32}
+    assert {p.main_grad.dtype for p in context.model.parameters()} == {torch.float32}
     return {
-        f"share_of_exact_masters/{session.rank}": (kept.bfloat16() == weights).double().mean(),
-        f"share_of_masters_in_bf16/{session.rank}": (kept.bfloat16() == kept).double().mean(),
+        f"share_of_exact_masters/{context.rank}": (kept.bfloat16() == weights).double().mean(),
+        f"share_of_masters_in_bf16/{context.rank}": (kept.bfloat16() == kept).double().mean(),
     }
 
 
-def leave_and_come_back(session: Session) -> None:
+def leave_and_come_back(context: TrainContext) -> None:
     """Gradients and states are off the device for a while, and then in the same tensors again, but for what lives in
     host memory: fp32 weights are looked at, which bf16 ones have beside them."""
-    parameters = session.model.parameters()
-    parts = session.trainer.optimizer.chained_optimizers
+    parameters = context.model.parameters()
+    parts = context.trainer.optimizer.chained_optimizers
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
-    leaving = [p.main_grad for p in parameters] + (mains if session.model.dtype == torch.bfloat16 else [])
-    session.trainer.residence.offload()
+    leaving = [p.main_grad for p in parameters] + (mains if context.model.dtype == torch.bfloat16 else [])
+    context.trainer.offloader.offload()
     assert not any(x.untyped_storage().nbytes() for x in leaving), "something stayed"
-    session.trainer.residence.reload()
+    context.trainer.offloader.reload()
     assert all(p.main_grad.count_nonzero() == 0 for p in parameters)
     away = sum(p.numel() for p in mains if not p.untyped_storage().nbytes())
-    if session.model.dtype == torch.bfloat16:
-        fraction = session.config.optimizer.offload_fraction
+    if context.model.dtype == torch.bfloat16:
+        fraction = context.config.optimizer.offload_fraction
         share = away / sum(p.numel() for p in mains)
         assert fraction <= share <= 1 and (share < 1 or fraction == 1), share
 
 
-def assert_a_pass_waits_for_all_weights(session: Session, batches: Feed) -> None:
+def assert_a_pass_waits_for_all_weights(context: TrainContext, batches: Prefetch) -> None:
     """After a step: those that no forward hook of megatron's waits for may be there by chance."""
-    session.trainer.logprobs(batches)
-    for chunk in session.model.chunks:
+    context.trainer.logprobs(batches)
+    for chunk in context.model.chunks:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             assert group.param_gather_dispatched
             assert group.param_gather_handle is None
 
 
-def watch_host(session: Session) -> list[str]:
+def watch_host(context: TrainContext) -> list[str]:
     """Gets what the host waits for in the forward and backward passes of the next step."""
     found: list[str] = []
-    run = session.trainer._run
+    run = context.trainer._run
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         with host_waits() as waits:
@@ -214,7 +214,7 @@ def watch_host(session: Session) -> list[str]:
         found.extend(waits)
         return result
 
-    session.trainer._run = watched
+    context.trainer._run = watched
     return found
 
 
@@ -250,108 +250,108 @@ def main(folder: Path) -> None:
     if spec.get("dtype") == "float64":  # users have none; here it tells rounding from mistakes
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})})
     whole_gradients = spec.get("whole_gradients", True)
-    session = Session(config, 10, resume=False, distributed_optimizer=not whole_gradients)
-    if "load_by_megatron" in spec:  # in place of what the session read by itself
-        template = sharded_state(session.model)
+    context = TrainContext(config, 10, resume=False, distributed_optimizer=not whole_gradients)
+    if "load_by_megatron" in spec:  # in place of what the context read by itself
+        template = sharded_state(context.model)
         with torch.no_grad():
-            for p in session.model.parameters_by_canonical_name().values():
+            for p in context.model.parameters_by_canonical_name().values():
                 p.zero_()
         folder_of_weights = Path(spec["load_by_megatron"]) / MEGATRON
         from megatron.core import dist_checkpointing
 
-        load_sharded_state(session.model, dist_checkpointing.load(template, str(folder_of_weights)))
-        session.trainer.optimizer.reload_model_params()
+        load_sharded_state(context.model, dist_checkpointing.load(template, str(folder_of_weights)))
+        context.trainer.optimizer.reload_model_params()
     if "resume_from" in spec:
-        state.load(Path(spec["resume_from"]) / MEGATRON, session.trainer)
+        state.load(Path(spec["resume_from"]) / MEGATRON, context.trainer)
     sequences = sequences_from(spec)
     lengths = [len(s.token_ids) for s in sequences]
-    layout = session.layout
+    layout = context.layout
     placed = spec.get("placed") or pack_micro_batches(
         lengths,
         layout.data,
         config.micro_batch_cap,
-        cost_model(session.bailing),
+        cost_model(context.bailing),
         multiple_of=layout.micro_batch_multiple,
     )
-    mine = placed[session.layout.data_rank(session.rank)]
+    mine = placed[context.layout.data_rank(context.rank)]
     out: dict[str, torch.Tensor] = {}
     if "reference_scale" in spec:  # the reference policy is that of the directory, the present weights are others
-        session.trainer.keep_reference()
+        context.trainer.keep_reference()
         with torch.no_grad():
-            for p in session.model.parameters_by_canonical_name().values():
+            for p in context.model.parameters_by_canonical_name().values():
                 p.mul_(spec["reference_scale"])
 
-    calls = RouterCalls(session) if sequences[0].routed_experts is not None else None
-    if calls and session.layout.world_size == 1:
-        out |= own_routing(session, sequences, calls)
-    logprobs = session.trainer.logprobs([session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
+    calls = RouterCalls(context) if sequences[0].routed_experts is not None else None
+    if calls and context.layout.world_size == 1:
+        out |= own_routing(context, sequences, calls)
+    logprobs = context.trainer.logprobs([context.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in mine])
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
-        out |= whole_logprobs(logprobs, mine, sequences, session)
+        out |= whole_logprobs(logprobs, mine, sequences, context)
 
     if calls is None:
         half = len(mine) // 2 // layout.micro_batch_multiple * layout.micro_batch_multiple
         parts = [part for part in (mine[:half], mine[half:]) if part]
-        passes = [[session.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in part] for part in parts]
-        measured = session.trainer.measure(passes, CrossEntropy())
-        if session.rank == 0:
+        passes = [[context.trainer.micro_batch([sequences[i] for i in bin_]) for bin_ in part] for part in parts]
+        measured = context.trainer.measure(passes, CrossEntropy())
+        if context.rank == 0:
             out["measured"] = torch.tensor([measured["loss"], measured["entropy"]], dtype=torch.float64)
 
-    start = {name: p.detach().clone() for name, p in session.model.parameters_by_canonical_name().items()}
+    start = {name: p.detach().clone() for name, p in context.model.parameters_by_canonical_name().items()}
     for number, options in enumerate(spec["algorithms"]):
         section = AlgorithmSection(**options)
-        objective = PolicyObjective(section, session.context_group)
+        objective = PolicyObjective(section, context.context_parallel_group)
         weights, denominator = normalise(
             chosen_algorithm(section).normalisation,
             [len(s.loss_positions) for s in sequences],
             budget=spec["budget"],
             max_response_tokens=64,
         )
-        batches = session.trainer.feed(
+        batches = context.trainer.prefetch(
             [[dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_] for bin_ in mine]
         )
-        if session.rank == spec.get("poisoned_rank"):
-            poison_next_gradient(session)
+        if context.rank == spec.get("poisoned_rank"):
+            poison_next_gradient(context)
         if "killed_rank" in spec:
-            session.watch.enter("train", 0)
-            if session.rank == spec["killed_rank"]:
-                die_in_the_backward_pass(session, folder)
+            context.watchdog.enter("train", 0)
+            if context.rank == spec["killed_rank"]:
+                die_in_the_backward_pass(context, folder)
         for step in range(spec.get("steps", 1)):
             if step in spec.get("offload_before", ()):
-                session.trainer.residence.piece_bytes = 40_000
-                leave_and_come_back(session)
-            waits = watch_host(session) if spec.get("watch_host") else None
-            result = session.trainer.train_step(batches, objective, denominator)
+                context.trainer.offloader.piece_bytes = 40_000
+                leave_and_come_back(context)
+            waits = watch_host(context) if spec.get("watch_host") else None
+            result = context.trainer.train_step(batches, objective, denominator)
             if waits is not None:
                 (folder / "host_waits.json").write_text(json.dumps(waits))
-        if session.model.chunks[0].ddp_config.overlap_param_gather:
-            assert_a_pass_waits_for_all_weights(session, batches)
+        if context.model.chunks[0].ddp_config.overlap_param_gather:
+            assert_a_pass_waits_for_all_weights(context, batches)
         if whole_gradients:
-            gradients = export_tensors(session.model, lambda p: p.main_grad)
+            gradients = export_tensors(context.model, lambda p: p.main_grad)
             out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
         if number == 0:
-            out |= {f"weight/{n}": t.clone() for n, t in export_tensors(session.model)}
+            out |= {f"weight/{n}": t.clone() for n, t in export_tensors(context.model)}
             out |= {f"traced/{i - TRACED_AS}": torch.from_numpy(x) for i, x in result.traced_logprobs.items()}
             metrics = dataclasses.replace(result, traced_logprobs={})
         if number + 1 < len(spec["algorithms"]):
             with torch.no_grad():
-                for name, p in session.model.parameters_by_canonical_name().items():
+                for name, p in context.model.parameters_by_canonical_name().items():
                     p.copy_(start[name])
-    if session.model.dtype == torch.bfloat16 and not whole_gradients:  # the distributed optimizer's
-        out |= masters(session)
+    if context.model.dtype == torch.bfloat16 and not whole_gradients:  # the distributed optimizer's
+        out |= masters(context)
     if calls:
-        out[f"times/{session.rank}"] = torch.tensor(calls.check(mine, sequences, session))
+        out[f"times/{context.rank}"] = torch.tensor(calls.check(mine, sequences, context))
     if "save_to" in spec:
-        checkpoints = Checkpoints(Path(spec["save_to"]), config.train, Path(spec["model"]), session.control)
-        checkpoints.save(1, session.trainer, {"step": 1}, b"")
+        checkpoints = Checkpoints(Path(spec["save_to"]), config.train, Path(spec["model"]), context.control)
+        checkpoints.save(1, context.trainer, {"step": 1}, b"")
         checkpoints.settle(wait=True)
-    if session.rank == 0:
+    if context.rank == 0:
         out["grad_norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
         (folder / "result.json").write_text(json.dumps(dataclasses.asdict(metrics)))
-    save_file({name: t.contiguous() for name, t in out.items()}, folder / f"out-{session.rank}.safetensors")
+    save_file({name: t.contiguous() for name, t in out.items()}, folder / f"out-{context.rank}.safetensors")
     if spec.get("export"):
-        load_weights(session.model, spec["model"])
-        session.export(folder / "hf")
-    session.close()
+        load_weights(context.model, spec["model"])
+        context.export(folder / "hf")
+    context.close()
 
 
 if __name__ == "__main__":

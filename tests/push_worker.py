@@ -33,17 +33,17 @@ from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
-from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.commands import Probe
+from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
-from megatron_rl.train.run.context import Session
+from megatron_rl.train.run.context import TrainContext
 
 T = TypeVar("T")
 SILENCE_SECONDS = 3.0
 TOKENS = [5, 6, 7, 8, 30, 31, 90]
 
 
-def session_of(spec: dict[str, Any], folder: Path) -> Session:
+def session_of(spec: dict[str, Any], folder: Path) -> TrainContext:
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
@@ -55,7 +55,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> Session:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    return Session(config, 1, resume=False)
+    return TrainContext(config, 1, resume=False)
 
 
 class Servers:
@@ -164,18 +164,18 @@ def refused_alone(*arguments: Any, **more: Any) -> None:
     raise AssertionError("over NCCL a send that is in no batch makes a communicator of its own for the pair, of 100 MB")
 
 
-def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Push in buckets of one parameter, damage a server, push in one bucket; prove each time."""
     dist.send = dist.recv = refused_alone
-    servers = Servers(spec, folder) if session.rank == 0 else None
+    servers = Servers(spec, folder) if context.rank == 0 else None
     report: dict[str, Any] = {"pushes": []}
     try:
         for number, max_bytes in enumerate((1, 2**30)):
-            where = (session.model, session.control, max_bytes, "127.0.0.1", 10.0)
+            where = (context.model, context.control, max_bytes, "127.0.0.1", 10.0)
             transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
             transport.push(number + 1, servers.receivers if servers else None)
-            probe = shared(servers.scores() if servers else None, session.control)
-            found: dict[str, Any] = {"differences": mean_differences(session.trainer, probe, session.control)}
+            probe = shared(servers.scores() if servers else None, context.control)
+            found: dict[str, Any] = {"differences": mean_differences(context.trainer, probe, context.control)}
             if servers:
                 found |= {"checksums": servers.checksums(), "sent": len(transport.buckets)}
                 report["pushes"].append(found)
@@ -183,10 +183,10 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
                 client = servers.pool.serving[0].client
                 servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
             transport.close()
-            probe = shared(servers.scores() if servers else None, session.control)
-            damaged = mean_differences(session.trainer, probe, session.control)
+            probe = shared(servers.scores() if servers else None, context.control)
+            damaged = mean_differences(context.trainer, probe, context.control)
             theirs, dtypes = servers.checksums_and_dtypes() if servers else ({}, {})
-            ours = weight_checksums(session.trainer, shared(dtypes, session.control), session.control)
+            ours = weight_checksums(context.trainer, shared(dtypes, context.control), context.control)
             if servers:
                 found |= {"damaged": damaged, "told": told_difference(ours, theirs)}
     finally:
@@ -195,27 +195,27 @@ def layouts(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, A
     return report
 
 
-def gather(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What each rank has of the model once its buckets are filled, if the ranks were on spec["nodes"]."""
-    node = spec["nodes"][session.rank]
-    transport = IpcTransport(session.model, session.control, 20_000, node, (), 1, 0, 10.0)
+    node = spec["nodes"][context.rank]
+    transport = IpcTransport(context.model, context.control, 20_000, node, (), 1, 0, 10.0)
     sums = {}
     for bucket in transport.buckets:
         flat = transport._filled(bucket)
         for place in bucket.tensors:
-            tensor = flat[place.start : place.end].view(session.model.dtype).view(place.shape)
+            tensor = flat[place.start : place.end].view(context.model.dtype).view(place.shape)
             sums[place.name] = checksum(tensor)
     transport.close()
     found: list[Any] = [None, None]
-    dist.all_gather_object(found, (list(transport._span.ranks), sums), group=session.control)
+    dist.all_gather_object(found, (list(transport._span.ranks), sums), group=context.control)
     return {"spans": [ranks for ranks, _ in found], "checksums": [one for _, one in found]}
 
 
-def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
-    servers = Servers(spec, folder) if session.rank == 0 else None
+    servers = Servers(spec, folder) if context.rank == 0 else None
     key_of = servers.key_of if servers else no_key
-    where = (session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
+    where = (context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
     transport = DistributedTransport(*where, key_of=key_of)
     report: dict[str, Any] = {}
 
@@ -226,7 +226,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             transport.push(version, servers.receivers if servers else None)
         except (ServerError, StopRequested) as error:
             said = f"{type(error).__name__}: {error}"
-        return str(shared(said, session.control))
+        return str(shared(said, context.control))
 
     def scenario(name: str, disturb: Callable[[Servers], object]) -> None:
         """All servers have the other model; then something happens, and pushes follow until one succeeds."""
@@ -258,7 +258,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
         scenario("killed before", lambda servers: servers.kill_and_wait(1))
         scenario("killed within", lambda servers: servers.at_a_bucket(transport, 0, signal.SIGKILL))
         scenario("stopped within", lambda servers: servers.at_a_bucket(transport, 1, signal.SIGSTOP))
-        report["no communicator"] = without_communicator(session, servers, push)
+        report["no communicator"] = without_communicator(context, servers, push)
         if servers:
             servers.stop_requested = True
         report["stop"] = push(2)
@@ -266,7 +266,7 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
             servers.stop_requested = False
         report["after the stop"] = push(2)
         urls = servers.urls if servers else ()
-        ipc = IpcTransport(session.model, session.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS, key_of)
+        ipc = IpcTransport(context.model, context.control, 60_000, 0, urls, 2, 0, SILENCE_SECONDS, key_of)
         report["handles"] = [push(3, ipc)]
         if servers:
             servers.kill_and_wait(1)
@@ -284,11 +284,11 @@ def faults(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, An
     return report
 
 
-def without_communicator(session: Session, servers: Servers | None, push: Callable[..., str]) -> list[str]:
+def without_communicator(context: TrainContext, servers: Servers | None, push: Callable[..., str]) -> list[str]:
     """What comes of pushes, in a group of their own, whose first broadcast raises as NCCL's does."""
     key_of = servers.key_of if servers else no_key
     transport = DistributedTransport(
-        session.model, session.control, 60_000, "127.0.0.1", SILENCE_SECONDS, key_of=key_of
+        context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS, key_of=key_of
     )
     broadcast = update_group.broadcast
 
@@ -314,14 +314,14 @@ async def settled(pool: ServerPool, count: int = 2, seconds: float = 30) -> None
             await asyncio.sleep(0.05)
 
 
-def received(session: Session, spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def received(context: TrainContext, spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Push to the receiver at spec["url"] over spec["backend"], in buckets of one parameter and in one bucket; what it
     has each time."""
-    servers = Servers(spec, folder) if session.rank == 0 else None
+    servers = Servers(spec, folder) if context.rank == 0 else None
     found = []
     try:
         for number, max_bytes in enumerate((1, 2**30)):
-            where = (session.model, session.control, max_bytes, "127.0.0.1", 30.0, spec["backend"])
+            where = (context.model, context.control, max_bytes, "127.0.0.1", 30.0, spec["backend"])
             transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
             transport.push(number + 1, servers.receivers if servers else None)
             if servers:
@@ -334,7 +334,7 @@ def received(session: Session, spec: dict[str, Any], folder: Path) -> list[dict[
     return found
 
 
-def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank and its server: seconds of pushes over each of spec["transports"] beside a copy on the device; over the
     first of them also what comes of a server that is killed in a push, and of memory that is released.
 
@@ -342,30 +342,30 @@ def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any
     """
     servers = Servers(spec, folder)
     max_bytes, silence = spec["bucket_bytes"], 60.0
-    num_bytes = session.bailing.num_parameters() * session.model.dtype.itemsize
-    weights = WeightFolder(session.control, num_bytes, shared=None)
+    num_bytes = context.bailing.num_parameters() * context.model.dtype.itemsize
+    weights = WeightFolder(context.control, num_bytes, shared=None)
     num_gpus = int(device.on_cuda())
     make: dict[str, Callable[[], Transport]] = {
-        "disk": lambda: DiskTransport(weights, session.export),
+        "disk": lambda: DiskTransport(weights, context.export),
         "ipc": lambda: IpcTransport(
-            *(session.model, session.control, max_bytes, 0, servers.urls, 1, num_gpus, silence),
+            *(context.model, context.control, max_bytes, 0, servers.urls, 1, num_gpus, silence),
             key_of=servers.key_of,
         ),
         "distributed": lambda: DistributedTransport(
-            *(session.model, session.control, max_bytes, "127.0.0.1", silence), key_of=servers.key_of
+            *(context.model, context.control, max_bytes, "127.0.0.1", silence), key_of=servers.key_of
         ),
     }
     report: dict[str, Any] = {"gb": num_bytes / 1e9, "device_copy_seconds": copy_seconds(num_bytes), "pushes": {}}
     version = itertools.count(1)
 
     def difference() -> float:
-        return max(mean_differences(session.trainer, servers.scores(), session.control))
+        return max(mean_differences(context.trainer, servers.scores(), context.control))
 
     def change() -> int:
         """Other weights than the server has, to and fro; returns what they are called."""
         number = next(version)
         with torch.no_grad():
-            for p in session.model.parameters():
+            for p in context.model.parameters():
                 p.mul_(1.1 if number % 2 else 1 / 1.1)
         return number
 
@@ -447,11 +447,11 @@ SCENARIOS = {"layouts": layouts, "gather": gather, "faults": faults, "received":
 
 def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
-    session = session_of(spec, folder)
-    report = SCENARIOS[spec["scenario"]](session, spec, folder)
-    if session.rank == 0:
+    context = session_of(spec, folder)
+    report = SCENARIOS[spec["scenario"]](context, spec, folder)
+    if context.rank == 0:
         (folder / "report.json").write_text(json.dumps(report))
-    session.close()
+    context.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rank 0 without servers and without a model: a source of groups that a test fills, and a session of one process."""
+"""Rank 0 without servers and without a model: a source of groups that a test fills, and a context of one process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.config.layout import Layout
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.step.trainer import StepResult
@@ -111,12 +111,12 @@ class FakeGroups:
 
 
 def session_of(config: RlConfig, control: Any, latest: int | None = None) -> Any:
-    """What the orchestrator uses of a session."""
+    """What the orchestrator uses of a context."""
     return SimpleNamespace(
         control=control,
         layout=Layout(world_size=1),
         bailing=None,
-        watch=SimpleNamespace(enter=lambda phase, step: None),
+        watchdog=SimpleNamespace(enter=lambda phase, step: None),
         checkpoints=SimpleNamespace(latest=latest, num_failed_saves=0),
         memory_metrics=dict,
         model=SimpleNamespace(gather_weights=lambda: None),

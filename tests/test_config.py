@@ -15,10 +15,10 @@ from megatron_rl.config import bailing
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
-from megatron_rl.config.layout import Layout
 from megatron_rl.plan.command import run_plan
 from megatron_rl.simulation.rates import Rates
 

@@ -17,8 +17,8 @@ from test_parallel import ALGORITHMS, EXACT, SHAPE, make_spec, worst
 from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.records import Group, Sample
-from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.orchestrator.commands import _gather, _routing, _sequences
+from megatron_rl.train.step.batch import TrainSequence
 
 LAYERS = 7  # the first dense; over six interleaved stages 1, 2, 1, 1, 1, 1
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {

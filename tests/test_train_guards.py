@@ -13,8 +13,8 @@ from megatron_rl.config.schema import TrainSection
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.train.run.alarms import Alarms, SkipGuard
 from megatron_rl.train.run.signals import told_in_words
+from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import StepResult
-from megatron_rl.train.run.watchdog import Watch
 
 SECTION = TrainSection(micro_batch_tokens=1, max_skipped_steps=2)
 
@@ -64,10 +64,10 @@ def test_a_reward_that_collapses_is_reported_also_across_a_resume() -> None:
 
 
 def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 0, 60.0)
+    watch = Watchdog(tmp_path, 0, 60.0)
     watch.enter("train", 7)
     said = json.loads((tmp_path / "heartbeat.json").read_text())
-    other = Watch(tmp_path, 1, 60.0)
+    other = Watchdog(tmp_path, 1, 60.0)
     other.enter("save", 9)
     watch.close()
     other.close()
@@ -78,8 +78,8 @@ def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:
 
 def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time, pathlib\nfrom megatron_rl.train.run.watchdog import Watch\n"
-        "watch = Watch(pathlib.Path(sys.argv[1]), 3, 0.5)\n"
+        "import sys, time, pathlib\nfrom megatron_rl.train.run.watchdog import Watchdog\n"
+        "watch = Watchdog(pathlib.Path(sys.argv[1]), 3, 0.5)\n"
         "def hang_here():\n    time.sleep(60)\n"
         "watch.enter('train', 12)\nhang_here()\n"
     )
@@ -93,7 +93,7 @@ def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path
 
 
 def test_lost_ranks_and_full_memory_are_told_in_words(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 2, 60.0)
+    watch = Watchdog(tmp_path, 2, 60.0)
     watch.enter("train", 5)
     lost = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
     for error, message in [

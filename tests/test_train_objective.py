@@ -10,7 +10,7 @@ from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.model.packing import pack
 from megatron_rl.train.step.batch import MicroBatch
 from megatron_rl.train.step.objective import PolicyObjective
-from megatron_rl.train.step.step_metrics import Tally, Terms
+from megatron_rl.train.step.step_metrics import MetricAccumulator, Terms
 
 log = math.log
 F64 = torch.float64
@@ -134,7 +134,7 @@ def test_nothing_in_a_micro_batch_waits_for_a_value(algorithm: str, correction: 
     objective = PolicyObjective(section)
     logprobs, entropy = (torch.empty(4, dtype=F64, device=where, requires_grad=True) for _ in range(2))
     terms = objective(logprobs, entropy, dataclasses.replace(batch, **moved))
-    tally = Tally(objective.reports, where)
+    tally = MetricAccumulator(objective.reports, where)
     tally.add(terms, num_tokens=4)
     terms.total.backward()
     with pytest.raises(RuntimeError):

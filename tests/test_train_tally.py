@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.train.step.step_metrics import Reports, Tally, Terms
+from megatron_rl.train.step.step_metrics import MetricAccumulator, Reports, Terms
 
 REPORTS = Reports(means=("entropy",), distributions={"x": ("mean", "min", "max", "p001", "p50", "p999")})
 
@@ -24,7 +24,7 @@ def terms(total: float, entropy: float, values: np.ndarray) -> Terms:
 
 
 def test_sums_are_divided_by_tokens_and_the_loss_by_the_denominator() -> None:
-    tally = Tally(REPORTS)
+    tally = MetricAccumulator(REPORTS)
     tally.add(terms(3.0, 10.0, np.zeros(0)), num_tokens=4)
     tally.add(terms(-1.0, 2.0, np.zeros(0)), num_tokens=2)
     tally.reduce(None, reports=True)
@@ -36,7 +36,7 @@ def test_sums_are_divided_by_tokens_and_the_loss_by_the_denominator() -> None:
 def test_quantiles_of_signed_values_are_within_a_bin_of_the_exact_ones() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(0.3, 1.0, 50_000) * 10.0 ** rng.integers(-6, 2, 50_000)
-    tally = Tally(REPORTS)
+    tally = MetricAccumulator(REPORTS)
     for part in np.split(values, 5):
         tally.add(terms(0.0, 0.0, part), num_tokens=1)
     tally.reduce(None, reports=True)
@@ -50,14 +50,14 @@ def test_quantiles_of_signed_values_are_within_a_bin_of_the_exact_ones() -> None
 
 def test_equal_values_come_out_exactly_at_every_quantile() -> None:
     for value in (0.0, 0.25, -3.0):
-        tally = Tally(REPORTS)
+        tally = MetricAccumulator(REPORTS)
         tally.add(terms(0.0, 0.0, np.full(7, value)), num_tokens=7)
         tally.reduce(None, reports=True)
         assert {tally.metrics(1.0)[f"x_{k}"] for k in ("mean", "min", "max", "p001", "p50", "p999")} == {value}
 
 
 def test_a_rank_that_does_not_report_leaves_no_trace() -> None:
-    tally = Tally(REPORTS)
+    tally = MetricAccumulator(REPORTS)
     tally.add(terms(5.0, 5.0, np.ones(3)), num_tokens=3)
     tally.reduce(None, reports=False)
     assert set(tally.metrics(1.0).values()) == {0.0}

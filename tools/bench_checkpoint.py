@@ -34,10 +34,10 @@ from tiny_model import write_tiny_model  # noqa: E402
 from megatron_rl.checkpoint.checksums import damage, sync  # noqa: E402
 from megatron_rl.checkpoint.convert import forget_cached  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
-from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints  # noqa: E402
+from megatron_rl.train.run.context import TrainContext  # noqa: E402
+from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.objective import CrossEntropy  # noqa: E402
-from megatron_rl.train.run.context import Session  # noqa: E402
 
 ROOM = 3.2  # checkpoints that have to fit: one that is kept, one that is written, a copy
 SEQUENCE = 256
@@ -79,30 +79,30 @@ def measure(folder: Path) -> None:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    bench = Bench(Session(config, 1000, resume=False))
+    bench = Bench(TrainContext(config, 1000, resume=False))
     for _ in range(spec["rounds"]):
         bench.round()
     bench.read()
-    if bench.session.is_leader:
+    if bench.context.is_leader:
         (folder / "report.json").write_text(json.dumps(bench.report(spec["ranks"])), encoding="utf-8")
-    bench.session.close()
+    bench.context.close()
 
 
 class Bench:
     """The figures of one rank, by name, one of each round."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
-        self.directory = session.config.run_dir / "checkpoints"
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.directory = context.config.run_dir / "checkpoints"
         self.figures: dict[str, list[float]] = {}
         self.step = 0
-        train, model = session.config.train, session.config.model.path
+        train, model = context.config.train, context.config.model.path
         self.before, self.beside = (
-            Checkpoints(self.directory, train.model_copy(update={"async_save": beside}), model, session.control)
+            Checkpoints(self.directory, train.model_copy(update={"async_save": beside}), model, context.control)
             for beside in (False, True)
         )
-        if ROOM * 16 * session.bailing.num_parameters() > shutil.disk_usage(session.config.run_dir).free:
-            raise SystemExit(f"{session.config.run_dir} has no room for {ROOM} checkpoints; take fewer --layers")
+        if ROOM * 16 * context.bailing.num_parameters() > shutil.disk_usage(context.config.run_dir).free:
+            raise SystemExit(f"{context.config.run_dir} has no room for {ROOM} checkpoints; take fewer --layers")
         self.train()  # makes what is made once
 
     def round(self) -> None:
@@ -123,7 +123,7 @@ class Bench:
         self.copy()
 
     def read(self) -> None:
-        self.note("verify", self.cold(lambda: damage(self.path, self.session.rank, self.session.layout.world_size)))
+        self.note("verify", self.cold(lambda: damage(self.path, self.context.rank, self.context.layout.world_size)))
         self.note("verify_and_load", self.cold(self.restore))
 
     def cold(self, work: Callable[[], Any]) -> float:
@@ -138,7 +138,7 @@ class Bench:
         speeds = {name: num_bytes / 1e9 / seconds[name] for name in ("sync_blocked", "cp", "verify", "verify_and_load")}
         return {
             "ranks": ranks,
-            "parameters": self.session.bailing.num_parameters(),
+            "parameters": self.context.bailing.num_parameters(),
             "gigabytes": round(num_bytes / 1e9, 3),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "rounds": {name: [round(value, 3) for value in found] for name, found in self.figures.items()},
@@ -157,18 +157,18 @@ class Bench:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Until the last rank is through."""
-        self.session.any_rank(False)
+        self.context.any_rank(False)
         started = time.perf_counter()
         work()
-        self.session.any_rank(False)
+        self.context.any_rank(False)
         return time.perf_counter() - started
 
     def save(self, checkpoints: Any) -> float:
         self.step += 1
-        return self.timed(lambda: checkpoints.save(self.step, self.session.trainer, {"step": self.step}, b""))
+        return self.timed(lambda: checkpoints.save(self.step, self.context.trainer, {"step": self.step}, b""))
 
     def restore(self) -> None:
-        self.before.restore(self.session.trainer)
+        self.before.restore(self.context.trainer)
 
     def copy(self) -> None:
         copy = self.directory / "copy"
@@ -179,7 +179,7 @@ class Bench:
                 if path.is_file():
                     sync(path)
 
-        self.note("cp", self.timed(to_disk if self.session.is_leader else lambda: None))
+        self.note("cp", self.timed(to_disk if self.context.is_leader else lambda: None))
         shutil.rmtree(copy, ignore_errors=True)
 
     def train(self) -> float:
@@ -192,7 +192,7 @@ class Bench:
             rollout_logprobs=np.full(len(positions), np.nan, np.float32),
             num_stale_tokens=len(positions),
         )
-        trainer = self.session.trainer
+        trainer = self.context.trainer
         batch = [trainer.micro_batch([sequence])]
         return self.timed(lambda: trainer.train_step(batch, CrossEntropy(), float(len(positions))))
 

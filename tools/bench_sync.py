@@ -38,9 +38,9 @@ from tiny_model import write_tiny_model  # noqa: E402
 from weight_receiver import Receiver, serve, serving  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
+from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import ModelSection, MoeSection, RolloutSection  # noqa: E402
 from megatron_rl.keys import KeyOf, no_key  # noqa: E402
-from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import impossible
 from megatron_rl.gpus import visible_gpus
-from megatron_rl.config.layout import Layout
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]

@@ -19,8 +19,8 @@ from megatron_rl import device
 from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, Mapping, canonical_name, name_table
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import ModelSection, MoeSection
 from megatron_rl.place import Place
 
 device.import_megatron()

@@ -64,9 +64,9 @@ class Router(TopKRouter):
                                  P_i = mean over tokens of the probability of expert i before top-k, of E experts
         Z = mean over tokens of (log sum_i exp x_i)^2
 
-    and what enters the gradient is T * (a_bal B + a_z Z) (train/step/trainer.py divides by the tokens of the step). A rank
-    adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which share
-    the micro-batch, so the sums over these ranks are T * B and T * Z.
+    and what enters the gradient is T * (a_bal B + a_z Z) (train/step/trainer.py divides by the tokens of the step). A
+    rank adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which
+    share the micro-batch, so the sums over these ranks are T * B and T * Z.
 
     F counts what the router would choose, under replay too: what the loss should balance is the router.
 

@@ -25,14 +25,14 @@ from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import DiskTransport, Transport
-from megatron_rl.train.orchestrator.commands import Order, Stop, Work, receive
+from megatron_rl.train.orchestrator.commands import Command, Stop, Work, receive
 from megatron_rl.train.orchestrator.group_source import GroupSource, RecordedGroups, ServerGroups
-from megatron_rl.train.run.alarms import SkipGuard
-from megatron_rl.train.orchestrator.orchestrator import Leader, obey
-from megatron_rl.train.step.objective import PolicyObjective
-from megatron_rl.train.run.signals import StopSignals, told_in_words
 from megatron_rl.train.orchestrator.node_servers import NodeServers, is_one_machine
-from megatron_rl.train.run.context import Session, should_save
+from megatron_rl.train.orchestrator.orchestrator import Orchestrator, execute
+from megatron_rl.train.run.alarms import SkipGuard
+from megatron_rl.train.run.context import TrainContext, should_save
+from megatron_rl.train.run.signals import StopSignals, told_in_words
+from megatron_rl.train.step.objective import PolicyObjective
 from megatron_rl.train.step.trainer import Batches, StepResult
 
 log = logging.getLogger(__name__)
@@ -51,129 +51,129 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
         check_seats(config, own_place().local_world_size, device.on_cuda())
     signals = StopSignals()
     num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
-    session = Session(config, num_optimizer_steps, resume, check=signals.check)
+    context = TrainContext(config, num_optimizer_steps, resume, check=signals.check)
     # Every part is closed, whatever another one raises.
-    with session, ExitStack() as parts, told_in_words(session.watch):
+    with context, ExitStack() as parts, told_in_words(context.watchdog):
         if config.algorithm.kl_coefficient:
-            session.trainer.keep_reference()
-        restored = session.restore()
+            context.trainer.keep_reference()
+        restored = context.restore()
         first = restored[0]["step"] if restored else 0
         servers: NodeServers | None = None
         transport = None
         try:
             if rollouts is None:
                 folder = WeightFolder(
-                    session.control,
-                    session.bailing.num_parameters() * session.model.dtype.itemsize,
+                    context.control,
+                    context.bailing.num_parameters() * context.model.dtype.itemsize,
                     shared=None if is_one_machine(config.rollout.urls) else config.run_dir,
                 )
                 parts.callback(folder.close)
-                session.export(folder.path)  # what servers start with, now and whenever one is started again
-                _make_room(config, session, None)  # servers size their caches by what is free when they start
-                servers = NodeServers(config, folder.path, session.control, signals, keys)
+                context.export(folder.path)  # what servers start with, now and whenever one is started again
+                _make_room(config, context, None)  # servers size their caches by what is free when they start
+                servers = NodeServers(config, folder.path, context.control, signals, keys)
                 parts.callback(servers.close)
-                transport = _transport(config, session, folder, servers, first)
+                transport = _transport(config, context, folder, servers, first)
                 parts.callback(transport.close)
-            leader = None
-            if session.is_leader:
-                open_source = partial(_open_source, config, session, signals, servers, rollouts)
-                leader = Leader(config, session, first, restored, open_source, transport)
-                parts.callback(leader.close)
+            orchestrator = None
+            if context.is_rank_zero:
+                open_source = partial(_open_source, config, context, signals, servers, rollouts)
+                orchestrator = Orchestrator(config, context, first, restored, open_source, transport)
+                parts.callback(orchestrator.close)
                 if not resume:
-                    leader.source.forget(lambda step: True)  # of another run in this folder
+                    orchestrator.source.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
-            return session.stop_code  # before the first step: there is nothing to save yet
-        return _steps(config, session, first, leader, transport, servers)
+            return context.stop_code  # before the first step: there is nothing to save yet
+        return _steps(config, context, first, orchestrator, transport, servers)
 
 
 def _steps(
     config: RlConfig,
-    session: Session,
+    context: TrainContext,
     first: int,
-    leader: Leader | None,
+    orchestrator: Orchestrator | None,
     transport: Transport | None,
     servers: NodeServers | None,
 ) -> int:
     """From step `first` to the end. Returns the exit code."""
-    objective = PolicyObjective(config.algorithm, session.context_group)
+    objective = PolicyObjective(config.algorithm, context.context_parallel_group)
     skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
-        offload_seconds = _make_room(config, session, servers)
-        work = leader.begin(step) if leader else _follow(session, step, transport)
+        offload_seconds = _make_room(config, context, servers)
+        work = orchestrator.begin(step) if orchestrator else _follow(context, step, transport)
         if isinstance(work, Stop):
             if work.exit_code is not None:
                 return work.exit_code
             if step > first:
-                session.save(step, *_driver_state(leader, step))
-                session.settle(wait=True)
-            return session.stop_code
-        reload_seconds = _take_room(config, session, servers)
-        session.watch.enter("train", step)
+                context.save(step, *_driver_state(orchestrator, step))
+                context.settle(wait=True)
+            return context.stop_code
+        reload_seconds = _take_room(config, context, servers)
+        context.watchdog.enter("train", step)
         device.reset_peak_memory()
-        results = _train(session, config, objective, *work)
-        if leader:
-            leader.end(step, results, offload_seconds, reload_seconds)
-        session.settle()
+        results = _train(context, config, objective, *work)
+        if orchestrator:
+            orchestrator.end(step, results, offload_seconds, reload_seconds)
+        context.settle()
         skips.check(results)
         if should_save(step + 1, config.train.steps, config):
-            session.save(step + 1, *_driver_state(leader, step + 1))
-    session.settle(wait=True)
-    last = leader.finish() if leader else _follow(session, config.train.steps, transport)
+            context.save(step + 1, *_driver_state(orchestrator, step + 1))
+    context.settle(wait=True)
+    last = orchestrator.finish() if orchestrator else _follow(context, config.train.steps, transport)
     assert isinstance(last, Stop) and last.exit_code is not None
     if last.exit_code == EXIT_DONE:
-        session.export(config.run_dir / "hf")
+        context.export(config.run_dir / "hf")
     return last.exit_code
 
 
-def _make_room(config: RlConfig, session: Session, servers: NodeServers | None) -> float:
+def _make_room(config: RlConfig, context: TrainContext, servers: NodeServers | None) -> float:
     """Before servers on the same GPUs take their memory: what training alone needs leaves them, and servers that ended
     are started again. Returns the seconds that it took."""
     started = time.perf_counter()
     if config.train.offload_while_generating:
-        session.trainer.residence.offload()
+        context.trainer.offloader.offload()
     if config.rollout.release_memory and servers is not None and servers.keeper is not None:
         servers.keeper.let_go()
     return time.perf_counter() - started
 
 
-def _take_room(config: RlConfig, session: Session, servers: NodeServers | None) -> float:
+def _take_room(config: RlConfig, context: TrainContext, servers: NodeServers | None) -> float:
     """Collective, once servers have released their memory: none is started from here on, and what has left the GPUs
     comes back. Returns the seconds that it took. SharedFault when a rank has no room for it."""
     started = time.perf_counter()
-    residence, seconds = session.trainer.residence, config.train.free_memory_deadline_seconds
+    offloader, seconds = context.trainer.offloader, config.train.free_memory_deadline_seconds
 
     def reload() -> None:
         if servers is not None and servers.keeper is not None:
             servers.keeper.hold()
-        device.wait_until_free(residence.missing_bytes, seconds)
-        residence.reload()
+        device.wait_until_free(offloader.missing_bytes, seconds)
+        offloader.reload()
 
     if config.rollout.release_memory:
-        together(reload, session.control)
+        together(reload, context.control)
     return time.perf_counter() - started
 
 
 def _open_source(
-    config: RlConfig, session: Session, signals: StopSignals, servers: NodeServers | None, rollouts: Path | None
+    config: RlConfig, context: TrainContext, signals: StopSignals, servers: NodeServers | None, rollouts: Path | None
 ) -> GroupSource:
     if servers is not None:
-        return ServerGroups(config, session.layout, signals, servers)
+        return ServerGroups(config, context.layout, signals, servers)
     assert rollouts is not None
     return RecordedGroups(config, rollouts, signals)
 
 
 def _transport(
-    config: RlConfig, session: Session, folder: WeightFolder, servers: NodeServers, version: int
+    config: RlConfig, context: TrainContext, folder: WeightFolder, servers: NodeServers, version: int
 ) -> Transport:
     """Collective. version: of the weights that are in the folder already."""
     if config.sync.transport == "disk":
-        return DiskTransport(folder, session.export, version)
+        return DiskTransport(folder, context.export, version)
     max_bytes, silence_seconds = config.sync.bucket_mb * 2**20, config.rollout.silence_seconds
     if config.sync.transport == "ipc":
         num_gpus = len(visible_gpus())
         return IpcTransport(
-            session.model,
-            session.control,
+            context.model,
+            context.control,
             max_bytes,
             servers.node,
             servers.keeper.urls if servers.keeper is not None else (),
@@ -183,17 +183,19 @@ def _transport(
             servers.key_of,
         )
     backend = chosen_backend(config.sync.backend, config.rollout.engine, device.on_cuda(), servers.beside)
-    if session.is_leader:
+    if context.is_rank_zero:
         log.info("weights go to the servers over %s", backend)
     return DistributedTransport(
-        session.model, session.control, max_bytes, servers.address, silence_seconds, backend, servers.key_of
+        context.model, context.control, max_bytes, servers.address, silence_seconds, backend, servers.key_of
     )
 
 
-def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work) -> list[StepResult]:
+def _train(
+    context: TrainContext, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work
+) -> list[StepResult]:
     """The train phase: the plan's optimizer steps over this rank's samples."""
-    trainer, temperature = session.trainer, config.rollout.temperature
-    batches: list[Batches] = [trainer.feed(step) for step in work]
+    trainer, temperature = context.trainer, config.rollout.temperature
+    batches: list[Batches] = [trainer.prefetch(step) for step in work]
     if config.algorithm.trains_on_own_old_logprobs and len(batches) > 1:
         # The first step starts from the weights that these log-probs would be of, and needs none.
         batches[1:] = [trainer.with_old_logprobs(step, temperature) for step in batches[1:]]
@@ -203,18 +205,18 @@ def _train(session: Session, config: RlConfig, objective: PolicyObjective, plan:
     ]
 
 
-def _follow(session: Session, step: int, transport: Transport | None) -> tuple[Plan, Work] | Stop:
+def _follow(context: TrainContext, step: int, transport: Transport | None) -> tuple[Plan, Work] | Stop:
     """The other ranks: do what rank 0 says until there is something to train, or the run ends."""
     while True:
-        session.watch.enter("waiting for rank 0", step)
-        order = receive(session.rank, session.layout, session.control)
-        if not isinstance(order, Order) or isinstance(order, Stop):
-            return order
-        obey(order, session, transport, None)
+        context.watchdog.enter("waiting for rank 0", step)
+        command = receive(context.rank, context.layout, context.control)
+        if not isinstance(command, Command) or isinstance(command, Stop):
+            return command
+        execute(command, context, transport, None)
 
 
-def _driver_state(leader: Leader | None, step: int) -> tuple[dict[str, Any], bytes]:
-    if leader is None:
+def _driver_state(orchestrator: Orchestrator | None, step: int) -> tuple[dict[str, Any], bytes]:
+    if orchestrator is None:
         return {}, b""
-    state, carried = leader.collector.state()
+    state, carried = orchestrator.collector.state()
     return {"step": step, **state}, carried

@@ -1,9 +1,9 @@
 """A run's checkpoints: each whole or not there, whatever goes wrong while it is written or after.
 
 `checkpoints/` holds `step_N/` directories and `latest`, a file with the newest one's name that is replaced atomically
-after everything in it is on disk. A `step_N/` holds `megatron/` (train/checkpointing/state.py), `driver.json` (step, cursor,
-counters), `carried.npz` (surplus responses), config.json and the tokenizer, so that it is a checkpoint like a converted
-one (checkpoint/read.py), and `checksums.json` of all that.
+after everything in it is on disk. A `step_N/` holds `megatron/` (train/checkpointing/state.py), `driver.json` (step,
+cursor, counters), `carried.npz` (surplus responses), config.json and the tokenizer, so that it is a checkpoint like a
+converted one (checkpoint/read.py), and `checksums.json` of all that.
 
 Saving has three parts. Planning and copying are collective on the groups that train, so training waits for them.
 Writing is every rank's own. The end (index, checksums, rename, `latest`) is rank 0's, between collectives on a group

@@ -67,7 +67,7 @@ def _to_save(trainer: Any) -> dict[str, Any]:
     parts = trainer.optimizer.chained_optimizers
     return {
         "model": model,
-        "optimizer": {str(i): _optimizer_state(part, model, trainer.residence.read) for i, part in enumerate(parts)},
+        "optimizer": {str(i): _optimizer_state(part, model, trainer.offloader.read) for i, part in enumerate(parts)},
         "optimizer_step": max(
             group["step"] for part in parts for group in part.state_dict()["optimizer"]["param_groups"]
         ),
@@ -194,7 +194,7 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 def load(folder: Path, trainer: Any) -> None:
     """Collective. Restores model, optimizer, schedule and RNG from megatron's folder of a checkpoint."""
-    with trainer.residence.for_loading():
+    with trainer.offloader.for_loading():
         _load(folder, trainer)
 
 

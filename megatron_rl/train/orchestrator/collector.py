@@ -9,8 +9,8 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import PromptYield, Shortfall, shortfalls
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import Schedule, schedule
-from megatron_rl.config.schema import RlConfig
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain

@@ -22,7 +22,7 @@ from megatron_rl.train.step.batch import TrainSequence
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Rank 0's word that the run ends here. exit_code: None where a signal asked for it; a checkpoint is written then,
-    and `Session.stop_code` is the code."""
+    and `TrainContext.stop_code` is the code."""
 
     exit_code: int | None
 
@@ -52,8 +52,8 @@ class Checksums:
     dtypes: dict[str, str]
 
 
-Order = Stop | Push | Probe | Checksums
-_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+Command = Stop | Push | Probe | Checksums
+_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +72,9 @@ class Routing:
 Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence], of one data-parallel rank
 
 
-def send_order(order: Order, control: Any) -> None:
+def send_command(command: Command, control: Any) -> None:
     """Rank 0: what all ranks do next. The others get it from `receive`."""
-    _broadcast(json.dumps({type(order).__name__: dataclasses.asdict(order)}).encode(), control)
+    _broadcast(json.dumps({type(command).__name__: dataclasses.asdict(command)}).encode(), control)
 
 
 def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: Any) -> tuple[Plan, Work]:
@@ -90,11 +90,11 @@ def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: An
     return plan, _sequences(plan, 0, routing, shares[0])
 
 
-def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Order:
-    """The other ranks: wait for rank 0's plan and this rank's samples, or for another order."""
+def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Command:
+    """The other ranks: wait for rank 0's plan and this rank's samples, or for another command."""
     ((name, content),) = json.loads(_broadcast(None, control)).items()
-    if name in _ORDERS:
-        return _ORDERS[name](**content)
+    if name in _COMMANDS:
+        return _COMMANDS[name](**content)
     plan = _plan_from_json(content["plan"])
     data_rank = layout.data_rank(rank)
     routing = None
@@ -115,7 +115,7 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Orde
 
 
 def _placed(plan: Plan, data_rank: int) -> list[Selected]:
-    """What a data-parallel rank trains, in the order in which its arrays travel."""
+    """What a data-parallel rank trains, in the command in which its arrays travel."""
     return [
         step.selected[position]
         for step in plan.steps

@@ -16,12 +16,12 @@ from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_domains
 from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.config.layout import Layout
 from megatron_rl.records import Group, Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import together
@@ -31,10 +31,10 @@ from megatron_rl.rollout.recorded import Advantages, limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
-from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.commands import Probe
-from megatron_rl.train.run.signals import StopSignals, disk_fault
+from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.node_servers import NodeServers
+from megatron_rl.train.run.signals import StopSignals, disk_fault
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Rank 0's part of a step: it talks to the servers, scores, plans, logs, and gives the orders that all ranks obey."""
+"""Rank 0's part of a step: it talks to the servers, scores, plans, logs, and gives the orders that all ranks execute."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
-from megatron_rl.train.step import token_traces as traces
 from megatron_rl.train.orchestrator.collector import Collector
-from megatron_rl.train.orchestrator.commands import Checksums, Order, Probe, Push, Stop, Work, send_order, send_work
+from megatron_rl.train.orchestrator.commands import Checksums, Command, Probe, Push, Stop, Work, send_command, send_work
 from megatron_rl.train.orchestrator.group_source import GroupSource, ServerGroups
-from megatron_rl.train.run.alarms import Alarms
-from megatron_rl.train.run.metrics import MetricsLog, console
 from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
+from megatron_rl.train.run.alarms import Alarms
+from megatron_rl.train.run.context import TrainContext
+from megatron_rl.train.run.metrics import MetricsLog, console
 from megatron_rl.train.run.signals import disk_fault
-from megatron_rl.train.run.context import Session
+from megatron_rl.train.step import token_traces as traces
 from megatron_rl.train.step.trainer import StepResult
 
 log = logging.getLogger(__name__)
@@ -32,34 +32,34 @@ log = logging.getLogger(__name__)
 _PUSHES = 3  # of the same weights, before a run gives up
 
 
-def obey(order: Order, session: Session, transport: Transport | None, receivers: Receivers | None) -> Any:
+def execute(command: Command, context: TrainContext, transport: Transport | None, receivers: Receivers | None) -> Any:
     """Collective."""
-    match order:
+    match command:
         case Push():
             assert transport is not None
-            session.watch.enter("sync", order.version)
-            session.model.gather_weights()
-            return transport.push(order.version, receivers)
+            context.watchdog.enter("sync", command.version)
+            context.model.gather_weights()
+            return transport.push(command.version, receivers)
         case Probe():
-            return mean_differences(session.trainer, order, session.control)
+            return mean_differences(context.trainer, command, context.control)
         case Checksums():
-            return weight_checksums(session.trainer, order.dtypes, session.control)
+            return weight_checksums(context.trainer, command.dtypes, context.control)
 
 
-class Leader:
+class Orchestrator:
     """Rank 0's part of a step, before and after the train phase."""
 
     def __init__(
         self,
         config: RlConfig,
-        session: Session,
+        context: TrainContext,
         first: int,
         restored: tuple[Any, bytes] | None,
         open_source: Callable[[], GroupSource],
         transport: Transport | None,
     ) -> None:
         """open_source: called here, so that the other ranks are told when it fails. transport: with servers."""
-        self._config, self._session, self._transport = config, session, transport
+        self._config, self._context, self._transport = config, context, transport
         self._first = first
         self._metrics: MetricsLog | None = None
         self._alarms = Alarms(config.train, ())
@@ -68,19 +68,19 @@ class Leader:
         self._started = self._trained_from = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
-        # It failed in an order: the others may be in a collective that this rank has left, and do not listen.
+        # It failed in an command: the others may be in a collective that this rank has left, and do not listen.
         self._is_alone = False
         try:
             self.source = open_source()
             # Only servers need weights.
             self._servers = cast(ServerGroups, self.source) if transport is not None else None
-            self.collector = Collector(config, session.layout, cost_model(session.bailing), self.source)
+            self.collector = Collector(config, context.layout, cost_model(context.bailing), self.source)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)
             self._alarms = Alarms(config.train, self._metrics.past)
         except StopRequested:
-            self._order(Stop(exit_code=None))
+            self._command(Stop(exit_code=None))
             raise
         except Exception as error:
             self._tell(error)
@@ -91,7 +91,7 @@ class Leader:
         self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
-            covered = step if self._config.train.save_every == 0 else self._session.checkpoints.latest or 0
+            covered = step if self._config.train.save_every == 0 else self._context.checkpoints.latest or 0
             self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
@@ -102,7 +102,7 @@ class Leader:
                 self._release()
                 times["release_seconds"] = time.perf_counter() - started
         except StopRequested:
-            return self._order(Stop(exit_code=None))
+            return self._command(Stop(exit_code=None))
         except SharedFault:
             raise  # as every rank does
         except Exception as error:
@@ -112,7 +112,7 @@ class Leader:
         self._schedule = schedule = replace(schedule, plan=replace(schedule.plan, traced=traced))
         self._row |= times
         self._trained_from = time.perf_counter()
-        return send_work(schedule.plan, schedule.samples, self._session.layout, self._session.control)
+        return send_work(schedule.plan, schedule.samples, self._context.layout, self._context.control)
 
     def end(
         self, step: int, results: list[StepResult], offload_seconds: float = 0.0, reload_seconds: float = 0.0
@@ -143,10 +143,10 @@ class Leader:
             **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
             "train_seconds": train_seconds,
             "step_seconds": seconds,
-            "num_failed_saves": self._session.checkpoints.num_failed_saves,
+            "num_failed_saves": self._context.checkpoints.num_failed_saves,
             "trained_tokens_per_second": trained / train_seconds,
             "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
-            **self._session.memory_metrics(),
+            **self._context.memory_metrics(),
         }
         if self._releases_memory:
             row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}
@@ -210,7 +210,7 @@ class Leader:
             self._tell(self._failure)
             raise self._failure
         stop = Stop(exit_code=EXIT_DONE)
-        self._order(stop)
+        self._command(stop)
         return stop
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class Leader:
                     if every and step % every == 0:
                         self._prove(step)
                 times["update_weights_seconds"] = time.perf_counter() - started
-                self._session.watch.enter("rollout", step)
+                self._context.watchdog.enter("rollout", step)
                 schedule, self._row = self.collector.collect(policy_version=step)
                 return schedule, times
             except WeightsNeeded as needed:
@@ -251,7 +251,7 @@ class Leader:
         resume_seconds = self._resume(WEIGHTS)
         for attempt in range(_PUSHES):
             try:
-                seconds: PushSeconds = self._order(Push(version=step), receivers)
+                seconds: PushSeconds = self._command(Push(version=step), receivers)
                 break
             except ServerLost as error:
                 if attempt == _PUSHES - 1:
@@ -282,7 +282,7 @@ class Leader:
         can tell."""
         assert self._servers is not None
         urls, probe = self._servers.probe(self._config.sync.probe_tokens)
-        differences = self._order(probe)
+        differences = self._command(probe)
         tolerance = self._config.probe_tolerance
         for url, difference in zip(urls, differences, strict=True):
             if difference <= tolerance:
@@ -299,15 +299,15 @@ class Leader:
             theirs, dtypes = self._servers.run(self._servers.pool.client(url).weight_checksums())
         except ServerError as error:
             return f"which tensors differ cannot be told ({error})"
-        return told_difference(self._order(Checksums(dtypes=dtypes)), theirs)
+        return told_difference(self._command(Checksums(dtypes=dtypes)), theirs)
 
-    def _order(self, order: Order, receivers: Receivers | None = None) -> Any:
+    def _command(self, command: Command, receivers: Receivers | None = None) -> Any:
         """Say it and do it; a stop is returned."""
-        send_order(order, self._session.control)
-        if isinstance(order, Stop):
-            return order
+        send_command(command, self._context.control)
+        if isinstance(command, Stop):
+            return command
         try:
-            return obey(order, self._session, self._transport, receivers)
+            return execute(command, self._context, self._transport, receivers)
         except (ServerError, StopRequested, SharedFault):
             raise  # behind the collectives
         except Exception:
@@ -318,4 +318,4 @@ class Leader:
         """Let the other ranks end quietly; this one reports. Where they cannot listen they end as it does, whose
         connections close."""
         if not self._is_alone:
-            self._order(Stop(exit_code=EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT))
+            self._command(Stop(exit_code=EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT))

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.export import export_tensors
-from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.orchestrator.commands import Probe
+from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.trainer import Trainer
 
 

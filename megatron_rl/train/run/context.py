@@ -25,15 +25,15 @@ from megatron_rl.stores import join
 from megatron_rl.sync.export import export_directory
 from megatron_rl.sync.together import together
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import Trainer
-from megatron_rl.train.run.watchdog import Watch
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 60.0
 
 
-class Session:
+class TrainContext:
     """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Session:
         if refused is not None:
             dist.destroy_process_group()
             raise ValueError(refused)
-        self.watch = Watch(config.run_dir, self.rank, config.train.phase_deadline_seconds)
+        self.watchdog = Watchdog(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
         overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
         self.model = build_model(
@@ -109,12 +109,12 @@ class Session:
         return None
 
     @property
-    def context_group(self) -> Any:
+    def context_parallel_group(self) -> Any:
         """The ranks over which this rank's sequences are divided; None when it holds them whole."""
         return mpu.get_context_parallel_group() if self.layout.context > 1 else None
 
     @property
-    def is_leader(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
@@ -126,13 +126,13 @@ class Session:
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
-        self.watch.enter("save", step)
+        self.watchdog.enter("save", step)
         self.checkpoints.save(step, self.trainer, driver, carried)
 
     def settle(self, wait: bool = False) -> None:
-        """Collective, at every step boundary and with `wait` before the run ends: see train/checkpointing/checkpoints.py."""
+        """Collective, at every step boundary and with `wait` before the run ends (train/checkpointing/checkpoints.py)."""
         if wait:
-            self.watch.enter("save", self.watch.step)
+            self.watchdog.enter("save", self.watchdog.step)
         self.checkpoints.settle(wait)
 
     @property
@@ -153,13 +153,13 @@ class Session:
 
     def export(self, destination: Path, notes: dict[str, str] | None = None) -> None:
         """Collective: a Hugging Face directory of the present weights. notes: text by the name of its file there."""
-        self.watch.enter("export", self.watch.step)
+        self.watchdog.enter("export", self.watchdog.step)
         export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
     def close(self) -> None:
         """Leave the training world, together with the others: whoever starts ranks ends those that are left when one
         has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
-        self.watch.enter("close", self.watch.step)
+        self.watchdog.enter("close", self.watchdog.step)
         try:
             self.any_rank(False)
             are_all_here = True
@@ -178,12 +178,12 @@ class Session:
         if kind is None or issubclass(kind, SharedFault):
             self.close()
         else:
-            self.watch.enter("close", self.watch.step)
+            self.watchdog.enter("close", self.watchdog.step)
             self._end()
 
     def _end(self) -> None:
         self.checkpoints.close()
-        self.watch.close()
+        self.watchdog.close()
         self._claimed.close()
 
 

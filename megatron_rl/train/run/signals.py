@@ -14,7 +14,7 @@ import torch
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS, Fault, StopRequested
-from megatron_rl.train.run.watchdog import Watch
+from megatron_rl.train.run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def disk_fault(config: RunConfig, what: str, error: OSError) -> Fault | None:
 
 
 @contextmanager
-def told_in_words(watch: Watch) -> Iterator[None]:
+def told_in_words(watchdog: Watchdog) -> Iterator[None]:
     """Turns what torch raises when memory is full or another rank is lost into a Fault that says so."""
     try:
         yield
@@ -84,13 +84,13 @@ def told_in_words(watch: Watch) -> Iterator[None]:
         said = str(error)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in said for part in _NO_MEMORY):
             raise Fault(
-                f"{watch.place}: out of memory ({said.splitlines()[0] if said else 'MemoryError'}); lower "
+                f"{watchdog.place}: out of memory ({said.splitlines()[0] if said else 'MemoryError'}); lower "
                 "train.micro_batch_tokens, set model.recompute = 'full', or divide the model over more ranks "
                 "(parallel.tensor, parallel.expert, parallel.pipeline)"
             ) from error
         if any(part in said for part in _LOST):
             raise Fault(
-                f"{watch.place}: lost contact with another rank ({said.splitlines()[0]}); the first error in the logs "
+                f"{watchdog.place}: lost contact with another rank ({said.splitlines()[0]}); the first error in the logs "
                 "of the others says why. Start again with --resume"
             ) from error
         raise

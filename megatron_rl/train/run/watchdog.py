@@ -17,7 +17,7 @@ _BEAT_SECONDS = 10.0
 _STUCK_SECONDS = 30.0
 
 
-class Watch:
+class Watchdog:
     """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it. Every rank that
     is in one phase for longer than the deadline writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and
     ends with exit code 1; its launcher then ends the others. `close()` stops watching.

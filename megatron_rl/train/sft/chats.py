@@ -13,8 +13,8 @@ from megatron_rl.data.chat import render_chat
 from megatron_rl.data.fitting import Limit
 from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
-from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.run.metrics import bar
+from megatron_rl.train.step.batch import TrainSequence
 
 
 class ChatBatches:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rl.checkpoint.epochs import SFT_NOTE, epoch_path
 from megatron_rl.checkpoint.hf import link_directory
 from megatron_rl.sync.together import together
-from megatron_rl.train.run.context import Session
+from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.step.trainer import StepResult
 
 
@@ -43,9 +43,9 @@ class EpochLoss:
 class EpochDirectories:
     """`run_dir/epochs/epoch_N`: Hugging Face directories, each there when it is whole, with what was measured then."""
 
-    def __init__(self, session: Session, num_epochs: int) -> None:
-        self._session, self._num_epochs = session, num_epochs
-        self._run_dir = session.config.run_dir
+    def __init__(self, context: TrainContext, num_epochs: int) -> None:
+        self._context, self._num_epochs = context, num_epochs
+        self._run_dir = context.config.run_dir
 
     def write(self, epoch: int, note: dict[str, float | None]) -> None:
         """Collective: the present weights, unless those of just this epoch are there: a run that was killed after it
@@ -53,19 +53,19 @@ class EpochDirectories:
         finite = {name: None if value is None or not math.isfinite(value) else value for name, value in note.items()}
         path, text = epoch_path(self._run_dir, epoch), json.dumps({"epoch": epoch, **finite}, indent=1) + "\n"
         if not self._agreed(_text(path / SFT_NOTE) == text):
-            self._session.export(path, {SFT_NOTE: text})
+            self._context.export(path, {SFT_NOTE: text})
 
     def link_last(self, link: Path) -> None:
         """Collective: the last one under another name, or the present weights where somebody removed it."""
         last = epoch_path(self._run_dir, self._num_epochs)
         if self._agreed(last.is_dir()):
-            together(partial(link_directory, last, link) if self._session.is_leader else None, self._session.control)
+            together(partial(link_directory, last, link) if self._context.is_rank_zero else None, self._context.control)
         else:
-            self._session.export(link)
+            self._context.export(link)
 
     def _agreed(self, found: bool) -> bool:
         """What rank 0 found; file systems may show others an older state."""
-        return self._session.any_rank(self._session.is_leader and found)
+        return self._context.any_rank(self._context.is_rank_zero and found)
 
 
 def _text(path: Path) -> str | None:

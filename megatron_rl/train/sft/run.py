@@ -10,15 +10,15 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
-from megatron_rl.train.step.batch import TrainSequence
+from megatron_rl.train.run.alarms import Alarms, SkipGuard
+from megatron_rl.train.run.context import TrainContext, should_save
+from megatron_rl.train.run.metrics import MetricsLog, bar, console
+from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochDirectories, EpochLoss
-from megatron_rl.train.step.prefetch import Feed
-from megatron_rl.train.run.alarms import Alarms, SkipGuard
-from megatron_rl.train.run.metrics import MetricsLog, bar, console
+from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.objective import CrossEntropy
-from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
-from megatron_rl.train.run.context import Session, should_save
+from megatron_rl.train.step.prefetch import Prefetch
 from megatron_rl.train.step.trainer import StepResult
 
 
@@ -30,15 +30,15 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     config.check_warmup(batches.num_steps)
     refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     signals = StopSignals()
-    session = Session(config, batches.num_steps, resume, check=signals.check)
-    with session, ExitStack() as parts, told_in_words(session.watch):
-        restored = session.restore()
+    context = TrainContext(config, batches.num_steps, resume, check=signals.check)
+    with context, ExitStack() as parts, told_in_words(context.watchdog):
+        restored = context.restore()
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
-        metrics = MetricsLog(config.run_dir, driver["step"]) if session.is_leader else None
+        metrics = MetricsLog(config.run_dir, driver["step"]) if context.is_rank_zero else None
         if metrics is not None:
             parts.callback(metrics.close)
-        run = _Run(config, session, batches, validation, metrics)
+        run = _Run(config, context, batches, validation, metrics)
         return run.steps(driver, signals)
 
 
@@ -48,37 +48,37 @@ class _Run:
     def __init__(
         self,
         config: SftConfig,
-        session: Session,
+        context: TrainContext,
         batches: ChatBatches,
         validation: Sequence[Sequence[TrainSequence]],
         metrics: MetricsLog | None,
     ) -> None:
-        self._config, self._session, self._metrics = config, session, metrics
+        self._config, self._context, self._metrics = config, context, metrics
         self._batches, self._validation = batches, validation
         self._alarms = Alarms(config.train, metrics.past if metrics else ())
         self._num_epochs = config.train.epochs or 0
-        self._directories = EpochDirectories(session, self._num_epochs)
+        self._directories = EpochDirectories(context, self._num_epochs)
 
     def steps(self, driver: dict[str, Any], signals: StopSignals) -> int:
         """From where `driver` says to the end. Returns the exit code."""
-        config, session, batches = self._config, self._session, self._batches
+        config, context, batches = self._config, self._context, self._batches
         skips, epoch_loss = SkipGuard(config.train, ""), EpochLoss(driver.get("epoch_loss", (0.0, 0)))
         first, last = driver["step"], batches.num_steps
 
         def save(step: int) -> None:
-            session.save(step, batches.state(step) | {"epoch_loss": epoch_loss.state})
+            context.save(step, batches.state(step) | {"epoch_loss": epoch_loss.state})
 
         for step in range(first, last):
-            if session.any_rank(signals.name is not None):
+            if context.any_rank(signals.name is not None):
                 if step > first:
                     save(step)
-                session.settle(wait=True)
-                return session.stop_code
-            session.watch.enter("train", step)
+                context.settle(wait=True)
+                return context.stop_code
+            context.watchdog.enter("train", step)
             started = time.perf_counter()
             device.reset_peak_memory()
             batch = batches[step]
-            result = session.trainer.train_step(
+            result = context.trainer.train_step(
                 self._placed(batch), CrossEntropy(), float(sum(len(s.loss_positions) for s in batch))
             )
             seconds = time.perf_counter() - started
@@ -87,32 +87,32 @@ class _Run:
             ends_epoch = bool(ended) and self._num_epochs > 0
             validated = self._validate(step) if ends_epoch or self._validation_is_due(step + 1) else {}
             self._report(step, result, seconds, validated)
-            session.settle()
+            context.settle()
             skips.check([result])
             if ends_epoch:
                 for epoch, loss in zip(ended, losses, strict=True):
                     self._end_epoch(epoch, step + 1, loss, validated)
             if ends_epoch or should_save(step + 1, last, config):
                 save(step + 1)
-        session.settle(wait=True)
+        context.settle(wait=True)
         if self._num_epochs:
             self._directories.link_last(config.run_dir / "hf")
         else:
-            session.export(config.run_dir / "hf")
+            context.export(config.run_dir / "hf")
         return 0
 
-    def _placed(self, batch: Sequence[TrainSequence]) -> Feed:
+    def _placed(self, batch: Sequence[TrainSequence]) -> Prefetch:
         """This rank's micro-batches of a batch."""
-        session, layout = self._session, self._session.layout
+        context, layout = self._context, self._context.layout
         placed = pack_micro_batches(
             [len(s.token_ids) for s in batch],
             layout.data,
             self._config.micro_batch_cap,
-            cost_model(session.bailing),
+            cost_model(context.bailing),
             multiple_of=layout.micro_batch_multiple,
         )
-        mine = placed[layout.data_rank(session.rank)]
-        return session.trainer.feed([[batch[i] for i in one] for one in mine])
+        mine = placed[layout.data_rank(context.rank)]
+        return context.trainer.prefetch([[batch[i] for i in one] for one in mine])
 
     def _validation_is_due(self, num_steps: int) -> bool:
         every = self._config.train.validate_every
@@ -123,19 +123,19 @@ class _Run:
         if not self._validation:
             return {}
 
-        def passes() -> Iterator[Feed]:
+        def passes() -> Iterator[Prefetch]:
             for part in bar(self._validation, "validating"):
-                self._session.watch.enter("validate", step)
+                self._context.watchdog.enter("validate", step)
                 yield self._placed(part)
 
-        found = self._session.trainer.measure(passes(), CrossEntropy())
+        found = self._context.trainer.measure(passes(), CrossEntropy())
         return {f"validation_{name}": found[name] for name in ("loss", "entropy")}
 
     def _end_epoch(self, epoch: int, num_steps: int, train_loss: float | None, validated: dict[str, float]) -> None:
         measured = {name: validated.get(name) for name in ("validation_loss", "validation_entropy")}
         note = {"step": num_steps, **measured, "train_loss": train_loss}
         self._directories.write(epoch, note)
-        if self._session.is_leader:
+        if self._context.is_rank_zero:
             told = "none" if train_loss is None else f"{train_loss:.4f}"
             console.print(f"sft epoch {epoch}/{self._num_epochs} ended with step {num_steps}  train loss {told}")
 
@@ -150,9 +150,9 @@ class _Run:
             "learning_rate": result.learning_rate,
             "num_loss_tokens": result.num_loss_tokens,
             "step_seconds": seconds,
-            "num_failed_saves": self._session.checkpoints.num_failed_saves,
+            "num_failed_saves": self._context.checkpoints.num_failed_saves,
             "trained_tokens_per_second": result.num_forward_tokens / seconds,
-            **self._session.memory_metrics(),
+            **self._context.memory_metrics(),
             **validated,
         }
         self._alarms.report(row)

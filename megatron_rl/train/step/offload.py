@@ -92,7 +92,7 @@ class HostMemory:
         return [away for away in found if away is not None]
 
 
-class Residence:
+class Offloader:
     """Moves what a trainer has between device and host memory.
 
     piece_bytes: of states that live in host memory, so much comes to the device at once.

@@ -10,7 +10,7 @@ from megatron_rl.train.step.batch import MicroBatch, Size, TrainSequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
+class Prefetch:
     """Micro-batches of these sequences, as often as one goes through them; two at a time are on the device.
 
     sizes: of each. make: called in `thread`, which has one worker. fields: by their name in MicroBatch, values that
@@ -34,16 +34,16 @@ class Feed:
             yield replace(batch, **{name: values[i] for name, values in self.fields.items()})
 
 
-def sizes_of(batches: Feed | Sequence[MicroBatch]) -> Sequence[Size]:
-    return batches.sizes if isinstance(batches, Feed) else [batch.size for batch in batches]
+def sizes_of(batches: Prefetch | Sequence[MicroBatch]) -> Sequence[Size]:
+    return batches.sizes if isinstance(batches, Prefetch) else [batch.size for batch in batches]
 
 
 def with_field(
-    batches: Feed | Sequence[MicroBatch], name: str, values: Sequence[Tensor]
-) -> "Feed | Sequence[MicroBatch]":
+    batches: Prefetch | Sequence[MicroBatch], name: str, values: Sequence[Tensor]
+) -> "Prefetch | Sequence[MicroBatch]":
     """The same micro-batches, each with its value; as they are without values, which only last pipeline stages have."""
     if not values:
         return batches
-    if isinstance(batches, Feed):
+    if isinstance(batches, Prefetch):
         return replace(batches, fields=batches.fields | {name: values})
     return [replace(batch, **{name: value}) for batch, value in zip(batches, values, strict=True)]

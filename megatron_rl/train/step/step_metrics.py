@@ -41,7 +41,7 @@ class Terms:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Tally:
+class MetricAccumulator:
     """Adds up the terms of a step's micro-batches on this rank; `reduce` adds up the ranks, once.
 
     Until then everything stays on the device where the terms are, and the host waits for nothing.

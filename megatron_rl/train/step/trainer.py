@@ -37,10 +37,10 @@ from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.step import multi_tensor as clipping
 from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
-from megatron_rl.train.step.prefetch import Feed, sizes_of, with_field
 from megatron_rl.train.step.objective import Objective
-from megatron_rl.train.step.offload import Residence
-from megatron_rl.train.step.step_metrics import Tally
+from megatron_rl.train.step.offload import Offloader
+from megatron_rl.train.step.prefetch import Prefetch, sizes_of, with_field
+from megatron_rl.train.step.step_metrics import MetricAccumulator
 from megatron_rl.train.step.token_traces import gather
 
 device.import_megatron()
@@ -53,7 +53,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 
-Batches = Feed | Sequence[MicroBatch]
+Batches = Prefetch | Sequence[MicroBatch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class StepResult:
 
     skipped: the loss or the gradient was not finite, and the weights are what they were.
     num_forward_tokens, num_padding_tokens: over all ranks, each token once.
-    metrics: see `Tally.metrics`.
+    metrics: see `MetricAccumulator.metrics`.
     traced_logprobs: float64 [num_loss_tokens] of each traced sample, in the forward pass of this step; on rank 0.
     """
 
@@ -79,7 +79,7 @@ class StepResult:
 class Trainer:
     """Owns the optimizer of a model. `control` is a gloo group of all ranks, for metrics.
 
-    residence: where optimizer states and gradients are; all of them on the device while anything here runs.
+    offloader: where optimizer states and gradients are; all of them on the device while anything here runs.
     """
 
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
@@ -134,7 +134,7 @@ class Trainer:
         self._reference: list[Tensor] | None = None
         self._present: list[Tensor] = []  # room for the weights while the reference takes their place
         self._routers = model.routers
-        self.residence = Residence(model, self.optimizer, optimizer.offload_fraction)
+        self.offloader = Offloader(model, self.optimizer, optimizer.offload_fraction)
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
@@ -155,12 +155,12 @@ class Trainer:
             context_size=self.model.layout.context,
         )
 
-    def feed(self, parts: Sequence[Sequence[TrainSequence]]) -> Feed:
+    def prefetch(self, parts: Sequence[Sequence[TrainSequence]]) -> Prefetch:
         """Micro-batches of these sequences, made as the methods below come to them."""
         layout = self.model.layout
         rank = mpu.get_context_parallel_rank()
         sizes = [size_of(part, self.model.token_multiple, rank, layout.context) for part in parts]
-        return Feed(parts=parts, sizes=sizes, make=self.micro_batch, thread=self._thread)
+        return Prefetch(parts=parts, sizes=sizes, make=self.micro_batch, thread=self._thread)
 
     def train_step(
         self, batches: Batches, objective: Objective, denominator: float, temperature: float = 1.0
@@ -181,7 +181,7 @@ class Trainer:
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tally = Tally(objective.reports, self._where)
+        tally = MetricAccumulator(objective.reports, self._where)
         for router in self._routers:
             router.load_balance_loss = router.z_loss = 0.0
             router.num_replayed = router.num_replaced = 0
@@ -207,7 +207,7 @@ class Trainer:
         """This rank has log-probs, and no other one has the same."""
         return mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
 
-    def _reduce(self, tally: Tally) -> None:
+    def _reduce(self, tally: MetricAccumulator) -> None:
         tally.reduce(self._control, self._reports)
 
     def _gather_traced(self, kept: list[Any]) -> dict[int, np.ndarray]:
@@ -249,12 +249,12 @@ class Trainer:
         return metrics | ({"router_replay_changed_share": num_replaced / num_replayed} if num_replayed else {})
 
     def measure(self, passes: Iterable[Batches], objective: Objective) -> dict[str, float]:
-        """`Tally.metrics` of an objective under the present weights, all divided by the loss tokens; nothing changes.
+        """`MetricAccumulator.metrics` of an objective under the present weights, all divided by the loss tokens; nothing changes.
 
         Collective. passes: this rank's micro-batches, in parts that are held in memory one at a time; every data-
         parallel rank has as many of both.
         """
-        tally = Tally(objective.reports, self._where)
+        tally = MetricAccumulator(objective.reports, self._where)
         with torch.no_grad():
             for batches in passes:
                 self._run(batches, 1.0, partial(self._loss, objective, 1.0, tally), forward_only=True)
@@ -338,7 +338,7 @@ class Trainer:
         self,
         objective: Objective,
         denominator: float,
-        tally: Tally,
+        tally: MetricAccumulator,
         batch: MicroBatch,
         output: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:

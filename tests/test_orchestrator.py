@@ -1,4 +1,4 @@
-"""Rank 0's part of a step with a source, a transport and a session that the test makes: what is retried, told, kept."""
+"""Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
 
 import errno
 from types import SimpleNamespace
@@ -13,9 +13,9 @@ from megatron_rl.errors import EXIT_DONE, Fault, StopRequested
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds
-from megatron_rl.train.orchestrator import orchestrator as leader as leader_module
+from megatron_rl.train.orchestrator import orchestrator as orchestrator_module
 from megatron_rl.train.orchestrator.commands import Stop
-from megatron_rl.train.orchestrator.orchestrator import Leader
+from megatron_rl.train.orchestrator.orchestrator import Orchestrator
 from megatron_rl.train.run.metrics import read_metrics
 
 
@@ -51,124 +51,126 @@ def control():
 
 
 @pytest.fixture
-def lead(tmp_path, control, monkeypatch):
-    """A function that makes a leader of a source and a transport."""
-    monkeypatch.setattr(leader_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
-    leaders = []
+def orchestrate(tmp_path, control, monkeypatch):
+    """A function that makes a orchestrator of a source and a transport."""
+    monkeypatch.setattr(orchestrator_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
+    orchestrators = []
 
     def make(source, transport=None, *changes, first=0, latest=None):
         config = config_of(tmp_path, "sync.probe_every=0", *changes)
-        leaders.append(Leader(config, session_of(config, control, latest), first, None, lambda: source, transport))
-        return leaders[-1]
+        orchestrators.append(
+            Orchestrator(config, session_of(config, control, latest), first, None, lambda: source, transport)
+        )
+        return orchestrators[-1]
 
     yield make
-    for leader in leaders:
-        leader.close()
+    for orchestrator in orchestrators:
+        orchestrator.close()
 
 
-def test_weights_are_pushed_and_a_plan_of_the_budget_is_trained(lead, tmp_path):
+def test_weights_are_pushed_and_a_plan_of_the_budget_is_trained(orchestrate, tmp_path):
     source, transport = FakeServers(), FakeTransport()
-    leader = lead(source, transport)
-    plan, work = leader.begin(0)
+    orchestrator = orchestrate(source, transport)
+    plan, work = orchestrator.begin(0)
     assert transport.pushed == [0]
     assert plan.steps[0].num_loss_tokens == 200 == sum(len(s.loss_positions) for batch in work[0] for s in batch)
-    leader.end(0, [result()])
+    orchestrator.end(0, [result()])
     (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert (row["step"], row["num_loss_tokens"], row["send_seconds"], row["num_generated_tokens"]) == (0, 200, 2.0, 200)
-    assert leader.finish() == Stop(exit_code=EXIT_DONE)
+    assert orchestrator.finish() == Stop(exit_code=EXIT_DONE)
 
 
-def test_a_push_that_lost_its_servers_is_tried_again_three_times(lead):
+def test_a_push_that_lost_its_servers_is_tried_again_three_times(orchestrate):
     transport = FakeTransport()
     transport.raises = [ServerLost("gone"), ServerLost("gone"), None]
-    lead(FakeServers(), transport).begin(0)
+    orchestrate(FakeServers(), transport).begin(0)
     assert transport.pushed == [0, 0, 0]
     transport = FakeTransport()
     transport.raises = [ServerLost("gone")] * 3
     with pytest.raises(ServerLost):
-        lead(FakeServers(), transport).begin(0)
+        orchestrate(FakeServers(), transport).begin(0)
     assert transport.pushed == [0, 0, 0]
 
 
-def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_anew(lead):
+def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_anew(orchestrate):
     source, transport = FakeServers(), FakeTransport()
     source.raises = [WeightsNeeded("new"), None]
-    lead(source, transport).begin(3)
+    orchestrate(source, transport).begin(3)
     assert transport.pushed == [3, 3]
     assert [version for version, _ in source.asked] == [3, 3]
     source.raises = [WeightsNeeded("new")] * 3
     with pytest.raises(WeightsNeeded):
-        lead(source, FakeTransport()).begin(4)
+        orchestrate(source, FakeTransport()).begin(4)
 
 
-def test_a_signal_between_or_in_a_phase_stops_all_ranks(lead):
+def test_a_signal_between_or_in_a_phase_stops_all_ranks(orchestrate):
     source = FakeServers()
     source.raises = [StopRequested()]
-    assert lead(source, FakeTransport()).begin(0) == Stop(exit_code=None)
+    assert orchestrate(source, FakeTransport()).begin(0) == Stop(exit_code=None)
 
 
-def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(lead):
+def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orchestrate):
     source = FakeGroups()
-    leader = lead(source, None, "rollout.logprob_tolerance=0.1", first=2)
-    leader.begin(2)
-    leader.end(2, [result(difference=0.5)])
+    orchestrator = orchestrate(source, None, "rollout.logprob_tolerance=0.1", first=2)
+    orchestrator.begin(2)
+    orchestrator.end(2, [result(difference=0.5)])
     assert source.forgotten[-1] == [2, 3, 4, 5, 6, 7, 8, 9]  # what wrong weights sampled is not for a resume
     with pytest.raises(Fault, match="differ by 0.5"):
-        leader.begin(3)
+        orchestrator.begin(3)
 
 
-def test_a_later_step_may_differ(lead):
-    leader = lead(FakeGroups(), None, "rollout.logprob_tolerance=0.1", first=0)
+def test_a_later_step_may_differ(orchestrate):
+    orchestrator = orchestrate(FakeGroups(), None, "rollout.logprob_tolerance=0.1", first=0)
     for step in (0, 1):
-        leader.begin(step)
-        leader.end(step, [result(difference=0.5 * step)])
-    assert leader.finish() == Stop(exit_code=EXIT_DONE)
+        orchestrator.begin(step)
+        orchestrator.end(step, [result(difference=0.5 * step)])
+    assert orchestrator.finish() == Stop(exit_code=EXIT_DONE)
 
 
-def test_a_gate_that_failed_in_the_last_step_is_told_at_the_end(lead):
-    leader = lead(FakeGroups(), None, "rollout.logprob_tolerance=0.1", first=3)
-    leader.begin(3)
-    leader.end(3, [result(difference=0.5)])
+def test_a_gate_that_failed_in_the_last_step_is_told_at_the_end(orchestrate):
+    orchestrator = orchestrate(FakeGroups(), None, "rollout.logprob_tolerance=0.1", first=3)
+    orchestrator.begin(3)
+    orchestrator.end(3, [result(difference=0.5)])
     with pytest.raises(Fault, match="differ by 0.5"):
-        leader.finish()
+        orchestrator.finish()
 
 
-def test_metrics_on_a_full_disk_end_the_run_at_the_next_step(lead, monkeypatch):
+def test_metrics_on_a_full_disk_end_the_run_at_the_next_step(orchestrate, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    leader = lead(FakeGroups())
-    leader.begin(0)
+    orchestrator = orchestrate(FakeGroups())
+    orchestrator.begin(0)
     monkeypatch.setattr("megatron_rl.train.run.metrics.MetricsLog.write", full)
-    leader.end(0, [result()])
+    orchestrator.end(0, [result()])
     with pytest.raises(Fault, match="No space left on device"):
-        leader.begin(1)
+        orchestrator.begin(1)
 
 
-def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(lead):
+def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(orchestrate):
     source = FakeGroups()
-    lead(source, None, "train.save_every=1", latest=2, first=3).begin(3)
+    orchestrate(source, None, "train.save_every=1", latest=2, first=3).begin(3)
     assert source.forgotten == [[0, 1]]
-    lead(source, None, "train.save_every=0").begin(3)
+    orchestrate(source, None, "train.save_every=0").begin(3)
     assert source.forgotten[-1] == [0, 1, 2]
 
 
-def test_a_skipped_step_keeps_its_batch(lead, tmp_path):
-    leader = lead(FakeGroups())
-    leader.begin(0)
-    leader.end(0, [result(skipped=True)])
+def test_a_skipped_step_keeps_its_batch(orchestrate, tmp_path):
+    orchestrator = orchestrate(FakeGroups())
+    orchestrator.begin(0)
+    orchestrator.end(0, [result(skipped=True)])
     assert {path.name for path in (tmp_path / "run/skipped").iterdir()} == {"step_000000.npz", "step_000000.json"}
 
 
 def test_a_source_that_cannot_be_opened_frees_the_other_ranks(tmp_path, control, monkeypatch):
-    monkeypatch.setattr(leader_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
+    monkeypatch.setattr(orchestrator_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
     told = []
-    monkeypatch.setattr(leader_module, "send_order", lambda order, _: told.append(order))
+    monkeypatch.setattr(orchestrator_module, "send_command", lambda order, _: told.append(order))
 
     def broken():
         raise ValueError("no such file")
 
     config = config_of(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        Leader(config, session_of(config, control), 0, None, broken, None)
+        Orchestrator(config, session_of(config, control), 0, None, broken, None)
     assert told == [Stop(exit_code=2)]
