@@ -110,7 +110,7 @@ class FakeGroups:
         self.closed = True
 
 
-def session_of(config: RlConfig, control: Any, latest: int | None = None) -> Any:
+def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any:
     """What the orchestrator uses of a context."""
     return SimpleNamespace(
         control=control,

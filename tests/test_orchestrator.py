@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from alone import world
-from rank_zero import FakeGroups, config_of, result, session_of
+from rank_zero import FakeGroups, config_of, context_of, result
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.errors import EXIT_DONE, Fault, StopRequested
@@ -59,7 +59,7 @@ def orchestrate(tmp_path, control, monkeypatch):
     def make(source, transport=None, *changes, first=0, latest=None):
         config = config_of(tmp_path, "sync.probe_every=0", *changes)
         orchestrators.append(
-            Orchestrator(config, session_of(config, control, latest), first, None, lambda: source, transport)
+            Orchestrator(config, context_of(config, control, latest), first, None, lambda: source, transport)
         )
         return orchestrators[-1]
 
@@ -172,5 +172,5 @@ def test_a_source_that_cannot_be_opened_frees_the_other_ranks(tmp_path, control,
 
     config = config_of(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        Orchestrator(config, session_of(config, control), 0, None, broken, None)
+        Orchestrator(config, context_of(config, control), 0, None, broken, None)
     assert told == [Stop(exit_code=2)]

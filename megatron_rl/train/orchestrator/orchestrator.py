@@ -1,4 +1,4 @@
-"""Rank 0's part of a step: it talks to the servers, scores, plans, logs, and gives the orders that all ranks execute."""
+"""Rank 0's part of a step: it talks to the servers, scores, plans, logs, and commands all ranks."""
 
 import json
 import logging

@@ -130,7 +130,7 @@ class TrainContext:
         self.checkpoints.save(step, self.trainer, driver, carried)
 
     def settle(self, wait: bool = False) -> None:
-        """Collective, at every step boundary and with `wait` before the run ends (train/checkpointing/checkpoints.py)."""
+        """Collective, at every step boundary, and with `wait` before the run ends (checkpointing/checkpoints.py)."""
         if wait:
             self.watchdog.enter("save", self.watchdog.step)
         self.checkpoints.settle(wait)

@@ -90,7 +90,7 @@ def told_in_words(watchdog: Watchdog) -> Iterator[None]:
             ) from error
         if any(part in said for part in _LOST):
             raise Fault(
-                f"{watchdog.place}: lost contact with another rank ({said.splitlines()[0]}); the first error in the logs "
-                "of the others says why. Start again with --resume"
+                f"{watchdog.place}: lost contact with another rank ({said.splitlines()[0]}); the first error in the "
+                "logs of the others says why. Start again with --resume"
             ) from error
         raise

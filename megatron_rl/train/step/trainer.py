@@ -249,7 +249,7 @@ class Trainer:
         return metrics | ({"router_replay_changed_share": num_replaced / num_replayed} if num_replayed else {})
 
     def measure(self, passes: Iterable[Batches], objective: Objective) -> dict[str, float]:
-        """`MetricAccumulator.metrics` of an objective under the present weights, all divided by the loss tokens; nothing changes.
+        """Measure an objective under the present weights, divided by the loss tokens; nothing changes.
 
         Collective. passes: this rank's micro-batches, in parts that are held in memory one at a time; every data-
         parallel rank has as many of both.
