@@ -87,7 +87,7 @@ def test_a_push_that_lost_its_servers_is_tried_again_three_times(orchestrate):
     assert transport.pushed == [0, 0, 0]
     transport = FakeTransport()
     transport.raises = [ServerLost("gone")] * 3
-    with pytest.raises(ServerLost):
+    with pytest.raises(WeightsNeeded, match="gone"):
         orchestrate(FakeServers(), transport).begin(0)
     assert transport.pushed == [0, 0, 0]
 

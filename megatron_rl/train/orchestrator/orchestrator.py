@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -13,17 +13,19 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_MISTAKE, Fault, SharedFault, StopRequested
 from megatron_rl.records import Plan
 from megatron_rl.rollout.archive import Carry, pack_carry
-from megatron_rl.rollout.client import ServerError, ServerLost
-from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, WeightsNeeded
-from megatron_rl.sync.transport import PushSeconds, Receivers, Transport
+from megatron_rl.rollout.client import ServerError
+from megatron_rl.rollout.pool import WeightsNeeded
+from megatron_rl.sync.transport import Receivers, Transport
 from megatron_rl.train.orchestrator.collector import Collector
 from megatron_rl.train.orchestrator.commands import Checksums, Command, Probe, Push, Stop, Work, send_command, send_work
 from megatron_rl.train.orchestrator.group_source import GroupSource, ServerGroups
-from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
+from megatron_rl.train.orchestrator.weight_check import mean_differences, weight_checksums
+from megatron_rl.train.orchestrator.weight_updates import WeightUpdates
 from megatron_rl.train.run.alarms import Alarms
 from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.run.metrics import MetricsLog, console
 from megatron_rl.train.run.signals import disk_fault
+from megatron_rl.train.run.step_row import step_row, token_counts
 from megatron_rl.train.step import token_traces as traces
 from megatron_rl.train.step.trainer import StepResult
 
@@ -68,12 +70,13 @@ class Orchestrator:
         self._started = self._trained_from = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
-        # It failed in an command: the others may be in a collective that this rank has left, and do not listen.
+        # It failed in a command: the others may be in a collective that this rank has left, and do not listen.
         self._is_alone = False
         try:
             self.source = open_source()
             # Only servers need weights.
-            self._servers = cast(ServerGroups, self.source) if transport is not None else None
+            servers = cast(ServerGroups, self.source)
+            self._updates = WeightUpdates(config, servers, self._command) if transport is not None else None
             self.collector = Collector(config, context.layout, cost_model(context.bailing), self.source)
             if restored:
                 self.collector.restore(*restored)
@@ -96,11 +99,9 @@ class Orchestrator:
             if self._failure is not None:
                 raise self._failure
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                schedule, times = self._collect(step)
-            if self._releases_memory:
-                started = time.perf_counter()
-                self._release()
-                times["release_seconds"] = time.perf_counter() - started
+                schedule, self._row = self._collect(step)
+            if self._updates is not None:
+                self._row |= self._updates.release()
         except StopRequested:
             return self._command(Stop(exit_code=None))
         except SharedFault:
@@ -110,7 +111,6 @@ class Orchestrator:
             raise
         traced = traces.chosen(schedule, self._config.train.traced_groups)
         self._schedule = schedule = replace(schedule, plan=replace(schedule.plan, traced=traced))
-        self._row |= times
         self._trained_from = time.perf_counter()
         return send_work(schedule.plan, schedule.samples, self._context.layout, self._context.control)
 
@@ -123,32 +123,15 @@ class Orchestrator:
         """
         assert self._metrics is not None and self._schedule is not None
         now = time.perf_counter()
-        last = results[-1]
-        seconds = now - self._started + offload_seconds
-        train_seconds = now - self._trained_from - reload_seconds
-        trained = sum(r.num_forward_tokens for r in results)
-        padding = sum(r.num_padding_tokens for r in results)
-        row = {
-            "step": step,
-            **self._row,
-            "num_loss_tokens": last.num_loss_tokens,
-            "num_loss_tokens_by_step": [r.num_loss_tokens for r in results],
-            "num_forward_tokens": trained,
-            "padding_share": padding / max(1, trained + padding),
-            "num_skipped_steps": sum(r.skipped for r in results),
-            "grad_norm": last.grad_norm,
-            "learning_rate": last.learning_rate,
-            **last.metrics,
-            # Of the first optimizer step: its tokens are the only ones that the trained weights themselves sampled.
-            **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
+        seconds, train_seconds = now - self._started + offload_seconds, now - self._trained_from - reload_seconds
+        context = self._context
+        failed_saves, memory = context.checkpoints.num_failed_saves, context.memory_metrics()
+        row = self._row | step_row(step, results, train_seconds, seconds, failed_saves, memory) | token_counts(results)
+        row |= {
             "train_seconds": train_seconds,
-            "step_seconds": seconds,
-            "num_failed_saves": self._context.checkpoints.num_failed_saves,
-            "trained_tokens_per_second": trained / train_seconds,
-            "end_to_end_tokens_per_second": self._row["num_generated_tokens"] / seconds,
-            **self._context.memory_metrics(),
+            "end_to_end_tokens_per_second": row["num_generated_tokens"] / seconds,
         }
-        if self._releases_memory:
+        if "release_seconds" in row:
             row |= {"offload_seconds": offload_seconds, "reload_seconds": reload_seconds}
         self._alarms.report(row, self.collector.examples)
         try:
@@ -218,88 +201,21 @@ class Orchestrator:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _collect(self, step: int) -> tuple[Schedule, dict[str, float]]:
-        """Push, prove and roll out; again when all servers that had the weights were lost. Returns too how long push
-        and proof took and, of the push, its parts."""
-        for attempt in range(_PUSHES):
-            started = time.perf_counter()
-            times: dict[str, float] = {}
+    def _collect(self, step: int) -> tuple[Schedule, dict[str, Any]]:
+        """Update the servers' weights and roll out; again when all servers that had them were lost. Returns the plan,
+        and metrics beside it."""
+        attempt = 0
+        while True:
+            attempt += 1
             try:
-                if self._transport is not None:
-                    times = self._push(step)
-                    every = self._config.sync.probe_every
-                    if every and step % every == 0:
-                        self._prove(step)
-                times["update_weights_seconds"] = time.perf_counter() - started
+                times = self._updates.update(step) if self._updates is not None else {"update_weights_seconds": 0.0}
                 self._context.watchdog.enter("rollout", step)
-                schedule, self._row = self.collector.collect(policy_version=step)
-                return schedule, times
+                schedule, metrics = self.collector.collect(policy_version=step)
+                return schedule, metrics | times
             except WeightsNeeded as needed:
-                if attempt == _PUSHES - 1:
+                if attempt == _PUSHES:
                     raise
                 log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
-        raise AssertionError("unreachable")
-
-    def _push(self, step: int) -> dict[str, float]:
-        """The present weights to every server, as version `step`. Returns the seconds of its parts.
-
-        Servers that released their memory take that of the weights again before, and the rest behind: while buckets of
-        the trainer travel there need not be room for a cache as well.
-        """
-        assert self._servers is not None
-        receivers = Receivers(pool=self._servers.pool, run=self._servers.run)
-        resume_seconds = self._resume(WEIGHTS)
-        for attempt in range(_PUSHES):
-            try:
-                seconds: PushSeconds = self._command(Push(version=step), receivers)
-                break
-            except ServerLost as error:
-                if attempt == _PUSHES - 1:
-                    raise
-                log.warning("%s; pushing again", error)
-        resume_seconds += self._resume(WORKSPACE)
-        times = {"export_seconds": seconds.export, "send_seconds": seconds.send, "install_seconds": seconds.install}
-        return times | ({"resume_seconds": resume_seconds} if self._releases_memory else {})
-
-    @property
-    def _releases_memory(self) -> bool:
-        return self._config.rollout.release_memory and self._servers is not None
-
-    def _release(self) -> None:
-        assert self._servers is not None
-        self._servers.run(self._servers.pool.release_memory())
-
-    def _resume(self, parts: Sequence[str]) -> float:
-        """Returns how long it took."""
-        started = time.perf_counter()
-        if self._releases_memory:
-            assert self._servers is not None
-            self._servers.run(self._servers.pool.resume_memory(parts))
-        return time.perf_counter() - started
-
-    def _prove(self, step: int) -> None:
-        """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server
-        can tell."""
-        assert self._servers is not None
-        urls, probe = self._servers.probe(self._config.sync.probe_tokens)
-        differences = self._command(probe)
-        tolerance = self._config.probe_tolerance
-        for url, difference in zip(urls, differences, strict=True):
-            if difference <= tolerance:
-                continue
-            raise Fault(
-                f"weights {step} did not arrive whole at {url}: log-probs of {len(probe.token_ids)} tokens differ by "
-                f"{difference:.3g} in the mean (sync.probe_tolerance {tolerance:g}); {self._differing(url)}"
-            )
-
-    def _differing(self, url: str) -> str:
-        """The tensors of the server at `url` that are not the trainer's, in words."""
-        assert self._servers is not None
-        try:
-            theirs, dtypes = self._servers.run(self._servers.pool.client(url).weight_checksums())
-        except ServerError as error:
-            return f"which tensors differ cannot be told ({error})"
-        return told_difference(self._command(Checksums(dtypes=dtypes)), theirs)
 
     def _command(self, command: Command, receivers: Receivers | None = None) -> Any:
         """Say it and do it; a stop is returned."""

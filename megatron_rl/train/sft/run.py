@@ -14,6 +14,7 @@ from megatron_rl.train.run.alarms import Alarms, SkipGuard
 from megatron_rl.train.run.context import TrainContext, should_save
 from megatron_rl.train.run.metrics import MetricsLog, bar, console
 from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
+from megatron_rl.train.run.step_row import step_row
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochDirectories, EpochLoss
 from megatron_rl.train.step.batch import TrainSequence
@@ -142,19 +143,9 @@ class _Run:
     def _report(self, step: int, result: StepResult, seconds: float, validated: dict[str, float]) -> None:
         if self._metrics is None:
             return
-        row = {
-            "step": step,
-            **result.metrics,
-            "num_skipped_steps": int(result.skipped),
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "num_loss_tokens": result.num_loss_tokens,
-            "step_seconds": seconds,
-            "num_failed_saves": self._context.checkpoints.num_failed_saves,
-            "trained_tokens_per_second": result.num_forward_tokens / seconds,
-            **self._context.memory_metrics(),
-            **validated,
-        }
+        context = self._context
+        failed_saves, memory = context.checkpoints.num_failed_saves, context.memory_metrics()
+        row = step_row(step, [result], seconds, seconds, failed_saves, memory) | validated
         self._alarms.report(row)
         try:
             self._metrics.write(row)
