@@ -21,6 +21,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import ClusterSection, RlConfig, RlData
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.locks import sole_writer
+from megatron_rl.metric_names import unknown
 from megatron_rl.report.sections import SECTIONS
 from megatron_rl.simulation.calibrate import replay
 from megatron_rl.simulation.rates import Rates
@@ -76,7 +77,9 @@ def finish(arguments: list[str], code: int = 0, seconds: float = 200) -> str:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert unknown(name for row in rows for name in row) == []
+    return rows
 
 
 @pytest.fixture(scope="module")

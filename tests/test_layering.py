@@ -29,6 +29,7 @@ LAYERS = {
     "gpus": 0,
     "layout": 0,
     "memory": 0,
+    "metric_names": 0,
     "lifeline": 0,
     "locales": 0,
     "endpoint": 0,

@@ -23,6 +23,7 @@ from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage
 from megatron_rl.data.prompts import Chat, Message
+from megatron_rl.metric_names import unknown
 from megatron_rl.preflight import check_before_start
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochLoss
@@ -289,6 +290,7 @@ def test_a_share_of_the_steps_warms_up() -> None:
 
 def rows_of(run_dir: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert unknown(name for row in rows for name in row) == []
     return [{k: v for k, v in row.items() if "second" not in k and k != "num_starts"} for row in rows]
 
 

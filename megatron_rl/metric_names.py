@@ -1,0 +1,163 @@
+"""Every number of a step in metrics.jsonl, with its unit, what it is taken over, and what it means.
+
+`python -m megatron_rl.metric_names` prints docs/metrics.md. A test holds that runs write nothing else.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# name | unit | over | meaning. A name with a * is written for each domain, metric/domain, where there are several.
+_TABLE = """
+# Every run
+step | | | the step, from 0
+num_starts | | | how often the run had been started when the row was written; 1 if it was never resumed
+loss | nats | last optimizer step | what the optimizer minimises; in reinforcement learning its sign says little
+entropy | nats per token | last optimizer step, loss tokens | entropy of the policy at its sampling temperature
+grad_norm | | last optimizer step | norm of the whole gradient before clipping
+learning_rate | | last optimizer step | the learning rate that was used
+num_loss_tokens* | tokens | last optimizer step | tokens that carried loss
+num_skipped_steps | optimizer steps | step | skipped ones: loss or gradient was not finite, weights stay
+load_balance_loss | | last optimizer step | the router's balance loss before its coefficient; 1 is perfect balance
+z_loss | | last optimizer step | the router's z loss before its coefficient
+step_seconds | s | rank 0 | the whole step
+trained_tokens_per_second | tokens/s | all ranks | tokens of forward passes over the seconds of training
+num_failed_saves | checkpoints | run | those that could not be written so far
+num_alarms | | step | warnings about this step
+peak_memory_gb | GiB | rank 0 | the most that this rank's GPU held in the step; not on a CPU
+
+# Fine-tuning
+validation_loss | nats | all of data.validation | loss per target token
+validation_entropy | nats per token | all of data.validation | entropy per target token
+
+# Reward
+reward* | | responses of the phase, mean | the reward; of carried responses where a phase sampled none
+uniform_group_share | share | groups of the phase | groups whose responses all have the same reward, and teach nothing
+no_answer_share | share | responses of the phase | responses without an answer: no closed box, no closed block of code
+wrong_share | share | responses of the phase | responses whose answer was judged wrong
+truncated_share | share | responses of the phase | responses that ended at rollout.max_response_tokens
+too_slow_share | share | responses of the phase | programs that ran out of their time
+reward_error_share | share | responses of the phase | responses that could not be judged: errors, time-outs
+advantage_mean | | trained responses | mean of the advantages
+advantage_std | | trained responses | standard deviation of the advantages
+advantage_max | | trained responses | the largest absolute advantage
+
+# Rollout
+num_prompts | prompts | phase | groups that were completed
+num_samples* | responses | phase | responses that were completed
+num_generated_tokens | tokens | phase | tokens that were sampled, whatever became of them
+response_tokens_mean* | tokens | responses of the phase | mean length
+response_tokens_std | tokens | responses of the phase | standard deviation of the length
+response_tokens_p90 | tokens | responses of the phase | the length that nine in ten do not exceed
+response_tokens_max | tokens | responses of the phase | the longest
+num_unfinished | responses | phase | responses that go on in the next phase (C3PO++)
+num_unfinished_tokens | tokens | phase | tokens that those have so far
+num_dropped_unfinished | responses | phase | unfinished ones that were kept over too many phases
+num_dropped_unfinished_tokens | tokens | phase | tokens that those had
+num_resent_samples | responses | phase | responses that were asked for again because their server was lost
+num_lost_servers | | phase | how often a server was marked down
+
+# Budget
+budget_use | share | phase | tokens with loss over the token budget of all optimizer steps; empty without a budget
+num_loss_tokens_by_step | tokens | each optimizer step | tokens that carried loss
+num_trained_samples | responses | phase | responses of which at least one token carried loss
+num_cut_tokens | tokens | phase | tokens of trained responses behind the end of a budget
+num_carried | responses | phase | responses left for the next phase
+num_dropped_over_budget | responses | phase | responses beyond the budget that are not kept
+num_dropped_equal_rewards | responses | phase | responses of uniform groups that dynamic sampling dropped
+num_dropped_not_needed | responses | phase | responses of groups beyond rollout.prompts_per_step
+num_dropped_stale | responses | phase | carried responses older than budget.max_staleness
+off_policy_token_share | share | first optimizer step | loss tokens that older weights sampled
+num_micro_batches | | phase | micro-batches of one data-parallel rank
+micro_batch_imbalance | | phase | time at the barriers over time of work; 1 is perfect
+num_forward_tokens | tokens | step | tokens of forward passes over all ranks, padding left out
+padding_share | share | step | padding among the tokens of forward passes
+
+# Policy
+kl | nats per token | last optimizer step | estimate of the divergence from the reference policy; 0 without one
+clip_low_share | share | last optimizer step, loss tokens | tokens whose ratio was clipped from below
+clip_high_share | share | last optimizer step, loss tokens | tokens whose ratio was clipped from above
+ratio_mean | | last optimizer step, loss tokens | probability under the present weights over that of the old ones
+ratio_min | | last optimizer step, loss tokens | the smallest ratio
+ratio_max | | last optimizer step, loss tokens | the largest ratio
+correction_masked_share | share | last optimizer step, loss tokens | tokens that the off-policy correction takes out
+correction_weight | | last optimizer step, loss tokens | mean weight that the off-policy correction gives
+train_rollout_log_ratio_p001 | nats | last optimizer step, loss tokens | trainer less server, 0.1th percentile
+train_rollout_log_ratio_p50 | nats | last optimizer step, loss tokens | log-prob of trainer less server, median
+train_rollout_log_ratio_p999 | nats | last optimizer step, loss tokens | the 99.9th percentile
+logprob_difference_mean | nats | first optimizer step, fresh tokens | distance of trainer and server, mean
+logprob_difference_p999 | nats | first optimizer step, fresh tokens | the 99.9th percentile
+logprob_difference_max | nats | first optimizer step, fresh tokens | the largest
+router_replay_changed_share | share | step | choices of experts that replay changed
+
+# Seconds of a step
+rollout_seconds | s | rank 0 | sampling and scoring
+plan_seconds | s | rank 0 | planning the optimizer steps, and writing the responses
+train_seconds | s | rank 0 | the optimizer steps
+update_weights_seconds | s | rank 0 | weights to the servers, and the proof that they arrived
+export_seconds | s | rank 0 | of these, gathering tensors
+send_seconds | s | rank 0 | of these, sending them
+install_seconds | s | rank 0 | of these, until the servers answer by them
+resume_seconds | s | rank 0 | servers take their memory back
+release_seconds | s | rank 0 | servers release their memory
+offload_seconds | s | rank 0 | gradients and optimizer states to host memory
+reload_seconds | s | rank 0 | and back
+generated_tokens_per_second | tokens/s | phase | sampled tokens over rollout_seconds
+end_to_end_tokens_per_second | tokens/s | step | sampled tokens over step_seconds
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One number of a row.
+
+    by_domain: it is also written for each domain. over: what it is taken over, or who measures it.
+    """
+
+    name: str
+    by_domain: bool
+    unit: str
+    over: str
+    meaning: str
+
+
+def sections() -> dict[str, list[Metric]]:
+    """The metrics under their headings."""
+    found: dict[str, list[Metric]] = {}
+    for line in _TABLE.strip().splitlines():
+        if line.startswith("# "):
+            metrics = found[line[2:]] = []
+        elif line:
+            name, unit, over, meaning = (part.strip() for part in line.split("|"))
+            metrics.append(
+                Metric(name=name.rstrip("*"), by_domain=name.endswith("*"), unit=unit, over=over, meaning=meaning)
+            )
+    return found
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """Those that no metric has."""
+    known = {metric.name: metric for metrics in sections().values() for metric in metrics}
+    with_domains = {name for name, metric in known.items() if metric.by_domain}
+    return [name for name in names if name not in known and name.partition("/")[0] not in with_domains]
+
+
+def markdown() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "`metrics.jsonl` has a row for each step, TensorBoard the same numbers. A number that is not finite is `null`.",
+        "Names with `/domain` are written for each domain where there are several. Fresh tokens are those of",
+        "the weights that the step starts from. This page is made by `python -m megatron_rl.metric_names`.",
+    ]
+    for heading, metrics in sections().items():
+        lines += ["", f"## {heading}", "", "| metric | unit | over | meaning |", "|---|---|---|---|"]
+        for metric in metrics:
+            name = f"`{metric.name}`" + (f", `{metric.name}/domain`" if metric.by_domain else "")
+            lines.append(f"| {name} | {metric.unit} | {metric.over} | {metric.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
