@@ -27,7 +27,6 @@ LAYERS = {
     "records": 0,
     "device": 0,
     "gpus": 0,
-    "layout": 0,
     "memory": 0,
     "metric_names": 0,
     "lifeline": 0,
@@ -79,7 +78,7 @@ def test_imports_only_point_down() -> None:
 
 
 def test_pure_parts_import_no_megatron_and_no_sglang() -> None:
-    torchless = ("config", "records", "endpoint", "data", "reward", "layout", "gpus", "memory")
+    torchless = ("config", "records", "endpoint", "data", "reward", "gpus", "memory")
     torchless += ("preflight", "plan", "simulation", "report")
     for part in (*torchless, "c3po", "lifeline", "rollout", "evaluation", "selection", "cli"):
         paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).rglob("*.py"))
