@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from megatron_rl.config.schema import EndpointSection
+from megatron_rl.config.endpoints import EndpointSection
 from megatron_rl.keys import bearer, hidden, key_in_environment
 from megatron_rl.parsing import parse_json
 from megatron_rl.proxies import proxy_for, told_of_proxy

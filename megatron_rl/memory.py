@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import GenerationSection, ModelSection, RlConfig, RunConfig
+from megatron_rl.config.model import ModelSection
+from megatron_rl.config.rollout import GenerationSection
+from megatron_rl.config.schema import RlConfig, RunConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.

@@ -12,14 +12,8 @@ from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
-from megatron_rl.config.schema import (
-    GenerationSection,
-    RlConfig,
-    RolloutSection,
-    RunConfig,
-    SamplingConfig,
-    SftConfig,
-)
+from megatron_rl.config.rollout import GenerationSection, RolloutSection
+from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.judged import refuse_misjudged

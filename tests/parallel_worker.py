@@ -25,7 +25,9 @@ from torch import Tensor
 from megatron_rl.c3po.algorithms import chosen_algorithm, normalise
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.distributed import MEGATRON
-from megatron_rl.config.schema import AlgorithmSection, ModelSection, SftConfig
+from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.model import ModelSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.model import build, zigzag
 from megatron_rl.model.build import load_sharded_state, load_weights, mpu, sharded_state
 from megatron_rl.model.layers import FlashAttention

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
-from megatron_rl.config.schema import RolloutSection, SftConfig
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout import update_group

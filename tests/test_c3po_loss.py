@@ -13,7 +13,7 @@ from megatron_rl.c3po.correction import icepop, kpop, truncated
 from megatron_rl.c3po.kl import KL_ESTIMATORS
 from megatron_rl.c3po.loss import policy_loss
 from megatron_rl.c3po.surrogate import SURROGATES, Surrogate, at_sequence_level, cispo, clip, plain
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 
 log = math.log
 

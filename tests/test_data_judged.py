@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tiny_model import TINY_CONFIG
 
-from megatron_rl.config.schema import RewardSection, RlConfig, RlData
+from megatron_rl.config.data import RlData
+from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.fitting import Limit
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.mixture import load_stream

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from sandboxed import why_not
 
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.preview import run_inspect

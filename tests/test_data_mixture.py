@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rl.config.data import RlData
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import JudgeSection, RewardSection, RlData
+from megatron_rl.config.reward import JudgeSection, RewardSection
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.mixture import PromptStream, Source, Stage, load_stream
 from megatron_rl.data.prompts import Prompt

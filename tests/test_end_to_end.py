@@ -17,8 +17,10 @@ from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.data import RlData
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import ClusterSection, RlConfig, RlData
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.locks import sole_writer
 from megatron_rl.metric_names import unknown

@@ -19,7 +19,8 @@ from megatron_rl import device, preflight
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import GenerationSection, RlConfig
+from megatron_rl.config.rollout import GenerationSection
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.gpus import chosen_backend, expandable_segments, gpu_shares, opened_rank, visible_gpus
 from megatron_rl.preflight import check_seats
 from megatron_rl.rollout import server

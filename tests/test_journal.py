@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_sample
 
-from megatron_rl.config.schema import RewardSection, RolloutSection
+from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards

@@ -19,7 +19,8 @@ from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import secret_variables
-from megatron_rl.config.schema import RewardSection, RolloutSection
+from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.keys import bearer, new_key, without_secrets
 from megatron_rl.rollout.client import GenerationClient, RequestRefused, ServerLost
 from megatron_rl.rollout.embedded.engine import EngineOptions

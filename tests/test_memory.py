@@ -16,7 +16,8 @@ from tiny_model import write_tiny_model
 
 from megatron_rl import device
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import ModelSection, SftConfig
+from megatron_rl.config.model import ModelSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, load_weights

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
 from megatron_rl.c3po.budget import PromptYield, Shortfall
-from megatron_rl.config.schema import RewardSection, RolloutSection
+from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards

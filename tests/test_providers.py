@@ -8,7 +8,7 @@ from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import ModelSection
+from megatron_rl.config.model import ModelSection
 from megatron_rl.model.providers import COSTS, Installed, Providers, choose, problems
 
 BAILING = BailingConfig.model_validate(TINY_CONFIG)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from stand_in import stand_in
 
-from megatron_rl.config.schema import EndpointSection
+from megatron_rl.config.endpoints import EndpointSection
 from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.proxies import proxy_for, shown_proxy, without_proxy
 from megatron_rl.reward.sandbox import SandboxUnavailable

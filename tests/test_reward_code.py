@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sandboxed import why_not
 
-from megatron_rl.config.schema import CodeSection, RewardSection
+from megatron_rl.config.reward import CodeSection, RewardSection
 from megatron_rl.reward.code import CodeSettings, judge_code, judge_response, runner, settle_code, warm_up
 from megatron_rl.reward.code_answer import Block, closed_blocks
 from megatron_rl.reward.rewards import Rewards

@@ -10,7 +10,7 @@ import pytest
 from stand_in import StandIn, stand_in
 
 from megatron_rl import endpoint as endpoint_module
-from megatron_rl.config.schema import JudgeSection, RewardSection
+from megatron_rl.config.reward import JudgeSection, RewardSection
 from megatron_rl.endpoint import Endpoint
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import Verdict

@@ -21,7 +21,7 @@ from liar import Exchange, liar
 from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import without_expandable_segments
 from megatron_rl.keys import bearer
 from megatron_rl.rollout import pool as pool_module

@@ -18,7 +18,8 @@ from inputs import make_inputs
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.checkpoint.hf import copy_companions, link_directory, replace_directory
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import OptimizerSection, SftConfig
+from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage

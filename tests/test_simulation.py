@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.c3po.packing import CostModel
+from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.calibrate import calibrate
 from megatron_rl.simulation.cluster import Cluster, Step
 from megatron_rl.simulation.decode import decode

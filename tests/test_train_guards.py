@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.config.schema import TrainSection
+from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.train.run.alarms import Alarms, SkipGuard
 from megatron_rl.train.run.signals import told_in_words

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.schema import TrainSection
+from megatron_rl.config.train import TrainSection
 from megatron_rl.train.run.alarms import Alarms
 
 SECTION = TrainSection(micro_batch_tokens=1)

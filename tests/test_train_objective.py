@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.model.packing import pack
 from megatron_rl.train.step.batch import MicroBatch
 from megatron_rl.train.step.objective import PolicyObjective

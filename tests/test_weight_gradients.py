@@ -14,7 +14,8 @@ from tiny_model import write_tiny_model
 from torch import Tensor
 
 from megatron_rl.config.bailing import load_bailing_config
-from megatron_rl.config.schema import OptimizerSection, SftConfig
+from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, fuse_weight_gradients
 from megatron_rl.model.providers import choose

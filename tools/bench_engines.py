@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tools")]
 from bench_embedded import Connection  # noqa: E402
 from make_tiny_model import main as make_tiny_model  # noqa: E402
 
-from megatron_rl.config.schema import RolloutSection  # noqa: E402
+from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.rollout.server import EmbeddedServer, GenerationServer, SglangServer, find_sglang  # noqa: E402
 
 PROMPT_TOKENS, NEW_TOKENS, SLOTS = 16, 64, 64

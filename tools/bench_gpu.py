@@ -56,9 +56,11 @@ from timing import median_seconds, pace  # noqa: E402
 
 from megatron_rl import device  # noqa: E402
 from megatron_rl.checkpoint.names import name_table  # noqa: E402
+from megatron_rl.config.algorithm import AlgorithmSection  # noqa: E402
 from megatron_rl.config.bailing import BailingConfig, read_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
-from megatron_rl.config.schema import AlgorithmSection, ModelSection, SftConfig  # noqa: E402
+from megatron_rl.config.model import ModelSection  # noqa: E402
+from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.errors import exit_code  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E402

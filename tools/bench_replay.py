@@ -31,7 +31,9 @@ from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
-from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection, RolloutSection  # noqa: E402
+from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
+from megatron_rl.config.optimizer import OptimizerSection  # noqa: E402
+from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402

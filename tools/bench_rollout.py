@@ -32,7 +32,8 @@ from bench_embedded import SHAPE, Connection  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 
 from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall  # noqa: E402
-from megatron_rl.config.schema import RewardSection, RolloutSection  # noqa: E402
+from megatron_rl.config.reward import RewardSection  # noqa: E402
+from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.data.prompts import Prompt  # noqa: E402
 from megatron_rl.records import Group, UnfinishedGroup  # noqa: E402
 from megatron_rl.reward.rewards import Rewards  # noqa: E402

@@ -39,7 +39,8 @@ from weight_receiver import Receiver, serve, serving  # noqa: E402
 
 from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
-from megatron_rl.config.schema import ModelSection, MoeSection, RolloutSection  # noqa: E402
+from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
+from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402

@@ -23,8 +23,9 @@ import numpy as np
 from rich.progress import track
 
 from megatron_rl.c3po.packing import cost_model
+from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.load import dump_config, load_config
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import exit_code
 from megatron_rl.plan.shape import shape_of
 from megatron_rl.simulation.calibrate import SETTLED, Replay, calibrate, replay

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

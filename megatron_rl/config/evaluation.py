@@ -5,18 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rl.config.schema import (
-    CommandConfig,
-    Fraction,
-    GenerationSection,
-    Positive,
-    PromptSection,
-    RewardKindName,
-    RewardSection,
-    RolloutSection,
-    ServedModelSection,
-    check_servers,
-)
+from megatron_rl.config.data import PromptSection
+from megatron_rl.config.model import ServedModelSection
+from megatron_rl.config.reward import RewardKindName, RewardSection
+from megatron_rl.config.rollout import GenerationSection, RolloutSection, check_servers
+from megatron_rl.config.schema import CommandConfig
+from megatron_rl.config.section import Fraction, Positive
 
 
 class BenchmarkSection(PromptSection):

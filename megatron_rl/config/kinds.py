@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.schema import RlConfig, SamplingConfig, Section, SftConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
+from megatron_rl.config.section import Section
 from megatron_rl.config.selection import SelectConfig
 
 

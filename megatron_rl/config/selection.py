@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_rl.config.schema import Positive, RolloutPhase, RolloutSection, ServingSection
+from megatron_rl.config.model import ServingSection
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.schema import RolloutPhase
+from megatron_rl.config.section import Positive
 
 
 class SelectionRollout(RolloutSection):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import meant
 

@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.curation.test_layouts import looks_like_tests
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.reward.code_tests import problem_of_tests

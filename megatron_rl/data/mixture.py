@@ -15,7 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from megatron_rl.config.schema import RlData, RolloutPhase, SftData, Weights
+from megatron_rl.config.data import RlData, SftData, Weights
+from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.domains import check_domains, check_reward_domains
 from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.judged import check_judged

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
-from megatron_rl.config.schema import JudgeSection, RewardSection
+from megatron_rl.config.reward import JudgeSection, RewardSection
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.fitting import Limit, rendered_prompts

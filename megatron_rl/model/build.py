@@ -20,7 +20,7 @@ from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, Mapping, canon
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import ModelSection, MoeSection
+from megatron_rl.config.model import ModelSection, MoeSection
 from megatron_rl.place import Place
 
 device.import_megatron()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import ModelSection
+from megatron_rl.config.model import ModelSection
 
 # CUDA compute capabilities from which torch has the kernel. Without one, its grouped product is a loop over the groups
 # for which the host waits (aten/native/GroupedMMUtils.h).

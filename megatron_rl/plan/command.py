@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import ClusterSection, CommandConfig, RolloutPhase, RunConfig, SamplingConfig
+from megatron_rl.config.schema import CommandConfig, RolloutPhase, RunConfig, SamplingConfig
 from megatron_rl.plan.serving import plan_serving, plan_teacher
 from megatron_rl.plan.shape import shape_of
 from megatron_rl.plan.text import as_text

@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import ClusterSection, GenerationSection
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.memory import server_bytes
 
 GIB = 2**30

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.schema import ClusterSection, CommandConfig, SamplingConfig
+from megatron_rl.config.schema import CommandConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight import serving_problems

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
-from megatron_rl.config.schema import RolloutPhase, RunConfig, ServedModelSection, ServingSection
+from megatron_rl.config.model import ServedModelSection, ServingSection
+from megatron_rl.config.schema import RolloutPhase, RunConfig
 from megatron_rl.config.selection import SelectConfig
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import apportion
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import ClusterSection, RlConfig, RunConfig, SftConfig
+from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight import problems

@@ -10,7 +10,7 @@ One call of megatron_rl/endpoint.py for each answer, at temperature 0.
 import re
 import time
 
-from megatron_rl.config.schema import JudgeSection
+from megatron_rl.config.reward import JudgeSection
 from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.reward.answers import boxed_answer
 from megatron_rl.reward.verdict import Reason, Verdict, make_verdict

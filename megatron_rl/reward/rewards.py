@@ -4,7 +4,7 @@ import functools
 import logging
 from typing import Self
 
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.reward import code
 from megatron_rl.reward.model_judge import ModelJudge
 from megatron_rl.reward.pool import RewardKind, RewardPool

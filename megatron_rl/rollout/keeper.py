@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import Fault
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import GenerationServer, idle_gpus, server_gpus, server_starter

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.rollout.client import (
     Continuation,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import bounded_lines, parse_json, shown
 from megatron_rl.records import Group, Response, Sample

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.c3po.budget import ANY, Shortfall, most_lacking
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards

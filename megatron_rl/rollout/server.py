@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from megatron_rl.config.schema import GenerationSection, RolloutSection
+from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
 from megatron_rl.proxies import without_proxy

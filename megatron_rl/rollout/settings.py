@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.parsing import read_json
 
 ANOTHER_OUTPUT = "name another --output"

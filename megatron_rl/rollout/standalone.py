@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import secret_variables
-from megatron_rl.config.schema import RolloutPhase, RolloutSection
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import response_decoder
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards

@@ -10,7 +10,8 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from megatron_rl.config.schema import SamplingConfig, TeacherSection
+from megatron_rl.config.endpoints import TeacherSection
+from megatron_rl.config.schema import SamplingConfig
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.errors import Fault

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.simulation.cluster import Cluster, Step, forward_passes
 from megatron_rl.simulation.rates import Rates

@@ -9,7 +9,8 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall, fill, selection_order, shortfalls
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.c3po.plan import split_evenly
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out, roll_out_partially

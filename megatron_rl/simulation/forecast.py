@@ -7,7 +7,8 @@ import numpy as np
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.cluster import Cluster, Step
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Workload

@@ -5,7 +5,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, model_validator
 
-from megatron_rl.config.schema import Section
+from megatron_rl.config.section import Section
 
 Seconds = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.config.schema import ClusterSection, RlConfig
+from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.schema import RlConfig
 
 # Of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
 LOG_DEVIATION = 0.97

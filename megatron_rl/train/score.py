@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_rl.checkpoint.read import resolve
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import ModelSection, MoeSection, OptimizerSection
+from megatron_rl.config.model import ModelSection, MoeSection
+from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights
 from megatron_rl.train.step.batch import TrainSequence

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from inputs import make_inputs
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import visible_gpus
 from megatron_rl.rollout.server import find_sglang
 

@@ -19,7 +19,7 @@ from tiny_model import tensors_of, write_tiny_model
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.config.schema import ModelSection
+from megatron_rl.config.model import ModelSection
 
 # Widths that every kernel takes: head_dim 32 (flash attention from 16 up, in multiples of 8), and rows of 16 bytes or
 # more for grouped products, which SHAPE alone (head_dim 16) has too, but for the vocabulary of 97.

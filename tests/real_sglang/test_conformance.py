@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from subject import CONTEXT, ROOT, SLOTS, Kind, Subject, make_models
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import visible_gpus
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS, SglangServer, find_sglang

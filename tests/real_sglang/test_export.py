@@ -11,7 +11,7 @@ from parallel import run_ranks
 from served import input_logprobs
 
 from megatron_rl.checkpoint.convert import Job, convert
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.rollout.server import SglangServer, find_sglang
 
 ROOT = Path(__file__).parents[2]

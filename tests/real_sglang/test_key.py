@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests/browser"))
 from chromium import Chromium, executable  # noqa: E402
 from hostile_page import hostile_page  # noqa: E402
 
-from megatron_rl.config.schema import RolloutSection  # noqa: E402
+from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.keys import bearer, new_key  # noqa: E402
 from megatron_rl.rollout.server import SglangServer, find_sglang  # noqa: E402
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_rl.config.schema import Fraction, Positive, Section
+from megatron_rl.config.section import Fraction, Positive, Section
 from megatron_rl.data.curation.presets import PRESETS
 from megatron_rl.data.curation.rules import RULES
 from megatron_rl.data.curation.test_layouts import NEED_A_COLUMN, TEST_LAYOUTS

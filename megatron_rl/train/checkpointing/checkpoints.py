@@ -26,7 +26,7 @@ from megatron_rl.checkpoint import steps
 from megatron_rl.checkpoint.checksums import checksum_on_disk, damage, sync, write_checksums
 from megatron_rl.checkpoint.distributed import MEGATRON
 from megatron_rl.checkpoint.hf import copy_companions
-from megatron_rl.config.schema import TrainSection
+from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.sync.together import together
 from megatron_rl.train.checkpointing import state

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from megatron_rl.config.schema import TrainSection
+from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.train.run.learning import AGAIN_STEPS, STEPS, Signs
 from megatron_rl.train.step.trainer import StepResult

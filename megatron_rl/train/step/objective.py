@@ -11,7 +11,7 @@ from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.correction import icepop, kpop, truncated
 from megatron_rl.c3po.loss import policy_loss
 from megatron_rl.c3po.surrogate import SURROGATES, at_sequence_level
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.train.step.batch import MicroBatch
 from megatron_rl.train.step.step_metrics import Reports, Terms
 

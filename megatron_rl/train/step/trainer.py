@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.config.schema import OptimizerSection
+from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.train.step import multi_tensor as clipping
