@@ -207,7 +207,8 @@ def _sft(arguments: argparse.Namespace) -> int:
 def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     from megatron_rl.config.load import load_config
     from megatron_rl.config.schema import RlConfig
-    from megatron_rl.preflight import check_before_start
+    from megatron_rl.preflight.checks import check_start
+    from megatron_rl.preflight.registry import Start
 
     if arguments.nproc is not None and arguments.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, got {arguments.nproc}")
@@ -227,7 +228,7 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     rollouts = getattr(arguments, "rollouts", None)
     if place.world_size == 1:
         num_ranks = arguments.nproc or 1
-        check_before_start(config, num_ranks, arguments.resume, rollouts)
+        check_start(Start(config=config, world_size=num_ranks, resume=arguments.resume, rollouts=rollouts))
         if num_ranks > 1:
             return run_ranks(_same_command(arguments), num_ranks)
     if isinstance(config, RlConfig):
@@ -265,22 +266,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.evaluation import EvaluateConfig
     from megatron_rl.config.load import load_config
     from megatron_rl.evaluation.command import run_evaluation
-    from megatron_rl.preflight import check_before_evaluation
+    from megatron_rl.preflight.checks import check_start
+    from megatron_rl.preflight.registry import Start
 
     model = [f"model.path={json.dumps(str(arguments.model))}"] if arguments.model else []
     config = load_config(EvaluateConfig, arguments.config, [*arguments.set, *model])
-    check_before_evaluation(config)
+    check_start(Start(config=config, model=config.model.path))
     return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
 
 
 def _select(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.load import load_config
     from megatron_rl.config.selection import SelectConfig
-    from megatron_rl.preflight import check_before_selection
+    from megatron_rl.preflight.checks import check_start
+    from megatron_rl.preflight.registry import Start
     from megatron_rl.selection.command import run_selection
 
     config = load_config(SelectConfig, arguments.config, arguments.set)
-    check_before_selection(config)
+    check_start(Start(config=config))
     return run_selection(config, arguments.resume)
 
 
@@ -288,7 +291,8 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
-    from megatron_rl.preflight import check_before_rollout
+    from megatron_rl.preflight.checks import check_start
+    from megatron_rl.preflight.registry import Start
     from megatron_rl.rollout.command import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
@@ -298,7 +302,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     if config.teacher is not None and arguments.model:
         raise ValueError("--model names a checkpoint and teacher an endpoint, and only one can answer; leave one out")
     model = None if config.teacher is not None or config.model is None else arguments.model or config.model.path
-    check_before_rollout(config, model)
+    check_start(Start(config=config, model=model))
     return run_rollout(
         config,
         model,

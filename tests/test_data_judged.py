@@ -15,7 +15,8 @@ from megatron_rl.data.fitting import Limit
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_prompts
-from megatron_rl.preflight import check_before_start
+from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.registry import Start
 
 LENGTHS = {f"a.jsonl:{n}": n for n in range(1, 11)}
 TESTS = json.dumps({"type": "asserts", "asserts": ["assert f(1) == 2"]})
@@ -135,7 +136,7 @@ def start_of(tmp_path: Path, *data: Path, **reward: Any) -> None:
         "train": {"steps": 1, "micro_batch_tokens": 256},
         "reward": reward,
     }
-    check_before_start(RlConfig.model_validate(values), 1, resume=False)
+    check_start(Start(config=RlConfig.model_validate(values), world_size=1))
 
 
 def test_the_rows_of_all_files_are_looked_at_before_a_model_is_built(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from megatron_rl.evaluation.responses import Judged, as_line, read_judged
 from megatron_rl.evaluation.results import summarise
 from megatron_rl.evaluation.votes import Votes, count_votes, vote
 from megatron_rl.locks import sole_writer
-from megatron_rl.preflight import check_before_evaluation
+from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.registry import Start
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "megatron_rl.cli"]
@@ -287,11 +288,11 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
         load_config(EvaluateConfig, tmp_path / "c.toml")
     longer = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_response_tokens=32768"])
     with pytest.raises(ValueError, match=r"max_prompt_tokens \+ max_response_tokens = 32800 is over the model's"):
-        check_before_evaluation(longer)
+        check_start(Start(config=longer, model=longer.model.path))
     slow = ["rollout.token_deadline_seconds=1e6"]
     larger = load_config(EvaluateConfig, inputs / "evaluate.toml", [*slow, "rollout.max_running_requests=900000000"])
     with pytest.raises(ValueError, match=r"GiB are free: .* lower rollout.max_running_requests or rollout.max_resp"):
-        check_before_evaluation(larger)
+        check_start(Start(config=larger, model=larger.model.path))
 
 
 def judged(index: int, answer: str | None, *, score: float = 0.0, prompt: str = "p", judged_as: str = "math") -> Judged:

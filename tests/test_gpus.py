@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
-from megatron_rl import device, preflight
+from megatron_rl import device
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.gpus import chosen_backend, expandable_segments, gpu_shares, opened_rank, visible_gpus
-from megatron_rl.preflight import check_seats
+from megatron_rl.preflight import checks as preflight
+from megatron_rl.preflight.checks import check_seats, check_start
+from megatron_rl.preflight.registry import Start
 from megatron_rl.rollout import server
 from megatron_rl.rollout.ports import is_here
 
@@ -278,23 +280,23 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
     config = load_config(RlConfig, file)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # of a launcher, on a machine without GPUs
     with machine([]):
-        preflight.check_before_start(config, 2, resume=False)
+        check_start(Start(config=config, world_size=2))
         monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
         with pytest.raises(ValueError, match=r"needs about .* GiB of host memory and 0.0 GiB are free"):
-            preflight.check_before_start(config, 2, resume=False)
+            check_start(Start(config=config, world_size=2))
         monkeypatch.undo()
         on_cpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
     with machine(["0", "1"]):
-        preflight.check_before_start(config, 2, resume=False)
+        check_start(Start(config=config, world_size=2))
         on_gpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
         with pytest.raises(ValueError, match="4 training ranks on a machine with 2 GPUs, and each needs one"):
-            preflight.check_before_start(config, 4, resume=False)
+            check_start(Start(config=config, world_size=4))
     # Without servers it does not matter what these could not do.
     slow = config.model_copy(
         update={"rollout": config.rollout.model_copy(update={"token_deadline_seconds": 1e-9, "max_response_tokens": 8})}
     )
     with machine([]), pytest.raises(ValueError, match="rollout.engine 'embedded' generates on the CPU"):
-        preflight.check_before_start(slow, 1, resume=False)
+        check_start(Start(config=slow, world_size=1))
     assert not list(preflight.problems(slow, load_bailing_config(config.model.path), 1, serves=False))
     assert 0 < on_gpu < on_cpu, "embedded servers and copies stay in host memory, the ranks' state does not"
 

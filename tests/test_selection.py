@@ -21,7 +21,8 @@ from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.evaluation.statistics import Estimate, estimate, student_95
 from megatron_rl.locks import sole_writer
-from megatron_rl.preflight import check_before_selection
+from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.registry import Start
 from megatron_rl.selection.candidates import Candidate, SftRecord, find_candidates
 from megatron_rl.selection.choice import Measured, check_preference, choose, straddled_ends
 from megatron_rl.selection.command import run_selection
@@ -282,7 +283,7 @@ def test_what_cannot_be_chosen_from_is_refused_before_anything_starts(inputs: Pa
     def refused(message: str, *changes: str) -> None:
         with pytest.raises(ValueError, match=message):
             config = config_of(inputs, f'run_dir="{tmp_path}/run"', *changes)
-            check_before_selection(config)
+            check_start(Start(config=config))
             run_selection(config, resume=False)
 
     good = inputs / "epochs/epoch_2"

@@ -25,7 +25,8 @@ from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage
 from megatron_rl.data.prompts import Chat, Message
 from megatron_rl.metric_names import unknown
-from megatron_rl.preflight import check_before_start
+from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.registry import Start
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochLoss
 from megatron_rl.train.step.trainer import StepResult
@@ -219,10 +220,10 @@ def test_validation_chats_are_others_than_those_trained_on_and_fit(here: Path) -
 
 
 def test_files_that_are_not_there_are_named_before_anything_starts(here: Path) -> None:
-    check_before_start(config_of(f"run_dir={here}/other"), 1, resume=False)
+    check_start(Start(config=config_of(f"run_dir={here}/other"), world_size=1))
     for change in ("data.validation=none.jsonl", 'data.train={"a.jsonl"=1,"none.jsonl"=1}'):
         with pytest.raises(ValueError, match=r"data file none.jsonl does not exist"):
-            check_before_start(config_of(f"run_dir={here}/other", change), 1, resume=False)
+            check_start(Start(config=config_of(f"run_dir={here}/other", change), world_size=1))
 
 
 # -- what an epoch leaves ------------------------------------------------------------------------------------------

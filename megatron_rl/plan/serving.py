@@ -10,7 +10,7 @@ from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import CommandConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
-from megatron_rl.preflight import serving_problems
+from megatron_rl.preflight.checks import serving_problems
 
 
 def plan_serving(

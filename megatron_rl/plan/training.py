@@ -14,7 +14,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
-from megatron_rl.preflight import problems
+from megatron_rl.preflight.checks import problems
 from megatron_rl.simulation.cluster import CannotSimulate
 from megatron_rl.simulation.forecast import forecast
 from megatron_rl.simulation.rates import Rates

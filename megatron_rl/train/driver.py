@@ -18,7 +18,7 @@ from megatron_rl.errors import EXIT_DONE, StopRequested
 from megatron_rl.gpus import chosen_backend, visible_gpus
 from megatron_rl.keys import key_in_environment
 from megatron_rl.place import own_place
-from megatron_rl.preflight import check_seats
+from megatron_rl.preflight.checks import check_seats
 from megatron_rl.records import Plan
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder

@@ -1,0 +1,296 @@
+"""The checks of every command: layout, data, directories, servers, memory, in the order in which they are made."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import psutil
+
+from megatron_rl.checkpoint.epochs import refuse_other_epochs
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.config.limits import doubtful
+from megatron_rl.config.rollout import GenerationSection, RolloutSection
+from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
+from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.judged import refuse_misjudged
+from megatron_rl.data.mixture import load_stream
+from megatron_rl.data.prompts import read_chats, read_prompts
+from megatron_rl.data.rows import LOOKED_AT, Problems
+from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
+from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
+from megatron_rl.model import providers
+from megatron_rl.preflight.registry import Start, check, refuse_problems
+from megatron_rl.rollout.recorded import check_rows, limits_of
+from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
+from megatron_rl.selection.candidates import find_candidates
+
+log = logging.getLogger(__name__)
+
+
+def check_start(start: Start) -> None:
+    """Raise ValueError with the first problem of a command that is about to start; warn of what is hardly meant."""
+    refuse_problems(start)
+    if start.trains and isinstance(start.config, RlConfig):
+        for doubt in doubtful(start.config):
+            log.warning(doubt)
+
+
+@check("layout", "how the model is divided over the training ranks")
+def _layout(start: Start) -> Iterator[str]:
+    if start.trains:
+        assert isinstance(start.config, RunConfig)
+        yield from problems(start.config, start.bailing, start.world_size, start.serves)
+
+
+@check("gpus", "a GPU for each training rank")
+def _gpus(start: Start) -> Iterator[str]:
+    num_gpus = len(visible_gpus())
+    if start.trains and 0 < num_gpus < start.world_size:
+        yield (
+            f"{start.world_size} training ranks on a machine with {num_gpus} GPUs, and each needs one; start fewer "
+            "(--nproc), or name more in CUDA_VISIBLE_DEVICES"
+        )
+
+
+@check("rows", "the first rows of every data file")
+def _rows(start: Start) -> Iterator[str]:
+    """All faults at once. The command reads the whole files."""
+    config, found = start.config, Problems()
+    if isinstance(config, SftConfig):
+        for path in config.data.files:
+            read_chats(path, found, most=LOOKED_AT)
+    elif isinstance(config, EvaluateConfig):
+        for section in config.benchmarks.values():
+            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT)
+    elif isinstance(config, SamplingConfig | SelectConfig):
+        prompts = [
+            prompt
+            for path in config.data.train_files
+            for prompt in read_prompts(path, config.data.domain, problems=found, most=LOOKED_AT)
+        ]
+        found.tell()
+        refuse_misjudged(prompts, config.reward)
+    found.tell()
+    yield from ()
+
+
+@check("domains", "tables by domain name domains that rows have")
+def _domains(start: Start) -> Iterator[str]:
+    """All rows are read for it: a domain may come late in a file."""
+    config = start.config
+    if not (start.trains and isinstance(config, RlConfig)):
+        return
+    if config.reward.domains or config.reward.judge.domains or config.budget.domains:
+        stream = load_stream(config.data, config.seed)
+        check_reward_domains(stream.rows, config.reward, "data.train")
+        if config.budget.domains:
+            stream.check_shares(config.budget.domains)
+    yield from ()
+
+
+@check("rollouts", "the file of --rollouts")
+def _rollouts(start: Start) -> Iterator[str]:
+    if start.rollouts is None:
+        return
+    config = start.config
+    assert isinstance(config, RlConfig)
+    if config.rollout.router_replay:
+        yield "--rollouts has no routed experts; set rollout.router_replay = false"
+    if not start.rollouts.is_file():
+        yield f"data file {start.rollouts} does not exist; megatron-rl rollout writes one"
+    else:
+        check_rows(start.rollouts, limits_of(config.rollout, start.bailing))
+
+
+@check("run_dir", "the run directory can be written, and holds no other run")
+def _run_dir(start: Start) -> Iterator[str]:
+    config = start.config
+    if not isinstance(config, RunConfig | SelectConfig):
+        return
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        yield f"run_dir {config.run_dir} cannot be made ({error.strerror}); set it to another folder"
+    if not os.access(config.run_dir, os.W_OK | os.X_OK):
+        yield f"run_dir {config.run_dir} is not writable; set it to another folder"
+    if start.trains and (config.run_dir / "checkpoints/latest").exists() and not start.resume:
+        yield f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder"
+    if isinstance(config, SftConfig):
+        refuse_other_epochs(config.run_dir, config.train.epochs or 0, start.resume)
+
+
+@check("router_replay", "servers can record routed experts")
+def _router_replay(start: Start) -> Iterator[str]:
+    config = start.config
+    if not (start.serves and isinstance(config, RlConfig) and config.rollout.router_replay):
+        return
+    if config.rollout.engine == "sglang" and not visible_gpus():
+        yield (
+            "rollout.router_replay needs a GPU for SGLang, which records routed experts only there; set "
+            "rollout.engine = 'embedded' or rollout.router_replay = false"
+        )
+
+
+@check("sharing", "servers and trainer can share this machine's GPUs")
+def _sharing(start: Start) -> Iterator[str]:
+    config = start.config
+    if start.trains and isinstance(config, RlConfig) and start.rollouts is None:
+        check_seats(config, start.world_size, bool(visible_gpus()))
+    yield from ()
+
+
+@check("sequences", "sequences are not longer than the model can read, and the model is not too large for its server")
+def _sequences(start: Start) -> Iterator[str]:
+    config = start.config
+    if isinstance(config, SelectConfig):
+        for candidate in find_candidates(config.candidates):
+            for problem in serving_problems(config.rollout, load_bailing_config(candidate.path)):
+                yield f"candidate {candidate.path}: {problem}"
+    elif start.model is not None and isinstance(config, EvaluateConfig | SamplingConfig):
+        yield from serving_problems(config.rollout, start.bailing)
+
+
+@check("servers", "the generation servers of this machine can be started")
+def _servers(start: Start) -> Iterator[str]:
+    config = start.config
+    if start.trains and not start.serves:
+        return
+    if isinstance(config, EvaluateConfig):
+        yield from _server_problems(config.rollout.as_rollout())
+    elif isinstance(config, SelectConfig) or (isinstance(config, SamplingConfig) and (start.serves or start.model)):
+        yield from _server_problems(config.rollout)
+    if start.serves and isinstance(config, RlConfig) and config.sync.transport == "ipc":
+        check_same_torch(config.rollout)
+
+
+@check("memory", "the host memory of this machine")
+def _memory(start: Start) -> Iterator[str]:
+    config = start.config
+    if start.trains:
+        assert isinstance(config, RunConfig)
+        needed = required_bytes(config, start.bailing, start.world_size, start.serves)
+        yield from _memory_problems(
+            needed, config.model.dtype, start.bailing, "train.micro_batch_tokens or rollout.max_running_requests"
+        )
+        return
+    models: list[BailingConfig] = []
+    if isinstance(config, EvaluateConfig):
+        models = [start.bailing]
+    elif isinstance(config, SelectConfig):  # one candidate after the other
+        models = [load_bailing_config(candidate.path) for candidate in find_candidates(config.candidates)]
+    for bailing in models:
+        assert isinstance(config, EvaluateConfig | SelectConfig)
+        needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
+        largest = "rollout.max_running_requests or rollout.max_response_tokens"
+        yield from _memory_problems(needed, config.model.dtype, bailing, largest)
+
+
+# Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
+_EMBEDDED_FLOPS = 60e9
+
+
+def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves: bool = True) -> Iterator[str]:
+    """Tell of sequences that are longer than the model can read, and of a model too large for the embedded server.
+    serves: servers are started."""
+    if rollout.max_sequence_tokens > bailing.max_position_embeddings:
+        yield (
+            f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
+            f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
+        )
+    active, slots = bailing.num_active_parameters(), rollout.max_running_requests
+    seconds = 2 * active * slots / (_EMBEDDED_FLOPS * rollout.threads)
+    if serves and rollout.engine == "embedded" and seconds > rollout.token_deadline_seconds:
+        yield (
+            f"rollout.engine 'embedded' generates on the CPU, and for {active / 1e9:.2f} B active parameters a token "
+            f"of {slots} responses (rollout.max_running_requests) takes about {seconds:.1f} s there, more than "
+            f"rollout.token_deadline_seconds {rollout.token_deadline_seconds:g}; set rollout.engine = 'sglang', which "
+            "runs on GPUs, or for a small model a lower max_running_requests or more rollout.threads"
+        )
+
+
+def _server_problems(rollout: RolloutSection) -> Iterator[str]:
+    num_servers = len(server_gpus(rollout))
+    if rollout.engine == "sglang":
+        find_sglang(rollout)
+    for port in range(rollout.port, rollout.port + num_servers) if rollout.port else ():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                yield f"rollout.port {port} cannot be used ({error.strerror}); set another or 0"
+
+
+def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
+    """Raise ValueError for servers and ways of weights that cannot share this machine's GPUs with the trainer.
+    num_ranks: training ranks of this machine."""
+    attached = bool(config.rollout.urls)
+    for problem in config.sharing_problems(attached):
+        raise ValueError(problem)
+    gpus = visible_gpus()
+    if config.sync.transport == "distributed":
+        chosen_backend(config.sync.backend, config.rollout.engine, trains_on_gpu, beside=not attached)  # it may refuse
+    if not attached:
+        server_gpus(config.rollout)
+    if config.sync.transport != "ipc" or not gpus:
+        return
+    if not trains_on_gpu:
+        raise ValueError(
+            "sync.transport 'ipc' is for servers on the GPUs that the trainer is on, and this torch finds none while "
+            f"the machine has {len(gpus)}; install a torch for CUDA, or set MEGATRON_RL_DEVICE=cpu"
+        )
+    if num_ranks != len(gpus):
+        raise ValueError(
+            f"sync.transport 'ipc' needs a training rank on every GPU, and {num_ranks} ranks share this machine's "
+            f"{len(gpus)}; start one for each (--nproc, torchrun --nproc_per_node), or name {num_ranks} in "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    variable = expandable_segments()
+    if variable is not None:
+        raise ValueError(
+            f"{variable} asks for expandable segments, and sync.transport 'ipc' hands this memory to other processes, "
+            "which many containers forbid for such (pidfd_getfd: Operation not permitted); take expandable_segments "
+            "out of it, or set sync.transport = 'disk'"
+        )
+
+
+def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> Iterator[str]:
+    """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
+    it starts servers, on whichever nodes."""
+    yield from config.parallel.layout(world_size).problems(bailing)
+    yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
+    if isinstance(config, RlConfig):
+        yield from serving_problems(config.rollout, bailing, serves)
+        if config.rollout.router_replay:
+            try:
+                routed_shape(bailing)
+            except ValueError as error:
+                yield str(error)
+
+
+def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> int:
+    """Estimate the host memory of a run on this machine. serves: it starts servers."""
+    layout, num_gpus = config.parallel.layout(world_size), len(visible_gpus())
+    total = sum(host_bytes(config, bailing, layout, world_size).values())
+    if not num_gpus:
+        ranks_per_stage = world_size // layout.pipeline
+        total += ranks_per_stage * sum(rank.total for rank in rank_bytes(config, bailing, layout))
+    if serves:
+        assert isinstance(config, RlConfig)
+        total += serving_host_bytes(config.rollout, config.model.dtype, bailing, num_gpus)
+    return total
+
+
+def _memory_problems(needed: int, dtype: str, bailing: BailingConfig, largest: str) -> Iterator[str]:
+    """largest: the keys by which it could need less."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        yield (
+            f"this run needs about {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are free: "
+            f"{bailing.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, or a "
+            "larger machine"
+        )

@@ -1,0 +1,78 @@
+"""Checks by name: each finds problems of a command that is about to start, and every problem says its remedy."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
+from megatron_rl.config.selection import SelectConfig
+
+AnyConfig = RlConfig | SftConfig | EvaluateConfig | SelectConfig | SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A command that is about to start on this machine.
+
+    world_size: training ranks. resume: whether it goes on with what its folder holds. rollouts: a file to train from in
+    place of servers. model: the checkpoint that answers, for commands that train nothing; None for an endpoint.
+    """
+
+    config: AnyConfig | RunConfig
+    world_size: int = 0
+    resume: bool = False
+    rollouts: Path | None = None
+    model: Path | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.world_size > 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether training starts servers of its own."""
+        config = self.config
+        return self.trains and isinstance(config, RlConfig) and not config.rollout.urls and self.rollouts is None
+
+    @cached_property
+    def bailing(self) -> BailingConfig:
+        """The shape of the one model."""
+        if self.trains:
+            assert isinstance(self.config, RunConfig)
+            return load_bailing_config(self.config.model.path)
+        assert self.model is not None
+        return load_bailing_config(self.model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """name: for the table of all checks. about: what it looks at. find: messages, each with its remedy behind the last
+    semicolon; it may raise ValueError in place of the first."""
+
+    name: str
+    about: str
+    find: Callable[[Start], Iterator[str]]
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(name: str, about: str) -> Callable[[Callable[[Start], Iterator[str]]], Callable[[Start], Iterator[str]]]:
+    """Register a function as a check, behind those before it. One that does not concern a command finds nothing."""
+
+    def register(find: Callable[[Start], Iterator[str]]) -> Callable[[Start], Iterator[str]]:
+        assert name not in CHECKS, f"two checks are called {name}"
+        CHECKS[name] = Check(name=name, about=about, find=find)
+        return find
+
+    return register
+
+
+def refuse_problems(start: Start) -> None:
+    """ValueError with the first problem that a check finds."""
+    for one in CHECKS.values():
+        for problem in one.find(start):
+            raise ValueError(problem)

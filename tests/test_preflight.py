@@ -1,0 +1,72 @@
+"""Checks before a start: each has a name and says what it looks at, and every problem says its remedy."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from rank_zero import config_of
+from tiny_model import TINY_CONFIG
+
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.registry import CHECKS, Start
+
+
+@pytest.fixture
+def start_of(tmp_path: Path):
+    """A function that makes a start which nothing is wrong with, but for the changes."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")
+    rows = [{"id": "1", "domain": "math", "prompt": "1+1? Put it in \\boxed{}.", "answer": "2"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def make(*changes: str, world_size: int = 1, **more) -> Start:
+        paths = [f"model.path={json.dumps(str(model))}", f"data.train={json.dumps(str(tmp_path / 'rows.jsonl'))}"]
+        config: RlConfig = config_of(tmp_path, *paths, *changes)
+        return Start(config=config, world_size=world_size, **more)
+
+    return make
+
+
+def found_by(name: str, start: Start) -> list[str]:
+    try:
+        return list(CHECKS[name].find(start))
+    except ValueError as error:
+        return [str(error)]
+
+
+def test_every_check_says_what_it_looks_at_and_finds_nothing_wrong_with_a_good_start(start_of) -> None:
+    check_start(start_of())
+    for name, check in CHECKS.items():
+        assert check.name == name
+        assert check.about
+        assert found_by(name, start_of()) == []
+
+
+def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "held/checkpoints").mkdir(parents=True)
+    (tmp_path / "held/checkpoints/latest").write_text("step_1", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n', encoding="utf-8")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = {
+            "layout": (start_of("parallel.tensor=2"), "start a multiple of 2 processes"),
+            "rows": (start_of(f'data.train="{tmp_path}/bad.jsonl"'), "its column 'question' may be it"),
+            "domains": (start_of('reward.domains={mathe="math"}'), "rename it"),
+            "rollouts": (start_of(rollouts=tmp_path / "none.jsonl"), "megatron-rl rollout writes one"),
+            "run_dir": (start_of(f"run_dir={tmp_path}/file"), "set it to another folder"),
+            "servers": (start_of(f"rollout.port={port}"), "set another or 0"),
+        }
+        for name, (start, remedy) in cases.items():
+            (problem, *_) = found_by(name, start)
+            assert remedy in problem, name
+            with pytest.raises(ValueError, match="(?s).+"):
+                check_start(start)
+    (problem,) = found_by("run_dir", start_of(f"run_dir={tmp_path}/held"))
+    assert "add --resume" in problem
+    assert found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=True)) == []
