@@ -39,8 +39,10 @@ CASES ?= 5000
 REQUESTS ?= 20000
 # Files of labelled pairs for bench-rewards; empty takes tests/answer_pairs.
 PAIRS ?=
-# Response lengths for bench-schedule; empty takes the tool's default.
+# A file of response lengths, one a line, for bench-schedule and bench-rollout (which has a default).
 LENGTHS ?=
+# A JSONL file of tasks with tests for bench-sandbox.
+TASKS ?=
 
 # What makes a sandbox for code rewards out of a Debian or Ubuntu machine; the Python is the one that programs get.
 SANDBOX_PACKAGES := bubblewrap libseccomp2 python3 util-linux
@@ -218,8 +220,8 @@ bench-engines: install install-sglang  ## the embedded server beside real SGLang
 bench-rewards: install  ## the math and stem rewards beside math-verify on PAIRS: false positives and negatives by kind, pairs/s, as JSON
 	$(BIN)/python tools/bench_rewards.py $(PAIRS)
 
-bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on real tasks, as JSON
-	$(BIN)/python tools/bench_sandbox.py
+bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on the tasks in TASKS, as JSON
+	$(BIN)/python tools/bench_sandbox.py $(TASKS)
 
 bench-curation: install  ## a million generated prompts with planted duplicates, contamination and defects: what curation finds, rows/s, memory, as JSON
 	$(BIN)/python tools/bench_curation.py

@@ -243,7 +243,7 @@ async def bench(arguments: argparse.Namespace, model: Path, folder: Path) -> dic
 
 
 def lognormal() -> np.ndarray:
-    """Median and spread of ../shared/data/lengths/servegen_deepseek_r1_output.csv, for machines without it."""
+    """Median and spread of the lengths of DeepSeek-R1's answers in ServeGen's trace."""
     return np.exp(np.random.default_rng(0).normal(np.log(792), 1.14, 100_000))
 
 

@@ -1,6 +1,6 @@
 """Code rewards on real tasks: verdicts of right and wrong solutions, items/s, and what a sandbox costs.
 
-    python tools/bench_sandbox.py [DATA] [--workers 2] [--humaneval FILE] [--mbpp FILE] [--taco FILE]
+    python tools/bench_sandbox.py DATA [--workers 2] [--humaneval FILE] [--mbpp FILE] [--taco FILE]
 
 DATA is a JSONL of tasks (`prompt`, `tests`, `meta`). Solutions: for HumanEval and MBPP the reference solutions, where
 the files of their authors are given (HumanEval.jsonl with `canonical_solution`, mbpp.jsonl with `code`); for tasks on
@@ -25,7 +25,6 @@ from typing import Any
 from megatron_rl.reward.code import CodeSettings, judge_response, warm_up
 from megatron_rl.reward.sandbox import Limits, Sandbox
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "code_dev.jsonl"
 Item = tuple[str, str, str]  # name, response, answer
 
 
@@ -109,7 +108,7 @@ def latency(runs: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=DATA, metavar="DATA", help=f"default: {DATA}")
+    parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--workers", type=int, default=2, help="processes that judge (default: 2)")
     parser.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl of openai/human-eval")
     parser.add_argument("--mbpp", type=Path, metavar="FILE", help="mbpp.jsonl of google-research")

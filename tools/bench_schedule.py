@@ -1,6 +1,6 @@
 """Cost of planned micro-batches against a proven lower bound, on recorded response lengths.
 
-    python tools/bench_schedule.py [LENGTHS] [--seeds 20]
+    python tools/bench_schedule.py LENGTHS [--seeds 20]
 
 LENGTHS has one length per line. Each is capped at 32,768; every seed shuffles them all by `random.Random(seed)` and
 takes the first N. The cost of a sample is the forward FLOPs of Ling-lite, that of a plan the sum over micro-batches of
@@ -23,7 +23,6 @@ from typing import Any
 from megatron_rl.c3po.packing import CostModel, MicroBatches, barrier_cost, lower_bound, pack_micro_batches
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTHS = ROOT.parent / "shared" / "data" / "lengths" / "servegen_deepseek_r1_output.csv"
 COST = CostModel(linear=2 * 2.494e9, quadratic=2 * 28 * 2048)
 TOKEN_CAP = 32_768
 # (samples, data-parallel ranks)
@@ -103,7 +102,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lengths", type=Path, nargs="?", default=LENGTHS, metavar="LENGTHS", help=f"default: {LENGTHS}")
+    parser.add_argument("lengths", type=Path, metavar="LENGTHS", help="a file with one response length per line")
     parser.add_argument("--seeds", type=int, default=20, help="number of shuffles (default: 20)")
     arguments = parser.parse_args()
     if not arguments.lengths.is_file():

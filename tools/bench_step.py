@@ -89,8 +89,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--nproc", type=int, default=min(2, os.cpu_count() or 1), help="data-parallel training ranks")
     parser.add_argument("--trl-python", help="an interpreter with trl 1.16.0")
-    parser.add_argument("--trl-script", default=str(ROOT / "../shared/tools/trl_baseline.py"))
+    parser.add_argument("--trl-script", help="a script that trains the same by trl; needed with --trl-python")
     arguments = parser.parse_args(argv)
+    if bool(arguments.trl_python) != bool(arguments.trl_script):
+        parser.error("--trl-python and --trl-script go together")
     with tempfile.TemporaryDirectory(prefix="megatron_rl-bench-") as folder:
         result = {"benchmark": "step", "cpu_count": os.cpu_count(), "load_average": os.getloadavg()}
         result["megatron_rl"] = ours = measure(arguments.steps, Path(folder), arguments.nproc)

@@ -13,7 +13,7 @@ _VERL = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # data/prompts.py, and so kept.jsonl itself; math, stem and codeio rows of ../shared/data
+    # data/prompts.py, and so kept.jsonl itself
     "ours": {
         "prompt": "prompt",
         "answer": "answer",
@@ -23,7 +23,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "source_column": "source",
         "meta": ("meta",),
     },
-    # code rows of ../shared/data: an object `tests` as reward/code.py reads it
+    # an object `tests` as reward/code_tests.py reads it
     "code_tests": {
         "prompt": "prompt",
         "tests": "json",
