@@ -157,7 +157,7 @@ def test_samples_sharing_a_prompt_get_the_bits_of_samples_that_do_not(tmp_path):
     shared = [direct.add(prompt, seed=s, max_new_tokens=20) for s in range(24)]
     direct.run()
     for seed, sequence in enumerate(shared):
-        direct.engine._forget_prefixes()
+        direct.engine._prefixes.clear()
         alone = direct.add(prompt, seed=seed, max_new_tokens=20)
         direct.run()
         assert (alone.output_ids, alone.output_logprobs) == (sequence.output_ids, sequence.output_logprobs)

@@ -145,9 +145,10 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
 
     from megatron_rl.config.bailing import load_bailing_config
     from megatron_rl.rollout.embedded.cache import KVCache
-    from megatron_rl.rollout.embedded.engine import EngineOptions, cache_shape
+    from megatron_rl.rollout.embedded.engine import EngineOptions
     from megatron_rl.rollout.embedded.guard import Guard
     from megatron_rl.rollout.embedded.server import App
+    from megatron_rl.rollout.embedded.slot_memory import cache_shape
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -180,7 +181,7 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
     )
     weight_bytes = config.num_parameters() * options.dtype.itemsize
     check_memory(
-        KVCache.num_bytes(**cache_shape(config, options)) + 2 * weight_bytes,
+        KVCache.num_bytes(**cache_shape(config, options.num_slots, context_length)) + 2 * weight_bytes,
         context_length,
         arguments.max_running_requests,
     )
