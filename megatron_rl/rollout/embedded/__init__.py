@@ -8,6 +8,7 @@ or on arrival order; `invariance.py` proves this on the running machine at every
 
     protocol.py    JSON bodies of /generate -> validated records; records -> JSON answers;  fields.py  its parts
     server.py      HTTP routes (starlette); one event loop;  gate.py  who waits for whom there
+    in_flight.py   requests that are not answered yet;  streams.py  answers while they are generated
     engine.py      continuous batching in a thread of its own: what happens in which order
     commands.py    what other threads ask of it;  waiting.py  sequences without a slot
     slots.py       per-slot state of the running sequences, as arrays;  slot_memory.py  what is kept for their tokens
