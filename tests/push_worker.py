@@ -25,6 +25,7 @@ from megatron_rl.config.schema import RolloutSection, SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout import update_group
+from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
@@ -33,7 +34,6 @@ from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
-from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.session import Session

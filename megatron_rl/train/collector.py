@@ -28,6 +28,7 @@ from megatron_rl.layout import Layout
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import together
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
@@ -36,7 +37,6 @@ from megatron_rl.rollout.recorded import read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
-from megatron_rl.train.background import BackgroundLoop
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.phase import Phase
 from megatron_rl.train.resilience import StopSignals, disk_fault
