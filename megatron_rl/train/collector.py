@@ -18,7 +18,7 @@ from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall, apportion, shortfalls
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.c3po.plan import PlanRules, Schedule, schedule
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, rendered_prompts, response_decoder
@@ -182,20 +182,10 @@ class Collector:
         plan = schedule(
             found.kept[:wanted],
             fresh_enough,
-            algorithm=self._algorithm,
-            budgets=self._budgets,
-            cut=config.budget.cut,
-            keep_surplus=self._refill,
-            max_response_tokens=config.rollout.max_response_tokens,
+            self._plan_rules(),
             policy_version=policy_version,
             # A different permutation every phase, from the run's seed alone.
             seed=config.seed * 1_000_003 + policy_version,
-            num_data_ranks=self._layout.data,
-            token_cap=config.micro_batch_cap,
-            cost=self._cost,
-            micro_batch_multiple=self._layout.micro_batch_multiple,
-            shares=self._shares,
-            domain_of=self._domain_of,
         )
         phase = Phase(collected=found, unneeded=found.kept[wanted:], stale=stale, schedule=plan)
         self.carry = Carry(
@@ -302,6 +292,22 @@ class Collector:
             task.cancel()
             await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
         return task.result()
+
+    def _plan_rules(self) -> PlanRules:
+        config = self._config
+        return PlanRules(
+            algorithm=self._algorithm,
+            budgets=self._budgets,
+            cut=config.budget.cut,
+            keep_surplus=self._refill,
+            max_response_tokens=config.rollout.max_response_tokens,
+            num_data_ranks=self._layout.data,
+            token_cap=config.micro_batch_cap,
+            cost=self._cost,
+            micro_batch_multiple=self._layout.micro_batch_multiple,
+            shares=self._shares,
+            domain_of=self._domain_of,
+        )
 
     def _domain_of(self, position: int) -> str:
         """Of the prompt there, as far as the budget tells domains apart."""
