@@ -29,11 +29,11 @@ from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
-from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
+from megatron_rl.tensor_bytes import checksum
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.probe import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.session import Session
@@ -348,11 +348,18 @@ def timed(session: Session, spec: dict[str, Any], folder: Path) -> dict[str, Any
     make: dict[str, Callable[[], Transport]] = {
         "disk": lambda: DiskTransport(weights, session.export),
         "ipc": lambda: IpcTransport(
-            *(session.model, session.control, max_bytes, 0, servers.urls, 1, num_gpus, silence),
+            session.model,
+            session.control,
+            max_bytes,
+            0,
+            servers.urls,
+            1,
+            num_gpus,
+            silence,
             key_of=servers.key_of,
         ),
         "distributed": lambda: DistributedTransport(
-            *(session.model, session.control, max_bytes, "127.0.0.1", silence), key_of=servers.key_of
+            session.model, session.control, max_bytes, "127.0.0.1", silence, key_of=servers.key_of
         ),
     }
     report: dict[str, Any] = {"gb": num_bytes / 1e9, "device_copy_seconds": copy_seconds(num_bytes), "pushes": {}}

@@ -38,6 +38,7 @@ LAYERS = {
     "locks": 0,
     "files": 0,
     "parsing": 0,
+    "tensor_bytes": 0,
     "": 0,
 }
 

@@ -72,7 +72,7 @@ class Generated:
     routed_experts: np.ndarray | None = None
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all at once and return their results in order. The first failure cancels the rest and is raised itself."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -197,7 +197,7 @@ class GenerationClient:
             raise RequestRefused(f"{self.url}{route} refused: {self._shown(str(message))}")
 
     async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
-        """By tensor name the checksum that rollout/update_group.py computes, and the dtype that it was computed in.
+        """By tensor name the checksum that tensor_bytes.py computes, and the dtype that it was computed in.
         RequestRefused by a server that has none; only the embedded one does."""
         answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
         try:

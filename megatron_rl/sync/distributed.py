@@ -20,11 +20,11 @@ from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model
 from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
+from megatron_rl.sync.all_ranks import gather_objects
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.requests import READY_SECONDS, Asked, ServerRequests, Waits
 from megatron_rl.sync.server_group import GroupFailed, ServerGroup
-from megatron_rl.sync.together import gather_objects
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
 log = logging.getLogger(__name__)

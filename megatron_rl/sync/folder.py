@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.rollout.embedded.weight_roots import WEIGHT_FOLDER_PREFIX as _PREFIX
-from megatron_rl.sync.together import broadcast_object
+from megatron_rl.sync.all_ranks import broadcast_object
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
+from megatron_rl.sync.all_ranks import broadcast_object, gather_objects, on_all_ranks
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.requests import Asked, ServerRequests, Waits
 from megatron_rl.sync.spans import gather_spans, ranks_by_node
-from megatron_rl.sync.together import broadcast_object, gather_objects, together
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
 
@@ -190,7 +190,7 @@ class IpcTransport:
                 for opener in openers
             ]
 
-        return [handle for one in together(make, self._node_group) for handle in one]
+        return [handle for one in on_all_ranks(make, self._node_group) for handle in one]
 
 
 def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any]) -> tuple[Any, Any]:

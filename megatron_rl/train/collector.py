@@ -29,7 +29,7 @@ from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.rollout.client import together
+from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.keeper import ServerKeeper
 from megatron_rl.rollout.pool import Counts, ServerPool
@@ -244,7 +244,7 @@ class Collector:
             return await self._sampler.fill_partially(
                 resumed, self._take, policy_version, needs, self._is_wanted, self._config.budget.max_waves
             )
-        found = joined(await together(self._fill(policy_version, need) for need in needs))
+        found = joined(await gather_all(self._fill(policy_version, need) for need in needs))
         if self._recorded is not None:
             found.num_generated_tokens = 0
         found.purged += self.carry.unfinished  # of a run that was partial when it was saved

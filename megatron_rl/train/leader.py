@@ -194,7 +194,10 @@ class Leader:
         (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)))
         log.warning(
             "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
-            *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),
+            step + 1,
+            results[-1].metrics["loss"],
+            results[-1].grad_norm,
+            folder,
         )
 
     def finish(self) -> Stop:

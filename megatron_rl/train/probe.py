@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.sync.all_ranks import gather_objects
 from megatron_rl.sync.export import export_tensors
-from megatron_rl.sync.together import gather_objects
+from megatron_rl.tensor_bytes import checksum
 from megatron_rl.train.batch import TrainSequence
 from megatron_rl.train.exchange import Probe
 from megatron_rl.train.trainer import Trainer

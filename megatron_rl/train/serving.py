@@ -18,7 +18,7 @@ from megatron_rl.place import own_place
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.ports import address_towards, is_here
 from megatron_rl.rollout.server import check_same_torch
-from megatron_rl.sync.together import broadcast_object, gather_objects
+from megatron_rl.sync.all_ranks import broadcast_object, gather_objects
 from megatron_rl.train.resilience import StopSignals
 
 log = logging.getLogger(__name__)

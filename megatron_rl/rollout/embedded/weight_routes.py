@@ -26,7 +26,7 @@ from megatron_rl.rollout.embedded.weight_requests import (
 )
 from megatron_rl.rollout.embedded.weight_roots import WeightRoots
 from megatron_rl.rollout.embedded.weights import expected_tensors
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
 

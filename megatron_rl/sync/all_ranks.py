@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def together(work: Callable[[], Any] | None, group: Any) -> list[Any]:
+def on_all_ranks(work: Callable[[], Any] | None, group: Any) -> list[Any]:
     """Collective: what each rank's work returned, by rank, once all have done theirs; SharedFault on all of them when
     one failed, with its reason. None is no work on this rank."""
     mine: tuple[Any, str | None] = None, None
