@@ -14,8 +14,8 @@ from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
+from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
-from megatron_rl.rollout.embedded.reading import load_weights
 from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seeds, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
 from megatron_rl.rollout.embedded.weights import expected_tensors

@@ -196,7 +196,9 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
                 raise ValueError(f"{directory}: tensor {name} was written twice")
             weight_map[name] = shard_file(number)
     check_names({name for entry in table.values() for name in entry.hf}, set(weight_map), str(directory))
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1, sort_keys=True))
+    (directory / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1, sort_keys=True), encoding="utf-8"
+    )
 
 
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
@@ -212,4 +214,4 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
     if dtype is not None:
         changes["torch_dtype"] = str(dtype).removeprefix("torch.")
     if any(config.get(name) != value for name, value in changes.items()):
-        (destination / "config.json").write_text(json.dumps(config | changes, indent=2))
+        (destination / "config.json").write_text(json.dumps(config | changes, indent=2), encoding="utf-8")

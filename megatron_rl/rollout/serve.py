@@ -122,4 +122,4 @@ def check_registered_torch(folder: Path, config: RlConfig) -> None:
 
 def _registrations(folder: Path) -> dict[Path, Any]:
     """Read what `run_serve` has written into the folder so far, by file."""
-    return {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

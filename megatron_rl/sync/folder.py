@@ -35,7 +35,7 @@ class WeightFolder:
             parent = shared or _memory(num_bytes)
             _remove_abandoned(parent)
             made = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)  # mode 0700
-            self._lock = (Path(made) / _LOCK).open("x")
+            self._lock = (Path(made) / _LOCK).open("x", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._folder = Path(broadcast_object(made, 0, control))
         self.path = self._folder / "weights"

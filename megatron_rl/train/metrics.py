@@ -41,7 +41,7 @@ class MetricsLog:
         self._num_starts = 1 + max((row.get("num_starts", 1) for row in self.past), default=0)
         with whole_file(self._path) as file:
             file.writelines(json.dumps(row) + "\n" for row in self.past)
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:

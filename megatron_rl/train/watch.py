@@ -91,7 +91,7 @@ class Watch:
         try:
             folder = self._run_dir / "stacks"
             folder.mkdir(exist_ok=True)
-            with (folder / f"rank_{self._rank}.txt").open("w") as file:
+            with (folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
                 file.write(f"{self.place}, after {self._deadline:g} s\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

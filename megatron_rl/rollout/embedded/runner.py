@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.rollout.embedded.cache import KVCache
 from megatron_rl.rollout.embedded.invariance import check_invariance
+from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.model import BailingModel, Batch
-from megatron_rl.rollout.embedded.reading import load_weights
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)

@@ -23,13 +23,13 @@ from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wa
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError, cut, flag, text
-from megatron_rl.rollout.embedded.gate import Gate
 from megatron_rl.rollout.embedded.in_flight import InFlight, Job, Listener
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
 from megatron_rl.rollout.embedded.sampling import derive_seeds
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.streams import DONE, Stream, error_lines
+from megatron_rl.rollout.embedded.update_lock import UpdateLock
 from megatron_rl.rollout.embedded.weight_routes import WeightRoutes
 from megatron_rl.rollout.routing import MAX_EXPERTS
 
@@ -53,11 +53,11 @@ class App:
         self.texts = Detokenizer(options.model_path)
         self._on_failure = on_failure
         self._in_flight = InFlight(options.context_length)
-        self._gate = Gate(options.hold_timeout_seconds, self._end_pause)
-        self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
+        self._update_lock = UpdateLock(options.hold_timeout_seconds, self._end_pause)
+        self._leaving: set[asyncio.Task[None]] = set()  # streams that still keep updates out
         self._occupation = Occupation()
         self._bodies = Bodies()
-        self._weights = WeightRoutes(self.engine, self._gate, self._occupation, self._bodies)
+        self._weights = WeightRoutes(self.engine, self._update_lock, self._occupation, self._bodies)
         self.engine.start()
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class App:
         gone = asyncio.create_task(_client_gone(request))
         gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
         try:
-            async with self._gate.generating():
+            async with self._update_lock.generating():
                 if gone.done():
                     return Response(status_code=499)  # nobody reads it
                 self.engine.submit([sequence for _, sequence in jobs])
@@ -183,7 +183,7 @@ class App:
             return
         stream = Stream(jobs, lambda prompt, event: self._answer(prompt, event, started), indexed=not asked.single)
         try:
-            await self._submit_from_gate(jobs)
+            await self._submit_in_turn(jobs)
             stream.start()
             while (line := await stream.next()) is not None:
                 yield line
@@ -196,8 +196,8 @@ class App:
                 self._abandon(jobs)
             self._in_flight.leave(jobs)
 
-    async def _submit_from_gate(self, jobs: list[Job]) -> None:
-        """Submit once the gate lets in, and stay inside until the tokens are there.
+    async def _submit_in_turn(self, jobs: list[Job]) -> None:
+        """Submit once its turn has come, and stay inside until the tokens are there.
 
         A reader may take its time: weight updates wait for the tokens, not for who reads them."""
 
@@ -207,7 +207,7 @@ class App:
                     await sequence.listener.ended.wait()
 
         async with AsyncExitStack() as inside:
-            await inside.enter_async_context(self._gate.generating())
+            await inside.enter_async_context(self._update_lock.generating())
             self.engine.submit([sequence for _, sequence in jobs])
             leaving = asyncio.create_task(leave_behind(inside.pop_all()))
         self._leaving.add(leaving)
@@ -260,13 +260,13 @@ class App:
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {cut(mode)}")
-        await self._gate.pause()
+        await self._update_lock.pause()
         await wait(self.engine.pause(mode))
         return json_answer({"status": "ok", "message": f"Generation paused ({mode})."})
 
     async def continue_generation(self, _: dict[str, Any]) -> Response:
         await wait(self.engine.resume())
-        await self._gate.resume()
+        await self._update_lock.resume()
         return json_answer({"status": "ok", "message": "Generation continued."})
 
     async def _end_pause(self) -> None:
