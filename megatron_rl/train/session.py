@@ -57,11 +57,10 @@ class Session:
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
-        if self.rank == 0 and config.cluster is not None and config.cluster.training_ranks != world_size:
+        planned = world_size if config.cluster is None else config.cluster.training_ranks
+        if self.rank == 0 and planned != world_size:
             log.warning(
-                "this configuration is meant for %d training ranks (cluster), and %d started",
-                config.cluster.training_ranks,
-                world_size,
+                "this configuration is meant for %d training ranks (cluster), and %d started", planned, world_size
             )
         directory = config.run_dir / "checkpoints"
         refuse_to_overwrite(directory, resume)
