@@ -1,14 +1,15 @@
-"""Look at and open the files of a model directory that somebody else made.
+"""Read the files of a model directory that somebody else made, and write files, links and directories as a whole.
 
-None may lead out of the directory, and none may be anything but a file.
+Of what is read none may lead out of the directory, and none may be anything but a file.
 """
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 def model_files(directory: Path, folder: str = "") -> list[Path]:
@@ -41,6 +42,61 @@ def open_model_file(directory: Path, name: str) -> Iterator[BinaryIO]:
         _refuse_outside(file, os.readlink(f"/proc/self/fd/{opened.fileno()}"), directory)
         _refuse_special(file, os.fstat(opened.fileno()).st_mode)
         yield opened
+
+
+@contextmanager
+def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> Iterator[TextIO]:
+    """Write a file that gets its name when the block ends well; until then what had the name before keeps it.
+
+    Of a block that fails, and of a process that was killed, nothing is kept. mode: less the umask. is_durable: the text
+    is on the disk before it gets the name.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            yield file
+            if is_durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # the room that it takes is wanted
+        raise
+
+
+def replace_directory(source: Path, destination: Path) -> None:
+    """Rename `source` to `destination`; an old `destination` is moved aside first and deleted after."""
+    old = _moved_aside(destination)
+    source.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link_directory(target: Path, link: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, whatever had the name before.
+
+    A link that is replaced is there at any time. Nothing puts a link in a directory's place in one step: a directory is
+    moved aside first, and deleted after.
+    """
+    partial = link.with_name(f".{link.name}.link")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()), target_is_directory=True)
+    is_directory = link.is_dir() and not link.is_symlink()
+    old = _moved_aside(link) if is_directory else None
+    partial.replace(link)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _moved_aside(directory: Path) -> Path:
+    """Where a directory is now that had the name before; a link is only removed."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        directory.rename(old)
+    return old
 
 
 def _refuse_outside(file: Path, real: str, directory: Path) -> None:

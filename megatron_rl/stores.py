@@ -152,7 +152,9 @@ def _reached(place: Place, waiting: _Waiting) -> dist.TCPStore:
         try:
             found.append(
                 dist.TCPStore(
-                    *(place.address, place.port, place.world_size),
+                    place.address,
+                    place.port,
+                    place.world_size,
                     is_master=False,
                     timeout=timeout,
                     wait_for_workers=False,

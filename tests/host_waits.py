@@ -16,8 +16,13 @@ from megatron_rl import device
 _aten = torch.ops.aten
 # Sizes or numbers that depend on what a tensor holds.
 _ASKING = {
-    *(_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.bincount.default),
-    *(_aten.equal.default, _aten._unique2.default, _aten.unique_consecutive.default),
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.bincount.default,
+    _aten.equal.default,
+    _aten._unique2.default,
+    _aten.unique_consecutive.default,
 }
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 _METHODS = ("numpy", "tolist", "cpu", "item", "__bool__", "__int__", "__float__", "__index__", "__array__")

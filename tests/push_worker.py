@@ -26,16 +26,16 @@ from megatron_rl.config.schema import SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout import update_group
+from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
-from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
 from megatron_rl.sync.transport import DiskTransport, Receivers, Transport
+from megatron_rl.tensor_bytes import checksum
 from megatron_rl.train.orchestrator.commands import Probe
-from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.weight_check import mean_differences, told_difference, weight_checksums
 from megatron_rl.train.run.context import TrainContext
 
@@ -349,11 +349,18 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
     make: dict[str, Callable[[], Transport]] = {
         "disk": lambda: DiskTransport(weights, context.export),
         "ipc": lambda: IpcTransport(
-            *(context.model, context.control, max_bytes, 0, servers.urls, 1, num_gpus, silence),
+            context.model,
+            context.control,
+            max_bytes,
+            0,
+            servers.urls,
+            1,
+            num_gpus,
+            silence,
             key_of=servers.key_of,
         ),
         "distributed": lambda: DistributedTransport(
-            *(context.model, context.control, max_bytes, "127.0.0.1", silence), key_of=servers.key_of
+            context.model, context.control, max_bytes, "127.0.0.1", silence, key_of=servers.key_of
         ),
     }
     report: dict[str, Any] = {"gb": num_bytes / 1e9, "device_copy_seconds": copy_seconds(num_bytes), "pushes": {}}

@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.c3po.plan import PlanRules, Schedule, schedule
 from megatron_rl.records import Group, Response, Sample
 
 
@@ -21,10 +21,12 @@ def make_sample(prompt_id: int, index: int, length: int, version: int = 3, rewar
     return Sample(response=response, reward=reward, reason="correct" if reward else "wrong", advantage=0.5)
 
 
-def make_schedule(groups: list[Group], carried: tuple[Sample, ...] = (), **changes: object) -> Schedule:
+def make_schedule(
+    groups: list[Group], carried: tuple[Sample, ...] = (), *, seed: int = 1, **changes: object
+) -> Schedule:
     options = {
-        "algorithm": ALGORITHMS["c3po"], "budgets": (40,), "cut": "token", "keep_surplus": True, "policy_version": 3,
-        "seed": 1, "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
+        "algorithm": ALGORITHMS["c3po"], "budgets": (40,), "cut": "token", "keep_surplus": True,
+        "num_data_ranks": 2, "token_cap": 64, "cost": CostModel(linear=1.0, quadratic=0.0),
         "max_response_tokens": 32,
     }  # fmt: skip
-    return schedule(groups, carried, **options | changes)
+    return schedule(groups, carried, PlanRules(**options | changes), policy_version=3, seed=seed)

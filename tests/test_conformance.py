@@ -7,7 +7,7 @@ from subject import CONTEXT, SLOTS, Kind, Subject, make_models
 
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import EmbeddedServer
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 pytest.register_assert_rewrite("conformance")
 from conformance import *  # noqa: E402, F403

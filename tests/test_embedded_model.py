@@ -14,8 +14,8 @@ from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
+from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
-from megatron_rl.rollout.embedded.reading import load_weights
 from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seeds, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
 from megatron_rl.rollout.embedded.weights import expected_tensors
@@ -157,7 +157,7 @@ def test_samples_sharing_a_prompt_get_the_bits_of_samples_that_do_not(tmp_path):
     shared = [direct.add(prompt, seed=s, max_new_tokens=20) for s in range(24)]
     direct.run()
     for seed, sequence in enumerate(shared):
-        direct.engine._forget_prefixes()
+        direct.engine._prefixes.clear()
         alone = direct.add(prompt, seed=seed, max_new_tokens=20)
         direct.run()
         assert (alone.output_ids, alone.output_logprobs) == (sequence.output_ids, sequence.output_logprobs)

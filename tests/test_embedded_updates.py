@@ -13,8 +13,9 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join
-from megatron_rl.rollout.update_group import broadcast, checksum, flatten, join, leave
+from megatron_rl.rollout.update_group import broadcast, flatten, join, leave
 from megatron_rl.stores import host_store
+from megatron_rl.tensor_bytes import checksum
 
 LIMITS = BucketLimits(tensors=1000, values=10**7)
 

@@ -176,8 +176,14 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     of_others |= {"offload_seconds", "reload_seconds", "release_seconds", "resume_seconds"}
     assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
     assert present - known == {
-        *("response_tokens_std", "advantage_mean", "num_trained_samples", "num_unfinished_tokens"),
-        *("num_dropped_unfinished_tokens", "num_micro_batches", "num_forward_tokens", "num_loss_tokens_by_step"),
+        "response_tokens_std",
+        "advantage_mean",
+        "num_trained_samples",
+        "num_unfinished_tokens",
+        "num_dropped_unfinished_tokens",
+        "num_micro_batches",
+        "num_forward_tokens",
+        "num_loss_tokens_by_step",
         "num_starts",
     }
 

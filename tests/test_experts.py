@@ -1,5 +1,6 @@
 """Grouped experts against the same experts one by one, and how their tokens and weights are laid out."""
 
+import doctest
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kernel_stand_ins import gemm_add_inplace
 from torch import Tensor
 
+from megatron_rl.model import experts as module_of_experts
 from megatron_rl.model.experts import GroupedExperts, Weights, distance, rows_of
 
 WIDTH, HIDDEN = 8, 16
@@ -42,6 +44,12 @@ def test_every_expert_has_whole_rows_and_every_choice_a_row_of_its_expert(
         assert int(rows.ends[position]) == first
     assert first <= len(rows.token)
     assert 0 <= int(rows.token.min()) <= int(rows.token.max()) < len(expert_of)
+
+
+def test_the_worked_examples_of_four_tokens_and_two_experts_are_true() -> None:
+    found = doctest.testmod(module_of_experts)
+    assert found.attempted >= 12
+    assert found.failed == 0
 
 
 def holding(weight: torch.nn.Parameter) -> torch.nn.Module:

@@ -40,6 +40,7 @@ LAYERS = {
     "files": 0,
     "parsing": 0,
     "proxies": 0,
+    "tensor_bytes": 0,
     "": 0,
 }
 

@@ -20,11 +20,11 @@ from megatron_rl.checkpoint.names import name_table
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.gpus import chosen_backend
 from megatron_rl.rollout.server import EmbeddedServer
-from megatron_rl.rollout.update_group import checksum
 from megatron_rl.sync.buckets import Place, divide
 from megatron_rl.sync.distributed import join_request
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.spans import gather_spans
+from megatron_rl.tensor_bytes import checksum
 
 # 97 rows of vocabulary: padded under tensor parallelism. Three layers, the first dense.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -20,10 +20,10 @@ from tiny_model import write_tiny_model
 from megatron_rl.rollout.embedded import bodies
 from megatron_rl.rollout.embedded.bodies import json_object
 from megatron_rl.rollout.embedded.fields import RequestError, cut
-from megatron_rl.rollout.embedded.gate import Gate
 from megatron_rl.rollout.embedded.hold import Hold
 from megatron_rl.rollout.embedded.protocol import Limits, parse_generate
 from megatron_rl.rollout.embedded.sequence import Sequence
+from megatron_rl.rollout.embedded.update_lock import UpdateLock
 from megatron_rl.rollout.embedded.updates import UpdateError
 from megatron_rl.rollout.embedded.waiting import SHARE, WaitingQueue
 from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join
@@ -245,7 +245,7 @@ def test_a_state_that_its_client_left_ends_and_one_that_is_used_does_not():
 
 def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way():
     async def run():
-        gate = Gate(0.2, None)
+        lock = UpdateLock(0.2, None)
         order = []
 
         async def go(name, entry, seconds=0.0):
@@ -253,12 +253,12 @@ def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way()
                 order.append(name)
                 await asyncio.sleep(seconds)
 
-        slow = asyncio.create_task(go("slow", gate.generating(), 2.0))
+        slow = asyncio.create_task(go("slow", lock.generating(), 2.0))
         await asyncio.sleep(0)
-        update = asyncio.create_task(go("update", gate.updating()))
+        update = asyncio.create_task(go("update", lock.updating()))
         await asyncio.sleep(0)
-        leaves = asyncio.create_task(go("leaves", gate.generating()))
-        behind = asyncio.create_task(go("behind", gate.generating()))
+        leaves = asyncio.create_task(go("leaves", lock.generating()))
+        behind = asyncio.create_task(go("behind", lock.generating()))
         await asyncio.sleep(0.05)
         leaves.cancel()
         assert order == ["slow"]
@@ -268,7 +268,7 @@ def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way()
         assert order == ["slow", "behind"]
         slow.cancel()
         await asyncio.gather(slow, leaves, return_exceptions=True)
-        both = [go("a", gate.updating(), 0.02), go("b", gate.generating(), 0.02), go("c", gate.updating())]
+        both = [go("a", lock.updating(), 0.02), go("b", lock.generating(), 0.02), go("c", lock.updating())]
         await asyncio.gather(*both)
         assert order[2:] == ["a", "b", "c"]
 

@@ -29,7 +29,7 @@ from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, 
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
 from megatron_rl.rollout.ports import close_port, hold_port
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 LENGTH, SHORT = 300, 60
 ROLLOUT = RolloutSection(

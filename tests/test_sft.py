@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from inputs import make_inputs
 
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
-from megatron_rl.checkpoint.hf import copy_companions, link_directory, replace_directory
+from megatron_rl.checkpoint.hf import copy_companions
 from megatron_rl.config.load import load_config
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import SftConfig
@@ -24,6 +24,7 @@ from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.mixture import ChatStream, Source, Stage
 from megatron_rl.data.prompts import Chat, Message
+from megatron_rl.files import link_directory, replace_directory
 from megatron_rl.metric_names import unknown
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import Start

@@ -79,8 +79,14 @@ def test_an_endpoint_answers_every_prompt_as_often_as_the_section_says(
     _, handler = endpoint
     monkeypatch.setenv("TEACHER_KEY", "s3cret")
     told = rollout(
-        *("--set", "teacher.api_key_variable=TEACHER_KEY", "--set", "teacher.system=Think."),
-        *("--set", 'teacher.extra={reasoning_effort = "high"}', "--set", "teacher.top_p=0.9"),
+        "--set",
+        "teacher.api_key_variable=TEACHER_KEY",
+        "--set",
+        "teacher.system=Think.",
+        "--set",
+        'teacher.extra={reasoning_effort = "high"}',
+        "--set",
+        "teacher.top_p=0.9",
     )
     assert sorted(question(body) for body, _ in handler.asked) == sorted(f"Say {i}" for i in range(6) for _ in "ab")
     body, key = handler.asked[0]
@@ -229,7 +235,7 @@ def test_who_answers_is_said_once(endpoint, rollout, tmp_path: Path, capsys) -> 
         assert cli.main([command, str(config), *training]) == 2
         assert "teacher is for `megatron-rl rollout` with a configuration without budget" in capsys.readouterr().err
     assert "teacher.extra names 'n', which a request has from elsewhere" in rollout(
-        *("--set", "teacher.extra={n = 4}"), code=2
+        "--set", "teacher.extra={n = 4}", code=2
     )
     assert "unknown key teacher.modle; did you mean teacher.model?" in rollout("--set", "teacher.modle=x", code=2)
     text = config.read_text()

@@ -139,7 +139,7 @@ def test_a_row_says_of_each_token_what_both_sides_made_of_it_and_a_file_is_repla
     ]
     assert {at[0][0], at[1][0]} == {0, 1}
     before = path.read_text()
-    (tmp_path / "tokens/.partial").mkdir()
-    with pytest.raises(OSError, match="tokens/.partial"):
+    (tmp_path / f"tokens/.{path.name}.partial").mkdir()
+    with pytest.raises(OSError, match=f"tokens/.{path.name}.partial"):
         write(path, schedule, [{}, {}], str)
     assert path.read_text() == before

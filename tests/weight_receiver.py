@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.rollout import update_group
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 
 class Receiver(BaseHTTPRequestHandler):
@@ -41,8 +41,13 @@ class Receiver(BaseHTTPRequestHandler):
         if self.path == "/init_weights_update_group":
             assert body["backend"] == self.backend, body
             Receiver.group = update_group.join(
-                *(body["master_address"], body["master_port"], body["rank_offset"], body["world_size"]),
-                *(body["group_name"], self.backend, 60.0),
+                body["master_address"],
+                body["master_port"],
+                body["rank_offset"],
+                body["world_size"],
+                body["group_name"],
+                self.backend,
+                60.0,
                 device=self._device(),
             )
         elif self.path == "/destroy_weights_update_group" and Receiver.group is not None:

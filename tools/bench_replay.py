@@ -35,7 +35,7 @@ from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.optimizer import OptimizerSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
-from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, together  # noqa: E402
+from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, gather_all  # noqa: E402
 from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
@@ -73,7 +73,7 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
                 for p in prompts
             ]
             try:
-                return await together(client.generate(of_prompt, **options) for of_prompt in wanted)
+                return await gather_all(client.generate(of_prompt, **options) for of_prompt in wanted)
             finally:
                 await client.close()
 

@@ -191,7 +191,10 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
         else:
             found = await fill_in_waves(
                 lambda count, step=step: sampler.sample(take(ANY, count), step),
-                *(ROLLOUT.prompts_per_step, shortfall, everything, 100),
+                ROLLOUT.prompts_per_step,
+                shortfall,
+                everything,
+                100,
             )
         seconds.append(time.perf_counter() - started)
         unfinished, per_prompt = found.unfinished, shortfall.per_prompt

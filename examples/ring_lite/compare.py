@@ -133,7 +133,11 @@ def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[st
         options = [*stages.settings(values), "--resume", *(["--nproc", str(nproc)] if nproc > 1 else [])]
         stages.run_python(
             f"{Path(config).name}, seed {seed}, from {model}",
-            *("-m", "megatron_rl.cli", "train", HERE / f"{config}.toml", *options),
+            "-m",
+            "megatron_rl.cli",
+            "train",
+            HERE / f"{config}.toml",
+            *options,
         )
     rows = read_metrics(run_dir / "metrics.jsonl")
     return [

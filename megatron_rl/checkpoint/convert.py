@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,17 +18,17 @@ from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint, 
 from megatron_rl.checkpoint.hf import (
     SafetensorsWriter,
     TensorInfo,
-    as_bytes,
     copy_companions,
     divide_into_shards,
     num_bytes,
-    replace_directory,
     shard_file,
     write_index,
 )
 from megatron_rl.checkpoint.names import hf_names, name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
 from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.files import replace_directory
+from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ class _Reading:
     def __init__(self, job: Job, source: Checkpoint, names: Sequence[str], progress: Callable[[int], None]) -> None:
         self.num_not_finite = 0
         self._job, self._source, self._progress = job, source, progress
-        self._checksums: dict[str, int] = {}
+        self._checksums: dict[str, str] = {}
         self._waiting = iter(names)
         self._reader = ThreadPoolExecutor(1)
         self._next = self._read_ahead()
@@ -146,7 +145,7 @@ class _Reading:
         self._progress(tensor.nbytes)
         return tensor
 
-    def finish(self) -> dict[str, int]:
+    def finish(self) -> dict[str, str]:
         """The checksums, of every tensor of the source. ValueError when it held one that nobody asked for."""
         left = set(self._source.dtypes) - set(self._checksums)
         if left or self._next is not None:
@@ -181,10 +180,6 @@ class _Reading:
             )
 
 
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(as_bytes(tensor))
-
-
 def _write_hf(
     directory: Path, infos: list[TensorInfo], model: BailingConfig, read: Callable[[str], Tensor], max_bytes: int
 ) -> None:
@@ -196,7 +191,7 @@ def _write_hf(
     write_index(directory, [[name for name, _, _ in shard] for shard in shards], name_table(model))
 
 
-def _verify(directory: Path, checksums: dict[str, int], progress: Callable[[int], None]) -> None:
+def _verify(directory: Path, checksums: dict[str, str], progress: Callable[[int], None]) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
             forget_cached(file)

@@ -17,6 +17,7 @@ from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.files import model_files, open_model_file
 from megatron_rl.parsing import parse_json, read_json
+from megatron_rl.tensor_bytes import as_bytes
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
@@ -161,11 +162,6 @@ def divide_into_shards(tensors: Sequence[TensorInfo], max_bytes: int) -> list[li
     return shards
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor in memory, row by row, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-
-
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
@@ -219,31 +215,3 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
         changes["torch_dtype"] = str(dtype).removeprefix("torch.")
     if any(config.get(name) != value for name, value in changes.items()):
         (destination / "config.json").write_text(json.dumps(config | changes, indent=2), encoding="utf-8")
-
-
-def replace_directory(source: Path, destination: Path) -> None:
-    """Rename `source` to `destination`; an old `destination` is moved aside first and deleted after."""
-    old = _moved_aside(destination)
-    source.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def link_directory(target: Path, link: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, whatever was there before."""
-    partial = link.with_name(f".{link.name}.link")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(target, link.parent))
-    old = _moved_aside(link)
-    partial.rename(link)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _moved_aside(directory: Path) -> Path:
-    """Where a directory is now that had the name before; a link is only removed."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.is_symlink():
-        directory.unlink()
-    elif directory.exists():
-        directory.rename(old)
-    return old

@@ -4,13 +4,13 @@
 `step_N.damaged` one that was found to be. Other names are somebody's own copies.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from megatron_rl.checkpoint.checksums import sync
 from megatron_rl.checkpoint.read import newest
+from megatron_rl.files import whole_file
 
 _STEP = re.compile(r"step_\d+")
 
@@ -55,12 +55,8 @@ def point_to(path: Path) -> None:
     """Make `latest` name it, once it is there for certain."""
     directory = path.parent
     sync(directory)
-    written = directory / ".latest.partial"
-    with written.open("w", encoding="utf-8") as file:
+    with whole_file(directory / "latest", is_durable=True) as file:
         file.write(path.name)
-        file.flush()
-        os.fsync(file.fileno())
-    written.replace(directory / "latest")
     sync(directory)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
 from megatron_rl.evaluation.settings import checked_settings, settings_of
+from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
@@ -134,12 +134,8 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
         return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
 
     found = {row.position: row for row in await asyncio.gather(*map(again, benchmark.given_up))}
-    partial = benchmark.path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(benchmark.path, is_durable=True) as file:
         file.writelines(as_line(found.get(row.position, row)) for row in read_judged(benchmark.path))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(benchmark.path)
 
 
 async def _run(
@@ -156,8 +152,13 @@ async def _run(
         return as_line(judged(sample, question.prompt, len(benchmark.prompts), kind, text))
 
     sampler = Sampler(
-        *(servers, rewards, decode, no_advantages, config.rollout.as_rollout()),
-        *(config.seed + _SEED_OFFSET, eos),
+        servers,
+        rewards,
+        decode,
+        no_advantages,
+        config.rollout.as_rollout(),
+        config.seed + _SEED_OFFSET,
+        eos,
         top_p=config.rollout.top_p,
     )
     started = time.perf_counter()

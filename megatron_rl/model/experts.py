@@ -129,7 +129,7 @@ class _LocalDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class Rows(NamedTuple):
-    """Rows of grouped products, of which every expert has a multiple of some number, and at least that.
+    """Which row of grouped products is whose: an expert's are one behind another, a multiple of some number of them.
 
     of_choice: int64 [T, K], the row of each choice. token: int64 [P], the token of each row; a row without one has any.
     ends: int32 [E], the row behind each expert's last, in the order of rows.
@@ -141,19 +141,45 @@ class Rows(NamedTuple):
 
 
 def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = False) -> Rows:
-    """expert_of: int64 [T, K] on the device; nothing waits for its values. reverse: the last expert has the first rows.
-    Each expert's tokens are in their order."""
+    """Give every choice of an expert a row, each expert's tokens in their order.
+
+    expert_of: int64 [T, K] on the device; nothing waits for its values. multiple: every expert has so many rows, or
+    twice as many, and so on. reverse: the last expert has the first rows.
+
+    Of four tokens the second chooses expert 0, the others expert 1; rows come in pairs. P is what is needed at most:
+
+        row      0 1   2 3 4 5   6 7
+        expert   0 0   1 1 1 1   none
+        token    1 -   0 2 3 -   - -
+
+    >>> expert_of = torch.tensor([[1], [0], [1], [1]])
+    >>> rows = rows_of(expert_of, num_experts=2, multiple=2)
+    >>> rows.of_choice.tolist()
+    [[2], [0], [3], [4]]
+    >>> rows.token.tolist()
+    [1, 0, 0, 2, 3, 0, 0, 0]
+    >>> rows.ends.tolist()
+    [2, 6]
+
+    In reverse expert 1 has rows 0 to 3, and expert 0 the two behind them:
+
+    >>> rows = rows_of(expert_of, num_experts=2, multiple=2, reverse=True)
+    >>> rows.of_choice.tolist(), rows.ends.tolist()
+    ([[0], [4], [1], [2]], [4, 6])
+    """
     num_tokens, num_choices = expert_of.shape
-    # By expert and then by token: torch adds up along a first dimension 50 times slower (H200, 8,192 tokens).
+    # [E, T], 1 where the token has chosen the expert. By expert and then by token: torch adds up along a first
+    # dimension 50 times slower (H200, 8,192 tokens).
     chosen = expert_of.new_zeros(num_experts, num_tokens, dtype=torch.int32).scatter_(0, expert_of.T, 1)
-    until = chosen.cumsum(1, dtype=torch.int32)
-    padded = (chosen.sum(1).clamp(min=1) + multiple - 1) // multiple * multiple
-    ends = (padded.flip(0) if reverse else padded).cumsum(0)
-    starts = (ends.flip(0) if reverse else ends) - padded
-    of_choice = starts[expert_of] + until.gather(0, expert_of.T).T - 1
-    tokens = torch.arange(num_tokens, device=expert_of.device)[:, None].expand(-1, num_choices)
+    num_until = chosen.cumsum(1, dtype=torch.int32)  # of the expert's tokens, up to this one and with it
+    num_rows = (chosen.sum(1).clamp(min=1) + multiple - 1) // multiple * multiple  # [E]
+    ends = (num_rows.flip(0) if reverse else num_rows).cumsum(0)
+    starts = (ends.flip(0) if reverse else ends) - num_rows  # [E], by expert again
+    of_choice = starts[expert_of] + num_until.gather(0, expert_of.T).T - 1
+    token_of_choice = torch.arange(num_tokens, device=expert_of.device)[:, None].expand(-1, num_choices)
     token = expert_of.new_zeros(expert_of.numel() + num_experts * multiple)
-    return Rows(of_choice, token.index_copy_(0, of_choice.flatten(), tokens.flatten()), ends.to(torch.int32))
+    token.index_copy_(0, of_choice.flatten(), token_of_choice.flatten())
+    return Rows(of_choice, token, ends.to(torch.int32))
 
 
 def _spread(x: Tensor, token: Tensor) -> Tensor:
@@ -199,6 +225,11 @@ def distance(weights: Sequence[Tensor]) -> int:
     """Elements from one parameter to the next, all of one shape, where they lie evenly in one storage; 0 elsewhere.
 
     Megatron's parameter buffer (distributed/param_and_grad_buffer.py) has the last parameter first: below 0.
+
+    >>> buffer = torch.zeros(64)
+    >>> expert_1, other, expert_0 = buffer[:16], buffer[16:48], buffer[48:]
+    >>> distance([expert_0, expert_1])
+    -48
     """
     first = weights[0]
     step = weights[1].storage_offset() - first.storage_offset()
@@ -218,11 +249,28 @@ def _view(weights: Sequence[Tensor], step: int) -> Tensor:
 
 
 class Weights:
-    """Parameters of one shape, in one grouped product. is_reversed: of them the last one comes first.
+    """Multiplies rows by the weights of their experts, parameters of one shape, in one grouped product.
 
-    Where they and megatron's fp32 gradients lie evenly in that order, the stack is a view of them, and gradients of all
-    are added at once. Else (a bucket of the buffer may end between them) it is a copy, and autograd gives each its own.
-    add_product asks for evenly lying gradients alone.
+    is_reversed: of the experts the last one comes first, as in the buffers that megatron lays parameters and their fp32
+    gradients (`main_grad`) out in. Where weights lie evenly there, their stack is a view; else (a bucket of the buffer
+    may end between them) it is a copy. A gradient goes one of three ways:
+
+        main_grads lie evenly, with add_product   each product is added to them in fp32, without a tensor of its own
+        weights and main_grads lie evenly         all are added to them at once
+        else                                      autograd gives each parameter its own
+
+    Four tokens in four rows, the first of expert 0 and the others of expert 1, whose weights make sums of the four
+    numbers of a row, ten and a hundred times:
+
+    >>> experts = [torch.full((4, 4), 10.0), torch.full((4, 4), 100.0)]
+    >>> tokens = torch.tensor([[1.0, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [4, 0, 0, 0]])
+    >>> Weights(experts, is_reversed=False).product(tokens, torch.tensor([1, 4], dtype=torch.int32))[:, 0].tolist()
+    [10.0, 200.0, 300.0, 400.0]
+
+    With the last expert first, the rows of expert 1 come first:
+
+    >>> Weights(experts, is_reversed=True).product(tokens, torch.tensor([3, 4], dtype=torch.int32))[:, 0].tolist()
+    [100.0, 200.0, 300.0, 40.0]
     """
 
     def __init__(
@@ -232,8 +280,10 @@ class Weights:
         ready: Callable[[Tensor], None] | None = None,
         add_product: Callable[..., None] | None = None,
     ) -> None:
+        """weights: by expert. ready, add_product: see GroupedExperts."""
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
+        # Elements from one to the next; 0 where they do not lie evenly in this order.
         self._step = max(0, distance(self._ordered))
         self._main_step = max(0, distance([weight.main_grad for weight in self._ordered])) if ready else 0
         self._ready, self._add_product = ready, add_product
@@ -250,7 +300,7 @@ class Weights:
         return F.grouped_mm(x, self.stacked().mT, offs=ends)
 
     def stacked(self) -> Tensor:
-        """[E, ...]"""
+        """Stack all weights [E, ...], for autograd: their gradients go to megatron's at once, or to each parameter."""
         if self._step and self._main_step:
             return _View.apply(self, self._ordered[0])
         return _Stack.apply(self._step, *self._ordered)
@@ -260,10 +310,10 @@ class Weights:
         return _view(self._ordered, self._step) if self._step else torch.stack([w.detach() for w in self._ordered])
 
     def add(self, gradient: Tensor) -> None:
-        """gradient: [E, ...], added to megatron's."""
+        """Add the gradients [E, ...] of all weights to megatron's."""
         first, count = self._ordered[0], len(self._ordered)
         _add(first.main_grad.as_strided((count, first.numel()), (self._main_step, 1)), gradient.reshape(count, -1))
-        self._added()
+        self._tell_megatron()
 
     def add_product(self, gradient: Tensor, x: Tensor, ends: Tensor) -> None:
         """Add each expert's product [out, in] of gradient [P, out] and x [P, in] to megatron's gradient, in fp32."""
@@ -272,9 +322,10 @@ class Weights:
         total = first.as_strided((count, *first.shape), (self._main_step, *first.stride()))
         # Without tuning: it would try every kernel again for every number of rows.
         self._add_product(gradient.mT, x, total, cu_seqlens_k=F.pad(ends, (1, 0)), tuned=False)
-        self._added()
+        self._tell_megatron()
 
-    def _added(self) -> None:
+    def _tell_megatron(self) -> None:
+        """Say that the gradients of all weights are there: its DDP adds none, and knows whose they are."""
         self._ordered[0].grad_added_to_main_grad = True  # its hook adds nothing, until the next step
         assert self._ready is not None
         for weight in self._ordered[1:]:

@@ -107,8 +107,13 @@ class FlashAttention(PackedAttention):
         groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GROUPS else {}
         causal = (-1, 0)
         attended = self.kernel(
-            *(query, key, value.contiguous()),  # kept for backward as a view, it would keep all of the joint projection
-            *(starts, starts, longest, longest),
+            query,
+            key,
+            value.contiguous(),  # kept for backward as a view, it would keep all of the joint projection
+            starts,
+            starts,
+            longest,
+            longest,
             scale=self.softmax_scale,
             window_size=causal,
             **groups,
@@ -130,7 +135,9 @@ class FlashAttention4(PackedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         starts, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         attended, _ = self.kernel(
-            *(query, key, value.contiguous()),  # as above
+            query,
+            key,
+            value.contiguous(),  # as above
             cu_seqlens_q=starts,
             cu_seqlens_k=starts,
             max_seqlen_q=longest,

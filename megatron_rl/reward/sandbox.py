@@ -157,10 +157,18 @@ class Sandbox:
             "--",
         ]
         shm_bytes = max(limits.disk_bytes // 4, resource.getpagesize())
-        mounts = f"--size {shm_bytes} --tmpfs /dev/shm --size {limits.disk_bytes} --tmpfs /tmp".split()
+        memory = f"--size {shm_bytes} --tmpfs /dev/shm --size {limits.disk_bytes} --tmpfs /tmp"
         return [
-            *(self._bwrap, *_ISOLATION.split(), *_SYSTEM.split(), *prefix, "--proc", "/proc", "--dev", "/dev", *mounts),
-            *(*_CLOSING.split(), *run_options, "--", *limit_command, *program.command),
+            self._bwrap,
+            *_ISOLATION.split(),
+            *_SYSTEM.split(),
+            *prefix,
+            *f"--proc /proc --dev /dev {memory}".split(),
+            *_CLOSING.split(),
+            *run_options,
+            "--",
+            *limit_command,
+            *program.command,
         ]
 
     def _show_numpy(self, version: tuple[int, ...]) -> bool:

@@ -74,7 +74,10 @@ def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
     routed = [r.routed_experts for r in responses if r.routed_experts is not None]
     table = [
         (
-            *(r.prompt_id, r.sample_index, len(r.prompt_ids), len(r.output_ids)),
+            r.prompt_id,
+            r.sample_index,
+            len(r.prompt_ids),
+            len(r.output_ids),
             -1 if r.routed_experts is None else len(r.routed_experts),
         )
         for r in responses

@@ -36,6 +36,10 @@ class ServerLost(ServerError):
     """It is gone, does not answer in time, or answers what no healthy server would: another one may do."""
 
 
+class ServerSilent(ServerLost):
+    """It has not answered in time; it may be there all the same."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
     """One response to sample: the tokens before it, its seed, and how many tokens it may have.
@@ -68,7 +72,7 @@ class Generated:
     routed_experts: np.ndarray | None = None
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all at once and return their results in order. The first failure cancels the rest and is raised itself."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -193,7 +197,7 @@ class GenerationClient:
             raise RequestRefused(f"{self.url}{route} refused: {self._shown(str(message))}")
 
     async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
-        """By tensor name the checksum that rollout/update_group.py computes, and the dtype that it was computed in.
+        """By tensor name the checksum that tensor_bytes.py computes, and the dtype that it was computed in.
         RequestRefused by a server that has none; only the embedded one does."""
         answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
         try:
@@ -207,9 +211,9 @@ class GenerationClient:
             raise ServerLost(f"{self.url}/server_info answered {type(found).__name__}")
         return found
 
-    async def is_ready(self) -> bool:
+    async def is_ready(self, timeout_seconds: float = 5.0) -> bool:
         """True once the server answers /ready with 200; False while nothing listens."""
-        return await self._is_ok("/ready", 5.0)
+        return await self._is_ok("/ready", timeout_seconds)
 
     async def is_there(self, timeout_seconds: float) -> bool:
         """True when its front end answers, whatever the model behind it does."""
@@ -301,7 +305,7 @@ class GenerationClient:
         try:
             answer = await self._request(method, route, body, timeout_seconds)
         except TimeoutError:
-            raise ServerLost(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
+            raise ServerSilent(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:

@@ -62,7 +62,9 @@ async def sample_questions(
     """Append every question's scored group to `path`. server: what the logs of the servers are called after."""
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
         await sample_into(
-            *(path, sampler, questions),
+            path,
+            sampler,
+            questions,
             lambda question, group: group_rows(
                 group, question.prompt, config.reward.kind_of(question.prompt.domain), sampler.decode
             ),

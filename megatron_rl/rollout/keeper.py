@@ -167,7 +167,9 @@ def start_servers(
         log.warning(
             "%d of this machine's GPUs do not generate: %d server(s) take %d each; raise rollout.servers, or "
             "--tp-size in rollout.sglang_arguments",
-            *(num_idle, len(shares), rollout.sglang_gpus),
+            num_idle,
+            len(shares),
+            rollout.sglang_gpus,
         )
     return ServerKeeper(
         [

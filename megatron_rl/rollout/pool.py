@@ -24,7 +24,7 @@ from megatron_rl.rollout.client import (
     GenerationClient,
     ServerError,
     ServerLost,
-    together,
+    gather_all,
 )
 from megatron_rl.rollout.routing import RoutedShape
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS
@@ -241,7 +241,7 @@ class ServerPool:
                 return []
 
         asked = self.serving if members is None else members
-        return dict(itertools.chain(*await together(one(member) for member in asked)))
+        return dict(itertools.chain(*await gather_all(one(member) for member in asked)))
 
     @contextlib.contextmanager
     def _busy(

@@ -64,7 +64,11 @@ async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: 
                 told = time.perf_counter()
                 log.info(
                     "%d of %d %s, mean reward %.3f, %.0f tokens/s",
-                    *(num_done, num_groups, noun, reward / num_done, num_tokens / (told - started)),
+                    num_done,
+                    num_groups,
+                    noun,
+                    reward / num_done,
+                    num_tokens / (told - started),
                 )
     return num_tokens
 

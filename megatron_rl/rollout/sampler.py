@@ -21,7 +21,7 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.client import Continuation, Generated, ServerError, together
+from megatron_rl.rollout.client import Continuation, Generated, ServerError, gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.recorded import with_advantages
@@ -103,7 +103,7 @@ class Sampler:
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
         """A scored group for every question, in their order. A group goes as one request."""
-        return await together(self._group(question, policy_version) for question in questions)
+        return await gather_all(self._group(question, policy_version) for question in questions)
 
     async def as_completed(
         self, questions: Sequence[Question], policy_version: int

@@ -13,6 +13,7 @@ import psutil
 
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.files import whole_file
 from megatron_rl.gpus import visible_gpus
 from megatron_rl.rollout.keeper import start_servers
 from megatron_rl.rollout.ports import address_towards
@@ -58,13 +59,8 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
         ) as keeper:
             keeper.wait_ready()
             keys = {url: keeper.key_of(url) for url in keeper.urls}
-            partial = folder / f".{name}.partial"
-            partial.unlink(missing_ok=True)
-            with os.fdopen(
-                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-            ) as file:
+            with whole_file(folder / f"{name}.json", mode=0o600) as file:
                 json.dump({"keys": keys, "num_processes": num_processes, "torch": torch}, file)
-            partial.replace(folder / f"{name}.json")
             log.info("serving at %s", ", ".join(keeper.urls))
             while True:
                 keeper.check()

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
+from megatron_rl.files import whole_file
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
 from megatron_rl.proxies import without_proxy
@@ -76,9 +77,8 @@ class GenerationServer:
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and `wait_ready` tells
             self._process.stdin.write(f"{key}\n".encode())
             self._process.stdin.flush()
-        partial = log_path.with_suffix(".pid.partial")  # whoever waits for a new one never reads half of it
-        partial.write_text(str(self._process.pid), encoding="utf-8")
-        partial.replace(log_path.with_suffix(".pid"))
+        with whole_file(log_path.with_suffix(".pid")) as file:  # whoever waits for a new one never reads half of it
+            file.write(str(self._process.pid))
 
     @property
     def url(self) -> str:

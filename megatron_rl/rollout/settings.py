@@ -1,13 +1,13 @@
 """What the responses in a file depend on, kept beside it, so that `--resume` never mixes those of two settings."""
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.reward import RewardSection
+from megatron_rl.files import whole_file
 from megatron_rl.parsing import read_json
 
 ANOTHER_OUTPUT = "name another --output"
@@ -28,11 +28,8 @@ def reward_settings(reward: RewardSection) -> dict[str, Any]:
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # of a run that was killed, or a link to somewhere else
-    with partial.open("x", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.write(json.dumps(settings, indent=1))
-    os.replace(partial, path)
 
 
 def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPUT) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.errors import Fault
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.client import together
+from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.recorded import answer_columns
 from megatron_rl.rollout.resumable import Finished
 from megatron_rl.rollout.sampler import sampling_seed
@@ -84,11 +84,13 @@ class Teacher:
         if self._failed:
             log.warning(
                 "%d of %d prompts got no answer (the last: %s); --resume asks them again",
-                *(len(self._failed), len(questions), self._failed[-1]),
+                len(self._failed),
+                len(questions),
+                self._failed[-1],
             )
 
     async def _finished(self, position: int, prompt: Prompt) -> Finished:
-        rows = await together(self._row(position, index, prompt) for index in range(self._size))
+        rows = await gather_all(self._row(position, index, prompt) for index in range(self._size))
         return Finished(
             lines="".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
             num_tokens=sum(row["num_tokens"] for row in rows),

@@ -7,7 +7,6 @@ name away from others, and does not split a communicator that the trainer's defa
 """
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -127,15 +126,3 @@ def _blocking_wait() -> Iterator[None]:
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """The payload of a bucket: the bytes of the tensors end to end, uint8 [sum of bytes]."""
     return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
-
-
-def checksum(tensor: Tensor) -> str:
-    """CRC-32 of dtype, shape and the bytes of the values in row-major order, as 8 hex digits.
-
-    Finds what was lost or mixed up on the way, at several GB/s; it is no protection against forgery. Equal values in
-    different dtypes have different checksums: convert first.
-    """
-    name = str(tensor.dtype).removeprefix("torch.")
-    header = f"{name}{tuple(tensor.shape)}".encode()
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return f"{zlib.crc32(memoryview(values.numpy()), zlib.crc32(header)):08x}"

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.mixture import load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
+from megatron_rl.files import link_directory
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout.command import check_claim, claim, sample_questions, sampling_settings
 from megatron_rl.rollout.resumable import find_groups, told_of_resume
@@ -165,7 +165,8 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
             f"no candidate is within band = [{config.band[0]:g}, {config.band[1]:g}] and require_band is set; add "
             "candidates, widen band, or set require_band = false to take the nearest"
         )
-    _point(link, chosen.candidate.path)
+    _check_link(link)  # somebody may have put something there since
+    link_directory(chosen.candidate.path, link)
 
 
 def _record(one: Measured, band: tuple[float, float]) -> dict[str, Any]:
@@ -199,11 +200,3 @@ def _check_rewards(config: SelectConfig, measured: Sequence[Measured]) -> None:
 def _check_link(link: Path) -> None:
     if link.exists() and not link.is_symlink():
         raise ValueError(f"{link} is where the link to the chosen candidate goes; remove it, or {_REMEDY}")
-
-
-def _point(link: Path, target: Path) -> None:
-    """Make `link` a relative link to `target`, whatever it was a link to; there is one at any time."""
-    partial = link.with_name(f".{link.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()), target_is_directory=True)
-    os.replace(partial, link)

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.checkpoint.names import name_table
-from megatron_rl.device import on_cuda, torch_device
+from megatron_rl.device import torch_device
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model
-from megatron_rl.rollout import update_group
 from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
-from megatron_rl.stores import host_store
+from megatron_rl.sync.all_ranks import gather_objects
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.requests import READY_SECONDS, Asked, ServerRequests, Waits
+from megatron_rl.sync.server_group import GroupFailed, ServerGroup
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
 log = logging.getLogger(__name__)
@@ -128,10 +128,8 @@ class DistributedTransport:
 
 def owners(mine: list[str], control: Any) -> dict[str, int]:
     """Which rank exports each parameter, by canonical name."""
-    gathered_names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered_names, mine, group=control)
     owner_of: dict[str, int] = {}
-    for rank, names in enumerate(gathered_names):
+    for rank, names in enumerate(gather_objects(mine, control)):
         for name in names:
             assert name not in owner_of, f"{name} is exported twice"
             owner_of[name] = rank
@@ -139,18 +137,18 @@ def owners(mine: list[str], control: Any) -> dict[str, int]:
 
 
 class _Sender:
-    """Rank 0's end: HTTP requests in threads beside the broadcast. What fails is remembered until `end`, so that the
+    """Rank 0's end: HTTP requests beside the broadcast. What fails is remembered until `end`, so that the
     other ranks' collectives go on to theirs."""
 
     def __init__(self, address: str, requests: ServerRequests, backend: str) -> None:
         self._address, self._requests, self._backend = address, requests, backend
-        self._group: dist.ProcessGroup | None = None
+        self._group: ServerGroup | None = None
         self._joined: list[tuple[str, int]] = []  # url and number of losses of each member of the group
         self._urls: list[str] = []
         self.is_new = False
         # Of this run alone: servers that outlive a run may still know the groups of the one before.
         self._run, self._number = secrets.token_hex(4), 0
-        self._pending: tuple[update_group.Waitable, Asked] | None = None
+        self._pending: Asked = []  # the servers' word on the bucket that is on its way
         self._brackets: set[str] = set()
 
     def begin(self, members: Sequence[Member]) -> None:
@@ -185,16 +183,15 @@ class _Sender:
             "weight_version": version,
         }
         asked = self._requests.ask("/update_weights_from_distributed", dict.fromkeys(self._urls, body))
-        told = ""
         try:
-            self._pending = update_group.broadcast(self._group, flat), asked
-        except RuntimeError as error:  # NCCL makes its communicator here, at the first one
-            told = _told(error)
-        if told:
-            self._give_up(asked, told)
+            self._group.broadcast(flat)
+        except GroupFailed as error:
+            self._give_up(asked, error)
             for url in self._urls:  # what the servers say of it has no remedy
                 if not isinstance(self._failed.get(url), ServerLost):
-                    self._failed[url] = RequestRefused(told)
+                    self._failed[url] = RequestRefused(str(error))
+        else:
+            self._pending = asked
 
     def end(self) -> dict[str, ServerError]:
         """Wait for what is on its way; returns why each server that failed did."""
@@ -226,9 +223,9 @@ class _Sender:
         return self._requests.failed
 
     def _abandon(self) -> None:
-        """Leave the group without a word; gloo closes its connections with the last reference."""
+        """Leave the group without a word."""
         if self._group is not None:
-            update_group.leave(self._group)
+            self._group.close()
             self._group = None
 
     def _at_brackets(self, route: str) -> Asked:
@@ -247,72 +244,37 @@ class _Sender:
         for _, future in stale:
             future.exception()  # it may have neither
         self._number += 1
-        world_size = 1 + sum(sizes.values())
-        store = host_store(self._address, world_size, self._requests.timeout)
+        group = ServerGroup(self._name, self._address, 1 + sum(sizes.values()), self._backend, self._requests.timeout)
         bodies, offset = {}, 1
         for url in urls:
-            where = self._address, store.port, offset, world_size
-            bodies[url] = join_request(*where, self._name, self._backend)
+            bodies[url] = join_request(group.address, group.port, offset, group.world_size, group.name, group.backend)
             offset += sizes[url]
         asked = self._requests.ask("/init_weights_update_group", bodies)
         try:
-            self._group = update_group.join(
-                self._address,
-                store.port,
-                0,
-                world_size,
-                self._name,
-                self._backend,
-                self._requests.timeout,
-                device=torch_device() if on_cuda() else None,
-                store=store,
-            )
-        except (RuntimeError, dist.DistError) as error:
-            log.warning("the process group for weights was not joined by all: %s", str(error).splitlines()[0])
-            del store  # its end tells those that still wait for the others
-        self._requests.settle(asked)
-        if self._group is None and not self._failed:  # nobody admits it
-            self._failed.update({url: ServerLost(f"{url} did not join the process group") for url in urls})
+            group.join()
+        except GroupFailed as error:
+            self._give_up(asked, error)
+            if not self._failed:  # nobody admits it
+                self._failed.update({url: ServerLost(f"{url} did not join the process group") for url in urls})
+        else:
+            self._requests.settle(asked)
+            self._group = group
 
     def _wait(self) -> None:
-        if self._pending is None:
+        if self._group is None:
             return
-        work, asked = self._pending
-        self._pending = None
-        told = ""
+        asked, self._pending = self._pending, []
         try:
-            work.wait()
-        except RuntimeError as error:
-            told = _told(error)
-        if not told:
+            self._group.wait()
+        except GroupFailed as error:
+            self._give_up(asked, error)
+            if not self._failed:  # nobody admits it
+                self._failed.update({url: ServerLost(f"{url}: {error}") for url in self._urls})
+        else:
             self._requests.settle(asked)
-            return
-        del work
-        self._give_up(asked, told)
-        if not self._failed:  # nobody admits it
-            self._failed.update({url: ServerLost(f"{url}: {told}") for url in self._urls})
 
-    def _give_up(self, asked: Asked, told: str) -> None:
-        """Leave the group after a broadcast that failed, and see what the servers say. No error may be held any more,
-        whose traceback holds the group."""
-        log.warning("%s", told)
-        # Before their answers are waited for: the end of its connections tells a server that nothing will come.
-        self._abandon()
+    def _give_up(self, asked: Asked, error: GroupFailed) -> None:
+        """Do without the group, which has closed itself, and see what the servers say."""
+        log.warning("%s", error)
+        self._group = None
         self._requests.settle(asked)
-
-
-def _told(error: RuntimeError) -> str:
-    """Say on one line why a broadcast failed, with the remedy where it is known."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    remedy = ""
-    if "Duplicate GPU" in text:
-        remedy = (
-            ". A server is on the GPU of the trainer's first rank, or two servers are on one, which NCCL refuses: set "
-            "sync.backend = 'gloo', or give the servers GPUs of their own"
-        )
-    elif "ismatched NCCL" in text:
-        remedy = (
-            ". Trainer and servers have different versions of NCCL: install the same torch in both, or set "
-            "sync.backend = 'gloo'"
-        )
-    return f"the broadcast of weights to the servers failed: {text}{remedy}"

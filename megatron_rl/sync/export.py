@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.checkpoint.hf import copy_companions, replace_directory, write_index, write_shard
+from megatron_rl.checkpoint.hf import copy_companions, write_index, write_shard
 from megatron_rl.checkpoint.names import Mapping, name_table
 from megatron_rl.errors import SharedFault
+from megatron_rl.files import replace_directory
 from megatron_rl.model.build import Model, owns_export, tensor_group
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.buckets import Bucket
-from megatron_rl.sync.together import together
 
 
 def export_tensors(
@@ -109,14 +110,14 @@ def export_directory(
             (partial / name).write_text(text, encoding="utf-8")
         replace_directory(partial, destination)
 
-    _together(make if rank == 0 else None, destination, control)
-    names_by_shard += _together(write, destination, control)
-    _together(finish if rank == 0 else None, destination, control)
+    _on_all_ranks(make if rank == 0 else None, destination, control)
+    names_by_shard += _on_all_ranks(write, destination, control)
+    _on_all_ranks(finish if rank == 0 else None, destination, control)
 
 
-def _together(work: Callable[[], Any] | None, destination: Path, control: Any) -> list[Any]:
+def _on_all_ranks(work: Callable[[], Any] | None, destination: Path, control: Any) -> list[Any]:
     try:
-        return together(work, control)
+        return on_all_ranks(work, control)
     except SharedFault as fault:
         raise SharedFault(
             f"weights could not be written to {destination} ({fault}); make room or set another place"

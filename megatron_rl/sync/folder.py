@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.rollout.embedded.weight_roots import WEIGHT_FOLDER_PREFIX as _PREFIX
+from megatron_rl.sync.all_ranks import broadcast_object
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,14 @@ class WeightFolder:
     def __init__(self, control: Any, num_bytes: int, shared: Path | None) -> None:
         """Collective over the gloo group `control`. num_bytes: of one export; for a moment there are two. shared: a
         directory that every node sees, in which the folder is to be; None on one machine."""
-        made: list[Any] = [None]
+        made = ""
         if dist.get_rank() == 0:
             parent = shared or _memory(num_bytes)
             _remove_abandoned(parent)
-            made = [tempfile.mkdtemp(prefix=_PREFIX, dir=parent)]  # mode 0700
-            self._lock = (Path(made[0]) / _LOCK).open("x", encoding="utf-8")
+            made = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)  # mode 0700
+            self._lock = (Path(made) / _LOCK).open("x", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-        dist.broadcast_object_list(made, src=0, group=control)
-        self._folder = Path(made[0])
+        self._folder = Path(broadcast_object(made, 0, control))
         self.path = self._folder / "weights"
 
     def close(self) -> None:

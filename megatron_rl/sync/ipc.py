@@ -9,6 +9,7 @@ On a CPU the same goes through shared memory. Not run on a GPU yet.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +23,38 @@ from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
 from megatron_rl.rollout.pool import Member
+from megatron_rl.sync.all_ranks import broadcast_object, gather_objects, on_all_ranks
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered
 from megatron_rl.sync.handles import serialized
 from megatron_rl.sync.requests import Asked, ServerRequests, Waits
 from megatron_rl.sync.spans import gather_spans, ranks_by_node
-from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update, settle
 
-# url and tensor-parallel rank of who opens a bucket, and the payload that tells it how.
-_Handles = list[tuple[str, int, str]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PushOrder:
+    """What rank 0 tells the others before anything is sent. urls: of the servers that take part; None: no push."""
+
+    urls: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opener:
+    """A tensor-parallel rank of a server, which opens the buckets of one rank of its node."""
+
+    url: str
+    server_rank: int
+    node_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Handle:
+    """What an opener is given of a bucket: how it gets at the bytes."""
+
+    url: str
+    server_rank: int
+    payload: str
 
 
 class IpcTransport:
@@ -59,10 +82,8 @@ class IpcTransport:
         table = name_table(model.bailing)
         self.buckets = divide(table.values(), model.dtype, max_bytes)
         rank = dist.get_rank()
-        told: list[Any] = [None] * dist.get_world_size()
-        mine = node, exported_names(model, takes_part=lambda _: True)
-        dist.all_gather_object(told, mine, group=control)
-        node_of, exports = [one for one, _ in told], [names for _, names in told]
+        node_of = gather_objects(node, control)
+        exports = gather_objects(exported_names(model, takes_part=lambda _: True), control)
         assert set().union(*exports) == table.keys(), "every parameter is exported by some rank"
         spans = gather_spans(node_of, exports)
         self._exporters = [set(span.owner_of.items()) for span in spans]
@@ -79,26 +100,42 @@ class IpcTransport:
         generated."""
         members: list[Member] = []
         trouble: Exception | None = None
-        urls: list[Any] = [None]
+        order = _PushOrder(urls=None)
         if receivers is not None:
             try:
                 members = receivers.run(members_to_update(receivers))
-                urls = [[member.client.url for member in members]]
+                order = _PushOrder(urls=tuple(member.client.url for member in members))
             except Exception as error:  # a stop, say: raised below, once the other ranks know that there is no push
                 trouble = error
-        dist.broadcast_object_list(urls, src=0, group=self._control)
+        order = broadcast_object(order, 0, self._control)
         if trouble is not None:
             raise trouble
         seconds = PushSeconds()
-        if urls[0] is None:
+        if order.urls is None:
             return seconds
-        opened = self._opened(urls[0])
+        failed = self._hand_over(order.urls, version, seconds)
+        with seconds.of("install"):
+            forget_shared()
+            if receivers is not None:
+                if not members:
+                    failed["none"] = ServerLost("no generation server is left")
+                receivers.run(settle(receivers, members, failed, str(version), is_fresh=True))
+        return seconds
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
+    def _hand_over(self, urls: Sequence[str], version: int, seconds: PushSeconds) -> dict[str, ServerError]:
+        """Collective: fill every bucket and have the servers copy it. Returns why each server of any node that failed
+        did; then nobody uses the memory of a bucket any more."""
+        openers = self._openers(urls)
         in_use: list[Tensor] = []
         for number, bucket in enumerate(self.buckets):
             with seconds.of("export"):
                 flat = self._filled(bucket)
             in_use.append(flat)
-            handles = self._handles(bucket, flat, opened)
+            handles = self._handles(bucket, flat, openers)
             with seconds.of("send"):
                 if self._sender is not None:
                     is_last = number == len(self.buckets) - 1
@@ -108,38 +145,20 @@ class IpcTransport:
             del in_use[:-1]
         with seconds.of("install"):
             failed = self._sender.end() if self._sender is not None else {}
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, failed, group=self._control)
-            in_use.clear()
-            del flat
-            forget_shared()
-            if receivers is not None:
-                everywhere = {url: error for one in told for url, error in one.items()}
-                if not members:
-                    everywhere["none"] = ServerLost("no generation server is left")
-                receivers.run(settle(receivers, members, everywhere, str(version), is_fresh=True))
-        return seconds
+            return {url: error for one in gather_objects(failed, self._control) for url, error in one.items()}
 
-    def close(self) -> None:
+    def _openers(self, urls: Sequence[str]) -> list[_Opener]:
+        """Collective over the node: the server ranks that open this rank's buckets."""
+        openers: list[_Opener] = []
         if self._sender is not None:
-            self._sender.close()
-
-    def _opened(self, urls: Sequence[str]) -> list[tuple[str, int]]:
-        """Collective over the node: the server ranks that open this rank's buckets, as (url, tensor-parallel rank)."""
-        plan: list[Any] = [None]
-        if self._sender is not None:
-            sizes = self._sender.begin([url for url in self._local_urls if url in urls])
             numbers = {url: number for number, url in enumerate(self._local_urls)}
-            plan = [
-                [
-                    (url, rank, opened_rank(numbers[url], rank, self._num_servers, self._num_gpus))
-                    for url, size in sizes.items()
-                    for rank in range(size)
-                ]
-            ]
-        dist.broadcast_object_list(plan, src=self._node_ranks[0], group=self._node_group)
+            for url, size in self._sender.begin([url for url in self._local_urls if url in urls]).items():
+                for rank in range(size):
+                    node_rank = opened_rank(numbers[url], rank, self._num_servers, self._num_gpus)
+                    openers.append(_Opener(url=url, server_rank=rank, node_rank=node_rank))
+        openers = broadcast_object(openers, self._node_ranks[0], self._node_group)
         own = self._node_ranks.index(dist.get_rank())
-        return [(url, rank) for url, rank, local in plan[0] if local == own]
+        return [opener for opener in openers if opener.node_rank == own]
 
     def _filled(self, bucket: Bucket) -> Tensor:
         """Collective: the whole bucket, uint8 [bytes]."""
@@ -158,13 +177,20 @@ class IpcTransport:
         first = dist.get_process_group_ranks(tensor_group(entry))[0]
         return any((entry.megatron, first) in exporters for exporters in self._exporters)
 
-    def _handles(self, bucket: Bucket, flat: Tensor, opened: Sequence[tuple[str, int]]) -> _Handles:
+    def _handles(self, bucket: Bucket, flat: Tensor, openers: Sequence[_Opener]) -> list[_Handle]:
         """Collective over the node: those of all its ranks."""
 
-        def make() -> _Handles:
-            return [(url, rank, serialized(flat, bucket.tensors, self._dtype)) for url, rank in opened]
+        def make() -> list[_Handle]:
+            return [
+                _Handle(
+                    url=opener.url,
+                    server_rank=opener.server_rank,
+                    payload=serialized(flat, bucket.tensors, self._dtype),
+                )
+                for opener in openers
+            ]
 
-        return [handle for one in together(make, self._node_group) for handle in one]
+        return [handle for one in on_all_ranks(make, self._node_group) for handle in one]
 
 
 def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
@@ -175,7 +201,8 @@ def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any
 
 
 class _Sender:
-    """The end of a node's first rank: requests in threads, one bucket at a time. What fails is remembered to `end`."""
+    """The end of a node's first rank: requests beside its thread, one bucket at a time. What fails is remembered until
+    `end`."""
 
     def __init__(self, requests: ServerRequests) -> None:
         self._requests = requests
@@ -192,12 +219,12 @@ class _Sender:
         self._requests.settle(self._at_brackets("/begin_weight_update"))
         return sizes
 
-    def send(self, handles: _Handles, version: str | None) -> None:
+    def send(self, handles: Sequence[_Handle], version: str | None) -> None:
         """Hand a bucket over, once the one before was copied. version: with the last, what the weights are called."""
         self._settle()
         payloads: dict[str, list[str]] = {}
-        for url, _, payload in sorted(handles, key=lambda handle: handle[:2]):
-            payloads.setdefault(url, []).append(payload)
+        for handle in sorted(handles, key=lambda handle: (handle.url, handle.server_rank)):
+            payloads.setdefault(handle.url, []).append(handle.payload)
         bodies = {
             url: {
                 "serialized_named_tensors": parts,  # by tensor-parallel rank

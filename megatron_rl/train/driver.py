@@ -20,10 +20,10 @@ from megatron_rl.keys import key_in_environment
 from megatron_rl.place import own_place
 from megatron_rl.preflight.checks import check_seats
 from megatron_rl.records import Plan
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
-from megatron_rl.sync.together import together
 from megatron_rl.sync.transport import DiskTransport, Transport
 from megatron_rl.train.orchestrator.commands import Command, Stop, Work, receive
 from megatron_rl.train.orchestrator.group_source import GroupSource, RecordedGroups, ServerGroups
@@ -149,7 +149,7 @@ def _take_room(config: RlConfig, context: TrainContext, servers: NodeServers | N
         offloader.reload()
 
     if config.rollout.release_memory:
-        together(reload, context.control)
+        on_all_ranks(reload, context.control)
     return time.perf_counter() - started
 
 

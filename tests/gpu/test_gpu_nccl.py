@@ -21,7 +21,7 @@ from training_runs import GIVEN, Run, TrainingRuns
 from weight_receiver import serving
 
 from megatron_rl import device
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 NAMES = ["DP2", "TP2", "EP2", "PP2", "CP2", "TP2xDP2-EP2"]
 assert LAYOUTS.keys() >= set(NAMES)

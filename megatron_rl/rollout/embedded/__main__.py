@@ -15,8 +15,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rl.keys import key_in_environment
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+
+    from megatron_rl.rollout.embedded.engine import EngineOptions
 
 log = logging.getLogger("megatron_rl.rollout.embedded")
 
@@ -140,26 +147,13 @@ def read_key(arguments: argparse.Namespace) -> str:
 
 async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -> int:
     import torch
-    import uvicorn
     from starlette.middleware import Middleware
 
     from megatron_rl.config.bailing import load_bailing_config
     from megatron_rl.rollout.embedded.cache import KVCache
-    from megatron_rl.rollout.embedded.engine import EngineOptions, cache_shape
     from megatron_rl.rollout.embedded.guard import Guard
     from megatron_rl.rollout.embedded.server import App
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
-            yield
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            # Whoever started the server waits for this line: from here on connections are accepted.
-            host, port = bound.getsockname()[:2]
-            log.info("serving %s on http://%s:%d", arguments.model_path, f"[{host}]" if ":" in host else host, port)
+    from megatron_rl.rollout.embedded.slot_memory import cache_shape
 
     config = load_bailing_config(arguments.model_path)
     context_length = arguments.context_length or config.max_position_embeddings
@@ -168,19 +162,10 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
     torch.set_flush_denormal(True)
     # The engine thread gives up the GIL in every operation; it gets it back from a busy event loop within this time.
     sys.setswitchinterval(0.0005)
-    options = EngineOptions(
-        model_path=str(Path(arguments.model_path)),
-        dtype=getattr(torch, arguments.dtype),
-        max_running_requests=arguments.max_running_requests,
-        context_length=context_length,
-        weight_version=arguments.weight_version,
-        update_timeout_seconds=arguments.update_timeout,
-        hold_timeout_seconds=arguments.hold_timeout,
-        weights_roots=tuple(arguments.weights_root),
-    )
+    options = engine_options(arguments, context_length)
     weight_bytes = config.num_parameters() * options.dtype.itemsize
     check_memory(
-        KVCache.num_bytes(**cache_shape(config, options)) + 2 * weight_bytes,
+        KVCache.num_bytes(**cache_shape(config, options.num_slots, context_length)) + 2 * weight_bytes,
         context_length,
         arguments.max_running_requests,
     )
@@ -189,17 +174,7 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
         server.should_exit = True
 
     app = App(config, options, on_failure=stop, guard=Middleware(Guard, key=key, host=arguments.host))
-    server = Server(
-        uvicorn.Config(
-            app.starlette(),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
-            timeout_keep_alive=120,
-            backlog=4096,
-        )
-    )
+    server = http_server(app.starlette(), f"serving {arguments.model_path}", bound)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -215,6 +190,53 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
     await server.serve(sockets=[bound])
     watcher.cancel()
     return 1 if app.engine.failure is not None else 0
+
+
+def engine_options(arguments: argparse.Namespace, context_length: int) -> "EngineOptions":
+    """Make the engine's options from the command line's."""
+    import torch
+
+    from megatron_rl.rollout.embedded.engine import EngineOptions
+
+    return EngineOptions(
+        model_path=str(Path(arguments.model_path)),
+        dtype=getattr(torch, arguments.dtype),
+        max_running_requests=arguments.max_running_requests,
+        context_length=context_length,
+        weight_version=arguments.weight_version,
+        update_timeout_seconds=arguments.update_timeout,
+        hold_timeout_seconds=arguments.hold_timeout,
+        weights_roots=tuple(arguments.weights_root),
+    )
+
+
+def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.Server":
+    """Make a server for the socket, which logs what it serves once it takes connections."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
+            yield
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # Whoever started the server waits for this line: from here on connections are accepted.
+            host, port = bound.getsockname()[:2]
+            log.info("%s on http://%s:%d", what, f"[{host}]" if ":" in host else host, port)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+            timeout_keep_alive=120,
+            backlog=4096,
+        )
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -1,13 +1,15 @@
 """Continuous batching: the thread that owns the model, the KV cache and every running sequence.
 
-Other threads talk to it through `submit` and `call`; it answers through the `deliver` callback. Between two steps it
-runs what `call` left for it (aborts, pauses, weight swaps), so those never see a half-done step.
+Other threads talk to it through `submit` and the methods that give a future; it answers through the `deliver` callback.
+Between two steps it runs what they left (aborts, pauses, weight swaps), so those never see a half-done step.
+
+The engine says what happens in which order. Each thing that it owns has a manager: commands.py (what others ask for),
+waiting.py (who waits), slots.py (who runs), slot_memory.py (what is kept for them), prefix_cache.py (what of it an
+identical prompt can use), runner.py (network and weights), prefill.py and decode.py (the two kinds of passes).
 """
 
 import logging
-import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,23 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
-from megatron_rl.rollout.embedded.invariance import CHUNK, MIN_HEAD_ROWS, check_invariance, decode_row_counts
-from megatron_rl.rollout.embedded.model import BailingModel, Batch
-from megatron_rl.rollout.embedded.reading import load_weights
-from megatron_rl.rollout.embedded.routing import RoutingRecord
-from megatron_rl.rollout.embedded.sampling import sample
+from megatron_rl.rollout.embedded.commands import CommandQueue
+from megatron_rl.rollout.embedded.decode import Decode, Drawn
+from megatron_rl.rollout.embedded.invariance import RowCounts, decode_row_counts
+from megatron_rl.rollout.embedded.prefill import Prefill
+from megatron_rl.rollout.embedded.prefix_cache import PrefixCache
+from megatron_rl.rollout.embedded.runner import ModelRunner
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
+from megatron_rl.rollout.embedded.slot_memory import SlotMemory
 from megatron_rl.rollout.embedded.slots import SlotTable
 from megatron_rl.rollout.embedded.waiting import SHARE, WaitingQueue
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
 
-ARRIVAL_GAP_SECONDS = 0.003
 BUSY_GATHER_SECONDS = 0.006
 IDLE_GATHER_SECONDS = 0.15
 
@@ -54,6 +55,11 @@ class EngineOptions:
     hold_timeout_seconds: float = 600.0  # see hold.py
     weights_roots: tuple[str, ...] = ()  # see weight_roots.py
 
+    @property
+    def num_slots(self) -> int:
+        """One for each sequence that may run, and what fills up a decode step."""
+        return decode_row_counts(self.max_running_requests)[-1]
+
 
 class Engine:
     """Generates for submitted sequences until `stop`; `deliver` gets a list of events after each step."""
@@ -65,38 +71,29 @@ class Engine:
         self.model_path = options.model_path
         self.failure: BaseException | None = None
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands = CommandQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._paused = False
         self._doomed: dict[Sequence, str] = {}  # aborted during a pause, with the reason
-        self._waiting = WaitingQueue()
         self._events: list[Event] = []
         self._arrivals = 0
 
+        num_slots, length = options.num_slots, options.context_length
         with torch.inference_mode():
-            self._model = BailingModel(config, dtype=options.dtype, context_length=options.context_length)
-            self._weights = load_weights(options.model_path, config, options.dtype)
-            num_slots = decode_row_counts(options.max_running_requests)[-1]
-            self.row_counts = check_invariance(self._model, self._weights, num_slots)
-            self._cache = KVCache(**cache_shape(config, options))
-            # Logits after each slot's prompt; identical prompts copy them along with the cache.
-            self._prompt_logits = torch.zeros(num_slots, config.vocab_size)
-        self._slots = SlotTable(num_slots, options.context_length)
-        self._routing = RoutingRecord(
-            num_slots=num_slots,
-            context_length=options.context_length,
-            num_layers=config.num_hidden_layers,
-            topk=config.num_experts_per_tok,
-        )
-        # prompt, and whether its experts are on record -> slot whose cache still starts with it
-        self._prefixes: dict[tuple[bytes, bool], int] = {}
-        self._prefix_of_slot: dict[int, tuple[bytes, bool]] = {}
-        if not self.row_counts.invariant:
-            log.warning(
-                "this machine's matrix products are not batch invariant for this model: results may depend "
-                "on what else is in the batch"
+            self._runner = ModelRunner(
+                config, options.model_path, dtype=options.dtype, num_slots=num_slots, context_length=length
             )
+            self._memory = SlotMemory(config, num_slots, length)
+        self._waiting = WaitingQueue()
+        self._slots = SlotTable(num_slots, length)
+        self._prefixes = PrefixCache()
+        self._prefill = Prefill(self._runner, self._memory)
+        self._decoder = Decode(self._runner, self._memory, self._slots)
+
+    @property
+    def row_counts(self) -> RowCounts:
+        return self._runner.row_counts
 
     # From any thread -----------------------------------------------------------------------------------------------
 
@@ -112,7 +109,7 @@ class Engine:
             self._stopping = True
 
         if self._thread.is_alive():
-            self._inbox.put(stop)
+            self._commands.put(stop)
             self._thread.join()
 
     def submit(self, sequences: list[Sequence]) -> None:
@@ -123,7 +120,7 @@ class Engine:
             self._waiting.add(sequences)
 
         self._require_running()
-        self._inbox.put(enqueue)
+        self._commands.put(enqueue)
 
     def abort(self, rid: str | None) -> "Future[int]":
         """Abort the sequences whose request id starts with `rid`, as SGLang does, or all for None; how many it hit.
@@ -155,7 +152,7 @@ class Engine:
             elif mode == "retract":
                 running = self._slots.running()
                 for sequence in running:
-                    self._release(_slot(sequence))
+                    self._release(sequence.used_slot)
                 self._waiting.add(running)
             self._paused = True
 
@@ -177,23 +174,22 @@ class Engine:
         def flush() -> bool:
             if self._slots.num_active or (self._waiting and not self._paused):
                 return False
-            self._forget_prefixes()
+            self._prefixes.clear()
             return True
 
         return self._call(flush)
 
     def load(self, model_path: Path) -> ModelWeights:
         """Read and check new weights in the caller's thread; the engine goes on with the old ones."""
-        with torch.inference_mode():
-            return load_weights(model_path, self.config, self.options.dtype)
+        return self._runner.load(model_path)
 
     def swap(self, weights: ModelWeights, model_path: str | None, version: str | None) -> "Future[None]":
         """Serve other weights from the next step on. model_path: where they came from; None leaves it as it is."""
 
         def swap() -> None:
-            self._weights = weights
+            self._runner.weights = weights
             self.model_path = model_path or self.model_path
-            self._forget_prefixes()
+            self._prefixes.clear()
             self._set_version(version)
 
         return self._call(swap)
@@ -203,7 +199,7 @@ class Engine:
 
     def weights(self) -> "Future[ModelWeights]":
         """What serves now."""
-        return self._call(lambda: self._weights)
+        return self._call(lambda: self._runner.weights)
 
     def load_state(self) -> dict[str, Any]:
         """Approximate load, read without waiting for the engine."""
@@ -214,17 +210,8 @@ class Engine:
             raise EngineStopped(f"the engine is not running: {self.failure or 'stopped'}")
 
     def _call(self, function: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:  # the fault boundary of a command: its caller gets it, the engine goes on
-                future.set_exception(error)
-
         self._require_running()
-        self._inbox.put(run)
-        return future
+        return self._commands.call(function)
 
     # In the engine thread ------------------------------------------------------------------------------------------
 
@@ -232,7 +219,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 while not self._stopping:
-                    self._read_inbox()
+                    self._run_commands()
                     if not self._paused:
                         self._admit()
                         self._decode()
@@ -243,11 +230,8 @@ class Engine:
             self._send_events()
             self._deliver([])
 
-    def _read_inbox(self) -> None:
-        if self._paused or not (self._slots.num_active or self._waiting):
-            self._inbox.get()()
-        while not self._inbox.empty():
-            self._inbox.get()()
+    def _run_commands(self) -> None:
+        self._commands.run(wait=self._paused or not (self._slots.num_active or self._waiting))
         if self._waiting and not self._paused:
             self._gather_arrivals()
 
@@ -257,203 +241,100 @@ class Engine:
         Clients send a batch one request after the other; taken one by one, each would cost a prefill pass and a
         partly filled decode step of its own.
         """
-        limit = BUSY_GATHER_SECONDS if self._slots.num_active else IDLE_GATHER_SECONDS
-        deadline = time.monotonic() + limit
-        room = self.options.max_running_requests - self._slots.num_active
-        while len(self._waiting) < room and not self._paused and time.monotonic() < deadline:
-            try:
-                self._inbox.get(timeout=ARRIVAL_GAP_SECONDS)()
-            except queue.Empty:
-                return
+        room = self._room()
+        self._commands.gather(
+            BUSY_GATHER_SECONDS if self._slots.num_active else IDLE_GATHER_SECONDS,
+            lambda: len(self._waiting) >= room or self._paused,
+        )
+
+    def _room(self) -> int:
+        return self.options.max_running_requests - self._slots.num_active
 
     def _admit(self) -> None:
         """Give waiting sequences free slots, fill the cache for their tokens and draw their next token."""
         admitted: list[Sequence] = []
-        leaders: list[Sequence] = []
-        copies: list[tuple[Sequence, int]] = []
-        room = self.options.max_running_requests - self._slots.num_active
+        leaders: dict[int, Sequence] = {}  # by slot: those whose tokens are in no other's
+        followers: list[tuple[Sequence, int]] = []  # with the slot of their leader
+        room = self._room()
         while self._waiting and len(admitted) < room:
-            sequence = self._waiting.take()
-            slot = self._slots.take(sequence)
-            self._drop_prefix(slot)
-            if not sequence.versions:
-                sequence.versions.append((self.weight_version, 0))
+            sequence = self._seat(self._waiting.take())
             admitted.append(sequence)
-            ids = np.array(sequence.prompt + sequence.output_ids, np.int32)
-            key = ids.tobytes(), sequence.return_routed_experts
-            source = self._prefixes.get(key)
-            if source is not None and sequence.input_logprob_start is None:
-                if any(leader.slot == source for leader in leaders):
-                    copies.append((sequence, source))
-                else:  # at once: a later sequence of this round may take the source's slot
-                    self._copy_prefixes([(sequence, source)])
-                continue
-            leaders.append(sequence)
-            self._prefixes.setdefault(key, slot)
-            if self._prefixes[key] == slot:
-                self._prefix_of_slot[slot] = key
+            key = self._prefixes.key(sequence)
+            source = self._prefixes.find(key)
+            if source is None or sequence.input_logprob_start is not None:
+                leaders[sequence.used_slot] = sequence
+                self._prefixes.add(key, sequence.used_slot)
+            elif source in leaders:
+                followers.append((sequence, source))
+            else:  # at once: a later sequence of this round may take the source's slot
+                self._copy_prompts([(sequence, source)])
         if not admitted:
             return
-        self._prefill(leaders)
-        self._copy_prefixes(copies)
+        self._prefill.run(list(leaders.values()))
+        self._copy_prompts(followers)
         self._draw_first(admitted)
 
-    def _copy_prefixes(self, copies: list[tuple[Sequence, int]]) -> None:
+    def _seat(self, sequence: Sequence) -> Sequence:
+        self._prefixes.drop(self._slots.take(sequence))
+        if not sequence.versions:
+            sequence.versions.append((self.weight_version, 0))
+        return sequence
+
+    def _copy_prompts(self, copies: list[tuple[Sequence, int]]) -> None:
+        """Give sequences what the slots beside them hold for the same tokens."""
         if not copies:
             return
-        sources = [source for _, source in copies]
-        targets = [_slot(sequence) for sequence, _ in copies]
-        longest = max(len(sequence.prompt) + len(sequence.output_ids) for sequence, _ in copies)
-        self._cache.copy_slots(sources, targets, longest)
-        self._prompt_logits[targets] = self._prompt_logits[sources]
-        if any(sequence.return_routed_experts for sequence, _ in copies):
-            self._routing.copy_slots(sources, targets, longest)
-
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        """Fill the cache with the sequences' tokens, CHUNK tokens an entry; keeps the logits after each last token."""
-        entries = [
-            (sequence, start)
-            for sequence in sequences
-            for start in range(0, len(sequence.prompt) + len(sequence.output_ids), CHUNK)
-        ]
-        sizes = self.row_counts.prefill_entries
-        while entries:
-            size = next((s for s in sizes if s >= len(entries)), sizes[-1])
-            self._prefill_entries(entries[:size], size)
-            del entries[:size]
-
-    def _prefill_entries(self, entries: list[tuple[Sequence, int]], size: int) -> None:
-        tokens = np.zeros((size, CHUNK), np.int64)
-        positions = np.zeros((size, CHUNK), np.int64)
-        following = np.zeros((size, CHUNK), np.int64)  # the token after each, for input log-probs
-        blocks = np.full((size, CHUNK), self._cache.trash_block)
-        slots = np.zeros(size, np.int64)
-        last_rows: list[int] = []
-        last_slots: list[int] = []
-        for i, (sequence, start) in enumerate(entries):
-            ids = sequence.prompt + sequence.output_ids
-            count = min(CHUNK, len(ids) - start)
-            tokens[i, :count] = ids[start : start + count]
-            after = ids[start + 1 : start + 1 + count]
-            following[i, : len(after)] = after
-            positions[i, :count] = np.arange(start, start + count)
-            blocks[i, :count] = positions[i, :count] // BLOCK
-            slots[i] = _slot(sequence)
-            if start + count == len(ids):
-                last_rows.append(i * CHUNK + count - 1)
-                last_slots.append(_slot(sequence))
-        batch = Batch(
-            tokens=torch.from_numpy(tokens).flatten(),
-            positions=torch.from_numpy(positions).flatten(),
-            write_blocks=torch.from_numpy(blocks).flatten(),
-            write_slots=torch.from_numpy(slots).repeat_interleave(CHUNK),
-            entry_slots=torch.from_numpy(slots),
-            num_queries=CHUNK,
-            num_blocks=int(positions.max()) // BLOCK + 1,
-            routed=self._routing.new_rows(size * CHUNK) if any(s.return_routed_experts for s, _ in entries) else None,
+        self._memory.copy_prompts(
+            [source for _, source in copies],
+            [sequence.used_slot for sequence, _ in copies],
+            max(sequence.num_tokens for sequence, _ in copies),
+            routed=any(sequence.return_routed_experts for sequence, _ in copies),
         )
-        hidden = self._model.hidden(self._weights, self._cache, batch)
-        if batch.routed is not None:
-            real = (blocks != self._cache.trash_block).flatten()
-            self._routing.write(slots.repeat(CHUNK)[real], positions.flatten()[real], batch.routed[real])
-        if last_rows:
-            # A fixed number of rows, at least MIN_HEAD_ROWS: fillers repeat the first.
-            fill = max(size, MIN_HEAD_ROWS) - len(last_rows)
-            logits = self._model.logits(self._weights, hidden[last_rows + last_rows[:1] * fill])
-            self._prompt_logits[last_slots] = logits[: len(last_rows)]
-        if any(sequence.input_logprob_start is not None for sequence, _ in entries):
-            logprobs = self._model.logits(self._weights, hidden).log_softmax(-1)
-            taken = logprobs.gather(1, torch.from_numpy(following).view(-1, 1)).view(size, CHUNK)
-            self._keep_input_logprobs(entries, taken)
-
-    @staticmethod
-    def _keep_input_logprobs(entries: list[tuple[Sequence, int]], taken: Tensor) -> None:
-        """Append log-probs of prompt[1:] chunk by chunk; `taken` [entries, CHUNK] is of the token after each row."""
-        for i, (sequence, start) in enumerate(entries):
-            if sequence.input_logprob_start is None or sequence.output_ids:
-                continue
-            if start == 0:
-                sequence.input_logprobs = [float("nan")]
-            assert sequence.input_logprobs is not None
-            missing = len(sequence.prompt) - len(sequence.input_logprobs)
-            sequence.input_logprobs += taken[i, : min(CHUNK, missing)].tolist()
 
     def _draw_first(self, admitted: list[Sequence]) -> None:
-        slots = np.array([_slot(sequence) for sequence in admitted])
-        rows = self._rows_for(int(slots.max()) + 1)
-        tokens, logprobs = sample(self._prompt_logits[:rows], self._slots.sampling_rows(rows))
-        full = self._slots.num_output[slots] >= self._slots.max_output[slots]
-        for slot in slots[full]:  # max_new_tokens = 0: only the prompt was wanted
+        drawn = self._decoder.first(np.array([sequence.used_slot for sequence in admitted]))
+        full = self._slots.num_output[drawn.slots] >= self._slots.max_output[drawn.slots]
+        for slot in drawn.slots[full]:  # max_new_tokens = 0: only the prompt was wanted
             self._finish(int(slot), {"type": "length", "length": 0})
-        self._record(slots[~full], tokens, logprobs)
+        self._record(drawn.where(~full))
 
     def _decode(self) -> None:
         """One token for every running sequence."""
-        if not self._slots.num_active:
-            return
-        table = self._slots
-        self._compact()
-        rows = self._rows_for(table.used)
-        active = table.active[:rows]
-        positions = np.where(active, table.position[:rows], 0)
-        batch = Batch(
-            tokens=torch.from_numpy(np.where(active, table.token[:rows], 0)),
-            positions=torch.from_numpy(positions),
-            write_blocks=torch.from_numpy(np.where(active, positions // BLOCK, self._cache.trash_block)),
-            write_slots=torch.arange(rows),
-            entry_slots=None,
-            num_queries=1,
-            num_blocks=int(positions.max()) // BLOCK + 1,
-            routed=self._routing.new_rows(rows) if table.num_routed else None,
-        )
-        logits = self._model.logits(self._weights, self._model.hidden(self._weights, self._cache, batch))
-        if batch.routed is not None:
-            self._routing.write(np.flatnonzero(active), positions[active], batch.routed[active])
-        table.position[:rows][active] += 1
-        tokens, logprobs = sample(logits, table.sampling_rows(rows))
-        self._record(np.flatnonzero(active), tokens, logprobs)
+        if self._slots.num_active:
+            self._compact()
+            self._record(self._decoder.step())
 
-    def _record(self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Keep the tokens drawn for `slots` out of tokens [rows]; end the sequences that are done."""
-        if not len(slots):
-            return
-        finite = np.isfinite(logprobs[slots])
+    def _record(self, drawn: Drawn) -> None:
+        """Keep the tokens that were drawn; end the sequences that are done."""
+        finite = np.isfinite(drawn.logprobs)
         if not finite.all():
-            for slot in slots[~finite]:
-                self._cache.clear_slot(int(slot))
-                self._drop_prefix(int(slot))
+            for slot in drawn.slots[~finite]:
+                self._memory.cache.clear_slot(int(slot))
+                self._prefixes.drop(int(slot))
                 self._finish(int(slot), {"type": "abort", "message": "the model's output is not finite"})
-            slots = slots[finite]
+            drawn = drawn.where(finite)
         table = self._slots
-        for slot in table.record(slots, tokens[slots], logprobs[slots]):
+        for slot in table.record(drawn.slots, drawn.tokens, drawn.logprobs):
             token = int(table.token[slot])
             if token in table.stop[slot]:
                 self._finish(int(slot), {"type": "stop", "matched": token})
             else:
                 self._finish(int(slot), {"type": "length", "length": int(table.num_output[slot])})
         if table.num_streaming:
-            for slot in slots:
+            for slot in drawn.slots:
                 sequence = table.sequences[slot]
                 if sequence is not None and sequence.stream:
                     self._emit(table.save(slot), None)
 
     def _compact(self) -> None:
         """Move sequences to lower slots when that lets the step run with fewer rows."""
-        table = self._slots
-        fewer = self._rows_for(table.num_active)
-        if fewer == self._rows_for(table.used):
+        table, fewer = self._slots, self._runner.decode_rows(self._slots.num_active)
+        if fewer == self._runner.decode_rows(table.used):
             return
-        sources = [int(s) for s in np.flatnonzero(table.active) if s >= fewer]
-        longest = int(table.position[sources].max())
-        targets = [table.move(slot) for slot in sources]
+        sources, targets, longest = table.move_below(fewer)
         for target in targets:
-            self._drop_prefix(target)
-        self._cache.copy_slots(sources, targets, longest)
-        if table.num_routed:
-            self._routing.copy_slots(sources, targets, longest)
-
-    def _rows_for(self, slots: int) -> int:
-        return next(count for count in self.row_counts.decode if count >= slots)
+            self._prefixes.drop(target)
+        self._memory.copy(sources, targets, longest, routed=bool(table.num_routed))
 
     def _abort_where(self, chosen: Callable[[Sequence], bool], message: str) -> int:
         running = [sequence for sequence in self._slots.running() if chosen(sequence)]
@@ -462,7 +343,7 @@ class Engine:
             if self._paused:
                 self._doomed.setdefault(sequence, message)
             else:
-                self._finish(_slot(sequence), {"type": "abort", "message": message})
+                self._finish(sequence.used_slot, {"type": "abort", "message": message})
         for sequence in waiting:
             self._emit(sequence, {"type": "abort", "message": f"Abort in waiting queue: {message}"}, queued=True)
         return len(running) + len(waiting)
@@ -475,8 +356,7 @@ class Engine:
         sequence = self._slots.release(slot)
         if sequence.return_routed_experts:
             # The last token was never put through the model.
-            count = len(sequence.prompt) + len(sequence.output_ids) - 1
-            sequence.routed_experts = self._routing.read(slot, count)
+            sequence.routed_experts = self._memory.routing.read(slot, sequence.num_tokens - 1)
         return sequence
 
     def _emit(self, sequence: Sequence, reason: dict[str, Any] | None, queued: bool = False) -> None:
@@ -488,7 +368,7 @@ class Engine:
                 finish_reason=reason,
                 queued=queued,
                 weight_version=self.weight_version,
-                version_spans=_spans(sequence, self.weight_version),
+                version_spans=sequence.version_spans(self.weight_version),
                 routed_experts=None if reason is None else sequence.routed_experts,
             )
         )
@@ -503,46 +383,7 @@ class Engine:
             return
         self.weight_version = version
         for sequence in self._slots.running():
-            sequence.versions.append((version, int(self._slots.num_output[_slot(sequence)])))
+            sequence.versions.append((version, int(self._slots.num_output[sequence.used_slot])))
         for sequence in self._waiting:
             if sequence.versions:
                 sequence.versions.append((version, len(sequence.output_ids)))
-
-    def _forget_prefixes(self) -> None:
-        self._prefixes.clear()
-        self._prefix_of_slot.clear()
-
-    def _drop_prefix(self, slot: int) -> None:
-        key = self._prefix_of_slot.pop(slot, None)
-        if key is not None:
-            del self._prefixes[key]
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
-
-
-def _spans(sequence: Sequence, current: str) -> list[dict[str, Any]]:
-    """Which output tokens [start, end) each weight version drew; versions that drew none are left out.
-
-    Without any token it is one empty span of the version that would have drawn the first, as in SGLang.
-    """
-    versions = sequence.versions or [(current, 0)]
-    ends = [start for _, start in versions[1:]] + [len(sequence.output_ids)]
-    spans = [
-        {"version": version, "start": start, "end": end}
-        for (version, start), end in zip(versions, ends, strict=True)
-        if end > start
-    ]
-    return spans or [{"version": versions[-1][0], "start": 0, "end": 0}]
-
-
-def cache_shape(config: BailingConfig, options: EngineOptions) -> dict[str, int]:
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_slots": decode_row_counts(options.max_running_requests)[-1],
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "context_length": options.context_length,
-    }

@@ -30,6 +30,35 @@ class Sequence:
     versions: list[tuple[str, int]] = field(default_factory=list)  # (weight version, first output token under it)
     routed_experts: np.ndarray | None = None  # uint8 [prompt + output - 1, layers, topk], when it leaves its slot
 
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what follows it, as of when the sequence last had no slot."""
+        return self.prompt + self.output_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output_ids)
+
+    @property
+    def used_slot(self) -> int:
+        """The slot of a sequence that has one."""
+        assert self.slot is not None
+        return self.slot
+
+    def version_spans(self, current: str) -> list[dict[str, Any]]:
+        """Which output tokens [start, end) each weight version drew; versions that drew none are left out.
+
+        Without any token it is one empty span of the version that would have drawn the first, as in SGLang.
+        """
+        versions = self.versions or [(current, 0)]
+        ends = [start for _, start in versions[1:]] + [len(self.output_ids)]
+        spans = [
+            {"version": version, "start": start, "end": end}
+            for (version, start), end in zip(versions, ends, strict=True)
+            if end > start
+        ]
+        return spans or [{"version": versions[-1][0], "start": 0, "end": 0}]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:

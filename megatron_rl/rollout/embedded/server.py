@@ -7,8 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +19,23 @@ from starlette.routing import Route
 
 from megatron_rl import __version__
 from megatron_rl.config.bailing import BailingConfig
-from megatron_rl.rollout.embedded.answers import error_body, errors_as_json, json_answer, wait
+from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
-from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight, cut, flag, text
-from megatron_rl.rollout.embedded.gate import Gate
+from megatron_rl.rollout.embedded.fields import RequestError, cut, flag, text
+from megatron_rl.rollout.embedded.in_flight import InFlight, Job, Listener
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.protocol import GenerateRequest, Limits, PromptRequest, meta_info, parse_generate
 from megatron_rl.rollout.embedded.sampling import derive_seeds
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
+from megatron_rl.rollout.embedded.streams import DONE, Stream, error_lines
+from megatron_rl.rollout.embedded.update_lock import UpdateLock
 from megatron_rl.rollout.embedded.weight_routes import WeightRoutes
 from megatron_rl.rollout.routing import MAX_EXPERTS
 
 log = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_SECONDS = 20
-# Of all requests together; beyond it a request is refused, because each takes memory from its arrival on.
-MAX_SEQUENCES_IN_FLIGHT = 2**18
-MAX_FULL_PROMPTS_IN_FLIGHT = 2**14
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Listener:
-    """Receives the events of one sequence on the event loop; a slow reader of a stream sees only the latest.
-
-    ended: set with the last one, whether or not anybody has read it.
-    """
-
-    latest: Event | None = None
-    failure: str | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def next(self) -> Event:
-        """The next event, or EngineStopped if none will come."""
-        await self.changed.wait()
-        self.changed.clear()
-        event, self.latest = self.latest, None
-        if event is None:
-            raise EngineStopped(self.failure or "the engine stopped")
-        return event
-
-    def tell(self, event: Event) -> None:
-        self.latest = event
-        self.changed.set()
-        if event.finish_reason is not None:
-            self.ended.set()
-
-    def fail(self, message: str) -> None:
-        self.failure = message
-        self.changed.set()
-        self.ended.set()
 
 
 class App:
@@ -87,14 +52,12 @@ class App:
         self.engine = Engine(config, options, self._deliver)
         self.texts = Detokenizer(options.model_path)
         self._on_failure = on_failure
-        self._in_flight: set[str] = set()  # rids
-        self._listeners: set[Listener] = set()
-        self._prompt_tokens = 0  # of those in flight
-        self._gate = Gate(options.hold_timeout_seconds, self._end_pause)
-        self._leaving: set[asyncio.Task[None]] = set()  # streams that still hold the gate
+        self._in_flight = InFlight(options.context_length)
+        self._update_lock = UpdateLock(options.hold_timeout_seconds, self._end_pause)
+        self._leaving: set[asyncio.Task[None]] = set()  # streams that still keep updates out
         self._occupation = Occupation()
         self._bodies = Bodies()
-        self._weights = WeightRoutes(self.engine, self._gate, self._occupation, self._bodies)
+        self._weights = WeightRoutes(self.engine, self._update_lock, self._occupation, self._bodies)
         self.engine.start()
 
     def close(self) -> None:
@@ -156,11 +119,11 @@ class App:
         jobs = self._sequences(asked)
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
-        self._enter(jobs)
+        self._in_flight.enter(jobs)
         gone = asyncio.create_task(_client_gone(request))
         gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
         try:
-            async with self._gate.generating():
+            async with self._update_lock.generating():
                 if gone.done():
                     return Response(status_code=499)  # nobody reads it
                 self.engine.submit([sequence for _, sequence in jobs])
@@ -174,11 +137,11 @@ class App:
                         await asyncio.sleep(0)
         finally:
             gone.cancel()
-            self._leave(jobs)
+            self._in_flight.leave(jobs)
         content = answers[0] if asked.single else f"[{', '.join(answers)}]"
         return Response(content, media_type="application/json")
 
-    def _sequences(self, asked: GenerateRequest) -> list[tuple[PromptRequest, Sequence]]:
+    def _sequences(self, asked: GenerateRequest) -> list[Job]:
         """One sequence per sample, all samples of prompt 0 first."""
         jobs = []
         for prompt in asked.prompts:
@@ -206,94 +169,49 @@ class App:
                 jobs.append((prompt, sequence))
         return jobs
 
-    def _enter(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
-        for _, sequence in jobs:
-            if sequence.rid in self._in_flight:
-                raise RequestError(f"rid {cut(sequence.rid)} is already in flight")
-        tokens = sum(len(prompt) for prompt in _prompts(jobs))
-        if (
-            len(self._in_flight) + len(jobs) > MAX_SEQUENCES_IN_FLIGHT
-            or self._prompt_tokens + tokens > MAX_FULL_PROMPTS_IN_FLIGHT * self.limits.context_length
-        ):
-            raise TooMuchInFlight(
-                f"{len(self._in_flight)} sequences with {self._prompt_tokens} prompt tokens are in flight, and no room "
-                f"for {len(jobs)} with {tokens}; wait for some of them"
-            )
-        self._prompt_tokens += tokens
-        for _, sequence in jobs:
-            self._in_flight.add(sequence.rid)
-            self._listeners.add(sequence.listener)
-
-    def _leave(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
-        self._prompt_tokens -= sum(len(prompt) for prompt in _prompts(jobs))
-        for _, sequence in jobs:
-            self._in_flight.discard(sequence.rid)
-            self._listeners.discard(sequence.listener)
-
-    def _abandon(self, jobs: list[tuple[PromptRequest, Sequence]]) -> None:
+    def _abandon(self, jobs: list[Job]) -> None:
         """The client is gone: do not generate for nobody."""
-        if self.engine.failure is None:
+        with suppress(EngineStopped):
             self.engine.abort_sequences([sequence for _, sequence in jobs])
 
-    async def _stream(
-        self, asked: GenerateRequest, jobs: list[tuple[PromptRequest, Sequence]], started: float
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, asked: GenerateRequest, jobs: list[Job], started: float) -> AsyncIterator[bytes]:
         """Cumulative answers as server-sent events; those of a list carry their `index`."""
-        queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
-
-        async def follow(index: int) -> None:
-            prompt, sequence = jobs[index]
-            finished = False
-            while not finished:
-                try:
-                    event = await sequence.listener.next()
-                    answer, finished = self._answer(prompt, event, started), event.finish_reason is not None
-                except EngineStopped as error:
-                    answer, finished = error_body(str(error)), True
-                if not asked.single:
-                    answer["index"] = index
-                await queue.put(b"data: " + json.dumps(answer).encode() + b"\n\n")
-            await queue.put(None)
-
-        async def step_out() -> None:
-            for _, sequence in jobs:
-                await sequence.listener.ended.wait()
-            await inside.aclose()
-
         try:
-            self._enter(jobs)
+            self._in_flight.enter(jobs)
         except RequestError as error:
-            yield _stream_error(error)
+            yield error_lines(error)
             return
-        inside = AsyncExitStack()
-        followers: list[asyncio.Task[None]] = []
-        open_streams = len(jobs)
-        leaving: asyncio.Task[None] | None = None
+        stream = Stream(jobs, lambda prompt, event: self._answer(prompt, event, started), indexed=not asked.single)
         try:
-            await inside.enter_async_context(self._gate.generating())
-            self.engine.submit([sequence for _, sequence in jobs])
-            followers += [asyncio.create_task(follow(index)) for index in range(len(jobs))]
-            # A reader may take its time: weight updates wait for the tokens, not for who reads them.
-            leaving = asyncio.create_task(step_out())
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
-            while open_streams:
-                line = await queue.get()
-                if line is None:
-                    open_streams -= 1
-                else:
-                    yield line
-            yield b"data: [DONE]\n\n"
+            await self._submit_in_turn(jobs)
+            stream.start()
+            while (line := await stream.next()) is not None:
+                yield line
+            yield DONE
         except EngineStopped as error:
-            yield _stream_error(error)
+            yield error_lines(error)
         finally:
-            for follower in followers:
-                follower.cancel()
-            if open_streams:
+            stream.close()
+            if stream.num_open:
                 self._abandon(jobs)
-            self._leave(jobs)
-            if leaving is None:
-                await inside.aclose()
+            self._in_flight.leave(jobs)
+
+    async def _submit_in_turn(self, jobs: list[Job]) -> None:
+        """Submit once its turn has come, and stay inside until the tokens are there.
+
+        A reader may take its time: weight updates wait for the tokens, not for who reads them."""
+
+        async def leave_behind(inside: AsyncExitStack) -> None:
+            async with inside:
+                for _, sequence in jobs:
+                    await sequence.listener.ended.wait()
+
+        async with AsyncExitStack() as inside:
+            await inside.enter_async_context(self._update_lock.generating())
+            self.engine.submit([sequence for _, sequence in jobs])
+            leaving = asyncio.create_task(leave_behind(inside.pop_all()))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     def _answer(self, prompt: PromptRequest, event: Event, started: float) -> dict[str, Any]:
         sequence = event.sequence
@@ -333,8 +251,7 @@ class App:
         for event in events:
             event.sequence.listener.tell(event)
         if self.engine.failure is not None:
-            for listener in self._listeners:
-                listener.fail(f"the engine failed: {self.engine.failure!r}")
+            self._in_flight.fail(f"the engine failed: {self.engine.failure!r}")
             self._on_failure()
 
     # Control -------------------------------------------------------------------------------------------------------
@@ -343,13 +260,13 @@ class App:
         mode = body.get("mode", "abort")
         if mode not in PAUSE_MODES:
             raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {cut(mode)}")
-        await self._gate.pause()
+        await self._update_lock.pause()
         await wait(self.engine.pause(mode))
         return json_answer({"status": "ok", "message": f"Generation paused ({mode})."})
 
     async def continue_generation(self, _: dict[str, Any]) -> Response:
         await wait(self.engine.resume())
-        await self._gate.resume()
+        await self._update_lock.resume()
         return json_answer({"status": "ok", "message": "Generation continued."})
 
     async def _end_pause(self) -> None:
@@ -382,7 +299,7 @@ class App:
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
         asked = parse_generate(body, self.limits)
         jobs = self._sequences(asked)
-        self._enter(jobs)
+        self._in_flight.enter(jobs)
         try:
             self.engine.submit([sequence for _, sequence in jobs])
             await asyncio.wait_for(jobs[0][1].listener.next(), HEALTH_TIMEOUT_SECONDS)
@@ -390,7 +307,7 @@ class App:
             self._abandon(jobs)
             return Response(status_code=503)
         finally:
-            self._leave(jobs)
+            self._in_flight.leave(jobs)
         return Response(status_code=200)
 
     async def server_info(self) -> Response:
@@ -453,16 +370,6 @@ class Detokenizer:
         shown = ids[:-1] if stopped and not prompt.params.no_stop_trim else ids
         text: str = self._tokenizer.decode(shown, skip_special_tokens=prompt.params.skip_special_tokens)
         return text
-
-
-def _prompts(jobs: list[tuple[PromptRequest, Sequence]]) -> list[list[int]]:
-    """List each prompt once, however many samples it has."""
-    return list({id(sequence.prompt): sequence.prompt for _, sequence in jobs}.values())
-
-
-def _stream_error(error: Exception) -> bytes:
-    """The whole rest of a stream: its status has been sent."""
-    return b"data: " + json.dumps(error_body(str(error))).encode() + b"\n\ndata: [DONE]\n\n"
 
 
 async def _client_gone(request: Request) -> None:

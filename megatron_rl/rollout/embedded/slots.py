@@ -100,6 +100,15 @@ class SlotTable:
         self.position[target], self.token[target] = position, token
         return target
 
+    def move_below(self, limit: int) -> tuple[list[int], list[int], int]:
+        """Move all sequences into slots below `limit`; the caller copies their memory.
+
+        Returns (the slots they left, those they took, the most tokens that one of them has in the cache).
+        """
+        sources = [int(slot) for slot in np.flatnonzero(self.active) if slot >= limit]
+        longest = int(self.position[sources].max())
+        return sources, [self.move(slot) for slot in sources], longest
+
     def sampling_rows(self, rows: int) -> SamplingRows:
         """Of slots 0 .. rows - 1; the token to draw has position `position` before, + 1 after a decode pass."""
         return SamplingRows(

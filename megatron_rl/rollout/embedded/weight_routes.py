@@ -12,10 +12,10 @@ from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
 from megatron_rl.rollout.embedded.fields import MAX_PATH, RequestError, cut, flag, text
-from megatron_rl.rollout.embedded.gate import Gate
 from megatron_rl.rollout.embedded.hold import Hold
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.packing import places
+from megatron_rl.rollout.embedded.update_lock import UpdateLock
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import (
     DEFAULT_GROUP,
@@ -26,20 +26,20 @@ from megatron_rl.rollout.embedded.weight_requests import (
 )
 from megatron_rl.rollout.embedded.weight_roots import WeightRoots
 from megatron_rl.rollout.embedded.weights import expected_tensors
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
 
 
 class WeightRoutes:
-    """Each method answers one route. Updates pass the gate one at a time, and block no event loop.
+    """Each method answers one route. Updates take the lock one at a time, and block no event loop.
 
     A session of updates ends by itself when nothing comes for the engine's `hold_timeout_seconds`. A release does not:
     it may last as long as others need the memory, and keeps nobody waiting, because what it forbids is refused.
     """
 
-    def __init__(self, engine: Engine, gate: Gate, occupation: Occupation, bodies: Bodies) -> None:
-        self._engine, self._gate, self._occupation = engine, gate, occupation
+    def __init__(self, engine: Engine, update_lock: UpdateLock, occupation: Occupation, bodies: Bodies) -> None:
+        self._engine, self._update_lock, self._occupation = engine, update_lock, occupation
         self._config: BailingConfig = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
         self._group_lock = asyncio.Lock()  # groups and session are for one at a time
@@ -58,7 +58,7 @@ class WeightRoutes:
         directory = self._roots.directory(path)
         if flag(body, "abort_all_requests", False):
             await wait(self._engine.abort(None))
-        async with self._gate.updating():
+        async with self._update_lock.updating():
             self._refuse_flush(flush)
             self._occupation.check_takes_weights()
             if self._updates.open:
@@ -82,11 +82,11 @@ class WeightRoutes:
             self._updates.leave_group(text(body, "group_name", DEFAULT_GROUP, MAX_GROUP_NAME))
         return success("Succeeded to destroy custom process group.")
 
-    # The lock before the gate: who waits for somebody's rendezvous to end must not keep requests out meanwhile.
+    # The lock of groups first: who waits for somebody's rendezvous to end must not keep requests out meanwhile.
 
     async def begin_weight_update(self, _: dict[str, Any]) -> Response:
         with self._session.touched():
-            async with self._group_lock, self._gate.updating():
+            async with self._group_lock, self._update_lock.updating():
                 self._occupation.check_takes_weights()
                 self._updates.begin()
         return success("Success")
@@ -96,14 +96,14 @@ class WeightRoutes:
         if request.abort_all:
             await wait(self._engine.abort(None))
         with self._session.touched():
-            async with self._group_lock, self._gate.updating():
+            async with self._group_lock, self._update_lock.updating():
                 self._refuse_flush(request.flush_cache)
                 await in_thread(lambda: self._updates.receive(request))
         return success("Succeeded to update parameter online." + version_note(request.weight_version))
 
     async def end_weight_update(self, _: dict[str, Any]) -> Response:
         with self._session.touched():
-            async with self._group_lock, self._gate.updating():
+            async with self._group_lock, self._update_lock.updating():
                 weights, version = await in_thread(self._updates.finish)
                 await wait(self._engine.swap(weights, None, version))
                 self._occupation.weights_came()
@@ -135,7 +135,7 @@ class WeightRoutes:
 
     def _refuse_flush(self, flush: bool) -> None:
         """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""
-        if flush and self._gate.paused and self._engine.load_state()["running"]:
+        if flush and self._update_lock.paused and self._engine.load_state()["running"]:
             raise UpdateError(
                 "flush_cache must be false while requests are paused in place, got true; send false or pause by retract"
             )

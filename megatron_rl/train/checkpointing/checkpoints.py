@@ -28,7 +28,7 @@ from megatron_rl.checkpoint.distributed import MEGATRON
 from megatron_rl.checkpoint.hf import copy_companions
 from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
-from megatron_rl.sync.together import together
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.train.checkpointing import state
 from megatron_rl.train.checkpointing.save import Save, Written
 
@@ -82,7 +82,7 @@ class Checkpoints:
             return True
         if wait:
             save.join()
-        ends = together(lambda: (save.done, save.failure), self._control)
+        ends = on_all_ranks(lambda: (save.done, save.failure), self._control)
         if not all(done for done, _ in ends):
             return False
         self._under_way = None
@@ -97,15 +97,15 @@ class Checkpoints:
         """Load the newest checkpoint that is as it was written: the driver's state and the carried responses; None when
         there is none at all. ValueError when all are damaged."""
         damaged: dict[str, list[str]] = {}
-        for path in together(lambda: steps.candidates(self._directory), self._control)[0]:
-            shares = together(partial(damage, path, dist.get_rank(), dist.get_world_size()), self._control)
+        for path in on_all_ranks(lambda: steps.candidates(self._directory), self._control)[0]:
+            shares = on_all_ranks(partial(damage, path, dist.get_rank(), dist.get_world_size()), self._control)
             if found := [line for share in shares for line in share]:
                 damaged[path.name] = found
                 continue
             log.info("resuming from %s", path)
             state.load(path / MEGATRON, trainer)
-            together(partial(_use_instead, path, damaged) if damaged and self._leads else None, self._control)
-            driver = json.loads((path / "driver.json").read_text(encoding="utf-8"))
+            on_all_ranks(partial(_use_instead, path, damaged) if damaged and self._leads else None, self._control)
+            driver = json.loads((path / "driver.json").read_text())
             self.latest = driver["step"] if path.name == f"step_{driver['step']}" else None
             return driver, (path / "carried.npz").read_bytes()
         if damaged:
@@ -143,9 +143,9 @@ class Checkpoints:
             folder.mkdir(parents=True)
 
         self._needed_bytes = 0
-        together(make if self._leads else None, self._control)
+        on_all_ranks(make if self._leads else None, self._control)
         part = state.Part(trainer, folder)
-        told = together(lambda: (part.num_bytes, _free_bytes(folder)), self._control)
+        told = on_all_ranks(lambda: (part.num_bytes, _free_bytes(folder)), self._control)
         self._needed_bytes, free = sum(num_bytes for num_bytes, _ in told), told[0][1]
         if self._needed_bytes > free:
             raise SharedFault("too little room")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_rl.checkpoint.checksums import Checksum
 from megatron_rl.errors import SharedFault
-from megatron_rl.sync.together import together
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.train.checkpointing.state import Part
 
 # What `Part.write` returned on each rank.
@@ -46,8 +46,8 @@ class Save:
 
     def _run(self) -> None:
         try:
-            written = together(self._part.write, self._group)
-            together(partial(self._finish, written) if dist.get_rank() == 0 else None, self._group)
+            written = on_all_ranks(self._part.write, self._group)
+            on_all_ranks(partial(self._finish, written) if dist.get_rank() == 0 else None, self._group)
         except SharedFault as fault:
             self.failure = str(fault)
         except Exception as error:  # a thread has nobody else to tell: gloo lost a rank or waited too long

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import PromptYield, Shortfall, shortfalls
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.c3po.plan import Schedule, schedule
+from megatron_rl.c3po.plan import PlanRules, Schedule, schedule
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Sample
@@ -81,18 +81,18 @@ class Collector:
         return [sample for sample, since in pairs if since >= oldest], [s for s, since in pairs if since < oldest]
 
     def _plan(self, groups: Sequence[Group], carried: Sequence[Sample], policy_version: int) -> Schedule:
+        # A different permutation every phase, from the run's seed alone.
+        seed = self._config.seed * 1_000_003 + policy_version
+        return schedule(groups, carried, self._plan_rules(), policy_version=policy_version, seed=seed)
+
+    def _plan_rules(self) -> PlanRules:
         config = self._config
-        return schedule(
-            groups,
-            carried,
+        return PlanRules(
             algorithm=self._algorithm,
             budgets=self._budgets,
             cut=config.budget.cut,
             keep_surplus=self._refill,
             max_response_tokens=config.rollout.max_response_tokens,
-            policy_version=policy_version,
-            # A different permutation every phase, from the run's seed alone.
-            seed=config.seed * 1_000_003 + policy_version,
             num_data_ranks=self._layout.data,
             token_cap=config.micro_batch_cap,
             cost=self._cost,

@@ -24,7 +24,8 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.client import together
+from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
 from megatron_rl.rollout.recorded import Advantages, limits_of, read_groups
@@ -32,7 +33,6 @@ from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
 from megatron_rl.rollout.settings import model_settings
 from megatron_rl.train.orchestrator.commands import Probe
-from megatron_rl.train.orchestrator.event_loop import BackgroundLoop
 from megatron_rl.train.orchestrator.node_servers import NodeServers
 from megatron_rl.train.run.signals import StopSignals, disk_fault
 
@@ -304,7 +304,7 @@ async def _in_waves(
     """Fill domains side by side, each in waves of its own: what one brings does not depend on the others."""
     first_waves = apportion(config.rollout.prompts_per_step, shares)
     return joined(
-        await together(
+        await gather_all(
             fill_in_waves(
                 partial(take, need.domain), max(1, first_waves[need.domain]), need, keep, config.budget.max_waves
             )

@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,9 +18,28 @@ from megatron_rl.place import own_place
 from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.ports import address_towards, is_here
 from megatron_rl.rollout.server import check_same_torch
+from megatron_rl.sync.all_ranks import broadcast_object, gather_objects
 from megatron_rl.train.run.signals import StopSignals
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Started:
+    """What came of starting a node's servers. keys: by url. problem: why they did not start."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    is_stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Address:
+    """Rank 0's address, or why there is none. is_beside: one of the servers is on its machine."""
+
+    address: str = ""
+    is_beside: bool = False
+    problem: str | None = None
 
 
 class NodeServers:
@@ -51,7 +71,7 @@ class NodeServers:
             raise
 
     def _start(self, config: RlConfig, weights: Path, control: Any, signals: StopSignals) -> None:
-        mine: dict[str, Any] = {"keys": {}, "error": None, "stopped": False}
+        mine = _Started()
         if own_place().local_rank == 0:
             node = self.node
             name = "server" if node == 0 else f"node{node}_server"
@@ -68,22 +88,21 @@ class NodeServers:
                     secret_variables=secret_variables(config),
                 )
                 self.keeper.wait_ready(signals.check)
-                mine["keys"] = {url: self.keeper.key_of(url) for url in self.keeper.urls}
+                mine.keys = {url: self.keeper.key_of(url) for url in self.keeper.urls}
             except StopRequested:
-                mine["stopped"] = True
+                mine.is_stopped = True
             except (ValueError, OSError) as error:
-                mine["error"] = (
+                mine.problem = (
                     f"node {node} ({socket.gethostname()}): {error}" if own_place().num_nodes > 1 else str(error)
                 )
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine, group=control)
-        if any(one["stopped"] for one in found):
+        found = gather_objects(mine, control)
+        if any(one.is_stopped for one in found):
             raise StopRequested("stopped while the servers started")
         for one in found:
-            if one["error"] is not None:
-                raise ValueError(one["error"])
+            if one.problem is not None:
+                raise ValueError(one.problem)
         for one in found:
-            self._keys |= one["keys"]
+            self._keys |= one.keys
         self.urls = list(self._keys)
 
     def key_of(self, url: str) -> str:
@@ -113,16 +132,17 @@ def node_address() -> str:
 def _agreed_address(urls: Sequence[str], control: Any) -> tuple[str, bool]:
     """Rank 0's, and whether one of the servers is on its machine, on every rank. ValueError on every rank when there is
     no single address."""
-    told: list[Any] = [None, None, None]
+    found = _Address()
     if dist.get_rank() == 0:
         try:
-            told[:2] = own_address(urls), any(is_here(urlsplit(url).hostname or "") for url in urls)
+            beside = any(is_here(urlsplit(url).hostname or "") for url in urls)
+            found = _Address(address=own_address(urls), is_beside=beside)
         except ValueError as error:
-            told[2] = str(error)
-    dist.broadcast_object_list(told, src=0, group=control)
-    if told[2] is not None:
-        raise ValueError(told[2])
-    return str(told[0]), bool(told[1])
+            found = _Address(problem=str(error))
+    found = broadcast_object(found, 0, control)
+    if found.problem is not None:
+        raise ValueError(found.problem)
+    return found.address, found.is_beside
 
 
 def own_address(urls: Sequence[str]) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rl.rollout.update_group import checksum
+from megatron_rl.sync.all_ranks import gather_objects
 from megatron_rl.sync.export import export_tensors
+from megatron_rl.tensor_bytes import checksum
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.trainer import Trainer
@@ -53,9 +54,7 @@ def weight_checksums(trainer: Trainer, dtypes: dict[str, str], control: Any) -> 
         name: checksum(tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor)
         for name, tensor in export_tensors(trainer.model)
     }
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=control)
-    return {name: value for part in gathered for name, value in part.items()}
+    return {name: value for part in gather_objects(mine, control) for name, value in part.items()}
 
 
 def told_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:

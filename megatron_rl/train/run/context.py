@@ -22,8 +22,8 @@ from megatron_rl.memory import rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
 from megatron_rl.place import own_place
 from megatron_rl.stores import join
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.export import export_directory
-from megatron_rl.sync.together import together
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
 from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import Trainer
@@ -57,10 +57,10 @@ class TrainContext:
         self.bailing = load_bailing_config(config.model.path)
         self.layout = config.parallel.layout(world_size)
         self.layout.check(self.bailing)
-        if self.rank == 0 and config.cluster is not None and config.cluster.training_ranks != world_size:
+        planned = world_size if config.cluster is None else config.cluster.training_ranks
+        if self.rank == 0 and planned != world_size:
             log.warning(
-                "this configuration is meant for %d training ranks (cluster), and %d started",
-                *(config.cluster.training_ranks, world_size),
+                "this configuration is meant for %d training ranks (cluster), and %d started", planned, world_size
             )
         directory = config.run_dir / "checkpoints"
         refuse_to_overwrite(directory, resume)
@@ -72,7 +72,7 @@ class TrainContext:
         speak_as(self.rank)
         self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline))
         self._claimed = ExitStack()
-        refused, *_ = together(self._claim if self.rank == 0 else None, self.control)
+        refused, *_ = on_all_ranks(self._claim if self.rank == 0 else None, self.control)
         if refused is not None:
             dist.destroy_process_group()
             raise ValueError(refused)

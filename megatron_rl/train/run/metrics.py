@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import track
 
+from megatron_rl.files import whole_file
 from megatron_rl.parsing import bounded_lines, parse_json
 
 T = TypeVar("T")
@@ -38,9 +39,8 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
         self._num_starts = 1 + max((row.get("num_starts", 1) for row in self.past), default=0)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.past), encoding="utf-8")
-        partial.replace(self._path)
+        with whole_file(self._path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.past)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from megatron_rl.files import whole_file
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
@@ -71,10 +73,9 @@ class Watchdog:
             "phase_seconds": round(time.monotonic() - self._since, 1),
         }
         path = self._run_dir / HEARTBEAT
-        partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(path)
+            with whole_file(path) as file:
+                file.write(json.dumps(found))
         except OSError as error:  # a full disk is for those to tell who lose something by it
             log.warning("%s cannot be written (%s)", path, error.strerror)
 
@@ -83,7 +84,9 @@ class Watchdog:
         log.critical(
             "%s: not done after train.phase_deadline_seconds = %g; the stacks of this process are in %s. Raise the "
             "deadline if the phase only needs longer; else look which rank's stack is not in a collective",
-            *(self.place, self._deadline, self._run_dir / "stacks"),
+            self.place,
+            self._deadline,
+            self._run_dir / "stacks",
         )
         try:
             folder = self._run_dir / "stacks"

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rl.checkpoint.epochs import SFT_NOTE, epoch_path
-from megatron_rl.checkpoint.hf import link_directory
-from megatron_rl.sync.together import together
+from megatron_rl.files import link_directory
+from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.step.trainer import StepResult
 
@@ -59,7 +59,9 @@ class EpochDirectories:
         """Collective: the last one under another name, or the present weights where somebody removed it."""
         last = epoch_path(self._run_dir, self._num_epochs)
         if self._agreed(last.is_dir()):
-            together(partial(link_directory, last, link) if self._context.is_rank_zero else None, self._context.control)
+            on_all_ranks(
+                partial(link_directory, last, link) if self._context.is_rank_zero else None, self._context.control
+            )
         else:
             self._context.export(link)
 

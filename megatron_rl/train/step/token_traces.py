@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.c3po.plan import Schedule
+from megatron_rl.files import whole_file
 
 _DECIMALS = 4
 _ILL_FORMED = "\ufffd"  # what decoders make of bytes that are no character
@@ -84,15 +85,9 @@ def write(
     if not schedule.plan.traced:
         return
     path.parent.mkdir(exist_ok=True)
-    partial = path.parent / ".partial"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for index in schedule.plan.traced:
-                file.write(json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # the room that it takes is wanted
-        raise
+    with whole_file(path) as file:
+        for index in schedule.plan.traced:
+            file.write(json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n")
 
 
 def _row(

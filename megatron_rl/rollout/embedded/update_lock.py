@@ -16,7 +16,7 @@ class _Waiter:
     let_in: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class Gate:
+class UpdateLock:
     """Lets requests and updates of one event loop in. As in SGLang a pause holds requests back before the engine.
 
     Requests and updates are let in in the order in which they come, so neither can keep the other out for ever. An

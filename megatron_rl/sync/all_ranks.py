@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_rl.errors import SharedFault
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def together(work: Callable[[], Any] | None, group: Any) -> list[Any]:
+def on_all_ranks(work: Callable[[], Any] | None, group: Any) -> list[Any]:
     """Collective: what each rank's work returned, by rank, once all have done theirs; SharedFault on all of them when
     one failed, with its reason. None is no work on this rank."""
     mine: tuple[Any, str | None] = None, None
@@ -20,12 +21,26 @@ def together(work: Callable[[], Any] | None, group: Any) -> list[Any]:
             mine = work(), None
     except Exception as error:  # whatever it is, the other ranks wait to be told
         mine = None, f"rank {dist.get_rank()}: {_told(error)}"
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
+    found = gather_objects(mine, group)
     for _, failure in found:
         if failure is not None:
             raise SharedFault(failure)
     return [result for result, _ in found]
+
+
+def gather_objects(value: T, group: Any) -> list[T]:
+    """Collective: what each rank of the group has, by rank."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def broadcast_object(value: T | None, source: int, group: Any) -> T:
+    """Collective: what rank `source` has; the others give None."""
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    found: T = box[0]
+    return found
 
 
 def _told(error: BaseException) -> str:

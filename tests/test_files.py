@@ -1,0 +1,72 @@
+"""Files, links and directories appear whole or not at all."""
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.files import link_directory, whole_file
+
+
+def test_a_file_that_fails_half_way_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "latest"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write("half")
+        file.flush()
+        assert path.read_text() == "before"
+        raise RuntimeError
+    assert [found.name for found in tmp_path.iterdir()] == ["latest"]
+    assert path.read_text() == "before"
+    with whole_file(path, is_durable=True) as file:
+        file.write("after é")
+    assert path.read_bytes() == b"after \xc3\xa9"
+    assert [found.name for found in tmp_path.iterdir()] == ["latest"]
+
+
+def test_what_a_killed_process_left_is_not_written_through(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (tmp_path / ".keys.json.partial").symlink_to(elsewhere)
+    with whole_file(tmp_path / "keys.json", mode=0o600) as file:
+        file.write("secret")
+        assert stat.S_IMODE((tmp_path / ".keys.json.partial").stat().st_mode) == 0o600, "before anything is in it"
+    assert elsewhere.read_text() == "mine"
+    assert (tmp_path / "keys.json").read_text() == "secret"
+    assert stat.S_IMODE((tmp_path / "keys.json").stat().st_mode) == 0o600
+
+
+def test_a_link_that_is_replaced_leads_somewhere_at_any_time(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    link = tmp_path / "hf"
+    link_directory(tmp_path / "a", link)
+    seen, problems, done = set(), [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                seen.add((link / "name").read_text())
+            except OSError as error:
+                problems.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(2000):
+        link_directory(tmp_path / "ab"[number % 2], link)
+    done.set()
+    thread.join()
+    assert not problems
+    assert seen == {"a", "b"}
+    assert os.readlink(link) == "b"
+
+
+def test_a_link_is_right_where_its_folder_goes_by_another_name(tmp_path: Path) -> None:
+    (tmp_path / "disk/run/epochs/epoch_2").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(tmp_path / "disk/run")
+    link_directory(tmp_path / "disk/run/epochs/epoch_2", tmp_path / "runs/mine/hf")
+    assert (tmp_path / "disk/run/hf").resolve() == tmp_path / "disk/run/epochs/epoch_2"
