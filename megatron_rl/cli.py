@@ -164,19 +164,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megatron_rl.report.command import run_report
+    from megatron_rl.report.build import run_report
 
     return run_report(arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from megatron_rl.checkpoint.command import run_convert
+    from megatron_rl.checkpoint.show import run_convert
 
     return run_convert(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megatron_rl.checkpoint.command import run_compare
+    from megatron_rl.checkpoint.show import run_compare
 
     code = run_compare(arguments)
     if arguments.text is not None:
@@ -257,7 +257,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_rl.plan.command import run_plan
+    from megatron_rl.plan.show import run_plan
 
     return run_plan(arguments)
 
@@ -265,7 +265,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.evaluation import EvaluateConfig
     from megatron_rl.config.load import load_config
-    from megatron_rl.evaluation.command import run_evaluation
+    from megatron_rl.evaluation.evaluate import run_evaluation
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
 
@@ -280,7 +280,7 @@ def _select(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.selection import SelectConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
-    from megatron_rl.selection.command import run_selection
+    from megatron_rl.selection.select import run_selection
 
     config = load_config(SelectConfig, arguments.config, arguments.set)
     check_start(Start(config=config))
@@ -293,7 +293,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.schema import RlConfig, SamplingConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
-    from megatron_rl.rollout.command import run_rollout
+    from megatron_rl.rollout.sample import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
     config = load_config(kind, arguments.config, arguments.set)

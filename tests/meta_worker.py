@@ -5,7 +5,7 @@ those of the device, or a shape that depends on what a tensor holds. Memory that
 operations make them and their last references go, so the most of it is that of a GPU, but for what kernels need
 themselves.
 
-Kernels are those that `providers.choose` takes for compute capability 9.0 without further packages. Collectives, of a
+Kernels are those that `backends.choose` takes for compute capability 9.0 without further packages. Collectives, of a
 world of one, do nothing.
 """
 
@@ -40,7 +40,7 @@ from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
-from megatron_rl.model.providers import Installed  # noqa: E402
+from megatron_rl.model.backends import Installed  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
 from megatron_rl.train.step.step_metrics import MetricAccumulator  # noqa: E402

@@ -29,9 +29,9 @@ from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.model import build, zigzag
+from megatron_rl.model.backends import Installed
 from megatron_rl.model.build import load_sharded_state, load_weights, mpu, sharded_state
 from megatron_rl.model.layers import FlashAttention
-from megatron_rl.model.providers import Installed
 from megatron_rl.sync.export import export_tensors
 from megatron_rl.train.checkpointing import state
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints

@@ -28,8 +28,8 @@ from megatron_rl.keys import bearer, no_key
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
-from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
+from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
 from megatron_rl.sync.ipc import IpcTransport
@@ -75,14 +75,16 @@ class Servers:
             max_restarts=9,
         )
         rollout = rollout.model_copy(update=spec.get("rollout", {}))
-        self.keeper: ServerKeeper | None = None
+        self.supervisor: ServerSupervisor | None = None
         self.urls = [spec["url"]] if "url" in spec else []
         if not self.urls:
-            self.keeper = start_servers(Path(spec["other"]), folder, rollout, spec.get("dtype", "float32"))
-            self.keeper.wait_ready()
-            self.urls = self.keeper.urls
+            self.supervisor = start_servers(Path(spec["other"]), folder, rollout, spec.get("dtype", "float32"))
+            self.supervisor.wait_ready()
+            self.urls = self.supervisor.urls
         self.loop = BackgroundLoop()
-        self.pool = ServerPool(self.urls, rollout, self.keeper.replace if self.keeper else None, key_of=self.key_of)
+        self.pool = ServerPool(
+            self.urls, rollout, self.supervisor.replace if self.supervisor else None, key_of=self.key_of
+        )
         self.loop.run(self.pool.connect())
 
         self.stop_requested = False
@@ -99,11 +101,11 @@ class Servers:
         return self.loop.run(work)
 
     def pids(self) -> list[int]:
-        assert self.keeper is not None
-        return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.keeper._kept]
+        assert self.supervisor is not None
+        return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in self.supervisor._kept]
 
     def key_of(self, url: str) -> str:
-        return self.keeper.key_of(url) if self.keeper is not None else ""
+        return self.supervisor.key_of(url) if self.supervisor is not None else ""
 
     def versions(self) -> list[str]:
         asked = [httpx.get(f"{url}/model_info", headers=bearer(self.key_of(url)), trust_env=False) for url in self.urls]
@@ -123,8 +125,8 @@ class Servers:
         """It is there again before the pool knows that it was gone."""
         os.kill(self.pids()[number], signal.SIGKILL)
         time.sleep(0.5)
-        assert self.keeper is not None
-        self.keeper._kept[number].server.wait_ready(30)
+        assert self.supervisor is not None
+        self.supervisor._kept[number].server.wait_ready(30)
 
     def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
         """The signal comes when a part of the weights has been sent."""
@@ -151,8 +153,8 @@ class Servers:
     def close(self) -> None:
         self.loop.run(self.pool.close())
         self.loop.close()
-        if self.keeper:
-            self.keeper.close()
+        if self.supervisor:
+            self.supervisor.close()
 
 
 def shared(value: Any, control: Any) -> Any:
@@ -311,7 +313,7 @@ async def settled(pool: ServerPool, count: int = 2, seconds: float = 30) -> None
         while len(pool.serving) < count:
             await pool.recovered()
             for member in await pool.recovered():
-                pool.put_back(member)
+                pool.mark_up(member)
             await asyncio.sleep(0.05)
 
 

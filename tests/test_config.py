@@ -19,7 +19,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
-from megatron_rl.plan.command import run_plan
+from megatron_rl.plan.show import run_plan
 from megatron_rl.simulation.rates import Rates
 
 ROOT = Path(__file__).parents[1]

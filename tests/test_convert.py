@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_parallel import make_spec
 from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
-from megatron_rl.checkpoint.command import parse_size
 from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.read import open_checkpoint
+from megatron_rl.checkpoint.show import parse_size
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.files import open_model_file

@@ -1,4 +1,4 @@
-"""Generated tasks: every answer and every step is solved again here from the question alone."""
+"""Completion tasks: every answer and every step is solved again here from the question alone."""
 
 import random
 import re

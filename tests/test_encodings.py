@@ -105,7 +105,7 @@ make_run(folder, 3)
 from dataclasses import replace
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
-from megatron_rl.report.command import run_report
+from megatron_rl.report.build import run_report
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.orchestrator.phase_metrics import Phase
 from samples import make_sample, make_schedule

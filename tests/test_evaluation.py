@@ -18,7 +18,7 @@ import pytest
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.config.reward import RewardSection
-from megatron_rl.evaluation.command import run_evaluation
+from megatron_rl.evaluation.evaluate import run_evaluation
 from megatron_rl.evaluation.report import markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, read_judged
 from megatron_rl.evaluation.results import summarise

@@ -68,9 +68,9 @@ KEY = "known-to-the-tests-alone"
 WITH_KNOWN_KEY = f"""
 import sys
 from megatron_rl.cli import main
-from megatron_rl.rollout import keeper
+from megatron_rl.rollout import supervisor as supervisor
 
-keeper.new_key = lambda: {KEY!r}
+supervisor.new_key = lambda: {KEY!r}
 sys.exit(main())
 """
 

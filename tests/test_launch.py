@@ -22,7 +22,7 @@ from inputs import make_inputs
 from megatron_rl import launch
 from megatron_rl.errors import Fault, SharedFault, Stopped, StopRequested, exit_code
 from megatron_rl.place import Place, own_place
-from megatron_rl.rollout.resumable import told_of_resume
+from megatron_rl.rollout.append_log import told_of_resume
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

@@ -25,8 +25,8 @@ from megatron_rl.evaluation.responses import read_judged
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
-from megatron_rl.rollout.recorded import check_first_row, read_groups
-from megatron_rl.rollout.resumable import find_groups
+from megatron_rl.rollout.append_log import find_groups
+from megatron_rl.rollout.rollout_file import check_first_row, read_groups
 from megatron_rl.train.run.metrics import read_metrics
 
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -21,7 +21,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.rollout.client import Continuation, Generated, ServerLost
+from megatron_rl.rollout.client import Completion, SampleRequest, ServerLost
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
 from megatron_rl.rollout.server import EmbeddedServer
@@ -128,7 +128,7 @@ def by_place(found: Collected) -> dict[tuple[int, int], Response]:
 def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
     server: EmbeddedServer, models: tuple[Path, Path]
 ) -> None:
-    async def run() -> tuple[Collected, list[Collected], list[Generated]]:
+    async def run() -> tuple[Collected, list[Collected], list[Completion]]:
         pool = await connected(server, models[0])
         phases = [await phase(pool, 900)]
         first = phases[0]
@@ -136,7 +136,7 @@ def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
             carry = unpack_carry(pack_carry(Carry(unfinished=tuple(phases[-1].unfinished))))
             phases.append(await phase(pool, 900, first=100 * number, resumed=carry.unfinished))
         wanted = [
-            Continuation(
+            SampleRequest(
                 input_ids=response.prompt_ids.tolist(),
                 seed=sampling_seed(3, response.prompt_id, response.sample_index),
                 max_new_tokens=LENGTH,
@@ -208,13 +208,13 @@ class FakePool:
         self._aborted = asyncio.Event()
         self.num_given = 0
 
-    def length(self, one: Continuation) -> int:
+    def length(self, one: SampleRequest) -> int:
         """Of the whole response, from its seed."""
         return random.Random(f"{self._seed}/{one.seed}").randint(1, 30)
 
     async def generate(
-        self, wanted: Sequence[Continuation], temperature: float, may_abort: Callable[[], bool]
-    ) -> list[Generated]:
+        self, wanted: Sequence[SampleRequest], temperature: float, may_abort: Callable[[], bool]
+    ) -> list[Completion]:
         (one,) = wanted
         num_before = len(one.input_ids) - 2
         output: list[int] = []
@@ -226,7 +226,7 @@ class FakePool:
         self.num_given += len(output)
         is_whole = num_before + len(output) == self.length(one)
         return [
-            Generated(
+            Completion(
                 output_ids=np.array(output, np.int32),
                 logprobs=np.zeros(len(output), np.float32),
                 finish_reason="stop" if is_whole else "abort",
@@ -377,7 +377,7 @@ class Ends:
     def __init__(self, *ends: list[int]) -> None:
         self._ends, self._aborted = ends, asyncio.Event()
 
-    async def generate(self, wanted: Sequence[Continuation], *_: object) -> list[Generated]:
+    async def generate(self, wanted: Sequence[SampleRequest], *_: object) -> list[Completion]:
         (one,) = wanted
         if one.input_ids[0] == 5:  # the prompt whose group fills the budget
             tokens, reason = [7] * 4, "stop"
@@ -385,7 +385,7 @@ class Ends:
             await self._aborted.wait()
             tokens, reason = self._ends[one.seed % len(self._ends)], "abort"
         return [
-            Generated(
+            Completion(
                 output_ids=np.array(tokens, np.int32),
                 logprobs=np.zeros(len(tokens), np.float32),
                 finish_reason=reason,

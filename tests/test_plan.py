@@ -13,7 +13,7 @@ from tiny_model import TINY_CONFIG
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.memory import stage_parameters
-from megatron_rl.plan.command import run_plan
+from megatron_rl.plan.show import run_plan
 
 ROOT = Path(__file__).parents[1]
 

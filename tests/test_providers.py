@@ -9,7 +9,7 @@ from tiny_model import TINY_CONFIG
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
-from megatron_rl.model.providers import COSTS, Installed, Providers, choose, problems
+from megatron_rl.model.backends import COSTS, Backends, Installed, choose, problems
 
 BAILING = BailingConfig.model_validate(TINY_CONFIG)
 HOPPER = Installed(compute_capability=(9, 0))
@@ -172,7 +172,7 @@ def test_every_combination_is_refused_or_is_what_was_asked_for() -> None:
         ("float32", "bfloat16"),
         ("none", "hybrid"),
     )
-    found: set[Providers] = set()
+    found: set[Backends] = set()
     for options in (dict(zip(names, value, strict=True)) for value in values):
         if options["fp8"] != "none" and options["dtype"] == "float32":
             continue

@@ -10,9 +10,9 @@ from samples import make_sample
 
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group
-from megatron_rl.rollout.command import claim
-from megatron_rl.rollout.recorded import RowLimits, check_rows, group_rows, read_groups
-from megatron_rl.rollout.resumable import whole_groups
+from megatron_rl.rollout.append_log import whole_groups
+from megatron_rl.rollout.rollout_file import RowLimits, check_rows, group_rows, read_groups
+from megatron_rl.rollout.sample import claim
 
 # Rows of make_sample have 4 prompt tokens from 0 on, and here 5 output tokens.
 LIMITS = RowLimits(vocab_size=9, max_prompt_tokens=4, max_response_tokens=6, smallest_group=2)

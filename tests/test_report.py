@@ -18,7 +18,7 @@ from made_runs import make_run, response_row, write_rows
 from megatron_rl.cli import main
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.report.command import page_data, run_report
+from megatron_rl.report.build import page_data, run_report
 from megatron_rl.report.curves import bin_width, binned, curves, metric_columns
 from megatron_rl.report.families import groups, offsets, parents
 from megatron_rl.report.page import embedded, render

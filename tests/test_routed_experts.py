@@ -12,7 +12,7 @@ from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.records import Response
-from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, RequestRefused
+from megatron_rl.rollout.client import Completion, GenerationClient, RequestRefused, SampleRequest
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape
 from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
@@ -67,14 +67,14 @@ def test_servers_that_return_routed_experts_are_known_by_their_version(version: 
     assert capabilities(version).routed_experts is supported
 
 
-def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Generated:
+def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion:
     """One continuation of a prompt of two tokens, from a server that answers the body with `answer`."""
 
-    async def run() -> Generated:
+    async def run() -> Completion:
         client = GenerationClient("http://fake")
         transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[answer(json.loads(request.content))]))
         client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
-        wanted = [Continuation(input_ids=[7, 8], seed=1, max_new_tokens=1)]
+        wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
         (generated,) = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()
         return generated
@@ -123,8 +123,8 @@ def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_broug
     )
     record = np.arange(8, dtype=np.uint8).reshape(4, 1, 2)
 
-    def part(count: int, reason: str, routed: np.ndarray | None) -> Generated:
-        return Generated(
+    def part(count: int, reason: str, routed: np.ndarray | None) -> Completion:
+        return Completion(
             output_ids=np.full(count, 3, np.int32),
             logprobs=np.zeros(count, np.float32),
             finish_reason=reason,

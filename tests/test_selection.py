@@ -25,8 +25,8 @@ from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import Start
 from megatron_rl.selection.candidates import Candidate, SftRecord, find_candidates
 from megatron_rl.selection.choice import Measured, check_preference, choose, straddled_ends
-from megatron_rl.selection.command import run_selection
 from megatron_rl.selection.entropy import token_entropy
+from megatron_rl.selection.select import run_selection
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

@@ -25,10 +25,10 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import without_expandable_segments
 from megatron_rl.keys import bearer
 from megatron_rl.rollout import pool as pool_module
-from megatron_rl.rollout.client import Continuation, Generated, RequestRefused, ServerLost
-from megatron_rl.rollout.keeper import ServerKeeper, start_servers
+from megatron_rl.rollout.client import Completion, RequestRefused, SampleRequest, ServerLost
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool, WeightsNeeded
 from megatron_rl.rollout.ports import close_port, hold_port
+from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
 from megatron_rl.tensor_bytes import checksum
 
 LENGTH, SHORT = 300, 60
@@ -46,7 +46,7 @@ ROLLOUT = RolloutSection(
 KEY = "known"
 # Four requests of two responses each.
 REQUESTS = [
-    [Continuation(input_ids=[5 + i, 6], seed=10 * i + j, max_new_tokens=LENGTH) for j in range(2)] for i in range(4)
+    [SampleRequest(input_ids=[5 + i, 6], seed=10 * i + j, max_new_tokens=LENGTH) for j in range(2)] for i in range(4)
 ]
 
 
@@ -63,7 +63,7 @@ def make_model(path: Path, seed: int) -> Path:
 def _known_key() -> Iterator[None]:
     """Of all servers here, so that tests can ask them too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_rl.rollout.keeper.new_key", lambda: KEY)
+        patch.setattr("megatron_rl.rollout.supervisor.new_key", lambda: KEY)
         yield
 
 
@@ -74,29 +74,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def _keeper(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerKeeper]:
-    keeper = start_servers(models[0], tmp_path_factory.mktemp("servers"), ROLLOUT, "float32")
+def _supervisor(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerSupervisor]:
+    supervisor = start_servers(models[0], tmp_path_factory.mktemp("servers"), ROLLOUT, "float32")
     try:
-        keeper.wait_ready()
-        yield keeper
+        supervisor.wait_ready()
+        yield supervisor
     finally:
-        pids = pids_of(keeper)
-        keeper.close()
+        pids = pids_of(supervisor)
+        supervisor.close()
     assert not any(map(psutil.pid_exists, pids))
 
 
 @pytest.fixture
-def keeper(_keeper: ServerKeeper) -> ServerKeeper:
+def supervisor(_supervisor: ServerSupervisor) -> ServerSupervisor:
     """Two servers that are ready and as they were started."""
-    for url in _keeper.urls:
-        wait_until(lambda url=url: is_ready(url) and is_proven(_keeper, url))  # type: ignore[misc]
-    return _keeper
+    for url in _supervisor.urls:
+        wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url))  # type: ignore[misc]
+    return _supervisor
 
 
-def is_proven(keeper: ServerKeeper, url: str) -> bool:
-    """True once the keeper has seen that the server that it started again is who listens there."""
+def is_proven(supervisor: ServerSupervisor, url: str) -> bool:
+    """True once the supervisor has seen that the server that it started again is who listens there."""
     try:
-        return bool(keeper.key_of(url))
+        return bool(supervisor.key_of(url))
     except ServerLost:
         return False
 
@@ -108,8 +108,8 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def pids_of(keeper: ServerKeeper) -> list[int]:
-    return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in keeper._kept]
+def pids_of(supervisor: ServerSupervisor) -> list[int]:
+    return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in supervisor._kept]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -132,8 +132,8 @@ async def until_running(url: str) -> None:
             await asyncio.sleep(0.01)
 
 
-def pids_at(urls: list[str], keeper: ServerKeeper) -> list[int]:
-    by_url = dict(zip(keeper.urls, pids_of(keeper), strict=True))
+def pids_at(urls: list[str], supervisor: ServerSupervisor) -> list[int]:
+    by_url = dict(zip(supervisor.urls, pids_of(supervisor), strict=True))
     return [by_url[url] for url in urls]
 
 
@@ -153,14 +153,14 @@ def expected_checksums(model: Path) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def connected(
-    urls: list[str], weights: Path | None, keeper: ServerKeeper | None, rollout: RolloutSection = ROLLOUT
+    urls: list[str], weights: Path | None, supervisor: ServerSupervisor | None, rollout: RolloutSection = ROLLOUT
 ) -> AsyncIterator[ServerPool]:
     """A pool whose servers have the first model, as version "0". weights: where one that comes back finds them."""
 
     def key_of(url: str) -> str:
-        return keeper.key_of(url) if keeper and url in keeper.urls else KEY
+        return supervisor.key_of(url) if supervisor and url in supervisor.urls else KEY
 
-    pool = ServerPool(urls, rollout, keeper.replace if keeper else None, key_of=key_of)
+    pool = ServerPool(urls, rollout, supervisor.replace if supervisor else None, key_of=key_of)
     try:
         await pool.connect()
         if weights is not None:
@@ -171,18 +171,18 @@ async def connected(
         await pool.close()
 
 
-async def all_requests(pool: ServerPool) -> list[list[Generated]]:
+async def all_requests(pool: ServerPool) -> list[list[Completion]]:
     return list(await asyncio.gather(*(pool.generate(request, 1.0) for request in REQUESTS)))
 
 
-def ids(answers: list[list[Generated]]) -> list[list[int]]:
+def ids(answers: list[list[Completion]]) -> list[list[int]]:
     return [one.output_ids.tolist() for answer in answers for one in answer]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(models: tuple[Path, Path], _keeper: ServerKeeper) -> list[list[int]]:
+def undisturbed(models: tuple[Path, Path], _supervisor: ServerSupervisor) -> list[list[int]]:
     async def run() -> list[list[int]]:
-        async with connected(_keeper.urls, models[0], _keeper) as pool:
+        async with connected(_supervisor.urls, models[0], _supervisor) as pool:
             answers = ids(await all_requests(pool))
             assert pool.counts.num_taken_out == 0
             return answers
@@ -196,22 +196,22 @@ def undisturbed(models: tuple[Path, Path], _keeper: ServerKeeper) -> list[list[i
 
 
 def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_others_need_it_no_longer(
-    models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+    models: tuple[Path, Path], supervisor: ServerSupervisor, undisturbed: list[list[int]]
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], keeper) as pool:
+        async with connected(supervisor.urls, models[0], supervisor) as pool:
             await pool.release_memory()
-            await asyncio.to_thread(keeper.hold)
-            (gone, other) = pids_of(keeper)
+            await asyncio.to_thread(supervisor.hold)
+            (gone, other) = pids_of(supervisor)
             os.kill(gone, signal.SIGKILL)
-            await asyncio.sleep(1.0)  # the keeper looks five times
-            assert pids_of(keeper) == [gone, other]
-            keeper.let_go()
+            await asyncio.sleep(1.0)  # the supervisor looks five times
+            assert pids_of(supervisor) == [gone, other]
+            supervisor.let_go()
             await pool.resume_memory(WEIGHTS)
             await pool.load_from_disk(models[0], "1")
             await pool.resume_memory(WORKSPACE)
             await until(lambda: len(pool.serving) == 2)
-            assert pids_of(keeper)[1] == other, "it kept its process"
+            assert pids_of(supervisor)[1] == other, "it kept its process"
             assert pool.counts.num_taken_out == 1
             assert ids(await all_requests(pool)) == undisturbed
 
@@ -219,7 +219,7 @@ def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_o
 
 
 def test_a_server_that_gets_ready_when_memory_is_released_gets_its_weights_and_releases_too(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     not_yet: list[int] = []
 
@@ -230,52 +230,54 @@ def test_a_server_that_gets_ready_when_memory_is_released_gets_its_weights_and_r
         async with connected([url], models[0], None) as pool:
             (member,) = pool._members
             not_yet.append(503)
-            pool.take_out(member, "by the test")
+            pool.mark_down(member, "by the test")
             await until(lambda: not not_yet)  # its recovery asks again in a moment
             await asyncio.wait_for(pool.release_memory(), 20)
             assert (member.out, member.released) == (None, {*WEIGHTS, *WORKSPACE})
             await pool.resume_memory((*WEIGHTS, *WORKSPACE))
             await pool.load_from_disk(models[0], "0")
 
-    with liar(keeper.urls[0], ready=ready) as url:
+    with liar(supervisor.urls[0], ready=ready) as url:
         asyncio.run(run(url))
 
 
 def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
-    models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+    models: tuple[Path, Path], supervisor: ServerSupervisor, undisturbed: list[list[int]]
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], keeper) as pool:
+        async with connected(supervisor.urls, models[0], supervisor) as pool:
             await pool.release_memory()
-            (before, other) = pids_of(keeper)
+            (before, other) = pids_of(supervisor)
             # Behind the pool's back: then it is told to resume what is not released any more.
-            url, body = f"{keeper.urls[0]}/resume_memory_occupation", {"tags": ["weights"]}
+            url, body = f"{supervisor.urls[0]}/resume_memory_occupation", {"tags": ["weights"]}
             httpx.post(url, json=body, headers=bearer(KEY), trust_env=False)
             await pool.resume_memory(WEIGHTS)
-            assert [member.client.url for member in pool.serving] == keeper.urls[1:]
+            assert [member.client.url for member in pool.serving] == supervisor.urls[1:]
             await pool.load_from_disk(models[0], "1")
             await pool.resume_memory(WORKSPACE)
             await until(lambda: len(pool.serving) == 2)
-            assert pids_of(keeper)[0] != before
-            assert pids_of(keeper)[1] == other
+            assert pids_of(supervisor)[0] != before
+            assert pids_of(supervisor)[1] == other
             assert ids(await all_requests(pool)) == undisturbed
 
     asyncio.run(run())
 
 
-def test_what_is_just_starting_when_memory_is_needed_is_ended_and_no_restart_is_counted(keeper: ServerKeeper) -> None:
-    (pid, _) = pids_of(keeper)
-    counted = keeper._kept[0].num_restarts
+def test_what_is_just_starting_when_memory_is_needed_is_ended_and_no_restart_is_counted(
+    supervisor: ServerSupervisor,
+) -> None:
+    (pid, _) = pids_of(supervisor)
+    counted = supervisor._kept[0].num_restarts
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: pids_of(keeper)[0] != pid)
-    keeper.hold()
-    starting = pids_of(keeper)[0]
+    wait_until(lambda: pids_of(supervisor)[0] != pid)
+    supervisor.hold()
+    starting = pids_of(supervisor)[0]
     time.sleep(0.6)
     assert not psutil.pid_exists(starting)
-    assert pids_of(keeper)[0] == starting
-    keeper.let_go()
-    wait_until(lambda: is_ready(keeper.urls[0]))
-    assert keeper._kept[0].num_restarts == counted + 1
+    assert pids_of(supervisor)[0] == starting
+    supervisor.let_go()
+    wait_until(lambda: is_ready(supervisor.urls[0]))
+    assert supervisor._kept[0].num_restarts == counted + 1
 
 
 def test_a_server_that_releases_memory_does_not_get_the_allocators_expandable_segments() -> None:
@@ -289,35 +291,35 @@ def test_a_server_that_releases_memory_does_not_get_the_allocators_expandable_se
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 def test_a_server_that_goes_while_it_generates_costs_no_response(
-    how: signal.Signals, models: tuple[Path, Path], keeper: ServerKeeper, undisturbed: list[list[int]]
+    how: signal.Signals, models: tuple[Path, Path], supervisor: ServerSupervisor, undisturbed: list[list[int]]
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], keeper) as pool:
+        async with connected(supervisor.urls, models[0], supervisor) as pool:
             work = asyncio.create_task(all_requests(pool))
-            await until_running(keeper.urls[0])
-            (pid, other) = pids_of(keeper)
+            await until_running(supervisor.urls[0])
+            (pid, other) = pids_of(supervisor)
             os.kill(pid, how)
             assert ids(await asyncio.wait_for(work, 20)) == undisturbed
             assert pool.counts.num_taken_out == 1
             assert pool.counts.num_resent in (2, 4)
             await until(lambda: len(pool.serving) == 2)
             assert not psutil.pid_exists(pid)
-            assert pids_of(keeper)[1] == other
+            assert pids_of(supervisor)[1] == other
             assert ids(await all_requests(pool)) == undisturbed
 
     asyncio.run(run())
 
 
 def test_the_only_server_is_waited_for_and_gets_its_weights_back(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls[1:], models[0], keeper) as pool:
+        async with connected(supervisor.urls[1:], models[0], supervisor) as pool:
             await pool.load_from_disk(models[1], "1")  # not those that the server is started again with
             expected = ids(await all_requests(pool))
             work = asyncio.create_task(all_requests(pool))
-            await until_running(keeper.urls[1])
-            os.kill(pids_of(keeper)[1], signal.SIGKILL)
+            await until_running(supervisor.urls[1])
+            os.kill(pids_of(supervisor)[1], signal.SIGKILL)
             answers = await asyncio.wait_for(work, 20)
             assert ids(answers) == expected
             assert {one.weight_versions for answer in answers for one in answer} == {("1",)}
@@ -326,12 +328,12 @@ def test_the_only_server_is_waited_for_and_gets_its_weights_back(
     asyncio.run(run())
 
 
-def test_the_only_server_with_weights_that_are_nowhere_on_disk_needs_another_push(keeper: ServerKeeper) -> None:
+def test_the_only_server_with_weights_that_are_nowhere_on_disk_needs_another_push(supervisor: ServerSupervisor) -> None:
     async def run() -> None:
-        async with connected(keeper.urls[:1], None, keeper) as pool:
+        async with connected(supervisor.urls[:1], None, supervisor) as pool:
             work = asyncio.create_task(all_requests(pool))
-            await until_running(keeper.urls[0])
-            os.kill(pids_of(keeper)[0], signal.SIGKILL)
+            await until_running(supervisor.urls[0])
+            os.kill(pids_of(supervisor)[0], signal.SIGKILL)
             with pytest.raises(WeightsNeeded, match="no generation server has the current weights"):
                 await asyncio.wait_for(work, 20)
             (member,) = await pool.recovered()
@@ -342,21 +344,21 @@ def test_the_only_server_with_weights_that_are_nowhere_on_disk_needs_another_pus
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_server_that_goes_in_a_weight_update_serves_again_with_the_new_weights(
-    killed: bool, models: tuple[Path, Path], keeper: ServerKeeper
+    killed: bool, models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], keeper) as pool:
-            pid, other = pids_of(keeper)
+        async with connected(supervisor.urls, models[0], supervisor) as pool:
+            pid, other = pids_of(supervisor)
             os.kill(pid, signal.SIGSTOP)  # so that the update is under way for as long as we like
             update = asyncio.create_task(pool.load_from_disk(models[1], "1"))
             await asyncio.sleep(0.3)
             if killed:
                 os.kill(pid, signal.SIGKILL)
             await asyncio.wait_for(update, 10)
-            assert [member.client.url for member in pool.serving] == keeper.urls[1:]
+            assert [member.client.url for member in pool.serving] == supervisor.urls[1:]
             await until(lambda: len(pool.serving) == 2)
-            assert pids_of(keeper)[1] == other
-            for url in keeper.urls:
+            assert pids_of(supervisor)[1] == other
+            for url in supervisor.urls:
                 assert version_of(url) == "1"
                 assert checksums_of(url) == expected_checksums(models[1])
 
@@ -364,48 +366,48 @@ def test_a_server_that_goes_in_a_weight_update_serves_again_with_the_new_weights
 
 
 def test_weights_that_came_while_an_older_version_was_loaded_are_loaded_too(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], None) as pool:
-            pool.take_out(pool.serving[0], "the test says so")  # comes back at once, and loads version 0
+        async with connected(supervisor.urls, models[0], None) as pool:
+            pool.mark_down(pool.serving[0], "the test says so")  # comes back at once, and loads version 0
             pool.assume(models[1], "1")
             await until(lambda: len(pool.serving) == 2)
-            assert version_of(keeper.urls[0]) == "1"
+            assert version_of(supervisor.urls[0]) == "1"
 
     asyncio.run(run())
 
 
 def test_a_folder_that_cannot_be_read_for_a_moment_does_not_cost_a_server(
-    models: tuple[Path, Path], keeper: ServerKeeper, tmp_path: Path
+    models: tuple[Path, Path], supervisor: ServerSupervisor, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], None) as pool:
+        async with connected(supervisor.urls, models[0], None) as pool:
             pool.assume(tmp_path / "weights", "1")  # not there yet
-            pool.take_out(pool.serving[0], "the test says so")
+            pool.mark_down(pool.serving[0], "the test says so")
             await asyncio.sleep(0.5)
             assert len(pool.serving) == 1
             (tmp_path / "weights").symlink_to(models[1])
             await until(lambda: len(pool.serving) == 2)
-            assert version_of(keeper.urls[0]) == "1"
+            assert version_of(supervisor.urls[0]) == "1"
 
     asyncio.run(run())
 
 
 def test_a_server_that_was_given_up_gets_another_chance_with_the_next_weights(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     async def run() -> None:
         async with connected(
-            keeper.urls, models[0], None, ROLLOUT.model_copy(update={"ready_deadline_seconds": 0.4})
+            supervisor.urls, models[0], None, ROLLOUT.model_copy(update={"ready_deadline_seconds": 0.4})
         ) as pool:
             pool.assume(Path("/nowhere"), "1")
             member = pool.serving[0]
-            pool.take_out(member, "the test says so")
+            pool.mark_down(member, "the test says so")
             await until(lambda: "did not come back within 0.4 s" in str(member.out))
             await pool.load_from_disk(models[1], "2")
             await until(lambda: len(pool.serving) == 2)
-            assert [version_of(url) for url in keeper.urls] == ["2", "2"]
+            assert [version_of(url) for url in supervisor.urls] == ["2", "2"]
 
     asyncio.run(run())
 
@@ -422,26 +424,26 @@ def test_a_port_that_is_taken_is_named_at_the_start(models: tuple[Path, Path], t
 def test_the_port_of_a_server_that_died_cannot_be_taken_and_a_taken_one_ends_the_keeper(
     models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    keeper = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"servers": 1}), "float32")
+    supervisor = start_servers(models[0], tmp_path, ROLLOUT.model_copy(update={"servers": 1}), "float32")
     try:
-        keeper.wait_ready()
-        server = keeper._kept[0].server
+        supervisor.wait_ready()
+        server = supervisor._kept[0].server
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with keeper._lock:  # it cannot start another meanwhile
+            with supervisor._lock:  # it cannot start another meanwhile
                 server.kill()
                 with pytest.raises(OSError, match="in use"):
                     taken.bind(("127.0.0.1", server.port))
                 hold_port("127.0.0.1", server.port)  # what the next start does, and then somebody else is faster
                 taken.bind(("127.0.0.1", server.port))
                 taken.listen()
-            wait_until(lambda: keeper.failure is not None)
+            wait_until(lambda: supervisor.failure is not None)
             with pytest.raises(ServerLost, match="not known to be our server"):
-                keeper.key_of(server.url)
+                supervisor.key_of(server.url)
         with pytest.raises(RuntimeError, match=f"another process listens on port {server.port} of 127.0.0.1"):
-            keeper.check()
+            supervisor.check()
     finally:
-        keeper.close()
+        supervisor.close()
 
 
 def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None:
@@ -464,7 +466,7 @@ def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None
             hold_port("127.0.0.1", port)
 
 
-def test_a_server_that_takes_too_short_inputs_is_refused_at_the_start(keeper: ServerKeeper) -> None:
+def test_a_server_that_takes_too_short_inputs_is_refused_at_the_start(supervisor: ServerSupervisor) -> None:
     def told(**info: int | None) -> Callable[[Exchange], None]:
         return lambda exchange: exchange.say(json.dumps(info).encode())
 
@@ -475,11 +477,11 @@ def test_a_server_that_takes_too_short_inputs_is_refused_at_the_start(keeper: Se
     # As SGLang says it of --context-length 317 and of too small a cache, and the embedded server of 311.
     for info in ({"context_length": 317, "max_req_input_len": 311}, {"max_req_input_len": 99}, {"context_length": 311}):
         with (
-            liar(keeper.urls[0], server_info=told(**info)) as url,
+            liar(supervisor.urls[0], server_info=told(**info)) as url,
             pytest.raises(ValueError, match=rf"^{url} takes inputs of less than .*some of 311 .*-length 319 or"),
         ):
             asyncio.run(connect(url))
-    with liar(keeper.urls[0], server_info=told(context_length=318, max_req_input_len=312)) as url:
+    with liar(supervisor.urls[0], server_info=told(context_length=318, max_req_input_len=312)) as url:
         asyncio.run(connect(url))
 
 
@@ -565,7 +567,7 @@ def put_tokens(answers: list[Any], count: int) -> None:
 def test_nonsense_is_taken_for_a_loss_and_another_server_does_the_work(
     lie: str,
     models: tuple[Path, Path],
-    keeper: ServerKeeper,
+    supervisor: ServerSupervisor,
     undisturbed: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -575,35 +577,35 @@ def test_nonsense_is_taken_for_a_loss_and_another_server_does_the_work(
     rollout = ROLLOUT.model_copy(update={"token_deadline_seconds": 0.001})
 
     async def run(url: str) -> None:
-        async with connected([url, keeper.urls[1]], models[0], None, rollout) as pool:
+        async with connected([url, supervisor.urls[1]], models[0], None, rollout) as pool:
             wanted = [dataclasses.replace(one, max_new_tokens=SHORT) for one in REQUESTS[0]]
             answer = await asyncio.wait_for(pool.generate(wanted, 1.0), 10)
             assert ids([answer]) == [whole[:SHORT] for whole in undisturbed[:2]]
             assert pool.counts.num_taken_out == 1
             assert pool.counts.num_resent == 2
 
-    with liar(keeper.urls[0], generate=fault) as url:
+    with liar(supervisor.urls[0], generate=fault) as url:
         asyncio.run(run(url))
         assert f"a generation server is taken out: {url}" in caplog.text
         assert re.search(re.escape(message), caplog.text), caplog.text
 
 
 def test_a_request_that_every_server_fails_at_ends_the_work_with_the_last_failure(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     async def run(url: str) -> None:
         async with connected([url], models[0], None) as pool:
             with pytest.raises(ServerLost, match="failed 4 times, the last time so: .*answered 500: boom"):
                 await pool.generate(REQUESTS[0], 1.0)
 
-    with liar(keeper.urls[0], generate=LIES["500"][0]) as url:
+    with liar(supervisor.urls[0], generate=LIES["500"][0]) as url:
         asyncio.run(run(url))
 
 
-def test_a_request_that_is_refused_is_not_sent_again(models: tuple[Path, Path], keeper: ServerKeeper) -> None:
+def test_a_request_that_is_refused_is_not_sent_again(models: tuple[Path, Path], supervisor: ServerSupervisor) -> None:
     async def run() -> None:
-        async with connected(keeper.urls, models[0], None) as pool:
-            too_long = Continuation(input_ids=[5] * 900, seed=0, max_new_tokens=LENGTH)
+        async with connected(supervisor.urls, models[0], None) as pool:
+            too_long = SampleRequest(input_ids=[5] * 900, seed=0, max_new_tokens=LENGTH)
             with pytest.raises(RequestRefused, match="answered 400"):
                 await pool.generate([too_long], 1.0)
             assert (pool.counts.num_resent, pool.counts.num_taken_out) == (0, 0)
@@ -611,19 +613,21 @@ def test_a_request_that_is_refused_is_not_sent_again(models: tuple[Path, Path], 
     asyncio.run(run())
 
 
-def test_a_server_lost_while_it_scores_tokens_is_left_out(models: tuple[Path, Path], keeper: ServerKeeper) -> None:
+def test_a_server_lost_while_it_scores_tokens_is_left_out(
+    models: tuple[Path, Path], supervisor: ServerSupervisor
+) -> None:
     async def run(url: str) -> None:
-        async with connected([url, keeper.urls[1]], models[0], None) as pool:
+        async with connected([url, supervisor.urls[1]], models[0], None) as pool:
             found = await pool.input_logprobs([5, 6, 7])
-            assert list(found) == [keeper.urls[1]]
-            assert torch.isfinite(torch.from_numpy(found[keeper.urls[1]])).all()
+            assert list(found) == [supervisor.urls[1]]
+            assert torch.isfinite(torch.from_numpy(found[supervisor.urls[1]])).all()
 
-    with liar(keeper.urls[0], generate=LIES["garbage"][0]) as url:
+    with liar(supervisor.urls[0], generate=LIES["garbage"][0]) as url:
         asyncio.run(run(url))
 
 
 def test_a_kept_connection_that_the_server_closes_as_it_is_used_again_is_no_loss(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
     asked: list[str] = []
 
@@ -643,7 +647,7 @@ def test_a_kept_connection_that_the_server_closes_as_it_is_used_again_is_no_loss
             assert ids([first]) == ids([again])
             assert (pool.counts.num_taken_out, pool.counts.num_resent) == (0, 0)
 
-    with liar(keeper.urls[0], generate=hang_up_on_the_second_request_of_a_connection) as url:
+    with liar(supervisor.urls[0], generate=hang_up_on_the_second_request_of_a_connection) as url:
         asyncio.run(run(url))
     assert len(asked) == 3  # the second was hung up on and asked again
 
@@ -652,9 +656,9 @@ def test_a_kept_connection_that_the_server_closes_as_it_is_used_again_is_no_loss
 
 
 def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
-    models: tuple[Path, Path], keeper: ServerKeeper
+    models: tuple[Path, Path], supervisor: ServerSupervisor
 ) -> None:
-    url = keeper.urls[0]
+    url = supervisor.urls[0]
     asyncio.run(restore(url, models[0]))
     host, port = url.removeprefix("http://").split(":")
     body = {

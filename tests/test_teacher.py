@@ -14,7 +14,7 @@ from megatron_rl import cli
 from megatron_rl import endpoint as endpoint_module
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout import teacher as teacher_module
-from megatron_rl.rollout.recorded import RowLimits, check_rows
+from megatron_rl.rollout.rollout_file import RowLimits, check_rows
 
 CONFIG = """
 run_dir = "{folder}/run"

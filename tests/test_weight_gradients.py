@@ -17,8 +17,8 @@ from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.model import build
+from megatron_rl.model.backends import choose
 from megatron_rl.model.build import build_model, fuse_weight_gradients
-from megatron_rl.model.providers import choose
 from megatron_rl.train.step import trainer
 from megatron_rl.train.step.trainer import Trainer
 

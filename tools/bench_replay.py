@@ -35,16 +35,16 @@ from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.optimizer import OptimizerSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
-from megatron_rl.rollout.client import Continuation, Generated, GenerationClient, gather_all  # noqa: E402
-from megatron_rl.rollout.keeper import start_servers  # noqa: E402
+from megatron_rl.rollout.client import Completion, GenerationClient, SampleRequest, gather_all  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
+from megatron_rl.rollout.supervisor import start_servers  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 PROMPT_TOKENS = 16
 
 
-def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Generated]]:
+def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Completion]]:
     """By prompt, from a server of its own."""
     rollout = RolloutSection(
         engine="embedded" if arguments.sglang is None else "sglang",
@@ -59,15 +59,15 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
         ready_deadline_seconds=240,
     )
     shape = routed_shape(load_bailing_config(model))
-    with start_servers(model, model.parent, rollout, arguments.dtype) as keeper:
-        keeper.wait_ready()
+    with start_servers(model, model.parent, rollout, arguments.dtype) as supervisor:
+        supervisor.wait_ready()
 
-        async def run() -> list[list[Generated]]:
-            client = GenerationClient(keeper.urls[0], key_of=keeper.key_of)
+        async def run() -> list[list[Completion]]:
+            client = GenerationClient(supervisor.urls[0], key_of=supervisor.key_of)
             options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
             wanted = [
                 [
-                    Continuation(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens)
+                    SampleRequest(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens)
                     for s in range(arguments.samples)
                 ]
                 for p in prompts
@@ -90,7 +90,7 @@ def trainer_of(model: Path, dtype: str) -> Trainer:
     return Trainer(built, OptimizerSection(), 1, dist.group.WORLD)
 
 
-def sequence_of(prompt: list[int], one: Generated, replay: bool) -> TrainSequence:
+def sequence_of(prompt: list[int], one: Completion, replay: bool) -> TrainSequence:
     ids = np.concatenate([np.array(prompt, np.int32), one.output_ids])
     return TrainSequence(
         token_ids=ids,

@@ -21,7 +21,7 @@ from chromium import Chromium, executable  # noqa: E402
 from made_runs import make_run  # noqa: E402
 
 from megatron_rl.errors import exit_code  # noqa: E402
-from megatron_rl.report.command import run_report  # noqa: E402
+from megatron_rl.report.build import run_report  # noqa: E402
 
 # A response of about a thousand tokens.
 TEXT = "Let x be 3. Then 2x + 4 = 10, so the answer is \\boxed{10}. " * 68

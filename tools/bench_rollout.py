@@ -37,10 +37,10 @@ from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.data.prompts import Prompt  # noqa: E402
 from megatron_rl.records import Group, UnfinishedGroup  # noqa: E402
 from megatron_rl.reward.rewards import Rewards  # noqa: E402
-from megatron_rl.rollout.client import Continuation, Generated  # noqa: E402
-from megatron_rl.rollout.keeper import start_servers  # noqa: E402
+from megatron_rl.rollout.client import Completion, SampleRequest  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
 from megatron_rl.rollout.sampler import Question, Sampler, fill_in_waves, sampling_seed  # noqa: E402
+from megatron_rl.rollout.supervisor import start_servers  # noqa: E402
 
 GROUP_SIZE, PROMPT_TOKENS, SLOTS, SEED = 8, 16, 64, 1
 MEAN_TOKENS, LONGEST = 48, 960
@@ -71,10 +71,10 @@ class Traced(ServerPool):
 
     __slots__ = ("trace",)
 
-    def length_of(self, one: Continuation) -> int:
+    def length_of(self, one: SampleRequest) -> int:
         return int(self.trace[one.seed % len(self.trace)])
 
-    async def generate(self, wanted: Sequence[Continuation], *others: Any) -> list[Generated]:
+    async def generate(self, wanted: Sequence[SampleRequest], *others: Any) -> list[Completion]:
         shorter = [
             dataclasses.replace(one, max_new_tokens=self.length_of(one) + PROMPT_TOKENS - len(one.input_ids))
             for one in wanted
@@ -92,7 +92,7 @@ class Simulated:
         self._queue: list[list[Any]] = []  # [tokens left, tokens made, future]
         self._engine: asyncio.Task[None] | None = None
 
-    async def generate(self, wanted: Sequence[Continuation], *_: Any) -> list[Generated]:
+    async def generate(self, wanted: Sequence[SampleRequest], *_: Any) -> list[Completion]:
         return list(await asyncio.gather(*(self._one(one) for one in wanted)))
 
     async def abort_all(self) -> None:
@@ -100,14 +100,14 @@ class Simulated:
             entry[2].set_result("abort")
         self._queue.clear()
 
-    async def _one(self, one: Continuation) -> Generated:
+    async def _one(self, one: SampleRequest) -> Completion:
         left = int(self.trace[one.seed % len(self.trace)]) + PROMPT_TOKENS - len(one.input_ids)
         entry: list[Any] = [left, 0, asyncio.get_running_loop().create_future()]
         self._queue.append(entry)
         if self._engine is None or self._engine.done():
             self._engine = asyncio.create_task(self._run())
         reason = await entry[2]
-        return Generated(
+        return Completion(
             output_ids=np.ones(entry[1], np.int32),
             logprobs=np.zeros(entry[1], np.float32),
             finish_reason=reason,
@@ -183,7 +183,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
         return True
 
     for step in range(num_phases):
-        shortfall = Shortfall(unit="tokens", missing=budget - surplus, margin=1.0, per_prompt=per_prompt.faded())
+        shortfall = Shortfall(unit="tokens", missing=budget - surplus, margin=1.0, per_prompt=per_prompt.decayed())
         started = time.perf_counter()
         if partial:
             resumed = [(question(group.prompt_id), group) for group in unfinished]
@@ -224,18 +224,18 @@ async def bench(arguments: argparse.Namespace, model: Path, folder: Path) -> dic
     trace = np.clip(np.rint(lengths * (MEAN_TOKENS / lengths.mean())), 1, LONGEST).astype(np.int64)
     random.Random(0).shuffle(trace)
     budget = 24 * GROUP_SIZE * MEAN_TOKENS
-    with start_servers(model, folder, ROLLOUT, "float32") as keeper, Rewards(RewardSection()) as rewards:
-        keeper.wait_ready()
-        pool = ServerPool(keeper.urls, ROLLOUT, key_of=keeper.key_of)
-        traced = Traced(keeper.urls, ROLLOUT, key_of=keeper.key_of)
+    with start_servers(model, folder, ROLLOUT, "float32") as supervisor, Rewards(RewardSection()) as rewards:
+        supervisor.wait_ready()
+        pool = ServerPool(supervisor.urls, ROLLOUT, key_of=supervisor.key_of)
+        traced = Traced(supervisor.urls, ROLLOUT, key_of=supervisor.key_of)
         traced.trace = trace
         try:
             await pool.connect()
             await traced.connect()
             pool.assume(model, "0")
             traced.assume(model, "0")
-            url = keeper.urls[0]
-            result = {"sampler": await bench_sampler(pool, url, keeper.key_of(url), arguments.groups, rewards)}
+            url = supervisor.urls[0]
+            result = {"sampler": await bench_sampler(pool, url, supervisor.key_of(url), arguments.groups, rewards)}
             result["partial_embedded"] = await bench_partial(traced, rewards, arguments.phases, budget)
             result["partial_simulated"] = await bench_partial(Simulated(trace), rewards, arguments.phases, budget)
         finally:

@@ -44,8 +44,8 @@ from megatron_rl.config.rollout import RolloutSection  # noqa: E402
 from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402
-from megatron_rl.rollout.keeper import start_servers  # noqa: E402
 from megatron_rl.rollout.pool import ServerPool  # noqa: E402
+from megatron_rl.rollout.supervisor import start_servers  # noqa: E402
 from megatron_rl.stores import host_store  # noqa: E402
 from megatron_rl.sync.distributed import DistributedTransport  # noqa: E402
 from megatron_rl.sync.export import export_directory  # noqa: E402
@@ -202,10 +202,10 @@ def main() -> None:
 
         weights = WeightFolder(control, num_bytes, shared=None)
         result: dict[str, Any] = {}
-        with start_servers(path, folder, rollout, "float32") as keeper:
-            keeper.wait_ready()
-            receivers = receivers_at(keeper.urls, keeper.key_of)
-            result["distributed"] = timed(partial(over_group, keeper.key_of), receivers, 1, arguments.repeats)
+        with start_servers(path, folder, rollout, "float32") as supervisor:
+            supervisor.wait_ready()
+            receivers = receivers_at(supervisor.urls, supervisor.key_of)
+            result["distributed"] = timed(partial(over_group, supervisor.key_of), receivers, 1, arguments.repeats)
             result["disk"] = timed(over_disk, receivers, 100, arguments.repeats)
             runner.run(receivers.pool.close())
         weights.close()

@@ -27,7 +27,7 @@ from megatron_rl import lifeline
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluation.statistics import student_95
-from megatron_rl.rollout.settings import model_settings
+from megatron_rl.rollout.provenance import model_settings
 from megatron_rl.train.run.metrics import read_metrics
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 # What one phase counts for in the next one's expectation: the policy changes, and a single phase is a small sample.
-_FADING = 0.8
+_DECAY = 0.8
 
 ANY = ""  # stands for every domain, where domains have no budgets of their own
 
@@ -161,9 +161,9 @@ class PromptYield(NamedTuple):
         squares = self.squares + sum(n * n for n in brought)
         return PromptYield(self.num_prompts + num_prompts, self.total + sum(brought), squares)
 
-    def faded(self) -> "PromptYield":
+    def decayed(self) -> "PromptYield":
         """As it counts in the next phase."""
-        return PromptYield(*(_FADING * number for number in self))
+        return PromptYield(*(_DECAY * number for number in self))
 
 
 NOTHING_KNOWN = PromptYield()
@@ -237,7 +237,7 @@ def shortfalls(
             domain=domain,
             missing=sum(part[domain] for part in parts) + spare - carried.get(domain, 0),
             margin=margin,
-            per_prompt=per_prompt[domain].faded(),
+            per_prompt=per_prompt[domain].decayed(),
         )
         for domain in shares
     ]

@@ -38,7 +38,7 @@ from torch.futures import Future
 from megatron_rl.checkpoint.hf import DTYPES, check_names
 from megatron_rl.checkpoint.layout import Vocabulary
 from megatron_rl.checkpoint.metadata import read_metadata
-from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
+from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
 from megatron_rl.checkpoint.pickles import load_tensor
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.files import model_files
@@ -120,7 +120,7 @@ class DistributedCheckpoint:
         where = f"{self._folder / info.relative_path}: {key}"
         return load_tensor(file.read(info.length), chunk.sizes, where)
 
-    def _check(self, entry: Mapping, model: BailingConfig) -> None:
+    def _check(self, entry: TensorMapping, model: BailingConfig) -> None:
         found = self._tensors[entry.stored]
         expected = entry.stored_shape(model.num_experts)
         size = tuple(found.size)
@@ -163,13 +163,13 @@ class _Planner(SavePlanner):
 
     def __init__(
         self,
-        table: dict[str, Mapping],
+        table: dict[str, TensorMapping],
         model: BailingConfig,
         dtypes: dict[str, torch.dtype],
         read: Callable[[str], Tensor],
     ) -> None:
         self._read = read
-        self._source: dict[MetadataIndex, tuple[Mapping, str]] = {}
+        self._source: dict[MetadataIndex, tuple[TensorMapping, str]] = {}
         items = [WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO)]
         for entry in table.values():
             for part, name in enumerate(entry.hf):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
-from megatron_rl.checkpoint.names import Mapping, hf_names, name_table
+from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.files import model_files, open_model_file
 from megatron_rl.parsing import parse_json, read_json
@@ -187,7 +187,7 @@ def shard_file(number: int) -> str:
     return f"model-{number:05d}.safetensors"
 
 
-def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[str, Mapping]) -> None:
+def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[str, TensorMapping]) -> None:
     """Write the index of all shards; ValueError when a tensor is in none or in two."""
     weight_map: dict[str, str] = {}
     for number, names in enumerate(names_by_shard):

@@ -1,7 +1,7 @@
 """The one name table between Hugging Face BailingMoE tensors and Megatron parameters, used in both directions.
 
 Megatron names here are *canonical*: those of an undivided model (global layer and expert numbers) built from local
-layers. `canonical_name` maps a rank's own parameter names to them. `Mapping.stored` is the name in a distributed
+layers. `canonical_name` maps a rank's own parameter names to them. `TensorMapping.stored` is the name in a distributed
 checkpoint: that of Megatron's Transformer Engine layers, with the experts of a layer in one tensor [E, ...].
 """
 
@@ -20,7 +20,7 @@ STORED_NORMS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mapping:
+class TensorMapping:
     """One Megatron parameter and the Hugging Face tensors that it is made of.
 
     hf_shape: the shape of each of the Hugging Face tensors.
@@ -56,7 +56,7 @@ class Mapping:
         return (self.expert_index, *offsets), (1, *self.hf_shape)
 
 
-def name_table(model: BailingConfig) -> dict[str, Mapping]:
+def name_table(model: BailingConfig) -> dict[str, TensorMapping]:
     """Every parameter of the model by its canonical Megatron name."""
     h, v = model.hidden_size, model.vocab_size
     entries = [
@@ -69,16 +69,16 @@ def name_table(model: BailingConfig) -> dict[str, Mapping]:
     return {entry.megatron: entry for entry in entries}
 
 
-def hf_names(table: dict[str, Mapping]) -> dict[str, tuple[Mapping, int]]:
-    """Every Hugging Face tensor by its name: the parameter that it is part of, and its number in `Mapping.hf`."""
+def hf_names(table: dict[str, TensorMapping]) -> dict[str, tuple[TensorMapping, int]]:
+    """Every Hugging Face tensor by its name: the parameter that it is part of, and its number in `TensorMapping.hf`."""
     return {name: (entry, i) for entry in table.values() for i, name in enumerate(entry.hf)}
 
 
-def _plain(megatron: str, hf: str, shape: tuple[int, ...], layout: TensorLayout, stored: str = "") -> Mapping:
-    return Mapping(megatron=megatron, hf=(hf,), hf_shape=shape, layout=layout, stored=stored or megatron)
+def _plain(megatron: str, hf: str, shape: tuple[int, ...], layout: TensorLayout, stored: str = "") -> TensorMapping:
+    return TensorMapping(megatron=megatron, hf=(hf,), hf_shape=shape, layout=layout, stored=stored or megatron)
 
 
-def _layer(model: BailingConfig, layer: int) -> list[Mapping]:
+def _layer(model: BailingConfig, layer: int) -> list[TensorMapping]:
     h, d = model.hidden_size, model.head_dim
     nq, nk = model.num_attention_heads, model.num_key_value_heads
     mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -125,9 +125,9 @@ def _layer(model: BailingConfig, layer: int) -> list[Mapping]:
 
 def _mlp(
     mcore: str, hf: str, hidden: int, intermediate: int, stored: str = "", expert: int | None = None
-) -> list[Mapping]:
+) -> list[TensorMapping]:
     return [
-        Mapping(
+        TensorMapping(
             megatron=mcore + "linear_fc1.weight",
             hf=(hf + "gate_proj.weight", hf + "up_proj.weight"),
             hf_shape=(intermediate, hidden),
@@ -135,7 +135,7 @@ def _mlp(
             stored=(stored or mcore) + "linear_fc1.weight",
             expert_index=expert,
         ),
-        Mapping(
+        TensorMapping(
             megatron=mcore + "linear_fc2.weight",
             hf=(hf + "down_proj.weight",),
             hf_shape=(hidden, intermediate),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
-from megatron_rl.rollout.settings import model_settings, read_settings, refuse_differences, reward_settings
+from megatron_rl.rollout.provenance import model_settings, read_settings, refuse_differences, reward_settings
 
 
 def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSection]) -> dict[str, Any]:

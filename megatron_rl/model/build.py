@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, Mapping, canonical_name, name_table
+from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, TensorMapping, canonical_name, name_table
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
@@ -52,10 +52,10 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 
 from megatron_rl.model import kernels  # noqa: E402
+from megatron_rl.model.backends import Backends, Installed, choose  # noqa: E402
 from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import FlashAttention, FlashAttention4, PackedAttention, RMSNorm  # noqa: E402
-from megatron_rl.model.providers import Installed, Providers, choose  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def initialize_parallel(
 
 
 def transformer_config(
-    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, providers: Providers
+    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
 ) -> TransformerConfig:
     """BailingMoE's shape as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
@@ -129,8 +129,8 @@ def transformer_config(
         moe_aux_loss_coeff=moe.load_balance_coefficient,
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=providers.experts == "transformer_engine",
-        moe_permute_fusion=providers.transformer_engine,
+        moe_grouped_gemm=backends.experts == "transformer_engine",
+        moe_permute_fusion=backends.transformer_engine,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_stages(bailing, layout) if layout.pipeline > 1 else None,
@@ -146,9 +146,9 @@ def transformer_config(
         perform_initialization=False,
         fp8=None if model.fp8 == "none" else model.fp8,
         fp8_recipe=model.fp8_recipe,
-        gradient_accumulation_fusion=providers.weight_gradient == "apex",
+        gradient_accumulation_fusion=backends.weight_gradient == "apex",
         # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
-        apply_rope_fusion=providers.transformer_engine,
+        apply_rope_fusion=backends.transformer_engine,
         # By torch.compile: one pass, and only its input is kept for the backward pass.
         bias_activation_fusion=device.on_cuda(),
         bias_dropout_fusion=False,
@@ -194,11 +194,11 @@ def _is_installed(distribution: str) -> bool:
 _ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAttention}
 
 
-def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Providers) -> TransformerLayerSubmodules:
+def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backends) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
-    if providers.transformer_engine:
+    if backends.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
-        layer.mlp = _with_router(layer.mlp, providers) if is_moe else layer.mlp
+        layer.mlp = _with_router(layer.mlp, backends) if is_moe else layer.mlp
         return layer
     backend = LocalSpecProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
@@ -209,13 +209,13 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Provid
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),
-                core_attention=_ATTENTION[providers.attention],
+                core_attention=_ATTENTION[backends.attention],
                 linear_proj=backend.row_parallel_linear(),
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=_with_router(mlp, providers) if is_moe else mlp,
+        mlp=_with_router(mlp, backends) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
         # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.
         sharded_state_dict_keys_map={
@@ -224,12 +224,12 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, providers: Provid
     )
 
 
-def _with_router(mlp: Any, providers: Providers) -> Any:
+def _with_router(mlp: Any, backends: Backends) -> Any:
     """Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
     parts = replace(mlp.keywords["submodules"], router=Router)
-    if providers.experts != "grouped":
+    if backends.experts != "grouped":
         return partial(mlp, submodules=parts)
-    add_product = kernels.quack_add_product() if providers.expert_weight_gradient == "quack" else None
+    add_product = kernels.quack_add_product() if backends.expert_weight_gradient == "quack" else None
     experts = partial(GroupedExperts, *parts.experts.args, **parts.experts.keywords, add_product=add_product)
     return partial(GroupedLayer, submodules=replace(parts, experts=experts))
 
@@ -309,10 +309,10 @@ def build_model(
 
     overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once.
     """
-    providers = choose(model, bailing, layout, installed())
-    config = transformer_config(bailing, model, moe, layout, providers)
+    backends = choose(model, bailing, layout, installed())
+    config = transformer_config(bailing, model, moe, layout, backends)
     if dist.get_rank() == 0:
-        for line in providers.lines():
+        for line in backends.lines():
             log.info("%s", line)
     dtype = DTYPES[model.dtype]
     shards = distributed_optimizer and dtype != torch.float64
@@ -324,7 +324,7 @@ def build_model(
         bucket_size=bucket_parameters,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    gpts = [_gpt_model(config, bailing, providers, stage) for stage in stages]
+    gpts = [_gpt_model(config, bailing, backends, stage) for stage in stages]
     chunks = tuple(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
@@ -333,7 +333,7 @@ def build_model(
         for module in chunk.modules():
             if isinstance(module, GroupedExperts):
                 module.ready = partial(_gradient_is_there, chunk)
-        if providers.weight_gradient == "transformer_engine":
+        if backends.weight_gradient == "transformer_engine":
             fuse_weight_gradients(chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -384,7 +384,7 @@ def _gradient_is_there(chunk: DistributedDataParallel, parameter: torch.Tensor) 
 def _gpt_model(
     config: TransformerConfig,
     bailing: BailingConfig,
-    providers: Providers,
+    backends: Backends,
     virtual_stage: int | None,
 ) -> GPTModel:
     """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
@@ -392,7 +392,7 @@ def _gpt_model(
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), providers),
+            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), backends),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]
@@ -400,14 +400,14 @@ def _gpt_model(
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=specs, layer_norm=_layer_norm(providers.transformer_engine)
+            layer_specs=specs, layer_norm=_layer_norm(backends.transformer_engine)
         ),
         vocab_size=-(-bailing.vocab_size // tensor_size) * tensor_size,
         max_sequence_length=bailing.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=bailing.tie_word_embeddings,
-        position_embedding_type="rope" if providers.transformer_engine else "none",
+        position_embedding_type="rope" if backends.transformer_engine else "none",
         rotary_base=int(bailing.rope_theta),
         vp_stage=virtual_stage,
     )
@@ -450,18 +450,18 @@ def load_sharded_state(model: Model, state: dict[str, dict[str, Any]]) -> None:
             raise ValueError(f"checkpoint lacks {missing} and has {problems.unexpected_keys} besides")
 
 
-def local_shard(entry: Mapping, full: Tensor) -> Tensor:
+def local_shard(entry: TensorMapping, full: Tensor) -> Tensor:
     """This rank's part of a full Megatron tensor."""
     group = tensor_group(entry)
     return entry.layout.shard(full, group.rank(), group.size())
 
 
-def tensor_group(entry: Mapping) -> Any:
+def tensor_group(entry: TensorMapping) -> Any:
     """The group over which a parameter is divided inside one layer."""
     return mpu.get_expert_tensor_parallel_group() if entry.expert else mpu.get_tensor_model_parallel_group()
 
 
-def owns_export(entry: Mapping) -> bool:
+def owns_export(entry: TensorMapping) -> bool:
     """True on the one replica, among data- and context-parallel ranks, that exports this parameter."""
     if entry.expert:
         return mpu.get_expert_data_parallel_rank() == 0

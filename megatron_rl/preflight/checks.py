@@ -21,9 +21,9 @@ from megatron_rl.data.prompts import read_chats, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
-from megatron_rl.model import providers
+from megatron_rl.model import backends as backends
 from megatron_rl.preflight.registry import Start, check, refuse_problems
-from megatron_rl.rollout.recorded import check_rows, limits_of
+from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
@@ -262,7 +262,7 @@ def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves:
     """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
     it starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(bailing)
-    yield from providers.problems(config.model, bailing, config.parallel.layout(world_size))
+    yield from backends.problems(config.model, bailing, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
         yield from serving_problems(config.rollout, bailing, serves)
         if config.rollout.router_replay:

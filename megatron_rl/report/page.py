@@ -19,7 +19,7 @@ _IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page of what the scripts read: `report/command.py` makes it."""
+    """The page of what the scripts read: `report/build.py` makes it."""
     from plotly.offline import get_plotlyjs
 
     script = "\n".join(_part(name) for name in _SCRIPTS)

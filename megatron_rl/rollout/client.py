@@ -41,7 +41,7 @@ class ServerSilent(ServerLost):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Continuation:
+class SampleRequest:
     """One response to sample: the tokens before it, its seed, and how many tokens it may have.
 
     top_p: below 1 for evaluation only. Log-probs are those of the whole distribution, from which it then does not come.
@@ -54,7 +54,7 @@ class Continuation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
+class Completion:
     """One sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it.
 
     finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
@@ -101,12 +101,12 @@ class GenerationClient:
 
     async def generate(
         self,
-        wanted: Sequence[Continuation],
+        wanted: Sequence[SampleRequest],
         *,
         temperature: float,
         timeout_seconds: float,
         routed: RoutedShape | None = None,
-    ) -> list[Generated]:
+    ) -> list[Completion]:
         """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
         shared = {"temperature": temperature, "top_k": -1}
         body = {
@@ -227,13 +227,13 @@ class GenerationClient:
         """Quote what the server said for a message, without the key, which it may repeat."""
         return hidden(said, self._key)[:_SHOWN_CHARACTERS]
 
-    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Generated:
+    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Completion:
         try:
             meta = answer["meta_info"]
             # A request that was aborted before it ran has no list of log-probs.
             pairs = meta.get("output_token_logprobs") or []
             output_ids = np.array(answer["output_ids"], dtype=np.int32)
-            result = Generated(
+            result = Completion(
                 output_ids=output_ids,
                 logprobs=np.array([pair[0] for pair in pairs], dtype=np.float32),
                 finish_reason=meta["finish_reason"]["type"],

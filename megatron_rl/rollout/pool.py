@@ -19,9 +19,9 @@ import numpy as np
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.rollout.client import (
-    Continuation,
-    Generated,
+    Completion,
     GenerationClient,
+    SampleRequest,
     ServerError,
     ServerLost,
     gather_all,
@@ -162,10 +162,10 @@ class ServerPool:
 
     async def generate(
         self,
-        wanted: Sequence[Continuation],
+        wanted: Sequence[SampleRequest],
         temperature: float,
         may_abort: Callable[[], bool] = lambda: False,
-    ) -> list[Generated]:
+    ) -> list[Completion]:
         """One sample for each, all from one server, which has confirmed the current weights.
 
         Lost work is sent again, to the server that is then the least busy; seeds make it the same work. RequestRefused
@@ -194,7 +194,7 @@ class ServerPool:
                     self._confirm(member, generated, may_abort())
                 except ServerLost as error:
                     failure = error
-                    self.take_out(member, str(error))
+                    self.mark_down(member, str(error))
                     if may_abort():
                         raise
                 else:
@@ -237,7 +237,7 @@ class ServerPool:
                 with self._busy(member, 0, 1, sign_of_life):
                     return [(member.client.url, await _unless(member.lost, ask(member.client)))]
             except failures as error:
-                self.take_out(member, str(error))
+                self.mark_down(member, str(error))
                 return []
 
         asked = self.serving if members is None else members
@@ -277,7 +277,7 @@ class ServerPool:
             raise WeightsNeeded(f"no generation server has the current weights ({reasons})")
         raise ServerLost(f"no generation server is left: {reasons}") from failure
 
-    def _confirm(self, member: Member, generated: Sequence[Generated], may_abort: bool) -> None:
+    def _confirm(self, member: Member, generated: Sequence[Completion], may_abort: bool) -> None:
         for one in generated:
             if one.finish_reason == "abort" and not may_abort:
                 raise ServerLost(f"{member.client.url} cut a response short that nobody aborted: {one.message}")
@@ -315,7 +315,7 @@ class ServerPool:
     async def release_memory(self) -> None:
         """Servers give back what they hold on their GPUs, until `resume_memory`; who cannot is taken out.
 
-        Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its keeper.
+        Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its supervisor.
         """
         while coming := [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]:
             await asyncio.wait([task for task in coming if task is not None])
@@ -346,7 +346,7 @@ class ServerPool:
 
     # Servers that fail ---------------------------------------------------------------------------------------------
 
-    def take_out(self, member: Member, reason: str) -> None:
+    def mark_down(self, member: Member, reason: str) -> None:
         """No more work for it until it has recovered; what it has in flight is lost. Idempotent."""
         if member.out is not None and not member.needs_weights:
             return
@@ -382,7 +382,7 @@ class ServerPool:
                     trouble = f": {error}"
                 else:
                     if version == self._version:
-                        self.put_back(member)
+                        self.mark_up(member)
                         return
                     continue  # newer weights came while it loaded these
             await asyncio.sleep(_ASK_AGAIN_SECONDS)
@@ -396,7 +396,7 @@ class ServerPool:
             if given_up and await member.client.is_ready():
                 member.recovery = asyncio.create_task(self._recover(member))
 
-    def put_back(self, member: Member) -> None:
+    def mark_up(self, member: Member) -> None:
         """It has the current weights and serves."""
         log.info("the generation server %s serves again", member.client.url)
         member.lost = asyncio.get_running_loop().create_future()
@@ -419,7 +419,7 @@ class ServerPool:
             if await member.sign_of_life(member.client, max(1.0, left)):
                 last_sign = time.monotonic()
             elif time.monotonic() - last_sign > self.rollout.silence_seconds and member.outstanding_requests:
-                self.take_out(
+                self.mark_down(
                     member,
                     f"{member.client.url} has given no sign of life for {self.rollout.silence_seconds:g} s "
                     "(rollout.silence_seconds)",

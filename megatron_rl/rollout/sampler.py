@@ -21,10 +21,10 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.client import Continuation, Generated, ServerError, gather_all
+from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.recorded import with_advantages
+from megatron_rl.rollout.rollout_file import with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
 
@@ -94,7 +94,7 @@ class Sampler:
         top_p: float = 1.0,
     ) -> None:
         """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
-        has those that a killed phase had completed. top_p: see `Continuation`."""
+        has those that a killed phase had completed. top_p: see `SampleRequest`."""
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
@@ -177,7 +177,7 @@ class Sampler:
         """The same responses, each sampled on from where it is. may_abort: see `ServerPool.generate`."""
         generated = await self._servers.generate(
             [
-                Continuation(
+                SampleRequest(
                     input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
                     seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
                     max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
@@ -377,7 +377,7 @@ def _blank(question: Question, size: int) -> list[Response]:
     ]
 
 
-def _extended(response: Response, more: Generated, policy_version: int) -> Response:
+def _extended(response: Response, more: Completion, policy_version: int) -> Response:
     return replace(
         response,
         output_ids=np.concatenate([response.output_ids, more.output_ids]),

@@ -15,9 +15,9 @@ from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.files import whole_file
 from megatron_rl.gpus import visible_gpus
-from megatron_rl.rollout.keeper import start_servers
 from megatron_rl.rollout.ports import address_towards
 from megatron_rl.rollout.server import find_sglang, torch_version
+from megatron_rl.rollout.supervisor import start_servers
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
             host=host,
             weights_roots=[config.run_dir],
             secret_variables=secret_variables(config),
-        ) as keeper:
-            keeper.wait_ready()
-            keys = {url: keeper.key_of(url) for url in keeper.urls}
+        ) as supervisor:
+            supervisor.wait_ready()
+            keys = {url: supervisor.key_of(url) for url in supervisor.urls}
             with whole_file(folder / f"{name}.json", mode=0o600) as file:
                 json.dump({"keys": keys, "num_processes": num_processes, "torch": torch}, file)
-            log.info("serving at %s", ", ".join(keeper.urls))
+            log.info("serving at %s", ", ".join(supervisor.urls))
             while True:
-                keeper.check()
+                supervisor.check()
                 time.sleep(_LOOK_EVERY_SECONDS)
     except _StopRequested:
         return 0

@@ -14,9 +14,9 @@ from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import response_decoder
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.keeper import start_servers
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.sampler import Sampler
+from megatron_rl.rollout.supervisor import start_servers
 
 
 @asynccontextmanager
@@ -38,9 +38,9 @@ async def serving(
         raise ValueError(
             "this command starts servers of its own with the model that it samples from; leave rollout.urls empty"
         )
-    with start_servers(model, folder, rollout, dtype, name=name, secret_variables=secret_variables) as keeper:
-        keeper.wait_ready()
-        servers = ServerPool(keeper.urls, rollout, keeper.replace, key_of=keeper.key_of)
+    with start_servers(model, folder, rollout, dtype, name=name, secret_variables=secret_variables) as supervisor:
+        supervisor.wait_ready()
+        servers = ServerPool(supervisor.urls, rollout, supervisor.replace, key_of=supervisor.key_of)
         try:
             await servers.connect()
             servers.assume(model, "0")

@@ -16,9 +16,9 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint, EndpointError
 from megatron_rl.errors import Fault
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.rollout.append_log import Finished
 from megatron_rl.rollout.client import gather_all
-from megatron_rl.rollout.recorded import answer_columns
-from megatron_rl.rollout.resumable import Finished
+from megatron_rl.rollout.rollout_file import answer_columns
 from megatron_rl.rollout.sampler import sampling_seed
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_rl.evaluation.statistics import estimate
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.recorded import read_groups
+from megatron_rl.rollout.rollout_file import read_groups
 from megatron_rl.rollout.standalone import no_advantages
 from megatron_rl.selection.candidates import Candidate
 from megatron_rl.selection.choice import Measured

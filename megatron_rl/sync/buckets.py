@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.checkpoint.hf import num_bytes
-from megatron_rl.checkpoint.names import Mapping
+from megatron_rl.checkpoint.names import TensorMapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Place:
 class Bucket:
     """Consecutive parameters of the name table. places: of each entry's tensors, in order and end to end."""
 
-    entries: tuple[Mapping, ...]
+    entries: tuple[TensorMapping, ...]
     places: tuple[tuple[Place, ...], ...]
 
     @property
@@ -45,10 +45,10 @@ class Bucket:
         return found
 
 
-def divide(entries: Iterable[Mapping], dtype: torch.dtype, max_bytes: int) -> list[Bucket]:
+def divide(entries: Iterable[TensorMapping], dtype: torch.dtype, max_bytes: int) -> list[Bucket]:
     """Every entry once, in order, no bucket above `max_bytes` unless one parameter alone is."""
     buckets: list[Bucket] = []
-    members: list[Mapping] = []
+    members: list[TensorMapping] = []
     used = 0
     for entry in entries:
         size = len(entry.hf) * num_bytes(entry.hf_shape, dtype)
@@ -60,7 +60,7 @@ def divide(entries: Iterable[Mapping], dtype: torch.dtype, max_bytes: int) -> li
     return [*buckets, _bucket(members, dtype)] if members else buckets
 
 
-def _bucket(entries: Sequence[Mapping], dtype: torch.dtype) -> Bucket:
+def _bucket(entries: Sequence[TensorMapping], dtype: torch.dtype) -> Bucket:
     places = []
     end = 0
     for entry in entries:

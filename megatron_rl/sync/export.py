@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.checkpoint.hf import copy_companions, write_index, write_shard
-from megatron_rl.checkpoint.names import Mapping, name_table
+from megatron_rl.checkpoint.names import TensorMapping, name_table
 from megatron_rl.errors import SharedFault
 from megatron_rl.files import replace_directory
 from megatron_rl.model.build import Model, owns_export, tensor_group
@@ -34,11 +34,11 @@ def export_tensors(
 
 
 def gathered(
-    entries: Iterable[Mapping],
+    entries: Iterable[TensorMapping],
     parameters: dict[str, torch.nn.Parameter],
     read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
-    takes_part: Callable[[Mapping], bool] = owns_export,
-) -> Iterator[tuple[Mapping, tuple[Tensor, ...]]]:
+    takes_part: Callable[[TensorMapping], bool] = owns_export,
+) -> Iterator[tuple[TensorMapping, tuple[Tensor, ...]]]:
     """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.
 
     parameters: this rank's, by canonical name. takes_part: whether this rank's tensor group exports an entry; by
@@ -58,7 +58,9 @@ def gathered(
             yield entry, entry.layout.split(entry.layout.unshard(shards))
 
 
-def fill(flat: Tensor, bucket: Bucket, dtype: torch.dtype, found: Iterable[tuple[Mapping, Sequence[Tensor]]]) -> None:
+def fill(
+    flat: Tensor, bucket: Bucket, dtype: torch.dtype, found: Iterable[tuple[TensorMapping, Sequence[Tensor]]]
+) -> None:
     """flat: uint8 [bytes of the bucket], gets what `gathered` found of its entries, each tensor at its place."""
     places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
     for entry, tensors in found:
@@ -66,7 +68,7 @@ def fill(flat: Tensor, bucket: Bucket, dtype: torch.dtype, found: Iterable[tuple
             flat[place.start : place.end].view(dtype).view(place.shape).copy_(tensor)
 
 
-def exported_names(model: Model, takes_part: Callable[[Mapping], bool] = owns_export) -> list[str]:
+def exported_names(model: Model, takes_part: Callable[[TensorMapping], bool] = owns_export) -> list[str]:
     """Canonical names of what `gathered` yields on this rank."""
     parameters = model.parameters_by_canonical_name()
     return [

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.checkpoint.names import Mapping, name_table
+from megatron_rl.checkpoint.names import TensorMapping, name_table
 from megatron_rl.device import backend, forget_shared, torch_device
 from megatron_rl.gpus import opened_rank
 from megatron_rl.keys import KeyOf, no_key
@@ -172,7 +172,7 @@ class IpcTransport:
                 dist.broadcast(flat[start:end], src=owner, group=self._span_group)
         return flat
 
-    def _takes_part(self, entry: Mapping) -> bool:
+    def _takes_part(self, entry: TensorMapping) -> bool:
         """True where the first rank of this rank's tensor group exports the entry to some span."""
         first = dist.get_process_group_ranks(tensor_group(entry))[0]
         return any((entry.megatron, first) in exporters for exporters in self._exporters)

@@ -107,7 +107,7 @@ async def settle(
         for member in members:
             error = failed.get(member.client.url)
             if isinstance(error, ServerLost):
-                pool.take_out(member, str(error))
+                pool.mark_down(member, str(error))
         # A server that is there but refuses has lost a peer, or is not the one that it was at the last push: again.
         # Where a fresh push is refused though nobody was lost, there is a reason that will not go away.
         lost = any(isinstance(error, ServerLost) for error in failed.values())
@@ -117,5 +117,5 @@ async def settle(
     pool.assume(None, version)
     for member in members:
         if member.out is not None:
-            pool.put_back(member)
+            pool.mark_up(member)
     await pool.flush_caches()

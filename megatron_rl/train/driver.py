@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: Mapping[str, str] | None = None) -> int:
     """Train for `train.steps` steps and export `run_dir/hf`. Returns the exit code.
 
-    rollouts: a file to train from (rollout/recorded.py); then there are no servers. keys: of the servers at
+    rollouts: a file to train from (rollout/rollout_file.py); then there are no servers. keys: of the servers at
     rollout.urls, by their url, where rollout.api_key_variable does not name the one key of all.
     """
     if keys is None:
@@ -131,8 +131,8 @@ def _make_room(config: RlConfig, context: TrainContext, servers: NodeServers | N
     started = time.perf_counter()
     if config.train.offload_while_generating:
         context.trainer.offloader.offload()
-    if config.rollout.release_memory and servers is not None and servers.keeper is not None:
-        servers.keeper.let_go()
+    if config.rollout.release_memory and servers is not None and servers.supervisor is not None:
+        servers.supervisor.let_go()
     return time.perf_counter() - started
 
 
@@ -143,8 +143,8 @@ def _take_room(config: RlConfig, context: TrainContext, servers: NodeServers | N
     offloader, seconds = context.trainer.offloader, config.train.free_memory_deadline_seconds
 
     def reload() -> None:
-        if servers is not None and servers.keeper is not None:
-            servers.keeper.hold()
+        if servers is not None and servers.supervisor is not None:
+            servers.supervisor.hold()
         device.wait_until_free(offloader.missing_bytes, seconds)
         offloader.reload()
 
@@ -176,7 +176,7 @@ def _transport(
             context.control,
             max_bytes,
             servers.node,
-            servers.keeper.urls if servers.keeper is not None else (),
+            servers.supervisor.urls if servers.supervisor is not None else (),
             config.rollout.servers_on(num_gpus),
             num_gpus,
             silence_seconds,

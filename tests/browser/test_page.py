@@ -7,7 +7,7 @@ import pytest
 from chromium import Chromium
 from made_runs import make_run, response_row, write_rows
 
-from megatron_rl.report.command import run_report
+from megatron_rl.report.build import run_report
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
 PAYLOADS = (

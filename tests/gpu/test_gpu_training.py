@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 from test_parallel import relative, worst
 from torch import Tensor
-from training_runs import TrainingRuns, providers
+from training_runs import TrainingRuns, backends
 
 from megatron_rl import device
-from megatron_rl.model.providers import GROUPED_CAPABILITY
+from megatron_rl.model.backends import GROUPED_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,6 @@ def test_the_host_waits_for_nothing_in_the_passes_of_a_rank_that_has_the_whole_m
     assert runs.host_waits() == []
 
 
-@pytest.mark.parametrize("name", providers())
+@pytest.mark.parametrize("name", backends())
 def test_every_choice_of_parts_computes_the_same_model(runs: TrainingRuns, name: str) -> None:
     assert_close(runs(name), runs("exact, given"), BFLOAT16)

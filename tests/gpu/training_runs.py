@@ -54,7 +54,7 @@ def options(name: str) -> list[str]:
     return [] if known is None else [value for value in get_args(known.annotation) if value != "auto"]
 
 
-def providers() -> dict[str, dict[str, str]]:
+def backends() -> dict[str, dict[str, str]]:
     """The model's section for every choice of parts, by name."""
     choices = [{"layers": value} for value in options("layers")]
     choices += [{"layers": "local", "expert_weight_gradient": value} for value in options("expert_weight_gradient")]
@@ -79,7 +79,7 @@ RUNS: dict[str, Run] = {
     "shuffled": Run(placed=[SHUFFLED[:4], SHUFFLED[4:5], SHUFFLED[5:]]),
     "recompute": Run(recompute="full"),
     "watched": Run(dtype="bfloat16", balance=0.01, watch_host=True),
-    **{name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in providers().items()},
+    **{name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in backends().items()},
 }
 
 

@@ -28,10 +28,10 @@ from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.recorded import Advantages, limits_of, read_groups
+from megatron_rl.rollout.provenance import model_settings
+from megatron_rl.rollout.rollout_file import Advantages, limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
-from megatron_rl.rollout.settings import model_settings
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.orchestrator.node_servers import NodeServers
 from megatron_rl.train.run.signals import StopSignals, disk_fault
@@ -81,7 +81,7 @@ class GroupSource(Protocol):
 
 
 class RecordedGroups:
-    """The groups of a file (rollout/recorded.py), in its order, each once."""
+    """The groups of a file (rollout/rollout_file.py), in its order, each once."""
 
     def __init__(self, config: RlConfig, path: Path, signals: StopSignals) -> None:
         """ValueError for a file that cannot be used."""
@@ -158,12 +158,12 @@ class ServerGroups:
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
-        self._keeper = servers.keeper
+        self._supervisor = servers.supervisor
         self._rewards = Rewards(config.reward)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(bailing) if config.rollout.router_replay else None
-        replace = self._keeper.replace if self._keeper else None
+        replace = self._supervisor.replace if self._supervisor else None
         self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
         self._loop = BackgroundLoop()
         try:
@@ -256,8 +256,8 @@ class ServerGroups:
             while not task.done():
                 await asyncio.wait({task}, timeout=0.2)
                 self._signals.check()
-                if self._keeper is not None:
-                    self._keeper.check()
+                if self._supervisor is not None:
+                    self._supervisor.check()
         finally:
             task.cancel()
             await asyncio.wait({task}, timeout=_CANCEL_SECONDS)

@@ -15,9 +15,9 @@ from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.place import own_place
-from megatron_rl.rollout.keeper import ServerKeeper, start_servers
 from megatron_rl.rollout.ports import address_towards, is_here
 from megatron_rl.rollout.server import check_same_torch
+from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
 from megatron_rl.sync.all_ranks import broadcast_object, gather_objects
 from megatron_rl.train.run.signals import StopSignals
 
@@ -44,7 +44,7 @@ class _Address:
 
 class NodeServers:
     """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside: one of them is on rank
-    0's machine. Both are known where weights go over a process group. keeper: of this node's servers, on its first
+    0's machine. Both are known where weights go over a process group. supervisor: of this node's servers, on its first
     rank. node: its number. `close()` ends these."""
 
     def __init__(
@@ -56,7 +56,7 @@ class NodeServers:
         keys: of the latter, by their url. On every rank ValueError when one did not start, and StopRequested when a
         signal came first.
         """
-        self.keeper: ServerKeeper | None = None
+        self.supervisor: ServerSupervisor | None = None
         self._keys = dict(keys)
         self.node = own_place().node
         self.urls = list(config.rollout.urls)
@@ -78,7 +78,7 @@ class NodeServers:
             try:
                 if config.sync.transport == "ipc":
                     check_same_torch(config.rollout)
-                self.keeper = start_servers(
+                self.supervisor = start_servers(
                     weights,
                     config.run_dir,
                     config.rollout,
@@ -87,8 +87,8 @@ class NodeServers:
                     host=node_address(),
                     secret_variables=secret_variables(config),
                 )
-                self.keeper.wait_ready(signals.check)
-                mine.keys = {url: self.keeper.key_of(url) for url in self.keeper.urls}
+                self.supervisor.wait_ready(signals.check)
+                mine.keys = {url: self.supervisor.key_of(url) for url in self.supervisor.urls}
             except StopRequested:
                 mine.is_stopped = True
             except (ValueError, OSError) as error:
@@ -108,13 +108,13 @@ class NodeServers:
     def key_of(self, url: str) -> str:
         """Give the key of the server at `url`, to be sent now. ServerLost while it is not known who listens there,
         which only its own node can tell."""
-        if self.keeper is not None and url in self.keeper.urls:
-            return self.keeper.key_of(url)
+        if self.supervisor is not None and url in self.supervisor.urls:
+            return self.supervisor.key_of(url)
         return self._keys[url]
 
     def close(self) -> None:
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
 
 
 def is_one_machine(urls: Sequence[str]) -> bool:

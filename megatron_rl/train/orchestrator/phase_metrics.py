@@ -15,7 +15,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.recorded import answer_columns
+from megatron_rl.rollout.rollout_file import answer_columns
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 

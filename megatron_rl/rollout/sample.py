@@ -15,10 +15,8 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
 from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.recorded import group_rows
-from megatron_rl.rollout.resumable import has_responses, sample_into, told_of_resume, whole_groups, write_groups
-from megatron_rl.rollout.sampler import Question
-from megatron_rl.rollout.settings import (
+from megatron_rl.rollout.append_log import has_responses, sample_into, told_of_resume, whole_groups, write_groups
+from megatron_rl.rollout.provenance import (
     ANOTHER_OUTPUT,
     model_settings,
     read_settings,
@@ -26,6 +24,8 @@ from megatron_rl.rollout.settings import (
     reward_settings,
     write_settings,
 )
+from megatron_rl.rollout.rollout_file import group_rows
+from megatron_rl.rollout.sampler import Question
 from megatron_rl.rollout.standalone import sampling
 from megatron_rl.rollout.teacher import Teacher
 

@@ -43,7 +43,7 @@ class Installed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Providers:
+class Backends:
     """Name who computes each part of the model; a value of `COSTS` says what that costs.
 
     weight_gradient: of linear layers. expert_weight_gradient: of routed experts.
@@ -117,7 +117,7 @@ def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Ite
             )
 
 
-def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installed: Installed) -> Providers:
+def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installed: Installed) -> Backends:
     """The best that has been measured of what the configuration leaves open. ValueError when it asks for what cannot be
     had.
 
@@ -153,7 +153,7 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     if wanted:
         engine = "transformer_engine"
         gradient = "apex" if apex else engine if model.dtype == "bfloat16" else "separate"
-        return Providers(
+        return Backends(
             layers=engine,
             attention=engine,
             norm=engine,
@@ -173,7 +173,7 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
         of_experts = "quack"
     elif grouped:  # products of torch's own, of which apex's extension knows nothing
         of_experts = "separate"
-    return Providers(
+    return Backends(
         layers="local",
         attention=attention,
         norm="fused" if on_gpu else "fp32",

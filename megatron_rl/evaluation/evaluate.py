@@ -29,10 +29,10 @@ from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import GAVE_UP
+from megatron_rl.rollout.append_log import sample_into, told_of_resume, whole_groups
 from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.resumable import sample_into, told_of_resume, whole_groups
+from megatron_rl.rollout.provenance import ANOTHER_OUTPUT, write_settings
 from megatron_rl.rollout.sampler import Question, Sampler
-from megatron_rl.rollout.settings import ANOTHER_OUTPUT, write_settings
 from megatron_rl.rollout.standalone import no_advantages, serving
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.files import link_directory
 from megatron_rl.locks import sole_writer
-from megatron_rl.rollout.command import check_claim, claim, sample_questions, sampling_settings
-from megatron_rl.rollout.resumable import find_groups, told_of_resume
+from megatron_rl.rollout.append_log import find_groups, told_of_resume
+from megatron_rl.rollout.sample import check_claim, claim, sample_questions, sampling_settings
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.selection.candidates import Candidate, find_candidates
 from megatron_rl.selection.choice import Measured, check_preference, choose, is_in, straddled_ends

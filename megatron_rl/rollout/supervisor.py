@@ -28,7 +28,7 @@ class _Kept:
     is_ready: bool = True
 
 
-class ServerKeeper:
+class ServerSupervisor:
     """Owns the server processes. `close()` ends them; so does the end of this process, whatever ends it.
 
     failure: set when a server was given up for good: it ended too often, or did not get ready.
@@ -40,7 +40,7 @@ class ServerKeeper:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._is_held = False
-        self._thread = threading.Thread(target=self._run, name="server-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="server-supervisor", daemon=True)
         self.failure: Fault | None = None
         self._kept: list[_Kept] = []
         try:
@@ -153,10 +153,10 @@ def start_servers(
     host: str = "127.0.0.1",
     weights_roots: Sequence[Path] = (),
     secret_variables: Collection[str] = (),
-) -> ServerKeeper:
+) -> ServerSupervisor:
     """Start this machine's servers, listening on `host`; their logs are `folder/NAME_I.log`. They divide its GPUs.
 
-    They serve who shows a new key, which the keeper knows. weights_roots: below these embedded servers may load
+    They serve who shows a new key, which the supervisor knows. weights_roots: below these embedded servers may load
     weights, beside `model_path`. secret_variables: of the environment, what they must not inherit beside what is called
     a secret. ValueError when there is no SGLang to start, or too few GPUs.
     """
@@ -171,7 +171,7 @@ def start_servers(
             len(shares),
             rollout.sglang_gpus,
         )
-    return ServerKeeper(
+    return ServerSupervisor(
         [
             server_starter(
                 model_path,
