@@ -25,7 +25,7 @@ from megatron_rl.evaluation.responses import read_judged
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
-from megatron_rl.rollout.recorded import check_first_row, read_groups
+from megatron_rl.rollout.recorded import RowLimits, check_rows, read_groups
 from megatron_rl.rollout.resumable import find_groups
 from megatron_rl.train.metrics import read_metrics
 
@@ -88,7 +88,7 @@ READERS = {
     "scored": lambda path: [read_scored(line, where, {}) for _, line, where in lines_of(path)],
     "judged": read_judged,
     "rollouts to train from": lambda path: read_groups(path, lambda responses, rewards: rewards),
-    "the first row of them": check_first_row,
+    "all rows of them": lambda path: check_rows(path, RowLimits()),
     "responses to go on with": lambda path: find_groups(path, 1, "remedy"),
     "difficulty": lambda path: _rates([str(path)], 1.0),
 }
