@@ -468,7 +468,7 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
             ],
             "rollout.router_replay needs a GPU for SGLang",
         ),
-        (["--set", "rollout.max_prompt_tokens=4"], "tokens, over rollout.max_prompt_tokens = 4"),
+        (["--set", "rollout.max_prompt_tokens=4"], "have more tokens than rollout.max_prompt_tokens = 4"),
     ],
 )
 def test_a_users_mistake_ends_in_one_message_and_exit_code_2(

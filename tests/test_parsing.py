@@ -26,8 +26,7 @@ from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_tex
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
 from megatron_rl.rollout.append_log import find_groups
-from megatron_rl.rollout.rollout_file import check_first_row, read_groups
-from megatron_rl.train.run.metrics import read_metrics
+from megatron_rl.rollout.rollout_file import RowLimits, check_rows, read_groups
 
 DEEP = "[" * 100_000 + "]" * 100_000
 TOO_DEEP = "it is nested more than 100 deep"
@@ -88,7 +87,7 @@ READERS = {
     "scored": lambda path: [read_scored(line, where, {}) for _, line, where in lines_of(path)],
     "judged": read_judged,
     "rollouts to train from": lambda path: read_groups(path, lambda responses, rewards: rewards),
-    "the first row of them": check_first_row,
+    "all rows of them": lambda path: check_rows(path, RowLimits()),
     "responses to go on with": lambda path: find_groups(path, 1, "remedy"),
     "difficulty": lambda path: _rates([str(path)], 1.0),
 }

@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 
@@ -14,10 +14,12 @@ from megatron_rl.config.limits import doubtful
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
-from megatron_rl.data.prompts import read_chats, read_prompts
+from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
@@ -70,12 +72,26 @@ def _rows(start: Start) -> Iterator[str]:
         prompts = [
             prompt
             for path in config.data.train_files
-            for prompt in read_prompts(path, config.data.domain, problems=found, most=LOOKED_AT)
+            for prompt in read_prompts(path, config.data.domain, config.data.suffix, found, LOOKED_AT)
         ]
         found.tell()
         refuse_misjudged(prompts, config.reward)
+        if start.trains:
+            assert isinstance(config, RlConfig)
+            _check_lengths(prompts, config)
     found.tell()
     yield from ()
+
+
+def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
+    """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
+    prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
+    limit = Limit(
+        tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens", too_long=config.data.too_long
+    )
+    may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
+    if may_be_long and config.data.too_long == "stop":
+        rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)
 
 
 @check("domains", "tables by domain name domains that rows have")
