@@ -1,9 +1,17 @@
-"""A process that ends with the one that started it, however that one ends."""
+"""Processes that end with the one that started them, however that one ends: three ways, each where the others fail.
 
+A rank watches its launcher, which it did not agree anything with. A server watches its stdin, which its starter holds. A
+worker of a pool has the kernel's word, since it may be in C code for minutes.
+"""
+
+import fcntl
 import logging
+import multiprocessing
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +42,32 @@ def watch_parent(interval_seconds: float = 0.5) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def watch_stdin(when_closed: Callable[[], object]) -> None:
+    """Call a function when the other end of stdin closes; the kernel closes it even for a parent that was killed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        when_closed()
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def end_with_owner() -> None:
+    """End this worker of a multiprocessing pool when its owner dies, also inside a long call of C code.
+
+    SIGIO comes from the kernel then: the owner holds the other end of the sentinel's pipe. Its default action ends a
+    process where a handler of Python's would not run.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    owner = multiprocessing.parent_process()
+    assert owner is not None, "runs in pool workers only"
+    fcntl.fcntl(owner.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(owner.sentinel, fcntl.F_SETFL, fcntl.fcntl(owner.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not owner.is_alive():
+        os._exit(1)
 
 
 def _exists(pid: int) -> bool:

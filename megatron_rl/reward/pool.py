@@ -1,10 +1,8 @@
 """A pool that judges responses: inline where that is safe and cheap, otherwise in workers that can be killed."""
 
 import asyncio
-import fcntl
 import logging
 import multiprocessing
-import os
 import resource
 import signal
 import weakref
@@ -17,6 +15,7 @@ from typing import Self
 
 from pebble import ProcessPool
 
+from megatron_rl.lifeline import end_with_owner
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
 from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
@@ -196,16 +195,9 @@ class RewardPool:
 
 
 def _initialize_worker(warm_up: Callable[[], None] | None) -> None:
-    # SIGTERM and SIGIO keep the default action, which ends a worker also inside a long C call; pebble's Python
-    # handler would not run there. SIGIO comes from the kernel when the owner dies: this pipe's other end is there.
+    # The default action ends a worker also inside a long C call; pebble's Python handler would not run there.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    owner = multiprocessing.parent_process()
-    assert owner is not None, "runs in pool workers only"
-    fcntl.fcntl(owner.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(owner.sentinel, fcntl.F_SETFL, fcntl.fcntl(owner.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    if not owner.is_alive():
-        os._exit(1)
+    end_with_owner()
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if warm_up is not None:

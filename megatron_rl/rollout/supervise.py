@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_rl.lifeline import watch_stdin
+
 GRACE_SECONDS = 5.0
 _LOOK_EVERY_SECONDS = 0.1
 
@@ -37,13 +39,7 @@ def main(command: list[str]) -> int:
     printing.start()
     reasons: list[str] = []  # not an Event: a signal handler must not wait for its lock
     signal.signal(signal.SIGTERM, lambda *_: reasons.append("SIGTERM"))
-
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        reasons.append("stdin closed")
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    watch_stdin(lambda: reasons.append("stdin closed"))
     while process.poll() is None and not reasons:
         time.sleep(_LOOK_EVERY_SECONDS)
     if process.poll() is None:

@@ -12,12 +12,12 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.keys import key_in_environment
+from megatron_rl.lifeline import watch_stdin
 
 if TYPE_CHECKING:
     import uvicorn
@@ -72,17 +72,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lifeline", action="store_true", help="exit when stdin reaches its end")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(argv)
-
-
-def watch_lifeline() -> None:
-    """Exit at once when the other end of stdin closes, which the kernel does even for a parent that was SIGKILLed."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
 def bind(host: str, port: int, allow_remote: bool, key: str) -> socket.socket:
@@ -250,7 +239,7 @@ def main(argv: list[str]) -> int:
     try:
         key = read_key(arguments)
         if arguments.lifeline:
-            watch_lifeline()
+            watch_stdin(lambda: os._exit(0))
         bound = bind(arguments.host, arguments.port, arguments.allow_remote, key)
         code = asyncio.run(serve(arguments, bound, key))
     except ValueError as error:
