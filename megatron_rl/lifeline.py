@@ -1,7 +1,7 @@
 """Processes that end with the one that started them, however that one ends: three ways, each where the others fail.
 
-A rank watches its launcher, with which it agreed on nothing. A server watches its stdin, which its starter holds. A worker
-of a pool has the kernel's word, since it may be in C code for minutes.
+A rank watches its launcher, with which it agreed on nothing. A server watches its stdin, which its starter holds. A
+worker of a pool has the kernel's word, since it may be in C code for minutes.
 """
 
 import fcntl
