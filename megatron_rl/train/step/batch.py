@@ -105,6 +105,53 @@ def make_micro_batch(
 
     Routed experts go into `packed`; padding and last tokens have none.
     """
+    part = _part_of(sequences, multiple_of, context_rank, context_size)
+    mine = part.mine
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    counts = [len(s.loss_positions) for s in sequences]
+
+    def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
+        """Of each sequence's values by loss token, those of this rank, end to end."""
+        parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
+        return send(torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(kind), device)
+
+    packed = pack(part.lengths, head_dim, rope_theta, dtype, device, context_rank, context_size)
+    packed.routed_experts = None if part.routed is None else send(torch.from_numpy(part.routed), device)
+    return MicroBatch(
+        token_ids=send(torch.from_numpy(part.token_ids)[None], device),
+        packed=packed,
+        padding_mask=send(torch.from_numpy(part.padding)[None], device),
+        loss_index=send(torch.from_numpy(part.loss_index), device),
+        targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
+        weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
+        advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
+        rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
+        fresh=per_token(
+            (np.arange(n) >= s.num_stale_tokens for n, s in zip(counts, sequences, strict=True)), torch.bool
+        ),
+        response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
+        response_tokens=send(torch.tensor(counts, dtype=wide), device),
+        traced=_traced(sequences, mine, device),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A context-parallel rank's tokens of a micro-batch, end to end.
+
+    lengths: of the sequences and their padding, over all ranks. token_ids, padding: [num_tokens]. routed: experts of
+    each token. loss_index: positions that predict a loss token. mine: of each sequence, which loss tokens are here.
+    """
+
+    lengths: list[int]
+    token_ids: np.ndarray
+    padding: np.ndarray
+    routed: np.ndarray | None
+    loss_index: np.ndarray
+    mine: list[np.ndarray]
+
+
+def _part_of(sequences: Sequence[TrainSequence], multiple_of: int, context_rank: int, context_size: int) -> _Part:
     lengths = [zigzag.padded_length(len(s.token_ids), context_size) for s in sequences]
     if num_padding := _padding_tokens(sum(lengths), multiple_of, context_size):
         lengths.append(num_padding)
@@ -126,32 +173,13 @@ def make_micro_batch(
         predicting = where[sequence.loss_positions - 1]
         mine.append(predicting >= 0)
         index.append(predicting[mine[-1]])
-
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    counts = [len(s.loss_positions) for s in sequences]
-
-    def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
-        """Of each sequence's values by loss token, those of this rank, end to end."""
-        parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
-        return send(torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(kind), device)
-
-    packed = pack(lengths, head_dim, rope_theta, dtype, device, context_rank, context_size)
-    packed.routed_experts = None if routed is None else send(torch.from_numpy(routed), device)
-    return MicroBatch(
-        token_ids=send(torch.from_numpy(token_ids)[None], device),
-        packed=packed,
-        padding_mask=send(torch.from_numpy(padding)[None], device),
-        loss_index=send(torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *index])), device),
-        targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
-        weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
-        advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
-        rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
-        fresh=per_token(
-            (np.arange(n) >= s.num_stale_tokens for n, s in zip(counts, sequences, strict=True)), torch.bool
-        ),
-        response_of=per_token((np.full(n, i) for i, n in enumerate(counts)), torch.int64),
-        response_tokens=send(torch.tensor(counts, dtype=wide), device),
-        traced=_traced(sequences, mine, device),
+    return _Part(
+        lengths=lengths,
+        token_ids=token_ids,
+        padding=padding,
+        routed=routed,
+        loss_index=np.concatenate([np.zeros(0, np.int64), *index]),
+        mine=mine,
     )
 
 
