@@ -126,31 +126,11 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     """
     for problem in problems(model, bailing, layout):
         raise ValueError(problem)
-    capability = installed.compute_capability
-    on_gpu = capability is not None
-    wanted = _asks_for_engine(model)
-    if wanted and not (on_gpu and installed.transformer_engine):
-        raise ValueError(
-            f"{wanted} needs a CUDA device and the package transformer_engine; install megatron_rl[gpu], or set "
-            "model.layers = 'local' and model.fp8 = 'none'"
-        )
-    has_flash = capability is not None and capability >= FLASH_CAPABILITY
-    if model.attention == "flash" and not has_flash:
-        raise ValueError(
-            f"model.attention = 'flash' needs a CUDA device of compute capability "
-            f"{'.'.join(map(str, FLASH_CAPABILITY))} or later; set model.attention = 'sdpa'"
-        )
-    if model.attention == "fa4":
-        _check_fa4(bailing, installed)
-    has_grouped = capability is not None and capability >= GROUPED_CAPABILITY and model.dtype == "bfloat16"
-    if model.expert_weight_gradient == "quack" and not (has_grouped and installed.quack):
-        raise ValueError(
-            f"model.expert_weight_gradient = 'quack' needs a CUDA device of compute capability "
-            f"{'.'.join(map(str, GROUPED_CAPABILITY))} or later and the package quack-kernels (pip install "
-            f"quack-kernels), got {_name(capability, installed.quack)}; set model.expert_weight_gradient = 'torch'"
-        )
+    _refuse_what_is_missing(model, bailing, installed)
+    on_gpu = installed.compute_capability is not None
+    has_flash, has_grouped = _has_flash(installed), _has_grouped(model, installed)
     apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"
-    if wanted:
+    if _asks_for_engine(model):
         engine = "transformer_engine"
         gradient = "apex" if apex else engine if model.dtype == "bfloat16" else "separate"
         return Backends(
@@ -182,6 +162,40 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
         weight_gradient=gradient,
         expert_weight_gradient=of_experts,
     )
+
+
+def _refuse_what_is_missing(model: ModelSection, bailing: BailingConfig, installed: Installed) -> None:
+    """ValueError for what the configuration asks for and this machine does not have."""
+    wanted = _asks_for_engine(model)
+    on_gpu = installed.compute_capability is not None
+    if wanted and not (on_gpu and installed.transformer_engine):
+        raise ValueError(
+            f"{wanted} needs a CUDA device and the package transformer_engine; install megatron_rl[gpu], or set "
+            "model.layers = 'local' and model.fp8 = 'none'"
+        )
+    if model.attention == "flash" and not _has_flash(installed):
+        raise ValueError(
+            f"model.attention = 'flash' needs a CUDA device of compute capability "
+            f"{'.'.join(map(str, FLASH_CAPABILITY))} or later; set model.attention = 'sdpa'"
+        )
+    if model.attention == "fa4":
+        _check_fa4(bailing, installed)
+    if model.expert_weight_gradient == "quack" and not (_has_grouped(model, installed) and installed.quack):
+        raise ValueError(
+            f"model.expert_weight_gradient = 'quack' needs a CUDA device of compute capability "
+            f"{'.'.join(map(str, GROUPED_CAPABILITY))} or later and the package quack-kernels (pip install "
+            f"quack-kernels), got {_name(installed.compute_capability, installed.quack)}; set "
+            "model.expert_weight_gradient = 'torch'"
+        )
+
+
+def _has_flash(installed: Installed) -> bool:
+    return installed.compute_capability is not None and installed.compute_capability >= FLASH_CAPABILITY
+
+
+def _has_grouped(model: ModelSection, installed: Installed) -> bool:
+    capability = installed.compute_capability
+    return capability is not None and capability >= GROUPED_CAPABILITY and model.dtype == "bfloat16"
 
 
 def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:

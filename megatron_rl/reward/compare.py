@@ -166,6 +166,13 @@ class _Pair:
                 return said is not None and self.inner(said[1], self.answer)
             case _, Equation():
                 return self._ends_in(answer)
+            case (Items() | Ratio(), _) | (_, Items() | Ratio()):
+                return self._same_parts(gold, answer)
+        return False
+
+    def _same_parts(self, gold: Meaning, answer: Meaning) -> bool:
+        """Of lists, sets, tuples, matrices and ratios, with each other and with a single value."""
+        match gold, answer:
             case Items(), Items():
                 return self._same_items(gold, answer)
             case Number(), Items(kind="list") if _DECIMAL_COMMA.fullmatch(self.answer):
