@@ -25,13 +25,13 @@ train = "train.jsonl"
 [rollout]
 prompts_per_step = 2
 samples_per_prompt = 2
-max_prompt_tokens = 8
+max_prompt_tokens = 64
 max_response_tokens = 50
 [budget]
 tokens = 200
 [train]
 steps = 4
-micro_batch_tokens = 64
+micro_batch_tokens = 128
 """
 
 

@@ -105,7 +105,7 @@ class Checkpoints:
             log.info("resuming from %s", path)
             state.load(path / MEGATRON, trainer)
             on_all_ranks(partial(_use_instead, path, damaged) if damaged and self._leads else None, self._control)
-            driver = json.loads((path / "driver.json").read_text())
+            driver = json.loads((path / "driver.json").read_text(encoding="utf-8"))
             self.latest = driver["step"] if path.name == f"step_{driver['step']}" else None
             return driver, (path / "carried.npz").read_bytes()
         if damaged:
