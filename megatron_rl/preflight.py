@@ -15,6 +15,7 @@ from megatron_rl.config.limits import doubtful
 from megatron_rl.config.schema import (
     GenerationSection,
     RlConfig,
+    RlData,
     RolloutSection,
     RunConfig,
     SamplingConfig,
@@ -23,7 +24,7 @@ from megatron_rl.config.schema import (
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
-from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
@@ -110,9 +111,7 @@ def _check_rows(config: RunConfig) -> None:
 def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
-    limit = Limit(
-        tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens", too_long=config.data.too_long
-    )
+    limit = prompt_limit(config)
     may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
     if may_be_long and config.data.too_long == "stop":
         rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)
@@ -134,9 +133,7 @@ def check_before_evaluation(config: EvaluateConfig) -> None:
 
 def check_before_rollout(config: SamplingConfig, model: Path | None) -> None:
     """ValueError for the first thing that would fail once servers start. model: that answers; None is an endpoint."""
-    for path in config.data.train_files:
-        if not path.is_file():
-            raise ValueError(f"data file {path} does not exist")
+    _check_files(config.data)
     if model is not None:
         for problem in serving_problems(config.rollout, load_bailing_config(model)):
             raise ValueError(problem)
@@ -145,9 +142,7 @@ def check_before_rollout(config: SamplingConfig, model: Path | None) -> None:
 
 def check_before_selection(config: SelectConfig) -> None:
     """ValueError for the first thing that would fail once servers start, for any of the candidates."""
-    for path in config.data.train_files:
-        if not path.is_file():
-            raise ValueError(f"data file {path} does not exist")
+    _check_files(config.data)
     _check_run_dir(config.run_dir)
     _check_servers(config.rollout)
     for candidate in find_candidates(config.candidates):
@@ -158,6 +153,12 @@ def check_before_selection(config: SelectConfig) -> None:
         needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
         _check_memory(needed, config.model.dtype, bailing, largest)
+
+
+def _check_files(data: RlData) -> None:
+    for path in data.train_files:
+        if not path.is_file():
+            raise ValueError(f"data file {path} does not exist")
 
 
 def _check_domains(config: RlConfig) -> None:
