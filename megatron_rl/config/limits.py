@@ -46,7 +46,7 @@ def doubtful(config: "RlConfig") -> Iterator[str]:
 
 
 def _has_one_budget(config: "RlConfig") -> bool:
-    """Whether budget.tokens is of a step, and not of each of its ranks."""
+    """Tell whether budget.tokens is of a step, and not of each of its ranks."""
     return config.has_budget and config.budget.scope == "global"
 
 

@@ -1,10 +1,11 @@
-"""Which rows are short enough, and what is done with the others."""
+"""Finds the rows that are short enough, and leaves out or refuses the others."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import render_prompt
 from megatron_rl.data.prompts import Prompt
 
@@ -40,6 +41,12 @@ class Limit:
             return set(longer)
         drop = ' or leave them out by data.too_long = "drop"' if self.too_long == "stop" else " or drop the rows"
         raise ValueError(f"{told}: {named}{more}; raise it (the longest has {max(longer.values()):,}){drop}")
+
+
+def prompt_limit(config: RolloutPhase) -> Limit:
+    """Make the limit of a run's prompts."""
+    key = "rollout.max_prompt_tokens"
+    return Limit(tokens=config.rollout.max_prompt_tokens, key=key, too_long=config.data.too_long)
 
 
 def rendered_prompts(

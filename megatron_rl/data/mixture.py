@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from megatron_rl.config.data import RlData, SftData, Weights
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.domains import check_domains, check_reward_domains
-from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import Problems
@@ -190,9 +190,7 @@ def load_prompts(
 ) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
     """The prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too long, or
     not for the reward that judges them."""
-    limit = Limit(
-        tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens", too_long=config.data.too_long
-    )
+    limit = prompt_limit(config)
     input_ids: dict[str, tuple[int, ...]] = {}
 
     def fits(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -157,7 +157,7 @@ class _Reader:
             return None
 
     def meta(self, row: Mapping[str, Any], line: int) -> Mapping[str, Any] | None:
-        """With the row's other columns, unless a key of `meta` itself has the name."""
+        """Join a row's meta and its other columns; a key of `meta` goes before a column of that name."""
         meta = row.get("meta", {})
         if not isinstance(meta, dict):
             self._note(line, "meta", f"field 'meta' must be an object, got {shown(meta)}; write {{}} or leave it out")
@@ -198,7 +198,7 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
-    elif name == "answer" and (isinstance(value, dict) or _is_list_of_texts(value)):
+    elif name == "answer" and (isinstance(value, dict) or is_list_of_texts(value)):
         value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str) or not value.strip():
         got = shown(value) if name in row else "no such field"
@@ -211,7 +211,8 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _is_list_of_texts(value: object) -> bool:
+def is_list_of_texts(value: object) -> bool:
+    """Tell whether this is a list of texts, none of them empty: answers that are all right."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item.strip() for item in value)
 
 

@@ -41,7 +41,7 @@ def _plain(name: str) -> str:
 
 
 class Problems:
-    """What is wrong with rows, gathered so that it can be told at once. The same fault in many rows is told once."""
+    """Gathers what is wrong with rows, so that it can be told at once. The same fault in many rows is told once."""
 
     def __init__(self) -> None:
         # By file and fault: the first row's text, in how many rows, and where the first is.

@@ -16,7 +16,7 @@ from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftCo
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
-from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
@@ -86,9 +86,7 @@ def _rows(start: Start) -> Iterator[str]:
 def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
-    limit = Limit(
-        tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens", too_long=config.data.too_long
-    )
+    limit = prompt_limit(config)
     may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
     if may_be_long and config.data.too_long == "stop":
         rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)

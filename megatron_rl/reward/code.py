@@ -72,7 +72,7 @@ class Judgement:
 
 
 def settle_code(response_text: str, answer: str) -> Verdict | str:
-    """For the pool: "no_answer" at once, otherwise what `judge_code` needs, the response."""
+    """Give the pool "no_answer" at once, otherwise what `judge_code` needs, the response."""
     return response_text if closed_blocks(response_text) else make_verdict("no_answer", details=_NO_BLOCK)
 
 

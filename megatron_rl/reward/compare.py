@@ -141,9 +141,7 @@ class _Pair:
                 )
             case Number() | Expression(), Quantity():
                 return self._may_lack(answer, gold) and self._same_value(None, answer)
-            case Clock(), Clock():
-                return gold == answer
-            case Reaction(), Reaction():
+            case (Clock(), Clock()) | (Reaction(), Reaction()):
                 return gold == answer
             case Family(), Family():
                 return self._same_family(gold, answer)

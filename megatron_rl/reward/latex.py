@@ -66,8 +66,7 @@ _SPELLINGS = (
     (r"\\(?:mathrm|text|textrm)\s*\{\s*([ie])\s*\}", r" \1 "),
     (r"\\(?:mathrm|text|textrm)\s*\{\s*d\s*\}\s*", " d"),
     (r"\\var(epsilon|phi|theta|rho|sigma)(?![a-zA-Z])", r"\\\1"),
-    (r"\^\s*\\prime(?![a-zA-Z])", "'"),
-    (r"\^\s*\{\s*\\prime\s*\}", "'"),
+    (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
     (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
     # in front of an index, as in {}^{14}_6C
     (r"(?<![a-zA-Z}\\])\{\}", ""),

@@ -76,7 +76,7 @@ def same_region(gold: Region, answer: Region, same: Callable[[str, str], bool]) 
 
 
 def _intersection(some: list[Interval], others: list[Interval]) -> list[Interval]:
-    """Of intervals between plain numbers."""
+    """Intersect two unions of intervals between plain numbers."""
     common = []
     for one, other in itertools.product(some, others):
         # An open end lies further in than a closed one.

@@ -1,4 +1,4 @@
-"""What answers say besides a value: for which numbers it holds, up to a multiple, how two things lie to each other."""
+"""Reads what answers say besides a value: for which numbers it holds, and how two things lie to each other."""
 
 import itertools
 import re
@@ -31,7 +31,7 @@ class Congruence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """How two things lie to each other; it says the same the other way around."""
+    """A relation of two things, such as parallel; it says the same the other way around."""
 
     name: str
     sides: tuple[str, str]

@@ -30,7 +30,7 @@ Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 
 
 def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str | None]:
-    """What a row says of the answer of a response `text`: what was expected and what was taken from it, both cut.
+    """Make the columns about the answer of a response `text`: what was expected, and what was taken from it, both cut.
 
     extracted: None where there is none, and for programs. judged_as: the kind of the reward.
     """
@@ -69,7 +69,7 @@ def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLimits:
-    """What a run can train on; as it stands, what any file may hold. vocab_size: every token id is below it."""
+    """Limits of the rows that a run can train on; by default those of any file. vocab_size: token ids are below it."""
 
     vocab_size: int = 2**31
     max_prompt_tokens: int = 2**31
@@ -81,7 +81,7 @@ _ANY = RowLimits()
 
 
 def limits_of(rollout: RolloutSection, bailing: BailingConfig) -> RowLimits:
-    """Those of a configuration and its model."""
+    """Take the limits of a configuration and its model."""
     return RowLimits(
         vocab_size=bailing.vocab_size,
         max_prompt_tokens=rollout.max_prompt_tokens,

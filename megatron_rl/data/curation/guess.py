@@ -1,4 +1,4 @@
-"""Which layout a file has, by its columns and by how many of its rows can be read so."""
+"""Guesses the layout of a file, by its columns and by how many of its rows can be read so."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_rl.data.curation.config import Layout
 from megatron_rl.data.curation.test_layouts import TEST_LAYOUTS, recognised_tests
-from megatron_rl.data.prompts import Chat, Prompt, Wrong, messages_of, prompt_id
+from megatron_rl.data.prompts import Chat, Prompt, Wrong, is_list_of_texts, messages_of, prompt_id
 from megatron_rl.reward.answers import boxed_answer, stated_answer
 from megatron_rl.reward.code_tests import problem_of_tests
 
@@ -177,7 +177,7 @@ def _answer(row: Any, layout: Layout) -> tuple[str, bool]:
         raise Unusable("unreadable_tests", f"column {layout.answer!r}: {type(error).__name__}: {error}") from None
     if tests is not None:
         return json.dumps(tests, ensure_ascii=False), True
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) and item.strip() for item in value):
+    if is_list_of_texts(value) and len(value) > 1:
         return json.dumps(value, ensure_ascii=False), False  # answers that are all right
     text: str | None = _text(row, layout.answer)
     if layout.answer_pattern is not None:

@@ -1,4 +1,4 @@
-"""How data sets give the tests of a program, and the object of reward/code.py that each becomes."""
+"""Turns the tests of a program, as data sets have them, into the object that reward/code_tests.py reads."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ def recognised_tests(value: Any) -> Tests | None:
 
 
 def looks_like_tests(answer: Any) -> bool:
-    """Whether an answer is no answer but the tests of a program, readable or not."""
+    """Tell whether an answer is no answer but the tests of a program, readable or not."""
     try:
         return recognised_tests(answer) is not None
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -39,7 +39,7 @@ def looks_like_tests(answer: Any) -> bool:
 
 
 def _reader_of(found: Any) -> Reader | None:
-    """By the keys of an object, and by the items of a list."""
+    """Find the reader of tests by the keys of an object, or by the items of a list."""
     if isinstance(found, Mapping):
         if "type" in found and {"asserts", "test", "fn_name", "cases"} & found.keys():
             return _from_json
