@@ -10,6 +10,7 @@ INSTALL = [
     "pydantic~=2.14",
     "tomli-w~=1.2",
     "httpx~=0.28",
+    "pybase64~=1.5",  # the routed experts of router replay
     "starlette~=1.10",
     "uvicorn~=0.54",
     "transformers~=5.12",

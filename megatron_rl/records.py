@@ -23,8 +23,9 @@ class Response:
     policy_versions: int32 [output_tokens], the weights that sampled each token; never decreasing.
     finish_reason: "stop" or "length"; "" while it is unfinished.
     routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
-        position but the last, 0 in dense layers; None where it was not asked for them. A response that went on under
-        new weights has those of the new ones throughout: its tokens so far were put through them again.
+        position but the last, 0 in dense layers; None where it was not asked for them, and while it is unfinished. A
+        response that went on under new weights has those of the new ones throughout: its tokens so far were put through
+        them again.
     """
 
     prompt_id: int

@@ -156,6 +156,26 @@ def test_the_shipped_stage_1_plans_the_papers_run_without_any_option(
     assert found["memory"]["serving_gpu"]["total"] == pytest.approx(0.55 * 192 * 2**30, abs=1)
 
 
+def test_router_replay_says_its_bytes_and_refuses_more_than_rank_0_can_carry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, replay = written(tmp_path), "rollout.router_replay=true"
+    # 104,857,600 tokens x 28 layers x 6 experts are bytes that rank 0 keeps; int32 in base64 they are 16/3 as many.
+    found = run_in_process(capsys, config, replay, nodes=32, gpu_memory_gb=0)
+    assert found["router_replay"] == {
+        "tokens": 104_857_600,
+        "wire_bytes": 93_952_409_600,
+        "kept_bytes": 17_616_076_800,
+    }
+    (problem,) = found["problems"]
+    assert "sends 94.0 GB through rank 0 in every step, for 104,857,600 tokens x 28 layers x 6 experts" in problem
+    assert "set rollout.router_replay = false, or sample at most 27,901,785 tokens" in problem
+    told = text_in_process(capsys, config, replay, nodes=8, gpu_memory_gb=0)
+    assert "replay    23.5 GB of routed experts through rank 0 in a step, of which it keeps 4.4 GB" in told
+    assert run_in_process(capsys, config, replay, nodes=8, gpu_memory_gb=0)["problems"] == []
+    assert "router_replay" not in run_in_process(capsys, config, nodes=8, gpu_memory_gb=0)
+
+
 def test_what_cannot_be_where_servers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(tmp_path)
 

@@ -3,17 +3,28 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_zero import config_of
 from tiny_model import write_tiny_model
 
 from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.records import Response
-from megatron_rl.rollout.client import Completion, GenerationClient, RequestRefused, SampleRequest
-from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape
+from megatron_rl.rollout.client import (
+    Completion,
+    GenerationClient,
+    RequestRefused,
+    SampleRequest,
+    ServerLost,
+    gather_all,
+)
+from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape, step_routing
 from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
 
@@ -107,6 +118,96 @@ def test_an_answer_without_them_or_of_another_length_names_the_server() -> None:
     for meta, message in (({}, "got 'None'"), ({"routed_experts": encoded(GOOD * 2)}, "holds 16 numbers")):
         with pytest.raises(RequestRefused, match=f"http://fake/generate: routed_experts .*{message}"):
             ask(lambda _, meta=meta: answer(**meta), SHAPE)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_an_expert_that_is_named_twice_is_found_wherever_it_is(rows: list[list[int]]) -> None:
+    shape = RoutedShape(num_layers=1, num_dense_layers=0, topk=3, num_experts=6)
+    text = encoded([[row] for row in rows])
+    wrong = [position for position, row in enumerate(rows) if len(set(row)) < 3]
+    if wrong:
+        with pytest.raises(ValueError, match=rf"twice at position {wrong[0]} in layer 0 "):
+            decode_routed_experts(text, len(rows), shape)
+    else:
+        assert decode_routed_experts(text, len(rows), shape).tolist() == [[row] for row in rows]
+
+
+def test_no_more_bodies_with_routed_experts_are_read_than_there_are_places() -> None:
+    num_open = most = 0
+
+    class Body(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            nonlocal num_open, most
+            num_open += 1
+            most = max(most, num_open)
+            await asyncio.sleep(0.01)
+            yield json.dumps([answer(routed_experts=encoded(GOOD))]).encode()
+            num_open -= 1
+
+    async def run(routed: RoutedShape | None) -> int:
+        nonlocal most
+        most, bodies = 0, asyncio.Semaphore(2)
+        clients = [GenerationClient("http://fake", bodies=bodies) for _ in range(8)]
+        for client in clients:
+            transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Body()))
+            client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
+        wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
+        found = await gather_all(
+            client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=routed) for client in clients
+        )
+        assert [len(one.output_ids) for (one,) in found] == [1] * 8
+        for client in clients:
+            await client.close()
+        return most
+
+    assert asyncio.run(run(SHAPE)) == 2
+    assert asyncio.run(run(None)) == 8
+
+
+def test_a_place_for_a_body_is_free_again_after_a_failure() -> None:
+    class Broken(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"["
+            raise httpx.ReadError("gone")
+
+    async def run() -> None:
+        bodies = asyncio.Semaphore(1)
+        for reply in (
+            httpx.Response(200, stream=Broken()),
+            httpx.Response(200, json=[answer(routed_experts="a%b")]),
+            httpx.Response(200, json=[answer(routed_experts=encoded(GOOD))]),
+        ):
+            client = GenerationClient("http://fake", bodies=bodies)
+            transport = httpx.MockTransport(lambda request, reply=reply: reply)
+            client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
+            wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
+            try:
+                await client.generate(wanted, temperature=1.0, timeout_seconds=2.0, routed=SHAPE)
+            except (ServerLost, RequestRefused):
+                assert not bodies.locked()
+        assert not bodies.locked()
+
+    asyncio.run(run())
+
+
+def test_bytes_of_a_step_by_hand_and_what_is_too_much(tmp_path: Path) -> None:
+    shape = RoutedShape(num_layers=28, num_dense_layers=0, topk=6, num_experts=64)
+    # A budget of 1,000 tokens on each of 8 ranks; every token has 28 x 6 numbers of 4 bytes, and base64 makes 4 of 3.
+    step = step_routing(config_of(tmp_path, "budget.tokens=1000", "budget.scope=per_gpu"), shape, 8)
+    assert (step.tokens, step.kept_bytes, step.wire_bytes) == (8_000, 8_000 * 168, 8_000 * 168 * 16 // 3)
+    assert list(step.problems(shape)) == []
+    # Without a budget: 2 prompts, 2 responses each, of 50 tokens at most.
+    step = step_routing(config_of(tmp_path, "algorithm.name=grpo"), shape, 8)
+    assert step.tokens == 200
+    # 25e9 / (168 x 16 / 3) = 27,901,785.7 tokens.
+    allowed, refused = (
+        step_routing(config_of(tmp_path, f"budget.tokens={n}"), shape, 1) for n in (27_901_785, 27_901_786)
+    )
+    assert list(allowed.problems(shape)) == []
+    (problem,) = refused.problems(shape)
+    assert "sends 25.0 GB through rank 0" in problem
+    assert "27,901,786 tokens x 28 layers x 6 experts" in problem
+    assert "rollout.router_replay = false, or sample at most 27,901,785 tokens" in problem
 
 
 def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_brought_tokens() -> None:

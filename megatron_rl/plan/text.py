@@ -15,6 +15,7 @@ def as_text(plan: dict[str, Any]) -> str:
         ("layout", _layout(plan)),
         ("training", _training(plan)),
         ("budget", _budget(plan)),
+        ("replay", _replay(plan)),
         ("responses", _responses(plan)),
         ("servers", _servers(plan)),
         *(("memory", _memory(name, parts, plan)) for name, parts in plan.get("memory", {}).items()),
@@ -101,6 +102,16 @@ def _per_rank(numbers: dict[str, int]) -> str:
     return f"{numbers['tokens_per_data_rank']:,} per data-parallel rank, in {batches} or more"
 
 
+def _replay(plan: dict[str, Any]) -> Iterator[str]:
+    if "router_replay" not in plan:
+        return
+    replay = plan["router_replay"]
+    yield (
+        f"{replay['wire_bytes'] / 1e9:,.1f} GB of routed experts through rank 0 in a step, of which it keeps "
+        f"{replay['kept_bytes'] / 1e9:,.1f} GB in memory and in the journal of every step since the last checkpoint"
+    )
+
+
 def _responses(plan: dict[str, Any]) -> Iterator[str]:
     responses = plan.get("responses")
     if responses is None:
@@ -161,6 +172,10 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
         f"{speed['mean']:,.0f} trained tokens/s, {step['tokens_per_second_per_gpu']:,.0f} per GPU, varying "
         f"{speed['variation']:.1%} over steps"
     )
+    if step["host"]:
+        waits = sorted(step["host"].items(), key=lambda item: -item[1])
+        told = ", ".join(f"{part.replace('_', ' ')} {_short(value)}" for part, value in waits if value >= 0.005)
+        yield f"of host, which is rank 0's processor: {told or 'nothing'}"
     causes = sorted(step["idle"].items(), key=lambda item: -item[1])
     idle = ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for cause, share in causes if share >= 0.005)
     yield f"GPUs idle {1 - step['busy']:.0%} of the time: {idle}"

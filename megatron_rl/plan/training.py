@@ -15,6 +15,7 @@ from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight.checks import problems
+from megatron_rl.rollout.routing import MAX_EXPERTS, routed_shape, step_routing
 from megatron_rl.simulation.cluster import CannotSimulate
 from megatron_rl.simulation.forecast import forecast
 from megatron_rl.simulation.rates import Rates
@@ -32,6 +33,8 @@ def plan_training(
     serves = isinstance(config, RlConfig) and not config.rollout.urls
     found = list(problems(config, bailing, layout.world_size, serves))
     plan: dict[str, Any] = {"layout": asdict(layout)}
+    if isinstance(config, RlConfig) and config.rollout.router_replay and bailing.num_experts <= MAX_EXPERTS:
+        plan["router_replay"] = asdict(step_routing(config, routed_shape(bailing), layout.world_size))
     if not found:
         plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
         if isinstance(config, RlConfig):

@@ -26,7 +26,7 @@ from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
-from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
 
@@ -281,9 +281,11 @@ def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves:
         yield from serving_problems(config.rollout, bailing, serves)
         if config.rollout.router_replay:
             try:
-                routed_shape(bailing)
+                shape = routed_shape(bailing)
             except ValueError as error:
                 yield str(error)
+            else:
+                yield from step_routing(config, shape, world_size).problems(shape)
 
 
 def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> int:

@@ -22,6 +22,9 @@ from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 T = TypeVar("T")
 
 _SHOWN_CHARACTERS = 500
+# Answers with routed experts that are in memory before they are arrays: 12 MB each where a response has 12,800 tokens
+# of Ling-lite. What waits stays with its server, whose connection is not read.
+MOST_BODIES = 16
 
 
 class ServerError(Fault):
@@ -85,11 +88,19 @@ async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class GenerationClient:
     """Talks to one server. Use it in one event loop; `close()` ends its connections."""
 
-    def __init__(self, url: str, control_timeout_seconds: float = 60.0, key_of: KeyOf = no_key) -> None:
-        """key_of: tells the key that every request shows; ServerLost where it must not be sent now."""
+    def __init__(
+        self,
+        url: str,
+        control_timeout_seconds: float = 60.0,
+        key_of: KeyOf = no_key,
+        bodies: asyncio.Semaphore | None = None,
+    ) -> None:
+        """key_of: tells the key that every request shows; ServerLost where it must not be sent now. bodies: bounds how
+        many answers with routed experts are read at the same time, of all clients that share it."""
         self.url = url.rstrip("/")
         self._key_of, self._key = partial(key_of, url), ""
         self._control_timeout = control_timeout_seconds
+        self._bodies = bodies or asyncio.Semaphore(MOST_BODIES)
         # One httpx client for each connection: a client with many looks through all of them at every request, and a
         # phase has thousands in flight.
         self._idle: list[httpx.AsyncClient] = []
@@ -119,12 +130,14 @@ class GenerationClient:
         }
         if routed is not None:
             body["return_routed_experts"] = True
-        answers = await self._ask("POST", "/generate", body, timeout_seconds)
-        if not isinstance(answers, list) or len(answers) != len(wanted):
-            raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-        found = [
-            self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
-        ]
+        async with contextlib.AsyncExitStack() as held:
+            answers = await self._ask("POST", "/generate", body, timeout_seconds, held=held if routed else None)
+            if not isinstance(answers, list) or len(answers) != len(wanted):
+                raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
+            found = [
+                self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
+            ]
+            del answers
         for asked, one in zip(wanted, found, strict=True):
             if len(one.output_ids) > asked.max_new_tokens:
                 raise ServerLost(
@@ -271,7 +284,12 @@ class GenerationClient:
             return False
 
     async def _request(
-        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        timeout_seconds: float,
+        held: contextlib.AsyncExitStack | None = None,
     ) -> httpx.Response:
         """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
         between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again. ServerLost where it
@@ -281,29 +299,48 @@ class GenerationClient:
             # A connection that was kept may be closed by the server just as it is used again. Then nothing was asked,
             # and a new one tells whether the server is there.
             with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds)
+                return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds, held)
             self._key = self._key_of()  # who listens now may be another one
         http = httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
-        return await self._request_over(http, method, route, body, timeout_seconds)
+        return await self._request_over(http, method, route, body, timeout_seconds, held)
 
     async def _request_over(
-        self, http: httpx.AsyncClient, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
+        self,
+        http: httpx.AsyncClient,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        timeout_seconds: float,
+        held: contextlib.AsyncExitStack | None,
     ) -> httpx.Response:
+        """held: keeps one of the places for large bodies, which are read only then."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                answer = await http.request(method, route, json=body, headers=bearer(self._key))
+                request = http.build_request(method, route, json=body, headers=bearer(self._key))
+                answer = await http.send(request, stream=held is not None)
+                if held is not None:
+                    await held.enter_async_context(self._bodies)
+                    await answer.aread()
         except BaseException:
             await http.aclose()
+            if held is not None:
+                await held.aclose()
             raise
         self._idle.append(http)
         return answer
 
     async def _ask(
-        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float, parse: bool = True
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        timeout_seconds: float,
+        parse: bool = True,
+        held: contextlib.AsyncExitStack | None = None,
     ) -> Any:
         """The JSON of the answer."""
         try:
-            answer = await self._request(method, route, body, timeout_seconds)
+            answer = await self._request(method, route, body, timeout_seconds, held)
         except TimeoutError:
             raise ServerSilent(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
         except httpx.HTTPError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.rollout.client import (
+    MOST_BODIES,
     Completion,
     GenerationClient,
     SampleRequest,
@@ -102,9 +103,10 @@ class ServerPool:
     async def connect(self) -> None:
         """ServerLost when one of the servers is not ready; ValueError for one that takes too short inputs, or cannot
         return routed experts where they are asked for."""
-        loop = asyncio.get_running_loop()
+        loop, bodies = asyncio.get_running_loop(), asyncio.Semaphore(MOST_BODIES)
         for url in self.urls:
-            self._members.append(Member(client=GenerationClient(url, key_of=self.key_of), lost=loop.create_future()))
+            client = GenerationClient(url, key_of=self.key_of, bodies=bodies)
+            self._members.append(Member(client=client, lost=loop.create_future()))
         for member in self._members:
             if not await member.client.is_ready():
                 raise ServerLost(

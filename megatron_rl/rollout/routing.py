@@ -1,14 +1,20 @@
-"""Routed experts as SGLang answers them: text to array."""
+"""Routed experts as SGLang answers them: text to array, and how much of it a run makes."""
 
-import base64
 import binascii
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
+import pybase64
 
+from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.config.schema import RlConfig
 
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
+# Of a step, as they travel. Rank 0 reads all of it beside everything else, at about 0.5 GB/s (docs/host.md).
+MOST_WIRE_BYTES = 25e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +26,16 @@ class RoutedShape:
     num_dense_layers: int
     topk: int
     num_experts: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of one position, as rank 0 keeps it: a byte for each expert."""
+        return self.num_layers * self.topk
+
+    @property
+    def wire_bytes(self) -> float:
+        """Of one position, as a server sends it: int32 in base64."""
+        return self.kept_bytes * 4 * 4 / 3
 
 
 def routed_shape(bailing: BailingConfig) -> RoutedShape:
@@ -37,10 +53,40 @@ def routed_shape(bailing: BailingConfig) -> RoutedShape:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRouting:
+    """What routed experts of a step go through rank 0. tokens: of responses; prompts are not counted. wire_bytes: as
+    servers send them. kept_bytes: in the memory of rank 0, and in the journal of the step."""
+
+    tokens: int
+    wire_bytes: int
+    kept_bytes: int
+
+    def problems(self, shape: RoutedShape) -> Iterator[str]:
+        """Tell when it is more than rank 0 can carry."""
+        if self.wire_bytes > MOST_WIRE_BYTES:
+            most = int(self.tokens * MOST_WIRE_BYTES / self.wire_bytes)
+            yield (
+                f"rollout.router_replay sends {self.wire_bytes / 1e9:.1f} GB through rank 0 in every step, for "
+                f"{self.tokens:,} tokens x {shape.num_layers} layers x {shape.topk} experts, and it carries "
+                f"{MOST_WIRE_BYTES / 1e9:g} GB; set rollout.router_replay = false, or sample at most {most:,} tokens "
+                "in a step (budget.tokens, or without a budget rollout.prompts_per_step and max_response_tokens)"
+            )
+
+
+def step_routing(config: RlConfig, shape: RoutedShape, world_size: int) -> StepRouting:
+    """Count the tokens of the budget; of an algorithm without one, those of the longest responses."""
+    rollout = config.rollout
+    tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens
+    if chosen_algorithm(config.algorithm).uses_budget:
+        tokens = sum(config.phase_budgets(world_size))
+    return StepRouting(tokens=tokens, wire_bytes=round(tokens * shape.wire_bytes), kept_bytes=tokens * shape.kept_bytes)
+
+
 def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> np.ndarray:
     """uint8 [num_positions, layers, topk] from base64 of little-endian int32. ValueError for what cannot be that."""
     try:
-        flat = np.frombuffer(base64.b64decode(text, validate=True), "<i4")
+        flat = np.frombuffer(pybase64.b64decode(text, validate=True), "<i4")
     except (TypeError, ValueError, binascii.Error) as error:
         raise ValueError(f"routed_experts must be base64 of int32, got {str(text)[:40]!r} ({error})") from None
     expected = (num_positions, shape.num_layers, shape.topk)
@@ -55,11 +101,22 @@ def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> 
             f"routed_experts must be in [0, {shape.num_experts}), got {chosen.min()} to {chosen.max()}: the server "
             "runs another model"
         )
-    ordered = np.sort(chosen, axis=-1)
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        position, layer = np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=-1))[0]
+    found = experts.astype(np.uint8)
+    repeats = _repeats(found[:, shape.num_dense_layers :])
+    if repeats.any():
+        position, layer = np.argwhere(repeats)[0]
         raise ValueError(
             f"routed_experts names an expert twice at position {position} in layer {layer + shape.num_dense_layers} "
             f"({chosen[position, layer].tolist()}): the server does not record this model's routing"
         )
-    return experts.astype(np.uint8)
+    return found
+
+
+def _repeats(chosen: np.ndarray) -> np.ndarray:
+    """Tell where an expert is named twice, bool [positions, layers], in uint8 [positions, layers, topk]."""
+    # A comparison of each two columns of bytes takes a seventh of the time of sorting.
+    columns = np.ascontiguousarray(chosen.reshape(-1, chosen.shape[-1]).T)
+    found = np.zeros(columns.shape[1], bool)
+    for one, other in combinations(columns, 2):
+        found |= one == other
+    return found.reshape(chosen.shape[:-1])

@@ -188,10 +188,12 @@ class Sampler:
             self._rollout.temperature,
             may_abort,
         )
-        return [
+        longer = [
             self._ended(_extended(response, one, policy_version))
             for response, one in zip(responses, generated, strict=True)
         ]
+        # All of an unfinished one goes through the weights of the next phase again, and has their experts then.
+        return [one if one.finish_reason else replace(one, routed_experts=None) for one in longer]
 
     def _ended(self, response: Response) -> Response:
         """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token."""

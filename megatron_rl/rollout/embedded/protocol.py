@@ -3,12 +3,12 @@
 Every refusal is a RequestError that names the field and the value.
 """
 
-import base64
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pybase64
 
 from megatron_rl.rollout.embedded.fields import RequestError, boolean, cut, default, integer, number, string
 
@@ -201,7 +201,7 @@ def meta_info(
     if input_token_logprobs is not None:
         meta["input_token_logprobs"] = input_token_logprobs
     if routed_experts is not None:
-        meta["routed_experts"] = base64.b64encode(routed_experts.astype("<i4").tobytes()).decode()
+        meta["routed_experts"] = pybase64.b64encode_as_string(routed_experts.astype("<i4").tobytes())
     return meta
 
 

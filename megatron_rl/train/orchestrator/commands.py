@@ -6,6 +6,7 @@ rollout to end, and never for ever.
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,11 +84,23 @@ def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: An
     described = None if routing is None else {"shape": routing.shape, "missing": sorted(routing.missing)}
     content = {"plan": dataclasses.asdict(plan), "routing": described}
     _broadcast(json.dumps({"plan": content}).encode(), control)
-    shares = [_gather(plan, samples, rank, routing) for rank in range(layout.data)]
+    ranks: dict[int, list[int]] = defaultdict(list)
     for rank in range(1, layout.world_size):
-        for array in shares[layout.data_rank(rank)]:
+        ranks[layout.data_rank(rank)].append(rank)
+    for data_rank, receivers in ranks.items():
+        if data_rank:
+            _send_share(_gather(plan, samples, data_rank, routing), receivers, control)
+    own = _gather(plan, samples, 0, routing)
+    _send_share(own, ranks[0], control)
+    return plan, _sequences(plan, 0, routing, own)
+
+
+def _send_share(arrays: Sequence[np.ndarray], receivers: Sequence[int], control: Any) -> None:
+    """Send one data-parallel rank's arrays to all that train them. One share at a time is copied together: with routed
+    experts all of them at once would be as large as the samples."""
+    for rank in receivers:
+        for array in arrays:
             dist.send(torch.from_numpy(array), dst=rank, group=control)
-    return plan, _sequences(plan, 0, routing, shares[0])
 
 
 def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Command:
