@@ -19,7 +19,7 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.calibrate import calibrate
 from megatron_rl.simulation.cluster import Cluster, Step
 from megatron_rl.simulation.decode import decode
-from megatron_rl.simulation.forecast import summary
+from megatron_rl.simulation.forecast import PARTS, summary
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, roll_out_partially
 from megatron_rl.simulation.workload import Groups, Lengths, Take, group_correlation, lognormal, read_lengths, scaled
@@ -136,6 +136,33 @@ def test_a_c3po_step_takes_what_its_parts_take_by_hand(config: Path) -> None:
     # 60 tokens are carried, so 40 are missing: 2 prompts of 20.
     assert (second.num_generated_tokens, second.num_loss_tokens, second.num_carried) == (40, 100, 0)
     assert second.rollout_seconds == pytest.approx(10 * 0.15 + 2 * 0.25)
+
+
+def test_gpus_wait_for_what_rank_0_has_left_by_hand(config: Path) -> None:
+    host = {
+        "reading": {"when": "rollout", "token_seconds": 0.04, "response_seconds": 0.1},
+        "rewards": {"when": "rollout", "response_seconds": 0.05},
+        "plan": {"when": "between", "token_seconds": 0.01, "response_seconds": 0.5},
+        "file": {"when": "beside", "token_seconds": 9.0},
+    }
+    rates = Rates(**RATES.model_dump() | {"host": host})
+    cluster = ClusterSection(gpus_per_node=4)
+    loaded = load_config(RlConfig, config)
+    (first,) = Cluster(loaded, cluster, COST, rates, all_equal(10), 5).run(1)
+    (without,) = Cluster(loaded, cluster, COST, RATES, all_equal(10), 5).run(1)
+    # 16 responses of 10 tokens in 7 s: reading takes 160 x 0.04 + 16 x 0.1 = 8 s and rewards 0.8 s, together 1.8 s more
+    # than the phase, of which reading has 8 of 8.8 parts.
+    assert first.rollout_seconds == pytest.approx(7.0)
+    waits = {"reading": 1.8 * 8 / 8.8, "rewards": 1.8 * 0.8 / 8.8, "plan": 160 * 0.01 + 16 * 0.5, "file": 0.0}
+    assert first.host == pytest.approx(waits)
+    assert first.seconds == pytest.approx(without.seconds + 1.8 + 9.6)
+    assert first.idle["host"] == pytest.approx((1.8 + 9.6) / first.seconds)
+    found = summary([first], cluster)
+    assert found["host"] == pytest.approx(waits)
+    assert found["host_seconds"]["mean"] == pytest.approx(11.4)
+    assert found["busy"] + sum(found["idle"].values()) == pytest.approx(1.0)
+    # Where it keeps up, the last response is left: 8.8 s / 16.
+    assert sum(rates.host_waits(100.0, 160, 16).values()) == pytest.approx(0.55 + 9.6)
 
 
 def test_idle_shares_and_busy_are_the_whole(config: Path) -> None:
@@ -321,7 +348,7 @@ def test_the_tool_simulates_every_combination(
     for case in told["cases"]:
         if case["name"].endswith("c3po"):
             assert case["num_loss_tokens"] == {"mean": 409_600 * case["num_gpus"], "variation": 0.0}
-        parts = [case[f"{part}_seconds"]["mean"] for part in ("rollout", "train", "sync", "switch", "other")]
+        parts = [case[f"{part}_seconds"]["mean"] for part in PARTS]
         assert case["step_seconds"]["mean"] == pytest.approx(sum(parts))
 
 

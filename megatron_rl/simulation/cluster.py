@@ -38,7 +38,7 @@ class Trained:
 class Step:
     """Seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause.
 
-    waves: of its rollout phase. trained: its optimizer steps.
+    host: what GPUs wait for rank 0's processor, by part. waves: of its rollout phase. trained: its optimizer steps.
     """
 
     rollout_seconds: float
@@ -49,13 +49,18 @@ class Step:
     num_generated_tokens: int
     num_loss_tokens: int
     num_carried: int
+    host: dict[str, float]
     idle: dict[str, float]
     waves: tuple[Decoded, ...]
     trained: tuple[Trained, ...]
 
     @property
+    def host_seconds(self) -> float:
+        return sum(self.host.values())
+
+    @property
     def seconds(self) -> float:
-        pauses = self.sync_seconds + self.switch_seconds + self.other_seconds
+        pauses = self.sync_seconds + self.switch_seconds + self.host_seconds + self.other_seconds
         return self.rollout_seconds + self.train_seconds + pauses
 
 
@@ -118,6 +123,7 @@ class Cluster:
             num_generated_tokens=rolled.num_tokens,
             num_loss_tokens=sum(map(sum, loss_tokens)),
             num_carried=len(self._carried),
+            host=rates.host_waits(rolled.seconds, rolled.num_tokens, rolled.num_responses),
             idle={},
             waves=tuple(rolled.waves),
             trained=trained,
@@ -204,6 +210,7 @@ class Cluster:
             "waiting_for_rollout": trains * step.rollout_seconds if serving else 0.0,
             "sync": step.sync_seconds,
             "switch": step.switch_seconds,
+            "host": step.host_seconds,
             "other": step.other_seconds,
         }
         return {cause: seconds / step.seconds for cause, seconds in lost.items()}

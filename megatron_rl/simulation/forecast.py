@@ -15,7 +15,7 @@ from megatron_rl.simulation.workload import Workload
 
 # The first steps know nothing of lengths yet, and have nothing unfinished.
 SETTLING_STEPS = 5
-PARTS = ("rollout", "train", "sync", "switch", "other")
+PARTS = ("rollout", "train", "sync", "switch", "host", "other")
 
 
 def forecast(
@@ -39,8 +39,8 @@ def summary(steps: Sequence[Step], cluster: ClusterSection) -> dict[str, Any]:
     """Means over the steps; "variation" is the standard deviation over the mean.
 
     tokens_per_second: of tokens that carry loss, by the seconds of the whole step. generated_tokens_per_second: the
-    same of all that were sampled. waves: None with partial rollouts. idle: shares of all GPU-seconds by cause, see
-    `Cluster`; busy is the rest.
+    same of all that were sampled. waves: None with partial rollouts. host: seconds by part. idle: shares of all
+    GPU-seconds by cause, see `Cluster`; busy is the rest.
     """
     seconds = np.array([step.seconds for step in steps])
     trained = np.array([step.num_loss_tokens for step in steps])
@@ -56,6 +56,7 @@ def summary(steps: Sequence[Step], cluster: ClusterSection) -> dict[str, Any]:
         "num_loss_tokens": _spread(trained),
         "num_generated_tokens": _spread(generated),
         "num_carried": float(np.mean([step.num_carried for step in steps])),
+        "host": {part: float(np.mean([step.host[part] for step in steps])) for part in steps[0].host},
         "waves": float(np.mean(waves)) if waves else None,
         "tokens_per_second": _spread(trained / seconds),
         "generated_tokens_per_second": _spread(generated / seconds),

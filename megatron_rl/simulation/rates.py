@@ -1,6 +1,6 @@
 """What takes time on a cluster, measured or assumed."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -9,6 +9,20 @@ from megatron_rl.config.section import Section
 
 Seconds = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
+
+
+class HostPart(Section):
+    """What one part of the work of rank 0's processor takes in a step."""
+
+    when: Literal["rollout", "between", "beside"] = Field(
+        description="rollout: beside generation, so GPUs wait for what is left when it ends; between: while all GPUs "
+        "wait; beside: while they train, so none waits"
+    )
+    token_seconds: Seconds = Field(default=0.0, description="of every token that was sampled")
+    response_seconds: Seconds = Field(default=0.0, description="of every response; a response is one request")
+
+    def seconds(self, num_tokens: float, num_responses: float) -> float:
+        return self.token_seconds * num_tokens + self.response_seconds * num_responses
 
 
 class Rates(Section):
@@ -30,7 +44,10 @@ class Rates(Section):
     switch_seconds: Seconds = Field(
         default=0.0, description="from generation to training and back, on GPUs that do both; nothing on others"
     )
-    step_seconds: Seconds = Field(default=0.0, description="of every step: plan, log, checkpoint")
+    host: dict[str, HostPart] = Field(
+        default={}, description="rank 0's processor by part, which tools/bench_host.py --rates measures"
+    )
+    step_seconds: Seconds = Field(default=0.0, description="of every step beside all these: log, checkpoint")
 
     @model_validator(mode="after")
     def _check(self) -> "Rates":
@@ -56,6 +73,18 @@ class Rates(Section):
         line = seconds[part] + slopes[part] * (running - numbers[part])
         # Left of the first point it may fall below what as many responses as there take.
         return np.where(running < numbers[0], np.maximum(line, seconds[0] * running / numbers[0]), line)
+
+    def host_waits(self, rollout_seconds: float, num_tokens: float, num_responses: float) -> dict[str, float]:
+        """Seconds by part that GPUs wait for rank 0's processor in a step.
+
+        What it does beside generation it does for one response after the other, as they come evenly over the phase. So
+        behind the last one it has at least that one left, and more when all of it takes longer than the phase.
+        """
+        whole = {name: part.seconds(num_tokens, num_responses) for name, part in self.host.items()}
+        busy = sum(seconds for name, seconds in whole.items() if self.host[name].when == "rollout")
+        left = max(busy / max(1.0, num_responses), busy - rollout_seconds)
+        shares = {"rollout": left / busy if busy else 0.0, "between": 1.0, "beside": 0.0}
+        return {name: seconds * shares[self.host[name].when] for name, seconds in whole.items()}
 
     def full_speed(self, slots: int) -> float:
         """Tokens/s of an engine whose slots are all busy."""

@@ -51,13 +51,14 @@ class Rolled:
     """What a phase brought.
 
     kept: lengths [K] of the groups that may be trained. unfinished, num_purged: with partial rollouts. num_tokens: that
-    were decoded. waves: without partial rollouts, what each asked of every engine.
+    were decoded. num_responses: that ended. waves: without partial rollouts, what each asked of every engine.
     """
 
     kept: list[np.ndarray] = field(default_factory=list)
     unfinished: list[OpenGroup] = field(default_factory=list)
     num_purged: int = 0
     num_tokens: int = 0
+    num_responses: int = 0
     seconds: float = 0.0
     waves: list[Decoded] = field(default_factory=list)
 
@@ -89,6 +90,7 @@ def _decode_wave(engines: Engines, lengths: np.ndarray, found: Rolled) -> None:
     found.waves.append(wave)
     found.seconds += float((wave.seconds + engines.rates.response_seconds * wave.responses).max())
     found.num_tokens += int(lengths.sum())
+    found.num_responses += lengths.size
 
 
 def roll_out_partially(
@@ -143,5 +145,6 @@ def roll_out_partially(
         else:
             found.num_purged += 1
     iteration = float(engines.rates.iteration_seconds(np.array([engines.slots]))[0])
+    found.num_responses = num_ended
     found.seconds = now * iteration + engines.rates.response_seconds * num_ended / engines.count
     return found
