@@ -41,6 +41,9 @@ REQUESTS ?= 20000
 PAIRS ?=
 # A file of response lengths, one a line, for bench-schedule and bench-rollout (which has a default).
 LENGTHS ?=
+# Shares of the paper's size for bench-host; REPLAY not empty: replies with routed experts.
+SIZES ?= 1/64 1/32 1/16
+REPLAY ?=
 # A JSONL file of tasks with tests for bench-sandbox.
 TASKS ?=
 
@@ -53,7 +56,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -216,6 +219,9 @@ bench-rollout: install  ## sampler against the bare server, C3PO++ against waiti
 
 bench-engines: install install-sglang  ## the embedded server beside real SGLang on a CPU, as JSON
 	$(BIN)/python tools/bench_engines.py
+
+bench-host: install  ## rank 0's work in a step by part, from 1/64 of the paper's size up, extrapolated to it; SIZES="1/64 1/8", REPLAY=1
+	$(BIN)/python tools/bench_host.py --sizes $(SIZES) $(if $(REPLAY),--router-replay)
 
 bench-rewards: install  ## the math and stem rewards beside math-verify on PAIRS: false positives and negatives by kind, pairs/s, as JSON
 	$(BIN)/python tools/bench_rewards.py $(PAIRS)

@@ -2,7 +2,11 @@
 
 import json
 import random
+import weakref
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,9 @@ from samples import make_sample, make_schedule
 from test_parallel import ALGORITHMS, EXACT, SHAPE, make_spec, worst
 from tiny_model import TINY_CONFIG, write_tiny_model
 
+from megatron_rl.config.layout import Layout
 from megatron_rl.records import Group, Sample
+from megatron_rl.train.orchestrator import commands
 from megatron_rl.train.orchestrator.commands import _gather, _routing, _sequences
 from megatron_rl.train.step.batch import TrainSequence
 
@@ -163,6 +169,38 @@ def with_record(sample: Sample, has_record: bool) -> Sample:
         reason=sample.reason,
         advantage=sample.advantage,
     )
+
+
+def test_every_rank_gets_the_share_of_its_data_rank_and_one_share_is_copied_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = [with_record(make_sample(i, 0, n), True) for i, n in enumerate([9, 3, 12, 7, 20, 5])]
+    schedule = make_schedule([Group(prompt_id=i, samples=(sample,)) for i, sample in enumerate(samples)])
+    layout = Layout(world_size=8, tensor=2, pipeline=2)  # ranks 0, 1, 4, 5 train one share, 2, 3, 6, 7 the other
+    routing = _routing(schedule.plan, schedule.samples)
+    expected = [_gather(schedule.plan, schedule.samples, rank, routing) for rank in range(2)]
+    sent: dict[int, list[np.ndarray]] = defaultdict(list)
+    copies: list[weakref.ref] = []
+
+    def gather(*arguments: Any) -> list[np.ndarray]:
+        assert not [copy for copy in copies if copy() is not None]
+        found = _gather(*arguments)
+        copies.extend(map(weakref.ref, found))
+        return found
+
+    fake = SimpleNamespace(
+        send=lambda tensor, dst, group: sent[dst].append(tensor.numpy().copy()), broadcast=lambda *_, **__: None
+    )
+    monkeypatch.setattr(commands, "dist", fake)
+    monkeypatch.setattr(commands, "_gather", gather)
+    _, own = commands.send_work(schedule.plan, schedule.samples, layout, None)
+    assert sorted(sent) == list(range(1, 8))
+    for rank, arrays in sent.items():
+        for array, wanted in zip(arrays, expected[rank // 2 % 2], strict=True):
+            assert np.array_equal(array, wanted)
+    given = [sequence for micro_batch in own[0] for sequence in micro_batch]
+    assert np.array_equal(np.concatenate([sequence.token_ids for sequence in given]), expected[0][0])
+    assert len(copies) == 2 * 4
 
 
 @pytest.mark.parametrize("missing", [(), (1, 4), range(6)], ids=["none missing", "some missing", "none there"])
