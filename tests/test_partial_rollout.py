@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,27 @@ async def phase(
         lambda group: group.prompt_id % 5 != 4,  # some groups teach nothing
         max_waves=100,
     )
+
+
+def test_an_unfinished_response_keeps_no_routed_experts_and_one_that_has_ended_does() -> None:
+    def aborted(*ids: int) -> Response:
+        return Response(
+            prompt_id=0,
+            sample_index=0,
+            prompt_ids=np.array([5, 6], np.int32),
+            output_ids=np.array(ids, np.int32),
+            rollout_logprobs=np.zeros(len(ids), np.float32),
+            policy_versions=np.zeros(len(ids), np.int32),
+            finish_reason="",
+            routed_experts=np.zeros((1 + len(ids), 3, 2), np.uint8),
+        )
+
+    ends = sampler(SimpleNamespace(num_slots=SLOTS), ROLLOUT)._ended
+    assert ends(aborted(7, 8)).routed_experts is None
+    stopped, whole = ends(aborted(7, 1)), ends(aborted(*[7] * LENGTH))
+    assert (stopped.finish_reason, whole.finish_reason) == ("stop", "length")
+    assert stopped.routed_experts is not None
+    assert whole.routed_experts is not None
 
 
 # With a server ------------------------------------------------------------------------------------------------------

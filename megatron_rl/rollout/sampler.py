@@ -188,22 +188,22 @@ class Sampler:
             self._rollout.temperature,
             may_abort,
         )
-        longer = [
+        return [
             self._ended(_extended(response, one, policy_version))
             for response, one in zip(responses, generated, strict=True)
         ]
-        # All of an unfinished one goes through the weights of the next phase again, and has their experts then.
-        return [one if one.finish_reason else replace(one, routed_experts=None) for one in longer]
 
     def _ended(self, response: Response) -> Response:
-        """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token."""
+        """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token.
+        Otherwise as it waits for the next phase."""
         if response.finish_reason:
             return response
         if response.num_output_tokens >= self._rollout.max_response_tokens:
             return replace(response, finish_reason="length")
         if response.num_output_tokens and int(response.output_ids[-1]) == self._eos:
             return replace(response, finish_reason="stop")
-        return response
+        # All of an unfinished one goes through the weights of the next phase again, and has their experts then.
+        return replace(response, routed_experts=None)
 
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         texts = [self.decode(response.output_ids.tolist()) for response in responses]
