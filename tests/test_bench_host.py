@@ -86,7 +86,8 @@ def test_the_law_of_growth_is_found_again() -> None:
 
 def point(num_prompts: int, num_tokens: int, parts: dict[str, float], gpus: int = 4) -> dict[str, Any]:
     waits = {"from_last_reply_processor_seconds": gpus / 8, "from_last_reply_seconds": gpus / 4}
-    return {"num_prompts": num_prompts, "num_tokens": num_tokens, "parts": parts, "gpus": gpus, **waits}
+    memory = {"loop_stall_seconds": gpus / 100, "peak_bytes": {"rollout": 1e9 + gpus * 1e8}}
+    return {"num_prompts": num_prompts, "num_tokens": num_tokens, "parts": parts, "gpus": gpus, **waits, **memory}
 
 
 def test_seconds_of_a_token_and_of_a_response_are_told_apart() -> None:
@@ -118,3 +119,6 @@ def test_the_table_extrapolates_each_part_and_puts_it_beside_the_step(monkeypatc
     assert "| 1 | 8 | 32 | 8.0% |" in lines[3]
     assert "| 2 | 16 | 64 | 16.0% |" in lines[4]
     assert "| 20 | 20 | 20 | 5.0% |" in lines[5]
+    # 1 GB and 0.1 GB for each GPU.
+    assert "| rollout | 1.8 | 7.4 | 26.6 |" in lines
+    assert "loop: 0.160 s" in lines[-1]

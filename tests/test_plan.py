@@ -14,6 +14,7 @@ from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.memory import stage_parameters
 from megatron_rl.plan.show import run_plan
+from megatron_rl.plan.text import _step
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,6 +175,27 @@ def test_router_replay_says_its_bytes_and_refuses_more_than_rank_0_can_carry(
     assert "replay    23.5 GB of routed experts through rank 0 in a step, of which it keeps 4.4 GB" in told
     assert run_in_process(capsys, config, replay, nodes=8, gpu_memory_gb=0)["problems"] == []
     assert "router_replay" not in run_in_process(capsys, config, nodes=8, gpu_memory_gb=0)
+
+
+def test_a_predicted_step_says_what_gpus_wait_for_rank_0_by_part() -> None:
+    seconds = {"rollout": 300.0, "train": 50.0, "sync": 15.0, "switch": 20.0, "host": 70.0, "other": 1.0}
+    step = {f"{part}_seconds": {"mean": value} for part, value in seconds.items()}
+    step |= {
+        "step_seconds": {"mean": 456.0},
+        "tokens_per_second": {"mean": 1000.0, "variation": 0.01},
+        "tokens_per_second_per_gpu": 10.0,
+        "run_steps": 100,
+        "host": {"schedule": 0.25, "rollouts_file": 69.75, "journal": 0.0},
+        "idle": {"host": 0.153, "sync": 0.03},
+        "busy": 0.817,
+        "rates": "rates.toml",
+        "lengths": "assumed",
+    }
+    lines = list(_step({"step": step}))
+    assert "rollout 300, train 50, sync 15, switch 20, host 70, other 1" in lines[0]
+    assert lines[2] == "of host, which is rank 0's processor: rollouts file 69.8, schedule 0.25"
+    assert "host 15%" in lines[3]
+    assert len(list(_step({"step": step | {"host": {}}}))) == len(lines) - 1
 
 
 def test_what_cannot_be_where_servers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,10 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
             assert remedy in problem, name
             with pytest.raises(ValueError, match="(?s).+"):
                 check_start(start)
+    # 3 layers x 2 experts x 16/3 bytes are 32 of a token: 25.6 GB.
+    (problem,) = found_by("layout", start_of("rollout.router_replay=true", "budget.tokens=800000000"))
+    assert "sends 25.6 GB through rank 0" in problem
+    assert "set rollout.router_replay = false" in problem
     (problem,) = found_by("run_dir", start_of(f"run_dir={tmp_path}/held"))
     assert "add --resume" in problem
     assert found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=True)) == []

@@ -227,7 +227,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
     try:
         source.pool.assume(None, "0")
         collector = Collector(config, layout, cost_model(load_bailing_config(config.model.path)), source)
-        phase = Phase(source)
+        phase = Watch(source)
         memory = {"before": peak_bytes()}
         started = time.monotonic()
         with phase.watched():
@@ -236,7 +236,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
         memory |= {"rollout": phase.peak, "plan": peak_bytes()}
         commands.send_work(schedule.plan, schedule.samples, layout, None)
         sent, sent_processor, memory["send_work"] = time.monotonic(), time.process_time(), peak_bytes()
-        told = [json.load(urllib.request.urlopen(f"{url}/told")) for url in urls]
+        told = {url: json.load(urllib.request.urlopen(f"{url}/told")) for url in urls}
         at_rest = wait_for_rest()
         main = {name: clock.seconds[name] for name in ("schedule", "phase metrics")}
         between = collected[1] - phase.ended_main
@@ -245,7 +245,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
         parts[FILES] = max(0.0, between - sum(main.values()))
         parts[SEND] = sent - collected[2]
         parts[FILES_BESIDE] = max(0.0, at_rest - collected[0] - (sent - collected[2]))
-        last_reply = max(one["last_reply"] for one in told)
+        last_reply = max(one["last_reply"] for one in told.values())
         return {
             "parts": parts,
             "from_last_reply_seconds": sent - last_reply,
@@ -253,7 +253,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
             "phase_wall_seconds": phase.ended_wall - started,
             "loop_stall_seconds": phase.stall,
             "loop_stall_wall_seconds": phase.stall_wall,
-            "num_requests": max(one["num_requests"] for one in told),
+            "num_requests": sum({one["process"]: one["num_requests"] for one in told.values()}.values()),
             "num_sent_bytes": funnel.num_bytes,
             "peak_bytes": memory,
         }
@@ -261,7 +261,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
         source.close()
 
 
-class Phase:
+class Watch:
     """Watches the rollout phase: its processor time, how long the loop stood still, and the peak of memory."""
 
     def __init__(self, source: Any) -> None:
@@ -366,6 +366,11 @@ def predicted(gpus: int, host: dict[str, HostPart]) -> dict[str, Any]:
         return forecast(config, shape_of(config)[0], config.cluster, rates, assumed(config, config.cluster), 10)
 
 
+def lines_of(sizes: Sequence[float], peaks: Sequence[dict[str, int]]) -> dict[str, np.ndarray]:
+    """By part, the line of least squares through sizes and peaks of memory, which have a part that does not grow."""
+    return {name: np.polyfit(sizes, [peak[name] for peak in peaks], 1) for name in peaks[0]}
+
+
 def summary(points: Sequence[dict[str, Any]], host: dict[str, HostPart]) -> dict[str, Any]:
     """By part: microseconds of a token, law, and seconds at each number of GPUs; and what all GPUs wait for."""
     whole = [point for point in points if point["num_tokens"] == TOKENS]
@@ -390,6 +395,11 @@ def summary(points: Sequence[dict[str, Any]], host: dict[str, HostPart]) -> dict
     return {
         "parts": parts,
         **waits,
+        "loop_stall_seconds": max(point["loop_stall_seconds"] for point in whole),
+        "peak_gb": {
+            name: {gpus: float(np.polyval(line, gpus / GPUS)) / 1e9 for gpus in SHOWN_GPUS}
+            for name, line in lines_of(sizes, [point["peak_bytes"] for point in whole]).items()
+        },
         "step_seconds": {gpus: step["step_seconds"]["mean"] for gpus, step in steps.items()},
         "host_wait_seconds": {gpus: step["host_seconds"]["mean"] for gpus, step in steps.items()},
     }
@@ -414,7 +424,12 @@ def table(told: dict[str, Any]) -> str:
         title = f"from the last reply to the plan sent, by the {by}"
         lines.append(line(title, "", "", f"{last['law']:.2f}", last["seconds"]))
     lines.append(line("what GPUs wait for, simulated", "", "", "", told["host_wait_seconds"]))
-    return "\n".join(lines) + "\n"
+    heads = " | ".join(f"{gpus} GPUs, GB" for gpus in SHOWN_GPUS)
+    lines += ["", f"| peak memory of rank 0 | {heads} |", "|---|---:|---:|---:|"]
+    for name, peaks in told["peak_gb"].items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.3g}' for value in peaks.values())} |")
+    stall = told["loop_stall_seconds"]
+    return "\n".join([*lines, "", f"longest stall of the event loop: {stall:.3f} s of its processor"]) + "\n"
 
 
 def points_of(arguments: argparse.Namespace) -> list[Point]:

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +71,8 @@ class StandIn:
         if route == "/server_info":
             return json.dumps({"version": "0.5.23", "max_req_input_len": 2**30}).encode()
         if route == "/told":
-            return json.dumps({"last_reply": self._last_reply, "num_requests": self._num_requests}).encode()
+            told = {"process": os.getpid(), "last_reply": self._last_reply, "num_requests": self._num_requests}
+            return json.dumps(told).encode()
         if route != "/generate":
             return b'{"success": true}'
         asked = json.loads(content)
