@@ -95,14 +95,14 @@ def test_seconds_of_a_token_and_of_a_response_are_told_apart() -> None:
     reading = [16 * n * (2e-6 * tokens + 3e-3) for n, tokens in ((8, 256), (8, 12_800), (16, 12_800))]
     sending = [16 * n * 5e-3 for n in (8, 8, 16)]
     points = [
-        point(n, tokens, {"reading replies": one, "send_work": other, "text": 1e-5})
+        point(n, tokens, {"reading_replies": one, "send_work": other, "text": 1e-5})
         for (n, tokens), one, other in zip([(8, 256), (8, 12_800), (16, 12_800)], reading, sending, strict=True)
     ]
     found = bench_host.host_rates(points)
-    assert set(found) == {"reading replies", "send_work"}, "what takes no time has no rate"
-    assert found["reading replies"].when == "rollout"
-    assert found["reading replies"].token_seconds == pytest.approx(2e-6)
-    assert found["reading replies"].response_seconds == pytest.approx(3e-3)
+    assert set(found) == {"reading_replies", "send_work"}, "what takes no time has no rate"
+    assert found["reading_replies"].when == "rollout"
+    assert found["reading_replies"].token_seconds == pytest.approx(2e-6)
+    assert found["reading_replies"].response_seconds == pytest.approx(3e-3)
     assert found["send_work"].when == "between"
     assert (found["send_work"].token_seconds, found["send_work"].response_seconds) == (0.0, pytest.approx(5e-3))
 
@@ -111,8 +111,8 @@ def test_the_table_extrapolates_each_part_and_puts_it_beside_the_step(monkeypatc
     step = {"step_seconds": {"mean": 420.0}, "host_seconds": {"mean": 20.0}}
     monkeypatch.setattr(bench_host, "predicted", lambda gpus, host: step)
     # 4 and 16 GPUs are 1/64 and 1/16. What grows with them takes 64 s at 256; 8, 64 and 256 GPUs are 2, 16 and 64 s.
-    points = [point(8, 12_800, {"reading replies": 1.0}, 4), point(32, 12_800, {"reading replies": 4.0}, 16)]
-    points.insert(0, point(8, 256, {"reading replies": 0.02}, 4))
+    points = [point(8, 12_800, {"reading_replies": 1.0}, 4), point(32, 12_800, {"reading_replies": 4.0}, 16)]
+    points.insert(0, point(8, 256, {"reading_replies": 0.02}, 4))
     lines = bench_host.table(bench_host.summary(points, bench_host.host_rates(points))).splitlines()
     # 64 s / (512 x 16 x 12,800) = 0.61 us; 64 s of the 400 s without rank 0 are 16 %.
     assert lines[2] == "| reading replies | rollout | 0.61 | 1.00 | 2 | 16 | 64 | 16.0% |"

@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import tomli_w
 from scipy.optimize import nnls
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from host_stand_ins import FIRST_REPLY, Replies, sink_rank, stand_in_servers  # noqa: E402
 
-from megatron_rl.config.load import dump_config, load_config  # noqa: E402
+from megatron_rl.config.load import load_config  # noqa: E402
 from megatron_rl.config.schema import RlConfig  # noqa: E402
 from megatron_rl.lifeline import end_with_owner  # noqa: E402
 from megatron_rl.simulation.rates import HostPart, Rates  # noqa: E402
@@ -61,12 +62,12 @@ SHOWN_GPUS = (8, 64, 256)
 # What is timed inside of others: module, name, part. Whatever the phase does beside these is reading replies.
 TIMED = (
     ("megatron_rl.rollout.journal", "pack_carry", "journal"),
-    ("megatron_rl.rollout.client", "decode_routed_experts", "routed experts"),
+    ("megatron_rl.rollout.client", "decode_routed_experts", "routed_experts"),
     ("megatron_rl.train.orchestrator.collector", "schedule", "schedule"),
-    ("megatron_rl.train.orchestrator.phase_metrics", "Phase.metrics", "phase metrics"),
+    ("megatron_rl.train.orchestrator.phase_metrics", "Phase.metrics", "phase_metrics"),
 )
 DECODER = ("megatron_rl.train.orchestrator.group_source", "response_decoder", "text")
-READING, FILES, FILES_BESIDE, SEND = "reading replies", "rollouts file", "rollouts file, beside", "send_work"
+READING, FILES, FILES_BESIDE, SEND = "reading_replies", "rollouts_file", "rollouts_file_beside", "send_work"
 _REST_SECONDS, _REST_SHARE = 0.3, 0.1
 
 
@@ -238,7 +239,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
         sent, sent_processor, memory["send_work"] = time.monotonic(), time.process_time(), peak_bytes()
         told = {url: json.load(urllib.request.urlopen(f"{url}/told")) for url in urls}
         at_rest = wait_for_rest()
-        main = {name: clock.seconds[name] for name in ("schedule", "phase metrics")}
+        main = {name: clock.seconds[name] for name in ("schedule", "phase_metrics")}
         between = collected[1] - phase.ended_main
         within = {name: seconds for name, seconds in clock.seconds.items() if name not in main}
         parts = {READING: phase.seconds - sum(within.values()), **within, **main}
@@ -335,7 +336,7 @@ def law(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]
 
 def host_rates(points: Sequence[dict[str, Any]]) -> dict[str, HostPart]:
     """Seconds of a token and of a response of each part: least squares of relative errors, without negative terms."""
-    kinds: Any = {FILES_BESIDE: "beside", **dict.fromkeys((FILES, SEND, "schedule", "phase metrics"), "between")}
+    kinds: Any = {FILES_BESIDE: "beside", **dict.fromkeys((FILES, SEND, "schedule", "phase_metrics"), "between")}
     names = dict.fromkeys(name for point in points for name in point["parts"])
     rates = {}
     scale = np.array([1e-6, 1e-3])
@@ -414,7 +415,7 @@ def table(told: dict[str, Any]) -> str:
 
     def line(name: str, when: str, each: str, slope: str, seconds: dict[int, float]) -> str:
         shown = " | ".join(f"{value:.3g}" for value in seconds.values())
-        return f"| {name} | {when} | {each} | {slope} | {shown} | {seconds[GPUS] / step:.1%} |"
+        return f"| {name.replace('_', ' ')} | {when} | {each} | {slope} | {shown} | {seconds[GPUS] / step:.1%} |"
 
     for name, part in told["parts"].items():
         each, slope = f"{part['microseconds_per_token']:.3g}", f"{part['law']:.2f}"
@@ -427,7 +428,7 @@ def table(told: dict[str, Any]) -> str:
     heads = " | ".join(f"{gpus} GPUs, GB" for gpus in SHOWN_GPUS)
     lines += ["", f"| peak memory of rank 0 | {heads} |", "|---|---:|---:|---:|"]
     for name, peaks in told["peak_gb"].items():
-        lines.append(f"| {name} | {' | '.join(f'{value:.3g}' for value in peaks.values())} |")
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(f'{value:.3g}' for value in peaks.values())} |")
     stall = told["loop_stall_seconds"]
     return "\n".join([*lines, "", f"longest stall of the event loop: {stall:.3f} s of its processor"]) + "\n"
 
@@ -476,7 +477,9 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if arguments.rates:
-        arguments.rates.write_text(dump_config(Rates(decode=((1, 1.0),), train_flops=1.0, host=host)), encoding="utf-8")
+        arguments.rates.parent.mkdir(parents=True, exist_ok=True)
+        sparse = {name: part.model_dump(exclude_defaults=True) for name, part in host.items()}
+        arguments.rates.write_text(tomli_w.dumps({"host": sparse}), encoding="utf-8")
     print(table(told), end="")
     print(f"all of it is in {arguments.output}")
 

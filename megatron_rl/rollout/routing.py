@@ -13,7 +13,8 @@ from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import RlConfig
 
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
-# Of a step, as they travel. Rank 0 reads all of it beside everything else, at about 0.5 GB/s (docs/host.md).
+# Of a step, as they travel. Rank 0 reads 0.13 GB of it in a second of its processor (docs/host.md), so this much takes
+# two thirds of a rollout phase of the paper's run.
 MOST_WIRE_BYTES = 25e9
 
 
