@@ -8,7 +8,7 @@ from rank_zero import FakeGroups, config_of
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.config.layout import Layout
-from megatron_rl.errors import Fault, StopRequested
+from megatron_rl.errors import StopRequested
 from megatron_rl.train.orchestrator.collector import Collector
 from megatron_rl.train.orchestrator.phase_metrics import Phase
 

@@ -1,4 +1,4 @@
-"""The files of a step are written beside training: whole, in order, bounded, and before a checkpoint that needs them."""
+"""The files of a step are written beside training: whole, in order, bounded, and before a checkpoint of the step."""
 
 import errno
 import threading

@@ -20,6 +20,7 @@ from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.domains import check_domains, check_reward_domains
 from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import check_judged
+from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import Problems
 
@@ -186,21 +187,24 @@ def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list) -> PromptStr
 
 
 def load_prompts(
-    config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
+    config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase", kept: Path | None = None
+) -> tuple[PromptStream, PromptTokens]:
     """The prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too long, or
-    not for the reward that judges them."""
+    not for the reward that judges them.
+
+    kept: a file of the token ids, see data/prompt_tokens.py.
+    """
     limit = prompt_limit(config)
-    input_ids: dict[str, tuple[int, ...]] = {}
+    rendered: list[PromptTokens] = []
 
     def fits(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        input_ids.update(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens))
-        return [prompt for prompt in prompts if prompt.id in input_ids]
+        rendered.append(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens, kept))
+        return [prompt for prompt in prompts if prompt.id in rendered[0]]
 
     stream = load_stream(config.data, config.seed, fits)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
-    return stream, input_ids
+    return stream, rendered[0]
 
 
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:

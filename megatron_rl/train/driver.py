@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
