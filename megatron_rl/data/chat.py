@@ -145,7 +145,11 @@ def _applied(
     rows: Any = [[{"role": message.role, "content": message.content} for message in chat] for chat in chats]
     try:
         found: Any = tokenizer.apply_chat_template(
-            rows, tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+            rows,
+            tokenize=tokenize,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            tokenizer_kwargs={"return_attention_mask": False, "return_token_type_ids": False},
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in chats[0])  # of several all have the same
