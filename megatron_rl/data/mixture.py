@@ -68,8 +68,9 @@ class Stream(ABC, Generic[Row]):
             source.path: source.rows for stage in stages for source in stage.sources
         }
         self._paths = list(self._sources)
-        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand.
-        self._file, self._turn = array("L"), array("Q")
+        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand, so that it is
+        # small numbers.
+        self._file, self._turn = array("H"), array("I")
         self._stages = tuple(stages)
         self._turns = _turns(stages)
         self._order = lru_cache(maxsize=4 * len(self._paths))(self.permutation)

@@ -64,7 +64,7 @@ class Orchestrator:
         self._config, self._context, self._transport = config, context, transport
         self._first = first
         self._metrics: MetricsLog | None = None
-        self._alarms = Alarms(config.train, ())
+        self._alarms = Alarms(config.train)
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._started = self._trained_from = 0.0
@@ -80,8 +80,7 @@ class Orchestrator:
             self.collector = Collector(config, context.layout, cost_model(context.bailing), self.source)
             if restored:
                 self.collector.restore(*restored)
-            self._metrics = MetricsLog(config.run_dir, first)
-            self._alarms = Alarms(config.train, self._metrics.past)
+            self._metrics = MetricsLog(config.run_dir, first, self._alarms.check)
         except StopRequested:
             self._command(Stop(exit_code=None))
             raise
