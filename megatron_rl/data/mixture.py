@@ -144,13 +144,14 @@ class PromptStream(Stream[Prompt]):
     def content(row: Prompt) -> list[Any]:
         return [row.domain, row.prompt, row.answer]
 
-    def check_shares(self, shares: Mapping[str, float]) -> None:
-        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others."""
+    def check_shares(self, shares: Mapping[str, float], warns: bool = True) -> None:
+        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others.
+        warns: of weights that do not say what is trained."""
         for number, stage in enumerate(self._stages, start=1):
             where = f"stage {number} of data.stages" if len(self._stages) > 1 else "data.train"
             check_domains((prompt for source in stage.sources for prompt in source.rows), shares, where)
             of_file = {source.path: frozenset(prompt.domain for prompt in source.rows) for source in stage.sources}
-            if len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
+            if warns and len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
                 log.warning(
                     "budget.domains says how much of each domain is trained; the weights of %s only say how files of "
                     "the same domain mix",
@@ -178,12 +179,16 @@ class ChatStream(Stream[Chat]):
         return [[message.role, message.content] for message in row.messages]
 
 
-def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list) -> PromptStream:
+def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True) -> PromptStream:
     """Reads every file once. ValueError for rows that are wrong, those of all files together.
 
-    fits: those of all rows that stay.
+    fits: those of all rows that stay. remarks: as of `read_prompts`.
     """
-    rows = _rows(data.train_files, lambda path, found: read_prompts(path, data.domain, data.suffix, found), fits)
+
+    def read(path: Path, found: Problems) -> list[Prompt]:
+        return read_prompts(path, data.domain, data.suffix, found, remarks=remarks)
+
+    rows = _rows(data.train_files, read, fits)
     return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
 
 
