@@ -8,7 +8,7 @@ from rank_zero import FakeGroups, config_of
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.config.layout import Layout
-from megatron_rl.errors import Fault, StopRequested
+from megatron_rl.errors import StopRequested
 from megatron_rl.train.orchestrator.collector import Collector
 from megatron_rl.train.orchestrator.phase_metrics import Phase
 
@@ -61,6 +61,7 @@ def test_what_waited_longer_than_allowed_is_dropped_and_sampled_anew(tmp_path):
     _, metrics = collector.collect(2)
     assert source.asked[1] == (2, [200])
     assert metrics["num_dropped_stale"] == 1
+    collector.close()
     rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open(encoding="utf-8")]
     (stale,) = (row["position"] for row in rows if row["outcome"] == "dropped: stale")
     assert stale in range(4)  # of the first phase
@@ -91,14 +92,30 @@ def test_a_restored_collector_plans_what_the_first_would_have(tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["stop", "continue"])
-def test_a_full_disk_ends_a_run_or_costs_only_the_file(tmp_path, monkeypatch, choice):
+def test_a_full_disk_ends_a_run_before_its_next_checkpoint_or_costs_only_the_file(tmp_path, monkeypatch, choice):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+        yield
 
-    monkeypatch.setattr(Phase, "write", full)
+    monkeypatch.setattr(Phase, "lines", full)
     collector = collector_of(config_of(tmp_path, f"train.on_save_error={choice}"), FakeGroups())
+    assert loss_tokens(collector.collect(0)[0]) == [200]
+    fault = collector.files.settle()
     if choice == "continue":
-        assert loss_tokens(collector.collect(0)[0]) == [200]
+        assert fault is None
     else:
-        with pytest.raises(Fault, match="No space left on device"):
-            collector.collect(0)
+        assert "No space left on device" in str(fault)
+        assert "the responses of this step are not written. Make room and --resume" in str(fault)
+    assert list((tmp_path / "run/rollouts").iterdir()) == []
+
+
+def test_the_responses_of_a_step_are_those_of_its_prompts_whatever_the_source_does_meanwhile(tmp_path):
+    source = FakeGroups(length=30)
+    collector = collector_of(config_of(tmp_path, "budget.cut=response"), source)
+    collector.collect(0)
+    source.prompt_of = None  # as if it were at work for the next phase
+    assert collector.files.settle() is None
+    rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").open(encoding="utf-8")]
+    assert sorted((row["prompt_id"], row["sample_index"]) for row in rows) == [
+        (f"p{position}", index) for position in range(4) for index in range(2)
+    ]

@@ -112,8 +112,13 @@ from samples import make_sample, make_schedule
 group = Group(prompt_id=0, samples=(make_sample(0, 0, 5),))
 phase = Phase(collected=Collected(kept=[group]), unneeded=[], stale=[], schedule=make_schedule([group]))
 prompt = Prompt(id="\\u4e00", domain="\\u6570\\u5b66", prompt="?", answer="7")
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.train.run.step_files import StepFiles
 path = folder / "rollouts/step_000000.jsonl"
-phase.write(path, lambda position: prompt, lambda domain: "math", lambda ids: "\\u8bf4")
+files = StepFiles(load_config(RlConfig, folder / "config.toml", []))
+files.write(path, phase.lines(lambda position: prompt, lambda domain: "math", lambda ids: "\\u8bf4"), "")
+files.close()
 config = (folder / "config.toml").read_bytes().decode()
 (folder / "config.toml").write_bytes((config + '[reward.domains]\\n"\\u6570\\u5b66" = "math"\\n').encode())
 run_report([folder], None, None, [])

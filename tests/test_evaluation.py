@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.evaluation.evaluate import run_evaluation
 from megatron_rl.evaluation.report import markdown, show
-from megatron_rl.evaluation.responses import Judged, as_line, read_judged
+from megatron_rl.evaluation.responses import Judged, as_line, judged_rows, read_verdicts
 from megatron_rl.evaluation.results import summarise
 from megatron_rl.evaluation.votes import Votes, count_votes, vote
 from megatron_rl.locks import sole_writer
@@ -340,10 +341,14 @@ def test_programs_have_no_majority_and_a_table_leaves_it_out(capsys: pytest.Capt
 def test_responses_come_back_as_they_were_written(tmp_path: Path) -> None:
     rows = [judged(1, "\u2028 \u0085", score=1.0), judged(0, None)]
     (tmp_path / "file").write_text("".join(map(as_line, rows)))
-    assert read_judged(tmp_path / "file") == rows[::-1]
+    assert list(judged_rows(tmp_path / "file")) == rows
+    numbers = read_verdicts(tmp_path / "file")
+    assert numbers == [replace(row, prompt="", response="") for row in rows[::-1]]
+    # Without the texts they say the same, also of what is elected.
+    assert summarise(numbers, (1,)) == summarise(rows, (1,))
     (tmp_path / "file").write_text('{"position": 1}\n')
     with pytest.raises(ValueError, match="file line 1 is no judged response"):
-        read_judged(tmp_path / "file")
+        read_verdicts(tmp_path / "file")
 
 
 def test_a_benchmark_has_powers_of_two_by_itself_and_the_reward_of_its_domain(tmp_path: Path) -> None:

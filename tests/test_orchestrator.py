@@ -1,6 +1,7 @@
 """Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
 
 import errno
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ from alone import world
 from rank_zero import FakeGroups, config_of, context_of, result
 
 from megatron_rl.c3po.packing import CostModel
-from megatron_rl.errors import EXIT_DONE, Fault, StopRequested
+from megatron_rl.errors import EXIT_DONE, Fault, SharedFault, StopRequested
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds
+from megatron_rl.train.driver import _save
 from megatron_rl.train.orchestrator import orchestrator as orchestrator_module
 from megatron_rl.train.orchestrator.commands import Stop
 from megatron_rl.train.orchestrator.orchestrator import Orchestrator
@@ -145,6 +147,63 @@ def test_metrics_on_a_full_disk_end_the_run_at_the_next_step(orchestrate, monkey
     orchestrator.end(0, [result()])
     with pytest.raises(Fault, match="No space left on device"):
         orchestrator.begin(1)
+
+
+def test_responses_on_a_full_disk_end_the_run_at_the_next_step_or_checkpoint(orchestrate, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    monkeypatch.setattr("megatron_rl.train.orchestrator.phase_metrics.Phase.lines", full)
+    orchestrator = orchestrate(FakeGroups())
+    orchestrator.begin(0)
+    orchestrator.end(0, [result()])
+    wait(orchestrator.collector.files._files)
+    with pytest.raises(Fault, match="No space left on device.*the responses of this step are not written"):
+        orchestrator.begin(1)
+    orchestrator = orchestrate(FakeGroups())
+    orchestrator.begin(1)
+    orchestrator.end(1, [result()])
+    assert "the responses of this step are not written. Make room and --resume" in orchestrator.settle()
+
+
+def test_before_a_checkpoint_the_files_of_its_steps_are_there(orchestrate, tmp_path):
+    orchestrator = orchestrate(FakeGroups(), None, "train.traced_groups=1")
+    for step in range(3):
+        orchestrator.begin(step)
+        orchestrator.end(step, [result()])
+    assert orchestrator.settle() is None
+    for folder in ("rollouts", "tokens"):
+        names = sorted(path.name for path in (tmp_path / "run" / folder).iterdir())
+        assert names == [f"step_{step:06d}.jsonl" for step in range(3)]
+
+
+def test_no_checkpoint_covers_a_step_whose_responses_could_not_be_written(orchestrate, control, tmp_path, monkeypatch):
+    saved = []
+
+    def save(orchestrator, step):
+        context = SimpleNamespace(
+            control=control,
+            watchdog=SimpleNamespace(enter=lambda phase, step: None),
+            save=lambda *what: saved.append((what, (tmp_path / "run/rollouts/step_000000.jsonl").exists())),
+        )
+        _save(context, orchestrator, step)
+
+    orchestrator = orchestrate(FakeGroups())
+    orchestrator.begin(0)
+    save(orchestrator, 1)
+    state, carried = orchestrator.collector.state()
+    assert saved == [((1, {"step": 1, **state}, carried), True)]
+
+    def full(*_):
+        yield "a part of it\n"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_rl.train.orchestrator.phase_metrics.Phase.lines", full)
+    orchestrator.begin(1)
+    with pytest.raises(SharedFault, match="the responses of this step are not written. Make room and --resume"):
+        save(orchestrator, 2)
+    assert len(saved) == 1
 
 
 def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(orchestrate):

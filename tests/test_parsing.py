@@ -21,7 +21,7 @@ from megatron_rl.data.curation.difficulty import _rates
 from megatron_rl.data.curation.sources import numbered_lines, read_pieces
 from megatron_rl.data.prompts import read_chats, read_prompts
 from megatron_rl.data.scored import lines_of, read_scored
-from megatron_rl.evaluation.responses import read_judged
+from megatron_rl.evaluation.responses import read_verdicts
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
@@ -86,7 +86,7 @@ READERS = {
     "prompts": read_prompts,
     "chats": read_chats,
     "scored": lambda path: [read_scored(line, where, {}) for _, line, where in lines_of(path)],
-    "judged": read_judged,
+    "judged": read_verdicts,
     "rollouts to train from": lambda path: read_groups(path, lambda responses, rewards: rewards),
     "all rows of them": lambda path: check_rows(path, RowLimits()),
     "responses to go on with": lambda path: find_groups(path, 1, "remedy"),

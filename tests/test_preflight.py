@@ -1,6 +1,7 @@
 """Checks before a start: each has a name and says what it looks at, and every problem says its remedy."""
 
 import json
+import logging
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rank_zero import config_of
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.data.mixture import load_stream
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import CHECKS, Start
 
@@ -74,3 +76,18 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
     (problem,) = found_by("run_dir", start_of(f"run_dir={tmp_path}/held"))
     assert "add --resume" in problem
     assert found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=True)) == []
+
+
+def test_what_a_run_says_of_its_rows_is_not_said_before_it(
+    start_of, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{i}+1?", "answer": "2", "level": i, "domain": d} for i, d in enumerate(("math", None))]
+    for name, row in zip("ab", rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    weights = f'data.train={{"{tmp_path}/a.jsonl" = 1, "{tmp_path}/b.jsonl" = 2}}'
+    start = start_of(weights, 'data.domain="algebra"', "budget.domains={math = 0.5, algebra = 0.5}")
+    with caplog.at_level(logging.INFO):
+        assert found_by("domains", start) == []
+        assert caplog.messages == []
+        load_stream(start.config.data, 1).check_shares(start.config.budget.domains)
+    assert len(caplog.messages) == 4  # columns of both, no domain, weights that do not say what is trained

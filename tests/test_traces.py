@@ -16,7 +16,7 @@ from test_tokenizers import KINDS, byte_level
 
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.records import Group, Response, Sample
-from megatron_rl.train.step.token_traces import chosen, pieces, write
+from megatron_rl.train.step.token_traces import chosen, lines, pieces
 
 WORDS = "the sum of x and y is prime "
 Decoded = tuple[Any, Callable[[Sequence[int]], str]]
@@ -97,7 +97,7 @@ def test_the_first_groups_with_a_trained_token_are_traced_whole() -> None:
     assert trained == {5, 9}
 
 
-def test_a_row_says_of_each_token_what_both_sides_made_of_it_and_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_row_says_of_each_token_what_both_sides_made_of_it() -> None:
     def sample(index: int, logprobs: list[float], versions: list[int]) -> Sample:
         response = Response(
             prompt_id=4, sample_index=index, prompt_ids=np.arange(2, dtype=np.int32), finish_reason="stop",
@@ -114,9 +114,7 @@ def test_a_row_says_of_each_token_what_both_sides_made_of_it_and_a_file_is_repla
         found[number][selected.index] = np.array([-0.00004, math.nan])[: selected.num_loss_tokens]
     traced = type(plan.plan)(steps=plan.plan.steps, traced=chosen(plan, 1))
     schedule = type(plan)(plan=traced, samples=plan.samples, carried=(), num_dropped=0, num_cut_tokens=0)
-    path = tmp_path / "tokens/step_000003.jsonl"
-    write(path, schedule, found, lambda ids: "".join("abc"[i] for i in ids))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines(schedule, found, lambda ids: "".join("abc"[i] for i in ids))]
     assert rows == [
         {
             "position": 4,
@@ -138,8 +136,3 @@ def test_a_row_says_of_each_token_what_both_sides_made_of_it_and_a_file_is_repla
         },
     ]
     assert {at[0][0], at[1][0]} == {0, 1}
-    before = path.read_text()
-    (tmp_path / f"tokens/.{path.name}.partial").mkdir()
-    with pytest.raises(OSError, match=f"tokens/.{path.name}.partial"):
-        write(path, schedule, [{}, {}], str)
-    assert path.read_text() == before

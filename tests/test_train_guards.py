@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import Fault, SharedFault
 from megatron_rl.train.run.alarms import Alarms, SkipGuard
+from megatron_rl.train.run.metrics import MetricsLog, read_metrics
 from megatron_rl.train.run.signals import told_in_words
 from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import StepResult
@@ -37,12 +41,20 @@ def test_so_many_skipped_steps_in_a_row_are_allowed_and_one_more_is_not() -> Non
         guard.check([result(True)])
 
 
+def alarms_after(past: Sequence[Mapping[str, Any]]) -> Alarms:
+    """Of a run that goes on behind these rows."""
+    alarms = Alarms(SECTION)
+    for row in past:
+        alarms.check(row)
+    return alarms
+
+
 def rows(norms: list[float | None], rewards: list[float]) -> list[dict[str, float | None]]:
     return [{"grad_norm": norm, "reward": reward} for norm, reward in zip(norms, rewards, strict=True)]
 
 
 def test_a_gradient_far_above_the_usual_is_reported_once_there_is_a_usual() -> None:
-    alarms = Alarms(SECTION, rows([1.0] * 8, [0.5] * 8))
+    alarms = alarms_after(rows([1.0] * 8, [0.5] * 8))
     assert alarms.check({"grad_norm": 50.0, "reward": 0.5}) == []  # 8 are too few
     assert alarms.check({"grad_norm": 1.0}) == []
     assert alarms.check({"grad_norm": 9.9}) == []
@@ -51,16 +63,35 @@ def test_a_gradient_far_above_the_usual_is_reported_once_there_is_a_usual() -> N
 
 
 def test_a_reward_that_collapses_is_reported_also_across_a_resume() -> None:
-    alarms = Alarms(SECTION, rows([None] * 10, [0.6] * 10))
+    alarms = alarms_after(rows([None] * 10, [0.6] * 10))
     assert alarms.check({"grad_norm": None, "reward": 0.3}) == []  # half of 0.6, and not below
     falling = [alarms.check({"grad_norm": None, "reward": 0.29}) for _ in range(53)]
     assert [index for index, found in enumerate(falling, start=1) if found] == [3, 53]  # once, and again much later
     assert "the reward has been below 0.3 for 3 steps or more, now 0.29, and its best mean of 10" in falling[2][0]
     assert "was 0.6. Likely: the policy has collapsed (lower optimizer.learning_rate" in falling[2][0]
-    noisy = Alarms(SECTION, rows([None] * 10, [0.6] * 10))
+    noisy = alarms_after(rows([None] * 10, [0.6] * 10))
     assert [noisy.check({"grad_norm": None, "reward": r}) for r in (0.0, 0.0, 0.4, 0.0, 0.0)] == [[]] * 5
-    never_good = Alarms(SECTION, rows([None] * 20, [0.04] * 10 + [0.0] * 10))
+    never_good = alarms_after(rows([None] * 20, [0.04] * 10 + [0.0] * 10))
     assert never_good.check({"grad_norm": None, "reward": 0.0}) == []
+
+
+def test_the_rows_of_a_resumed_run_are_seen_once_in_order_and_not_kept_in_memory(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, 0, lambda row: None).close()  # what it imports takes memory too
+    path, num_rows = tmp_path / "metrics.jsonl", 3000
+    made = [
+        {"step": i, "grad_norm": i / 7, "text": f"{i} " * 300, "num_starts": 1 + i // 1000} for i in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made) + '{"step": 3000, "gra')
+    seen: list[float] = []
+    tracemalloc.start()
+    log = MetricsLog(tmp_path, num_rows - 5, lambda row: seen.append(row["grad_norm"]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 4
+    log.write({"step": num_rows - 5, "grad_norm": 1.0})
+    log.close()
+    assert seen == [row["grad_norm"] for row in made[:-5]]
+    assert read_metrics(path) == [*made[:-5], {"step": num_rows - 5, "grad_norm": 1.0, "num_starts": 4}]
 
 
 def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:

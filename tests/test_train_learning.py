@@ -1,6 +1,7 @@
 """A run that learns nothing says so within three steps, with causes and responses."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,9 +24,17 @@ HEALTHY = {
 }
 
 
+def alarms_after(past: Sequence[Mapping[str, Any]]) -> Alarms:
+    """Of a run that goes on behind these rows."""
+    alarms = Alarms(SECTION)
+    for row in past:
+        alarms.check(row)
+    return alarms
+
+
 def told(num_steps: int, **changes: Any) -> list[list[str]]:
     """What is said of each of so many steps of a new run."""
-    alarms = Alarms(SECTION, ())
+    alarms = Alarms(SECTION)
     return [alarms.check(HEALTHY | changes) for _ in range(num_steps)]
 
 
@@ -82,19 +91,19 @@ def test_a_run_without_any_answer_is_told_of_both() -> None:
 
 def test_steps_count_in_a_row_also_across_a_resume_and_not_where_nothing_was_sampled() -> None:
     silent = HEALTHY | {"uniform_group_share": 1.0, "reward": 0.0}
-    alarms = Alarms(SECTION, [silent, silent])
+    alarms = alarms_after([silent, silent])
     carried = HEALTHY | {"num_prompts": 0, "uniform_group_share": 0.0}  # the step trained what another one had sampled
     assert alarms.check(carried) == []
     assert len(alarms.check(silent)) == 1
-    broken = Alarms(SECTION, [silent, silent, HEALTHY, silent])
+    broken = alarms_after([silent, silent, HEALTHY, silent])
     assert broken.check(silent) == []
     # Rows of SFT show no sign of it, and old ones may lack any of these.
-    sft = Alarms(SECTION, ())
+    sft = Alarms(SECTION)
     assert [sft.check({"grad_norm": 1.0, "entropy": 0.0, "loss": 0.1}) for _ in range(5)] == [[]] * 5
 
 
 def test_two_responses_are_told_beside_it_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
-    alarms = Alarms(SECTION, ())
+    alarms = Alarms(SECTION)
     examples = ["prompt a: expected 7, extracted 8", "prompt b: expected 1, extracted nothing"]
     for step in range(3):
         row = HEALTHY | {"step": step, "uniform_group_share": 1.0, "reward": 0.0}
@@ -108,6 +117,6 @@ def test_two_responses_are_told_beside_it_and_only_then(caplog: pytest.LogCaptur
         == "step 3: for example prompt a: expected 7, extracted 8\n  and prompt b: expected 1, extracted nothing"
     )
     caplog.clear()
-    jumps = Alarms(SECTION, [HEALTHY] * 20)
+    jumps = alarms_after([HEALTHY] * 20)
     jumps.report(HEALTHY | {"step": 20, "grad_norm": 99.0}, examples)
     assert len(caplog.records) == 1  # a gradient that jumps is no matter of responses

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from samples import make_sample, make_schedule
@@ -91,10 +90,11 @@ def say(number: int) -> str:
     return f"It is \\boxed{{{number}}}."
 
 
-def test_the_rollout_file_holds_every_sample(tmp_path: Path) -> None:
+def test_the_rollout_file_holds_every_sample() -> None:
     phase = make_phase()
-    phase.write(tmp_path / "rollouts" / "step_0.jsonl", prompt_of, lambda domain: "exact", lambda ids: say(len(ids)))
-    rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_0.jsonl").read_text().splitlines()]
+    lines = phase.lines(prompt_of, lambda domain: "exact", lambda ids: say(len(ids)))
+    rows = [json.loads(line) for line in lines]
+    assert phase.positions == {row["position"] for row in rows}
     assert len(rows) == 12
     assert sum(row.get("num_loss_tokens", 0) for row in rows) == 20
     assert [row["num_tokens"] for row in rows if row["outcome"] == "dropped: kept for too long"] == [7, 0]

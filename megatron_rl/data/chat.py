@@ -5,8 +5,9 @@ In what an assistant says it is the token: reasoning and tool calls are marked b
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from megatron_rl.files import model_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
+_AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
+TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
@@ -29,7 +31,7 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
 
     if not Path(model_dir).is_dir():
         raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
-    for folder in ("", _TEMPLATES):
+    for folder in ("", TEMPLATES):
         if (Path(model_dir) / folder).is_dir():
             model_files(Path(model_dir), folder)
     try:
@@ -57,6 +59,22 @@ def render_prompt(
     if system is not None:
         messages.insert(0, Message(role="system", content=system))
     return _render(tokenizer, messages, special_tokens, add_generation_prompt=True)
+
+
+def render_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], special_tokens: str = "text"
+) -> Iterator[list[int]]:
+    """What `render_prompt` makes of each prompt. The template and the tokenizer take many of them at once, which the
+    tokenizer divides over the cores."""
+    special = _special(tokenizer) if special_tokens == "text" else None
+    for start in range(0, len(prompts), _AT_ONCE):
+        some = prompts[start : start + _AT_ONCE]
+        # What has special tokens in it goes by itself.
+        plain = [special is None or not special.search(prompt) for prompt in some]
+        chats = [[Message(role="user", content=prompt)] for prompt in compress(some, plain)]
+        rendered = iter(_applied(tokenizer, chats, True, add_generation_prompt=True) if chats else ())
+        for prompt, is_plain in zip(some, plain, strict=True):
+            yield next(rendered) if is_plain else render_prompt(tokenizer, prompt, special_tokens=special_tokens)
 
 
 def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable[[Sequence[int]], str]:
@@ -109,23 +127,34 @@ def _render(
     if special_tokens == "text":
         hidden, texts = _hidden(messages, _special(tokenizer))
         if texts:
-            return _ids_with_texts(tokenizer, str(_applied(tokenizer, hidden, False, add_generation_prompt)), texts)
-    return list(_applied(tokenizer, messages, True, add_generation_prompt))
+            (text,) = _applied(tokenizer, [hidden], False, add_generation_prompt)
+            return _ids_with_texts(tokenizer, str(text), texts)
+    (ids,) = _applied(tokenizer, [messages], True, add_generation_prompt)
+    return list(ids)
 
 
 def _applied(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool
-) -> Any:
+    tokenizer: "PreTrainedTokenizerBase",
+    chats: Sequence[Sequence[Message]],
+    tokenize: bool,
+    add_generation_prompt: bool,
+) -> list[Any]:
+    """Of each conversation its token ids, or its text."""
     from jinja2 import TemplateError
 
-    rows: list[Mapping[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
+    rows: Any = [[{"role": message.role, "content": message.content} for message in chat] for chat in chats]
     try:
-        return tokenizer.apply_chat_template(
-            rows, tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+        found: Any = tokenizer.apply_chat_template(
+            rows,
+            tokenize=tokenize,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            tokenizer_kwargs={"return_attention_mask": False, "return_token_type_ids": False},
         )
     except TemplateError as error:
-        roles = ", ".join(message.role for message in messages)
+        roles = ", ".join(message.role for message in chats[0])  # of several all have the same
         raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+    return list(found)
 
 
 @lru_cache(maxsize=8)

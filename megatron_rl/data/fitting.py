@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.schema import RolloutPhase
-from megatron_rl.data.chat import render_prompt
+from megatron_rl.data.prompt_tokens import PromptTokens, prompt_tokens
 from megatron_rl.data.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -50,12 +51,21 @@ def prompt_limit(config: RolloutPhase) -> Limit:
 
 
 def rendered_prompts(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", limit: Limit, special_tokens: str = "text"
-) -> dict[str, tuple[int, ...]]:
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: Limit,
+    special_tokens: str = "text",
+    kept: Path | None = None,
+) -> PromptTokens:
     """Token ids by id of every prompt that is short enough; ValueError as of `Limit.check`.
 
-    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later.
+    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later. kept: as of
+    `prompt_tokens`.
     """
-    rendered = {p.id: tuple(render_prompt(tokenizer, p.prompt, special_tokens=special_tokens)) for p in prompts}
-    left_out = limit.check({p.where or f"prompt {p.id}": len(rendered[p.id]) for p in prompts})
-    return {p.id: rendered[p.id] for p in prompts if (p.where or f"prompt {p.id}") not in left_out}
+    ids = [prompt.id for prompt in prompts]
+    rendered = prompt_tokens(ids, [prompt.prompt for prompt in prompts], tokenizer, special_tokens, kept)
+    left_out = limit.check({p.where or f"prompt {p.id}": rendered.num_tokens(p.id) for p in prompts})
+    for prompt in prompts if left_out else ():
+        if (prompt.where or f"prompt {prompt.id}") in left_out:
+            rendered.drop(prompt.id)
+    return rendered

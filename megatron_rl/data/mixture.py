@@ -20,6 +20,7 @@ from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.domains import check_domains, check_reward_domains
 from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import check_judged
+from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Chat, Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import Problems
 
@@ -67,8 +68,9 @@ class Stream(ABC, Generic[Row]):
             source.path: source.rows for stage in stages for source in stage.sources
         }
         self._paths = list(self._sources)
-        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand.
-        self._file, self._turn = array("L"), array("Q")
+        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand, so that it is
+        # small numbers.
+        self._file, self._turn = array("H"), array("I")
         self._stages = tuple(stages)
         self._turns = _turns(stages)
         self._order = lru_cache(maxsize=4 * len(self._paths))(self.permutation)
@@ -142,13 +144,14 @@ class PromptStream(Stream[Prompt]):
     def content(row: Prompt) -> list[Any]:
         return [row.domain, row.prompt, row.answer]
 
-    def check_shares(self, shares: Mapping[str, float]) -> None:
-        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others."""
+    def check_shares(self, shares: Mapping[str, float], warns: bool = True) -> None:
+        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others.
+        warns: of weights that do not say what is trained."""
         for number, stage in enumerate(self._stages, start=1):
             where = f"stage {number} of data.stages" if len(self._stages) > 1 else "data.train"
             check_domains((prompt for source in stage.sources for prompt in source.rows), shares, where)
             of_file = {source.path: frozenset(prompt.domain for prompt in source.rows) for source in stage.sources}
-            if len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
+            if warns and len(set(of_file.values())) > 1 and len({source.weight for source in stage.sources}) > 1:
                 log.warning(
                     "budget.domains says how much of each domain is trained; the weights of %s only say how files of "
                     "the same domain mix",
@@ -176,31 +179,38 @@ class ChatStream(Stream[Chat]):
         return [[message.role, message.content] for message in row.messages]
 
 
-def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list) -> PromptStream:
+def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True) -> PromptStream:
     """Reads every file once. ValueError for rows that are wrong, those of all files together.
 
-    fits: those of all rows that stay.
+    fits: those of all rows that stay. remarks: as of `read_prompts`.
     """
-    rows = _rows(data.train_files, lambda path, found: read_prompts(path, data.domain, data.suffix, found), fits)
+
+    def read(path: Path, found: Problems) -> list[Prompt]:
+        return read_prompts(path, data.domain, data.suffix, found, remarks=remarks)
+
+    rows = _rows(data.train_files, read, fits)
     return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
 
 
 def load_prompts(
-    config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
+    config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase", kept: Path | None = None
+) -> tuple[PromptStream, PromptTokens]:
     """The prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too long, or
-    not for the reward that judges them."""
+    not for the reward that judges them.
+
+    kept: a file of the token ids, see data/prompt_tokens.py.
+    """
     limit = prompt_limit(config)
-    input_ids: dict[str, tuple[int, ...]] = {}
+    rendered: list[PromptTokens] = []
 
     def fits(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        input_ids.update(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens))
-        return [prompt for prompt in prompts if prompt.id in input_ids]
+        rendered.append(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens, kept))
+        return [prompt for prompt in prompts if prompt.id in rendered[0]]
 
     stream = load_stream(config.data, config.seed, fits)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
-    return stream, input_ids
+    return stream, rendered[0]
 
 
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:

@@ -77,14 +77,15 @@ def read_prompts(
     suffix: str = "",
     problems: Problems | None = None,
     most: int | None = None,
+    remarks: bool = True,
 ) -> list[Prompt]:
     """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
     file, line, field and value; where `problems` are given, they are noted there.
 
     domain: of rows that name none. suffix: goes behind every prompt; an id that is made from the content does not
-    depend on it. most: rows to read; default: all.
+    depend on it. most: rows to read; default: all. remarks: log what was taken for granted, where all are read.
     """
-    reader = _Reader(path, problems, _PROMPT_FIELDS, most)
+    reader = _Reader(path, problems, _PROMPT_FIELDS, remarks and most is None)
     without_domain: Counter[str] = Counter()
     prompts = []
     for line, row in rows_of(path, reader.problems, most):
@@ -112,7 +113,7 @@ def read_prompts(
 
 def read_chats(path: str | Path, problems: Problems | None = None, most: int | None = None) -> list[Chat]:
     """Read the rows of a chat file, as `read_prompts` does."""
-    reader = _Reader(path, problems, _CHAT_FIELDS, most)
+    reader = _Reader(path, problems, _CHAT_FIELDS, most is None)
     chats = []
     for line, row in rows_of(path, reader.problems, most):
         messages, meta = reader.messages(row, line), reader.meta(row, line)
@@ -128,8 +129,9 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
 class _Reader:
     """The fields of one file's rows. What is wrong is noted, and its value is None."""
 
-    def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str], most: int | None) -> None:
-        self._path, self._fields, self._tells, self._whole = path, fields, problems is None, most is None
+    def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str], remarks: bool) -> None:
+        """remarks: whether what was taken for granted is logged."""
+        self._path, self._fields, self._tells, self._remarks = path, fields, problems is None, remarks
         self.problems = Problems() if problems is None else problems
         self._first_line: dict[str, int] = {}
         self._others: dict[str, None] = {}  # columns that go into meta, in their order
@@ -184,7 +186,7 @@ class _Reader:
         if self._others:
             columns = ", ".join(map(str, self._others))[:_LONGEST_COLUMNS]
             remarks = [*remarks, f"columns {columns} are no fields of ours and go into meta"]
-        for remark in remarks if self._whole else []:
+        for remark in remarks if self._remarks else []:
             log.info("%s: %s", self._path, remark)
         return records
 

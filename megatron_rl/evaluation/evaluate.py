@@ -21,7 +21,7 @@ from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import Fault
 from megatron_rl.evaluation.report import average_of, markdown, show
-from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
+from megatron_rl.evaluation.responses import Judged, as_line, judged, judged_rows, read_verdicts
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
 from megatron_rl.evaluation.settings import checked_settings, settings_of
 from megatron_rl.files import whole_file
@@ -30,8 +30,10 @@ from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.append_log import sample_into, told_of_resume, whole_groups
+from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.provenance import ANOTHER_OUTPUT, write_settings
+from megatron_rl.rollout.rollout_file import text_of
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.standalone import no_advantages, serving
 
@@ -39,11 +41,12 @@ log = logging.getLogger(__name__)
 
 # Evaluation must not repeat the random numbers of training.
 _SEED_OFFSET = 1_000_000_007
+_JUDGED_AT_ONCE = 256  # responses whose text is in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One that is to be run. questions: those without a response yet. given_up: responses without a verdict.
+    """One that is to be run. questions: those without a response yet. num_given_up: responses without a verdict.
     path: of the responses. one_of_each: the first prompt of each domain in its file."""
 
     name: str
@@ -51,7 +54,7 @@ class Benchmark:
     reward: RewardSection
     prompts: tuple[Prompt, ...]
     questions: tuple[Question, ...]
-    given_up: tuple[Judged, ...]
+    num_given_up: int
     path: Path
     one_of_each: tuple[Prompt, ...]
 
@@ -86,7 +89,7 @@ def _evaluate(
     with told_of_resume(folder, [_path(folder, name) for name in sections]):
         speeds = asyncio.run(_sample(config, sections, folder, claimed))
     results = {
-        name: summarise([r for r in read_judged(_path(folder, name)) if r.sample_index < section.samples], section.at)
+        name: summarise([r for r in read_verdicts(_path(folder, name)) if r.sample_index < section.samples], section.at)
         for name, section in sections.items()
     }
     _write(folder, settings, results, speeds)
@@ -106,14 +109,14 @@ async def _sample(
     if config.rollout.temperature == 0 and any(section.samples > 1 for section in sections.values()):
         log.warning("rollout.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 is enough")
     speeds: dict[str, Speed | None] = dict.fromkeys(sections)
-    left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.given_up]
+    left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.num_given_up]
     model, rollout = config.model, config.rollout.as_rollout()
     with ExitStack() as closing:
         rewards = [closing.enter_context(Rewards(benchmark.reward)) for benchmark in left]
         write_settings(folder / "settings.json", claimed)
         judges = list(zip(left, rewards, strict=True))
         for benchmark, judge in judges:
-            if benchmark.given_up:
+            if benchmark.num_given_up:
                 await _judge_again(benchmark, judge)
         if any(benchmark.questions for benchmark in left):
             variables = secret_variables(config)
@@ -126,16 +129,18 @@ async def _sample(
 
 async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
     """The responses whose judge gave up, from their text; the file is replaced as a whole."""
-    log.info("%s: judging %d responses again whose judge gave up", benchmark.name, len(benchmark.given_up))
+    log.info("%s: judging %d responses again whose judge gave up", benchmark.name, benchmark.num_given_up)
 
     async def again(row: Judged) -> Judged:
+        if row.reason not in GAVE_UP:
+            return row
         prompt = benchmark.prompts[row.position % len(benchmark.prompts)]
         verdict = await rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, row.response)
         return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
 
-    found = {row.position: row for row in await asyncio.gather(*map(again, benchmark.given_up))}
     with whole_file(benchmark.path, is_durable=True) as file:
-        file.writelines(as_line(found.get(row.position, row)) for row in read_judged(benchmark.path))
+        async for row in in_order_of_completion(map(again, judged_rows(benchmark.path)), _JUDGED_AT_ONCE):
+            file.write(as_line(row))
 
 
 async def _run(
@@ -148,7 +153,7 @@ async def _run(
 
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
-        kind, text = benchmark.reward.kind_of(question.prompt.domain), decode(sample.response.output_ids.tolist())
+        kind, text = benchmark.reward.kind_of(question.prompt.domain), text_of(sample.response, decode)
         return as_line(judged(sample, question.prompt, len(benchmark.prompts), kind, text))
 
     sampler = Sampler(
@@ -193,7 +198,7 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
         reward=reward,
         prompts=tuple(prompts),
         questions=tuple(q for q in _questions(prompts, input_ids, section.samples) if q.prompt_id not in done),
-        given_up=tuple(row for row in read_judged(path) if row.reason in GAVE_UP) if done else (),
+        num_given_up=sum(row.reason in GAVE_UP for row in judged_rows(path)) if done else 0,
         path=path,
         one_of_each=tuple({prompt.domain: prompt for prompt in reversed(everything)}.values()),
     )
@@ -201,10 +206,11 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
 
 def _questions(prompts: Sequence[Prompt], input_ids: Mapping[str, tuple[int, ...]], num_samples: int) -> list[Question]:
     """All prompts, so many times over. So every response is saved by itself, and more samples can follow later."""
+    tokens = [input_ids[prompt.id] for prompt in prompts]
     return [
-        Question(prompt_id=i * len(prompts) + place, prompt=prompt, input_ids=input_ids[prompt.id])
+        Question(prompt_id=i * len(prompts) + place, prompt=prompt, input_ids=ids)
         for i in range(num_samples)
-        for place, prompt in enumerate(prompts)
+        for place, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True))
     ]
 
 

@@ -1,7 +1,8 @@
 """Judged responses: the lines of the file that an evaluation leaves for each benchmark. All numbers come from them."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_rl.data.prompts import Prompt
@@ -59,13 +60,17 @@ def as_line(row: Judged) -> str:
     return json.dumps(asdict(row), ensure_ascii=False) + "\n"
 
 
-def read_judged(path: Path) -> list[Judged]:
-    """By position, whatever order they were completed in. ValueError names a line that is none."""
-    rows = []
+def judged_rows(path: Path) -> Iterator[Judged]:
+    """Every row, one at a time, in the order in which they were completed. ValueError names a line that is none."""
     with path.open("rb") as file:
         for number, line in enumerate(bounded_lines(file, path), start=1):
             try:
-                rows.append(Judged(**parse_json(line)))
+                row = Judged(**parse_json(line))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is no judged response ({error}); remove the file") from None
-    return sorted(rows, key=lambda row: row.position)
+            yield row
+
+
+def read_verdicts(path: Path) -> list[Judged]:
+    """The rows by position, without what was asked and answered: that may be more than fits into memory."""
+    return sorted((replace(row, prompt="", response="") for row in judged_rows(path)), key=lambda row: row.position)

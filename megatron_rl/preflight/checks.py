@@ -94,15 +94,16 @@ def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
 
 @check("domains", "tables by domain name domains that rows have")
 def _domains(start: Start) -> Iterator[str]:
-    """All rows are read for it: a domain may come late in a file."""
+    """All rows are read for it: a domain may come late in a file. What else there is to say of them the run says, which
+    reads them in another process or after its model."""
     config = start.config
     if not (start.trains and isinstance(config, RlConfig)):
         return
     if config.reward.domains or config.reward.judge.domains or config.budget.domains:
-        stream = load_stream(config.data, config.seed)
+        stream = load_stream(config.data, config.seed, remarks=False)
         check_reward_domains(stream.rows, config.reward, "data.train")
         if config.budget.domains:
-            stream.check_shares(config.budget.domains)
+            stream.check_shares(config.budget.domains, warns=False)
     yield from ()
 
 

@@ -4,13 +4,15 @@ JSONL, one row per response, the rows of a group one after the other; a row know
 the positions in order to add what is missing holds `sole_writer` until it is added.
 """
 
+import asyncio
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from megatron_rl.errors import Fault, Stopped
 from megatron_rl.parsing import bounded_lines, parse_json
@@ -20,6 +22,7 @@ from megatron_rl.rollout.sampler import Question, Sampler
 log = logging.getLogger(__name__)
 
 _TELL_EVERY_SECONDS = 10.0
+_MOST_WAITING = 2**26  # characters that are not written yet
 
 
 @contextmanager
@@ -46,17 +49,59 @@ class Finished:
     reward: float
 
 
+class _Appending:
+    """Appends text to a file in a thread. What comes while it writes goes to the disk together, after it."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._texts, self._num_characters = file, list[str](), 0
+        self._writing: asyncio.Task[None] | None = None
+
+    async def append(self, text: str) -> None:
+        """Returns when the text waits to be written, and few others do."""
+        self._texts.append(text)
+        self._num_characters += len(text)
+        if self._writing is None or self._writing.done():
+            await self.end()
+            self._writing = asyncio.create_task(self._write_all())
+        elif self._num_characters > _MOST_WAITING:
+            await self.end()
+
+    async def end(self) -> None:
+        """Returns when everything so far is on the disk."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)  # who is cancelled here must not take its file away from the thread
+
+    async def _write_all(self) -> None:
+        while self._texts:
+            texts, self._texts, self._num_characters = self._texts, [], 0
+            await asyncio.to_thread(self._write, texts)
+
+    def _write(self, texts: Sequence[str]) -> None:
+        self._file.writelines(texts)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@asynccontextmanager
+async def _appending(path: Path) -> AsyncIterator[_Appending]:
+    """All of it is on the disk at the end, whatever ends it."""
+    with path.open("a", encoding="utf-8") as file:
+        appending = _Appending(file)
+        try:
+            yield appending
+        finally:
+            await appending.end()
+
+
 async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
     """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
     num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
-    with path.open("a", encoding="utf-8") as file:
+    async with _appending(path) as appending:
         async for group in groups:
-            file.write(group.lines)
-            file.flush()
-            os.fsync(file.fileno())
+            await appending.append(group.lines)
             num_done += 1
             num_tokens += group.num_tokens
             reward += group.reward
@@ -76,12 +121,13 @@ async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: 
 async def sample_into(
     path: Path, sampler: Sampler, questions: Sequence[Question], lines: Callable[[Question, Group], str], noun: str
 ) -> int:
-    """Append `lines` of every question's group, see `write_groups`."""
+    """Append `lines` of every question's group, see `write_groups`. lines: called in a thread."""
 
     async def finished() -> AsyncIterator[Finished]:
         async for question, group in sampler.as_completed(questions, 0):
             yield Finished(
-                lines=lines(question, group),
+                # Where responses are long they take a while to write down, and the event loop has others to read.
+                lines=await asyncio.to_thread(lines, question, group),
                 num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
                 reward=sum(sample.reward for sample in group.samples) / len(group.samples),
             )

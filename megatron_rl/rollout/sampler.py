@@ -22,11 +22,13 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
+from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.rollout_file import with_advantages
+from megatron_rl.rollout.rollout_file import text_of, with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
+_LEAST_AT_ONCE = 16  # groups of which some may wait for their rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +107,14 @@ class Sampler:
         """A scored group for every question, in their order. A group goes as one request."""
         return await gather_all(self._group(question, policy_version) for question in questions)
 
-    async def as_completed(
-        self, questions: Sequence[Question], policy_version: int
-    ) -> AsyncIterator[tuple[Question, Group]]:
-        """The same, each as it comes."""
+    def as_completed(self, questions: Sequence[Question], policy_version: int) -> AsyncIterator[tuple[Question, Group]]:
+        """The same, each as it comes; so many at a time as keep the servers busy."""
 
         async def one(question: Question) -> tuple[Question, Group]:
             return question, await self._group(question, policy_version)
 
-        tasks = [asyncio.create_task(one(question)) for question in questions]
-        try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
-        finally:
-            for left in tasks:
-                left.cancel()
+        most = max(_LEAST_AT_ONCE, 4 * self._servers.num_slots // self._rollout.samples_per_prompt)
+        return in_order_of_completion(map(one, questions), most)
 
     async def fill_partially(
         self,
@@ -188,10 +183,11 @@ class Sampler:
             self._rollout.temperature,
             may_abort,
         )
-        return [
+        longer = (
             self._ended(_extended(response, one, policy_version))
             for response, one in zip(responses, generated, strict=True)
-        ]
+        )
+        return await gather_all(self._with_text(response) for response in longer)
 
     def _ended(self, response: Response) -> Response:
         """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token.
@@ -205,11 +201,18 @@ class Sampler:
         # All of an unfinished one goes through the weights of the next phase again, and has their experts then.
         return replace(response, routed_experts=None)
 
+    async def _with_text(self, response: Response) -> Response:
+        """The same, decoded once it has ended, and in a thread: tokenizers let others run meanwhile."""
+        if not response.finish_reason or response.text is not None:
+            return response
+        return replace(response, text=await asyncio.to_thread(text_of, response, self.decode))
+
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
-        texts = [self.decode(response.output_ids.tolist()) for response in responses]
+        # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
+        responses = await gather_all(map(self._with_text, responses))
         prompt = question.prompt
         verdicts = await asyncio.gather(
-            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text) for text in texts)
+            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, r.text or "") for r in responses)
         )
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(

@@ -13,6 +13,7 @@ from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.mixture import load_prompts
+from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.files import link_directory
@@ -37,7 +38,7 @@ class _Job:
     candidate: Candidate
     path: Path
     tokenizer: Any
-    input_ids: dict[str, tuple[int, ...]]
+    input_ids: PromptTokens
     settings: dict[str, Any]
     done: frozenset[int]
 

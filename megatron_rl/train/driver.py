@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_rl import device
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.errors import EXIT_DONE, StopRequested
+from megatron_rl.errors import EXIT_DONE, SharedFault, StopRequested
 from megatron_rl.gpus import chosen_backend, visible_gpus
 from megatron_rl.keys import key_in_environment
 from megatron_rl.place import own_place
@@ -104,7 +103,7 @@ def _steps(
             if work.exit_code is not None:
                 return work.exit_code
             if step > first:
-                context.save(step, *_driver_state(orchestrator, step))
+                _save(context, orchestrator, step)
                 context.settle(wait=True)
             return context.stop_code
         reload_seconds = _take_room(config, context, servers)
@@ -116,7 +115,7 @@ def _steps(
         context.settle()
         skips.check(results)
         if should_save(step + 1, config.train.steps, config):
-            context.save(step + 1, *_driver_state(orchestrator, step + 1))
+            _save(context, orchestrator, step + 1)
     context.settle(wait=True)
     last = orchestrator.finish() if orchestrator else _follow(context, config.train.steps, transport)
     assert isinstance(last, Stop) and last.exit_code is not None
@@ -215,8 +214,12 @@ def _follow(context: TrainContext, step: int, transport: Transport | None) -> tu
         execute(command, context, transport, None)
 
 
-def _driver_state(orchestrator: Orchestrator | None, step: int) -> tuple[dict[str, Any], bytes]:
-    if orchestrator is None:
-        return {}, b""
-    state, carried = orchestrator.collector.state()
-    return {"step": step, **state}, carried
+def _save(context: TrainContext, orchestrator: Orchestrator | None, step: int) -> None:
+    """Collective: a checkpoint after `step` completed steps, whose files are there before it. SharedFault without it
+    where they could not be written."""
+    context.watchdog.enter("save", step)
+    refused, *_ = on_all_ranks(orchestrator.settle if orchestrator else None, context.control)
+    if refused is not None:
+        raise SharedFault(refused)
+    state, carried = orchestrator.collector.state() if orchestrator else ({}, b"")
+    context.save(step, {"step": step, **state} if orchestrator else {}, carried)

@@ -15,11 +15,14 @@ from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
 from megatron_rl.train.orchestrator.phase_metrics import Phase
-from megatron_rl.train.run.signals import disk_fault
+from megatron_rl.train.run.step_files import StepFiles
 
 
 class Collector:
-    """Collects what a phase needs, plans its optimizer steps, and keeps what it leaves to the next one."""
+    """Collects what a phase needs, plans its optimizer steps, and keeps what it leaves to the next one.
+
+    files: where the responses of each step are written, beside what follows. `close()` ends that.
+    """
 
     def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, source: GroupSource) -> None:
         self._config, self._layout, self._cost, self._source = config, layout, cost, source
@@ -30,6 +33,7 @@ class Collector:
         # By domain: what one of its prompts brings.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
+        self.files = StepFiles(config)
         self.examples: list[str] = []  # of the last phase: two responses beside what was expected
 
     def state(self) -> tuple[dict[str, Any], bytes]:
@@ -46,7 +50,7 @@ class Collector:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
 
         Raises what `GroupSource.groups` does: the phase is abandoned and nothing of it is kept. Fault when too many
-        responses could not be judged (`Phase.check_rewards`), or when the disk is full.
+        responses could not be judged (`Phase.check_rewards`).
         """
         started = time.perf_counter()
         fresh_enough, stale = self._carried(policy_version)
@@ -73,6 +77,9 @@ class Collector:
             "plan_seconds": time.perf_counter() - started - rollout_seconds,
         }
         return plan, metrics | self._source.metrics()
+
+    def close(self) -> None:
+        self.files.close()
 
     def _carried(self, policy_version: int) -> tuple[list[Sample], list[Sample]]:
         """The samples that the last phase left: those that may be trained, and those that have waited too long."""
@@ -102,16 +109,14 @@ class Collector:
         )
 
     def _write(self, phase: Phase, policy_version: int) -> None:
-        """The responses of a step, all into its file and two for a warning. Fault for a disk that a run cannot go on
-        with, and for rewards that could not be given."""
-        prompt_of, decode, kind_of = self._source.prompt_of, self._source.decode, self._config.reward.kind_of
+        """The responses of a step, all into its file and two for a warning. Fault for rewards that could not be
+        given."""
+        decode, kind_of = self._source.decode, self._config.reward.kind_of
+        # Made here: the source goes on to the next phase while the file is written.
+        prompt_of = {position: self._source.prompt_of(position) for position in phase.positions}.__getitem__
         self.examples = phase.examples(prompt_of, kind_of, decode)
-        try:
-            path = self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
-            phase.write(path, prompt_of, kind_of, decode)
-        except OSError as error:
-            if fault := disk_fault(self._config, "the responses of this step are not written", error):
-                raise fault from error
+        path = self._config.run_dir / "rollouts" / f"step_{policy_version:06d}.jsonl"
+        self.files.write(path, phase.lines(prompt_of, kind_of, decode), "the responses of this step are not written")
         phase.check_rewards(self._config.reward.max_error_share, prompt_of, decode)
 
     def _needs(self, carried: Sequence[Sample]) -> list[Shortfall]:

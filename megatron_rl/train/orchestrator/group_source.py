@@ -21,6 +21,7 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_domains
 from megatron_rl.data.mixture import PromptStream, load_prompts
+from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
@@ -313,8 +314,9 @@ async def _in_waves(
     )
 
 
-def _load_prompts(config: RlConfig, tokenizer: Any) -> tuple[PromptStream, dict[str, tuple[int, ...]]]:
-    stream, input_ids = load_prompts(config, tokenizer)
+def _load_prompts(config: RlConfig, tokenizer: Any) -> tuple[PromptStream, PromptTokens]:
+    # In the run's own folder, which no other process writes to, so that every start but the first finds them.
+    stream, input_ids = load_prompts(config, tokenizer, config.run_dir / "prompt_tokens.bin")
     if config.budget.domains:
         stream.check_shares(config.budget.domains)
     return stream, input_ids

@@ -64,7 +64,7 @@ class Orchestrator:
         self._config, self._context, self._transport = config, context, transport
         self._first = first
         self._metrics: MetricsLog | None = None
-        self._alarms = Alarms(config.train, ())
+        self._alarms = Alarms(config.train)
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._started = self._trained_from = 0.0
@@ -80,8 +80,7 @@ class Orchestrator:
             self.collector = Collector(config, context.layout, cost_model(context.bailing), self.source)
             if restored:
                 self.collector.restore(*restored)
-            self._metrics = MetricsLog(config.run_dir, first)
-            self._alarms = Alarms(config.train, self._metrics.past)
+            self._metrics = MetricsLog(config.run_dir, first, self._alarms.check)
         except StopRequested:
             self._command(Stop(exit_code=None))
             raise
@@ -98,6 +97,7 @@ class Orchestrator:
             self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
+            self.collector.files.check()
             with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
                 schedule, self._row = self._collect(step)
             if self._updates is not None:
@@ -167,11 +167,11 @@ class Orchestrator:
 
     def _write_traces(self, step: int, results: list[StepResult]) -> None:
         assert self._schedule is not None
+        if not self._schedule.plan.traced:
+            return
         path = self._config.run_dir / "tokens" / f"step_{step:06d}.jsonl"
-        try:
-            traces.write(path, self._schedule, [r.traced_logprobs for r in results], self.source.decode)
-        except OSError as error:
-            self._failure = disk_fault(self._config, "the token traces of this step are not written", error)
+        rows = traces.lines(self._schedule, [r.traced_logprobs for r in results], self.source.decode)
+        self.collector.files.write(path, rows, "the token traces of this step are not written")
 
     def _keep_skipped(self, step: int, results: list[StepResult]) -> None:
         """The batch of a step that was skipped, for whoever wants to know why."""
@@ -196,8 +196,15 @@ class Orchestrator:
         self._command(stop)
         return stop
 
+    def settle(self) -> str | None:
+        """Before a checkpoint: wait until the files of the steps that it covers are there, since a resumed run does not
+        write them again. Returns why the run cannot go on, if it cannot."""
+        fault = self.collector.files.settle()
+        return None if fault is None else str(fault)
+
     def close(self) -> None:
         self.source.close()
+        self.collector.close()
         if self._metrics is not None:
             self._metrics.close()
 

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.rollout_file import answer_columns
+from megatron_rl.rollout.rollout_file import answer_columns, text_of
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 
@@ -60,24 +59,28 @@ class Phase:
             yield from ((sample, "dropped: not needed", 0) for sample in group.samples)
         yield from ((sample, "dropped: stale", 0) for sample in self.stale)
 
-    def write(self, path: Path, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> None:
-        """One JSON row per sample."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for sample, outcome, num_loss_tokens in self.outcomes():
-                row = _row(sample.response, prompt_of, kind_of, decode) | {
-                    "reward": sample.reward,
-                    "reason": sample.reason,
-                    "details": sample.details,
-                    "advantage": sample.advantage,
-                    "num_loss_tokens": num_loss_tokens,
-                    "outcome": outcome,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            for group in self.collected.purged:
-                for response in group.responses:
-                    row = _row(response, prompt_of, kind_of, decode) | {"outcome": "dropped: kept for too long"}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def lines(self, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> Iterator[str]:
+        """One JSON row per sample, each made when it is asked for."""
+        for sample, outcome, num_loss_tokens in self.outcomes():
+            row = _row(sample.response, prompt_of, kind_of, decode) | {
+                "reward": sample.reward,
+                "reason": sample.reason,
+                "details": sample.details,
+                "advantage": sample.advantage,
+                "num_loss_tokens": num_loss_tokens,
+                "outcome": outcome,
+            }
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+        for group in self.collected.purged:
+            for response in group.responses:
+                row = _row(response, prompt_of, kind_of, decode) | {"outcome": "dropped: kept for too long"}
+                yield json.dumps(row, ensure_ascii=False) + "\n"
+
+    @property
+    def positions(self) -> set[int]:
+        """The places in the order of prompts of all that `lines` has."""
+        purged = (group.prompt_id for group in self.collected.purged)
+        return {*purged, *(sample.response.prompt_id for sample, _, _ in self.outcomes())}
 
     def examples(self, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> list[str]:
         """Two responses beside what was expected of them, for whoever reads that nothing is learned."""
@@ -90,7 +93,7 @@ class Phase:
             own,
             lambda sample: (prompt(sample).id, prompt(sample).answer),
             lambda sample: kind_of(prompt(sample).domain),
-            lambda sample: decode(sample.response.output_ids.tolist()),
+            lambda sample: text_of(sample.response, decode),
         )
 
     def check_rewards(self, max_error_share: float, prompt_of: PromptOf, decode: Decode) -> None:
@@ -103,7 +106,7 @@ class Phase:
         counts = Counter(sample.reason for sample in failed)
         examples = "; ".join(
             f"{prompt_of(sample.response.prompt_id).id} ({sample.details or sample.reason}): "
-            f"...{decode(sample.response.output_ids.tolist())[-_EXAMPLE_CHARACTERS:]!r}"
+            f"...{text_of(sample.response, decode)[-_EXAMPLE_CHARACTERS:]!r}"
             for sample in failed[:_NUM_EXAMPLES]
         )
         raise Fault(
@@ -198,7 +201,7 @@ class Phase:
 
 
 def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> dict[str, Any]:
-    prompt, text = prompt_of(response.prompt_id), decode(response.output_ids.tolist())
+    prompt, text = prompt_of(response.prompt_id), text_of(response, decode)
     versions, counts = np.unique(response.policy_versions, return_counts=True)
     return {
         "prompt_id": prompt.id,

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -42,10 +42,12 @@ class SkipGuard:
 
 
 class Alarms:
-    """Says what looks wrong in a run's metrics. Nothing stops: a person has to look."""
+    """Says what looks wrong in a run's metrics. Nothing stops: a person has to look.
 
-    def __init__(self, section: TrainSection, past: Iterable[Mapping[str, Any]]) -> None:
-        """past: rows of the steps before, of a run that is resumed."""
+    `check` is given every row, of a run that is resumed those of the steps before too.
+    """
+
+    def __init__(self, section: TrainSection) -> None:
         self._section = section
         self._gradients: deque[float] = deque(maxlen=_GRADIENTS)
         self._rewards: deque[float] = deque(maxlen=_REWARDS)
@@ -53,8 +55,6 @@ class Alarms:
         self._best = 0.0
         self._low_steps = 0
         self._learns_nothing = False
-        for row in past:
-            self.check(row)
 
     def report(self, row: dict[str, Any], examples: Sequence[str] = ()) -> None:
         """Log what is wrong with the row of a new step, and count it in the row. examples: responses of the step, told

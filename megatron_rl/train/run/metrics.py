@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,19 +28,25 @@ def bar(items: Sequence[T], what: str) -> Iterable[T]:
 class MetricsLog:
     """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both.
 
-    past: the rows of the steps before this start. `num_starts` in a row says how often the run had been started.
+    `num_starts` in a row says how often the run had been started.
     """
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped."""
+    def __init__(self, run_dir: Path, first_step: int, see: Callable[[dict[str, Any]], object]) -> None:
+        """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped.
+
+        see: is given each row of the steps before, in their order. None of them is kept in memory.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
-        self.past = [row for row in read_metrics(self._path) if row["step"] < first_step]
-        self._num_starts = 1 + max((row.get("num_starts", 1) for row in self.past), default=0)
+        self._num_starts = 1
         with whole_file(self._path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.past)
+            for row in metric_rows(self._path):
+                if row["step"] < first_step:
+                    file.write(json.dumps(row) + "\n")
+                    self._num_starts = max(self._num_starts, 1 + row.get("num_starts", 1))
+                    see(row)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
@@ -62,12 +68,16 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line that was cut short by a kill is left out."""
-    rows = []
+    return list(metric_rows(path))
+
+
+def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one at a time; none where there is no file."""
     if path.is_file():
         with path.open("rb") as file:
             for line in bounded_lines(file, path):
                 try:
-                    rows.append(parse_json(line))
+                    row = parse_json(line)
                 except ValueError:
-                    break
-    return rows
+                    return
+                yield row

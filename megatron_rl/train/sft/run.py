@@ -36,10 +36,11 @@ def run_sft(config: SftConfig, resume: bool) -> int:
         restored = context.restore()
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
-        metrics = MetricsLog(config.run_dir, driver["step"]) if context.is_rank_zero else None
+        alarms = Alarms(config.train)
+        metrics = MetricsLog(config.run_dir, driver["step"], alarms.check) if context.is_rank_zero else None
         if metrics is not None:
             parts.callback(metrics.close)
-        run = _Run(config, context, batches, validation, metrics)
+        run = _Run(config, context, batches, validation, metrics, alarms)
         return run.steps(driver, signals)
 
 
@@ -53,10 +54,11 @@ class _Run:
         batches: ChatBatches,
         validation: Sequence[Sequence[TrainSequence]],
         metrics: MetricsLog | None,
+        alarms: Alarms,
     ) -> None:
         self._config, self._context, self._metrics = config, context, metrics
         self._batches, self._validation = batches, validation
-        self._alarms = Alarms(config.train, metrics.past if metrics else ())
+        self._alarms = alarms
         self._num_epochs = config.train.epochs or 0
         self._directories = EpochDirectories(context, self._num_epochs)
 

@@ -6,10 +6,9 @@ rank 0 writes them down after the step.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.c3po.plan import Schedule
-from megatron_rl.files import whole_file
 
 _DECIMALS = 4
 _ILL_FORMED = "\ufffd"  # what decoders make of bytes that are no character
@@ -75,19 +73,15 @@ def gather(mine: Sequence[Kept], control: Any) -> dict[int, np.ndarray]:
     return found
 
 
-def write(
-    path: Path, schedule: Schedule, found: Sequence[Mapping[int, np.ndarray]], decode: Callable[[Sequence[int]], str]
-) -> None:
-    """One JSON row per sample of `schedule.plan.traced`; no file without any. A file that is there is replaced whole.
+def lines(
+    schedule: Schedule, found: Sequence[Mapping[int, np.ndarray]], decode: Callable[[Sequence[int]], str]
+) -> Iterator[str]:
+    """One JSON row per sample of `schedule.plan.traced`, each made when it is asked for.
 
     found: of each optimizer step, what `gather` brought.
     """
-    if not schedule.plan.traced:
-        return
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as file:
-        for index in schedule.plan.traced:
-            file.write(json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n")
+    for index in schedule.plan.traced:
+        yield json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n"
 
 
 def _row(

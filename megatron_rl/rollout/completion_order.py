@@ -1,0 +1,32 @@
+"""Takes results as they come, of work of which only a part is begun at a time."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: int) -> AsyncIterator[T]:
+    """The result of every coroutine, whichever is done first. Of those that are begun, the results of at most `most`
+    have not been taken yet, so memory is that of so many, whatever their number. The first that fails ends the others.
+    """
+    ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
+    begun: set[asyncio.Task[T]] = set()
+    try:
+        while True:
+            for one in islice(work, most - len(begun)):
+                task = asyncio.create_task(one)
+                begun.add(task)
+                # To wait for the first of all would go through all of them, each time.
+                task.add_done_callback(ended.put_nowait)
+            if not begun:
+                return
+            done = await ended.get()
+            begun.remove(done)
+            yield done.result()
+    finally:
+        for task in begun:
+            task.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
