@@ -25,6 +25,8 @@ class Response:
     routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
         position but the last, 0 in dense layers; None where it was not asked for them. A response that went on under
         new weights has those of the new ones throughout: its tokens so far were put through them again.
+    text: what rewards judge and files of responses show; None where nobody has decoded it. Journals and checkpoints do
+        not keep it.
     """
 
     prompt_id: int
@@ -35,6 +37,7 @@ class Response:
     policy_versions: np.ndarray
     finish_reason: str
     routed_experts: np.ndarray | None = None
+    text: str | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,7 +1,9 @@
 """C3PO++: every response that is started is accounted for once, and one that is resumed goes on as if never stopped."""
 
 import asyncio
+import json
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerLost
 from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.rollout_file import group_rows
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
 from megatron_rl.rollout.server import EmbeddedServer
 
@@ -298,6 +301,38 @@ def test_every_response_that_is_started_ends_in_one_place(
         assert ended.keys() | {group.prompt_id for group in carried} == set(range(started))
 
     asyncio.run(run())
+
+
+def test_the_text_of_a_response_is_decoded_once_off_the_event_loop_and_kept() -> None:
+    decoded: list[tuple[list[int], threading.Thread]] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append((list(ids), threading.current_thread()))
+        return f"{len(ids)} tokens"
+
+    async def run() -> tuple[Collected, Collected, threading.Thread]:
+        pool = FakePool(1)
+        sampler_ = sampler(pool, ROLLOUT)
+        sampler_.decode = decode
+        found = []
+        for resumed in ([], None):
+            need = Shortfall(unit="tokens", missing=60)
+            groups = [(question(g.prompt_id), g) for g in (found[0].unfinished if resumed is None else resumed)]
+            take = questions(100 * len(found))
+            found.append(await sampler_.fill_partially(groups, take, 0, [need], lambda _: True, 100))
+            pool.next_phase()
+        return found[0], found[1], threading.current_thread()
+
+    first, second, loop_thread = asyncio.run(run())
+    groups = [*first.kept, *second.kept]
+    rows = "".join(group_rows(group, question(group.prompt_id).prompt, "math", decode) for group in groups)
+    ended = [s.response for group in groups for s in group.samples]
+    ended += [r for group in second.unfinished for r in group.responses if r.finish_reason]
+    assert Counter(tuple(ids) for ids, _ in decoded) == Counter(tuple(r.output_ids.tolist()) for r in ended)
+    assert loop_thread not in {thread for _, thread in decoded}
+    assert [json.loads(row)["response"] for row in rows.splitlines()] == [
+        f"{s.response.num_output_tokens} tokens" for group in groups for s in group.samples
+    ]
 
 
 @hypothesis_settings(deadline=None, max_examples=30)

@@ -32,6 +32,7 @@ from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.append_log import sample_into, told_of_resume, whole_groups
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.provenance import ANOTHER_OUTPUT, write_settings
+from megatron_rl.rollout.rollout_file import text_of
 from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.standalone import no_advantages, serving
 
@@ -148,7 +149,7 @@ async def _run(
 
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
-        kind, text = benchmark.reward.kind_of(question.prompt.domain), decode(sample.response.output_ids.tolist())
+        kind, text = benchmark.reward.kind_of(question.prompt.domain), text_of(sample.response, decode)
         return as_line(judged(sample, question.prompt, len(benchmark.prompts), kind, text))
 
     sampler = Sampler(

@@ -41,9 +41,14 @@ def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str |
     }
 
 
+def text_of(response: Response, decode: Callable[[list[int]], str]) -> str:
+    """The text of a response: the one that it was judged by, or decoded now where that was not kept."""
+    return decode(response.output_ids.tolist()) if response.text is None else response.text
+
+
 def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[list[int]], str]) -> str:
     """The lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in data/chat.py."""
-    texts = [decode(sample.response.output_ids.tolist()) for sample in group.samples]
+    texts = [text_of(sample.response, decode) for sample in group.samples]
     rows = [
         {
             "prompt_id": prompt.id,

@@ -24,7 +24,7 @@ from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import ServerPool
-from megatron_rl.rollout.rollout_file import with_advantages
+from megatron_rl.rollout.rollout_file import text_of, with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
 
@@ -188,10 +188,11 @@ class Sampler:
             self._rollout.temperature,
             may_abort,
         )
-        return [
+        longer = (
             self._ended(_extended(response, one, policy_version))
             for response, one in zip(responses, generated, strict=True)
-        ]
+        )
+        return await gather_all(self._with_text(response) for response in longer)
 
     def _ended(self, response: Response) -> Response:
         """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token."""
@@ -203,11 +204,18 @@ class Sampler:
             return replace(response, finish_reason="stop")
         return response
 
+    async def _with_text(self, response: Response) -> Response:
+        """The same, decoded once it has ended, and in a thread: tokenizers let others run meanwhile."""
+        if not response.finish_reason or response.text is not None:
+            return response
+        return replace(response, text=await asyncio.to_thread(text_of, response, self.decode))
+
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
-        texts = [self.decode(response.output_ids.tolist()) for response in responses]
+        # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
+        responses = await gather_all(map(self._with_text, responses))
         prompt = question.prompt
         verdicts = await asyncio.gather(
-            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text) for text in texts)
+            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, r.text or "") for r in responses)
         )
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(

@@ -15,7 +15,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.rollout_file import answer_columns
+from megatron_rl.rollout.rollout_file import answer_columns, text_of
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 
@@ -90,7 +90,7 @@ class Phase:
             own,
             lambda sample: (prompt(sample).id, prompt(sample).answer),
             lambda sample: kind_of(prompt(sample).domain),
-            lambda sample: decode(sample.response.output_ids.tolist()),
+            lambda sample: text_of(sample.response, decode),
         )
 
     def check_rewards(self, max_error_share: float, prompt_of: PromptOf, decode: Decode) -> None:
@@ -103,7 +103,7 @@ class Phase:
         counts = Counter(sample.reason for sample in failed)
         examples = "; ".join(
             f"{prompt_of(sample.response.prompt_id).id} ({sample.details or sample.reason}): "
-            f"...{decode(sample.response.output_ids.tolist())[-_EXAMPLE_CHARACTERS:]!r}"
+            f"...{text_of(sample.response, decode)[-_EXAMPLE_CHARACTERS:]!r}"
             for sample in failed[:_NUM_EXAMPLES]
         )
         raise Fault(
@@ -198,7 +198,7 @@ class Phase:
 
 
 def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> dict[str, Any]:
-    prompt, text = prompt_of(response.prompt_id), decode(response.output_ids.tolist())
+    prompt, text = prompt_of(response.prompt_id), text_of(response, decode)
     versions, counts = np.unique(response.policy_versions, return_counts=True)
     return {
         "prompt_id": prompt.id,
