@@ -72,10 +72,10 @@ def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion
 
     async def run() -> Completion:
         client = GenerationClient("http://fake")
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[answer(json.loads(request.content))]))
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer(json.loads(request.content))))
         client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
-        wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
-        (generated,) = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
+        wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
+        generated = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()
         return generated
 

@@ -5,6 +5,7 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 import numpy as np
 
 from megatron_rl.errors import Fault
 from megatron_rl.keys import KeyOf, bearer, hidden, no_key
+from megatron_rl.rollout.loop_lag import LoopLag
+from megatron_rl.rollout.replies import READABLE, Reply, read_reply
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
 
 _SHOWN_CHARACTERS = 500
+_READ_BYTES = 2**14  # of an answer, to quote it: a key in it is looked for there
 
 
 class ServerError(Fault):
@@ -85,9 +90,17 @@ async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class GenerationClient:
     """Talks to one server. Use it in one event loop; `close()` ends its connections."""
 
-    def __init__(self, url: str, control_timeout_seconds: float = 60.0, key_of: KeyOf = no_key) -> None:
-        """key_of: tells the key that every request shows; ServerLost where it must not be sent now."""
+    def __init__(
+        self,
+        url: str,
+        control_timeout_seconds: float = 60.0,
+        key_of: KeyOf = no_key,
+        lag: LoopLag | None = None,
+    ) -> None:
+        """key_of: tells the key that every request shows; ServerLost where it must not be sent now. lag: of the event
+        loop; no time limit counts what that was late."""
         self.url = url.rstrip("/")
+        self._lag = lag or LoopLag()
         self._key_of, self._key = partial(key_of, url), ""
         self._control_timeout = control_timeout_seconds
         # One httpx client for each connection: a client with many looks through all of them at every request, and a
@@ -101,36 +114,40 @@ class GenerationClient:
 
     async def generate(
         self,
-        wanted: Sequence[SampleRequest],
+        wanted: SampleRequest,
         *,
         temperature: float,
         timeout_seconds: float,
         routed: RoutedShape | None = None,
-    ) -> list[Completion]:
-        """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
-        shared = {"temperature": temperature, "top_k": -1}
+    ) -> Completion:
+        """Ask for one sample. routed: ask for routed experts too, which must look like this."""
         body = {
-            "input_ids": [list(one.input_ids) for one in wanted],
-            "sampling_params": [
-                shared | {"max_new_tokens": one.max_new_tokens, "sampling_seed": one.seed, "top_p": one.top_p}
-                for one in wanted
-            ],
+            "input_ids": list(wanted.input_ids),
+            "sampling_params": {
+                "temperature": temperature,
+                "top_k": -1,
+                "max_new_tokens": wanted.max_new_tokens,
+                "sampling_seed": wanted.seed,
+                "top_p": wanted.top_p,
+            },
             "return_logprob": True,
         }
         if routed is not None:
             body["return_routed_experts"] = True
-        answers = await self._ask("POST", "/generate", body, timeout_seconds)
-        if not isinstance(answers, list) or len(answers) != len(wanted):
-            raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-        found = [
-            self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
-        ]
-        for asked, one in zip(wanted, found, strict=True):
-            if len(one.output_ids) > asked.max_new_tokens:
-                raise ServerLost(
-                    f"{self.url}/generate gave {len(one.output_ids)} tokens where at most {asked.max_new_tokens} were "
-                    "asked for"
-                )
+        content = await self._answered("POST", "/generate", body, timeout_seconds)
+        try:
+            reply = read_reply(content)
+        except READABLE as error:
+            is_json = isinstance(error, msgspec.ValidationError | OverflowError)
+            kind = "what is no reply" if is_json else "what is no JSON"
+            shown = self._shown(content[:_READ_BYTES].decode(errors="replace"))
+            raise ServerLost(f"{self.url}/generate answered {kind} ({error}): {shown!r}") from None
+        found = self._generated(reply, len(wanted.input_ids), routed)
+        if len(found.output_ids) > wanted.max_new_tokens:
+            raise ServerLost(
+                f"{self.url}/generate gave {len(found.output_ids)} tokens where at most {wanted.max_new_tokens} were "
+                "asked for"
+            )
         return found
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> np.ndarray:
@@ -227,27 +244,20 @@ class GenerationClient:
         """Quote what the server said for a message, without the key, which it may repeat."""
         return hidden(said, self._key)[:_SHOWN_CHARACTERS]
 
-    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Completion:
-        try:
-            meta = answer["meta_info"]
-            # A request that was aborted before it ran has no list of log-probs.
-            pairs = meta.get("output_token_logprobs") or []
-            output_ids = np.array(answer["output_ids"], dtype=np.int32)
-            result = Completion(
-                output_ids=output_ids,
-                logprobs=np.array([pair[0] for pair in pairs], dtype=np.float32),
-                finish_reason=meta["finish_reason"]["type"],
-                weight_versions=_versions(meta),
-                message=str(meta["finish_reason"].get("message") or ""),
-            )
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
+    def _generated(self, reply: Reply, num_tokens_before: int, routed: RoutedShape | None) -> Completion:
+        output_ids, meta = reply.output_ids, reply.meta
+        result = Completion(
+            output_ids=output_ids,
+            logprobs=reply.logprobs,
+            finish_reason=meta.finish_reason.type,
+            weight_versions=meta.versions,
+            message=str(meta.finish_reason.message or ""),
+        )
         whole = result.finish_reason in ("stop", "length")
         if not whole and result.finish_reason != "abort":
             raise ServerLost(f"{self.url}/generate: unknown finish_reason {result.finish_reason!r}")
         if (
-            output_ids.ndim != 1
-            or (output_ids < 0).any()
+            (output_ids < 0).any()
             or result.logprobs.shape != output_ids.shape
             or (whole and not len(output_ids))
             or not np.isfinite(result.logprobs).all()
@@ -256,11 +266,11 @@ class GenerationClient:
                 f"{self.url}/generate: {len(output_ids)} tokens came with {len(result.logprobs)} log-probs, "
                 f"{int((~np.isfinite(result.logprobs)).sum())} of them not finite"
             )
-        if routed is None or not (whole or "routed_experts" in meta):
+        if routed is None or not (whole or meta.routed_experts is not msgspec.UNSET):
             return result
         try:
             count = num_tokens_before + len(output_ids) - 1
-            return replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, routed))
+            return replace(result, routed_experts=decode_routed_experts(meta.routed_experts, count, routed))
         except ValueError as error:  # a server that cannot do it cannot do it the next time either
             raise RequestRefused(f"{self.url}/generate: {error}") from error
 
@@ -290,7 +300,7 @@ class GenerationClient:
         self, http: httpx.AsyncClient, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
     ) -> httpx.Response:
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with self._lag.timeout(timeout_seconds):
                 answer = await http.request(method, route, json=body, headers=bearer(self._key))
         except BaseException:
             await http.aclose()
@@ -301,7 +311,16 @@ class GenerationClient:
     async def _ask(
         self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float, parse: bool = True
     ) -> Any:
-        """The JSON of the answer."""
+        """The JSON of the answer; None where that is not to be parsed."""
+        content = await self._answered(method, route, body, timeout_seconds)
+        try:
+            return json.loads(content) if parse else None
+        except (ValueError, RecursionError):
+            shown = self._shown(content[:_READ_BYTES].decode(errors="replace"))
+            raise ServerLost(f"{self.url}{route} answered what is no JSON: {shown!r}") from None
+
+    async def _answered(self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float) -> bytes:
+        """The content of an answer with status 200."""
         try:
             answer = await self._request(method, route, body, timeout_seconds)
         except TimeoutError:
@@ -311,16 +330,4 @@ class GenerationClient:
         if answer.status_code != 200:
             kind = RequestRefused if 400 <= answer.status_code < 500 else ServerLost
             raise kind(f"{self.url}{route} answered {answer.status_code}: {self._shown(answer.text)}")
-        if not parse:
-            return None
-        try:
-            return answer.json()
-        except (ValueError, RecursionError):
-            raise ServerLost(f"{self.url}{route} answered what is no JSON: {self._shown(answer.text)!r}") from None
-
-
-def _versions(meta: dict[str, Any]) -> tuple[str, ...]:
-    spans = meta.get("weight_versions")
-    if spans:
-        return tuple(str(span["version"]) for span in spans if span["end"] > span["start"])
-    return (str(meta["weight_version"]),)
+        return answer.content
