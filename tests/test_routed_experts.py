@@ -5,7 +5,6 @@ import base64
 import json
 from collections.abc import Callable
 
-import httpx
 import numpy as np
 import pytest
 from tiny_model import write_tiny_model
@@ -67,13 +66,27 @@ def test_servers_that_return_routed_experts_are_known_by_their_version(version: 
     assert capabilities(version).routed_experts is supported
 
 
+class Answering:
+    """In place of a connection."""
+
+    is_open = True
+
+    def __init__(self, answer: Callable[[dict], dict]) -> None:
+        self._answer = answer
+
+    async def ask(self, method: str, target: str, content: bytes, headers: dict) -> tuple[int, bytes]:
+        return 200, json.dumps(self._answer(json.loads(content))).encode()
+
+    def close(self) -> None:
+        pass
+
+
 def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion:
     """One continuation of a prompt of two tokens, from a server that answers the body with `answer`."""
 
     async def run() -> Completion:
         client = GenerationClient("http://fake")
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer(json.loads(request.content))))
-        client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
+        client._idle = [Answering(answer)]  # type: ignore[list-item]
         wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
         generated = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()

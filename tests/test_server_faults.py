@@ -554,7 +554,10 @@ LIES: dict[str, tuple[Callable[[Exchange], None], str]] = {
     "a log-prob too few": (changed(lambda a: a["meta_info"]["output_token_logprobs"].pop() and None), "came with"),
     "a token that cannot be": (changed(put("output_ids", 0, value=-3)), "tokens came with"),
     "a token that is too large": (changed(put("output_ids", 0, value=2**31)), "answered what is no reply (Python int"),
-    "half a token": (changed(put("output_ids", 0, value=1.5)), "answered what is no reply (Expected `int`, got `float`"),
+    "half a token": (
+        changed(put("output_ids", 0, value=1.5)),
+        "answered what is no reply (Expected `int`, got `float`",
+    ),
     "endless lists": (
         lambda exchange: exchange.say(b'{"x": ' + b"[" * 100_000),
         "maximum recursion depth exceeded",

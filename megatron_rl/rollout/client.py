@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -19,6 +20,7 @@ import numpy as np
 
 from megatron_rl.errors import Fault
 from megatron_rl.keys import KeyOf, bearer, hidden, no_key
+from megatron_rl.rollout.connection import Connection, ConnectionFailed
 from megatron_rl.rollout.loop_lag import LoopLag
 from megatron_rl.rollout.replies import READABLE, Reply, read_reply
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
@@ -103,14 +105,13 @@ class GenerationClient:
         self._lag = lag or LoopLag()
         self._key_of, self._key = partial(key_of, url), ""
         self._control_timeout = control_timeout_seconds
-        # One httpx client for each connection: a client with many looks through all of them at every request, and a
-        # phase has thousands in flight.
-        self._idle: list[httpx.AsyncClient] = []
-        self._tls = httpx.create_ssl_context() if self.url.startswith("https:") else False
+        self._place = urlsplit(self.url)
+        self._idle: list[Connection] = []
+        self._tls = httpx.create_ssl_context() if self._place.scheme == "https" else None
 
     async def close(self) -> None:
         while self._idle:
-            await self._idle.pop().aclose()
+            self._idle.pop().close()
 
     async def generate(
         self,
@@ -140,8 +141,9 @@ class GenerationClient:
         except READABLE as error:
             is_json = isinstance(error, msgspec.ValidationError | OverflowError)
             kind = "what is no reply" if is_json else "what is no JSON"
-            shown = self._shown(content[:_READ_BYTES].decode(errors="replace"))
-            raise ServerLost(f"{self.url}/generate answered {kind} ({error}): {shown!r}") from None
+            raise ServerLost(
+                f"{self.url}/generate answered {kind} ({error}): {self._shown(_text(content))!r}"
+            ) from None
         found = self._generated(reply, len(wanted.input_ids), routed)
         if len(found.output_ids) > wanted.max_new_tokens:
             raise ServerLost(
@@ -276,36 +278,42 @@ class GenerationClient:
 
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:
-            return (await self._request("GET", route, None, timeout_seconds)).status_code == 200
-        except (httpx.HTTPError, TimeoutError, ServerLost):
+            status, _ = await self._request("GET", route, None, timeout_seconds)
+            return status == 200
+        except (ConnectionFailed, TimeoutError, ServerLost):
             return False
 
     async def _request(
         self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
-    ) -> httpx.Response:
-        """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
-        between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again. ServerLost where it
-        is not known who listens there: nothing is sent."""
+    ) -> tuple[int, bytes]:
+        """Status and content of the answer. The time limit is for all of it: a server that sends a byte now and then
+        would never run into one between two reads. TimeoutError or ConnectionFailed; then the connection is not used
+        again. ServerLost where it is not known who listens there: nothing is sent."""
+        content = None if body is None else msgspec.json.encode(body)
         self._key = self._key_of()
-        if self._idle:
-            # A connection that was kept may be closed by the server just as it is used again. Then nothing was asked,
-            # and a new one tells whether the server is there.
-            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds)
-            self._key = self._key_of()  # who listens now may be another one
-        http = httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
-        return await self._request_over(http, method, route, body, timeout_seconds)
+        async with self._lag.timeout(timeout_seconds):
+            while self._idle:
+                if (kept := self._idle.pop()).is_open:
+                    # It may be closed by the server just as it is used again. Then nothing was asked, and a new one
+                    # tells whether the server is there.
+                    with contextlib.suppress(ConnectionFailed):
+                        return await self._request_over(kept, method, route, content)
+                    self._key = self._key_of()  # who listens now may be another one
+                    break
+            return await self._request_over(await Connection.open(self._place, self._tls), method, route, content)
 
     async def _request_over(
-        self, http: httpx.AsyncClient, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
-    ) -> httpx.Response:
+        self, connection: Connection, method: str, route: str, content: bytes | None
+    ) -> tuple[int, bytes]:
         try:
-            async with self._lag.timeout(timeout_seconds):
-                answer = await http.request(method, route, json=body, headers=bearer(self._key))
+            answer = await connection.ask(method, self._place.path + route, content, bearer(self._key))
         except BaseException:
-            await http.aclose()
+            connection.close()
             raise
-        self._idle.append(http)
+        if connection.is_open:
+            self._idle.append(connection)
+        else:
+            connection.close()
         return answer
 
     async def _ask(
@@ -316,18 +324,22 @@ class GenerationClient:
         try:
             return json.loads(content) if parse else None
         except (ValueError, RecursionError):
-            shown = self._shown(content[:_READ_BYTES].decode(errors="replace"))
-            raise ServerLost(f"{self.url}{route} answered what is no JSON: {shown!r}") from None
+            raise ServerLost(f"{self.url}{route} answered what is no JSON: {self._shown(_text(content))!r}") from None
 
     async def _answered(self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float) -> bytes:
         """The content of an answer with status 200."""
         try:
-            answer = await self._request(method, route, body, timeout_seconds)
+            status, content = await self._request(method, route, body, timeout_seconds)
         except TimeoutError:
             raise ServerSilent(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
-        except httpx.HTTPError as error:
-            raise ServerLost(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
-        if answer.status_code != 200:
-            kind = RequestRefused if 400 <= answer.status_code < 500 else ServerLost
-            raise kind(f"{self.url}{route} answered {answer.status_code}: {self._shown(answer.text)}")
-        return answer.content
+        except ConnectionFailed as error:
+            raise ServerLost(f"{self.url}{route} cannot be reached: {error}") from error
+        if status != 200:
+            kind = RequestRefused if 400 <= status < 500 else ServerLost
+            raise kind(f"{self.url}{route} answered {status}: {self._shown(_text(content))}")
+        return content
+
+
+def _text(content: bytes) -> str:
+    """Enough of it to quote it."""
+    return content[:_READ_BYTES].decode(errors="replace")

@@ -27,7 +27,7 @@ from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.rollout_file import text_of, with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
-NUM_PER_SLOT = 2  # requests that servers have, for each response that they can run at once
+_NUM_PER_SLOT = 2  # requests that servers have, for each response that they can run at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,14 @@ def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFF_FFFF
 
 
+def requests_in_flight(rollout: RolloutSection, num_servers: int) -> int:
+    """The most requests that a sampler has open at once."""
+    slots = max(1, num_servers) * rollout.max_running_requests
+    if rollout.partial:  # the group that fills the last free slot is started whole
+        return slots + rollout.samples_per_prompt - 1
+    return max(rollout.samples_per_prompt, _NUM_PER_SLOT * slots)
+
+
 class Sampler:
     """Samples groups from the servers and scores them while others are generated.
 
@@ -98,7 +106,7 @@ class Sampler:
         has those that a killed phase had completed. top_p: see `SampleRequest`."""
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
-        self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, NUM_PER_SLOT * servers.num_slots))
+        self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, _NUM_PER_SLOT * servers.num_slots))
         self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
         self._top_p = top_p
 
