@@ -107,6 +107,7 @@ class Sampler:
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, _NUM_PER_SLOT * servers.num_slots))
+        self._starting = asyncio.Lock()
         self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
         self._top_p = top_p
 
@@ -150,6 +151,7 @@ class Sampler:
         phase = _PartialPhase(self, policy_version, needs, keep)
         for question, group in resumed:
             phase.start(question, [self._ended(response) for response in group.responses], group.retention)
+            await asyncio.sleep(0)
         size = self._rollout.samples_per_prompt
         wave = sum(
             math.ceil(max(0.0, need.missing) / (need.per_prompt.mean if need.per_prompt.is_known else math.inf))
@@ -163,6 +165,7 @@ class Sampler:
                     for _ in range(count):
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
                         phase.start(question, _blank(question, size), 0)
+                        await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
                     num_started += count
                 if not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
@@ -175,6 +178,8 @@ class Sampler:
         done = self._recall(question)
         if done is not None:
             return done
+        async with self._starting:
+            await asyncio.sleep(0)  # the event loop reads what has come before it sends what another group asks
         place = Place()
 
         async def in_turn(response: Response) -> Response:
