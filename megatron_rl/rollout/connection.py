@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self._receive(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if error is None:
+        if error is None and self._http.their_state is h11.SEND_BODY:
             self._receive(b"")  # what has no length ends here; anything else is cut short
         self._fail(str(error or "the server disconnected without an answer"))
 

@@ -162,12 +162,14 @@ class Sampler:
             while lacking := [need for need in needs if need.missing > 0]:
                 count = lacking[0].prompts_to_start(phase.num_running, self._servers.num_slots, size)
                 if count == 0 or num_started < limit:
+                    num_started += count
                     for _ in range(count):
+                        if not (lacking := [need for need in needs if need.missing > 0]):
+                            break  # what has come meanwhile is enough
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
                         phase.start(question, _blank(question, size), 0)
                         await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
-                    num_started += count
-                if not await phase.advance():
+                if lacking and not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
             await phase.stop(self._servers.abort_all)
         finally:
