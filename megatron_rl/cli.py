@@ -13,6 +13,7 @@ from megatron_rl import __version__, lifeline
 from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
+from megatron_rl.open_files import raise_open_files
 from megatron_rl.place import has_rank, own_place, remedy
 
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megatron_rl").setLevel(logging.INFO)
     quieten_libraries()
     lifeline.watch_parent()
+    raise_open_files()
 
     def run() -> int:
         interrupt_on_signals()

@@ -92,6 +92,7 @@ router_replay_changed_share | share | step | choices of experts that replay chan
 
 # Seconds of a step
 rollout_seconds | s | rank 0 | sampling and scoring
+event_loop_lag_seconds | s | rank 0 | the longest that its event loop was late; what servers said meanwhile had to wait
 plan_seconds | s | rank 0 | planning the optimizer steps, and writing the responses
 train_seconds | s | rank 0 | the optimizer steps
 update_weights_seconds | s | rank 0 | weights to the servers, and the proof that they arrived

@@ -34,6 +34,7 @@ LAYERS = {
     "endpoint": 0,
     "errors": 0,
     "keys": 0,
+    "open_files": 0,
     "stores": 0,
     "place": 0,
     "locks": 0,

@@ -25,7 +25,7 @@ from megatron_rl.records import Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerLost
-from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.rollout_file import group_rows
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
 from megatron_rl.rollout.server import EmbeddedServer
@@ -169,7 +169,7 @@ def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
             for group in first.unfinished
             for response in group.responses
         ]
-        whole = [(await pool.generate([one], 1.0))[0] for one in wanted]
+        whole = [await pool.generate(one, 1.0) for one in wanted]
         await pool.close()
         return first, phases, whole
 
@@ -238,9 +238,8 @@ class FakePool:
         return random.Random(f"{self._seed}/{one.seed}").randint(1, 30)
 
     async def generate(
-        self, wanted: Sequence[SampleRequest], temperature: float, may_abort: Callable[[], bool]
-    ) -> list[Completion]:
-        (one,) = wanted
+        self, one: SampleRequest, temperature: float, may_abort: Callable[[], bool], place: Place
+    ) -> Completion:
         num_before = len(one.input_ids) - 2
         output: list[int] = []
         while num_before + len(output) < self.length(one) and not self._aborted.is_set():
@@ -250,14 +249,12 @@ class FakePool:
             raise ServerLost("gone")
         self.num_given += len(output)
         is_whole = num_before + len(output) == self.length(one)
-        return [
-            Completion(
-                output_ids=np.array(output, np.int32),
-                logprobs=np.zeros(len(output), np.float32),
-                finish_reason="stop" if is_whole else "abort",
-                weight_versions=("0",),
-            )
-        ]
+        return Completion(
+            output_ids=np.array(output, np.int32),
+            logprobs=np.zeros(len(output), np.float32),
+            finish_reason="stop" if is_whole else "abort",
+            weight_versions=("0",),
+        )
 
     async def abort_all(self) -> None:
         self._aborted.set()
@@ -434,21 +431,18 @@ class Ends:
     def __init__(self, *ends: list[int]) -> None:
         self._ends, self._aborted = ends, asyncio.Event()
 
-    async def generate(self, wanted: Sequence[SampleRequest], *_: object) -> list[Completion]:
-        (one,) = wanted
+    async def generate(self, one: SampleRequest, *_: object) -> Completion:
         if one.input_ids[0] == 5:  # the prompt whose group fills the budget
             tokens, reason = [7] * 4, "stop"
         else:
             await self._aborted.wait()
             tokens, reason = self._ends[one.seed % len(self._ends)], "abort"
-        return [
-            Completion(
-                output_ids=np.array(tokens, np.int32),
-                logprobs=np.zeros(len(tokens), np.float32),
-                finish_reason=reason,
-                weight_versions=("0",),
-            )
-        ]
+        return Completion(
+            output_ids=np.array(tokens, np.int32),
+            logprobs=np.zeros(len(tokens), np.float32),
+            finish_reason=reason,
+            weight_versions=("0",),
+        )
 
     async def abort_all(self) -> None:
         self._aborted.set()

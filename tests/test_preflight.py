@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.preflight import process_limits
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import CHECKS, Start
+from megatron_rl.rollout.sampler import requests_in_flight
 
 
 @pytest.fixture
@@ -91,3 +94,32 @@ def test_what_a_run_says_of_its_rows_is_not_said_before_it(
         assert caplog.messages == []
         load_stream(start.config.data, 1).check_shares(start.config.budget.domains)
     assert len(caplog.messages) == 4  # columns of both, no domain, weights that do not say what is trained
+
+
+def test_more_connections_than_the_hard_limit_of_files_are_refused_with_the_name_of_the_limit(
+    start_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = "rollout.urls=['http://a:1','http://b:1','http://c:1']"
+    slots = "rollout.max_running_requests=400", "rollout.samples_per_prompt=4"
+    many = start_of(servers, *slots)
+    # Twice 3 * 400, two more of each server, and 512 files with four of each of 2 * 2 workers.
+    for limit, num_problems in ((2400 + 6 + 512 + 16, 0), (2400 + 6 + 512 + 15, 1)):
+        monkeypatch.setattr(process_limits, "possible_open_files", lambda limit=limit: limit)
+        problems = found_by("limits", many)
+        assert len(problems) == num_problems
+    assert "2406 connections to 3 servers and up to 528 other files" in problems[0]
+    assert f"may have {limit} here (RLIMIT_NOFILE, the hard one: ulimit -Hn)" in problems[0]
+    # C3PO++ has one for each slot, and up to three of a group that is started whole.
+    partial = start_of(
+        servers, "rollout.max_running_requests=400", "rollout.samples_per_prompt=4", "rollout.partial=true"
+    )
+    assert requests_in_flight(partial.config.rollout, 3) == 1203
+    assert found_by("limits", partial) == []
+
+
+def test_more_threads_than_are_left_are_refused_with_the_name_of_the_limit(
+    start_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_limits, "_thread_limits", lambda: iter([("pids.max", 20), ("RLIMIT_NPROC", 10**6)]))
+    (problem,) = found_by("limits", start_of())
+    assert re.search(r"starts about \d+ threads, and pids.max leaves it 20; raise that limit", problem)

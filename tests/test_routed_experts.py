@@ -2,11 +2,11 @@
 
 import asyncio
 import base64
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +24,7 @@ from megatron_rl.rollout.client import (
     ServerLost,
     gather_all,
 )
+from megatron_rl.rollout.connection import ConnectionFailed
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape, step_routing
 from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
@@ -78,15 +79,41 @@ def test_servers_that_return_routed_experts_are_known_by_their_version(version: 
     assert capabilities(version).routed_experts is supported
 
 
+class Answering:
+    """In place of a connection."""
+
+    is_open = True
+
+    def __init__(self, answer: Callable[[dict], dict]) -> None:
+        self._answer = answer
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        content: bytes,
+        headers: dict,
+        admitted: Callable[[], Awaitable[object]] | None = None,
+    ) -> tuple[int, bytes]:
+        if admitted is not None:
+            await admitted()
+        return 200, await self.content(json.loads(content))
+
+    async def content(self, body: dict) -> bytes:
+        return json.dumps(self._answer(body)).encode()
+
+    def close(self) -> None:
+        pass
+
+
 def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion:
     """One continuation of a prompt of two tokens, from a server that answers the body with `answer`."""
 
     async def run() -> Completion:
         client = GenerationClient("http://fake")
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[answer(json.loads(request.content))]))
-        client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
-        wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
-        (generated,) = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
+        client._idle = [Answering(answer)]  # type: ignore[list-item]
+        wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
+        generated = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
         await client.close()
         return generated
 
@@ -135,27 +162,26 @@ def test_an_expert_that_is_named_twice_is_found_wherever_it_is(rows: list[list[i
 def test_no_more_bodies_with_routed_experts_are_read_than_there_are_places() -> None:
     num_open = most = 0
 
-    class Body(httpx.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
+    class Slow(Answering):
+        async def content(self, body: dict) -> bytes:
             nonlocal num_open, most
             num_open += 1
             most = max(most, num_open)
             await asyncio.sleep(0.01)
-            yield json.dumps([answer(routed_experts=encoded(GOOD))]).encode()
             num_open -= 1
+            return await super().content(body)
 
     async def run(routed: RoutedShape | None) -> int:
         nonlocal most
         most, bodies = 0, asyncio.Semaphore(2)
         clients = [GenerationClient("http://fake", bodies=bodies) for _ in range(8)]
         for client in clients:
-            transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Body()))
-            client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
-        wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
+            client._idle = [Slow(lambda _: answer(routed_experts=encoded(GOOD)))]  # type: ignore[list-item]
+        wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
         found = await gather_all(
             client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=routed) for client in clients
         )
-        assert [len(one.output_ids) for (one,) in found] == [1] * 8
+        assert [len(one.output_ids) for one in found] == [1] * 8
         for client in clients:
             await client.close()
         return most
@@ -165,27 +191,23 @@ def test_no_more_bodies_with_routed_experts_are_read_than_there_are_places() -> 
 
 
 def test_a_place_for_a_body_is_free_again_after_a_failure() -> None:
-    class Broken(httpx.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            yield b"["
-            raise httpx.ReadError("gone")
+    class Broken(Answering):
+        async def content(self, body: dict) -> bytes:
+            raise ConnectionFailed("gone")
 
     async def run() -> None:
         bodies = asyncio.Semaphore(1)
-        for reply in (
-            httpx.Response(200, stream=Broken()),
-            httpx.Response(200, json=[answer(routed_experts="a%b")]),
-            httpx.Response(200, json=[answer(routed_experts=encoded(GOOD))]),
+        for connection in (
+            Broken(lambda _: {}),
+            Answering(lambda _: answer(routed_experts="a%b")),
+            Answering(lambda _: answer(routed_experts=encoded(GOOD))),
         ):
             client = GenerationClient("http://fake", bodies=bodies)
-            transport = httpx.MockTransport(lambda request, reply=reply: reply)
-            client._idle = [httpx.AsyncClient(base_url=client.url, transport=transport)]
-            wanted = [SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)]
-            try:
+            client._idle = [connection]  # type: ignore[list-item]
+            wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
+            with contextlib.suppress(ServerLost, RequestRefused):
                 await client.generate(wanted, temperature=1.0, timeout_seconds=2.0, routed=SHAPE)
-            except (ServerLost, RequestRefused):
-                assert not bodies.locked()
-        assert not bodies.locked()
+            assert not bodies.locked()
 
     asyncio.run(run())
 

@@ -73,7 +73,9 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
                 for p in prompts
             ]
             try:
-                return await gather_all(client.generate(of_prompt, **options) for of_prompt in wanted)
+                return await gather_all(
+                    gather_all(client.generate(one, **options) for one in of_prompt) for of_prompt in wanted
+                )
             finally:
                 await client.close()
 

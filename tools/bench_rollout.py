@@ -74,12 +74,9 @@ class Traced(ServerPool):
     def length_of(self, one: SampleRequest) -> int:
         return int(self.trace[one.seed % len(self.trace)])
 
-    async def generate(self, wanted: Sequence[SampleRequest], *others: Any) -> list[Completion]:
-        shorter = [
-            dataclasses.replace(one, max_new_tokens=self.length_of(one) + PROMPT_TOKENS - len(one.input_ids))
-            for one in wanted
-        ]
-        return await ServerPool.generate(self, shorter, *others)
+    async def generate(self, wanted: SampleRequest, *others: Any) -> Completion:
+        num_left = self.length_of(wanted) + PROMPT_TOKENS - len(wanted.input_ids)
+        return await ServerPool.generate(self, dataclasses.replace(wanted, max_new_tokens=num_left), *others)
 
 
 class Simulated:
@@ -92,15 +89,12 @@ class Simulated:
         self._queue: list[list[Any]] = []  # [tokens left, tokens made, future]
         self._engine: asyncio.Task[None] | None = None
 
-    async def generate(self, wanted: Sequence[SampleRequest], *_: Any) -> list[Completion]:
-        return list(await asyncio.gather(*(self._one(one) for one in wanted)))
-
     async def abort_all(self) -> None:
         for entry in self._queue:
             entry[2].set_result("abort")
         self._queue.clear()
 
-    async def _one(self, one: SampleRequest) -> Completion:
+    async def generate(self, one: SampleRequest, *_: Any) -> Completion:
         left = int(self.trace[one.seed % len(self.trace)]) + PROMPT_TOKENS - len(one.input_ids)
         entry: list[Any] = [left, 0, asyncio.get_running_loop().create_future()]
         self._queue.append(entry)

@@ -24,6 +24,7 @@ from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
+from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
@@ -203,6 +204,8 @@ def _memory(start: Start) -> Iterator[str]:
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
         yield from _memory_problems(needed, config.model.dtype, bailing, largest)
 
+
+check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9

@@ -5,18 +5,24 @@ Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import numpy as np
 
 from megatron_rl.errors import Fault
 from megatron_rl.keys import KeyOf, bearer, hidden, no_key
+from megatron_rl.rollout.connection import Connection, ConnectionFailed
+from megatron_rl.rollout.loop_lag import LoopLag
+from megatron_rl.rollout.replies import READABLE, Reply, read_reply
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
@@ -25,6 +31,7 @@ _SHOWN_CHARACTERS = 500
 # Answers with routed experts that are in memory before they are arrays: 12 MB each where a response has 12,800 tokens
 # of Ling-lite. What waits stays with its server, whose connection is not read.
 MOST_BODIES = 16
+_READ_BYTES = 2**14  # of an answer, to quote it: a key in it is looked for there
 
 
 class ServerError(Fault):
@@ -94,56 +101,63 @@ class GenerationClient:
         control_timeout_seconds: float = 60.0,
         key_of: KeyOf = no_key,
         bodies: asyncio.Semaphore | None = None,
+        lag: LoopLag | None = None,
     ) -> None:
         """key_of: tells the key that every request shows; ServerLost where it must not be sent now. bodies: bounds how
-        many answers with routed experts are read at the same time, of all clients that share it."""
+        many answers with routed experts are read at the same time, of all clients that share it. lag: of the event
+        loop; no time limit counts what that was late."""
         self.url = url.rstrip("/")
+        self._lag = lag or LoopLag()
         self._key_of, self._key = partial(key_of, url), ""
         self._control_timeout = control_timeout_seconds
         self._bodies = bodies or asyncio.Semaphore(MOST_BODIES)
-        # One httpx client for each connection: a client with many looks through all of them at every request, and a
-        # phase has thousands in flight.
-        self._idle: list[httpx.AsyncClient] = []
-        self._tls = httpx.create_ssl_context() if self.url.startswith("https:") else False
+        self._place = urlsplit(self.url)
+        self._idle: list[Connection] = []
+        self._tls = httpx.create_ssl_context() if self._place.scheme == "https" else None
 
     async def close(self) -> None:
         while self._idle:
-            await self._idle.pop().aclose()
+            self._idle.pop().close()
 
     async def generate(
         self,
-        wanted: Sequence[SampleRequest],
+        wanted: SampleRequest,
         *,
         temperature: float,
         timeout_seconds: float,
         routed: RoutedShape | None = None,
-    ) -> list[Completion]:
-        """One sample for each, in their order. routed: ask for routed experts, which must look like this."""
-        shared = {"temperature": temperature, "top_k": -1}
+    ) -> Completion:
+        """Ask for one sample. routed: ask for routed experts too, which must look like this."""
         body = {
-            "input_ids": [list(one.input_ids) for one in wanted],
-            "sampling_params": [
-                shared | {"max_new_tokens": one.max_new_tokens, "sampling_seed": one.seed, "top_p": one.top_p}
-                for one in wanted
-            ],
+            "input_ids": list(wanted.input_ids),
+            "sampling_params": {
+                "temperature": temperature,
+                "top_k": -1,
+                "max_new_tokens": wanted.max_new_tokens,
+                "sampling_seed": wanted.seed,
+                "top_p": wanted.top_p,
+            },
             "return_logprob": True,
         }
         if routed is not None:
             body["return_routed_experts"] = True
         async with contextlib.AsyncExitStack() as held:
-            answers = await self._ask("POST", "/generate", body, timeout_seconds, held=held if routed else None)
-            if not isinstance(answers, list) or len(answers) != len(wanted):
-                raise ServerLost(f"{self.url}/generate answered {type(answers).__name__} for {len(wanted)} samples")
-            found = [
-                self._generated(answer, len(one.input_ids), routed) for answer, one in zip(answers, wanted, strict=True)
-            ]
-            del answers
-        for asked, one in zip(wanted, found, strict=True):
-            if len(one.output_ids) > asked.max_new_tokens:
+            content = await self._answered("POST", "/generate", body, timeout_seconds, held if routed else None)
+            try:
+                reply = read_reply(content)
+            except READABLE as error:
+                is_json = isinstance(error, msgspec.ValidationError | OverflowError)
+                kind = "what is no reply" if is_json else "what is no JSON"
                 raise ServerLost(
-                    f"{self.url}/generate gave {len(one.output_ids)} tokens where at most {asked.max_new_tokens} were "
-                    "asked for"
-                )
+                    f"{self.url}/generate answered {kind} ({error}): {self._shown(_text(content))!r}"
+                ) from None
+            found = self._generated(reply, len(wanted.input_ids), routed)
+            del content, reply
+        if len(found.output_ids) > wanted.max_new_tokens:
+            raise ServerLost(
+                f"{self.url}/generate gave {len(found.output_ids)} tokens where at most {wanted.max_new_tokens} were "
+                "asked for"
+            )
         return found
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> np.ndarray:
@@ -240,27 +254,20 @@ class GenerationClient:
         """Quote what the server said for a message, without the key, which it may repeat."""
         return hidden(said, self._key)[:_SHOWN_CHARACTERS]
 
-    def _generated(self, answer: dict[str, Any], num_tokens_before: int, routed: RoutedShape | None) -> Completion:
-        try:
-            meta = answer["meta_info"]
-            # A request that was aborted before it ran has no list of log-probs.
-            pairs = meta.get("output_token_logprobs") or []
-            output_ids = np.array(answer["output_ids"], dtype=np.int32)
-            result = Completion(
-                output_ids=output_ids,
-                logprobs=np.array([pair[0] for pair in pairs], dtype=np.float32),
-                finish_reason=meta["finish_reason"]["type"],
-                weight_versions=_versions(meta),
-                message=str(meta["finish_reason"].get("message") or ""),
-            )
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
+    def _generated(self, reply: Reply, num_tokens_before: int, routed: RoutedShape | None) -> Completion:
+        output_ids, meta = reply.output_ids, reply.meta
+        result = Completion(
+            output_ids=output_ids,
+            logprobs=reply.logprobs,
+            finish_reason=meta.finish_reason.type,
+            weight_versions=meta.versions,
+            message=str(meta.finish_reason.message or ""),
+        )
         whole = result.finish_reason in ("stop", "length")
         if not whole and result.finish_reason != "abort":
             raise ServerLost(f"{self.url}/generate: unknown finish_reason {result.finish_reason!r}")
         if (
-            output_ids.ndim != 1
-            or (output_ids < 0).any()
+            (output_ids < 0).any()
             or result.logprobs.shape != output_ids.shape
             or (whole and not len(output_ids))
             or not np.isfinite(result.logprobs).all()
@@ -269,18 +276,19 @@ class GenerationClient:
                 f"{self.url}/generate: {len(output_ids)} tokens came with {len(result.logprobs)} log-probs, "
                 f"{int((~np.isfinite(result.logprobs)).sum())} of them not finite"
             )
-        if routed is None or not (whole or "routed_experts" in meta):
+        if routed is None or not (whole or meta.routed_experts is not None):
             return result
         try:
             count = num_tokens_before + len(output_ids) - 1
-            return replace(result, routed_experts=decode_routed_experts(meta.get("routed_experts"), count, routed))
+            return replace(result, routed_experts=decode_routed_experts(meta.routed_experts, count, routed))
         except ValueError as error:  # a server that cannot do it cannot do it the next time either
             raise RequestRefused(f"{self.url}/generate: {error}") from error
 
     async def _is_ok(self, route: str, timeout_seconds: float) -> bool:
         try:
-            return (await self._request("GET", route, None, timeout_seconds)).status_code == 200
-        except (httpx.HTTPError, TimeoutError, ServerLost):
+            status, _ = await self._request("GET", route, None, timeout_seconds)
+            return status == 200
+        except (ConnectionFailed, TimeoutError, ServerLost):
             return False
 
     async def _request(
@@ -290,43 +298,46 @@ class GenerationClient:
         body: dict[str, Any] | None,
         timeout_seconds: float,
         held: contextlib.AsyncExitStack | None = None,
-    ) -> httpx.Response:
-        """The time limit is for the whole answer: a server that sends a byte now and then would never run into one
-        between two reads. TimeoutError or httpx.HTTPError; then the connection is not used again. ServerLost where it
-        is not known who listens there: nothing is sent."""
+    ) -> tuple[int, bytes]:
+        """Status and content of the answer. The time limit is for all of it: a server that sends a byte now and then
+        would never run into one between two reads. TimeoutError or ConnectionFailed; then the connection is not used
+        again. ServerLost where it is not known who listens there: nothing is sent.
+
+        held: keeps one of the places for large contents, which are read only then."""
+        content = None if body is None else msgspec.json.encode(body)
         self._key = self._key_of()
-        if self._idle:
-            # A connection that was kept may be closed by the server just as it is used again. Then nothing was asked,
-            # and a new one tells whether the server is there.
-            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                return await self._request_over(self._idle.pop(), method, route, body, timeout_seconds, held)
-            self._key = self._key_of()  # who listens now may be another one
-        http = httpx.AsyncClient(base_url=self.url, timeout=None, trust_env=False, verify=self._tls)
-        return await self._request_over(http, method, route, body, timeout_seconds, held)
+        async with self._lag.timeout(timeout_seconds):
+            while self._idle:
+                if (kept := self._idle.pop()).is_open:
+                    # It may be closed by the server just as it is used again. Then nothing was asked, and a new one
+                    # tells whether the server is there.
+                    with contextlib.suppress(ConnectionFailed):
+                        return await self._request_over(kept, method, route, content, held)
+                    self._key = self._key_of()  # who listens now may be another one
+                    break
+            fresh = await Connection.open(self._place, self._tls)
+            return await self._request_over(fresh, method, route, content, held)
 
     async def _request_over(
         self,
-        http: httpx.AsyncClient,
+        connection: Connection,
         method: str,
         route: str,
-        body: dict[str, Any] | None,
-        timeout_seconds: float,
+        content: bytes | None,
         held: contextlib.AsyncExitStack | None,
-    ) -> httpx.Response:
-        """held: keeps one of the places for large bodies, which are read only then."""
+    ) -> tuple[int, bytes]:
+        admitted = None if held is None else partial(held.enter_async_context, self._bodies)
         try:
-            async with asyncio.timeout(timeout_seconds):
-                request = http.build_request(method, route, json=body, headers=bearer(self._key))
-                answer = await http.send(request, stream=held is not None)
-                if held is not None:
-                    await held.enter_async_context(self._bodies)
-                    await answer.aread()
+            answer = await connection.ask(method, self._place.path + route, content, bearer(self._key), admitted)
         except BaseException:
-            await http.aclose()
+            connection.close()
             if held is not None:
                 await held.aclose()
             raise
-        self._idle.append(http)
+        if connection.is_open:
+            self._idle.append(connection)
+        else:
+            connection.close()
         return answer
 
     async def _ask(
@@ -338,26 +349,34 @@ class GenerationClient:
         parse: bool = True,
         held: contextlib.AsyncExitStack | None = None,
     ) -> Any:
-        """The JSON of the answer."""
+        """The JSON of the answer; None where that is not to be parsed."""
+        content = await self._answered(method, route, body, timeout_seconds)
         try:
-            answer = await self._request(method, route, body, timeout_seconds, held)
+            return json.loads(content) if parse else None
+        except (ValueError, RecursionError):
+            raise ServerLost(f"{self.url}{route} answered what is no JSON: {self._shown(_text(content))!r}") from None
+
+    async def _answered(
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        timeout_seconds: float,
+        held: contextlib.AsyncExitStack | None = None,
+    ) -> bytes:
+        """The content of an answer with status 200. held: see `_request`."""
+        try:
+            status, content = await self._request(method, route, body, timeout_seconds, held)
         except TimeoutError:
             raise ServerSilent(f"{self.url}{route} did not answer within {timeout_seconds:.0f} s") from None
-        except httpx.HTTPError as error:
-            raise ServerLost(f"{self.url}{route} cannot be reached: {error or type(error).__name__}") from error
-        if answer.status_code != 200:
-            kind = RequestRefused if 400 <= answer.status_code < 500 else ServerLost
-            raise kind(f"{self.url}{route} answered {answer.status_code}: {self._shown(answer.text)}")
-        if not parse:
-            return None
-        try:
-            return answer.json()
-        except (ValueError, RecursionError):
-            raise ServerLost(f"{self.url}{route} answered what is no JSON: {self._shown(answer.text)!r}") from None
+        except ConnectionFailed as error:
+            raise ServerLost(f"{self.url}{route} cannot be reached: {error}") from error
+        if status != 200:
+            kind = RequestRefused if 400 <= status < 500 else ServerLost
+            raise kind(f"{self.url}{route} answered {status}: {self._shown(_text(content))}")
+        return content
 
 
-def _versions(meta: dict[str, Any]) -> tuple[str, ...]:
-    spans = meta.get("weight_versions")
-    if spans:
-        return tuple(str(span["version"]) for span in spans if span["end"] > span["start"])
-    return (str(meta["weight_version"]),)
+def _text(content: bytes) -> str:
+    """Enough of it to quote it."""
+    return content[:_READ_BYTES].decode(errors="replace")

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from megatron_rl.rollout.client import (
     ServerLost,
     gather_all,
 )
+from megatron_rl.rollout.loop_lag import LoopLag
 from megatron_rl.rollout.routing import RoutedShape
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS
 from megatron_rl.rollout.versions import capabilities
@@ -53,14 +54,14 @@ SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
 @dataclass(slots=True, eq=False)
 class Member:
     """A server of the pool. out: why it gets no work, None while it does. needs_weights: it is out for want of nothing
-    but the weights of the next push. lost: done when it is taken out.
+    but the weights of the next push. in_flight: what waits for its answers, each ended when it is taken out.
 
     num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
     released: parts of its memory that it has given back.
     """
 
     client: GenerationClient
-    lost: "asyncio.Future[str]"
+    in_flight: set[asyncio.Timeout] = field(default_factory=set)
     out: str | None = None
     needs_weights: bool = False
     num_losses: int = 0
@@ -70,6 +71,17 @@ class Member:
     sign_of_life: SignOfLife = GenerationClient.is_healthy
     watch: "asyncio.Task[None] | None" = None
     recovery: "asyncio.Task[None] | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where the responses of one group go: to one server, which puts their common prompt through the model once.
+
+    most: requests that it may have; beyond them the next response goes to the least busy one, and the rest follow.
+    """
+
+    most: float = math.inf
+    member: Member | None = None
 
 
 @dataclass(slots=True)
@@ -95,6 +107,7 @@ class ServerPool:
     routed: RoutedShape | None = None
     key_of: KeyOf = no_key
     counts: Counts = field(default_factory=Counts)
+    lag: LoopLag = field(default_factory=LoopLag)
     _members: list[Member] = field(default_factory=list)
     _version: str = "0"
     _weights: Path | None = None
@@ -103,10 +116,11 @@ class ServerPool:
     async def connect(self) -> None:
         """ServerLost when one of the servers is not ready; ValueError for one that takes too short inputs, or cannot
         return routed experts where they are asked for."""
-        loop, bodies = asyncio.get_running_loop(), asyncio.Semaphore(MOST_BODIES)
+        self.lag.start()
+        bodies = asyncio.Semaphore(MOST_BODIES)
         for url in self.urls:
-            client = GenerationClient(url, key_of=self.key_of, bodies=bodies)
-            self._members.append(Member(client=client, lost=loop.create_future()))
+            client = GenerationClient(url, key_of=self.key_of, bodies=bodies, lag=self.lag)
+            self._members.append(Member(client=client))
         for member in self._members:
             if not await member.client.is_ready():
                 raise ServerLost(
@@ -135,6 +149,7 @@ class ServerPool:
             )
 
     async def close(self) -> None:
+        self.lag.close()
         for member in self._members:
             tasks = [task for task in (member.watch, member.recovery) if task is not None]
             for task in tasks:
@@ -164,39 +179,41 @@ class ServerPool:
 
     async def generate(
         self,
-        wanted: Sequence[SampleRequest],
+        wanted: SampleRequest,
         temperature: float,
         may_abort: Callable[[], bool] = lambda: False,
-    ) -> list[Completion]:
-        """One sample for each, all from one server, which has confirmed the current weights.
+        place: Place | None = None,
+    ) -> Completion:
+        """Sample one response on a server that has confirmed the current weights.
 
         Lost work is sent again, to the server that is then the least busy; seeds make it the same work. RequestRefused
         is final. ServerLost after several servers failed; WeightsNeeded when none is left until the next push.
 
         may_abort: true once `abort_all` has been called for this work: then what comes back may be cut short, and lost
         work is not sent again. A server that cuts short what nobody aborted is lost: it shuts down, or its model gives
-        no numbers.
+        no numbers. place: of its group.
         """
-        tokens = sum(one.max_new_tokens for one in wanted)
-        longest = max(one.max_new_tokens for one in wanted)
+        place = place or Place()
         failure: ServerError | None = None
         tried: set[Member] = set()
         for attempt in range(_SENDS):
-            member = await self._choose(failure, tried)
+            member = await self._choose(failure, tried, place)
             tried.add(member)
-            self.counts.num_resent += len(wanted) if attempt else 0
-            with self._busy(member, tokens, len(wanted)):
+            self.counts.num_resent += attempt > 0
+            num_losses = member.num_losses
+            with self._busy(member, wanted.max_new_tokens):
                 waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
-                timeout = _START_SECONDS + waves * longest * self.rollout.token_deadline_seconds
+                seconds = _START_SECONDS + waves * wanted.max_new_tokens * self.rollout.token_deadline_seconds
                 try:
-                    asked = member.client.generate(
-                        wanted, temperature=temperature, timeout_seconds=timeout, routed=self.routed
-                    )
-                    generated = await _unless(member.lost, asked)
+                    async with _unless_lost(member):
+                        generated = await member.client.generate(
+                            wanted, temperature=temperature, timeout_seconds=seconds, routed=self.routed
+                        )
                     self._confirm(member, generated, may_abort())
                 except ServerLost as error:
                     failure = error
-                    self.mark_down(member, str(error))
+                    if member.num_losses == num_losses:  # else it says nothing of the one that has come back
+                        self.mark_down(member, str(error))
                     if may_abort():
                         raise
                 else:
@@ -235,11 +252,14 @@ class ServerPool:
         sign of life for too long. members: these instead. failures: what counts as failing, the rest is raised."""
 
         async def one(member: Member) -> list[tuple[str, Any]]:
+            num_losses = member.num_losses
             try:
-                with self._busy(member, 0, 1, sign_of_life):
-                    return [(member.client.url, await _unless(member.lost, ask(member.client)))]
+                with self._busy(member, 0, sign_of_life):
+                    async with _unless_lost(member):
+                        return [(member.client.url, await ask(member.client))]
             except failures as error:
-                self.mark_down(member, str(error))
+                if member.num_losses == num_losses:
+                    self.mark_down(member, str(error))
                 return []
 
         asked = self.serving if members is None else members
@@ -250,27 +270,33 @@ class ServerPool:
         self,
         member: Member,
         num_tokens: int,
-        num_requests: int,
         sign_of_life: SignOfLife = GenerationClient.is_healthy,
     ) -> Iterator[None]:
-        """Count the work, and watch the server while it has any."""
+        """Count a request, and watch the server while it has any."""
         member.sign_of_life = sign_of_life
         member.outstanding_tokens += num_tokens
-        member.outstanding_requests += num_requests
+        member.outstanding_requests += 1
         if not _is_running(member.watch):
             member.watch = asyncio.create_task(self._watch(member))
         try:
             yield
         finally:
             member.outstanding_tokens -= num_tokens
-            member.outstanding_requests -= num_requests
+            member.outstanding_requests -= 1
 
-    async def _choose(self, failure: ServerError | None, tried: Set[Member] = frozenset()) -> Member:
-        """The serving member with the least outstanding tokens, if possible none of `tried`: one that comes back at
-        once may fail again. Waits for one that is coming back where none serves."""
+    async def _choose(
+        self, failure: ServerError | None, tried: Set[Member] = frozenset(), place: Place | None = None
+    ) -> Member:
+        """The member of the place, or the serving one with the least outstanding tokens, if possible none of `tried`:
+        one that comes back at once may fail again. Waits for one that is coming back where none serves."""
+        place = place or Place()
         while True:
+            known = place.member
+            if known and known.out is None and known not in tried and known.outstanding_requests < place.most:
+                return known
             if serving := self.serving:
-                return min(serving, key=lambda m: (m in tried, m.outstanding_tokens))
+                place.member = min(serving, key=lambda m: (m in tried, m.outstanding_tokens))
+                return place.member
             if not (coming := self._recoveries):
                 break
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
@@ -279,16 +305,15 @@ class ServerPool:
             raise WeightsNeeded(f"no generation server has the current weights ({reasons})")
         raise ServerLost(f"no generation server is left: {reasons}") from failure
 
-    def _confirm(self, member: Member, generated: Sequence[Completion], may_abort: bool) -> None:
-        for one in generated:
-            if one.finish_reason == "abort" and not may_abort:
-                raise ServerLost(f"{member.client.url} cut a response short that nobody aborted: {one.message}")
-            wrong = set(one.weight_versions) - {self._version}
-            if wrong and len(one.output_ids):
-                raise ServerLost(
-                    f"{member.client.url} answered with weights {wrong.pop()!r}, expected {self._version!r}: it was "
-                    "restarted, or somebody else updates it"
-                )
+    def _confirm(self, member: Member, generated: Completion, may_abort: bool) -> None:
+        if generated.finish_reason == "abort" and not may_abort:
+            raise ServerLost(f"{member.client.url} cut a response short that nobody aborted: {generated.message}")
+        wrong = set(generated.weight_versions) - {self._version}
+        if wrong and len(generated.output_ids):
+            raise ServerLost(
+                f"{member.client.url} answered with weights {wrong.pop()!r}, expected {self._version!r}: it was "
+                "restarted, or somebody else updates it"
+            )
 
     # Weights -------------------------------------------------------------------------------------------------------
 
@@ -357,8 +382,9 @@ class ServerPool:
         member.out, member.needs_weights = reason, False
         member.num_losses += 1
         member.released = frozenset()  # the process that comes back has all of its memory
-        if not member.lost.done():
-            member.lost.set_result(reason)
+        now = asyncio.get_running_loop().time()
+        while member.in_flight:
+            member.in_flight.pop().reschedule(now)
         member.recovery = asyncio.create_task(self._recover(member, reason))
         if not self.serving:
             log.warning("no generation server is left; work waits for one to come back")
@@ -401,7 +427,6 @@ class ServerPool:
     def mark_up(self, member: Member) -> None:
         """It has the current weights and serves."""
         log.info("the generation server %s serves again", member.client.url)
-        member.lost = asyncio.get_running_loop().create_future()
         member.out, member.needs_weights = None, False
 
     async def recovered(self) -> list[Member]:
@@ -413,14 +438,14 @@ class ServerPool:
 
     async def _watch(self, member: Member) -> None:
         """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""
-        last_sign = time.monotonic()
+        last_sign = self.lag.clock()
         pause = min(_LOOK_EVERY_SECONDS, self.rollout.silence_seconds / 4)
         while member.outstanding_requests and member.out is None:
             await asyncio.sleep(pause)
-            left = last_sign + self.rollout.silence_seconds - time.monotonic()
+            left = last_sign + self.rollout.silence_seconds - self.lag.clock()
             if await member.sign_of_life(member.client, max(1.0, left)):
-                last_sign = time.monotonic()
-            elif time.monotonic() - last_sign > self.rollout.silence_seconds and member.outstanding_requests:
+                last_sign = self.lag.clock()
+            elif self.lag.clock() - last_sign > self.rollout.silence_seconds and member.outstanding_requests:
                 self.mark_down(
                     member,
                     f"{member.client.url} has given no sign of life for {self.rollout.silence_seconds:g} s "
@@ -432,15 +457,17 @@ def _is_running(task: "asyncio.Task[Any] | None") -> bool:
     return task is not None and not task.done()
 
 
-async def _unless(lost: "asyncio.Future[str]", work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, or ServerLost when `lost` is done first."""
-    task = asyncio.ensure_future(work)
+@contextlib.asynccontextmanager
+async def _unless_lost(member: Member) -> AsyncIterator[None]:
+    """Wait for an answer of a member; ServerLost as soon as it is taken out."""
     try:
-        await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ServerLost(lost.result())
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ServerError):
-            await task
+        async with asyncio.timeout(None) as waiting:
+            member.in_flight.add(waiting)
+            try:
+                yield
+            finally:
+                member.in_flight.discard(waiting)
+    except TimeoutError:
+        if not waiting.expired():
+            raise
+        raise ServerLost(f"{member.client.url} was taken out while it was asked") from None

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
@@ -24,11 +24,12 @@ from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
-from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.rollout_file import text_of, with_advantages
 
 _ABORT_AGAIN_SECONDS = 0.25
 _LEAST_AT_ONCE = 16  # groups of which some may wait for their rewards
+_NUM_PER_SLOT = 2  # requests that servers have, for each response that they can run at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,14 @@ def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFF_FFFF
 
 
+def requests_in_flight(rollout: RolloutSection, num_servers: int) -> int:
+    """The most requests that a sampler has open at once."""
+    slots = max(1, num_servers) * rollout.max_running_requests
+    if rollout.partial:  # the group that fills the last free slot is started whole
+        return slots + rollout.samples_per_prompt - 1
+    return max(rollout.samples_per_prompt, _NUM_PER_SLOT * slots)
+
+
 class Sampler:
     """Samples groups from the servers and scores them while others are generated.
 
@@ -99,12 +108,13 @@ class Sampler:
         has those that a killed phase had completed. top_p: see `SampleRequest`."""
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
-        self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
+        self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, _NUM_PER_SLOT * servers.num_slots))
+        self._starting = asyncio.Lock()
         self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
         self._top_p = top_p
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
-        """A scored group for every question, in their order. A group goes as one request."""
+        """A scored group for every question, in their order. Each response is a request of its own."""
         return await gather_all(self._group(question, policy_version) for question in questions)
 
     def as_completed(self, questions: Sequence[Question], policy_version: int) -> AsyncIterator[tuple[Question, Group]]:
@@ -129,14 +139,14 @@ class Sampler:
 
         resumed: unfinished groups of the last phase; they go first. take: gives the next n questions of a domain.
         needs: of every domain, or one for all; counted down as groups are completed. A free slot goes to a domain that
-        lacks something. Every response is a request of its own, so that a slot is given away as soon as its response
-        ends. ValueError when `max_waves` times as many prompts as should do have brought too little.
+        lacks something. ValueError when `max_waves` times as many prompts as should do have brought too little.
         """
         if all(need.missing <= 0 for need in needs):
             return Collected(unfinished=[group for _, group in resumed])
         phase = _PartialPhase(self, policy_version, needs, keep)
         for question, group in resumed:
             phase.start(question, [self._ended(response) for response in group.responses], group.retention)
+            await asyncio.sleep(0)
         size = self._rollout.samples_per_prompt
         wave = sum(
             math.ceil(max(0.0, need.missing) / (need.per_prompt.mean if need.per_prompt.is_known else math.inf))
@@ -147,11 +157,14 @@ class Sampler:
             while lacking := [need for need in needs if need.missing > 0]:
                 count = lacking[0].prompts_to_start(phase.num_running, self._servers.num_slots, size)
                 if count == 0 or num_started < limit:
+                    num_started += count
                     for _ in range(count):
+                        if not (lacking := [need for need in needs if need.missing > 0]):
+                            break  # what has come meanwhile is enough
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
                         phase.start(question, _blank(question, size), 0)
-                    num_started += count
-                if not await phase.advance():
+                        await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
+                if lacking and not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
             await phase.stop(self._servers.abort_all)
         finally:
@@ -162,32 +175,38 @@ class Sampler:
         done = self._recall(question)
         if done is not None:
             return done
-        async with self._in_flight:
-            responses = await self._continue(_blank(question, self._rollout.samples_per_prompt), policy_version)
-        return await self._score(question, responses)
+        async with self._starting:
+            await asyncio.sleep(0)  # the event loop reads what has come before it sends what another group asks
+        place = Place()
+
+        async def in_turn(response: Response) -> Response:
+            async with self._in_flight:
+                whole = await self._continue(response, policy_version, place)
+            return await self._with_text(whole)
+
+        blank = _blank(question, self._rollout.samples_per_prompt)
+        return await self._score(question, await gather_all(map(in_turn, blank)))
 
     async def _continue(
-        self, responses: Sequence[Response], policy_version: int, may_abort: Callable[[], bool] = lambda: False
-    ) -> list[Response]:
-        """The same responses, each sampled on from where it is. may_abort: see `ServerPool.generate`."""
+        self,
+        response: Response,
+        policy_version: int,
+        place: Place,
+        may_abort: Callable[[], bool] = lambda: False,
+    ) -> Response:
+        """The same response, sampled on from where it is. place, may_abort: see `ServerPool.generate`."""
         generated = await self._servers.generate(
-            [
-                SampleRequest(
-                    input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
-                    seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
-                    max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
-                    top_p=self._top_p,
-                )
-                for response in responses
-            ],
+            SampleRequest(
+                input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
+                seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
+                max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
+                top_p=self._top_p,
+            ),
             self._rollout.temperature,
             may_abort,
+            place,
         )
-        longer = (
-            self._ended(_extended(response, one, policy_version))
-            for response, one in zip(responses, generated, strict=True)
-        )
-        return await gather_all(self._with_text(response) for response in longer)
+        return self._ended(_extended(response, generated, policy_version))
 
     def _ended(self, response: Response) -> Response:
         """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token.
@@ -262,6 +281,7 @@ class _Open:
     question: Question
     responses: list[Response]
     retention: int
+    place: Place
 
 
 class _PartialPhase:
@@ -273,6 +293,8 @@ class _PartialPhase:
         self._sampler, self._version, self._needs, self._keep = sampler, policy_version, needs, keep
         self._open: dict[int, _Open] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # Ended and not looked at yet. Waiting for the first of all tasks would go through all of them for each.
+        self._ended: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._stopping = False
         self.num_running = 0  # responses
         self.num_open: Counter[str] = Counter()  # groups, by the domain of their need
@@ -286,11 +308,13 @@ class _PartialPhase:
             self.found.num_generated_tokens += now
             self._spawn(self._add(question, done))
             return
-        self._open[question.prompt_id] = _Open(question, list(responses), retention)
+        # Slots are all taken here, and no more: a response goes where one is free before it goes to its group.
+        place = Place(most=self._sampler._rollout.max_running_requests)
+        self._open[question.prompt_id] = _Open(question, list(responses), retention, place)
         left = [response for response in responses if not response.finish_reason]
         for response in left:
             self.num_running += 1
-            self._spawn(self._run(response))
+            self._spawn(self._run(response, place))
         if not left:  # a limit was lowered since they were sampled
             self._spawn(self._complete(question.prompt_id))
 
@@ -298,8 +322,9 @@ class _PartialPhase:
         """Wait until something has ended; False when nothing runs."""
         if not self._tasks:
             return False
-        done, self._tasks = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        _raise_first(done)
+        await self._look_at_one()
+        while not self._ended.empty():
+            await self._look_at_one()
         return True
 
     async def stop(self, abort_all: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -309,8 +334,13 @@ class _PartialPhase:
             if self.num_running:
                 # Again and again: a request may not have reached its server when the first word did.
                 await abort_all()
-            done, self._tasks = await asyncio.wait(self._tasks, timeout=_ABORT_AGAIN_SECONDS)
-            _raise_first(done)
+            try:
+                async with asyncio.timeout(_ABORT_AGAIN_SECONDS) as again:
+                    while self._tasks:
+                        await self._look_at_one()
+            except TimeoutError:
+                if not again.expired():
+                    raise
 
     def cancel(self) -> None:
         for task in self._tasks:
@@ -325,11 +355,19 @@ class _PartialPhase:
         return self.found
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(asyncio.create_task(work))
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended.put_nowait)
 
-    async def _run(self, response: Response) -> None:
+    async def _look_at_one(self) -> None:
+        """Wait until a task has ended; raises what it raised."""
+        task = await self._ended.get()
+        self._tasks.discard(task)
+        task.result()
+
+    async def _run(self, response: Response, place: Place) -> None:
         try:
-            (longer,) = await self._sampler._continue([response], self._version, lambda: self._stopping)
+            longer = await self._sampler._continue(response, self._version, place, lambda: self._stopping)
         except ServerError:
             if not self._stopping:
                 raise
@@ -337,6 +375,7 @@ class _PartialPhase:
         finally:
             self.num_running -= 1
         self.found.num_generated_tokens += longer.num_output_tokens - response.num_output_tokens
+        longer = await self._sampler._with_text(longer)
         group = self._open[response.prompt_id]
         group.responses[response.sample_index] = longer
         if all(one.finish_reason for one in group.responses):
@@ -357,13 +396,6 @@ class _PartialPhase:
 
     def _need(self, question: Question) -> Shortfall:
         return next(need for need in self._needs if need.domain in (ANY, question.prompt.domain))
-
-
-def _raise_first(ended: Iterable["asyncio.Task[None]"]) -> None:
-    """The exception of one of those that failed, all looked at."""
-    failures = [error for task in ended if (error := task.exception()) is not None]
-    if failures:
-        raise failures[0]
 
 
 def _blank(question: Question, size: int) -> list[Response]:

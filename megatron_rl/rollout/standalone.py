@@ -1,5 +1,6 @@
 """Generation without a trainer: servers on a model directory, their pool, rewards and a sampler."""
 
+import gc
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ async def serving(
         try:
             await servers.connect()
             servers.assume(model, "0")
+            gc.collect()
+            gc.freeze()  # as the training's: prompts and libraries stay, and need not be walked through again and again
             yield servers
         finally:
             await servers.close()

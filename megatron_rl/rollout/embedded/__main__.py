@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.keys import key_in_environment
 from megatron_rl.lifeline import watch_stdin
+from megatron_rl.open_files import raise_open_files
 
 if TYPE_CHECKING:
     import uvicorn
@@ -230,6 +231,7 @@ def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.S
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    raise_open_files()
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

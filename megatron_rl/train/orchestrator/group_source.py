@@ -1,6 +1,7 @@
 """Where the scored groups of a phase come from: generation servers, or a file that was recorded before."""
 
 import asyncio
+import gc
 import hashlib
 import json
 import logging
@@ -172,6 +173,10 @@ class ServerGroups:
         except BaseException:
             self.close()
             raise
+        # What has been made so far, prompts and libraries, stays: a collector that walks through all of it again and
+        # again would stop the event loop for a good part of a second each time.
+        gc.collect()
+        gc.freeze()
         self._sampler = Sampler(
             self.pool,
             self._rewards,
@@ -208,7 +213,11 @@ class ServerGroups:
 
     def metrics(self) -> dict[str, Any]:
         counts, self.pool.counts = self.pool.counts, Counts()
-        return {"num_resent_samples": counts.num_resent, "num_lost_servers": counts.num_taken_out}
+        return {
+            "num_resent_samples": counts.num_resent,
+            "num_lost_servers": counts.num_taken_out,
+            "event_loop_lag_seconds": self.pool.lag.take_largest(),
+        }
 
     def forget(self, which: Callable[[int], bool]) -> None:
         self._journal.forget(which)

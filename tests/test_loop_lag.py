@@ -1,0 +1,188 @@
+"""A clock that stands still while its event loop is late, and a pool that blames no server for a loop that was."""
+
+import asyncio
+import contextlib
+import json
+import resource
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.open_files import possible_open_files, raise_open_files
+from megatron_rl.rollout.client import SampleRequest, gather_all
+from megatron_rl.rollout.loop_lag import LoopLag
+from megatron_rl.rollout.pool import Place, ServerPool
+
+
+@contextlib.contextmanager
+def measured(lag: LoopLag):
+    lag.start()
+    try:
+        yield
+    finally:
+        lag.close()
+
+
+def test_the_clock_goes_on_while_the_loop_waits_and_stands_while_it_is_held() -> None:
+    async def run() -> None:
+        lag = LoopLag()
+        with measured(lag):
+            began, started = lag.clock(), time.monotonic()
+            await asyncio.sleep(0.3)
+            waited, really = lag.clock() - began, time.monotonic() - started
+            assert 0.2 < waited <= really
+            began = lag.clock()
+            time.sleep(0.7)
+            assert lag.clock() - began <= 0.11, "it stands before the loop has gone on"
+            await asyncio.sleep(0.05)
+            assert lag.clock() - began <= 0.11 + 0.1, "and counts it when it has"
+            assert 0.55 <= lag.take_largest() < 30
+            assert lag.take_largest() < 0.55, "it is that of the time since the last look"
+
+    asyncio.run(run())
+
+
+def test_a_time_limit_does_not_count_the_time_that_the_loop_was_held() -> None:
+    async def run() -> None:
+        lag = LoopLag()
+        with measured(lag):
+            async with lag.timeout(0.5):
+                time.sleep(1.0)
+                await asyncio.sleep(0.2)  # three awaits of a reply that has long come
+            with pytest.raises(TimeoutError):
+                async with lag.timeout(0.2):
+                    await asyncio.sleep(60)
+            started = time.monotonic()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(30), lag.timeout(0):
+                    await asyncio.sleep(60)
+            assert time.monotonic() - started < 10
+
+    asyncio.run(run())
+
+
+# A pool ---------------------------------------------------------------------------------------------------------------
+
+ROLLOUT = RolloutSection(
+    prompts_per_step=1,
+    samples_per_prompt=2,
+    max_prompt_tokens=12,
+    max_response_tokens=8,
+    max_running_requests=64,
+    silence_seconds=1.0,
+)
+
+
+@contextlib.asynccontextmanager
+async def stand_in(seconds: float, silent_after: float = float("inf")) -> AsyncIterator[tuple[str, list[dict]]]:
+    """The url of a server on this loop that answers /generate after some seconds with as many tokens as its seed says,
+    and what it was asked. silent_after: seconds after which it says nothing any more."""
+    asked: list[dict] = []
+    started = time.monotonic()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = head.partition("content-length: ")[2].partition("\r\n")[0]
+                body = await reader.readexactly(int(length or 0))
+                answer: dict = {}
+                if head.startswith("post /generate"):
+                    asked.append(json.loads(body))
+                    await asyncio.sleep(seconds)
+                    count = json.loads(body)["sampling_params"]["sampling_seed"]
+                    meta = {"finish_reason": {"type": "stop"}, "weight_version": "0"}
+                    answer = {
+                        "output_ids": [7] * count,
+                        "meta_info": meta | {"output_token_logprobs": [[-1.5, 7, None]] * count},
+                    }
+                elif head.startswith("get /health"):
+                    await asyncio.sleep(0.4)
+                if time.monotonic() - started > silent_after:
+                    await asyncio.sleep(60)
+                content = json.dumps(answer).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+    finally:
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(*urls: str) -> AsyncIterator[ServerPool]:
+    pool = ServerPool(urls, ROLLOUT)
+    try:
+        await pool.connect()
+        pool.assume(Path("unused"), "0")
+        yield pool
+    finally:
+        await pool.close()
+
+
+def requests(count: int) -> list[SampleRequest]:
+    return [SampleRequest(input_ids=[5], seed=1 + i % 8, max_new_tokens=8) for i in range(count)]
+
+
+def test_servers_that_answer_are_not_taken_out_for_a_loop_that_is_held() -> None:
+    async def run() -> None:
+        async with stand_in(3.0) as (url, asked), connected(url) as pool:
+            work = asyncio.create_task(gather_all(pool.generate(one, 1.0) for one in requests(40)))
+            await asyncio.sleep(0.5)  # it has just asked after the server's health
+            time.sleep(2.5)  # longer than rollout.silence_seconds
+            found = await work
+            assert [len(one.output_ids) for one in found] == [1 + i % 8 for i in range(40)]
+            assert len(asked) == 40
+            assert (pool.counts.num_taken_out, pool.counts.num_resent) == (0, 0)
+            assert pool.lag.take_largest() > 2.0
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_silent_is_taken_out_and_what_it_owed_is_sent_to_another() -> None:
+    async def run() -> None:
+        async with (
+            stand_in(0.2) as (url, asked),
+            stand_in(0.2, silent_after=1.0) as (silent, owed),
+            connected(silent, url) as pool,
+        ):
+            await asyncio.sleep(1.1)
+            found = await asyncio.wait_for(gather_all(pool.generate(one, 1.0) for one in requests(8)), 30)
+            assert [len(one.output_ids) for one in found] == list(range(1, 9))
+            assert (len(owed), len(asked)) == (4, 8)
+            assert (pool.counts.num_taken_out, pool.counts.num_resent) == (1, 4)
+
+    asyncio.run(run())
+
+
+def test_responses_of_a_group_go_to_one_server_while_that_has_room_and_groups_to_the_least_busy() -> None:
+    async def run(most: float) -> list[list[int]]:
+        async with stand_in(0.3) as (one, first), stand_in(0.3) as (two, second), connected(one, two) as pool:
+            places = [Place(most=most), Place(most=most)]
+            await gather_all(pool.generate(r, 1.0, place=place) for place in places for r in requests(4))
+            return [
+                [sum(body["sampling_params"]["sampling_seed"] == s for body in asked) for s in (1, 2, 3, 4)]
+                for asked in (first, second)
+            ]
+
+    assert asyncio.run(run(float("inf"))) == [[1, 1, 1, 1], [1, 1, 1, 1]]
+    found = asyncio.run(run(3))
+    assert [sum(counts) for counts in found] == [4, 4]
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_soft_limit_of_open_files_becomes_the_hard_one() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (possible_open_files(), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
