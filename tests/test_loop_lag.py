@@ -5,7 +5,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from megatron_rl.rollout.pool import Place, ServerPool
 
 
 @contextlib.contextmanager
-def measured(lag: LoopLag):
+def measured(lag: LoopLag) -> Iterator[None]:
     lag.start()
     try:
         yield
@@ -64,6 +64,17 @@ def test_a_time_limit_does_not_count_the_time_that_the_loop_was_held() -> None:
     asyncio.run(run())
 
 
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """A soft limit of 256 open files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 # A pool ---------------------------------------------------------------------------------------------------------------
 
 ROLLOUT = RolloutSection(
@@ -71,7 +82,7 @@ ROLLOUT = RolloutSection(
     samples_per_prompt=2,
     max_prompt_tokens=12,
     max_response_tokens=8,
-    max_running_requests=64,
+    max_running_requests=512,
     silence_seconds=1.0,
 )
 
@@ -129,18 +140,19 @@ def requests(count: int) -> list[SampleRequest]:
     return [SampleRequest(input_ids=[5], seed=1 + i % 8, max_new_tokens=8) for i in range(count)]
 
 
-def test_servers_that_answer_are_not_taken_out_for_a_loop_that_is_held() -> None:
+def test_more_responses_than_the_soft_limit_of_files_on_a_loop_that_is_held_lose_nothing(few_files: None) -> None:
     async def run() -> None:
         async with stand_in(3.0) as (url, asked), connected(url) as pool:
-            work = asyncio.create_task(gather_all(pool.generate(one, 1.0) for one in requests(40)))
+            work = asyncio.create_task(gather_all(pool.generate(one, 1.0) for one in requests(300)))
             await asyncio.sleep(0.5)  # it has just asked after the server's health
             time.sleep(2.5)  # longer than rollout.silence_seconds
-            found = await work
-            assert [len(one.output_ids) for one in found] == [1 + i % 8 for i in range(40)]
-            assert len(asked) == 40
+            found = await asyncio.wait_for(work, 30)
+            assert [len(one.output_ids) for one in found] == [1 + i % 8 for i in range(300)]
+            assert len(asked) == 300
             assert (pool.counts.num_taken_out, pool.counts.num_resent) == (0, 0)
             assert pool.lag.take_largest() > 2.0
 
+    raise_open_files()
     asyncio.run(run())
 
 
@@ -178,11 +190,7 @@ def test_responses_of_a_group_go_to_one_server_while_that_has_room_and_groups_to
 # Limits ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_soft_limit_of_open_files_becomes_the_hard_one() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
-    try:
-        raise_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (possible_open_files(), hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def test_the_soft_limit_of_open_files_becomes_the_hard_one(few_files: None) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_open_files()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (possible_open_files(), hard)
