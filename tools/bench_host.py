@@ -9,8 +9,8 @@ table, with the law by which each part grows (seconds ~ size^law, a line through
 and 256 GPUs, and as a share of the step that the simulator predicts without rank 0. OUT has all of it as JSON; HOST the
 tables for a file of rates (megatron_rl/simulation/rates.py), of tokens and of responses by least squares.
 
-Parts are seconds of processor, which a busy machine changes little; send_work, which waits for other threads, and "from
-the last reply" are seconds of the clock. docs/host.md has a table and what it says.
+Seconds are those of the processor, which a busy machine changes little, but for the line "by the clock". docs/host.md
+has a table and what it says.
 """
 
 import argparse
@@ -235,22 +235,23 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
             schedule, _ = collector.collect(0)
         collected = time.process_time(), time.thread_time(), time.monotonic()
         memory |= {"rollout": phase.peak, "plan": peak_bytes()}
+        # Behind what is written beside training, so that one is not taken for the other.
+        at_rest, sending = wait_for_rest(), (time.process_time(), time.monotonic())
         commands.send_work(schedule.plan, schedule.samples, layout, None)
-        sent, sent_processor, memory["send_work"] = time.monotonic(), time.process_time(), peak_bytes()
+        send_processor, send_clock = time.process_time() - sending[0], time.monotonic() - sending[1]
+        memory["send_work"] = peak_bytes()
         told = {url: json.load(urllib.request.urlopen(f"{url}/told")) for url in urls}
-        at_rest = wait_for_rest()
         main = {name: clock.seconds[name] for name in ("schedule", "phase_metrics")}
         between = collected[1] - phase.ended_main
         within = {name: seconds for name, seconds in clock.seconds.items() if name not in main}
         parts = {READING: phase.seconds - sum(within.values()), **within, **main}
         parts[FILES] = max(0.0, between - sum(main.values()))
-        parts[SEND] = sent - collected[2]
-        parts[FILES_BESIDE] = max(0.0, at_rest - collected[0] - (sent - collected[2]))
+        parts |= {SEND: send_processor, FILES_BESIDE: max(0.0, at_rest - collected[0])}
         last_reply = max(one["last_reply"] for one in told.values())
         return {
             "parts": parts,
-            "from_last_reply_seconds": sent - last_reply,
-            "from_last_reply_processor_seconds": sent_processor - phase.processor_at(last_reply),
+            "from_last_reply_seconds": collected[2] - last_reply + send_clock,
+            "from_last_reply_processor_seconds": collected[0] - phase.processor_at(last_reply) + send_processor,
             "phase_wall_seconds": phase.ended_wall - started,
             "loop_stall_seconds": phase.stall,
             "loop_stall_wall_seconds": phase.stall_wall,
