@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron_rl.families import Architecture
 
 from megatron_rl.c3po.packing import (
     NEAR_EQUAL,
@@ -21,7 +22,6 @@ from megatron_rl.c3po.packing import (
     lower_bound,
     pack_micro_batches,
 )
-from megatron_rl.config.bailing import BailingConfig
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench_schedule.py"
 COST = CostModel(linear=1.0, quadratic=0.05)
@@ -195,7 +195,7 @@ def test_the_benchmark_prints_json_and_says_what_it_needs(tmp_path: Path) -> Non
 
 
 def test_cost_of_ling_lite_counts_its_active_weights() -> None:
-    ling = BailingConfig(
+    ling = Architecture(
         model_type="bailing_moe",
         vocab_size=126464,
         hidden_size=2048,

@@ -8,11 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from megatron_rl.families import Architecture, architecture_of, load_architecture
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
-from megatron_rl.config import bailing
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.config import architecture
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.layout import Layout
@@ -232,13 +232,13 @@ def test_budget_per_gpu_is_multiplied_by_the_training_ranks(tmp_path: Path) -> N
     assert load_config(RlConfig, write(tmp_path, RL)).phase_budgets(8) == (200,)
 
 
-def small_model(**changes: object) -> BailingConfig:
+def small_model(**changes: object) -> Architecture:
     fields = dict(
         model_type="bailing_moe", vocab_size=96, hidden_size=64, intermediate_size=80, moe_intermediate_size=32,
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
         max_position_embeddings=64, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    return BailingConfig.model_validate(fields | changes)
+    return architecture_of(fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -300,19 +300,19 @@ def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"use_qkv_bias must be False .*, got True"):
         small_model(use_qkv_bias=True)
     with pytest.raises(ValueError, match="model directory .*nothing does not exist"):
-        load_bailing_config(tmp_path / "nothing")
+        load_architecture(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json"):
-        load_bailing_config(tmp_path)
+        load_architecture(tmp_path)
 
 
 def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Ling-lite-base's config.json has 0.1 where the chat model's has 0."""
     shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
-    bailing._tell_of_dropout.cache_clear()
+    architecture._tell_of_dropout.cache_clear()
     with caplog.at_level(logging.INFO, "megatron_rl"):
-        assert load_bailing_config(tmp_path) == load_bailing_config(tmp_path)
-    assert load_bailing_config(tmp_path) == BailingConfig.model_validate(TINY_CONFIG)
+        assert load_architecture(tmp_path) == load_architecture(tmp_path)
+    assert load_architecture(tmp_path) == architecture_of(TINY_CONFIG)
     assert [r.getMessage() for r in caplog.records] == [
         "config.json asks for embedding_dropout 0.1, output_dropout 0.1; training and servers here run without dropout"
     ]

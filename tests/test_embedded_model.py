@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron_rl.families import load_architecture
 from reference import routed_by
 from reference_forward import reference_logprobs
 from safetensors.torch import load_file, save_file
 from tiny_model import TINY_CONFIG, write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
 from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
@@ -26,7 +26,7 @@ class DirectEngine:
 
     def __init__(self, directory, *, dtype=torch.float32, slots=64, context_length=512):
         self.events = []
-        self.config = load_bailing_config(directory)
+        self.config = load_architecture(directory)
         options = EngineOptions(
             model_path=str(directory), dtype=dtype, max_running_requests=slots, context_length=context_length
         )
@@ -314,7 +314,7 @@ BROKEN = {
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     directory = write_tiny_model(tmp_path)
-    config = load_bailing_config(directory)
+    config = load_architecture(directory)
     rewrite(directory, change)
     with pytest.raises(ValueError, match=message):
         load_weights(directory, config, torch.float32)
@@ -322,7 +322,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
 
 def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path):
     directory = write_tiny_model(tmp_path)
-    config = load_bailing_config(directory)
+    config = load_architecture(directory)
     whole = load_weights(directory, config, torch.float32)
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)

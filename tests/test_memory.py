@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from alone import ALONE, world
+from megatron_rl.families import load_architecture
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
@@ -58,8 +58,8 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    bailing = load_bailing_config(folder)
-    built = build_model(bailing, config.model, config.moe, ALONE)
+    architecture = load_architecture(folder)
+    built = build_model(architecture, config.model, config.moe, ALONE)
     load_weights(built, folder)
     sequence = TrainSequence(
         token_ids=np.arange(NUM_TOKENS, dtype=np.int32) % 97,
@@ -92,7 +92,7 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
             output_processor=built.head,
             output_processor_context=HeadRequest(index=batch.loss_index, targets=batch.targets),
         )
-    return sum(storage.nbytes() for storage in kept.values()), rank_bytes(config, bailing, ALONE)[0].activations
+    return sum(storage.nbytes() for storage in kept.values()), rank_bytes(config, architecture, ALONE)[0].activations
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
 
 def test_attention_without_the_flash_kernel_keeps_its_output_twice(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, **SHAPE)
-    bailing = load_bailing_config(tmp_path)
+    architecture = load_architecture(tmp_path)
     flash, sdpa = (
         layer_activation_bytes(
-            bailing, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
+            architecture, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
         )
         for attention in ("auto", "sdpa")
     )

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron_rl.families import load_architecture
 from rank_zero import config_of
 from tiny_model import write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.records import Response
 from megatron_rl.rollout.client import (
     Completion,
@@ -264,7 +264,7 @@ def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_broug
 
 
 def test_a_model_with_more_experts_than_a_byte_can_name_is_refused(tmp_path) -> None:
-    config = load_bailing_config(write_tiny_model(tmp_path))
+    config = load_architecture(write_tiny_model(tmp_path))
     assert routed_shape(config) == RoutedShape(num_layers=3, num_dense_layers=1, topk=2, num_experts=6)
     with pytest.raises(ValueError, match=r"rollout.router_replay works for up to 256 experts, the model has 257"):
         routed_shape(config.model_copy(update={"num_experts": 257}))

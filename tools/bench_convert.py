@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from megatron_rl.families import Architecture, architecture_of
 
 from megatron_rl.checkpoint.convert import forget_cached
 from megatron_rl.checkpoint.hf import SafetensorsWriter, divide_into_shards, shard_file, write_index
 from megatron_rl.checkpoint.names import hf_names, name_table
-from megatron_rl.config.bailing import BailingConfig
 
 LING_LITE = {
     "architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe", "vocab_size": 126464, "hidden_size": 2048,
@@ -91,8 +91,8 @@ def run(folder: Path, layers: int) -> dict[str, object]:
     return report
 
 
-def shape(layers: int) -> BailingConfig:
-    return BailingConfig.model_validate(LING_LITE | {"num_hidden_layers": layers})
+def shape(layers: int) -> Architecture:
+    return architecture_of(LING_LITE | {"num_hidden_layers": layers})
 
 
 def make_directory(directory: Path, layers: int) -> int:

@@ -212,8 +212,9 @@ def measured(point: Point, model: Path) -> dict[str, Any]:
 
 
 def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) -> dict[str, Any]:
+    from megatron_rl.families import load_architecture
+
     from megatron_rl.c3po.packing import cost_model
-    from megatron_rl.config.bailing import load_bailing_config
     from megatron_rl.train.orchestrator import commands
     from megatron_rl.train.orchestrator.collector import Collector
     from megatron_rl.train.orchestrator.group_source import ServerGroups
@@ -227,7 +228,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
     source = ServerGroups(config, layout, signals, servers)
     try:
         source.pool.assume(None, "0")
-        collector = Collector(config, layout, cost_model(load_bailing_config(config.model.path)), source)
+        collector = Collector(config, layout, cost_model(load_architecture(config.model.path)), source)
         phase = Watch(source)
         memory = {"before": peak_bytes()}
         started = time.monotonic()

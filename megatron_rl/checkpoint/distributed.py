@@ -40,7 +40,7 @@ from megatron_rl.checkpoint.layout import Vocabulary
 from megatron_rl.checkpoint.metadata import read_metadata
 from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
 from megatron_rl.checkpoint.pickles import load_tensor
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.files import model_files
 
 # The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
@@ -52,7 +52,7 @@ class DistributedCheckpoint:
     """A `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
-    def __init__(self, directory: Path, model: BailingConfig) -> None:
+    def __init__(self, directory: Path, model: Architecture) -> None:
         """ValueError for files that are missing, too short or outside of the directory, and for tensors that are
         missing, left over or of another shape than config.json says."""
         self.directory = directory
@@ -120,7 +120,7 @@ class DistributedCheckpoint:
         where = f"{self._folder / info.relative_path}: {key}"
         return load_tensor(file.read(info.length), chunk.sizes, where)
 
-    def _check(self, entry: TensorMapping, model: BailingConfig) -> None:
+    def _check(self, entry: TensorMapping, model: Architecture) -> None:
         found = self._tensors[entry.stored]
         expected = entry.stored_shape(model.num_experts)
         size = tuple(found.size)
@@ -136,7 +136,7 @@ class DistributedCheckpoint:
 
 def write_distributed(
     folder: Path,
-    model: BailingConfig,
+    model: Architecture,
     dtypes: dict[str, torch.dtype],
     read: Callable[[str], Tensor],
     max_file_bytes: int,
@@ -164,7 +164,7 @@ class _Planner(SavePlanner):
     def __init__(
         self,
         table: dict[str, TensorMapping],
-        model: BailingConfig,
+        model: Architecture,
         dtypes: dict[str, torch.dtype],
         read: Callable[[str], Tensor],
     ) -> None:

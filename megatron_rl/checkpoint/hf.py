@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.files import model_files, open_model_file
 from megatron_rl.parsing import parse_json, read_json
 from megatron_rl.tensor_bytes import as_bytes
@@ -30,7 +30,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64:
 class HfCheckpoint:
     """A `Checkpoint` (checkpoint/read.py) of safetensors files, which are mapped into memory."""
 
-    def __init__(self, directory: Path, model: BailingConfig) -> None:
+    def __init__(self, directory: Path, model: Architecture) -> None:
         """ValueError for a file that cannot be read, and the tensors that are missing, left over, there twice or of
         another shape or type than config.json says."""
         self.directory = directory

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
@@ -56,7 +56,7 @@ class TensorMapping:
         return (self.expert_index, *offsets), (1, *self.hf_shape)
 
 
-def name_table(model: BailingConfig) -> dict[str, TensorMapping]:
+def name_table(model: Architecture) -> dict[str, TensorMapping]:
     """Every parameter of the model by its canonical Megatron name."""
     h, v = model.hidden_size, model.vocab_size
     entries = [
@@ -78,7 +78,7 @@ def _plain(megatron: str, hf: str, shape: tuple[int, ...], layout: TensorLayout,
     return TensorMapping(megatron=megatron, hf=(hf,), hf_shape=shape, layout=layout, stored=stored or megatron)
 
 
-def _layer(model: BailingConfig, layer: int) -> list[TensorMapping]:
+def _layer(model: Architecture, layer: int) -> list[TensorMapping]:
     h, d = model.hidden_size, model.head_dim
     nq, nk = model.num_attention_heads, model.num_key_value_heads
     mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."

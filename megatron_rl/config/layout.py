@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +48,12 @@ class Layout:
         takers = [*range(1, num_stages - 1), 0][:left]
         return tuple(even + (stage in takers) for stage in range(num_stages))
 
-    def check(self, model: BailingConfig) -> None:
+    def check(self, model: Architecture) -> None:
         """ValueError when this world or this model cannot be divided so."""
         for problem in self.problems(model):
             raise ValueError(problem)
 
-    def problems(self, model: BailingConfig) -> Iterator[str]:
+    def problems(self, model: Architecture) -> Iterator[str]:
         """All that cannot be divided, each with its remedy."""
         sizes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
         small = [name for name in sizes if getattr(self, name) < 1]

@@ -9,8 +9,8 @@ import numpy as np
 import pybase64
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.families import Architecture
 
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
 # Of a step, as they travel. Rank 0 reads 0.13 GB of it in a second of its processor (docs/host.md), so this much takes
@@ -39,18 +39,18 @@ class RoutedShape:
         return self.kept_bytes * 4 * 4 / 3
 
 
-def routed_shape(bailing: BailingConfig) -> RoutedShape:
+def routed_shape(architecture: Architecture) -> RoutedShape:
     """ValueError when the model has more experts than can be replayed."""
-    if bailing.num_experts > MAX_EXPERTS:
+    if architecture.num_experts > MAX_EXPERTS:
         raise ValueError(
-            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has {bailing.num_experts}; set it "
+            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has {architecture.num_experts}; set it "
             "to false"
         )
     return RoutedShape(
-        num_layers=bailing.num_hidden_layers,
-        num_dense_layers=min(bailing.first_k_dense_replace, bailing.num_hidden_layers),
-        topk=bailing.num_experts_per_tok,
-        num_experts=bailing.num_experts,
+        num_layers=architecture.num_hidden_layers,
+        num_dense_layers=min(architecture.first_k_dense_replace, architecture.num_hidden_layers),
+        topk=architecture.num_experts_per_tok,
+        num_experts=architecture.num_experts,
     )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import response_decoder
+from megatron_rl.families import load_architecture
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.pool import ServerPool
@@ -56,7 +56,7 @@ async def serving(
 async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
     assert config.model is not None  # with a teacher there is nothing to serve
-    eos = load_bailing_config(model).eos_token_id
+    eos = load_architecture(model).eos_token_id
     with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
         variables = secret_variables(config)
         async with serving(model, config.model.dtype, config.rollout, config.run_dir, name, variables) as servers:

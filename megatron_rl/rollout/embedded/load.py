@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.families import Architecture, load_architecture
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weights import ModelWeights, expected_tensors, some
 
@@ -17,17 +17,17 @@ from megatron_rl.rollout.embedded.weights import ModelWeights, expected_tensors,
 _NOT_ARCHITECTURE = {"eos_token_id", "pad_token_id", "torch_dtype", "initializer_range", "max_position_embeddings"}
 
 
-def load_weights(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def load_weights(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Read, check and pack a directory for a model of shape `config`.
 
     A config.json in the directory must describe the same architecture; a directory of tensors alone is fine.
     """
     if (Path(model_dir) / "config.json").is_file():
-        _require_same_architecture(config, load_bailing_config(model_dir), model_dir)
+        _require_same_architecture(config, load_architecture(model_dir), model_dir)
     return read_packed(model_dir, config, dtype)
 
 
-def _require_same_architecture(ours: BailingConfig, theirs: BailingConfig, model_dir: str | Path) -> None:
+def _require_same_architecture(ours: Architecture, theirs: Architecture, model_dir: str | Path) -> None:
     for name, value in ours.model_dump(exclude=_NOT_ARCHITECTURE).items():
         other = getattr(theirs, name)
         if other != value:
@@ -36,7 +36,7 @@ def _require_same_architecture(ours: BailingConfig, theirs: BailingConfig, model
             )
 
 
-def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """All tensors of the directory, each exactly once, names, shapes and values checked against `config`.
 
     ValueError names what is wrong. Nothing is unpickled: only `*.safetensors` files are opened.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
 
@@ -47,10 +47,10 @@ class _Shared:
     keep: Tensor  # the same shape, times weights: 1, or 0 for keys after the query
 
 
-class BailingModel:
+class EmbeddedModel:
     """The network's shape, rotary tables and forward pass; weights and cache are arguments."""
 
-    def __init__(self, config: BailingConfig, *, dtype: torch.dtype, context_length: int) -> None:
+    def __init__(self, config: Architecture, *, dtype: torch.dtype, context_length: int) -> None:
         self.config = config
         self.dtype = dtype
         self.cos, self.signed_sin = rotary_tables(config.head_dim, config.rope_theta, context_length)

@@ -7,7 +7,7 @@ lives in the packed weights: packing copies into those views, reading back looks
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.weights import (
     READABLE_DTYPES,
     LayerWeights,
@@ -22,7 +22,7 @@ from megatron_rl.rollout.embedded.weights import (
 class Packing:
     """A model's packed weights while they are filled, in any order; one copy of the model and one tensor of memory."""
 
-    def __init__(self, config: BailingConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: Architecture, dtype: torch.dtype) -> None:
         self._config = config
         self._expected = expected_tensors(config)
         self._missing = set(self._expected)
@@ -66,7 +66,7 @@ class Packing:
         return self._weights
 
 
-def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def pack(tensors: dict[str, Tensor], config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Copy the tensors into matrices laid out for `model.py`; nothing of the result aliases a mapped file."""
     packing = Packing(config, dtype)
     for name, tensor in tensors.items():
@@ -74,7 +74,7 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
     return packing.finish()
 
 
-def places(weights: ModelWeights, config: BailingConfig) -> dict[str, Tensor]:
+def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
     """Views of the packed weights in the shapes of the raw tensors, by name.
 
     The output weight is absent when `norm_head` is set: its norms are divided out and its raw values lost.
@@ -104,7 +104,7 @@ def places(weights: ModelWeights, config: BailingConfig) -> dict[str, Tensor]:
     return found
 
 
-def _blank(config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Memory for the packed weights; what no tensor fills, the router's spare columns, is zero."""
     h, d = config.hidden_size, config.head_dim
     nq, nkv = config.num_attention_heads, config.num_key_value_heads

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_rl import __version__
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
@@ -42,7 +42,7 @@ class App:
     """Holds the engine and the requests in flight; `on_failure` is called once if the engine dies."""
 
     def __init__(
-        self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
+        self, config: Architecture, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
     ) -> None:
         """guard: rollout/embedded/guard.py, before every route."""
         self._guard = guard

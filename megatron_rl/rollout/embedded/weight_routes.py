@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
@@ -40,7 +40,7 @@ class WeightRoutes:
 
     def __init__(self, engine: Engine, update_lock: UpdateLock, occupation: Occupation, bodies: Bodies) -> None:
         self._engine, self._update_lock, self._occupation = engine, update_lock, occupation
-        self._config: BailingConfig = engine.config
+        self._config: Architecture = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
         self._group_lock = asyncio.Lock()  # groups and session are for one at a time
         self._checking = asyncio.Lock()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ class ModelWeights:
     head: Tensor  # [H, V] fp32, already normalised when norm_head is set
 
 
-def expected_tensors(config: BailingConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor name of the model under its Hugging Face name, with its shape."""
     h, d = config.hidden_size, config.head_dim
     nq, nkv = config.num_attention_heads, config.num_key_value_heads
@@ -74,7 +74,7 @@ def expected_tensors(config: BailingConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def output_weight(config: BailingConfig) -> str:
+def output_weight(config: Architecture) -> str:
     """Name of the tensor that makes logits."""
     return "model.word_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"
 

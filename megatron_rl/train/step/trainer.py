@@ -147,8 +147,8 @@ class Trainer:
         return make_micro_batch(
             sequences,
             multiple_of=self.model.token_multiple,
-            head_dim=self.model.bailing.head_dim,
-            rope_theta=self.model.bailing.rope_theta,
+            head_dim=self.model.architecture.head_dim,
+            rope_theta=self.model.architecture.rope_theta,
             dtype=self.model.dtype,
             device=self._where,
             context_rank=mpu.get_context_parallel_rank(),
