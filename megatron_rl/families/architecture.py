@@ -24,7 +24,7 @@ class Rotary(BaseModel):
     kind: RotaryKind = "default"
     theta: Annotated[float, above_zero(1e15)] = 10000.0
     fraction: Annotated[float, above_zero(1.0)] = 1.0
-    scaling: tuple[tuple[str, float | bool], ...] = ()
+    scaling: tuple[tuple[str, int | float | bool], ...] = ()
     model_positions: Annotated[int, whole(0, 2**30)] = 0
 
 

@@ -118,6 +118,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=architecture.initializer_range,
+        moe_token_dispatcher_type="alltoall",  # megatron asks for it without experts too
         **(_expert_fields(architecture, model, moe, backends) if architecture.num_experts else {}),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -170,7 +171,6 @@ def _expert_fields(
         "moe_router_load_balancing_type": "aux_loss" if moe.load_balance_coefficient else "none",
         "moe_aux_loss_coeff": moe.load_balance_coefficient,
         "moe_z_loss_coeff": moe.z_loss_coefficient or None,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": backends.experts == "transformer_engine",
         "moe_permute_fusion": backends.transformer_engine,
     }
