@@ -33,11 +33,11 @@ device.import_megatron()
 import numpy as np  # noqa: E402
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
-from megatron_rl.families import read_architecture  # noqa: E402
 
 from megatron_rl.config.algorithm import AlgorithmSection  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
+from megatron_rl.families import read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
 from megatron_rl.model.backends import Installed  # noqa: E402

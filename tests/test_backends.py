@@ -3,12 +3,12 @@
 import itertools
 
 import pytest
-from megatron_rl.families import architecture_of
 from pydantic import ValidationError
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
+from megatron_rl.families import architecture_of
 from megatron_rl.model.backends import COSTS, Backends, Installed, choose, problems
 
 BAILING = architecture_of(TINY_CONFIG)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_rl.families import read_architecture
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+
+from megatron_rl.families import read_architecture
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -143,7 +144,7 @@ def test_recomputation_runs_every_layer_once_more_and_changes_no_gradient(bench:
 
 @pytest.mark.parametrize("dense", [0, 1])
 def test_the_reference_has_the_same_shape_but_for_a_gate_of_shared_experts(dense: int) -> None:
-    changes = {"num_hidden_layers": 3, "first_k_dense_replace": dense}
+    changes = {"num_hidden_layers": 3, "dense_layers": tuple(range(dense))}
     shape = read_architecture(LING_LITE).model_copy(update=changes)
     with torch.device("meta"):
         from transformers import Qwen2MoeForCausalLM
@@ -160,8 +161,8 @@ def test_the_reference_has_the_same_shape_but_for_a_gate_of_shared_experts(dense
 
 
 def test_a_shape_that_the_reference_has_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_shared_experts 0 and norm_head False; compare another shape"):
-        reference_config(read_architecture(LING_LITE).model_copy(update={"num_shared_experts": 0}))
+    with pytest.raises(ValueError, match="0 and norm_head False; compare another shape"):
+        reference_config(read_architecture(LING_LITE).model_copy(update={"shared_intermediate_size": 0}))
 
 
 def test_the_reference_learns_what_it_is_given() -> None:

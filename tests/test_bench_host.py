@@ -47,7 +47,7 @@ def test_a_part_inside_of_a_part_counts_for_the_outer_one() -> None:
 
 
 def test_the_client_reads_what_a_stand_in_answers() -> None:
-    shape = RoutedShape(num_layers=3, num_dense_layers=0, topk=2, num_experts=5)
+    shape = RoutedShape(num_layers=3, moe_layers=(0, 1, 2), topk=2, num_experts=5)
 
     async def run() -> tuple[Any, dict[str, Any]]:
         stand_in = StandIn(REPLIES)
@@ -76,7 +76,7 @@ def test_a_reply_has_a_token_for_each_log_prob_and_experts_for_all_but_the_last(
     assert all(logprob <= 0 for logprob, _, _ in logprobs)
     text = reply["meta_info"]["routed_experts"]
     assert len(base64.b64decode(text)) == 23 * 3 * 2 * 4
-    decode_routed_experts(text, 23, RoutedShape(num_layers=3, num_dense_layers=0, topk=2, num_experts=5))
+    decode_routed_experts(text, 23, RoutedShape(num_layers=3, moe_layers=(0, 1, 2), topk=2, num_experts=5))
 
 
 def test_the_law_of_growth_is_found_again() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_rl.families import architecture_of
 from tiny_model import TINY_CONFIG, tiny_tensors, write_tiny_model
 
 from megatron_rl.checkpoint.hf import HfCheckpoint
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.checkpoint.names import canonical_name, name_table
+from megatron_rl.families import architecture_of
 
 
 def test_query_key_value_rows_are_grouped_by_key_value_head() -> None:
@@ -57,7 +57,7 @@ def test_every_layout_comes_back_bit_for_bit(size: int, d: int, per_group: int, 
 
 def test_the_table_names_every_tensor_of_the_model_once_with_its_shape() -> None:
     table = name_table(architecture_of(TINY_CONFIG))
-    named = [(name, entry.hf_shape) for entry in table.values() for name in entry.hf]
+    named = [pair for entry in table.values() for pair in zip(entry.hf, entry.hf_shapes, strict=True)]
     assert sorted(named) == sorted((name, tuple(t.shape)) for name, t in tiny_tensors(TINY_CONFIG).items())
 
 

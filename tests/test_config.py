@@ -8,17 +8,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from megatron_rl.families import Architecture, architecture_of, load_architecture
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
-from megatron_rl.config import architecture
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
+from megatron_rl.families import Architecture, architecture_of, bailing, load_architecture
 from megatron_rl.plan.show import run_plan
 from megatron_rl.simulation.rates import Rates
 
@@ -294,9 +293,9 @@ def test_context_parallel_ranks_share_a_sequence_and_so_the_cap_of_a_micro_batch
         load_config(RlConfig, write(tmp_path, RL), ["train.micro_batch_tokens=63", "parallel.context=2"])
 
 
-def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_type must be 'bailing_moe', got 'llama'"):
-        small_model(model_type="llama")
+def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_type 'gemma3' is not implemented; it can be BailingMoeForCausalLM, Ll"):
+        small_model(model_type="gemma3")
     with pytest.raises(ValueError, match=r"use_qkv_bias must be False .*, got True"):
         small_model(use_qkv_bias=True)
     with pytest.raises(ValueError, match="model directory .*nothing does not exist"):
@@ -309,7 +308,7 @@ def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.Log
     """Ling-lite-base's config.json has 0.1 where the chat model's has 0."""
     shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
-    architecture._tell_of_dropout.cache_clear()
+    bailing._tell_of_dropout.cache_clear()
     with caplog.at_level(logging.INFO, "megatron_rl"):
         assert load_architecture(tmp_path) == load_architecture(tmp_path)
     assert load_architecture(tmp_path) == architecture_of(TINY_CONFIG)

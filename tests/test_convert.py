@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron_rl.families import load_architecture
 from parallel import run_ranks
 from safetensors.torch import load_file, save_file
 from test_parallel import make_spec
@@ -22,6 +21,7 @@ from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.checkpoint.show import parse_size
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.families import load_architecture
 from megatron_rl.files import open_model_file
 
 TOOLS = Path(__file__).parents[1] / "tools"

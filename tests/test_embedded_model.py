@@ -7,18 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_rl.families import load_architecture
 from reference import routed_by
 from reference_forward import reference_logprobs
 from safetensors.torch import load_file, save_file
 from tiny_model import TINY_CONFIG, write_tiny_model
 
+from megatron_rl.families import load_architecture, tensor_shapes
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
 from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
 from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seeds, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
-from megatron_rl.rollout.embedded.weights import expected_tensors
 
 
 class DirectEngine:
@@ -332,5 +331,5 @@ def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path
     save_file({n: tensors[n] for n in names[9:]}, directory / "model.safetensors")
     split = load_weights(directory, config, torch.float32)
     assert torch.equal(split.layers[2].experts[5].gate_up, whole.layers[2].experts[5].gate_up)
-    assert set(names) == set(expected_tensors(config))
+    assert set(names) == set(tensor_shapes(config))
     assert sum(t.numel() for t in tensors.values()) == config.num_parameters()

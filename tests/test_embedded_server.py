@@ -294,7 +294,7 @@ def test_a_failed_update_says_why_and_leaves_the_weights_alone(server, tmp_path)
         ("empty", "no .*safetensors"),
         ("corrupt", "safetensors"),
         ("wide", "hidden_size"),
-        ("theta", "rope_theta"),
+        ("theta", "rotary"),
     ):
         answer = update(server, tmp_path / path, weight_version="bad")
         assert answer.status_code == 400

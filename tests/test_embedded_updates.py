@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from megatron_rl.families import load_architecture
 from tiny_model import tensors_of, write_tiny_model
 
+from megatron_rl.families import load_architecture
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join

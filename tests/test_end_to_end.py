@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from inputs import make_inputs
-from megatron_rl.families import load_architecture
 from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.c3po.packing import cost_model
@@ -22,6 +21,7 @@ from megatron_rl.config.data import RlData
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.metric_names import unknown
 from megatron_rl.report.sections import SECTIONS

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_rl.families import load_architecture
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
@@ -21,6 +20,7 @@ from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.families import load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, gpu_shares, opened_rank, visible_gpus
 from megatron_rl.preflight import checks as preflight
 from megatron_rl.preflight.checks import check_seats, check_start

@@ -14,13 +14,13 @@ import httpx
 import psutil
 import pytest
 import torch
-from megatron_rl.families import load_architecture
 from starlette.middleware import Middleware
 from tiny_model import write_tiny_model
 
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.families import load_architecture
 from megatron_rl.keys import bearer, new_key, without_secrets
 from megatron_rl.rollout.client import GenerationClient, RequestRefused, ServerLost
 from megatron_rl.rollout.embedded.engine import EngineOptions

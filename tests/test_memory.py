@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from alone import ALONE, world
-from megatron_rl.families import load_architecture
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.families import Rotary, load_architecture
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step.batch import TrainSequence, make_micro_batch
 
 LING_LITE = Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json"
@@ -70,7 +71,9 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
         num_stale_tokens=0,
     )
     where = torch.device("cpu")
-    batch = make_micro_batch([sequence], multiple_of=1, head_dim=40, rope_theta=1e4, dtype=torch.float32, device=where)
+    batch = make_micro_batch(
+        [sequence], multiple_of=1, rotary=frequencies(Rotary(), head_dim=40), dtype=torch.float32, device=where
+    )
     ours = [*built.parameters(), batch.packed.cos, batch.packed.sin]
     ours += [index for bucket in batch.packed.buckets for index in (bucket.queries, bucket.keys)]
     known = {tensor.untyped_storage().data_ptr() for tensor in ours}
@@ -133,7 +136,7 @@ CASES: list[dict[str, Any]] = [
 def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> None:
     """Four of Ling-lite's layers on one: a graph of the very operations that run there, on no device (meta_worker.py),
     where an operation between two devices, or a shape that the host would wait for, is an error."""
-    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "first_k_dense_replace": num_dense}
+    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": list(range(num_dense))}
     command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *CASES])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

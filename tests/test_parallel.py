@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_rl.families import load_architecture
 from parallel import run_ranks
 from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.layout import Layout
+from megatron_rl.families import load_architecture
 
 # 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
 # three of one, two and one.

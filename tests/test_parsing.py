@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from megatron_rl.families import architecture_of, load_architecture, read_architecture
 from pyarrow import parquet
 from tiny_model import TINY_CONFIG
 
@@ -22,6 +21,7 @@ from megatron_rl.data.curation.sources import numbered_lines, read_pieces
 from megatron_rl.data.prompts import read_chats, read_prompts
 from megatron_rl.data.scored import lines_of, read_scored
 from megatron_rl.evaluation.responses import read_verdicts
+from megatron_rl.families import architecture_of, load_architecture, read_architecture
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_rl.families import architecture_of
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.layout import Layout
+from megatron_rl.families import architecture_of
 from megatron_rl.memory import stage_parameters
 from megatron_rl.plan.show import run_plan
 from megatron_rl.plan.text import _step

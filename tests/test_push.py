@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_rl.families import architecture_of
 from parallel import run_ranks
 from safetensors.torch import save_file
 from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.names import name_table
+from megatron_rl.families import architecture_of
 from megatron_rl.gpus import chosen_backend
 from megatron_rl.rollout.server import EmbeddedServer
 from megatron_rl.sync.buckets import Place, divide

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_rl.families import load_architecture
 from rank_zero import config_of
 from tiny_model import write_tiny_model
 
+from megatron_rl.families import load_architecture
 from megatron_rl.records import Response
 from megatron_rl.rollout.client import (
     Completion,
@@ -29,7 +29,7 @@ from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, rout
 from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
 
-SHAPE = RoutedShape(num_layers=2, num_dense_layers=1, topk=2, num_experts=6)
+SHAPE = RoutedShape(num_layers=2, moe_layers=(1,), topk=2, num_experts=6)
 
 
 def encoded(experts: list) -> str:
@@ -149,7 +149,7 @@ def test_an_answer_without_them_or_of_another_length_names_the_server() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=8))
 def test_an_expert_that_is_named_twice_is_found_wherever_it_is(rows: list[list[int]]) -> None:
-    shape = RoutedShape(num_layers=1, num_dense_layers=0, topk=3, num_experts=6)
+    shape = RoutedShape(num_layers=1, moe_layers=(0,), topk=3, num_experts=6)
     text = encoded([[row] for row in rows])
     wrong = [position for position, row in enumerate(rows) if len(set(row)) < 3]
     if wrong:
@@ -213,7 +213,7 @@ def test_a_place_for_a_body_is_free_again_after_a_failure() -> None:
 
 
 def test_bytes_of_a_step_by_hand_and_what_is_too_much(tmp_path: Path) -> None:
-    shape = RoutedShape(num_layers=28, num_dense_layers=0, topk=6, num_experts=64)
+    shape = RoutedShape(num_layers=28, moe_layers=tuple(range(28)), topk=6, num_experts=64)
     # A budget of 1,000 tokens on each of 8 ranks; every token has 28 x 6 numbers of 4 bytes, and base64 makes 4 of 3.
     step = step_routing(config_of(tmp_path, "budget.tokens=1000", "budget.scope=per_gpu"), shape, 8)
     assert (step.tokens, step.kept_bytes, step.wire_bytes) == (8_000, 8_000 * 168, 8_000 * 168 * 16 // 3)
@@ -265,6 +265,13 @@ def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_broug
 
 def test_a_model_with_more_experts_than_a_byte_can_name_is_refused(tmp_path) -> None:
     config = load_architecture(write_tiny_model(tmp_path))
-    assert routed_shape(config) == RoutedShape(num_layers=3, num_dense_layers=1, topk=2, num_experts=6)
+    assert routed_shape(config) == RoutedShape(num_layers=3, moe_layers=(1, 2), topk=2, num_experts=6)
     with pytest.raises(ValueError, match=r"rollout.router_replay works for up to 256 experts, the model has 257"):
         routed_shape(config.model_copy(update={"num_experts": 257}))
+
+
+def test_layers_without_experts_are_not_looked_at_wherever_they_are() -> None:
+    experts = np.arange(2 * 4 * 2).reshape(2, 4, 2)
+    for moe_layers in ((0, 1, 2, 3), (1, 2, 3), (1, 3), (2,)):
+        shape = RoutedShape(num_layers=4, moe_layers=moe_layers, topk=2, num_experts=20)
+        assert shape.of_moe_layers(experts).tolist() == [[row[i] for i in moe_layers] for row in experts.tolist()]

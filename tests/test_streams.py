@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-from megatron_rl.families import load_architecture
 from starlette.middleware import Middleware
 from tiny_model import write_tiny_model
 
+from megatron_rl.families import load_architecture
 from megatron_rl.rollout.embedded.engine import EngineOptions
 from megatron_rl.rollout.embedded.guard import Guard
 from megatron_rl.rollout.embedded.protocol import Limits, parse_generate

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from alone import ALONE, world
-from megatron_rl.families import load_architecture
 from tiny_model import write_tiny_model
 from torch import Tensor
 
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.families import load_architecture
 from megatron_rl.model import build
 from megatron_rl.model.backends import choose
 from megatron_rl.model.build import build_model, fuse_weight_gradients

@@ -50,7 +50,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from bench_reference import Reference, ratios  # noqa: E402
-from megatron_rl.families import Architecture, read_architecture  # noqa: E402
 from mfu import layers_that_fit, model_flops, nominal_peak  # noqa: E402
 from profile_parts import mark_modules, marked, seconds_by_part  # noqa: E402
 from timing import median_seconds, pace  # noqa: E402
@@ -62,6 +61,7 @@ from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.errors import exit_code  # noqa: E402
+from megatron_rl.families import Architecture, read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E402
 from megatron_rl.model.head import HeadRequest  # noqa: E402

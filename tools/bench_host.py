@@ -212,9 +212,8 @@ def measured(point: Point, model: Path) -> dict[str, Any]:
 
 
 def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) -> dict[str, Any]:
-    from megatron_rl.families import load_architecture
-
     from megatron_rl.c3po.packing import cost_model
+    from megatron_rl.families import load_architecture
     from megatron_rl.train.orchestrator import commands
     from megatron_rl.train.orchestrator.collector import Collector
     from megatron_rl.train.orchestrator.group_source import ServerGroups
@@ -226,9 +225,11 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
     commands.dist = funnel
     servers = NodeServers(config, config.model.path, None, signals, dict.fromkeys(urls, ""))
     source = ServerGroups(config, layout, signals, servers)
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(source.close)
         source.pool.assume(None, "0")
         collector = Collector(config, layout, cost_model(load_architecture(config.model.path)), source)
+        ends.callback(collector.close)
         phase = Watch(source)
         memory = {"before": peak_bytes()}
         started = time.monotonic()
@@ -260,8 +261,6 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
             "num_sent_bytes": funnel.num_bytes,
             "peak_bytes": memory,
         }
-    finally:
-        source.close()
 
 
 class Watch:

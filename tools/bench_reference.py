@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron_rl.families import Architecture
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from megatron_rl.families import Architecture
 
 
 def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
@@ -16,7 +17,7 @@ def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
     """
     if architecture.norm_head or not architecture.shared_intermediate_size:
         raise ValueError(
-            f"Qwen2Moe has shared experts and a plain head, got num_shared_experts {architecture.num_shared_experts} and "
+            f"Qwen2Moe has shared experts and a plain head, got {architecture.shared_intermediate_size} and "
             f"norm_head {architecture.norm_head}; compare another shape"
         )
     return Qwen2MoeConfig(
@@ -32,11 +33,11 @@ def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
         num_experts=architecture.num_experts,
         num_experts_per_tok=architecture.num_experts_per_tok,
         norm_topk_prob=architecture.norm_topk_prob,
-        mlp_only_layers=list(range(architecture.first_k_dense_replace)),
+        mlp_only_layers=list(architecture.dense_layers),
         qkv_bias=False,
         tie_word_embeddings=architecture.tie_word_embeddings,
         max_position_embeddings=architecture.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rotary.theta},
         rms_norm_eps=architecture.rms_norm_eps,
         initializer_range=architecture.initializer_range,
         use_cache=False,

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
-from megatron_rl.families import load_architecture  # noqa: E402
 
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.optimizer import OptimizerSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
+from megatron_rl.families import load_architecture  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Completion, GenerationClient, SampleRequest, gather_all  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402

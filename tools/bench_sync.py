@@ -34,13 +34,13 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from megatron_rl.families import load_architecture  # noqa: E402
 from tiny_model import write_tiny_model  # noqa: E402
 from weight_receiver import Receiver, serve, serving  # noqa: E402
 
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
+from megatron_rl.families import load_architecture  # noqa: E402
 from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402

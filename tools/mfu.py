@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from megatron_rl.families import Architecture
-
 from megatron_rl.c3po.packing import cost_model
+from megatron_rl.families import Architecture
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's datasheets; the first part of a name that fits decides.
 NOMINAL_PEAKS = {

@@ -39,9 +39,8 @@ class CostModel:
 def cost_model(model: Architecture) -> CostModel:
     """2 FLOPs per active weight and token; causal attention, 2 * layers * heads * head_dim * n^2."""
     inactive = (model.num_experts - model.num_experts_per_tok) * 3 * model.hidden_size * model.moe_intermediate_size
-    num_moe_layers = model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    active = model.num_parameters() - num_moe_layers * inactive - embedding
+    active = model.num_parameters() - model.num_moe_layers * inactive - embedding
     width = model.num_attention_heads * model.head_dim
     return CostModel(linear=2.0 * active, quadratic=2.0 * model.num_hidden_layers * width)
 

@@ -24,9 +24,9 @@ from megatron_rl.checkpoint.hf import (
     shard_file,
     write_index,
 )
-from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.names import name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
-from megatron_rl.families import Architecture, load_architecture
+from megatron_rl.families import Architecture, load_architecture, tensor_shapes
 from megatron_rl.files import replace_directory
 from megatron_rl.tensor_bytes import checksum
 
@@ -117,10 +117,7 @@ def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
 
 def result_tensors(job: Job, source: Checkpoint, model: Architecture) -> list[TensorInfo]:
     """Name, shape and type of every tensor of the result under its Hugging Face name, in the order of the model."""
-    return [
-        (name, entry.hf_shape, job.dtype or source.dtypes[name])
-        for name, (entry, _) in hf_names(name_table(model)).items()
-    ]
+    return [(name, shape, job.dtype or source.dtypes[name]) for name, shape in tensor_shapes(model).items()]
 
 
 class _Reading:

@@ -148,8 +148,8 @@ async def _run(
 ) -> Speed:
     log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), len(benchmark.prompts))
 
-    eos = load_architecture(config.model.path).eos_token_id
-    decode = response_decoder(tokenizer, eos)
+    end_ids = load_architecture(config.model.path).eos_token_ids
+    decode = response_decoder(tokenizer, end_ids)
 
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
@@ -163,7 +163,7 @@ async def _run(
         no_advantages,
         config.rollout.as_rollout(),
         config.seed + _SEED_OFFSET,
-        eos,
+        end_ids,
         top_p=config.rollout.top_p,
     )
     started = time.perf_counter()

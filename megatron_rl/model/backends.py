@@ -5,7 +5,7 @@ run on a GPU.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
@@ -65,10 +65,13 @@ class Backends:
         """For the log: a line for each part."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if value == _NOT_THERE:
+                continue
             cost = COSTS.get((field.name, value))
             yield f"{field.name.replace('_', ' ')}: {value.replace('_', ' ')}" + (f" ({cost})" if cost else "")
 
 
+_NOT_THERE = "none"  # of experts, in a dense model
 _UNPROVEN = "not run on a GPU yet"
 COSTS = {
     ("layers", "local"): "norms and products apart; no fp8",
@@ -92,6 +95,11 @@ def problems(model: ModelSection, architecture: Architecture, layout: Layout) ->
         yield (
             f"{wanted} and {' and '.join(local)} exclude each other: Transformer Engine's layers bring attention and "
             "experts along, and no context parallelism; leave one of them out"
+        )
+    if wanted and architecture.rotary.kind != "default":
+        yield (
+            f"{wanted} cannot scale rotary embeddings, and config.json asks for {architecture.rotary.kind!r}; set "
+            "model.layers = 'local' and model.fp8 = 'none'"
         )
     if model.attention in ("flash", "fa4") and not _flash_fits(model, architecture, layout):
         yield (
@@ -127,6 +135,13 @@ def choose(model: ModelSection, architecture: Architecture, layout: Layout, inst
     for problem in problems(model, architecture, layout):
         raise ValueError(problem)
     _refuse_what_is_missing(model, architecture, installed)
+    found = _best(model, architecture, layout, installed)
+    if architecture.num_experts:
+        return found
+    return replace(found, experts=_NOT_THERE, permutation=_NOT_THERE, expert_weight_gradient=_NOT_THERE)
+
+
+def _best(model: ModelSection, architecture: Architecture, layout: Layout, installed: Installed) -> Backends:
     on_gpu = installed.compute_capability is not None
     has_flash, has_grouped = _has_flash(installed), _has_grouped(model, installed)
     apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"
@@ -249,7 +264,8 @@ _GROUPED_NEEDS = f"several experts on a rank, no float64, and rows in multiples 
 def _grouped_got(model: ModelSection, architecture: Architecture, layout: Layout) -> str:
     return (
         f"{architecture.num_experts} over parallel.expert = {layout.expert} in {model.dtype}, hidden_size "
-        f"{architecture.hidden_size} and moe_intermediate_size {architecture.moe_intermediate_size} over {layout.expert_tensor}"
+        f"{architecture.hidden_size} and moe_intermediate_size {architecture.moe_intermediate_size} over "
+        f"{layout.expert_tensor}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Build a BailingMoE of megatron-core modules on this rank, with weights from a Hugging Face directory."""
+"""Build a model of megatron-core modules on this rank, with weights from a Hugging Face directory."""
 
 import datetime
 import importlib.util
@@ -98,13 +98,13 @@ def initialize_parallel(
 def transformer_config(
     architecture: Architecture, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
 ) -> TransformerConfig:
-    """BailingMoE's shape as megatron-core's TransformerConfig."""
+    """An architecture as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
-    dense = architecture.first_k_dense_replace
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.intermediate_size,
+        # Megatron wants one though every layer has experts.
+        ffn_hidden_size=architecture.intermediate_size or architecture.moe_intermediate_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_key_value_heads,
         kv_channels=architecture.head_dim,
@@ -113,26 +113,13 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=architecture.initializer_range,
-        num_moe_experts=architecture.num_experts,
-        moe_ffn_hidden_size=architecture.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=architecture.shared_intermediate_size or None,
-        moe_layer_freq=[int(architecture.is_moe_layer(i)) for i in range(architecture.num_hidden_layers)]
-        if dense
-        else 1,
-        moe_router_topk=architecture.num_experts_per_tok,
-        moe_router_score_function="softmax",
-        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
-        moe_router_pre_softmax=not architecture.norm_topk_prob,
-        moe_router_dtype="fp64" if dtype == torch.float64 else _ROUTER_DTYPES[model.router_dtype],
-        moe_router_load_balancing_type="aux_loss" if moe.load_balance_coefficient else "none",
-        moe_aux_loss_coeff=moe.load_balance_coefficient,
-        moe_z_loss_coeff=moe.z_loss_coefficient or None,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=backends.experts == "transformer_engine",
-        moe_permute_fusion=backends.transformer_engine,
+        moe_token_dispatcher_type="alltoall",  # megatron asks for it without experts too
+        **(_expert_fields(architecture, model, moe, backends) if architecture.num_experts else {}),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_stages(architecture, layout) if layout.pipeline > 1 else None,
@@ -163,6 +150,30 @@ def transformer_config(
         recompute_num_layers=1 if model.recompute == "full" else None,
         recompute_modules=list(model.recompute_modules) if model.recompute == "selective" else None,
     )
+
+
+def _expert_fields(
+    architecture: Architecture, model: ModelSection, moe: MoeSection, backends: Backends
+) -> dict[str, Any]:
+    """The fields of a TransformerConfig that say how experts are chosen and run."""
+    router_dtype = "fp64" if model.dtype == "float64" else _ROUTER_DTYPES[model.router_dtype]
+    layers = [int(architecture.is_moe_layer(i)) for i in range(architecture.num_hidden_layers)]
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": architecture.shared_intermediate_size or None,
+        "moe_layer_freq": 1 if all(layers) else layers,
+        "moe_router_topk": architecture.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
+        "moe_router_pre_softmax": not architecture.norm_topk_prob,
+        "moe_router_dtype": router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if moe.load_balance_coefficient else "none",
+        "moe_aux_loss_coeff": moe.load_balance_coefficient,
+        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_grouped_gemm": backends.experts == "transformer_engine",
+        "moe_permute_fusion": backends.transformer_engine,
+    }
 
 
 def _stages(architecture: Architecture, layout: Layout) -> list[list[str]]:
@@ -199,11 +210,14 @@ _ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAtt
 def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backends) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if backends.transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
+        layer = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=num_experts, moe_grouped_gemm=is_moe, qk_layernorm=config.qk_layernorm
+        )
         layer.mlp = _with_router(layer.mlp, backends) if is_moe else layer.mlp
         return layer
     backend = LocalSpecProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
+    qk_norm = RMSNorm if config.qk_layernorm else None
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
@@ -213,6 +227,8 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backend
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=_ATTENTION[backends.attention],
                 linear_proj=backend.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -410,7 +426,8 @@ def _gpt_model(
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope" if backends.transformer_engine else "none",
-        rotary_base=int(architecture.rope_theta),
+        rotary_base=int(architecture.rotary.theta),
+        rotary_percent=architecture.rotary.fraction,
         vp_stage=virtual_stage,
     )
     return gpt.to(device.torch_device())

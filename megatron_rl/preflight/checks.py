@@ -313,6 +313,6 @@ def _memory_problems(needed: int, dtype: str, architecture: Architecture, larges
     if needed > free:
         yield (
             f"this run needs about {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are free: "
-            f"{architecture.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, or a "
-            "larger machine"
+            f"{architecture.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, "
+            "or a larger machine"
         )

@@ -20,13 +20,19 @@ MOST_WIRE_BYTES = 25e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedShape:
-    """What a model's routed experts look like: [positions, num_layers, topk] numbers below num_experts. The first
-    num_dense_layers have no experts; there the numbers mean nothing."""
+    """What a model's routed experts look like: [positions, num_layers, topk] numbers below num_experts. moe_layers:
+    those that have experts; in others the numbers mean nothing."""
 
     num_layers: int
-    num_dense_layers: int
+    moe_layers: tuple[int, ...]
     topk: int
     num_experts: int
+
+    def of_moe_layers(self, experts: np.ndarray) -> np.ndarray:
+        """experts[:, moe_layers], without a copy where these follow each other."""
+        first, last = self.moe_layers[0], self.moe_layers[-1]
+        follow = len(self.moe_layers) == last - first + 1
+        return experts[:, first : last + 1] if follow else experts[:, list(self.moe_layers)]
 
     @property
     def kept_bytes(self) -> int:
@@ -40,15 +46,17 @@ class RoutedShape:
 
 
 def routed_shape(architecture: Architecture) -> RoutedShape:
-    """ValueError when the model has more experts than can be replayed."""
+    """ValueError when the model has no experts, or more than can be replayed."""
+    if not architecture.num_experts:
+        raise ValueError("rollout.router_replay is for models with experts, and this one has none; set it to false")
     if architecture.num_experts > MAX_EXPERTS:
         raise ValueError(
-            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has {architecture.num_experts}; set it "
-            "to false"
+            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has "
+            f"{architecture.num_experts}; set it to false"
         )
     return RoutedShape(
         num_layers=architecture.num_hidden_layers,
-        num_dense_layers=min(architecture.first_k_dense_replace, architecture.num_hidden_layers),
+        moe_layers=tuple(filter(architecture.is_moe_layer, range(architecture.num_hidden_layers))),
         topk=architecture.num_experts_per_tok,
         num_experts=architecture.num_experts,
     )
@@ -96,18 +104,18 @@ def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> 
             f"routed_experts holds {flat.size} numbers, expected [prompt + output - 1, layers, topk] = {expected}"
         )
     experts = flat.reshape(expected)
-    chosen = experts[:, shape.num_dense_layers :]
+    chosen = shape.of_moe_layers(experts)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= shape.num_experts):
         raise ValueError(
             f"routed_experts must be in [0, {shape.num_experts}), got {chosen.min()} to {chosen.max()}: the server "
             "runs another model"
         )
     found = experts.astype(np.uint8)
-    repeats = _repeats(found[:, shape.num_dense_layers :])
+    repeats = _repeats(shape.of_moe_layers(found))
     if repeats.any():
         position, layer = np.argwhere(repeats)[0]
         raise ValueError(
-            f"routed_experts names an expert twice at position {position} in layer {layer + shape.num_dense_layers} "
+            f"routed_experts names an expert twice at position {position} in layer {shape.moe_layers[layer]} "
             f"({chosen[position, layer].tolist()}): the server does not record this model's routing"
         )
     return found

@@ -56,11 +56,13 @@ async def serving(
 async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
     assert config.model is not None  # with a teacher there is nothing to serve
-    eos = load_architecture(model).eos_token_id
+    end_ids = load_architecture(model).eos_token_ids
     with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
         variables = secret_variables(config)
         async with serving(model, config.model.dtype, config.rollout, config.run_dir, name, variables) as servers:
-            yield Sampler(servers, rewards, response_decoder(tokenizer, eos), no_advantages, config.rollout, seed, eos)
+            yield Sampler(
+                servers, rewards, response_decoder(tokenizer, end_ids), no_advantages, config.rollout, seed, end_ids
+            )
 
 
 def no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:

@@ -102,10 +102,10 @@ def _check_same_tokens(jobs: Sequence[_Job]) -> None:
     first, *others = jobs
     for other in others:
         differs = next((name for name, ids in first.input_ids.items() if other.input_ids[name] != ids), None)
-        eos = [load_architecture(job.candidate.path).eos_token_id for job in (first, other)]
+        eos = [load_architecture(job.candidate.path).eos_token_ids for job in (first, other)]
         if differs is not None or eos[0] != eos[1]:
             what = (
-                f"prompt {differs} is other tokens" if differs is not None else f"the eos token is {eos[0]}, {eos[1]}"
+                f"prompt {differs} is other tokens" if differs is not None else f"the end tokens are {eos[0]}, {eos[1]}"
             )
             raise ValueError(
                 f"candidates {first.candidate.path} and {other.candidate.path} have different tokenizers or chat "

@@ -90,7 +90,11 @@ def export_directory(
     rank = dist.get_rank()
     partial = destination.with_name(f".{destination.name}.partial")
     table = name_table(model.architecture)
-    expected = [(hf, table[name].hf_shape, model.dtype) for name in exported_names(model) for hf in table[name].hf]
+    expected = [
+        (hf, shape, model.dtype)
+        for name in exported_names(model)
+        for hf, shape in zip(table[name].hf, table[name].hf_shapes, strict=True)
+    ]
     names_by_shard: list[Any] = []
 
     def make() -> None:

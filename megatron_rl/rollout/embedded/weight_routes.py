@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from megatron_rl.families import Architecture
+from megatron_rl.families import Architecture, tensor_shapes
 from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
@@ -25,7 +25,6 @@ from megatron_rl.rollout.embedded.weight_requests import (
     parse_join,
 )
 from megatron_rl.rollout.embedded.weight_roots import WeightRoots
-from megatron_rl.rollout.embedded.weights import expected_tensors
 from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class WeightRoutes:
         self._session = Hold(engine.options.hold_timeout_seconds, lambda: self._updates.open, self._end_session)
         self._bodies = bodies
         self.limits = BucketLimits(
-            tensors=2 * len(expected_tensors(engine.config)), values=2 * engine.config.num_parameters()
+            tensors=2 * len(tensor_shapes(engine.config)), values=2 * engine.config.num_parameters()
         )
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:

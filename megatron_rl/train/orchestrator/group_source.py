@@ -92,7 +92,7 @@ class RecordedGroups:
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
-        self.decode = response_decoder(tokenizer, architecture.eos_token_id)
+        self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._digest = _load_prompts(config, tokenizer)[0].digest
         self._groups, self._prompts = read_groups(path, advantages_of(config), limits_of(config.rollout, architecture))
         if config.budget.domains:
@@ -156,7 +156,7 @@ class ServerGroups:
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
-        self.decode = response_decoder(tokenizer, architecture.eos_token_id)
+        self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
@@ -184,7 +184,7 @@ class ServerGroups:
             advantages_of(config),
             config.rollout,
             config.seed,
-            architecture.eos_token_id,
+            architecture.eos_token_ids,
             self._journal,
         )
 

@@ -1,0 +1,139 @@
+"""Every family against transformers' own classes: log-probs, gradients, files; and what config.json must say."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import CASES, make, transformers_logprobs, transformers_model
+from parallel import run_ranks
+from reference import load_reference, policy_loss
+from safetensors.torch import save_file
+from test_convert import assert_same, there_and_back
+from test_embedded_model import DirectEngine
+from test_parallel import make_spec, relative
+from tiny_model import tensors_of
+
+from megatron_rl.checkpoint.read import open_checkpoint
+from megatron_rl.families import load_architecture, tensor_shapes
+from megatron_rl.rollout.embedded.load import load_weights
+
+LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
+# Each family whole, and divided; scaled rotary embeddings beyond the original length.
+DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {case: make(case, tmp_path_factory.mktemp("families") / "model") for case in CASES}
+
+
+def spec_of(model: Path, **changes: object) -> dict:
+    """As in test_parallel; the recorded log-probs are near those of the model, so that ratios are near 1."""
+    spec = make_spec(model, token_cap=400, traced=[], **changes)
+    rng = random.Random(5)
+    spec["sequences"].append(
+        {
+            "token_ids": [rng.randrange(97) for _ in range(120)],
+            "num_prompt_tokens": 3,
+            "advantage": 0.7,
+            "rollout_logprobs": [-1000 / 256] * 117,
+            "num_stale_tokens": 0,
+        }
+    )
+    return spec
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_embedded_server_has_the_logprobs_of_transformers(case: str, models: dict[str, Path]) -> None:
+    engine = DirectEngine(models[case], slots=4, context_length=256)
+    ids = [random.Random(1).randrange(97) for _ in range(130)]
+    sequence = engine.add(ids, max_new_tokens=1, input_logprob_start=0)
+    engine.run()
+    with torch.no_grad():
+        expected = transformers_logprobs(transformers_model(models[case]), ids)
+    found = torch.tensor(sequence.input_logprobs[1:])
+    assert (found - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_trainer_has_the_logprobs_and_gradients_of_transformers(
+    case: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = spec_of(models[case])
+    model = transformers_model(models[case])
+    with torch.no_grad():
+        logprobs = [transformers_logprobs(model, row["token_ids"]) for row in spec["sequences"]]
+    gradient = transformers_gradient(model, spec)
+    for layout, (num_ranks, parallel) in LAYOUTS.items():
+        if layout != "alone" and case not in DIVIDED:
+            continue
+        found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
+        for i, (row, expected) in enumerate(zip(spec["sequences"], logprobs, strict=True)):
+            own = expected[row["num_prompt_tokens"] - 1 :]
+            assert (found[f"logprobs/{i}"] - own).abs().max() < 2e-5, (layout, i)
+        for name, expected in gradient.items():
+            assert relative(found[f"grad/c3po/{name}"], expected) < 1e-5, (layout, name)
+
+
+def transformers_gradient(model, spec: dict) -> dict[str, torch.Tensor]:
+    """Of the C3PO loss, by transformers' forward pass and torch's autograd."""
+    total = 0.0
+    algorithm = spec["algorithms"][0]
+    low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
+    for row in spec["sequences"]:
+        start, ids = row["num_prompt_tokens"], row["token_ids"]
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)[start - 1 : -1]
+        logp = logits[range(len(logits)), ids[start:]]
+        entropy = -(logits.exp() * logits).sum(-1)
+        stale = torch.arange(len(logp)) < row["num_stale_tokens"]
+        old = torch.where(stale, torch.tensor(row["rollout_logprobs"]), logp.detach())
+        ratio, advantage = (logp - old).exp(), row["advantage"]
+        gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
+    (total / spec["budget"]).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
+def test_the_gradient_is_that_of_a_plain_fp64_reference_over_layouts(
+    case: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = make_spec(models[case], dtype="float64", traced=[])
+    config, weights = load_reference(models[case])
+    policy_loss(config, weights, spec, spec["algorithms"][0]).backward()
+    for layout in ("alone", "TP2", "CP2"):
+        num_ranks, parallel = LAYOUTS[layout]
+        found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
+        for name, tensor in weights.items():
+            assert relative(found[f"grad/c3po/{name}"], tensor.grad) < 1e-8, (layout, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_go_to_megatron_and_back_bit_by_bit_and_transformers_opens_them(
+    case: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    back = there_and_back(models[case], tmp_path, max_shard_bytes=40_000)
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert_same(back, tensors_of(models[case]))
+    ids = [random.Random(2).randrange(97) for _ in range(40)]
+    with torch.no_grad():
+        found, expected = (transformers_logprobs(transformers_model(folder), ids) for folder in (back, models[case]))
+    assert torch.equal(found, expected)
+
+
+def test_a_copy_of_the_tied_head_and_old_rotary_buffers_are_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = tensors_of(models["qwen2, tied, yarn"])
+    embedding = tensors["model.embed_tokens.weight"]
+    old = {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    shutil.copytree(models["qwen2, tied, yarn"], tmp_path / "old")
+    save_file(tensors | old, tmp_path / "old/model.safetensors")
+    architecture = load_architecture(tmp_path / "old")
+    with open_checkpoint(tmp_path / "old") as found:
+        assert set(found.dtypes) == set(tensor_shapes(architecture)) == set(tensors)
+    assert load_weights(tmp_path / "old", architecture, torch.float32).head.shape == embedding.t().shape
+    save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / "old/model.safetensors")
+    for read in (open_checkpoint, lambda path: load_weights(path, architecture, torch.float32)):
+        with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight, but tie"):
+            read(tmp_path / "old")
