@@ -8,11 +8,11 @@ Transformer Engine's layers keep less.
 
 from dataclasses import asdict, dataclass
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.config.schema import RlConfig, RunConfig
+from megatron_rl.families import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.
@@ -43,41 +43,47 @@ class RankBytes:
         return sum(asdict(self).values())
 
 
-def stage_parameters(bailing: BailingConfig, layout: Layout) -> list[tuple[int, int]]:
+def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
     """Of every pipeline rank: parameters on one of its ranks outside of routed experts, and in them.
 
     Tensor parallelism divides attention, shared and dense MLPs, embedding and head; every rank has norms and routers.
     """
-    h, t = bailing.hidden_size, layout.tensor
-    q, k = _attention_widths(bailing)
-    attention = (h * (q + 2 * k) + q * h) // t + 2 * h
-    experts = bailing.num_experts // layout.expert * 3 * h * bailing.moe_intermediate_size // layout.expert_tensor
-    beside_experts = bailing.num_experts * h + 3 * h * bailing.shared_intermediate_size // t
-    vocabulary = -(-bailing.vocab_size // t) * h
-    sizes = layout.layers_per_stage(bailing.num_hidden_layers)
+    h, t = architecture.hidden_size, layout.tensor
+    q, k = _attention_widths(architecture)
+    small = (q + 2 * k) // t * architecture.qkv_bias + 2 * architecture.head_dim * architecture.qk_norm
+    attention = (h * (q + 2 * k) + q * h) // t + 2 * h + small
+    experts = (
+        architecture.num_experts // layout.expert * 3 * h * architecture.moe_intermediate_size // layout.expert_tensor
+    )
+    beside_experts = architecture.num_experts * h + 3 * h * architecture.shared_intermediate_size // t
+    vocabulary = -(-architecture.vocab_size // t) * h
+    sizes = layout.layers_per_stage(architecture.num_hidden_layers)
     found = [[0, 0] for _ in range(layout.pipeline)]
     layer = 0
     for stage, size in enumerate(sizes):
         for _ in range(size):
-            moe = bailing.is_moe_layer(layer)
-            dense = beside_experts if moe else 3 * h * bailing.intermediate_size // t
+            moe = architecture.is_moe_layer(layer)
+            dense = beside_experts if moe else 3 * h * architecture.intermediate_size // t
             found[stage % layout.pipeline][0] += attention + dense
             found[stage % layout.pipeline][1] += experts if moe else 0
             layer += 1
     found[0][0] += vocabulary
-    if layout.pipeline > 1 or not bailing.tie_word_embeddings:
+    if layout.pipeline > 1 or not architecture.tie_word_embeddings:
         found[-1][0] += vocabulary
     found[-1][0] += h
     return [(dense, routed) for dense, routed in found]
 
 
-def _attention_widths(bailing: BailingConfig) -> tuple[int, int]:
+def _attention_widths(architecture: Architecture) -> tuple[int, int]:
     """Of queries, and of keys, which is that of values."""
-    return bailing.num_attention_heads * bailing.head_dim, bailing.num_key_value_heads * bailing.head_dim
+    return (
+        architecture.num_attention_heads * architecture.head_dim,
+        architecture.num_key_value_heads * architecture.head_dim,
+    )
 
 
 def layer_activation_bytes(
-    bailing: BailingConfig, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+    architecture: Architecture, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
 ) -> dict[str, int]:
     """What one local layer keeps for its backward pass of `num_tokens` tokens of a context-parallel rank, by part.
 
@@ -94,43 +100,48 @@ def layer_activation_bytes(
     and of the router 33 bytes per expert, and 32 per choice. All is divided by the tensor-parallel size: by sequence
     parallelism, or as the weights are. Experts are equally loaded. Norms and SwiGLU are fused, as on a GPU.
     """
-    h, c, e = bailing.hidden_size, layout.context, layout.expert_tensor
-    q, k = _attention_widths(bailing)
+    h, c, e = architecture.hidden_size, layout.context, layout.expert_tensor
+    q, k = _attention_widths(architecture)
     item = ITEM_BYTES[model.dtype]
     flash = model.dtype == "bfloat16" and c == 1 and model.attention != "sdpa"
     elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
     if moe:
-        elements["shared_experts"] = 3 * bailing.shared_intermediate_size
-        elements["moe"] = bailing.num_experts_per_tok * (h * e + 3 * bailing.moe_intermediate_size)
+        elements["shared_experts"] = 3 * architecture.shared_intermediate_size
+        elements["moe"] = architecture.num_experts_per_tok * (h * e + 3 * architecture.moe_intermediate_size)
     else:
-        elements["mlp"] = 3 * bailing.intermediate_size
-    router = {"moe": 33 * bailing.num_experts + 32 * bailing.num_experts_per_tok}
+        elements["mlp"] = 3 * architecture.intermediate_size
+    router = {"moe": 33 * architecture.num_experts + 32 * architecture.num_experts_per_tok}
     return {
         part: num_tokens * (number * item + router.get(part, 0)) // layout.tensor for part, number in elements.items()
     }
 
 
 def _layer_gradient_bytes(
-    bailing: BailingConfig, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+    architecture: Architecture, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
 ) -> int:
     """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
     product, of its input and of its weight, or at its first one that of a weight twice as large, when what the last one
     kept is gone; and three of the residual stream. quack has none of the experts' weights."""
-    h, t, e = bailing.hidden_size, layout.tensor, layout.expert_tensor
+    h, t, e = architecture.hidden_size, layout.tensor, layout.expert_tensor
     if moe:
-        width = bailing.moe_intermediate_size
-        weight = bailing.num_experts // layout.expert * h * width // e
+        width = architecture.moe_intermediate_size
+        weight = architecture.num_experts // layout.expert * h * width // e
         weight = 0 if model.expert_weight_gradient == "quack" else weight
-        last, first = bailing.num_experts_per_tok * (h * e + width), bailing.num_experts_per_tok * (h * e - width)
+        last, first = (
+            architecture.num_experts_per_tok * (h * e + width),
+            architecture.num_experts_per_tok * (h * e - width),
+        )
     else:
-        width = bailing.intermediate_size
+        width = architecture.intermediate_size
         weight = h * width // t
         last, first = width, 0
     elements = max(num_tokens * last // t + weight, num_tokens * first // t + 2 * weight) + 3 * num_tokens * h // t
     return elements * ITEM_BYTES[model.dtype]
 
 
-def _kept_bytes(parts: dict[str, int], bailing: BailingConfig, model: ModelSection, num_tokens: int) -> tuple[int, int]:
+def _kept_bytes(
+    parts: dict[str, int], architecture: Architecture, model: ModelSection, num_tokens: int
+) -> tuple[int, int]:
     """Of a layer that keeps `parts`, with the recomputation that `model` asks for: what stays until its backward pass,
     and what comes back for the time of that. num_tokens: whose input is kept, of a tensor-parallel rank."""
     everything = sum(parts.values())
@@ -138,17 +149,17 @@ def _kept_bytes(parts: dict[str, int], bailing: BailingConfig, model: ModelSecti
         case "none":
             return everything, 0
         case "full":
-            return num_tokens * bailing.hidden_size * ITEM_BYTES[model.dtype], everything
+            return num_tokens * architecture.hidden_size * ITEM_BYTES[model.dtype], everything
     again = parts.keys() & {*model.recompute_modules, *(["shared_experts"] if "moe" in model.recompute_modules else [])}
     kept = everything - sum(parts[part] for part in again)
     if "core_attn" in model.recompute_modules:  # q, k, v as they come, q once more, and the output
-        q, k = _attention_widths(bailing)
+        q, k = _attention_widths(architecture)
         inputs = num_tokens * (3 * q + 2 * k) * ITEM_BYTES[model.dtype]
         return kept - parts["attention"] + inputs, max(parts["attention"], everything - kept)
     return kept, everything - kept
 
 
-def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> list[RankBytes]:
+def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) -> list[RankBytes]:
     """Of a rank of every pipeline stage.
 
     The distributed optimizer divides its states over the ranks that hold the same parameters: data x context of them
@@ -163,21 +174,21 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
     num_tokens = config.train.micro_batch_tokens
     kinds = {}
     for moe in (False, True):
-        shape = bailing, model, layout, num_tokens, moe
-        kept, again = _kept_bytes(layer_activation_bytes(*shape), bailing, model, num_tokens // layout.tensor)
+        shape = architecture, model, layout, num_tokens, moe
+        kept, again = _kept_bytes(layer_activation_bytes(*shape), architecture, model, num_tokens // layout.tensor)
         kinds[moe] = kept, again + _layer_gradient_bytes(*shape)
-    sizes = layout.layers_per_stage(bailing.num_hidden_layers)
+    sizes = layout.layers_per_stage(architecture.num_hidden_layers)
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     found = []
-    for stage, (dense, routed) in enumerate(stage_parameters(bailing, layout)):
+    for stage, (dense, routed) in enumerate(stage_parameters(architecture, layout)):
         mine = range(stage, len(sizes), layout.pipeline)
-        layers = [kinds[bailing.is_moe_layer(firsts[i] + j)] for i in mine for j in range(sizes[i])]
+        layers = [kinds[architecture.is_moe_layer(firsts[i] + j)] for i in mine for j in range(sizes[i])]
         temporary = max((layer for _, layer in layers), default=0)
         if stage == layout.pipeline - 1:
-            rows = -(-bailing.vocab_size // layout.tensor)
+            rows = -(-architecture.vocab_size // layout.tensor)
             logits = min(4 * num_tokens * rows, _LOGITS_BYTES)
-            head = logits + logits * item // 4 + 2 * num_tokens * bailing.hidden_size * item
-            temporary = max(temporary, head + rows * bailing.hidden_size * (4 if item == 4 else 4 + item))
+            head = logits + logits * item // 4 + 2 * num_tokens * architecture.hidden_size * item
+            temporary = max(temporary, head + rows * architecture.hidden_size * (4 if item == 4 else 4 + item))
         shards = dense / (layout.data * layout.context) + routed / expert_replicas
         states = shards * _OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
         found.append(
@@ -192,7 +203,7 @@ def rank_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout) -> lis
     return found
 
 
-def host_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout, num_ranks: int) -> dict[str, int]:
+def host_bytes(config: RunConfig, architecture: Architecture, layout: Layout, num_ranks: int) -> dict[str, int]:
     """Estimate the host memory of a machine with `num_ranks` of the training ranks, by part, beside what these hold on
     their devices and beside servers.
 
@@ -203,37 +214,37 @@ def host_bytes(config: RunConfig, bailing: BailingConfig, layout: Layout, num_ra
         buckets     of weights on their way by gloo, two on the first rank and one on each other
     """
     item, share = ITEM_BYTES[config.model.dtype], num_ranks / layout.world_size
-    stages = rank_bytes(config, bailing, layout)
+    stages = rank_bytes(config, architecture, layout)
     ranks_per_stage = layout.world_size // layout.pipeline
-    found = {"checkpoint": round(share * bailing.num_parameters() * SAVED_BYTES[config.model.dtype])}
+    found = {"checkpoint": round(share * architecture.num_parameters() * SAVED_BYTES[config.model.dtype])}
     offload = config.optimizer.offload_fraction
     if isinstance(config, RlConfig) and config.train.offload_while_generating:
         offload = 1.0
     if offload:
-        states = bailing.num_parameters() * _OPTIMIZER_BYTES[config.model.dtype]
+        states = architecture.num_parameters() * _OPTIMIZER_BYTES[config.model.dtype]
         found["optimizer"] = round(share * offload * states)
     if not isinstance(config, RlConfig):
         return found
     if config.algorithm.kl_coefficient:
         found["reference"] = round(share * 2 * ranks_per_stage * sum(rank.weights for rank in stages))
     if share == 1.0:
-        found["exports"] = 2 * bailing.num_parameters() * item
+        found["exports"] = 2 * architecture.num_parameters() * item
     if config.sync.transport == "distributed":
         found["buckets"] = (num_ranks + 1) * config.sync.bucket_mb * 2**20
     return found
 
 
 def serving_host_bytes(
-    rollout: GenerationSection, dtype: str, bailing: BailingConfig, num_gpus: int, updates: bool = True
+    rollout: GenerationSection, dtype: str, architecture: Architecture, num_gpus: int, updates: bool = True
 ) -> int:
     """Estimate the host memory of all servers of a machine with so many GPUs: embedded ones, and SGLang's on a CPU."""
     if num_gpus and rollout.engine == "sglang":
         return 0
-    return rollout.servers_on(num_gpus) * sum(server_bytes(rollout, dtype, bailing, updates))
+    return rollout.servers_on(num_gpus) * sum(server_bytes(rollout, dtype, architecture, updates))
 
 
 def server_bytes(
-    rollout: GenerationSection, dtype: str, bailing: BailingConfig, updates: bool = True
+    rollout: GenerationSection, dtype: str, architecture: Architecture, updates: bool = True
 ) -> tuple[int, int]:
     """Weights, and keys and values when every slot is full, of one generation server.
 
@@ -241,8 +252,8 @@ def server_bytes(
     """
     item = ITEM_BYTES[dtype]
     embedded = rollout.engine == "embedded"
-    per_token = 2 * bailing.num_hidden_layers * bailing.num_key_value_heads * bailing.head_dim
+    per_token = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim
     slots = rollout.max_running_requests * rollout.max_sequence_tokens
-    return (2 if embedded and updates else 1) * bailing.num_parameters() * item, slots * per_token * (
+    return (2 if embedded and updates else 1) * architecture.num_parameters() * item, slots * per_token * (
         4 if embedded else item
     )

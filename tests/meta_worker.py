@@ -35,9 +35,9 @@ from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 
 from megatron_rl.config.algorithm import AlgorithmSection  # noqa: E402
-from megatron_rl.config.bailing import read_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
+from megatron_rl.families import read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
 from megatron_rl.model.backends import Installed  # noqa: E402
@@ -221,11 +221,11 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    bailing = read_bailing_config(Path(shape.pop("path"))).model_copy(update=shape)
-    model = build.build_model(bailing, config.model, config.moe, ALONE)
+    architecture = read_architecture(Path(shape.pop("path"))).model_copy(update=shape)
+    model = build.build_model(architecture, config.model, config.moe, ALONE)
     trainer = Trainer(model, config.optimizer, 10, dist.new_group(backend="gloo"))
     sequence = TrainSequence(
-        token_ids=np.arange(num_tokens, dtype=np.int32) % bailing.vocab_size,
+        token_ids=np.arange(num_tokens, dtype=np.int32) % architecture.vocab_size,
         loss_positions=np.arange(1, num_tokens, dtype=np.int32),
         weight=1.0,
         advantage=1.0,
@@ -255,7 +255,7 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     with memory:
         trainer._run([batch] * 2, 1.0, functools.partial(trainer._loss, objective, 100.0, tally))
     found["passes"] = memory.most - found["state"]
-    planned = rank_bytes(config, bailing, ALONE)[0]
+    planned = rank_bytes(config, architecture, ALONE)[0]
     assert weights == found["state"] - 8 * sum(p.numel() for p in adam_of)
     return found | {
         "planned_state": planned.weights + planned.gradients + planned.optimizer,

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_rl.families import Rotary
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch
 
 
@@ -10,8 +12,7 @@ def micro_batch(sequences: list[TrainSequence], multiple_of: int, rank: int, siz
     return make_micro_batch(
         sequences,
         multiple_of=multiple_of,
-        head_dim=8,
-        rope_theta=1e4,
+        rotary=frequencies(Rotary(), head_dim=8),
         dtype=torch.float32,
         device=torch.device("cpu"),
         context_rank=rank,

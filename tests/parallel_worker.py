@@ -272,7 +272,7 @@ def main(folder: Path) -> None:
         lengths,
         layout.data,
         config.micro_batch_cap,
-        cost_model(context.bailing),
+        cost_model(context.architecture),
         multiple_of=layout.micro_batch_multiple,
     )
     mine = placed[context.layout.data_rank(context.rank)]

@@ -345,7 +345,7 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
     """
     servers = Servers(spec, folder)
     max_bytes, silence = spec["bucket_bytes"], 60.0
-    num_bytes = context.bailing.num_parameters() * context.model.dtype.itemsize
+    num_bytes = context.architecture.num_parameters() * context.model.dtype.itemsize
     weights = WeightFolder(context.control, num_bytes, shared=None)
     num_gpus = int(device.on_cuda())
     make: dict[str, Callable[[], Transport]] = {

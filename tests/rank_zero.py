@@ -115,7 +115,7 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
     return SimpleNamespace(
         control=control,
         layout=Layout(world_size=1),
-        bailing=None,
+        architecture=None,
         watchdog=SimpleNamespace(enter=lambda phase, step: None),
         checkpoints=SimpleNamespace(latest=latest, num_failed_saves=0),
         memory_metrics=dict,

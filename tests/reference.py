@@ -1,4 +1,4 @@
-"""BailingMoE and the C3PO loss written down once more, plainly, in fp64 with autograd.
+"""The models and the C3PO loss written down once more, plainly, in fp64 with autograd.
 
 Derived from the model's description and the paper's Eq. 2; shares no code with the package.
 """
@@ -32,22 +32,26 @@ def forward(
     routers: by layer, where the router's logits [n, E] are put down. routed: [n - 1][layers][topk], the experts to use
     in place of the router's choice; the last token keeps it.
     """
-    h = w["model.word_embeddings.weight"][ids]
+    h = w[_embedding(w)][ids]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         h = h + _attention(config, w, p, _norm(config, h, w[p + "input_layernorm.weight"]))
         x = _norm(config, h, w[p + "post_attention_layernorm.weight"])
-        if layer < config["first_k_dense_replace"]:
+        if layer < config.get("first_k_dense_replace", 0) or "num_experts" not in config:
             h = h + _mlp(w, p + "mlp.", x)
         else:
             given = None if routed is None else [experts[layer] for experts in routed]
             h = h + _moe(config, w, p + "mlp.", x, given)
             if routers is not None:
                 routers.setdefault(layer, []).append(x @ w[p + "mlp.gate.weight"].T)
-    head = w["model.word_embeddings.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
-    if config["norm_head"]:
+    head = w[_embedding(w) if config.get("tie_word_embeddings") else "lm_head.weight"]
+    if config.get("norm_head"):
         head = head / (head.detach().norm(dim=0, keepdim=True) + 1e-7)
     return _norm(config, h, w["model.norm.weight"]) @ head.T
+
+
+def _embedding(w: dict[str, Tensor]) -> str:
+    return next(name for name in ("model.word_embeddings.weight", "model.embed_tokens.weight") if name in w)
 
 
 def routed_by(model_dir: Path, ids: list[int]) -> Any:
@@ -69,11 +73,21 @@ def _norm(config: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
 def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
     n, nq, nk = len(x), config["num_attention_heads"], config["num_key_value_heads"]
     d = config.get("head_dim") or config["hidden_size"] // nq
-    rows = x @ w[p + "attention.query_key_value.weight"].T
-    q, k, v = rows[:, : nq * d], rows[:, nq * d : (nq + nk) * d], rows[:, (nq + nk) * d :]
+    if p + "attention.query_key_value.weight" in w:
+        rows = x @ w[p + "attention.query_key_value.weight"].T
+        q, k, v = rows[:, : nq * d], rows[:, nq * d : (nq + nk) * d], rows[:, (nq + nk) * d :]
+    else:
+        q, k, v = (x @ w[f"{p}self_attn.{name}_proj.weight"].T for name in "qkv")
+        if p + "self_attn.q_proj.bias" in w:
+            q, k, v = (y + w[f"{p}self_attn.{name}_proj.bias"] for name, y in (("q", q), ("k", k), ("v", v)))
+    if p + "self_attn.q_norm.weight" in w:
+        q, k = (
+            _norm(config, y.unflatten(1, (-1, d)), w[f"{p}self_attn.{name}_norm.weight"]).flatten(1)
+            for name, y in (("q", q), ("k", k))
+        )
+    theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
     angle = torch.outer(
-        torch.arange(n, dtype=torch.float64),
-        config["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d),
+        torch.arange(n, dtype=torch.float64), theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     )
     heads = []
     for i in range(nq):
@@ -81,7 +95,8 @@ def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) 
         qi, ki = (_rotate(y, angle) for y in (q[:, i * d : (i + 1) * d], k[:, g * d : (g + 1) * d]))
         score = (qi @ ki.T / d**0.5).masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
         heads.append(score.softmax(-1) @ v[:, g * d : (g + 1) * d])
-    return torch.cat(heads, -1) @ w[p + "attention.dense.weight"].T
+    output = next(p + name for name in ("attention.dense.weight", "self_attn.o_proj.weight") if p + name in w)
+    return torch.cat(heads, -1) @ w[output].T
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:

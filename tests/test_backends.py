@@ -6,12 +6,12 @@ import pytest
 from pydantic import ValidationError
 from tiny_model import TINY_CONFIG
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
+from megatron_rl.families import architecture_of
 from megatron_rl.model.backends import COSTS, Backends, Installed, choose, problems
 
-BAILING = BailingConfig.model_validate(TINY_CONFIG)
+BAILING = architecture_of(TINY_CONFIG)
 HOPPER = Installed(compute_capability=(9, 0))
 AMPERE = Installed(compute_capability=(8, 0))
 TURING = Installed(compute_capability=(7, 5))

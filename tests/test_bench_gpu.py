@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from megatron_rl.config.bailing import read_bailing_config
+from megatron_rl.families import read_architecture
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -33,7 +33,7 @@ LING_LITE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 
 
 def test_flops_of_ling_lite_by_hand() -> None:
-    shape = read_bailing_config(ROOT / "examples/ring_lite/ling_lite_1_5/config.json")
+    shape = read_architecture(ROOT / "examples/ring_lite/ling_lite_1_5/config.json")
     found = model_flops(shape.model_copy(update={"num_hidden_layers": 3}), [8192, 100], 8290)
     # Queries, keys, values and output; router; two shared and six of 64 experts, of three matrices each; four norms'
     # worth of weights a layer is no product, but is counted as 2 per weight, as the last norm is.
@@ -99,7 +99,7 @@ def test_operations_of_forward_backward_and_recomputation_belong_to_the_part_tha
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     config = run_config(Namespace(recompute=["none"], model=[]), 32)
-    shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE)
+    shape = read_architecture(LING_LITE).model_copy(update=SMOKE)
     with world():
         yield Bench(shape, config, dist.new_group(backend="gloo"), rounds=1)
 
@@ -144,8 +144,8 @@ def test_recomputation_runs_every_layer_once_more_and_changes_no_gradient(bench:
 
 @pytest.mark.parametrize("dense", [0, 1])
 def test_the_reference_has_the_same_shape_but_for_a_gate_of_shared_experts(dense: int) -> None:
-    changes = {"num_hidden_layers": 3, "first_k_dense_replace": dense}
-    shape = read_bailing_config(LING_LITE).model_copy(update=changes)
+    changes = {"num_hidden_layers": 3, "dense_layers": tuple(range(dense))}
+    shape = read_architecture(LING_LITE).model_copy(update=changes)
     with torch.device("meta"):
         from transformers import Qwen2MoeForCausalLM
 
@@ -161,13 +161,13 @@ def test_the_reference_has_the_same_shape_but_for_a_gate_of_shared_experts(dense
 
 
 def test_a_shape_that_the_reference_has_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_shared_experts 0 and norm_head False; compare another shape"):
-        reference_config(read_bailing_config(LING_LITE).model_copy(update={"num_shared_experts": 0}))
+    with pytest.raises(ValueError, match="0 and norm_head False; compare another shape"):
+        reference_config(read_architecture(LING_LITE).model_copy(update={"shared_intermediate_size": 0}))
 
 
 def test_the_reference_learns_what_it_is_given() -> None:
     torch.manual_seed(0)
-    shape = read_bailing_config(LING_LITE).model_copy(update=SMOKE | {"initializer_range": 0.05})
+    shape = read_architecture(LING_LITE).model_copy(update=SMOKE | {"initializer_range": 0.05})
     reference = Reference(shape, [16, 16], torch.device("cpu"))
     for group in reference.optimizer.param_groups:
         group["lr"] = 1e-2

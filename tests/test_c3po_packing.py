@@ -21,7 +21,7 @@ from megatron_rl.c3po.packing import (
     lower_bound,
     pack_micro_batches,
 )
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench_schedule.py"
 COST = CostModel(linear=1.0, quadratic=0.05)
@@ -195,8 +195,8 @@ def test_the_benchmark_prints_json_and_says_what_it_needs(tmp_path: Path) -> Non
 
 
 def test_cost_of_ling_lite_counts_its_active_weights() -> None:
-    ling = BailingConfig(
-        model_type="bailing_moe",
+    ling = Architecture(
+        family="bailing_moe",
         vocab_size=126464,
         hidden_size=2048,
         intermediate_size=5632,
@@ -206,10 +206,9 @@ def test_cost_of_ling_lite_counts_its_active_weights() -> None:
         num_key_value_heads=4,
         num_experts=64,
         num_experts_per_tok=6,
-        num_shared_experts=2,
+        shared_intermediate_size=2 * 1408,
         max_position_embeddings=16384,
-        eos_token_id=1,
-        pad_token_id=1,
+        eos_token_ids=(1,),
     )
     assert ling.num_parameters() == 16_801_974_272
     cost = cost_model(ling)

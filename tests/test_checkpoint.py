@@ -11,7 +11,7 @@ from tiny_model import TINY_CONFIG, tiny_tensors, write_tiny_model
 from megatron_rl.checkpoint.hf import HfCheckpoint
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.checkpoint.names import canonical_name, name_table
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import architecture_of
 
 
 def test_query_key_value_rows_are_grouped_by_key_value_head() -> None:
@@ -56,8 +56,8 @@ def test_every_layout_comes_back_bit_for_bit(size: int, d: int, per_group: int, 
 
 
 def test_the_table_names_every_tensor_of_the_model_once_with_its_shape() -> None:
-    table = name_table(BailingConfig.model_validate(TINY_CONFIG))
-    named = [(name, entry.hf_shape) for entry in table.values() for name in entry.hf]
+    table = name_table(architecture_of(TINY_CONFIG))
+    named = [pair for entry in table.values() for pair in zip(entry.hf, entry.hf_shapes, strict=True)]
     assert sorted(named) == sorted((name, tuple(t.shape)) for name, t in tiny_tensors(TINY_CONFIG).items())
 
 
@@ -79,7 +79,7 @@ def test_missing_left_over_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
     from safetensors.torch import load_file, save_file
 
     model = write_tiny_model(tmp_path / "m")
-    config = BailingConfig.model_validate(TINY_CONFIG)
+    config = architecture_of(TINY_CONFIG)
     tensors = load_file(model / "model.safetensors")
     broken = dict(tensors)
     broken["extra.weight"] = broken.pop("model.norm.weight")

@@ -11,14 +11,13 @@ import pytest
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
-from megatron_rl.config import bailing
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
+from megatron_rl.families import Architecture, architecture_of, bailing, load_architecture
 from megatron_rl.plan.show import run_plan
 from megatron_rl.simulation.rates import Rates
 
@@ -232,13 +231,13 @@ def test_budget_per_gpu_is_multiplied_by_the_training_ranks(tmp_path: Path) -> N
     assert load_config(RlConfig, write(tmp_path, RL)).phase_budgets(8) == (200,)
 
 
-def small_model(**changes: object) -> BailingConfig:
+def small_model(**changes: object) -> Architecture:
     fields = dict(
         model_type="bailing_moe", vocab_size=96, hidden_size=64, intermediate_size=80, moe_intermediate_size=32,
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
         max_position_embeddings=64, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    return BailingConfig.model_validate(fields | changes)
+    return architecture_of(fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -294,15 +293,15 @@ def test_context_parallel_ranks_share_a_sequence_and_so_the_cap_of_a_micro_batch
         load_config(RlConfig, write(tmp_path, RL), ["train.micro_batch_tokens=63", "parallel.context=2"])
 
 
-def test_a_model_that_is_not_bailing_version_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_type must be 'bailing_moe', got 'llama'"):
-        small_model(model_type="llama")
+def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_type 'gemma3' is not implemented; it can be BailingMoeForCausalLM, Ll"):
+        small_model(model_type="gemma3")
     with pytest.raises(ValueError, match=r"use_qkv_bias must be False .*, got True"):
         small_model(use_qkv_bias=True)
     with pytest.raises(ValueError, match="model directory .*nothing does not exist"):
-        load_bailing_config(tmp_path / "nothing")
+        load_architecture(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no config.json"):
-        load_bailing_config(tmp_path)
+        load_architecture(tmp_path)
 
 
 def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -311,8 +310,8 @@ def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.Log
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
     bailing._tell_of_dropout.cache_clear()
     with caplog.at_level(logging.INFO, "megatron_rl"):
-        assert load_bailing_config(tmp_path) == load_bailing_config(tmp_path)
-    assert load_bailing_config(tmp_path) == BailingConfig.model_validate(TINY_CONFIG)
+        assert load_architecture(tmp_path) == load_architecture(tmp_path)
+    assert load_architecture(tmp_path) == architecture_of(TINY_CONFIG)
     assert [r.getMessage() for r in caplog.records] == [
         "config.json asks for embedding_dropout 0.1, output_dropout 0.1; training and servers here run without dropout"
     ]

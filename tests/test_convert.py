@@ -20,8 +20,8 @@ from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.checkpoint.show import parse_size
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.families import load_architecture
 from megatron_rl.files import open_model_file
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -431,7 +431,7 @@ def test_the_result_is_read_back_and_a_difference_is_an_error(
 def test_a_run_stands_for_its_newest_checkpoint(model: Path, tmp_path: Path) -> None:
     convert(Job(source=model, destination=tmp_path / "run/checkpoints/step_7", to_megatron=True))
     (tmp_path / "run/checkpoints/latest").write_text("step_7\n")
-    with open_checkpoint(tmp_path / "run", load_bailing_config(model)) as checkpoint:
+    with open_checkpoint(tmp_path / "run", load_architecture(model)) as checkpoint:
         assert checkpoint.directory == tmp_path / "run/checkpoints/step_7"
     assert compare(model, tmp_path / "run") == ([], 62)
 

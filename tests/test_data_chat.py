@@ -169,7 +169,7 @@ def test_data_and_reward_import_neither_torch_nor_transformers():
 
 def test_the_eos_that_ends_a_response_is_no_part_of_its_text(ling) -> None:
     program = "```python\nx = 1\n```"
-    decode, eos = response_decoder(ling, ling.eos_token_id), ling.eos_token_id
+    decode, eos = response_decoder(ling, [ling.eos_token_id]), ling.eos_token_id
     ids = ling.encode(program, add_special_tokens=False)
     assert decode([*ids, eos]) == decode(ids) == program
     assert closed_blocks(decode([*ids, eos]))  # a fence with eos behind it would close nothing

@@ -12,13 +12,12 @@ from reference_forward import reference_logprobs
 from safetensors.torch import load_file, save_file
 from tiny_model import TINY_CONFIG, write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture, tensor_shapes
 from megatron_rl.rollout.embedded.engine import Engine, EngineOptions
 from megatron_rl.rollout.embedded.load import load_weights
 from megatron_rl.rollout.embedded.protocol import Limits, parse_sampling
 from megatron_rl.rollout.embedded.sampling import SamplingRows, derive_seeds, draw, keep_top, sample, uniforms
 from megatron_rl.rollout.embedded.sequence import Sequence
-from megatron_rl.rollout.embedded.weights import expected_tensors
 
 
 class DirectEngine:
@@ -26,7 +25,7 @@ class DirectEngine:
 
     def __init__(self, directory, *, dtype=torch.float32, slots=64, context_length=512):
         self.events = []
-        self.config = load_bailing_config(directory)
+        self.config = load_architecture(directory)
         options = EngineOptions(
             model_path=str(directory), dtype=dtype, max_running_requests=slots, context_length=context_length
         )
@@ -314,7 +313,7 @@ BROKEN = {
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     directory = write_tiny_model(tmp_path)
-    config = load_bailing_config(directory)
+    config = load_architecture(directory)
     rewrite(directory, change)
     with pytest.raises(ValueError, match=message):
         load_weights(directory, config, torch.float32)
@@ -322,7 +321,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
 
 def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path):
     directory = write_tiny_model(tmp_path)
-    config = load_bailing_config(directory)
+    config = load_architecture(directory)
     whole = load_weights(directory, config, torch.float32)
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)
@@ -332,5 +331,5 @@ def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path
     save_file({n: tensors[n] for n in names[9:]}, directory / "model.safetensors")
     split = load_weights(directory, config, torch.float32)
     assert torch.equal(split.layers[2].experts[5].gate_up, whole.layers[2].experts[5].gate_up)
-    assert set(names) == set(expected_tensors(config))
+    assert set(names) == set(tensor_shapes(config))
     assert sum(t.numel() for t in tensors.values()) == config.num_parameters()

@@ -294,7 +294,7 @@ def test_a_failed_update_says_why_and_leaves_the_weights_alone(server, tmp_path)
         ("empty", "no .*safetensors"),
         ("corrupt", "safetensors"),
         ("wide", "hidden_size"),
-        ("theta", "rope_theta"),
+        ("theta", "rotary"),
     ):
         answer = update(server, tmp_path / path, weight_version="bad")
         assert answer.status_code == 400
@@ -400,12 +400,12 @@ def test_a_dead_engine_answers_500_and_ends_the_process_with_a_message(model_dir
     (tmp_path / "run.py").write_text(
         "import sys\n"
         "from megatron_rl.rollout.embedded import __main__, model\n"
-        "inner = model.BailingModel.hidden\n"
+        "inner = model.EmbeddedModel.hidden\n"
         "def hidden(self, weights, cache, batch):\n"
         "    if (batch.tokens == 77).any() and batch.num_queries > 1 and len(cache.keys[0]) > 3:\n"
         "        raise RuntimeError('planted')\n"
         "    return inner(self, weights, cache, batch)\n"
-        "model.BailingModel.hidden = hidden\n"
+        "model.EmbeddedModel.hidden = hidden\n"
         "sys.exit(__main__.main(sys.argv[1:]))\n"
     )
     server = Server(model_dir, program=[sys.executable, str(tmp_path / "run.py")])

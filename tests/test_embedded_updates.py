@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import tensors_of, write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture
 from megatron_rl.rollout.embedded.packing import pack, places
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import BucketLimits, parse_bucket, parse_join
@@ -72,7 +72,7 @@ def pair_for():
 @pytest.fixture
 def tiny(tmp_path):
     path = write_tiny_model(tmp_path)
-    return load_bailing_config(path), tensors_of(path)
+    return load_architecture(path), tensors_of(path)
 
 
 SHAPES = {
@@ -87,7 +87,7 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_tell_the_raw_tensors_they_were_made_of(tmp_path, overrides, dtype):
     path = write_tiny_model(tmp_path, **overrides)
-    config, tensors = load_bailing_config(path), tensors_of(path)
+    config, tensors = load_architecture(path), tensors_of(path)
     found = places(pack(tensors, config, dtype), config)
     lost = {"lm_head.weight"} if config.norm_head else set()
     assert found.keys() == tensors.keys() - lost
@@ -116,7 +116,7 @@ def test_a_session_makes_the_weights_that_a_file_would(tiny, flat, pair_for):
 
 def test_a_bucket_may_mix_dtypes_at_odd_places_and_what_is_unknown_fails_it_alone(tmp_path, pair_for):
     path = write_tiny_model(tmp_path, vocab_size=97, hidden_size=60, num_attention_heads=3, num_key_value_heads=1)
-    config, tensors = load_bailing_config(path), tensors_of(path)
+    config, tensors = load_architecture(path), tensors_of(path)
     pair = pair_for(config)
     pair.updates.begin()
     strange = {"unknown.weight": torch.ones(3, dtype=torch.bfloat16)}

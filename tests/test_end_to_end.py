@@ -16,12 +16,12 @@ from inputs import make_inputs
 from small_disk import NO_MOUNT, resize, small_disk
 
 from megatron_rl.c3po.packing import cost_model
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.metric_names import unknown
 from megatron_rl.report.sections import SECTIONS
@@ -127,7 +127,7 @@ def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
     run = whole / "run"
     config = load_config(RlConfig, run / "config.toml")
     rates = Rates(decode=((1, 1.0),), train_flops=1.0)
-    cost = cost_model(load_bailing_config(config.model.path))
+    cost = cost_model(load_architecture(config.model.path))
     for row, step in zip(
         rows_of(whole), replay(run, config, ClusterSection(gpus_per_node=1), cost, rates), strict=True
     ):

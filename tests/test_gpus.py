@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.families import load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, gpu_shares, opened_rank, visible_gpus
 from megatron_rl.preflight import checks as preflight
 from megatron_rl.preflight.checks import check_seats, check_start
@@ -285,10 +285,10 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
         with pytest.raises(ValueError, match=r"needs about .* GiB of host memory and 0.0 GiB are free"):
             check_start(Start(config=config, world_size=2))
         monkeypatch.undo()
-        on_cpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
+        on_cpu = preflight.required_bytes(config, load_architecture(config.model.path), 2, serves=True)
     with machine(["0", "1"]):
         check_start(Start(config=config, world_size=2))
-        on_gpu = preflight.required_bytes(config, load_bailing_config(config.model.path), 2, serves=True)
+        on_gpu = preflight.required_bytes(config, load_architecture(config.model.path), 2, serves=True)
         with pytest.raises(ValueError, match="4 training ranks on a machine with 2 GPUs, and each needs one"):
             check_start(Start(config=config, world_size=4))
     # Without servers it does not matter what these could not do.
@@ -297,7 +297,7 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
     )
     with machine([]), pytest.raises(ValueError, match="rollout.engine 'embedded' generates on the CPU"):
         check_start(Start(config=slow, world_size=1))
-    assert not list(preflight.problems(slow, load_bailing_config(config.model.path), 1, serves=False))
+    assert not list(preflight.problems(slow, load_architecture(config.model.path), 1, serves=False))
     assert 0 < on_gpu < on_cpu, "embedded servers and copies stay in host memory, the ranks' state does not"
 
 

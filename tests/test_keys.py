@@ -17,10 +17,10 @@ import torch
 from starlette.middleware import Middleware
 from tiny_model import write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.families import load_architecture
 from megatron_rl.keys import bearer, new_key, without_secrets
 from megatron_rl.rollout.client import GenerationClient, RequestRefused, ServerLost
 from megatron_rl.rollout.embedded.engine import EngineOptions
@@ -43,7 +43,7 @@ def app_of(model: Path, key: str) -> App:
         model_path=str(model), dtype=torch.float32, max_running_requests=2, context_length=64, weight_version="0"
     )
     guard = Middleware(Guard, key=key, host="server.example")
-    return App(load_bailing_config(model), options, on_failure=lambda: None, guard=guard)
+    return App(load_architecture(model), options, on_failure=lambda: None, guard=guard)
 
 
 def test_no_route_does_anything_for_who_does_not_show_the_key(model: Path) -> None:

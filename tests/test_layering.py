@@ -24,6 +24,8 @@ LAYERS = {
     "reward": 1,
     "c3po": 1,
     "config": 0,
+    "families": 0,
+    "rotary": 0,
     "records": 0,
     "device": 0,
     "gpus": 0,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
 FACTS = Path(__file__).parents[2] / "shared" / "data" / "ling" / "ling_lite_tokenizer_facts.json"
@@ -73,11 +73,11 @@ def test_every_tensor_of_the_architecture_is_there_with_its_shape(model_dir):
 
 
 def test_the_package_reads_the_config_and_counts_the_same_parameters(model_dir):
-    config = load_bailing_config(model_dir)
+    config = load_architecture(model_dir)
     tensors = load_file(model_dir / "model.safetensors")
     assert config.num_parameters() == sum(tensor.size for tensor in tensors.values())
     assert config.norm_head is True
-    assert (config.head_dim, config.vocab_size, config.first_k_dense_replace) == (8, 128, 1)
+    assert (config.head_dim, config.vocab_size, config.dense_layers) == (8, 128, (0,))
 
 
 def test_weights_have_the_standard_deviations_asked_for(model_dir):
@@ -155,9 +155,10 @@ def test_ids_of_the_padding_rows_decode_without_an_error(tokenizer):
 
 
 def test_roles_are_single_special_tokens_and_eos_is_pad(model_dir, tokenizer):
-    config = load_bailing_config(model_dir)
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id == config.pad_token_id
-    assert tokenizer.convert_ids_to_tokens([config.eos_token_id]) == ["<|endoftext|>"]
+    config = load_architecture(model_dir)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert config.eos_token_ids == (tokenizer.eos_token_id,)
+    assert tokenizer.convert_ids_to_tokens([*config.eos_token_ids]) == ["<|endoftext|>"]
     for role in ("SYSTEM", "HUMAN", "ASSISTANT"):
         ids = tokenizer.encode(f"<role>{role}</role>")
         assert len(ids) == 1

@@ -15,13 +15,14 @@ from alone import ALONE, world
 from tiny_model import write_tiny_model
 
 from megatron_rl import device
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.families import Rotary, load_architecture
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
 from megatron_rl.model import build
 from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step.batch import TrainSequence, make_micro_batch
 
 LING_LITE = Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json"
@@ -58,8 +59,8 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    bailing = load_bailing_config(folder)
-    built = build_model(bailing, config.model, config.moe, ALONE)
+    architecture = load_architecture(folder)
+    built = build_model(architecture, config.model, config.moe, ALONE)
     load_weights(built, folder)
     sequence = TrainSequence(
         token_ids=np.arange(NUM_TOKENS, dtype=np.int32) % 97,
@@ -70,7 +71,9 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
         num_stale_tokens=0,
     )
     where = torch.device("cpu")
-    batch = make_micro_batch([sequence], multiple_of=1, head_dim=40, rope_theta=1e4, dtype=torch.float32, device=where)
+    batch = make_micro_batch(
+        [sequence], multiple_of=1, rotary=frequencies(Rotary(), head_dim=40), dtype=torch.float32, device=where
+    )
     ours = [*built.parameters(), batch.packed.cos, batch.packed.sin]
     ours += [index for bucket in batch.packed.buckets for index in (bucket.queries, bucket.keys)]
     known = {tensor.untyped_storage().data_ptr() for tensor in ours}
@@ -92,7 +95,7 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
             output_processor=built.head,
             output_processor_context=HeadRequest(index=batch.loss_index, targets=batch.targets),
         )
-    return sum(storage.nbytes() for storage in kept.values()), rank_bytes(config, bailing, ALONE)[0].activations
+    return sum(storage.nbytes() for storage in kept.values()), rank_bytes(config, architecture, ALONE)[0].activations
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ CASES: list[dict[str, Any]] = [
 def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> None:
     """Four of Ling-lite's layers on one: a graph of the very operations that run there, on no device (meta_worker.py),
     where an operation between two devices, or a shape that the host would wait for, is an error."""
-    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "first_k_dense_replace": num_dense}
+    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": list(range(num_dense))}
     command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *CASES])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -144,10 +147,10 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
 
 def test_attention_without_the_flash_kernel_keeps_its_output_twice(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, **SHAPE)
-    bailing = load_bailing_config(tmp_path)
+    architecture = load_architecture(tmp_path)
     flash, sdpa = (
         layer_activation_bytes(
-            bailing, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
+            architecture, ModelSection(path=tmp_path, dtype="bfloat16", attention=attention), ALONE, 10, True
         )
         for attention in ("auto", "sdpa")
     )

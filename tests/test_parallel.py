@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.layout import Layout
+from megatron_rl.families import load_architecture
 
 # 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
 # three of one, two and one.
@@ -298,7 +298,7 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
     spec = make_spec(model, dtype="float64", parallel={"context": 2}, token_cap=40, moe=losses)
     found = run_ranks(2, spec, tmp_path / "run")
     lengths = [len(row["token_ids"]) for row in spec["sequences"]]
-    ((*micro_batches,),) = pack_micro_batches(lengths, 1, 80, cost_model(load_bailing_config(model)))
+    ((*micro_batches,),) = pack_micro_batches(lengths, 1, 80, cost_model(load_architecture(model)))
     assert len(micro_batches) > 1
     config, weights = load_reference(model)
     expected_balance, expected_z = router_losses(config, weights, spec, [list(m) for m in micro_batches])

@@ -12,7 +12,6 @@ from pyarrow import parquet
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.checkpoint.hf import HfCheckpoint
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.curation import sources
@@ -22,6 +21,7 @@ from megatron_rl.data.curation.sources import numbered_lines, read_pieces
 from megatron_rl.data.prompts import read_chats, read_prompts
 from megatron_rl.data.scored import lines_of, read_scored
 from megatron_rl.evaluation.responses import read_judged
+from megatron_rl.families import architecture_of, load_architecture, read_architecture
 from megatron_rl.parsing import MAX_LINE_BYTES, parse_json, parse_toml, read_text
 from megatron_rl.reward.code import CodeSettings, judge_response
 from megatron_rl.reward.code_tests import problem_of_tests
@@ -70,8 +70,8 @@ def test_deep_files_of_a_model_are_refused_with_their_names(tmp_path: Path) -> N
     config, index = tmp_path / "config.json", tmp_path / "model.safetensors.index.json"
     config.write_text(DEEP)
     with pytest.raises(ValueError, match=rf"^{config} is not valid JSON: {TOO_DEEP}$"):
-        load_bailing_config(tmp_path)
-    model = BailingConfig.model_validate(TINY_CONFIG)
+        load_architecture(tmp_path)
+    model = architecture_of(TINY_CONFIG)
     index.write_text('{"weight_map": ' + DEEP + "}")
     with pytest.raises(ValueError, match=rf"^{index} is not an index of safetensors: .*{TOO_DEEP}"):
         HfCheckpoint(tmp_path, model)
@@ -137,7 +137,7 @@ def test_a_document_of_gigabytes_or_that_is_no_file_is_refused(tmp_path: Path) -
     path.touch()
     os.truncate(path, 10 * 2**30)
     with pytest.raises(ValueError, match=rf"^{path} is not valid JSON: it has more than 268,435,456 bytes$"):
-        read_bailing_config(path)
+        read_architecture(path)
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(ValueError, match="^it is not a regular file$"):
@@ -203,7 +203,7 @@ def test_a_wrong_number_of_config_json_is_refused_with_its_range(
     whole = json.dumps({name: content for name, content in TINY_CONFIG.items() if name != key})
     path.write_text(f'{whole[:-1]}, "{key}": {value}}}')
     with pytest.raises(ValueError) as caught:
-        read_bailing_config(path)
+        read_architecture(path)
     assert str(caught.value).startswith(f"{path}: {key} {message}")
 
 
@@ -211,10 +211,10 @@ def test_layers_and_experts_that_are_too_many_together_are_refused(tmp_path: Pat
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY_CONFIG | {"num_hidden_layers": 4096, "num_experts": 65536}))
     with pytest.raises(ValueError, match="num_hidden_layers 4096 times num_experts 65536 must be at most 262144"):
-        read_bailing_config(path)
+        read_architecture(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match=rf"^{path} must hold a JSON object, got \[\]$"):
-        read_bailing_config(path)
+        read_architecture(path)
     path.write_text('{"vocab_size": ' + "1" * 5000 + "}")
     with pytest.raises(ValueError, match=rf"^{path} is not valid JSON: .*4300 digits"):
-        read_bailing_config(path)
+        read_architecture(path)

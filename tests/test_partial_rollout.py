@@ -62,7 +62,7 @@ def sampler(servers: object, rollout: RolloutSection) -> Sampler:
         lambda responses, rewards: np.zeros(len(responses)),
         rollout,
         seed=3,
-        eos_token_id=1,
+        end_ids=(1,),
     )
 
 

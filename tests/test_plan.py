@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny_model import TINY_CONFIG
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
+from megatron_rl.families import architecture_of
 from megatron_rl.memory import stage_parameters
 from megatron_rl.plan.show import run_plan
 
@@ -367,14 +367,14 @@ def test_memory_of_a_training_gpu(tmp_path: Path) -> None:
 
 
 def test_one_rank_holds_the_whole_model_and_stages_share_it_out() -> None:
-    model = BailingConfig.model_validate(LING_LITE | {"first_k_dense_replace": 1})
+    model = architecture_of(LING_LITE | {"first_k_dense_replace": 1})
     ((dense, routed),) = stage_parameters(model, Layout(world_size=1))
     assert dense + routed == model.num_parameters()
     stages = stage_parameters(model, Layout(world_size=4, pipeline=4))
     assert sum(map(sum, stages)) == model.num_parameters()
     # 27 layers with experts: the first stage has the dense one in place of one of them.
     assert [routed for _, routed in stages] == [n * 64 * EXPERT for n in (6, 7, 7, 7)]
-    tied = BailingConfig.model_validate(LING_LITE | {"tie_word_embeddings": True})
+    tied = architecture_of(LING_LITE | {"tie_word_embeddings": True})
     # The last stage has a copy of the embedding.
     assert sum(map(sum, stage_parameters(tied, Layout(world_size=2, pipeline=2)))) == tied.num_parameters() + VOCABULARY
     assert sum(map(sum, stage_parameters(tied, Layout(world_size=1)))) == tied.num_parameters()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.names import name_table
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import architecture_of
 from megatron_rl.gpus import chosen_backend
 from megatron_rl.rollout.server import EmbeddedServer
 from megatron_rl.sync.buckets import Place, divide
@@ -84,7 +84,7 @@ def test_every_layout_sends_the_tensors_of_the_checkpoint_and_the_probe_knows_th
     if shape.get("norm_head"):  # which the server keeps normalised; the probe vouches for it
         del expected["lm_head.weight"]
         aside = " (1 could not be compared: lm_head.weight)"
-    table = name_table(BailingConfig.model_validate(TINY_CONFIG | shape))
+    table = name_table(architecture_of(TINY_CONFIG | shape))
     assert [push["sent"] for push in report["pushes"]] == [len(table), 1]
     for push in report["pushes"]:
         assert push["checksums"] == [expected]
@@ -243,7 +243,7 @@ models = st.fixed_dictionaries(
 def test_buckets_hold_every_tensor_once_in_order_and_runs_tile_them(
     shape: dict[str, Any], max_bytes: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    table = name_table(BailingConfig.model_validate(TINY_CONFIG | shape))
+    table = name_table(architecture_of(TINY_CONFIG | shape))
     buckets = divide(table.values(), dtype, max_bytes)
     assert [entry.megatron for bucket in buckets for entry in bucket.entries] == list(table)
     owner_of = {name: data.draw(st.integers(0, 2)) for name in table}

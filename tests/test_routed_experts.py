@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture
 from megatron_rl.records import Response
 from megatron_rl.rollout.client import Completion, GenerationClient, RequestRefused, SampleRequest
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts, routed_shape
 from megatron_rl.rollout.sampler import _extended
 from megatron_rl.rollout.versions import capabilities
 
-SHAPE = RoutedShape(num_layers=2, num_dense_layers=1, topk=2, num_experts=6)
+SHAPE = RoutedShape(num_layers=2, moe_layers=(1,), topk=2, num_experts=6)
 
 
 def encoded(experts: list) -> str:
@@ -141,7 +141,7 @@ def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_broug
 
 
 def test_a_model_with_more_experts_than_a_byte_can_name_is_refused(tmp_path) -> None:
-    config = load_bailing_config(write_tiny_model(tmp_path))
-    assert routed_shape(config) == RoutedShape(num_layers=3, num_dense_layers=1, topk=2, num_experts=6)
+    config = load_architecture(write_tiny_model(tmp_path))
+    assert routed_shape(config) == RoutedShape(num_layers=3, moe_layers=(1, 2), topk=2, num_experts=6)
     with pytest.raises(ValueError, match=r"rollout.router_replay works for up to 256 experts, the model has 257"):
         routed_shape(config.model_copy(update={"num_experts": 257}))

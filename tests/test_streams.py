@@ -8,7 +8,7 @@ import torch
 from starlette.middleware import Middleware
 from tiny_model import write_tiny_model
 
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture
 from megatron_rl.rollout.embedded.engine import EngineOptions
 from megatron_rl.rollout.embedded.guard import Guard
 from megatron_rl.rollout.embedded.protocol import Limits, parse_generate
@@ -16,7 +16,7 @@ from megatron_rl.rollout.embedded.server import App
 
 
 def test_a_stream_that_comes_when_the_engine_has_ended_says_so_and_is_forgotten(tmp_path: Path) -> None:
-    config = load_bailing_config(write_tiny_model(tmp_path, num_hidden_layers=1))
+    config = load_architecture(write_tiny_model(tmp_path, num_hidden_layers=1))
     options = EngineOptions(
         model_path=str(tmp_path), dtype=torch.float32, max_running_requests=2, context_length=64, weight_version="0"
     )

@@ -30,7 +30,7 @@ def decoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (directory / "config.json").write_text(json.dumps({"model_type": "bailing_moe"}))
     KINDS[request.param](directory)
     tokenizer = load_tokenizer(directory)
-    return tokenizer, response_decoder(tokenizer, tokenizer.eos_token_id)
+    return tokenizer, response_decoder(tokenizer, [tokenizer.eos_token_id])
 
 
 @settings(max_examples=150, deadline=None)

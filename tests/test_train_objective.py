@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.families import Rotary
 from megatron_rl.model.packing import pack
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step.batch import MicroBatch
 from megatron_rl.train.step.objective import PolicyObjective
 from megatron_rl.train.step.step_metrics import MetricAccumulator, Terms
@@ -27,7 +29,7 @@ def make_batch(fresh: bool, old: list[float] | None = None, reference: list[floa
 
     return MicroBatch(
         token_ids=torch.zeros(1, 6, dtype=torch.int64),
-        packed=pack([4, 2], 4, 1e4, F64, torch.device("cpu")),
+        packed=pack([4, 2], frequencies(Rotary(), head_dim=4), F64, torch.device("cpu")),
         padding_mask=torch.zeros(1, 6, dtype=torch.bool),
         loss_index=torch.tensor([0, 1, 2, 4]),
         targets=torch.zeros(4, dtype=torch.int64),

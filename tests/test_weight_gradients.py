@@ -13,9 +13,9 @@ from alone import ALONE, world
 from tiny_model import write_tiny_model
 from torch import Tensor
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.families import load_architecture
 from megatron_rl.model import build
 from megatron_rl.model.backends import choose
 from megatron_rl.model.build import build_model, fuse_weight_gradients
@@ -185,16 +185,16 @@ def tiny(folder: Path) -> tuple[Any, SftConfig]:
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
-    return load_bailing_config(folder), config
+    return load_architecture(folder), config
 
 
 @pytest.mark.parametrize("gradient", ["transformer_engine", "separate"])
 def test_a_model_is_built_with_what_was_chosen(gradient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own linear layers get the flag, as if they were Transformer Engine's."""
-    bailing, config = tiny(tmp_path)
+    architecture, config = tiny(tmp_path)
     monkeypatch.setattr(ColumnParallelLinear, "fuse_wgrad_accumulation", False, raising=False)
     monkeypatch.setattr(build, "choose", lambda *asked: replace(choose(*asked), weight_gradient=gradient))
-    built = build_model(bailing, config.model, config.moe, ALONE)
+    built = build_model(architecture, config.model, config.moe, ALONE)
     found = {
         m.fuse_wgrad_accumulation for gpt in built.gpts for m in gpt.modules() if isinstance(m, ColumnParallelLinear)
     }
@@ -208,8 +208,8 @@ def test_what_megatron_would_take_of_other_packages_is_torchs(tmp_path: Path, mo
     monkeypatch.setattr(trainer.megatron_optimizer, "Adam", theirs)
     monkeypatch.setattr(clip_grads, "l2_norm_impl", theirs)
     monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", theirs)
-    bailing, config = tiny(tmp_path)
-    built = build_model(bailing, config.model, config.moe, ALONE)
+    architecture, config = tiny(tmp_path)
+    built = build_model(architecture, config.model, config.moe, ALONE)
     made = Trainer(built, OptimizerSection(learning_rate=1e-3), 10, dist.new_group(backend="gloo"))
     adams = [part.optimizer for part in made.optimizer.chained_optimizers]
     assert [type(adam) for adam in adams] == [torch.optim.AdamW] * len(adams)

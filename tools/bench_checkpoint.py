@@ -101,7 +101,7 @@ class Bench:
             Checkpoints(self.directory, train.model_copy(update={"async_save": beside}), model, context.control)
             for beside in (False, True)
         )
-        if ROOM * 16 * context.bailing.num_parameters() > shutil.disk_usage(context.config.run_dir).free:
+        if ROOM * 16 * context.architecture.num_parameters() > shutil.disk_usage(context.config.run_dir).free:
             raise SystemExit(f"{context.config.run_dir} has no room for {ROOM} checkpoints; take fewer --layers")
         self.train()  # makes what is made once
 
@@ -138,7 +138,7 @@ class Bench:
         speeds = {name: num_bytes / 1e9 / seconds[name] for name in ("sync_blocked", "cp", "verify", "verify_and_load")}
         return {
             "ranks": ranks,
-            "parameters": self.context.bailing.num_parameters(),
+            "parameters": self.context.architecture.num_parameters(),
             "gigabytes": round(num_bytes / 1e9, 3),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "rounds": {name: [round(value, 3) for value in found] for name, found in self.figures.items()},

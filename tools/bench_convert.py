@@ -20,8 +20,8 @@ import torch
 
 from megatron_rl.checkpoint.convert import forget_cached
 from megatron_rl.checkpoint.hf import SafetensorsWriter, divide_into_shards, shard_file, write_index
-from megatron_rl.checkpoint.names import hf_names, name_table
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.checkpoint.names import name_table
+from megatron_rl.families import Architecture, architecture_of, tensor_shapes
 
 LING_LITE = {
     "architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe", "vocab_size": 126464, "hidden_size": 2048,
@@ -91,8 +91,8 @@ def run(folder: Path, layers: int) -> dict[str, object]:
     return report
 
 
-def shape(layers: int) -> BailingConfig:
-    return BailingConfig.model_validate(LING_LITE | {"num_hidden_layers": layers})
+def shape(layers: int) -> Architecture:
+    return architecture_of(LING_LITE | {"num_hidden_layers": layers})
 
 
 def make_directory(directory: Path, layers: int) -> int:
@@ -101,8 +101,8 @@ def make_directory(directory: Path, layers: int) -> int:
     (directory / "config.json").write_text(
         json.dumps(LING_LITE | {"num_hidden_layers": layers}, indent=1), encoding="utf-8"
     )
-    table = name_table(shape(layers))
-    infos = [(name, entry.hf_shape, torch.bfloat16) for name, (entry, _) in hf_names(table).items()]
+    model = shape(layers)
+    infos = [(name, size, torch.bfloat16) for name, size in tensor_shapes(model).items()]
     largest = max(torch.Size(s).numel() for _, s, _ in infos)
     noise = torch.randn(largest + len(infos), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     shards = divide_into_shards(infos, SHARD_BYTES)
@@ -113,7 +113,7 @@ def make_directory(directory: Path, layers: int) -> int:
                 count = torch.Size(size).numel()
                 writer.write(name, noise[offset : offset + count].view(size))
                 offset, total = offset + 1, total + 2 * count
-    write_index(directory, [[name for name, _, _ in shard] for shard in shards], table)
+    write_index(directory, [[name for name, _, _ in shard] for shard in shards], name_table(model))
     return total
 
 

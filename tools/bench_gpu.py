@@ -57,11 +57,11 @@ from timing import median_seconds, pace  # noqa: E402
 from megatron_rl import device  # noqa: E402
 from megatron_rl.checkpoint.names import name_table  # noqa: E402
 from megatron_rl.config.algorithm import AlgorithmSection  # noqa: E402
-from megatron_rl.config.bailing import BailingConfig, read_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.errors import exit_code  # noqa: E402
+from megatron_rl.families import Architecture, read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel  # noqa: E402
 from megatron_rl.model.head import HeadRequest  # noqa: E402
@@ -103,12 +103,12 @@ class WithoutHead:
 class Bench:
     """One model on this device, and how fast it trains."""
 
-    def __init__(self, bailing: BailingConfig, config: SftConfig, control: Any, rounds: int) -> None:
-        self.bailing, self._rounds = bailing, rounds
-        model = build_model(bailing, config.model, config.moe, ALONE)
+    def __init__(self, architecture: Architecture, config: SftConfig, control: Any, rounds: int) -> None:
+        self.architecture, self._rounds = architecture, rounds
+        model = build_model(architecture, config.model, config.moe, ALONE)
         with torch.no_grad():
             for p in model.parameters():
-                p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, bailing.initializer_range)
+                p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, architecture.initializer_range)
         self.trainer = Trainer(model, config.optimizer, 1000, control)
         self._objective = PolicyObjective(AlgorithmSection())
 
@@ -118,11 +118,11 @@ class Bench:
         return self.trainer.micro_batch(
             [
                 TrainSequence(
-                    token_ids=rng.integers(self.bailing.vocab_size, size=n, dtype=np.int32),
+                    token_ids=rng.integers(self.architecture.vocab_size, size=n, dtype=np.int32),
                     loss_positions=np.arange(1, n, dtype=np.int32),
                     weight=1.0,
                     advantage=1.0 if number % 2 else -1.0,
-                    rollout_logprobs=np.full(n - 1, -np.log(self.bailing.vocab_size), np.float32),
+                    rollout_logprobs=np.full(n - 1, -np.log(self.architecture.vocab_size), np.float32),
                     num_stale_tokens=0,
                 )
                 for number, n in enumerate(lengths)
@@ -208,9 +208,9 @@ def micro_batch_lengths(length: int, num_tokens: int) -> list[int]:
     return [length] * max(1, num_tokens // length)
 
 
-def planned_bytes(arguments: argparse.Namespace, bailing: BailingConfig, length: int, recompute: str) -> int:
+def planned_bytes(arguments: argparse.Namespace, architecture: Architecture, length: int, recompute: str) -> int:
     num_tokens = sum(micro_batch_lengths(length, arguments.tokens))
-    return rank_bytes(run_config(arguments, num_tokens, recompute=recompute), bailing, ALONE)[0].total
+    return rank_bytes(run_config(arguments, num_tokens, recompute=recompute), architecture, ALONE)[0].total
 
 
 def rates(seconds: float, flops: float, peaks: dict[str, float]) -> dict[str, float]:
@@ -226,7 +226,7 @@ def measure_training(
         lengths = micro_batch_lengths(length, arguments.tokens)
         row: dict[str, Any] = {"length": length, "tokens": sum(lengths), "recompute": recompute}
         found["training"].append(row)
-        flops = model_flops(bench.bailing, lengths, sum(lengths) - len(lengths))
+        flops = model_flops(bench.architecture, lengths, sum(lengths) - len(lengths))
         batch = bench.micro_batch(lengths)
         device.reset_peak_memory()
         try:
@@ -236,7 +236,7 @@ def measure_training(
             row["left_out"] = "out of memory"
             continue
         whole = many * each + besides
-        planned = planned_bytes(arguments, bench.bailing, length, recompute)
+        planned = planned_bytes(arguments, bench.architecture, length, recompute)
         row |= {
             "seconds": round(each, 5),
             "seconds_of_step": round(besides, 5),
@@ -251,7 +251,7 @@ def measure_training(
         if (length, recompute) == (arguments.tokens, arguments.recompute[0]):
             with bench.without_head():
                 each, _ = bench.seconds(batch, many)
-                flops = model_flops(bench.bailing, lengths, 0)
+                flops = model_flops(bench.architecture, lengths, 0)
                 found["without_head"] = {"seconds": round(each, 5), **rates(each, flops, peaks)}
             tell(f"without head: {found['without_head']}")
             parts = bench.parts(batch, max(1, many // 4))
@@ -269,12 +269,12 @@ def fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
     return logprobs_and_entropy(hidden, weight, targets, len(weight))
 
 
-def measure_heads(bailing: BailingConfig, num_tokens: int, rounds: int) -> dict[str, Any]:
+def measure_heads(architecture: Architecture, num_tokens: int, rounds: int) -> dict[str, Any]:
     on, dtype = device.torch_device(), torch.bfloat16
-    hidden = torch.randn(num_tokens, bailing.hidden_size, device=on, dtype=dtype, requires_grad=True)
-    weight = torch.randn(bailing.vocab_size, bailing.hidden_size, device=on, dtype=dtype)
-    weight.mul_(bailing.hidden_size**-0.5).requires_grad_()
-    targets = torch.randint(0, bailing.vocab_size, (num_tokens,), device=on)
+    hidden = torch.randn(num_tokens, architecture.hidden_size, device=on, dtype=dtype, requires_grad=True)
+    weight = torch.randn(architecture.vocab_size, architecture.hidden_size, device=on, dtype=dtype)
+    weight.mul_(architecture.hidden_size**-0.5).requires_grad_()
+    targets = torch.randint(0, architecture.vocab_size, (num_tokens,), device=on)
     upstream = torch.randn(2, num_tokens, device=on)
     found: dict[str, Any] = {"tokens": num_tokens}
     for name, head in {"fused": fused_head, "plain": plain_head}.items():
@@ -335,21 +335,21 @@ def measure_choices(keys: list[str]) -> dict[str, Any]:
     return found
 
 
-def measure_choice(bailing: BailingConfig, arguments: argparse.Namespace) -> dict[str, float]:
+def measure_choice(architecture: Architecture, arguments: argparse.Namespace) -> dict[str, float]:
     """A child's work: a model of two layers without head."""
     key, value = arguments.choice
     config = run_config(arguments, arguments.tokens, **{key: value})
-    bench = Bench(bailing.model_copy(update={"num_hidden_layers": 2}), config, join(), arguments.rounds)
+    bench = Bench(architecture.model_copy(update={"num_hidden_layers": 2}), config, join(), arguments.rounds)
     with bench.without_head():
         batch = bench.micro_batch(micro_batch_lengths(arguments.tokens, arguments.tokens))
         each, _ = bench.seconds(batch, arguments.micro_batches)
     return {"seconds": round(each, 5)}
 
 
-def measure_reference(bailing: BailingConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A child's work: transformers' class of `bailing`'s layers."""
+def measure_reference(architecture: Architecture, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A child's work: transformers' class of `architecture`'s layers."""
     lengths = micro_batch_lengths(arguments.tokens, arguments.tokens)
-    reference = Reference(bailing, lengths, device.torch_device())
+    reference = Reference(architecture, lengths, device.torch_device())
     each, besides = pace(reference.step, arguments.micro_batches, arguments.rounds)
     return {
         "class": type(reference.model).__name__,
@@ -370,7 +370,7 @@ def join() -> Any:
 def measure_export(bench: Bench, max_bytes: int, rounds: int) -> dict[str, Any]:
     model = bench.trainer.model
     parameters, dtype = model.parameters_by_canonical_name(), model.dtype
-    buckets = divide(name_table(model.bailing).values(), dtype, max_bytes)
+    buckets = divide(name_table(model.architecture).values(), dtype, max_bytes)
     largest, total = max(b.num_bytes for b in buckets), sum(b.num_bytes for b in buckets)
     flat = torch.empty(largest, dtype=torch.uint8, device=device.torch_device())
     host = torch.empty(largest, dtype=torch.uint8, pin_memory=device.on_cuda())
@@ -409,7 +409,7 @@ def commit() -> str:
 
 def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Into `found`, one after the other: what was measured before an error is not lost."""
-    shape = read_bailing_config(SHAPE)
+    shape = read_architecture(SHAPE)
     if arguments.smoke:
         shape = shape.model_copy(update=SMOKE)
     if arguments.choice:
@@ -421,7 +421,7 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         return
     longest = max(arguments.lengths, key=lambda n: sum(micro_batch_lengths(n, arguments.tokens)))
 
-    def of(layers: int) -> BailingConfig:
+    def of(layers: int) -> Architecture:
         return shape.model_copy(update={"num_hidden_layers": layers})
 
     available = SHARE * device.memory_bytes()

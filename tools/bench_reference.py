@@ -7,39 +7,39 @@ from typing import Any
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 
-def reference_config(bailing: BailingConfig) -> Qwen2MoeConfig:
+def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
     """The shape of a BailingMoE. Beyond it, Qwen2Moe has a gate of its shared experts, of hidden_size weights a layer.
 
     ValueError for a shape that it has not: a normalised head, or layers without shared experts.
     """
-    if bailing.norm_head or not bailing.shared_intermediate_size:
+    if architecture.norm_head or not architecture.shared_intermediate_size:
         raise ValueError(
-            f"Qwen2Moe has shared experts and a plain head, got num_shared_experts {bailing.num_shared_experts} and "
-            f"norm_head {bailing.norm_head}; compare another shape"
+            f"Qwen2Moe has shared experts and a plain head, got {architecture.shared_intermediate_size} and "
+            f"norm_head {architecture.norm_head}; compare another shape"
         )
     return Qwen2MoeConfig(
-        vocab_size=bailing.vocab_size,
-        hidden_size=bailing.hidden_size,
-        intermediate_size=bailing.intermediate_size,
-        num_hidden_layers=bailing.num_hidden_layers,
-        num_attention_heads=bailing.num_attention_heads,
-        num_key_value_heads=bailing.num_key_value_heads,
-        head_dim=bailing.head_dim,
-        moe_intermediate_size=bailing.moe_intermediate_size,
-        shared_expert_intermediate_size=bailing.shared_intermediate_size,
-        num_experts=bailing.num_experts,
-        num_experts_per_tok=bailing.num_experts_per_tok,
-        norm_topk_prob=bailing.norm_topk_prob,
-        mlp_only_layers=list(range(bailing.first_k_dense_replace)),
+        vocab_size=architecture.vocab_size,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_key_value_heads=architecture.num_key_value_heads,
+        head_dim=architecture.head_dim,
+        moe_intermediate_size=architecture.moe_intermediate_size,
+        shared_expert_intermediate_size=architecture.shared_intermediate_size,
+        num_experts=architecture.num_experts,
+        num_experts_per_tok=architecture.num_experts_per_tok,
+        norm_topk_prob=architecture.norm_topk_prob,
+        mlp_only_layers=list(architecture.dense_layers),
         qkv_bias=False,
-        tie_word_embeddings=bailing.tie_word_embeddings,
-        max_position_embeddings=bailing.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": bailing.rope_theta},
-        rms_norm_eps=bailing.rms_norm_eps,
-        initializer_range=bailing.initializer_range,
+        tie_word_embeddings=architecture.tie_word_embeddings,
+        max_position_embeddings=architecture.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rotary.theta},
+        rms_norm_eps=architecture.rms_norm_eps,
+        initializer_range=architecture.initializer_range,
         use_cache=False,
     )
 
@@ -61,16 +61,16 @@ class Reference:
     of a micro-batch's sequences, all the same.
     """
 
-    def __init__(self, bailing: BailingConfig, lengths: Sequence[int], where: torch.device) -> None:
+    def __init__(self, architecture: Architecture, lengths: Sequence[int], where: torch.device) -> None:
         assert len(set(lengths)) == 1
         with where:
             self.model = Qwen2MoeForCausalLM._from_config(
-                reference_config(bailing),
+                reference_config(architecture),
                 dtype=torch.bfloat16,
                 attn_implementation="sdpa",
                 experts_implementation="grouped_mm",
             )
-            self._tokens = torch.randint(bailing.vocab_size, (len(lengths), lengths[0]))
+            self._tokens = torch.randint(architecture.vocab_size, (len(lengths), lengths[0]))
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 

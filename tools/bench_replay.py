@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from make_tiny_model import TinyModel, write_tiny_model  # noqa: E402
 
-from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.optimizer import OptimizerSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
+from megatron_rl.families import load_architecture  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout.client import Completion, GenerationClient, SampleRequest, gather_all  # noqa: E402
 from megatron_rl.rollout.routing import routed_shape  # noqa: E402
@@ -58,7 +58,7 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
         max_running_requests=64,
         ready_deadline_seconds=240,
     )
-    shape = routed_shape(load_bailing_config(model))
+    shape = routed_shape(load_architecture(model))
     with start_servers(model, model.parent, rollout, arguments.dtype) as supervisor:
         supervisor.wait_ready()
 
@@ -85,7 +85,7 @@ def trainer_of(model: Path, dtype: str) -> Trainer:
     initialize_parallel(layout, deadline_seconds=600, seed=0)
     section = ModelSection(path=model, dtype=dtype, layers="local")
     moe = MoeSection(load_balance_coefficient=0.0, z_loss_coefficient=0.0)
-    built = build_model(load_bailing_config(model), section, moe, layout)
+    built = build_model(load_architecture(model), section, moe, layout)
     load_weights(built, model)
     return Trainer(built, OptimizerSection(), 1, dist.group.WORLD)
 

@@ -37,10 +37,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny_model import write_tiny_model  # noqa: E402
 from weight_receiver import Receiver, serve, serving  # noqa: E402
 
-from megatron_rl.config.bailing import load_bailing_config  # noqa: E402
 from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.model import ModelSection, MoeSection  # noqa: E402
 from megatron_rl.config.rollout import RolloutSection  # noqa: E402
+from megatron_rl.families import load_architecture  # noqa: E402
 from megatron_rl.keys import KeyOf, no_key  # noqa: E402
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights  # noqa: E402
 from megatron_rl.rollout import update_group  # noqa: E402
@@ -177,16 +177,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, one_rank() as control, asyncio.Runner() as runner:
         folder = Path(name)
         path = write_tiny_model(folder / "model", **SHAPE)
-        bailing = load_bailing_config(path)
+        architecture = load_architecture(path)
         model = build_model(
-            bailing,
+            architecture,
             ModelSection(path=path, layers="local"),
             MoeSection(),
             Layout(world_size=1),
             distributed_optimizer=False,
         )
         load_weights(model, path)
-        num_bytes = bailing.num_parameters() * 4
+        num_bytes = architecture.num_parameters() * 4
 
         def over_disk() -> Transport:
             return DiskTransport(weights, lambda to: export_directory(model, path, to, control))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from megatron_rl.c3po.packing import cost_model
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's datasheets; the first part of a name that fits decides.
 NOMINAL_PEAKS = {
@@ -17,7 +17,7 @@ NOMINAL_PEAKS = {
 }
 
 
-def model_flops(bailing: BailingConfig, lengths: Sequence[int], num_loss_tokens: int) -> float:
+def model_flops(architecture: Architecture, lengths: Sequence[int], num_loss_tokens: int) -> float:
     """Useful FLOPs of forward and backward of sequences of `lengths` tokens, the head at `num_loss_tokens` of them.
 
         3 * ( sum over sequences (2 A n + 2 L W n^2)  +  2 V H M )
@@ -28,7 +28,7 @@ def model_flops(bailing: BailingConfig, lengths: Sequence[int], num_loss_tokens:
     (activation recomputation, the fused head's logits in backward) is not useful and not counted. M = 0 leaves the
     head out.
     """
-    cost, head = cost_model(bailing), 2.0 * bailing.vocab_size * bailing.hidden_size
+    cost, head = cost_model(architecture), 2.0 * architecture.vocab_size * architecture.hidden_size
     layers = sum((cost.linear - head) * n + cost.quadratic * n * n for n in lengths)
     return 3.0 * (layers + head * num_loss_tokens)
 

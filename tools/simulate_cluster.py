@@ -48,9 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
     ):
         config = load_config(RlConfig, arguments.config, overrides)
         cluster = config.cluster or ClusterSection()
-        bailing, _ = shape_of(config)
+        architecture, _ = shape_of(config)
         workload = workload_of(arguments, config, cluster)
-        result = forecast(config, bailing, cluster, rates, workload, arguments.steps, arguments.seed)
+        result = forecast(config, architecture, cluster, rates, workload, arguments.steps, arguments.seed)
         found.append({"name": name, "gpus": gpus, "overrides": overrides, "lengths": workload.told, **result})
     told = {"config": str(arguments.config), "rates": rates.model_dump(mode="json"), "cases": found}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +122,9 @@ def fit(arguments: argparse.Namespace) -> int:
     if gpus < 1 or len(arguments.gpus) > 1:
         raise ValueError("--calibrate needs --gpus N, the training processes that the run had on all of its nodes")
     cluster = config.cluster or ClusterSection(nodes=1, gpus_per_node=gpus)
-    bailing, _ = shape_of(config)
-    config.parallel.layout(cluster.training_ranks).check(bailing)
-    cost = cost_model(bailing)
+    architecture, _ = shape_of(config)
+    config.parallel.layout(cluster.training_ranks).check(architecture)
+    cost = cost_model(architecture)
     rates = calibrate(run, config, cluster, cost)
     output = arguments.output.with_suffix(".toml")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]
 Rows = list[list[tuple[int, ...]]]
@@ -36,12 +36,11 @@ class CostModel:
         return self.linear * num_tokens + self.quadratic * num_tokens * num_tokens
 
 
-def cost_model(model: BailingConfig) -> CostModel:
+def cost_model(model: Architecture) -> CostModel:
     """2 FLOPs per active weight and token; causal attention, 2 * layers * heads * head_dim * n^2."""
     inactive = (model.num_experts - model.num_experts_per_tok) * 3 * model.hidden_size * model.moe_intermediate_size
-    num_moe_layers = model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    active = model.num_parameters() - num_moe_layers * inactive - embedding
+    active = model.num_parameters() - model.num_moe_layers * inactive - embedding
     width = model.num_attention_heads * model.head_dim
     return CostModel(linear=2.0 * active, quadratic=2.0 * model.num_hidden_layers * width)
 

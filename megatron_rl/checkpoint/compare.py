@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.checkpoint.hf import num_bytes
-from megatron_rl.checkpoint.names import hf_names, name_table
 from megatron_rl.checkpoint.read import Progress, no_progress, open_checkpoint
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture, tensor_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +31,8 @@ def compare(first: Path, second: Path, progress: Progress = no_progress) -> tupl
         if a.dtypes.keys() != b.dtypes.keys():
             names = sorted(a.dtypes.keys() ^ b.dtypes.keys())
             raise ValueError(f"{first} and {second} are different models: only one has {', '.join(names[:3])}")
-        entries = hf_names(name_table(load_bailing_config(a.directory)))
-        with progress(sum(num_bytes(entries[name][0].hf_shape, dtype) for name, dtype in a.dtypes.items())) as advance:
+        shapes = tensor_shapes(load_architecture(a.directory))
+        with progress(sum(num_bytes(shapes[name], dtype) for name, dtype in a.dtypes.items())) as advance:
             for name in a.dtypes:
                 x, y = a.read(name), b.read(name)
                 if x.shape != y.shape:

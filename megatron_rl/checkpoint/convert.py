@@ -24,9 +24,9 @@ from megatron_rl.checkpoint.hf import (
     shard_file,
     write_index,
 )
-from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.names import name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.families import Architecture, load_architecture, tensor_shapes
 from megatron_rl.files import replace_directory
 from megatron_rl.tensor_bytes import checksum
 
@@ -99,10 +99,10 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
 
 
 @contextmanager
-def opened(job: Job) -> Iterator[tuple[Checkpoint, BailingConfig]]:
+def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
     """The source and its shape, checked against the job. ValueError names the mistake."""
     directory = resolve(job.source)
-    model = load_bailing_config(directory)
+    model = load_architecture(directory)
     with open_checkpoint(directory, model) as source:
         is_megatron = isinstance(source, DistributedCheckpoint)
         if is_megatron == job.to_megatron:
@@ -115,12 +115,9 @@ def opened(job: Job) -> Iterator[tuple[Checkpoint, BailingConfig]]:
         yield source, model
 
 
-def result_tensors(job: Job, source: Checkpoint, model: BailingConfig) -> list[TensorInfo]:
+def result_tensors(job: Job, source: Checkpoint, model: Architecture) -> list[TensorInfo]:
     """Name, shape and type of every tensor of the result under its Hugging Face name, in the order of the model."""
-    return [
-        (name, entry.hf_shape, job.dtype or source.dtypes[name])
-        for name, (entry, _) in hf_names(name_table(model)).items()
-    ]
+    return [(name, shape, job.dtype or source.dtypes[name]) for name, shape in tensor_shapes(model).items()]
 
 
 class _Reading:
@@ -181,7 +178,7 @@ class _Reading:
 
 
 def _write_hf(
-    directory: Path, infos: list[TensorInfo], model: BailingConfig, read: Callable[[str], Tensor], max_bytes: int
+    directory: Path, infos: list[TensorInfo], model: Architecture, read: Callable[[str], Tensor], max_bytes: int
 ) -> None:
     shards = divide_into_shards(infos, max_bytes)
     for number, shard in enumerate(shards):

@@ -40,7 +40,7 @@ from megatron_rl.checkpoint.layout import Vocabulary
 from megatron_rl.checkpoint.metadata import read_metadata
 from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
 from megatron_rl.checkpoint.pickles import load_tensor
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.files import model_files
 
 # The folder of the checkpoint in a directory that also holds config.json and the tokenizer.
@@ -52,7 +52,7 @@ class DistributedCheckpoint:
     """A `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
-    def __init__(self, directory: Path, model: BailingConfig) -> None:
+    def __init__(self, directory: Path, model: Architecture) -> None:
         """ValueError for files that are missing, too short or outside of the directory, and for tensors that are
         missing, left over or of another shape than config.json says."""
         self.directory = directory
@@ -74,10 +74,11 @@ class DistributedCheckpoint:
 
     def read(self, name: str) -> Tensor:
         entry, part = self._names[name]
+        parts, offsets, sizes = next(piece for piece in entry.stored_pieces() if part in piece[0])
         # Rows of a padded vocabulary lie behind the last one.
-        region = self._region(entry.stored, *entry.stored_part(part))
+        region = self._region(entry.stored, offsets, sizes)
         region = region[0] if entry.expert else region
-        return region if len(entry.hf) > 1 else entry.layout.split(region)[0]
+        return region if len(parts) < len(entry.hf) else entry.layout.split(region)[part]
 
     def close(self) -> None:
         for file in self._files.values():
@@ -120,7 +121,7 @@ class DistributedCheckpoint:
         where = f"{self._folder / info.relative_path}: {key}"
         return load_tensor(file.read(info.length), chunk.sizes, where)
 
-    def _check(self, entry: TensorMapping, model: BailingConfig) -> None:
+    def _check(self, entry: TensorMapping, model: Architecture) -> None:
         found = self._tensors[entry.stored]
         expected = entry.stored_shape(model.num_experts)
         size = tuple(found.size)
@@ -136,7 +137,7 @@ class DistributedCheckpoint:
 
 def write_distributed(
     folder: Path,
-    model: BailingConfig,
+    model: Architecture,
     dtypes: dict[str, torch.dtype],
     read: Callable[[str], Tensor],
     max_file_bytes: int,
@@ -164,21 +165,20 @@ class _Planner(SavePlanner):
     def __init__(
         self,
         table: dict[str, TensorMapping],
-        model: BailingConfig,
+        model: Architecture,
         dtypes: dict[str, torch.dtype],
         read: Callable[[str], Tensor],
     ) -> None:
         self._read = read
-        self._source: dict[MetadataIndex, tuple[TensorMapping, str]] = {}
+        self._source: dict[MetadataIndex, tuple[TensorMapping, tuple[int, ...]]] = {}
         items = [WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO)]
         for entry in table.values():
-            for part, name in enumerate(entry.hf):
-                offsets, sizes = entry.stored_part(part)
+            for parts, offsets, sizes in entry.stored_pieces():
                 index = MetadataIndex(entry.stored, torch.Size(offsets))
-                self._source[index] = (entry, name)
+                self._source[index] = (entry, parts)
                 data = TensorWriteData(
                     chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
-                    properties=TensorProperties(dtype=dtypes[name]),
+                    properties=TensorProperties(dtype=_one_dtype([entry.hf[part] for part in parts], dtypes)),
                     size=torch.Size(entry.stored_shape(model.num_experts)),
                 )
                 items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
@@ -201,10 +201,9 @@ class _Planner(SavePlanner):
             empty = io.BytesIO()
             torch.save([{}], empty)
             return empty
-        entry, name = self._source[write_item.index]
-        tensor = self._read(name)
-        if len(entry.hf) == 1:
-            tensor = entry.layout.merge([tensor])
+        entry, parts = self._source[write_item.index]
+        tensors = [self._read(entry.hf[part]) for part in parts]
+        tensor = entry.layout.merge(tensors) if len(parts) == len(entry.hf) else tensors[0]
         tensor = tensor[None] if entry.expert else tensor
         # torch.save writes the whole storage, which of a mapped tensor is the file.
         return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
@@ -239,6 +238,14 @@ class _Writer(dcp.FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+
+def _one_dtype(names: Sequence[str], dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    found = {dtypes[name] for name in names}
+    if len(found) > 1:
+        told = ", ".join(f"{name} is {dtypes[name]}" for name in names)
+        raise ValueError(f"{told}; they become one tensor, so convert them to one type (--dtype)")
+    return found.pop()
 
 
 def _num_bytes(data: Tensor | io.BytesIO) -> int:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
-from megatron_rl.checkpoint.names import TensorMapping, hf_names, name_table
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.checkpoint.names import TensorMapping
+from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.files import model_files, open_model_file
 from megatron_rl.parsing import parse_json, read_json
 from megatron_rl.tensor_bytes import as_bytes
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
+# Of models that were saved long ago: computed from config.json here.
+ROTARY_BUFFER = ".rotary_emb.inv_freq"
 INDEX = "model.safetensors.index.json"
 # As a safetensors header calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -30,7 +32,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64:
 class HfCheckpoint:
     """A `Checkpoint` (checkpoint/read.py) of safetensors files, which are mapped into memory."""
 
-    def __init__(self, directory: Path, model: BailingConfig) -> None:
+    def __init__(self, directory: Path, model: Architecture) -> None:
         """ValueError for a file that cannot be read, and the tensors that are missing, left over, there twice or of
         another shape or type than config.json says."""
         self.directory = directory
@@ -46,20 +48,34 @@ class HfCheckpoint:
                 if name in self._where:
                     raise ValueError(f"tensor {name} is in {files[name].name} and in {path.name} of {directory}")
                 self._where[name], files[name] = handle, path
-        names = hf_names(name_table(model))
-        check_names(set(names), set(self._where), str(directory))
-        for name, (entry, _) in names.items():
+        shapes = tensor_shapes(model)
+        self._leave_out_copies(model)
+        check_names(set(shapes), set(self._where), str(directory))
+        for name, shape in shapes.items():
             found = self._where[name].get_slice(name)
-            if tuple(found.get_shape()) != entry.hf_shape:
+            if tuple(found.get_shape()) != shape:
                 raise ValueError(
-                    f"{files[name]}: tensor {name} has shape {tuple(found.get_shape())}; config.json says "
-                    f"{entry.hf_shape}"
+                    f"{files[name]}: tensor {name} has shape {tuple(found.get_shape())}; config.json says {shape}"
                 )
             if found.get_dtype() not in DTYPES:
                 raise ValueError(
                     f"{files[name]}: tensor {name} is {found.get_dtype()}; it must be one of {', '.join(DTYPES)}"
                 )
             self.dtypes[name] = DTYPES[found.get_dtype()]
+
+    def _leave_out_copies(self, model: Architecture) -> None:
+        """Forget what some files hold beside the weights: a head that is the embedding, and rotary frequencies.
+        ValueError for a head that is another one though config.json says that it is tied."""
+        names = family_of(model).tensors
+        for name in [name for name in self._where if name.endswith(ROTARY_BUFFER)]:
+            del self._where[name]
+        if model.tie_word_embeddings and names.head in self._where and names.embedding in self._where:
+            if not torch.equal(self.read(names.head), self.read(names.embedding)):
+                raise ValueError(
+                    f"{self.directory}: {names.head} is not {names.embedding}, but tie_word_embeddings is true; set it "
+                    "to false in config.json"
+                )
+            del self._where[names.head]
 
     def read(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
@@ -105,7 +121,7 @@ def check_names(expected: set[str], found: set[str], where: str) -> None:
         if names
     ]
     if problems:
-        raise ValueError(f"{where}: tensors do not match the BailingMoE of its config.json: {'; '.join(problems)}")
+        raise ValueError(f"{where}: tensors do not match its config.json: {'; '.join(problems)}")
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -203,8 +219,8 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
     """config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of `source`.
-    With `dtype`, config.json's torch_dtype becomes it, and with `changes` other fields; without a difference it stays
-    byte for byte. ValueError, before any is copied, for a file that leads out of `source`."""
+    With `dtype`, config.json's torch_dtype (transformers 5: dtype) becomes it, and with `changes` other fields; without
+    a difference it stays byte for byte. ValueError, before any is copied, for a file that leads out of `source`."""
     of_weights = ("driver.json", CHECKSUMS, SFT_NOTE)
     for file in model_files(source):
         if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:
@@ -212,6 +228,7 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
                 shutil.copyfileobj(content, copy)
     config = parse_json((destination / "config.json").read_bytes())
     if dtype is not None:
-        changes["torch_dtype"] = str(dtype).removeprefix("torch.")
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+        changes |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
     if any(config.get(name) != value for name, value in changes.items()):
         (destination / "config.json").write_text(json.dumps(config | changes, indent=2), encoding="utf-8")

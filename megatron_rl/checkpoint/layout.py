@@ -19,6 +19,10 @@ from torch import Tensor
 
 
 class TensorLayout(Protocol):
+    """interleaves: rows of one Hugging Face tensor do not lie together in the full one, so that all are needed."""
+
+    @property
+    def interleaves(self) -> bool: ...
     def merge(self, tensors: Sequence[Tensor]) -> Tensor: ...
     def split(self, full: Tensor) -> tuple[Tensor, ...]: ...
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
@@ -28,6 +32,10 @@ class TensorLayout(Protocol):
 @dataclass(frozen=True, slots=True)
 class Replicated:
     """One tensor, the same on every tensor-parallel rank (norms, router)."""
+
+    @property
+    def interleaves(self) -> bool:
+        return False
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors
@@ -58,28 +66,40 @@ class Chunked(Replicated):
 
 @dataclass(frozen=True, slots=True)
 class GroupedQkv(Chunked):
-    """[all Q | all K | all V] rows <-> ([Nq/Nk query heads, K, V] per key-value head) rows; both [(Nq+2Nk)*D, H]."""
+    """[all Q | all K | all V] rows <-> ([Nq/Nk query heads, K, V] per key-value head) rows; both [(Nq+2Nk)*D, H].
+
+    separate: Q, K and V are three Hugging Face tensors. Biases have no H.
+    """
 
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
+    separate: bool = False
+
+    @property
+    def interleaves(self) -> bool:
+        return True
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        (qkv,) = tensors
         q_rows, kv_rows = self.num_query_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        parts = qkv.split([q_rows, kv_rows, kv_rows])
+        parts = tensors if self.separate else tensors[0].split([q_rows, kv_rows, kv_rows])
         by_group = [part.unflatten(0, (self.num_kv_heads, -1)) for part in parts]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def split(self, full: Tensor) -> tuple[Tensor, ...]:
         per_group = self.num_query_heads // self.num_kv_heads * self.head_dim
         groups = full.unflatten(0, (self.num_kv_heads, -1)).split([per_group, self.head_dim, self.head_dim], dim=1)
-        return (torch.cat([part.flatten(0, 1) for part in groups]),)
+        parts = tuple(part.flatten(0, 1) for part in groups)
+        return parts if self.separate else (torch.cat(parts),)
 
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
     """gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]; each rank holds [its gate rows; its up rows]."""
+
+    @property
+    def interleaves(self) -> bool:
+        return False
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         gate, up = tensors

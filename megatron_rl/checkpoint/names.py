@@ -1,4 +1,4 @@
-"""The one name table between Hugging Face BailingMoE tensors and Megatron parameters, used in both directions.
+"""The one table of tensors and parameters: from a family's Hugging Face names to Megatron's, used in both directions.
 
 Megatron names here are *canonical*: those of an undivided model (global layer and expert numbers) built from local
 layers. `canonical_name` maps a rank's own parameter names to them. `TensorMapping.stored` is the name in a distributed
@@ -6,10 +6,13 @@ checkpoint: that of Megatron's Transformer Engine layers, with the experts of a 
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture, family_of, tensor_shapes
+from megatron_rl.families.tensors import TensorNames
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
@@ -23,14 +26,14 @@ STORED_NORMS = {
 class TensorMapping:
     """One Megatron parameter and the Hugging Face tensors that it is made of.
 
-    hf_shape: the shape of each of the Hugging Face tensors.
+    hf_shapes: the shape of each of the Hugging Face tensors.
     stored: its tensor in a distributed checkpoint. expert_index: its place along the first axis of that, for experts.
     expert: divided over the expert- and expert-tensor-parallel groups instead of the tensor-parallel group.
     """
 
     megatron: str
     hf: tuple[str, ...]
-    hf_shape: tuple[int, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
     layout: TensorLayout
     stored: str
     expert_index: int | None = None
@@ -42,30 +45,35 @@ class TensorMapping:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the full Megatron tensor."""
-        return (len(self.hf) * self.hf_shape[0], *self.hf_shape[1:])
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
     def stored_shape(self, num_experts: int) -> tuple[int, ...]:
         """Of its tensor in a distributed checkpoint, the vocabulary unpadded."""
         return (num_experts, *self.shape) if self.expert else self.shape
 
-    def stored_part(self, part: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where `hf[part]` lies in that tensor, its rows in Megatron's order: (offsets, sizes)."""
-        offsets = (part * self.hf_shape[0], *[0] * (len(self.hf_shape) - 1))
-        if self.expert_index is None:
-            return offsets, self.hf_shape
-        return (self.expert_index, *offsets), (1, *self.hf_shape)
+    def stored_pieces(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """What is written at once of its tensor in a distributed checkpoint: (numbers of Hugging Face tensors, offsets,
+        sizes). One piece for each of them where its rows lie together, else one of all."""
+        first = 0
+        for part, shape in enumerate(self.hf_shapes):
+            offsets = (first, *[0] * (len(shape) - 1))
+            if self.layout.interleaves:
+                yield tuple(range(len(self.hf))), (0,) * len(shape), self.shape
+                return
+            if self.expert_index is None:
+                yield (part,), offsets, shape
+            else:
+                yield (part,), (self.expert_index, *offsets), (1, *shape)
+            first += shape[0]
 
 
-def name_table(model: BailingConfig) -> dict[str, TensorMapping]:
+def name_table(model: Architecture) -> dict[str, TensorMapping]:
     """Every parameter of the model by its canonical Megatron name."""
-    h, v = model.hidden_size, model.vocab_size
+    shapes = tensor_shapes(model)
     entries = [
-        _plain(EMBEDDING, "model.word_embeddings.weight", (v, h), Vocabulary(v)),
-        *(entry for layer in range(model.num_hidden_layers) for entry in _layer(model, layer)),
-        _plain("decoder.final_layernorm.weight", "model.norm.weight", (h,), Replicated()),
+        TensorMapping(megatron=megatron, hf=hf, hf_shapes=tuple(shapes[name] for name in hf), layout=layout, **places)
+        for megatron, hf, layout, places in _entries(model, family_of(model).tensors)
     ]
-    if not model.tie_word_embeddings:
-        entries.append(_plain("output_layer.weight", "lm_head.weight", (v, h), Vocabulary(v)))
     return {entry.megatron: entry for entry in entries}
 
 
@@ -74,76 +82,63 @@ def hf_names(table: dict[str, TensorMapping]) -> dict[str, tuple[TensorMapping, 
     return {name: (entry, i) for entry in table.values() for i, name in enumerate(entry.hf)}
 
 
-def _plain(megatron: str, hf: str, shape: tuple[int, ...], layout: TensorLayout, stored: str = "") -> TensorMapping:
-    return TensorMapping(megatron=megatron, hf=(hf,), hf_shape=shape, layout=layout, stored=stored or megatron)
+# Of a TensorMapping: megatron, hf, layout, and where it is stored.
+_Entry = tuple[str, tuple[str, ...], TensorLayout, dict[str, Any]]
 
 
-def _layer(model: BailingConfig, layer: int) -> list[TensorMapping]:
-    h, d = model.hidden_size, model.head_dim
-    nq, nk = model.num_attention_heads, model.num_key_value_heads
-    mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+def _entry(megatron: str, hf: str | tuple[str, ...], layout: TensorLayout, stored: str = "") -> _Entry:
+    return megatron, (hf,) if isinstance(hf, str) else hf, layout, {"stored": stored or megatron}
+
+
+def _entries(model: Architecture, names: TensorNames) -> Iterator[_Entry]:
+    vocabulary = Vocabulary(model.vocab_size)
+    yield _entry(EMBEDDING, names.embedding, vocabulary)
+    for layer in range(model.num_hidden_layers):
+        yield from _layer(model, names, layer)
+    yield _entry("decoder.final_layernorm.weight", names.final_norm, Replicated())
+    if not model.tie_word_embeddings:
+        yield _entry("output_layer.weight", names.head, vocabulary)
+
+
+def _layer(model: Architecture, names: TensorNames, layer: int) -> Iterator[_Entry]:
+    mcore, hf = f"decoder.layers.{layer}.", names.layer.format(layer)
     is_moe = model.is_moe_layer(layer)
-    renamed = STORED_NORMS if not is_moe else {"input_layernorm.weight": STORED_NORMS["input_layernorm.weight"]}
-
-    def stored(name: str) -> str:
-        return mcore + renamed.get(name, name)
-
-    entries = [
-        _plain(
-            mcore + "input_layernorm.weight",
-            hf + "input_layernorm.weight",
-            (h,),
-            Replicated(),
-            stored("input_layernorm.weight"),
-        ),
-        _plain(
-            mcore + "self_attention.linear_qkv.weight",
-            hf + "attention.query_key_value.weight",
-            ((nq + 2 * nk) * d, h),
-            GroupedQkv(dim=0, num_query_heads=nq, num_kv_heads=nk, head_dim=d),
-        ),
-        _plain(mcore + "self_attention.linear_proj.weight", hf + "attention.dense.weight", (h, nq * d), Chunked(dim=1)),
-        _plain(
-            mcore + "pre_mlp_layernorm.weight",
-            hf + "post_attention_layernorm.weight",
-            (h,),
-            Replicated(),
-            stored("pre_mlp_layernorm.weight"),
-        ),
-    ]
+    before, between = "input_layernorm.weight", "pre_mlp_layernorm.weight"
+    yield _entry(mcore + before, hf + names.input_norm, Replicated(), mcore + STORED_NORMS[before])
+    yield from _attention(model, names, mcore + "self_attention.", hf)
+    stored = mcore + (between if is_moe else STORED_NORMS[between])
+    yield _entry(mcore + between, hf + names.mlp_norm, Replicated(), stored)
     if not is_moe:
-        return entries + _mlp(mcore + "mlp.", hf + "mlp.", h, model.intermediate_size)
-    entries.append(_plain(mcore + "mlp.router.weight", hf + "mlp.gate.weight", (model.num_experts, h), Replicated()))
+        yield from _mlp(names, mcore + "mlp.", hf + names.mlp)
+        return
+    yield _entry(mcore + "mlp.router.weight", hf + names.router, Replicated())
     for expert in range(model.num_experts):
-        names = (f"{mcore}mlp.experts.{expert}.", f"{hf}mlp.experts.{expert}.")
-        entries += _mlp(*names, h, model.moe_intermediate_size, stored=f"{mcore}mlp.experts.experts.", expert=expert)
-    if model.num_shared_experts:
-        shared = (mcore + "mlp.shared_experts.", hf + "mlp.shared_experts.")
-        entries += _mlp(*shared, h, model.shared_intermediate_size)
-    return entries
+        for megatron, theirs, layout, _ in _mlp(names, "", hf + names.experts.format(expert)):
+            places = {"stored": f"{mcore}mlp.experts.experts.{megatron}", "expert_index": expert}
+            yield f"{mcore}mlp.experts.{expert}.{megatron}", theirs, layout, places
+    if model.shared_intermediate_size:
+        yield from _mlp(names, mcore + "mlp.shared_experts.", hf + names.shared)
 
 
-def _mlp(
-    mcore: str, hf: str, hidden: int, intermediate: int, stored: str = "", expert: int | None = None
-) -> list[TensorMapping]:
-    return [
-        TensorMapping(
-            megatron=mcore + "linear_fc1.weight",
-            hf=(hf + "gate_proj.weight", hf + "up_proj.weight"),
-            hf_shape=(intermediate, hidden),
-            layout=GateUp(),
-            stored=(stored or mcore) + "linear_fc1.weight",
-            expert_index=expert,
-        ),
-        TensorMapping(
-            megatron=mcore + "linear_fc2.weight",
-            hf=(hf + "down_proj.weight",),
-            hf_shape=(hidden, intermediate),
-            layout=Chunked(dim=1),
-            stored=(stored or mcore) + "linear_fc2.weight",
-            expert_index=expert,
-        ),
-    ]
+def _attention(model: Architecture, names: TensorNames, mcore: str, hf: str) -> Iterator[_Entry]:
+    layout = GroupedQkv(
+        dim=0,
+        num_query_heads=model.num_attention_heads,
+        num_kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        separate=len(names.qkv) > 1,
+    )
+    for kind in ("weight", "bias") if model.qkv_bias else ("weight",):
+        yield _entry(f"{mcore}linear_qkv.{kind}", tuple(f"{hf}{name}.{kind}" for name in names.qkv), layout)
+    if model.qk_norm:
+        for own, theirs in zip(("q_layernorm.weight", "k_layernorm.weight"), names.qk_norms, strict=True):
+            yield _entry(mcore + own, hf + theirs, Replicated())
+    yield _entry(mcore + "linear_proj.weight", hf + names.output, Chunked(dim=1))
+
+
+def _mlp(names: TensorNames, mcore: str, hf: str) -> Iterator[_Entry]:
+    yield _entry(mcore + "linear_fc1.weight", (hf + names.gate, hf + names.up), GateUp())
+    yield _entry(mcore + "linear_fc2.weight", hf + names.down, Chunked(dim=1))
 
 
 # How Transformer Engine's fused modules call what the local modules call otherwise.

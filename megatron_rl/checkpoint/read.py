@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint
 from megatron_rl.checkpoint.hf import HfCheckpoint, has_weights
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.families import Architecture, load_architecture
 
 # Shows the progress of a job of so many bytes: what the block gets is told the bytes of every tensor as it passes.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -39,13 +39,13 @@ class Checkpoint(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_checkpoint(path: Path, model: BailingConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint:
     """Open a Hugging Face directory, a converted one, a `step_N` of a run, or a run (its newest checkpoint).
 
     model: what its config.json says, if that has been read. ValueError names what is wrong with the directory.
     """
     directory = resolve(Path(path))
-    model = model or load_bailing_config(directory)
+    model = model or load_architecture(directory)
     if (directory / MEGATRON).is_dir():
         return DistributedCheckpoint(directory, model)
     if not has_weights(directory):

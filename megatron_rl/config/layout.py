@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +48,12 @@ class Layout:
         takers = [*range(1, num_stages - 1), 0][:left]
         return tuple(even + (stage in takers) for stage in range(num_stages))
 
-    def check(self, model: BailingConfig) -> None:
+    def check(self, model: Architecture) -> None:
         """ValueError when this world or this model cannot be divided so."""
         for problem in self.problems(model):
             raise ValueError(problem)
 
-    def problems(self, model: BailingConfig) -> Iterator[str]:
+    def problems(self, model: Architecture) -> Iterator[str]:
         """All that cannot be divided, each with its remedy."""
         sizes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
         small = [name for name in sizes if getattr(self, name) < 1]
@@ -75,11 +75,8 @@ class Layout:
             )
         yield from _undivided("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
         yield from _undivided("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads)
-        yield from _undivided("expert", self.expert, "num_experts", model.num_experts)
-        yield from _undivided("expert_tensor", self.expert_tensor, "moe_intermediate_size", model.moe_intermediate_size)
-        if model.num_shared_experts:
-            yield from _undivided("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
-        if model.first_k_dense_replace:
+        yield from self._undivided_experts(model)
+        if model.num_dense_layers:
             yield from _undivided("tensor", self.tensor, "intermediate_size", model.intermediate_size)
         if self.virtual_pipeline > 1 and self.pipeline < 3:
             # With two stages the next rank is the previous one too, and megatron's exchange of shapes (needed for
@@ -94,6 +91,18 @@ class Layout:
                 f"parallel.pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {num_stages} must be "
                 f"at most num_hidden_layers {model.num_hidden_layers}"
             )
+
+    def _undivided_experts(self, model: Architecture) -> Iterator[str]:
+        if not model.num_experts:
+            for name in ("expert", "expert_tensor"):
+                if getattr(self, name) > 1:
+                    yield f"parallel.{name} must be 1 for a model without experts, got {getattr(self, name)}"
+            return
+        width = model.moe_intermediate_size
+        yield from _undivided("expert", self.expert, "num_experts", model.num_experts)
+        yield from _undivided("expert_tensor", self.expert_tensor, "moe_intermediate_size", width)
+        if model.shared_intermediate_size:
+            yield from _undivided("tensor", self.tensor, "shared expert width", model.shared_intermediate_size)
 
 
 def _undivided(name: str, size: int, what: str, number: int) -> Iterator[str]:

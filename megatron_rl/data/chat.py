@@ -4,8 +4,9 @@ A special token that a user's message has written out (`<|endoftext|>`) is text,
 In what an assistant says it is the token: reasoning and tool calls are marked by some.
 """
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from megatron_rl.files import model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
@@ -59,25 +62,32 @@ def render_prompt(
     return _render(tokenizer, messages, special_tokens, add_generation_prompt=True)
 
 
-def response_decoder(tokenizer: "PreTrainedTokenizerBase", eos: int) -> Callable[[Sequence[int]], str]:
-    """Text of a response's token ids [n], without the token `eos` where that ends it: what rewards judge, and what
-    files of responses hold. Other special tokens stay visible."""
+def response_decoder(tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int]) -> Callable[[Sequence[int]], str]:
+    """Text of a response's token ids [n], without the one of `end_ids` that ends it: what rewards judge, and what
+    files of responses hold. Other special tokens stay visible. Warns of a tokenizer that ends responses otherwise."""
+
+    if told := other_end_token(tokenizer, end_ids):
+        log.warning("%s", told)
 
     def decode(ids: Sequence[int]) -> str:
-        ended = bool(ids) and ids[-1] == eos
+        ended = bool(ids) and ids[-1] in end_ids
         return str(tokenizer.decode(list(ids[:-1] if ended else ids)))
 
     return decode
 
 
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], special_tokens: str = "text"
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    special_tokens: str = "text",
+    end_ids: Collection[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
     Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
-    prompt, up to and including its eos token where the template writes one. Template text after that eos carries no
-    loss. A conversation that ends in an assistant message without eos (Ling-lite's template) gets one appended.
+    prompt, up to and including its last end token where the template writes one. Template text after that carries no
+    loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets the tokenizer's eos
+    token appended. end_ids: the model's end tokens, beside the tokenizer's.
 
     The spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
     across a boundary, makes a prefix render differently from the whole: such a mask would be a guess.
@@ -94,8 +104,8 @@ def render_chat(
             continue
         start = _prefix_length(tokenizer, messages, index, special_tokens, ids, add_generation_prompt=True)
         end = _prefix_length(tokenizer, messages, index + 1, special_tokens, ids, add_generation_prompt=False)
-        if eos in ids[start:end]:
-            end = start + _last_index(ids[start:end], eos) + 1
+        if ends := [at for at in range(start, end) if ids[at] == eos or ids[at] in end_ids]:
+            end = ends[-1] + 1
         elif end == len(ids):
             ids, mask = [*ids, eos], [*mask, False]
             end += 1
@@ -197,5 +207,13 @@ def _prefix_length(
     return len(prefix)
 
 
-def _last_index(values: Sequence[int], value: int) -> int:
-    return max(index for index, item in enumerate(values) if item == value)
+def other_end_token(tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int]) -> str | None:
+    """What to tell where the tokenizer's eos token does not end a response of the model; None where it does."""
+    if tokenizer.eos_token_id in end_ids:
+        return None
+    mine = ", ".join(f"{one} ({tokenizer.convert_ids_to_tokens(one)!r})" for one in end_ids)
+    return (
+        f"the tokenizer's eos token is {tokenizer.eos_token_id} ({tokenizer.eos_token!r}), but responses end at {mine}"
+        ", the eos_token_id of config.json and generation_config.json; if the chat template ends a turn with the "
+        "tokenizer's, add that to generation_config.json, or responses go on to rollout.max_response_tokens"
+    )

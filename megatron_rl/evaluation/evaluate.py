@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.reward import JudgeSection, RewardSection
@@ -24,6 +23,7 @@ from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged, read_judged
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
 from megatron_rl.evaluation.settings import checked_settings, settings_of
+from megatron_rl.families import load_architecture
 from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
@@ -143,8 +143,8 @@ async def _run(
 ) -> Speed:
     log.info("%s: %d responses to %d prompts", benchmark.name, len(benchmark.questions), len(benchmark.prompts))
 
-    eos = load_bailing_config(config.model.path).eos_token_id
-    decode = response_decoder(tokenizer, eos)
+    end_ids = load_architecture(config.model.path).eos_token_ids
+    decode = response_decoder(tokenizer, end_ids)
 
     def lines(question: Question, group: Group) -> str:
         (sample,) = group.samples
@@ -158,7 +158,7 @@ async def _run(
         no_advantages,
         config.rollout.as_rollout(),
         config.seed + _SEED_OFFSET,
-        eos,
+        end_ids,
         top_p=config.rollout.top_p,
     )
     started = time.perf_counter()

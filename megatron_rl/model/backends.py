@@ -7,9 +7,9 @@ run on a GPU.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
+from megatron_rl.families import Architecture
 
 # CUDA compute capabilities from which torch has the kernel. Without one, its grouped product is a loop over the groups
 # for which the host waits (aten/native/GroupedMMUtils.h).
@@ -85,7 +85,7 @@ COSTS = {
 }
 
 
-def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Iterator[str]:
+def problems(model: ModelSection, architecture: Architecture, layout: Layout) -> Iterator[str]:
     """What the configuration alone contradicts, whatever the machine, each with its remedy."""
     local, wanted = _reasons_for_local(model, layout), _asks_for_engine(model)
     if local and wanted:
@@ -93,15 +93,20 @@ def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Ite
             f"{wanted} and {' and '.join(local)} exclude each other: Transformer Engine's layers bring attention and "
             "experts along, and no context parallelism; leave one of them out"
         )
-    if model.attention in ("flash", "fa4") and not _flash_fits(model, bailing, layout):
+    if wanted and architecture.rotary.kind != "default":
+        yield (
+            f"{wanted} cannot scale rotary embeddings, and config.json asks for {architecture.rotary.kind!r}; set "
+            "model.layers = 'local' and model.fp8 = 'none'"
+        )
+    if model.attention in ("flash", "fa4") and not _flash_fits(model, architecture, layout):
         yield (
             f"model.attention = '{model.attention}' needs bfloat16, parallel.context = 1 and a head_dim that "
             f"is a multiple of {FLASH_HEAD_DIM_MULTIPLE} up to {MAX_FLASH_HEAD_DIM}, got {model.dtype}, "
-            f"{layout.context} and {bailing.head_dim}; set model.attention = 'sdpa'"
+            f"{layout.context} and {architecture.head_dim}; set model.attention = 'sdpa'"
         )
-    if model.experts == "grouped" and not _grouped_fits(model, bailing, layout):
+    if model.experts == "grouped" and not _grouped_fits(model, architecture, layout):
         yield (
-            f"model.experts = 'grouped' needs {_GROUPED_NEEDS}, got {_grouped_got(model, bailing, layout)}; set "
+            f"model.experts = 'grouped' needs {_GROUPED_NEEDS}, got {_grouped_got(model, architecture, layout)}; set "
             "model.experts = 'sequential'"
         )
     if model.expert_weight_gradient == "quack":
@@ -110,23 +115,23 @@ def problems(model: ModelSection, bailing: BailingConfig, layout: Layout) -> Ite
                 "model.expert_weight_gradient = 'quack' and model.experts = 'sequential' exclude each other: it is of "
                 "grouped experts; leave one of them out"
             )
-        elif model.dtype != "bfloat16" or not _grouped_fits(model, bailing, layout):
+        elif model.dtype != "bfloat16" or not _grouped_fits(model, architecture, layout):
             yield (
                 f"model.expert_weight_gradient = 'quack' needs bfloat16, and {_GROUPED_NEEDS}, got "
-                f"{_grouped_got(model, bailing, layout)}; set model.expert_weight_gradient = 'torch'"
+                f"{_grouped_got(model, architecture, layout)}; set model.expert_weight_gradient = 'torch'"
             )
 
 
-def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installed: Installed) -> Backends:
+def choose(model: ModelSection, architecture: Architecture, layout: Layout, installed: Installed) -> Backends:
     """The best that has been measured of what the configuration leaves open. ValueError when it asks for what cannot be
     had.
 
     What is installed alone changes nothing but apex's extension: Transformer Engine, FlashAttention 4 and quack are
     asked for.
     """
-    for problem in problems(model, bailing, layout):
+    for problem in problems(model, architecture, layout):
         raise ValueError(problem)
-    _refuse_what_is_missing(model, bailing, installed)
+    _refuse_what_is_missing(model, architecture, installed)
     on_gpu = installed.compute_capability is not None
     has_flash, has_grouped = _has_flash(installed), _has_grouped(model, installed)
     apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"
@@ -143,11 +148,11 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
             expert_weight_gradient=gradient,
         )
     grouped = model.experts == "grouped" or (
-        model.experts == "auto" and has_grouped and _grouped_fits(model, bailing, layout)
+        model.experts == "auto" and has_grouped and _grouped_fits(model, architecture, layout)
     )
     attention = model.attention
     if attention == "auto":
-        attention = "flash" if has_flash and _flash_fits(model, bailing, layout) else "sdpa"
+        attention = "flash" if has_flash and _flash_fits(model, architecture, layout) else "sdpa"
     gradient = of_experts = "apex" if apex else "separate"
     if model.expert_weight_gradient == "quack":
         of_experts = "quack"
@@ -164,7 +169,7 @@ def choose(model: ModelSection, bailing: BailingConfig, layout: Layout, installe
     )
 
 
-def _refuse_what_is_missing(model: ModelSection, bailing: BailingConfig, installed: Installed) -> None:
+def _refuse_what_is_missing(model: ModelSection, architecture: Architecture, installed: Installed) -> None:
     """ValueError for what the configuration asks for and this machine does not have."""
     wanted = _asks_for_engine(model)
     on_gpu = installed.compute_capability is not None
@@ -179,7 +184,7 @@ def _refuse_what_is_missing(model: ModelSection, bailing: BailingConfig, install
             f"{'.'.join(map(str, FLASH_CAPABILITY))} or later; set model.attention = 'sdpa'"
         )
     if model.attention == "fa4":
-        _check_fa4(bailing, installed)
+        _check_fa4(architecture, installed)
     if model.expert_weight_gradient == "quack" and not (_has_grouped(model, installed) and installed.quack):
         raise ValueError(
             f"model.expert_weight_gradient = 'quack' needs a CUDA device of compute capability "
@@ -198,7 +203,7 @@ def _has_grouped(model: ModelSection, installed: Installed) -> bool:
     return capability is not None and capability >= GROUPED_CAPABILITY and model.dtype == "bfloat16"
 
 
-def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
+def _check_fa4(architecture: Architecture, installed: Installed) -> None:
     """Raise ValueError where FlashAttention 4 is not there, or does not run."""
     capability = installed.compute_capability
     if capability is None or capability[0] not in FA4_CAPABILITIES or not installed.flash_attn_4:
@@ -207,10 +212,12 @@ def _check_fa4(bailing: BailingConfig, installed: Installed) -> None:
             f"{' or '.join(f'{major}.x' for major in FA4_CAPABILITIES)} and the package flash-attn-4 (pip install "
             f"flash-attn-4), got {_name(capability, installed.flash_attn_4)}; set model.attention = 'auto'"
         )
-    if capability[0] > 9 and not (bailing.head_dim <= FA4_BLACKWELL_HEAD_DIM or bailing.head_dim == MAX_FLASH_HEAD_DIM):
+    if capability[0] > 9 and not (
+        architecture.head_dim <= FA4_BLACKWELL_HEAD_DIM or architecture.head_dim == MAX_FLASH_HEAD_DIM
+    ):
         raise ValueError(
             f"model.attention = 'fa4' needs a head_dim up to {FA4_BLACKWELL_HEAD_DIM}, or {MAX_FLASH_HEAD_DIM}, on "
-            f"{_name(capability)}, got {bailing.head_dim}; set model.attention = 'auto'"
+            f"{_name(capability)}, got {architecture.head_dim}; set model.attention = 'auto'"
         )
 
 
@@ -236,23 +243,24 @@ def _reasons_for_local(model: ModelSection, layout: Layout) -> list[str]:
     return reasons + ([f"parallel.context = {layout.context}"] if layout.context > 1 else [])
 
 
-def _flash_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
-    fits = bailing.head_dim <= MAX_FLASH_HEAD_DIM and bailing.head_dim % FLASH_HEAD_DIM_MULTIPLE == 0
+def _flash_fits(model: ModelSection, architecture: Architecture, layout: Layout) -> bool:
+    fits = architecture.head_dim <= MAX_FLASH_HEAD_DIM and architecture.head_dim % FLASH_HEAD_DIM_MULTIPLE == 0
     return model.dtype == "bfloat16" and layout.context == 1 and fits
 
 
 _GROUPED_NEEDS = f"several experts on a rank, no float64, and rows in multiples of {GROUPED_ROW_BYTES} bytes"
 
 
-def _grouped_got(model: ModelSection, bailing: BailingConfig, layout: Layout) -> str:
+def _grouped_got(model: ModelSection, architecture: Architecture, layout: Layout) -> str:
     return (
-        f"{bailing.num_experts} over parallel.expert = {layout.expert} in {model.dtype}, hidden_size "
-        f"{bailing.hidden_size} and moe_intermediate_size {bailing.moe_intermediate_size} over {layout.expert_tensor}"
+        f"{architecture.num_experts} over parallel.expert = {layout.expert} in {model.dtype}, hidden_size "
+        f"{architecture.hidden_size} and moe_intermediate_size {architecture.moe_intermediate_size} over "
+        f"{layout.expert_tensor}"
     )
 
 
-def _grouped_fits(model: ModelSection, bailing: BailingConfig, layout: Layout) -> bool:
+def _grouped_fits(model: ModelSection, architecture: Architecture, layout: Layout) -> bool:
     multiple = GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
-    widths = bailing.hidden_size, bailing.moe_intermediate_size // layout.expert_tensor
+    widths = architecture.hidden_size, architecture.moe_intermediate_size // layout.expert_tensor
     even = all(width % multiple == 0 for width in widths)
-    return model.dtype != "float64" and bailing.num_experts > layout.expert and even
+    return model.dtype != "float64" and architecture.num_experts > layout.expert and even

@@ -1,4 +1,4 @@
-"""Build a BailingMoE of megatron-core modules on this rank, with weights from a Hugging Face directory."""
+"""Build a model of megatron-core modules on this rank, with weights from a Hugging Face directory."""
 
 import datetime
 import importlib.util
@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron_rl import device
 from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, TensorMapping, canonical_name, name_table
 from megatron_rl.checkpoint.read import open_checkpoint
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection, MoeSection
+from megatron_rl.families import Architecture
 from megatron_rl.place import Place
 
 device.import_megatron()
@@ -96,44 +96,33 @@ def initialize_parallel(
 
 
 def transformer_config(
-    bailing: BailingConfig, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
+    architecture: Architecture, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
 ) -> TransformerConfig:
-    """BailingMoE's shape as megatron-core's TransformerConfig."""
+    """An architecture as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
-    dense = bailing.first_k_dense_replace
     return TransformerConfig(
-        num_layers=bailing.num_hidden_layers,
-        hidden_size=bailing.hidden_size,
-        ffn_hidden_size=bailing.intermediate_size,
-        num_attention_heads=bailing.num_attention_heads,
-        num_query_groups=bailing.num_key_value_heads,
-        kv_channels=bailing.head_dim,
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        # Megatron wants one though every layer has experts.
+        ffn_hidden_size=architecture.intermediate_size or architecture.moe_intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=bailing.rms_norm_eps,
+        layernorm_epsilon=architecture.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=bailing.initializer_range,
-        num_moe_experts=bailing.num_experts,
-        moe_ffn_hidden_size=bailing.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=bailing.shared_intermediate_size or None,
-        moe_layer_freq=[int(bailing.is_moe_layer(i)) for i in range(bailing.num_hidden_layers)] if dense else 1,
-        moe_router_topk=bailing.num_experts_per_tok,
-        moe_router_score_function="softmax",
-        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
-        moe_router_pre_softmax=not bailing.norm_topk_prob,
-        moe_router_dtype="fp64" if dtype == torch.float64 else _ROUTER_DTYPES[model.router_dtype],
-        moe_router_load_balancing_type="aux_loss" if moe.load_balance_coefficient else "none",
-        moe_aux_loss_coeff=moe.load_balance_coefficient,
-        moe_z_loss_coeff=moe.z_loss_coefficient or None,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=backends.experts == "transformer_engine",
-        moe_permute_fusion=backends.transformer_engine,
+        init_method_std=architecture.initializer_range,
+        moe_token_dispatcher_type="alltoall",  # megatron asks for it without experts too
+        **(_expert_fields(architecture, model, moe, backends) if architecture.num_experts else {}),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        pipeline_model_parallel_layout=_stages(bailing, layout) if layout.pipeline > 1 else None,
+        pipeline_model_parallel_layout=_stages(architecture, layout) if layout.pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -163,9 +152,33 @@ def transformer_config(
     )
 
 
-def _stages(bailing: BailingConfig, layout: Layout) -> list[list[str]]:
+def _expert_fields(
+    architecture: Architecture, model: ModelSection, moe: MoeSection, backends: Backends
+) -> dict[str, Any]:
+    """The fields of a TransformerConfig that say how experts are chosen and run."""
+    router_dtype = "fp64" if model.dtype == "float64" else _ROUTER_DTYPES[model.router_dtype]
+    layers = [int(architecture.is_moe_layer(i)) for i in range(architecture.num_hidden_layers)]
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": architecture.shared_intermediate_size or None,
+        "moe_layer_freq": 1 if all(layers) else layers,
+        "moe_router_topk": architecture.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
+        "moe_router_pre_softmax": not architecture.norm_topk_prob,
+        "moe_router_dtype": router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if moe.load_balance_coefficient else "none",
+        "moe_aux_loss_coeff": moe.load_balance_coefficient,
+        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_grouped_gemm": backends.experts == "transformer_engine",
+        "moe_permute_fusion": backends.transformer_engine,
+    }
+
+
+def _stages(architecture: Architecture, layout: Layout) -> list[list[str]]:
     """What each stage holds, in megatron's words."""
-    stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(bailing.num_hidden_layers)]
+    stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(architecture.num_hidden_layers)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
@@ -197,11 +210,14 @@ _ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAtt
 def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backends) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if backends.transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_submodules(num_experts=num_experts, moe_grouped_gemm=is_moe)
+        layer = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=num_experts, moe_grouped_gemm=is_moe, qk_layernorm=config.qk_layernorm
+        )
         layer.mlp = _with_router(layer.mlp, backends) if is_moe else layer.mlp
         return layer
     backend = LocalSpecProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
+    qk_norm = RMSNorm if config.qk_layernorm else None
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
@@ -211,6 +227,8 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backend
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=_ATTENTION[backends.attention],
                 linear_proj=backend.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -254,7 +272,7 @@ class Model:
     chunks: tuple[DistributedDataParallel, ...]
     head: Head
     config: TransformerConfig
-    bailing: BailingConfig
+    architecture: Architecture
     layout: Layout
     dtype: torch.dtype
     token_multiple: int
@@ -265,7 +283,7 @@ class Model:
 
         Collective after an optimizer step, with overlap: see `gather_weights`."""
         self.gather_weights()
-        experts = mpu.get_expert_model_parallel_rank() * (self.bailing.num_experts // self.layout.expert)
+        experts = mpu.get_expert_model_parallel_rank() * (self.architecture.num_experts // self.layout.expert)
         return {
             canonical_name(name, get_transformer_layer_offset(self.config, gpt.vp_stage), experts): parameter
             for gpt in self.gpts
@@ -297,7 +315,7 @@ class Model:
 
 
 def build_model(
-    bailing: BailingConfig,
+    architecture: Architecture,
     model: ModelSection,
     moe: MoeSection,
     layout: Layout,
@@ -309,8 +327,8 @@ def build_model(
 
     overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once.
     """
-    backends = choose(model, bailing, layout, installed())
-    config = transformer_config(bailing, model, moe, layout, backends)
+    backends = choose(model, architecture, layout, installed())
+    config = transformer_config(architecture, model, moe, layout, backends)
     if dist.get_rank() == 0:
         for line in backends.lines():
             log.info("%s", line)
@@ -324,7 +342,7 @@ def build_model(
         bucket_size=bucket_parameters,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    gpts = [_gpt_model(config, bailing, backends, stage) for stage in stages]
+    gpts = [_gpt_model(config, architecture, backends, stage) for stage in stages]
     chunks = tuple(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
@@ -339,8 +357,8 @@ def build_model(
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     head = Head(
-        vocab_size=bailing.vocab_size,
-        norm_head=bailing.norm_head,
+        vocab_size=architecture.vocab_size,
+        norm_head=architecture.norm_head,
         logit_dtype=torch.bfloat16 if model.head_dtype == "bfloat16" else None,
     )
     align = 1 if model.fp8 == "none" else get_fp8_align_size(config.fp8_recipe)
@@ -348,7 +366,7 @@ def build_model(
         chunks=chunks,
         head=head,
         config=config,
-        bailing=bailing,
+        architecture=architecture,
         layout=layout,
         dtype=dtype,
         token_multiple=layout.tensor * align,
@@ -383,7 +401,7 @@ def _gradient_is_there(chunk: DistributedDataParallel, parameter: torch.Tensor) 
 
 def _gpt_model(
     config: TransformerConfig,
-    bailing: BailingConfig,
+    architecture: Architecture,
     backends: Backends,
     virtual_stage: int | None,
 ) -> GPTModel:
@@ -392,7 +410,7 @@ def _gpt_model(
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, bailing.is_moe_layer(offset + i), backends),
+            submodules=_layer_submodules(config, architecture.is_moe_layer(offset + i), backends),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]
@@ -402,13 +420,14 @@ def _gpt_model(
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=specs, layer_norm=_layer_norm(backends.transformer_engine)
         ),
-        vocab_size=-(-bailing.vocab_size // tensor_size) * tensor_size,
-        max_sequence_length=bailing.max_position_embeddings,
+        vocab_size=-(-architecture.vocab_size // tensor_size) * tensor_size,
+        max_sequence_length=architecture.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
-        share_embeddings_and_output_weights=bailing.tie_word_embeddings,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope" if backends.transformer_engine else "none",
-        rotary_base=int(bailing.rope_theta),
+        rotary_base=int(architecture.rotary.theta),
+        rotary_percent=architecture.rotary.fraction,
         vp_stage=virtual_stage,
     )
     return gpt.to(device.torch_device())
@@ -416,8 +435,8 @@ def _gpt_model(
 
 def load_weights(model: Model, model_dir: Path) -> None:
     """Fill every parameter of this rank from a checkpoint of either kind; ValueError when names or shapes differ."""
-    table = name_table(model.bailing)
-    with open_checkpoint(model_dir, model.bailing) as checkpoint, torch.no_grad():
+    table = name_table(model.architecture)
+    with open_checkpoint(model_dir, model.architecture) as checkpoint, torch.no_grad():
         for name, parameter in model.parameters_by_canonical_name().items():
             entry = table.get(name, table[EMBEDDING])
             shard = local_shard(entry, entry.layout.merge([checkpoint.read(hf) for hf in entry.hf]))

@@ -159,6 +159,10 @@ def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, D]."""
+    """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, R]; of each head the first R
+    elements are rotated."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

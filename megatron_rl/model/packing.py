@@ -1,6 +1,6 @@
 """Packed sequences: several sequences end to end in one row, with everything attention needs, computed once.
 
-Legend: T packed tokens on this rank, C context-parallel ranks, D head_dim.
+Legend: T packed tokens on this rank, C context-parallel ranks, R the part of head_dim that is rotated.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_rl.device import import_megatron, send
 from megatron_rl.model import zigzag
+from megatron_rl.rotary import Frequencies
 
 import_megatron()
 
@@ -35,7 +36,7 @@ class PackedSequences(PackedSeqParams):
     """Megatron's `thd` parameters (of whole sequences), extended by what our own attention uses.
 
     positions: int64 [T], each token's position in its own sequence.
-    cos, sin: [T, 1, D], rotary tables at those positions.
+    cos, sin: [T, 1, R], rotary tables at those positions.
     buckets: together they have every token of this rank as a query.
     restore: int64 [T], where each token landed in the concatenation of all flattened queries.
     routed_experts: int16 [T, layers, topk], layers of the whole model: the experts to use in place of the routers' own
@@ -52,8 +53,7 @@ class PackedSequences(PackedSeqParams):
 
 def pack(
     lengths: list[int],
-    head_dim: int,
-    rope_theta: float,
+    rotary: Frequencies,
     dtype: torch.dtype,
     device: torch.device,
     context_rank: int = 0,
@@ -70,9 +70,7 @@ def pack(
     # Where a token is repeated as padding, its first place is the real one; `unique` gives the first.
     _, restore = np.unique(np.concatenate([queries.flatten() for queries, _ in rows]), return_index=True)
 
-    inverse = 1.0 / rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = positions[:, None].double() * inverse
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    cos, sin = rotary.tables(positions)
     cu_seqlens = send(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
     return PackedSequences(
         qkv_format="thd",
@@ -81,8 +79,8 @@ def pack(
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         positions=send(positions, device),
-        cos=send(angles.cos().to(dtype), device),
-        sin=send(angles.sin().to(dtype), device),
+        cos=send(cos.unsqueeze(1).to(dtype), device),
+        sin=send(sin.unsqueeze(1).to(dtype), device),
         buckets=buckets,
         restore=send(torch.from_numpy(restore), device),
     )

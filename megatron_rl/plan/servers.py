@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.rollout import GenerationSection
+from megatron_rl.families import Architecture
 from megatron_rl.memory import server_bytes
 
 GIB = 2**30
@@ -13,7 +13,7 @@ GIB = 2**30
 def plan_servers(
     rollout: GenerationSection,
     dtype: str,
-    bailing: BailingConfig,
+    architecture: Architecture,
     cluster: ClusterSection,
     taken_bytes: int = 0,
     updates: bool = True,
@@ -26,7 +26,7 @@ def plan_servers(
     for the embedded server, the cache counted is that of every slot at full length.
     """
     num_servers = rollout.servers_on(cluster.gpus_per_node)
-    all_weights, all_slots = server_bytes(rollout, dtype, bailing, updates)
+    all_weights, all_slots = server_bytes(rollout, dtype, architecture, updates)
     longest = all_slots // rollout.max_running_requests
     numbers = {
         "per_node": num_servers,
@@ -40,7 +40,7 @@ def plan_servers(
         return {"server_weights": num_servers * all_weights, "server_cache": num_servers * all_slots}, numbers, []
     weights = round(all_weights / rollout.sglang_tensor_size)
     # Each GPU has whole key-value heads, so more GPUs than heads hold some of them twice.
-    cache_parts = min(rollout.sglang_tensor_size, bailing.num_key_value_heads)
+    cache_parts = min(rollout.sglang_tensor_size, architecture.num_key_value_heads)
     cache = round(all_slots / cache_parts)
     share = rollout.sglang_memory_share
     if share is not None and cluster.gpu_memory_gb:

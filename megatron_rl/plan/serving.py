@@ -4,25 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import CommandConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.families import Architecture
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight.checks import serving_problems
 
 
 def plan_serving(
-    config: CommandConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]
+    config: CommandConfig, architecture: Architecture, cluster: ClusterSection, path: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given. ValueError for more than one node."""
     assert isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig)
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
-    found = list(serving_problems(config.rollout, bailing))
+    found = list(serving_problems(config.rollout, architecture))
     dtype = (config.model if isinstance(config, EvaluateConfig) else config.serving).dtype
-    parts, servers, against = plan_servers(config.rollout, dtype, bailing, cluster, updates=False)
+    parts, servers, against = plan_servers(config.rollout, dtype, architecture, cluster, updates=False)
     memory = {"serving_gpu" if servers["gpus_each"] else "host": parts | {"total": sum(parts.values())}}
     found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
     return {

@@ -2,25 +2,25 @@
 
 from pathlib import Path
 
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config, read_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.model import ServedModelSection, ServingSection
 from megatron_rl.config.schema import RolloutPhase, RunConfig
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.families import Architecture, load_architecture, read_architecture
 
 
-def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[BailingConfig, Path | None]:
+def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Architecture, Path | None]:
     """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
     ValueError when there is none of them."""
     here = _models(config)
     found = [path for path in here if (path / "config.json").is_file()]
     shape = _served(config).shape
     if found or shape is None:
-        return load_bailing_config((found or here)[0]), None
+        return load_architecture((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape
     if not path.is_file():
         raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
-    return read_bailing_config(path), path
+    return read_architecture(path), path
 
 
 def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:

@@ -38,12 +38,12 @@ def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides:
     if isinstance(config, SamplingConfig) and config.teacher is not None:
         return plan_teacher(config, path, overrides)
     assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
-    bailing, shape = shape_of(config)
-    model = {"parameters": bailing.num_parameters(), "active_parameters": bailing.num_active_parameters()}
+    architecture, shape = shape_of(config)
+    model = {"parameters": architecture.num_parameters(), "active_parameters": architecture.num_active_parameters()}
     found: dict[str, Any] = {"model": model} | ({"shape": str(shape)} if shape else {})
     if isinstance(config, RunConfig):
-        return found | plan_training(config, bailing, cluster, path, overrides)
-    return found | plan_serving(config, bailing, cluster, path, overrides)
+        return found | plan_training(config, architecture, cluster, path, overrides)
+    return found | plan_serving(config, architecture, cluster, path, overrides)
 
 
 def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSection:

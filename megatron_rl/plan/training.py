@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import apportion
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
+from megatron_rl.families import Architecture
 from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
 from megatron_rl.preflight.checks import problems
@@ -25,25 +25,28 @@ SLURM = "examples/ring_lite/slurm"
 
 
 def plan_training(
-    config: RunConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]
+    config: RunConfig, architecture: Architecture, cluster: ClusterSection, path: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given."""
     layout = config.parallel.layout(cluster.training_ranks)
     serves = isinstance(config, RlConfig) and not config.rollout.urls
-    found = list(problems(config, bailing, layout.world_size, serves))
+    found = list(problems(config, architecture, layout.world_size, serves))
     plan: dict[str, Any] = {"layout": asdict(layout)}
     if not found:
-        plan["layout"] |= {"data": layout.data, "layers_per_stage": layout.layers_per_stage(bailing.num_hidden_layers)}
+        plan["layout"] |= {
+            "data": layout.data,
+            "layers_per_stage": layout.layers_per_stage(architecture.num_hidden_layers),
+        }
         if isinstance(config, RlConfig):
             plan["budget"] = _budget(config, layout)
         elif isinstance(config, SftConfig):
             plan["training"] = _training(config, layout)
-        plan |= _memory(config, bailing, layout, cluster, found)
+        plan |= _memory(config, architecture, layout, cluster, found)
         found += over_limit(
             plan["memory"], cluster, {"training_gpu": _remedy(config, cluster), "serving_gpu": SERVING_REMEDY}
         )
         if isinstance(config, RlConfig) and cluster.rates is not None:
-            plan["step"] = _step(config, bailing, cluster, cluster.rates)
+            plan["step"] = _step(config, architecture, cluster, cluster.rates)
     if isinstance(config, RlConfig):
         found += config.sharing_problems(attached=bool(config.rollout.urls or cluster.serving_nodes))
     kind = "sft" if isinstance(config, SftConfig) else "train"
@@ -71,13 +74,13 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _step(config: RlConfig, bailing: BailingConfig, cluster: ClusterSection, path: Path) -> dict[str, Any]:
+def _step(config: RlConfig, architecture: Architecture, cluster: ClusterSection, path: Path) -> dict[str, Any]:
     """What the simulator says of these rates; `unknown` has the reason where it cannot."""
     rates = load_config(Rates, path)
     workload = assumed(config, cluster)
     told = {"rates": str(path), "lengths": workload.told, "run_steps": config.train.steps}
     try:
-        return told | forecast(config, bailing, cluster, rates, workload, _SIMULATED_STEPS)
+        return told | forecast(config, architecture, cluster, rates, workload, _SIMULATED_STEPS)
     except CannotSimulate as error:
         return told | {"unknown": str(error)}
 
@@ -105,14 +108,14 @@ def _per_rank(step_tokens: int, config: RunConfig, layout: Layout) -> dict[str, 
 
 
 def _memory(
-    config: RunConfig, bailing: BailingConfig, layout: Layout, cluster: ClusterSection, found: list[str]
+    config: RunConfig, architecture: Architecture, layout: Layout, cluster: ClusterSection, found: list[str]
 ) -> dict[str, Any]:
     """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others, or the same while
     servers generate where these give their memory back to the trainer, and of a training node's host memory; the
     servers in numbers. found: gets what speaks against these."""
     colocated = not cluster.serving_nodes
-    training = asdict(max(rank_bytes(config, bailing, layout), key=lambda rank: rank.total))
-    host = host_bytes(config, bailing, layout, cluster.gpus_per_node)
+    training = asdict(max(rank_bytes(config, architecture, layout), key=lambda rank: rank.total))
+    host = host_bytes(config, architecture, layout, cluster.gpus_per_node)
     memory, servers = {"training_gpu": training}, {}
     if isinstance(config, RlConfig) and (not colocated or not config.rollout.urls):
         # Servers start when the trainer has its state, and before it has seen a token.
@@ -121,7 +124,7 @@ def _memory(
         # On nodes of their own job.sh starts as many as there are GPUs for.
         rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
         parts, numbers, against = plan_servers(
-            rollout, config.model.dtype, bailing, cluster, taken_bytes=sum(state.values())
+            rollout, config.model.dtype, architecture, cluster, taken_bytes=sum(state.values())
         )
         if colocated and not numbers["gpus_each"]:
             host |= parts

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import psutil
 
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
@@ -21,6 +20,7 @@ from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
+from megatron_rl.families import Architecture, load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
@@ -45,7 +45,7 @@ def check_start(start: Start) -> None:
 def _layout(start: Start) -> Iterator[str]:
     if start.trains:
         assert isinstance(start.config, RunConfig)
-        yield from problems(start.config, start.bailing, start.world_size, start.serves)
+        yield from problems(start.config, start.architecture, start.world_size, start.serves)
 
 
 @check("gpus", "a GPU for each training rank")
@@ -117,7 +117,7 @@ def _rollouts(start: Start) -> Iterator[str]:
     if not start.rollouts.is_file():
         yield f"data file {start.rollouts} does not exist; megatron-rl rollout writes one"
     else:
-        check_rows(start.rollouts, limits_of(config.rollout, start.bailing))
+        check_rows(start.rollouts, limits_of(config.rollout, start.architecture))
 
 
 @check("run_dir", "the run directory can be written, and holds no other run")
@@ -162,10 +162,10 @@ def _sequences(start: Start) -> Iterator[str]:
     config = start.config
     if isinstance(config, SelectConfig):
         for candidate in find_candidates(config.candidates):
-            for problem in serving_problems(config.rollout, load_bailing_config(candidate.path)):
+            for problem in serving_problems(config.rollout, load_architecture(candidate.path)):
                 yield f"candidate {candidate.path}: {problem}"
     elif start.model is not None and isinstance(config, EvaluateConfig | SamplingConfig):
-        yield from serving_problems(config.rollout, start.bailing)
+        yield from serving_problems(config.rollout, start.architecture)
 
 
 @check("servers", "the generation servers of this machine can be started")
@@ -186,36 +186,38 @@ def _memory(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains:
         assert isinstance(config, RunConfig)
-        needed = required_bytes(config, start.bailing, start.world_size, start.serves)
+        needed = required_bytes(config, start.architecture, start.world_size, start.serves)
         yield from _memory_problems(
-            needed, config.model.dtype, start.bailing, "train.micro_batch_tokens or rollout.max_running_requests"
+            needed, config.model.dtype, start.architecture, "train.micro_batch_tokens or rollout.max_running_requests"
         )
         return
-    models: list[BailingConfig] = []
+    models: list[Architecture] = []
     if isinstance(config, EvaluateConfig):
-        models = [start.bailing]
+        models = [start.architecture]
     elif isinstance(config, SelectConfig):  # one candidate after the other
-        models = [load_bailing_config(candidate.path) for candidate in find_candidates(config.candidates)]
-    for bailing in models:
+        models = [load_architecture(candidate.path) for candidate in find_candidates(config.candidates)]
+    for architecture in models:
         assert isinstance(config, EvaluateConfig | SelectConfig)
-        needed = serving_host_bytes(config.rollout, config.model.dtype, bailing, len(visible_gpus()), updates=False)
+        needed = serving_host_bytes(
+            config.rollout, config.model.dtype, architecture, len(visible_gpus()), updates=False
+        )
         largest = "rollout.max_running_requests or rollout.max_response_tokens"
-        yield from _memory_problems(needed, config.model.dtype, bailing, largest)
+        yield from _memory_problems(needed, config.model.dtype, architecture, largest)
 
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9
 
 
-def serving_problems(rollout: GenerationSection, bailing: BailingConfig, serves: bool = True) -> Iterator[str]:
+def serving_problems(rollout: GenerationSection, architecture: Architecture, serves: bool = True) -> Iterator[str]:
     """Tell of sequences that are longer than the model can read, and of a model too large for the embedded server.
     serves: servers are started."""
-    if rollout.max_sequence_tokens > bailing.max_position_embeddings:
+    if rollout.max_sequence_tokens > architecture.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
-            f"max_position_embeddings {bailing.max_position_embeddings}; shorten one of them"
+            f"max_position_embeddings {architecture.max_position_embeddings}; shorten one of them"
         )
-    active, slots = bailing.num_active_parameters(), rollout.max_running_requests
+    active, slots = architecture.num_active_parameters(), rollout.max_running_requests
     seconds = 2 * active * slots / (_EMBEDDED_FLOPS * rollout.threads)
     if serves and rollout.engine == "embedded" and seconds > rollout.token_deadline_seconds:
         yield (
@@ -272,39 +274,39 @@ def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
         )
 
 
-def problems(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> Iterator[str]:
+def problems(config: RunConfig, architecture: Architecture, world_size: int, serves: bool) -> Iterator[str]:
     """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
     it starts servers, on whichever nodes."""
-    yield from config.parallel.layout(world_size).problems(bailing)
-    yield from backends.problems(config.model, bailing, config.parallel.layout(world_size))
+    yield from config.parallel.layout(world_size).problems(architecture)
+    yield from backends.problems(config.model, architecture, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
-        yield from serving_problems(config.rollout, bailing, serves)
+        yield from serving_problems(config.rollout, architecture, serves)
         if config.rollout.router_replay:
             try:
-                routed_shape(bailing)
+                routed_shape(architecture)
             except ValueError as error:
                 yield str(error)
 
 
-def required_bytes(config: RunConfig, bailing: BailingConfig, world_size: int, serves: bool) -> int:
+def required_bytes(config: RunConfig, architecture: Architecture, world_size: int, serves: bool) -> int:
     """Estimate the host memory of a run on this machine. serves: it starts servers."""
     layout, num_gpus = config.parallel.layout(world_size), len(visible_gpus())
-    total = sum(host_bytes(config, bailing, layout, world_size).values())
+    total = sum(host_bytes(config, architecture, layout, world_size).values())
     if not num_gpus:
         ranks_per_stage = world_size // layout.pipeline
-        total += ranks_per_stage * sum(rank.total for rank in rank_bytes(config, bailing, layout))
+        total += ranks_per_stage * sum(rank.total for rank in rank_bytes(config, architecture, layout))
     if serves:
         assert isinstance(config, RlConfig)
-        total += serving_host_bytes(config.rollout, config.model.dtype, bailing, num_gpus)
+        total += serving_host_bytes(config.rollout, config.model.dtype, architecture, num_gpus)
     return total
 
 
-def _memory_problems(needed: int, dtype: str, bailing: BailingConfig, largest: str) -> Iterator[str]:
+def _memory_problems(needed: int, dtype: str, architecture: Architecture, largest: str) -> Iterator[str]:
     """largest: the keys by which it could need less."""
     free = psutil.virtual_memory().available
     if needed > free:
         yield (
             f"this run needs about {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are free: "
-            f"{bailing.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, or a "
-            "larger machine"
+            f"{architecture.num_parameters() / 1e9:.2f} B parameters in {dtype}; lower {largest}, use a smaller model, "
+            "or a larger machine"
         )

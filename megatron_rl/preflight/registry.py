@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
+from megatron_rl.families import Architecture, load_architecture
 
 AnyConfig = RlConfig | SftConfig | EvaluateConfig | SelectConfig | SamplingConfig
 
@@ -38,13 +38,13 @@ class Start:
         return self.trains and isinstance(config, RlConfig) and not config.rollout.urls and self.rollouts is None
 
     @cached_property
-    def bailing(self) -> BailingConfig:
+    def architecture(self) -> Architecture:
         """The shape of the one model."""
         if self.trains:
             assert isinstance(self.config, RunConfig)
-            return load_bailing_config(self.config.model.path)
+            return load_architecture(self.config.model.path)
         assert self.model is not None
-        return load_bailing_config(self.model)
+        return load_architecture(self.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_rl import __version__
-from megatron_rl.config.bailing import read_bailing_config
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json
 from megatron_rl.report.runs import Run, flattened, told
 
@@ -138,7 +138,7 @@ def _model(run: Run) -> str:
     for folder in (run.directory / "hf", run.located(str(run.config_values.get("model.path", ".")))):
         try:
             if (folder / "config.json").is_file():
-                return f"{_count(read_bailing_config(folder / 'config.json').num_parameters())} parameters"
+                return f"{_count(read_architecture(folder / 'config.json').num_parameters())} parameters"
         except (ValueError, OSError):
             continue
     return ""

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.families import Architecture
 from megatron_rl.parsing import bounded_lines, parse_json, shown
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.answers import extracted_answer
@@ -80,10 +80,10 @@ class RowLimits:
 _ANY = RowLimits()
 
 
-def limits_of(rollout: RolloutSection, bailing: BailingConfig) -> RowLimits:
+def limits_of(rollout: RolloutSection, architecture: Architecture) -> RowLimits:
     """Take the limits of a configuration and its model."""
     return RowLimits(
-        vocab_size=bailing.vocab_size,
+        vocab_size=architecture.vocab_size,
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_response_tokens=rollout.max_response_tokens,
         smallest_group=2,

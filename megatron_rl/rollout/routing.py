@@ -6,34 +6,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedShape:
-    """What a model's routed experts look like: [positions, num_layers, topk] numbers below num_experts. The first
-    num_dense_layers have no experts; there the numbers mean nothing."""
+    """What a model's routed experts look like: [positions, num_layers, topk] numbers below num_experts. moe_layers:
+    those that have experts; in others the numbers mean nothing."""
 
     num_layers: int
-    num_dense_layers: int
+    moe_layers: tuple[int, ...]
     topk: int
     num_experts: int
 
 
-def routed_shape(bailing: BailingConfig) -> RoutedShape:
-    """ValueError when the model has more experts than can be replayed."""
-    if bailing.num_experts > MAX_EXPERTS:
+def routed_shape(architecture: Architecture) -> RoutedShape:
+    """ValueError when the model has no experts, or more than can be replayed."""
+    if not architecture.num_experts:
+        raise ValueError("rollout.router_replay is for models with experts, and this one has none; set it to false")
+    if architecture.num_experts > MAX_EXPERTS:
         raise ValueError(
-            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has {bailing.num_experts}; set it "
-            "to false"
+            f"rollout.router_replay works for up to {MAX_EXPERTS} experts, the model has "
+            f"{architecture.num_experts}; set it to false"
         )
     return RoutedShape(
-        num_layers=bailing.num_hidden_layers,
-        num_dense_layers=min(bailing.first_k_dense_replace, bailing.num_hidden_layers),
-        topk=bailing.num_experts_per_tok,
-        num_experts=bailing.num_experts,
+        num_layers=architecture.num_hidden_layers,
+        moe_layers=tuple(filter(architecture.is_moe_layer, range(architecture.num_hidden_layers))),
+        topk=architecture.num_experts_per_tok,
+        num_experts=architecture.num_experts,
     )
 
 
@@ -49,7 +51,7 @@ def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> 
             f"routed_experts holds {flat.size} numbers, expected [prompt + output - 1, layers, topk] = {expected}"
         )
     experts = flat.reshape(expected)
-    chosen = experts[:, shape.num_dense_layers :]
+    chosen = experts[:, list(shape.moe_layers)]
     if chosen.size and (chosen.min() < 0 or chosen.max() >= shape.num_experts):
         raise ValueError(
             f"routed_experts must be in [0, {shape.num_experts}), got {chosen.min()} to {chosen.max()}: the server "
@@ -59,7 +61,7 @@ def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> 
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         position, layer = np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=-1))[0]
         raise ValueError(
-            f"routed_experts names an expert twice at position {position} in layer {layer + shape.num_dense_layers} "
+            f"routed_experts names an expert twice at position {position} in layer {shape.moe_layers[layer]} "
             f"({chosen[position, layer].tolist()}): the server does not record this model's routing"
         )
     return experts.astype(np.uint8)

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
@@ -89,7 +89,7 @@ class Sampler:
         advantages: Callable[[Sequence[Response], np.ndarray], np.ndarray],
         rollout: RolloutSection,
         seed: int,
-        eos_token_id: int,
+        end_ids: Collection[int],
         journal: Journal | None = None,
         top_p: float = 1.0,
     ) -> None:
@@ -98,7 +98,7 @@ class Sampler:
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(8, 2 * servers.num_slots // rollout.samples_per_prompt))
-        self._rollout, self._seed, self._eos, self._journal = rollout, seed, eos_token_id, journal
+        self._rollout, self._seed, self._end_ids, self._journal = rollout, seed, end_ids, journal
         self._top_p = top_p
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
@@ -199,7 +199,7 @@ class Sampler:
             return response
         if response.num_output_tokens >= self._rollout.max_response_tokens:
             return replace(response, finish_reason="length")
-        if response.num_output_tokens and int(response.output_ids[-1]) == self._eos:
+        if response.num_output_tokens and int(response.output_ids[-1]) in self._end_ids:
             return replace(response, finish_reason="stop")
         return response
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import response_decoder
+from megatron_rl.families import load_architecture
 from megatron_rl.records import Response
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.pool import ServerPool
@@ -53,11 +53,13 @@ async def serving(
 async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
     """A sampler over servers of its own. Samples have advantage 0."""
     assert config.model is not None  # with a teacher there is nothing to serve
-    eos = load_bailing_config(model).eos_token_id
+    end_ids = load_architecture(model).eos_token_ids
     with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
         variables = secret_variables(config)
         async with serving(model, config.model.dtype, config.rollout, config.run_dir, name, variables) as servers:
-            yield Sampler(servers, rewards, response_decoder(tokenizer, eos), no_advantages, config.rollout, seed, eos)
+            yield Sampler(
+                servers, rewards, response_decoder(tokenizer, end_ids), no_advantages, config.rollout, seed, end_ids
+            )
 
 
 def no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:

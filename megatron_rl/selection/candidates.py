@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_rl.checkpoint.epochs import SFT_NOTE
-from megatron_rl.config.bailing import load_bailing_config
+from megatron_rl.families import load_architecture
 from megatron_rl.parsing import read_json
 
 
@@ -94,7 +94,7 @@ def _check_model(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"candidate {path} is not a directory; correct candidates")
     try:
-        load_bailing_config(path)
+        load_architecture(path)
     except ValueError as error:
         raise ValueError(f"candidate {path} is no model directory: {error}") from None
     if not any(path.glob("*.safetensors")):

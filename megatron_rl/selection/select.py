@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.mixture import load_prompts
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
+from megatron_rl.families import load_architecture
 from megatron_rl.files import link_directory
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout.append_log import find_groups, told_of_resume
@@ -101,10 +101,10 @@ def _check_same_tokens(jobs: Sequence[_Job]) -> None:
     first, *others = jobs
     for other in others:
         differs = next((name for name, ids in first.input_ids.items() if other.input_ids[name] != ids), None)
-        eos = [load_bailing_config(job.candidate.path).eos_token_id for job in (first, other)]
+        eos = [load_architecture(job.candidate.path).eos_token_ids for job in (first, other)]
         if differs is not None or eos[0] != eos[1]:
             what = (
-                f"prompt {differs} is other tokens" if differs is not None else f"the eos token is {eos[0]}, {eos[1]}"
+                f"prompt {differs} is other tokens" if differs is not None else f"the end tokens are {eos[0]}, {eos[1]}"
             )
             raise ValueError(
                 f"candidates {first.candidate.path} and {other.candidate.path} have different tokenizers or chat "

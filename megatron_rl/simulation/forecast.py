@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.c3po.packing import cost_model
-from megatron_rl.config.bailing import BailingConfig
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.families import Architecture
 from megatron_rl.simulation.cluster import Cluster, Step
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Workload
@@ -20,7 +20,7 @@ PARTS = ("rollout", "train", "sync", "switch", "other")
 
 def forecast(
     config: RlConfig,
-    bailing: BailingConfig,
+    architecture: Architecture,
     cluster: ClusterSection,
     rates: Rates,
     workload: Workload,
@@ -28,9 +28,9 @@ def forecast(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`summary` of `num_steps` steps after the settling ones. ValueError for what cannot be simulated."""
-    config.parallel.layout(cluster.training_ranks).check(bailing)
+    config.parallel.layout(cluster.training_ranks).check(architecture)
     lengths = workload.draw(config.rollout.samples_per_prompt, seed)
-    simulated = Cluster(config, cluster, cost_model(bailing), rates, lengths.take, workload.prompt_tokens)
+    simulated = Cluster(config, cluster, cost_model(architecture), rates, lengths.take, workload.prompt_tokens)
     simulated.run(SETTLING_STEPS)
     return summary(simulated.run(num_steps), cluster)
 

@@ -51,7 +51,7 @@ def divide(entries: Iterable[TensorMapping], dtype: torch.dtype, max_bytes: int)
     members: list[TensorMapping] = []
     used = 0
     for entry in entries:
-        size = len(entry.hf) * num_bytes(entry.hf_shape, dtype)
+        size = sum(num_bytes(shape, dtype) for shape in entry.hf_shapes)
         if members and used + size > max_bytes:
             buckets.append(_bucket(members, dtype))
             members, used = [], 0
@@ -65,8 +65,8 @@ def _bucket(entries: Sequence[TensorMapping], dtype: torch.dtype) -> Bucket:
     end = 0
     for entry in entries:
         of_entry = []
-        for name in entry.hf:
-            start, end = end, end + num_bytes(entry.hf_shape, dtype)
-            of_entry.append(Place(name=name, shape=entry.hf_shape, start=start, end=end))
+        for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
+            start, end = end, end + num_bytes(shape, dtype)
+            of_entry.append(Place(name=name, shape=shape, start=start, end=end))
         places.append(tuple(of_entry))
     return Bucket(entries=tuple(entries), places=tuple(places))

@@ -69,7 +69,7 @@ class DistributedTransport:
         if backend == "nccl":
             # All ranks have met in it: then pieces in a batch go over its communicator. A pair's own takes 100 MB.
             dist.all_reduce(torch.zeros(1, device=device))
-        table = name_table(model.bailing)
+        table = name_table(model.architecture)
         self.buckets = divide(table.values(), model.dtype, max_bytes)
         self._owner_of = owners(exported_names(model), control)
         assert self._owner_of.keys() == table.keys(), "every parameter is exported by one rank"

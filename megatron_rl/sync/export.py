@@ -29,7 +29,7 @@ def export_tensors(
     export what they hold. Every rank must run this to its end: it is collective.
     """
     parameters = model.parameters_by_canonical_name()
-    for entry, tensors in gathered(name_table(model.bailing).values(), parameters, read):
+    for entry, tensors in gathered(name_table(model.architecture).values(), parameters, read):
         yield from zip(entry.hf, tensors, strict=True)
 
 
@@ -73,7 +73,7 @@ def exported_names(model: Model, takes_part: Callable[[TensorMapping], bool] = o
     parameters = model.parameters_by_canonical_name()
     return [
         entry.megatron
-        for entry in name_table(model.bailing).values()
+        for entry in name_table(model.architecture).values()
         if entry.megatron in parameters and takes_part(entry) and tensor_group(entry).rank() == 0
     ]
 
@@ -89,8 +89,12 @@ def export_directory(
     """
     rank = dist.get_rank()
     partial = destination.with_name(f".{destination.name}.partial")
-    table = name_table(model.bailing)
-    expected = [(hf, table[name].hf_shape, model.dtype) for name in exported_names(model) for hf in table[name].hf]
+    table = name_table(model.architecture)
+    expected = [
+        (hf, shape, model.dtype)
+        for name in exported_names(model)
+        for hf, shape in zip(table[name].hf, table[name].hf_shapes, strict=True)
+    ]
     names_by_shard: list[Any] = []
 
     def make() -> None:

@@ -79,7 +79,7 @@ class IpcTransport:
         self._parameters = model.parameters_by_canonical_name()
         self._dtype, self._control, self._local_urls = model.dtype, control, tuple(local_urls)
         self._num_servers, self._num_gpus = num_servers, num_gpus
-        table = name_table(model.bailing)
+        table = name_table(model.architecture)
         self.buckets = divide(table.values(), model.dtype, max_bytes)
         rank = dist.get_rank()
         node_of = gather_objects(node, control)

@@ -64,7 +64,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
             if rollouts is None:
                 folder = WeightFolder(
                     context.control,
-                    context.bailing.num_parameters() * context.model.dtype.itemsize,
+                    context.architecture.num_parameters() * context.model.dtype.itemsize,
                     shared=None if is_one_machine(config.rollout.urls) else config.run_dir,
                 )
                 parts.callback(folder.close)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.read import resolve
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection, MoeSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.families import load_architecture
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights
 from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.trainer import Trainer
@@ -29,10 +29,10 @@ def text_logprobs(path: Path, text: str) -> tuple[list[int], torch.Tensor]:
     layout = Layout(world_size=1)
     if not dist.is_initialized():
         initialize_parallel(layout, deadline_seconds=600, seed=0)
-    bailing = load_bailing_config(directory)
+    architecture = load_architecture(directory)
     section = ModelSection(path=directory, dtype="float32", layers="local")
     moe = MoeSection(load_balance_coefficient=0.0, z_loss_coefficient=0.0)
-    model = build_model(bailing, section, moe, layout, distributed_optimizer=False)
+    model = build_model(architecture, section, moe, layout, distributed_optimizer=False)
     load_weights(model, directory)
     trainer = Trainer(model, OptimizerSection(), 1, dist.group.WORLD)
     sequence = TrainSequence(

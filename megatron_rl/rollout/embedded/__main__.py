@@ -138,13 +138,13 @@ async def serve(arguments: argparse.Namespace, bound: socket.socket, key: str) -
     import torch
     from starlette.middleware import Middleware
 
-    from megatron_rl.config.bailing import load_bailing_config
+    from megatron_rl.families import load_architecture
     from megatron_rl.rollout.embedded.cache import KVCache
     from megatron_rl.rollout.embedded.guard import Guard
     from megatron_rl.rollout.embedded.server import App
     from megatron_rl.rollout.embedded.slot_memory import cache_shape
 
-    config = load_bailing_config(arguments.model_path)
+    config = load_architecture(arguments.model_path)
     context_length = arguments.context_length or config.max_position_embeddings
     check_arguments(arguments, context_length, config.max_position_embeddings)
     torch.set_num_threads(arguments.threads)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.commands import CommandQueue
 from megatron_rl.rollout.embedded.decode import Decode, Drawn
 from megatron_rl.rollout.embedded.invariance import RowCounts, decode_row_counts
@@ -64,7 +64,7 @@ class EngineOptions:
 class Engine:
     """Generates for submitted sequences until `stop`; `deliver` gets a list of events after each step."""
 
-    def __init__(self, config: BailingConfig, options: EngineOptions, deliver: Callable[[list[Event]], None]) -> None:
+    def __init__(self, config: Architecture, options: EngineOptions, deliver: Callable[[list[Event]], None]) -> None:
         self.config = config
         self.options = options
         self.weight_version = options.weight_version

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
-from megatron_rl.rollout.embedded.model import EXPERT_TILES, BailingModel, Batch
+from megatron_rl.rollout.embedded.model import EXPERT_TILES, Batch, EmbeddedModel
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def decode_row_counts(max_running_requests: int) -> tuple[int, ...]:
     return tuple(counts[: 1 + next(i for i, c in enumerate(counts) if c >= max_running_requests)])
 
 
-def check_invariance(model: BailingModel, weights: ModelWeights, num_slots: int) -> RowCounts:
+def check_invariance(model: EmbeddedModel, weights: ModelWeights, num_slots: int) -> RowCounts:
     """Choose the model's `expert_tile`, run random batches through every candidate size and keep the sizes whose rows
     are bit-identical."""
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ class _Probe:
 
     def __init__(
         self,
-        model: BailingModel,
+        model: EmbeddedModel,
         weights: ModelWeights,
         generator: torch.Generator,
         *,
@@ -123,7 +123,7 @@ class _Probe:
         return all(torch.equal(self.run(window), self.reference[window]) for window in windows)
 
 
-def _small_cache(config: BailingConfig, num_slots: int) -> KVCache:
+def _small_cache(config: Architecture, num_slots: int) -> KVCache:
     return KVCache(
         num_layers=config.num_hidden_layers,
         num_slots=num_slots,
@@ -152,7 +152,7 @@ def _prefixes_agree(matrix: Tensor, rows: int, tile: int, generator: torch.Gener
     )
 
 
-def _head_is_invariant(model: BailingModel, weights: ModelWeights, generator: torch.Generator) -> bool:
+def _head_is_invariant(model: EmbeddedModel, weights: ModelWeights, generator: torch.Generator) -> bool:
     """The head after a prefill sees one row per entry, not all rows of the pass."""
     hidden = torch.randn(PREFILL_ENTRIES[-1], model.config.hidden_size, generator=generator).to(model.dtype)
     full = model.logits(weights, hidden)

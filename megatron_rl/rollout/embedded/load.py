@@ -1,4 +1,4 @@
-"""Reading a Hugging Face BailingMoE directory into packed weights."""
+"""Reads a Hugging Face directory into packed weights."""
 
 import os
 import stat
@@ -9,34 +9,35 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_rl.config.bailing import BailingConfig, load_bailing_config
+from megatron_rl.families import Architecture, load_architecture, tensor_shapes
 from megatron_rl.rollout.embedded.packing import Packing
-from megatron_rl.rollout.embedded.weights import ModelWeights, expected_tensors, some
+from megatron_rl.rollout.embedded.weights import ModelWeights, some
 
 # Fields of config.json that do not change what the weights compute.
-_NOT_ARCHITECTURE = {"eos_token_id", "pad_token_id", "torch_dtype", "initializer_range", "max_position_embeddings"}
+_NOT_ARCHITECTURE = {"eos_token_ids", "initializer_range", "max_position_embeddings"}
 
 
-def load_weights(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def load_weights(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Read, check and pack a directory for a model of shape `config`.
 
     A config.json in the directory must describe the same architecture; a directory of tensors alone is fine.
     """
     if (Path(model_dir) / "config.json").is_file():
-        _require_same_architecture(config, load_bailing_config(model_dir), model_dir)
+        _require_same_architecture(config, load_architecture(model_dir), model_dir)
     return read_packed(model_dir, config, dtype)
 
 
-def _require_same_architecture(ours: BailingConfig, theirs: BailingConfig, model_dir: str | Path) -> None:
+def _require_same_architecture(ours: Architecture, theirs: Architecture, model_dir: str | Path) -> None:
+    found = theirs.model_dump()
     for name, value in ours.model_dump(exclude=_NOT_ARCHITECTURE).items():
-        other = getattr(theirs, name)
+        other = found[name]
         if other != value:
             raise ValueError(
                 f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}"
             )
 
 
-def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """All tensors of the directory, each exactly once, names, shapes and values checked against `config`.
 
     ValueError names what is wrong. Nothing is unpickled: only `*.safetensors` files are opened.
@@ -47,7 +48,7 @@ def read_packed(model_dir: str | Path, config: BailingConfig, dtype: torch.dtype
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"model_path {str(model_dir)!r} holds no *.safetensors file")
-    expected = expected_tensors(config)
+    expected = tensor_shapes(config)
     packing = Packing(config, dtype)
     for path in files:
         try:

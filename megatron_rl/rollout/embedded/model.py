@@ -1,4 +1,4 @@
-"""BailingMoE forward pass in plain torch, over fixed shapes.
+"""The forward pass of a model in plain torch, over fixed shapes.
 
 Shapes: R rows = B entries x T queries; H hidden; nq, nkv heads; g = nq / nkv; d head_dim; E experts; k experts per
 token; W width of an MLP; S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; a prefill
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
+from megatron_rl.rotary import frequencies
 
 # Scores of hidden keys; finite, because exp and log are tens of times slower on infinities.
 MASKED = 1e30
@@ -41,19 +42,19 @@ class _Shared:
     """What all layers of one pass use, worked out once."""
 
     offsets: Tensor  # [R]: position within the cache block
-    cos: Tensor  # [R, 1, d]
-    signed_sin: Tensor  # [R, 1, d]
+    cos: Tensor  # [R, 1, rotated part of d]
+    signed_sin: Tensor  # likewise
     hide: Tensor  # [n, B, 1, T, 1, BLOCK], added to scores: 0, or -MASKED for keys after the query
     keep: Tensor  # the same shape, times weights: 1, or 0 for keys after the query
 
 
-class BailingModel:
+class EmbeddedModel:
     """The network's shape, rotary tables and forward pass; weights and cache are arguments."""
 
-    def __init__(self, config: BailingConfig, *, dtype: torch.dtype, context_length: int) -> None:
+    def __init__(self, config: Architecture, *, dtype: torch.dtype, context_length: int) -> None:
         self.config = config
         self.dtype = dtype
-        self.cos, self.signed_sin = rotary_tables(config.head_dim, config.rope_theta, context_length)
+        self.cos, self.signed_sin = signed_tables(config, context_length)
         self.expert_tile = EXPERT_TILES[0]  # the self-check of invariance.py raises it where it must
         self._buffers: dict[str, Tensor] = {}
         self.block_positions = torch.arange(-(-context_length // BLOCK) * BLOCK).view(-1, 1, 1, 1, 1, BLOCK)
@@ -101,8 +102,14 @@ class BailingModel:
         nq, nkv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         queries, group = batch.num_queries, nq // nkv
         entries = normed.shape[0] // queries
-        qkv = torch.mm(normed, layer.qkv).float().view(-1, nq + 2 * nkv, d)
-        heads = apply_rotary(qkv[:, : nq + nkv], shared.cos, shared.signed_sin)
+        product = torch.mm(normed, layer.qkv)
+        if layer.qkv_bias is not None:
+            product += layer.qkv_bias
+        qkv = product.float().view(-1, nq + 2 * nkv, d)
+        heads = qkv[:, : nq + nkv]
+        if layer.qk_norms is not None:
+            heads = normed_heads(heads, nq, layer.qk_norms, config.rms_norm_eps)
+        heads = apply_rotary(heads, shared.cos, shared.signed_sin)
         cache.keys[index][batch.write_blocks, batch.write_slots, :, :, shared.offsets] = heads[:, nq:]
         cache.values[index][batch.write_blocks, batch.write_slots, :, shared.offsets] = qkv[:, nq + nkv :]
         q = heads[:, :nq].reshape(entries, queries, nkv, group, d)
@@ -202,13 +209,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotary_tables(head_dim: int, theta: float, context_length: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, [context, d]; the sign of rotate-half is folded into the first half of sin."""
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(context_length, dtype=torch.float32), inverse)
-    return torch.cat((angles, angles), -1).cos(), torch.cat((-angles.sin(), angles.sin()), -1)
+def normed_heads(heads: Tensor, num_queries: int, weights: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """RMS norm over d of each head, [R, nq + nkv, d] in fp32: first those of queries, then those of keys."""
+    queries, keys = (
+        rms_norm(part, weight.float(), eps)
+        for part, weight in zip((heads[:, :num_queries], heads[:, num_queries:]), weights, strict=True)
+    )
+    return torch.cat((queries, keys), dim=1)
+
+
+def signed_tables(config: Architecture, context_length: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, [context, rotated part of d]: the sign of rotate-half is folded into sin's first half."""
+    cos, sin = frequencies(config.rotary, config.head_dim, torch.float32).tables(torch.arange(context_length))
+    half = sin.shape[-1] // 2
+    return cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate-half (neox) rotary: (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)
+    """Rotate-half (neox) rotary: (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis, or of its
+    first part, as wide as the tables."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((apply_rotary(x[..., :width], cos, signed_sin), x[..., width:]), -1)
+    return (x * cos).addcmul_(x.roll(width // 2, -1), signed_sin)

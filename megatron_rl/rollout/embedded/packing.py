@@ -4,17 +4,18 @@ Shapes: H hidden, V vocabulary, E experts, W width of an MLP. `places` is the on
 lives in the packed weights: packing copies into those views, reading back looks at them.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture, family_of, tensor_shapes
+from megatron_rl.families.tensors import TensorNames
 from megatron_rl.rollout.embedded.weights import (
     READABLE_DTYPES,
     LayerWeights,
     Mlp,
     ModelWeights,
-    expected_tensors,
-    output_weight,
     some,
 )
 
@@ -22,9 +23,11 @@ from megatron_rl.rollout.embedded.weights import (
 class Packing:
     """A model's packed weights while they are filled, in any order; one copy of the model and one tensor of memory."""
 
-    def __init__(self, config: BailingConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: Architecture, dtype: torch.dtype) -> None:
         self._config = config
-        self._expected = expected_tensors(config)
+        self._expected = tensor_shapes(config)
+        names = family_of(config).tensors
+        self._output_weight = names.embedding if config.tie_word_embeddings else names.head
         self._missing = set(self._expected)
         self._weights = _blank(config, dtype)
         self._places = places(self._weights, config)
@@ -54,7 +57,7 @@ class Packing:
         """Lay it out in its place, which takes far longer than `admit`."""
         if name in self._places:
             self._places[name].copy_(tensor)
-        if name == output_weight(self._config):
+        if name == self._output_weight:
             self._weights.head.copy_(_head(tensor, self._config.norm_head))
 
     def finish(self) -> ModelWeights:
@@ -66,7 +69,7 @@ class Packing:
         return self._weights
 
 
-def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def pack(tensors: dict[str, Tensor], config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Copy the tensors into matrices laid out for `model.py`; nothing of the result aliases a mapped file."""
     packing = Packing(config, dtype)
     for name, tensor in tensors.items():
@@ -74,37 +77,50 @@ def pack(tensors: dict[str, Tensor], config: BailingConfig, dtype: torch.dtype) 
     return packing.finish()
 
 
-def places(weights: ModelWeights, config: BailingConfig) -> dict[str, Tensor]:
+def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
     """Views of the packed weights in the shapes of the raw tensors, by name.
 
     The output weight is absent when `norm_head` is set: its norms are divided out and its raw values lost.
     """
-    found = {"model.word_embeddings.weight": weights.embedding, "model.norm.weight": weights.final_norm}
+    names = family_of(config).tensors
+    found = {names.embedding: weights.embedding, names.final_norm: weights.final_norm}
     if not config.tie_word_embeddings and not config.norm_head:
-        found["lm_head.weight"] = weights.head.t()
+        found[names.head] = weights.head.t()
 
     def add_mlp(prefix: str, mlp: Mlp) -> None:
         width = mlp.down.shape[0]
-        found[f"{prefix}.gate_proj.weight"] = mlp.gate_up[:, :width].t()
-        found[f"{prefix}.up_proj.weight"] = mlp.gate_up[:, width:].t()
-        found[f"{prefix}.down_proj.weight"] = mlp.down.t()
+        found[prefix + names.gate] = mlp.gate_up[:, :width].t()
+        found[prefix + names.up] = mlp.gate_up[:, width:].t()
+        found[prefix + names.down] = mlp.down.t()
 
     for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}"
-        found[f"{prefix}.input_layernorm.weight"] = layer.input_norm
-        found[f"{prefix}.attention.query_key_value.weight"] = layer.qkv.t()
-        found[f"{prefix}.attention.dense.weight"] = layer.dense.t()
-        found[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm
+        prefix = names.layer.format(index)
+        found[prefix + names.input_norm] = layer.input_norm
+        found |= {prefix + name: view for name, view in _attention_places(layer, config, names)}
+        found[prefix + names.output] = layer.dense.t()
+        found[prefix + names.mlp_norm] = layer.mlp_norm
         if layer.router is not None:
-            found[f"{prefix}.mlp.gate.weight"] = layer.router[:, : config.num_experts].t()
+            found[prefix + names.router] = layer.router[:, : config.num_experts].t()
         if layer.mlp is not None:
-            add_mlp(f"{prefix}.mlp.shared_experts" if config.is_moe_layer(index) else f"{prefix}.mlp", layer.mlp)
+            add_mlp(prefix + (names.shared if config.is_moe_layer(index) else names.mlp), layer.mlp)
         for expert, mlp in enumerate(layer.experts):
-            add_mlp(f"{prefix}.mlp.experts.{expert}", mlp)
+            add_mlp(prefix + names.experts.format(expert), mlp)
     return found
 
 
-def _blank(config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
+def _attention_places(layer: LayerWeights, config: Architecture, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
+    """Of queries, keys and values, in one tensor or in three, as the family has them."""
+    rows = names.qkv_rows(config)
+    for name, weight in zip(names.qkv, layer.qkv.t().split(rows), strict=True):
+        yield f"{name}.weight", weight
+    if layer.qkv_bias is not None:
+        for name, bias in zip(names.qkv, layer.qkv_bias.split(rows), strict=True):
+            yield f"{name}.bias", bias
+    if layer.qk_norms is not None:
+        yield from zip(names.qk_norms, layer.qk_norms, strict=True)
+
+
+def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Memory for the packed weights; what no tensor fills, the router's spare columns, is zero."""
     h, d = config.hidden_size, config.head_dim
     nq, nkv = config.num_attention_heads, config.num_key_value_heads
@@ -123,9 +139,11 @@ def _blank(config: BailingConfig, dtype: torch.dtype) -> ModelWeights:
         return LayerWeights(
             input_norm=empty(h),
             qkv=empty(h, (nq + 2 * nkv) * d),
+            qkv_bias=empty((nq + 2 * nkv) * d) if config.qkv_bias else None,
+            qk_norms=(empty(d), empty(d)) if config.qk_norm else None,
             dense=empty(nq * d, h),
             mlp_norm=empty(h),
-            mlp=None if is_moe and not config.num_shared_experts else mlp(everyones),
+            mlp=mlp(everyones) if everyones else None,
             router=torch.zeros(h, columns) if is_moe else None,
             experts=tuple(mlp(config.moe_intermediate_size) for _ in range(config.num_experts if is_moe else 0)),
         )

@@ -17,7 +17,7 @@ MAX_SEQUENCES = 16384
 MAX_FULL_LENGTH = 1024
 MAX_TOP_K = 2**31 - 1
 MAX_TEMPERATURE = 1e6
-MAX_STOP_TOKEN_IDS = 15  # the eos token has a place of its own
+MAX_STOP_TOKEN_IDS = 15  # end tokens of the model have places of their own
 DEFAULT_MAX_NEW_TOKENS = 128
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import KVCache
 from megatron_rl.rollout.embedded.invariance import check_invariance
 from megatron_rl.rollout.embedded.load import load_weights
-from megatron_rl.rollout.embedded.model import BailingModel, Batch
+from megatron_rl.rollout.embedded.model import Batch, EmbeddedModel
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
 log = logging.getLogger(__name__)
@@ -20,10 +20,10 @@ class ModelRunner:
     """Owns the network and its weights, and puts batches through it. Whoever sets `weights` serves others."""
 
     def __init__(
-        self, config: BailingConfig, model_path: str, *, dtype: torch.dtype, num_slots: int, context_length: int
+        self, config: Architecture, model_path: str, *, dtype: torch.dtype, num_slots: int, context_length: int
     ) -> None:
         self._config, self._dtype = config, dtype
-        self._model = BailingModel(config, dtype=dtype, context_length=context_length)
+        self._model = EmbeddedModel(config, dtype=dtype, context_length=context_length)
         self.weights = load_weights(model_path, config, dtype)
         self.row_counts = check_invariance(self._model, self.weights, num_slots)
         if not self.row_counts.invariant:

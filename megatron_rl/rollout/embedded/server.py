@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_rl import __version__
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture, family_of
 from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
@@ -42,7 +42,7 @@ class App:
     """Holds the engine and the requests in flight; `on_failure` is called once if the engine dies."""
 
     def __init__(
-        self, config: BailingConfig, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
+        self, config: Architecture, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
     ) -> None:
         """guard: rollout/embedded/guard.py, before every route."""
         self._guard = guard
@@ -152,7 +152,7 @@ class App:
                     f"{self.config.num_experts}; leave it out"
                 )
             first_seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed
-            stops = () if params.ignore_eos else (self.config.eos_token_id, *params.stop_token_ids)
+            stops = () if params.ignore_eos else (*self.config.eos_token_ids, *params.stop_token_ids)
             for seed in derive_seeds(first_seed, params.n):
                 sequence = Sequence(
                     # As in SGLang the samples of a prompt have ids of their own, which only the answer tells.
@@ -328,6 +328,7 @@ class App:
         )
 
     async def model_info(self) -> Response:
+        family = family_of(self.config)
         return json_answer(
             {
                 "model_path": self.engine.model_path,
@@ -336,8 +337,8 @@ class App:
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": self.engine.weight_version,
-                "model_type": "bailing_moe",
-                "architectures": ["BailingMoeForCausalLM"],
+                "model_type": family.model_types[0],
+                "architectures": [family.architectures[0]],
             }
         )
 

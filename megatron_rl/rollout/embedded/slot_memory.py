@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import KVCache
 from megatron_rl.rollout.embedded.routing import RoutingRecord
 
@@ -10,7 +10,7 @@ from megatron_rl.rollout.embedded.routing import RoutingRecord
 class SlotMemory:
     """Owns the tensors with one part per slot, and moves the parts between slots together."""
 
-    def __init__(self, config: BailingConfig, num_slots: int, context_length: int) -> None:
+    def __init__(self, config: Architecture, num_slots: int, context_length: int) -> None:
         self.cache = KVCache(**cache_shape(config, num_slots, context_length))
         # Identical prompts copy them along with the cache.
         self.prompt_logits = torch.zeros(num_slots, config.vocab_size)
@@ -33,7 +33,7 @@ class SlotMemory:
         self.prompt_logits[targets] = self.prompt_logits[sources]
 
 
-def cache_shape(config: BailingConfig, num_slots: int, context_length: int) -> dict[str, int]:
+def cache_shape(config: Architecture, num_slots: int, context_length: int) -> dict[str, int]:
     """Give the arguments of a model's KVCache."""
     return {
         "num_layers": config.num_hidden_layers,

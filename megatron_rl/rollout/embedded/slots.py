@@ -11,7 +11,7 @@ import numpy as np
 from megatron_rl.rollout.embedded.sampling import SamplingRows
 from megatron_rl.rollout.embedded.sequence import Sequence
 
-MAX_STOP_IDS = 16
+MAX_STOP_IDS = 32
 
 
 class SlotTable:

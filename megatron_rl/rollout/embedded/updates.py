@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.fields import cut
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weight_requests import BucketRequest, JoinRequest, TensorHead
@@ -32,7 +32,7 @@ class WeightUpdates:
     packed while the next one is received: at most one more copy of the model, and two buckets.
     """
 
-    def __init__(self, config: BailingConfig, dtype: torch.dtype, timeout_seconds: float) -> None:
+    def __init__(self, config: Architecture, dtype: torch.dtype, timeout_seconds: float) -> None:
         """timeout_seconds: how long a rendezvous or a broadcast may take."""
         self._config, self._dtype, self._timeout_seconds = config, dtype, timeout_seconds
         self._groups: dict[str, dist.ProcessGroup] = {}

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from megatron_rl.config.bailing import BailingConfig
+from megatron_rl.families import Architecture, tensor_shapes
 from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
@@ -25,7 +25,6 @@ from megatron_rl.rollout.embedded.weight_requests import (
     parse_join,
 )
 from megatron_rl.rollout.embedded.weight_roots import WeightRoots
-from megatron_rl.rollout.embedded.weights import expected_tensors
 from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class WeightRoutes:
 
     def __init__(self, engine: Engine, update_lock: UpdateLock, occupation: Occupation, bodies: Bodies) -> None:
         self._engine, self._update_lock, self._occupation = engine, update_lock, occupation
-        self._config: BailingConfig = engine.config
+        self._config: Architecture = engine.config
         self._updates = WeightUpdates(engine.config, engine.options.dtype, engine.options.update_timeout_seconds)
         self._group_lock = asyncio.Lock()  # groups and session are for one at a time
         self._checking = asyncio.Lock()
@@ -48,7 +47,7 @@ class WeightRoutes:
         self._session = Hold(engine.options.hold_timeout_seconds, lambda: self._updates.open, self._end_session)
         self._bodies = bodies
         self.limits = BucketLimits(
-            tensors=2 * len(expected_tensors(engine.config)), values=2 * engine.config.num_parameters()
+            tensors=2 * len(tensor_shapes(engine.config)), values=2 * engine.config.num_parameters()
         )
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> Response:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.bailing import BailingConfig
-
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,7 +17,9 @@ class LayerWeights:
     """One transformer layer; matrices are stored [in, out], ready for `x @ w`."""
 
     input_norm: Tensor  # [H]
-    qkv: Tensor  # [H, (nq + 2 nkv) d]
+    qkv: Tensor  # [H, (nq + 2 nkv) d]: all queries, all keys, all values
+    qkv_bias: Tensor | None  # [(nq + 2 nkv) d]
+    qk_norms: tuple[Tensor, Tensor] | None  # of queries and of keys, [d] each
     dense: Tensor  # [nq d, H]
     mlp_norm: Tensor  # [H]
     mlp: "Mlp | None"  # over every token; None in a mixture-of-experts layer without shared experts
@@ -39,44 +39,6 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [H]
     head: Tensor  # [H, V] fp32, already normalised when norm_head is set
-
-
-def expected_tensors(config: BailingConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor name of the model under its Hugging Face name, with its shape."""
-    h, d = config.hidden_size, config.head_dim
-    nq, nkv = config.num_attention_heads, config.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.word_embeddings.weight": (config.vocab_size, h),
-        "model.norm.weight": (h,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, h)
-
-    def add_mlp(prefix: str, width: int) -> None:
-        shapes[f"{prefix}.gate_proj.weight"] = (width, h)
-        shapes[f"{prefix}.up_proj.weight"] = (width, h)
-        shapes[f"{prefix}.down_proj.weight"] = (h, width)
-
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.input_layernorm.weight"] = (h,)
-        shapes[f"{layer}.attention.query_key_value.weight"] = ((nq + 2 * nkv) * d, h)
-        shapes[f"{layer}.attention.dense.weight"] = (h, nq * d)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
-        if not config.is_moe_layer(index):
-            add_mlp(f"{layer}.mlp", config.intermediate_size)
-            continue
-        shapes[f"{layer}.mlp.gate.weight"] = (config.num_experts, h)
-        for expert in range(config.num_experts):
-            add_mlp(f"{layer}.mlp.experts.{expert}", config.moe_intermediate_size)
-        if config.num_shared_experts:
-            add_mlp(f"{layer}.mlp.shared_experts", config.shared_intermediate_size)
-    return shapes
-
-
-def output_weight(config: BailingConfig) -> str:
-    """Name of the tensor that makes logits."""
-    return "model.word_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def some(names: list[str]) -> str:

@@ -15,13 +15,13 @@ from megatron_rl import __version__
 from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_domains
 from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.families import load_architecture
 from megatron_rl.records import Group, Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
@@ -89,10 +89,10 @@ class RecordedGroups:
             raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
-        tokenizer, bailing = load_tokenizer(config.model.path), load_bailing_config(config.model.path)
-        self.decode = response_decoder(tokenizer, bailing.eos_token_id)
+        tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
+        self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._digest = _load_prompts(config, tokenizer)[0].digest
-        self._groups, self._prompts = read_groups(path, advantages_of(config), limits_of(config.rollout, bailing))
+        self._groups, self._prompts = read_groups(path, advantages_of(config), limits_of(config.rollout, architecture))
         if config.budget.domains:
             check_domains(self._prompts.values(), config.budget.domains, f"--rollouts {path}")
         self._cursors = dict.fromkeys(self._shares, 0)
@@ -153,8 +153,8 @@ class ServerGroups:
         """ValueError for prompts that cannot be used."""
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
-        tokenizer, bailing = load_tokenizer(config.model.path), load_bailing_config(config.model.path)
-        self.decode = response_decoder(tokenizer, bailing.eos_token_id)
+        tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
+        self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
@@ -162,7 +162,7 @@ class ServerGroups:
         self._rewards = Rewards(config.reward)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
-        routed = routed_shape(bailing) if config.rollout.router_replay else None
+        routed = routed_shape(architecture) if config.rollout.router_replay else None
         replace = self._supervisor.replace if self._supervisor else None
         self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
         self._loop = BackgroundLoop()
@@ -178,7 +178,7 @@ class ServerGroups:
             advantages_of(config),
             config.rollout,
             config.seed,
-            bailing.eos_token_id,
+            architecture.eos_token_ids,
             self._journal,
         )
 

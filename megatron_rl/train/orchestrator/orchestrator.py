@@ -77,7 +77,7 @@ class Orchestrator:
             # Only servers need weights.
             servers = cast(ServerGroups, self.source)
             self._updates = WeightUpdates(config, servers, self._command) if transport is not None else None
-            self.collector = Collector(config, context.layout, cost_model(context.bailing), self.source)
+            self.collector = Collector(config, context.layout, cost_model(context.architecture), self.source)
             if restored:
                 self.collector.restore(*restored)
             self._metrics = MetricsLog(config.run_dir, first)

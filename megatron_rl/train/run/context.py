@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from megatron_rl import device
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, speak_as
+from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
 from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
@@ -54,9 +54,9 @@ class TrainContext:
         self.config = config
         place = own_place()
         self.rank, world_size = place.rank, place.world_size
-        self.bailing = load_bailing_config(config.model.path)
+        self.architecture = load_architecture(config.model.path)
         self.layout = config.parallel.layout(world_size)
-        self.layout.check(self.bailing)
+        self.layout.check(self.architecture)
         planned = world_size if config.cluster is None else config.cluster.training_ranks
         if self.rank == 0 and planned != world_size:
             log.warning(
@@ -80,7 +80,7 @@ class TrainContext:
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
         overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
         self.model = build_model(
-            self.bailing,
+            self.architecture,
             config.model,
             config.moe,
             self.layout,
@@ -94,7 +94,7 @@ class TrainContext:
         self._resume, self._has_resumed = resume, False
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
-            planned = rank_bytes(config, self.bailing, self.layout)[stage].total
+            planned = rank_bytes(config, self.architecture, self.layout)[stage].total
             log.info("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _claim(self) -> str | None:

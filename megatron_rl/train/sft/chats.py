@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.bailing import load_bailing_config
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import render_chat
 from megatron_rl.data.fitting import Limit
 from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
+from megatron_rl.families import load_architecture
 from megatron_rl.train.run.metrics import bar
 from megatron_rl.train.step.batch import TrainSequence
 
@@ -133,4 +133,4 @@ def _limits(config: SftConfig) -> Iterator[tuple[int, str]]:
     shared = " x parallel.context" if config.parallel.context > 1 else ""
     yield config.micro_batch_cap, f"train.micro_batch_tokens{shared}"
     yield config.data.batch_tokens, "data.batch_tokens"
-    yield load_bailing_config(config.model.path).max_position_embeddings, "the model's max_position_embeddings"
+    yield load_architecture(config.model.path).max_position_embeddings, "the model's max_position_embeddings"

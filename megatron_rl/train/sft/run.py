@@ -109,7 +109,7 @@ class _Run:
             [len(s.token_ids) for s in batch],
             layout.data,
             self._config.micro_batch_cap,
-            cost_model(context.bailing),
+            cost_model(context.architecture),
             multiple_of=layout.micro_batch_multiple,
         )
         mine = placed[layout.data_rank(context.rank)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_rl.device import send
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import PackedSequences, pack
+from megatron_rl.rotary import Frequencies
 from megatron_rl.train.step.token_traces import TracedTokens
 
 
@@ -88,8 +89,7 @@ def make_micro_batch(
     sequences: Sequence[TrainSequence],
     *,
     multiple_of: int,
-    head_dim: int,
-    rope_theta: float,
+    rotary: Frequencies,
     dtype: torch.dtype,
     device: torch.device,
     context_rank: int = 0,
@@ -115,7 +115,7 @@ def make_micro_batch(
         parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
         return send(torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(kind), device)
 
-    packed = pack(part.lengths, head_dim, rope_theta, dtype, device, context_rank, context_size)
+    packed = pack(part.lengths, rotary, dtype, device, context_rank, context_size)
     packed.routed_experts = None if part.routed is None else send(torch.from_numpy(part.routed), device)
     return MicroBatch(
         token_ids=send(torch.from_numpy(part.token_ids)[None], device),

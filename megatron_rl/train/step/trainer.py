@@ -35,6 +35,7 @@ from megatron_rl import device
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step import multi_tensor as clipping
 from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
 from megatron_rl.train.step.objective import Objective
@@ -84,6 +85,7 @@ class Trainer:
 
     def __init__(self, model: Model, optimizer: OptimizerSection, num_steps: int, control: Any) -> None:
         self.model = model
+        self._rotary = frequencies(model.architecture.rotary, model.architecture.head_dim)
         self._control = control
         clipping.install()
         # Torch's AdamW, also where Transformer Engine or apex is installed: theirs have not run here.
@@ -147,8 +149,7 @@ class Trainer:
         return make_micro_batch(
             sequences,
             multiple_of=self.model.token_multiple,
-            head_dim=self.model.bailing.head_dim,
-            rope_theta=self.model.bailing.rope_theta,
+            rotary=self._rotary,
             dtype=self.model.dtype,
             device=self._where,
             context_rank=mpu.get_context_parallel_rank(),

@@ -1,0 +1,135 @@
+"""The neutral description of a transformer that trainer, servers, converter, planner and simulator read."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_rl.families.bounds import MAX_TOKENS, Flag, MaybeWidth, TokenId, Width, above_zero, whole
+
+_MAX_EXPERTS_OF_ALL_LAYERS = 2**18
+
+RotaryKind = Literal["default", "linear", "yarn", "llama3"]
+
+
+class Rotary(BaseModel):
+    """Rotary position embedding with rotate-half (neox) pairing.
+
+    kind and scaling: as transformers' `rope_parameters` name them; `model_positions` and whatever a kind falls back to
+    are written out, so equal tables have equal records. fraction: the share of head_dim that is rotated, from its
+    first element on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: RotaryKind = "default"
+    theta: Annotated[float, above_zero(1e15)] = 10000.0
+    fraction: Annotated[float, above_zero(1.0)] = 1.0
+    scaling: tuple[tuple[str, int | float | bool], ...] = ()
+    model_positions: Annotated[int, whole(0, 2**30)] = 0
+
+
+class Architecture(BaseModel):
+    """The shape of a model: everything of its config.json that changes what its weights compute.
+
+    Fields have the names that Hugging Face's config classes share. A layer is attention between two RMS norms, and an
+    MLP with SwiGLU: one for all tokens (dense), or a mixture of experts, of which a router chooses.
+
+    family: its key in the registry, which knows the names of tensors. intermediate_size: of the MLP of dense layers;
+    0 where there is none. dense_layers: of a model with experts, the layers without. qkv_bias: query, key and value
+    projections have one. qk_norm: RMS norm over head_dim of queries and keys, before rotary.
+    norm_head: logits are those of the head divided by its norm over the vocabulary, column by column.
+    norm_topk_prob: the probabilities of the chosen experts are divided by their sum.
+    eos_token_ids: each of them ends a response, of config.json and generation_config.json.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    family: str
+    vocab_size: Annotated[int, whole(1, MAX_TOKENS)]
+    hidden_size: Width
+    intermediate_size: MaybeWidth
+    num_hidden_layers: Annotated[int, whole(1, 4096)]
+    num_attention_heads: Annotated[int, whole(1, 4096)]
+    num_key_value_heads: Annotated[int, whole(1, 4096)]
+    head_dim: Annotated[int, whole(0, 2**16)] = Field(
+        default=0, description="0 means hidden_size / num_attention_heads"
+    )
+    qkv_bias: Flag = False
+    qk_norm: Flag = False
+    rotary: Rotary = Rotary()
+    dense_layers: tuple[int, ...] = ()
+    num_experts: Annotated[int, whole(0, 2**16)] = 0
+    num_experts_per_tok: Annotated[int, whole(0, 2**16)] = 0
+    moe_intermediate_size: MaybeWidth = 0
+    shared_intermediate_size: MaybeWidth = Field(default=0, description="0 without shared experts")
+    norm_topk_prob: Flag = True
+    norm_head: Flag = False
+    tie_word_embeddings: Flag = Field(default=False, description="the LM head is the embedding")
+    max_position_embeddings: Annotated[int, whole(1, 2**30)]
+    rms_norm_eps: Annotated[float, above_zero(1.0)] = 1e-6
+    initializer_range: Annotated[float, above_zero(1e3)] = 0.02
+    eos_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=16)]
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "Architecture":
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads {self.num_attention_heads} does not divide "
+                    f"hidden_size {self.hidden_size}; set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_hidden_layers * self.num_experts > _MAX_EXPERTS_OF_ALL_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers {self.num_hidden_layers} times num_experts {self.num_experts} must be at most "
+                f"{_MAX_EXPERTS_OF_ALL_LAYERS}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        if self.head_dim * self.rotary.fraction % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} times the rotated share {self.rotary.fraction:g} must be an even number"
+            )
+        if self.num_dense_layers and not self.intermediate_size:
+            raise ValueError("intermediate_size must be above 0 for layers without experts")
+        return self
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.num_hidden_layers - self.num_moe_layers
+
+    def num_parameters(self) -> int:
+        """All weights, embedding and LM head included (once when they are tied)."""
+        h = self.hidden_size
+        mlps = self.num_dense_layers * 3 * h * self.intermediate_size
+        vocabulary = (1 if self.tie_word_embeddings else 2) * self.vocab_size * h
+        return self.num_hidden_layers * self._attention_parameters() + self._moe_parameters() + mlps + vocabulary + h
+
+    def _attention_parameters(self) -> int:
+        """Of one layer, its two norms included."""
+        h, qkv_rows = self.hidden_size, (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        small = (qkv_rows if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        return h * qkv_rows + self.num_attention_heads * self.head_dim * h + 2 * h + small
+
+    def _moe_parameters(self) -> int:
+        """Of the mixtures of experts of all layers, routers included."""
+        h = self.hidden_size
+        experts = self.num_experts * (3 * h * self.moe_intermediate_size + h)
+        return self.num_moe_layers * (experts + 3 * h * self.shared_intermediate_size)
+
+    def num_active_parameters(self) -> int:
+        """Count the parameters that a token passes through, embedding and LM head whole."""
+        idle = self.num_experts - self.num_experts_per_tok
+        return self.num_parameters() - self.num_moe_layers * idle * 3 * self.hidden_size * self.moe_intermediate_size

@@ -1,0 +1,74 @@
+"""BailingMoE, version 1: Ling-lite, Ling-plus and Ring-lite.
+
+Dropout is read and left out. The released modelling code (github.com/inclusionAI/Ring, models/modeling_bailing_moe.py)
+never applies `embedding_dropout` and `output_dropout`, and `attention_dropout` only while it trains; servers apply
+none. Training here has none either, since a policy with dropout is not the one that sampled.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.family import Family
+from megatron_rl.families.fields import check_neutral, common_fields, require
+from megatron_rl.families.tensors import TensorNames
+from megatron_rl.parsing import shown
+
+log = logging.getLogger(__name__)
+
+# Ling-lite-base asks for 0.1 after the embedding and after each block, the chat models for none.
+_DROPOUTS = ("attention_dropout", "embedding_dropout", "output_dropout")
+_VERSION_1 = {"use_qkv_bias": (None, False), "use_qk_norm": (None, False), "partial_rotary_factor": (None, 1)}
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    check_neutral(values, _VERSION_1, " (BailingMoE version 1)")
+    require(values, ("moe_intermediate_size", "num_experts", "num_experts_per_tok"))
+    found = common_fields(values, {"initializer_range": 0.006})
+    _count(values, "num_experts", 1, 2**16)
+    shared, width = _count(values, "num_shared_experts", 0, 4096), values["moe_intermediate_size"]
+    first_dense = _count(values, "first_k_dense_replace", 0, 4096)
+    num_layers = found.get("num_hidden_layers")
+    found |= {
+        "dense_layers": tuple(range(min(first_dense, num_layers if isinstance(num_layers, int) else 0))),
+        "num_experts": values["num_experts"],
+        "num_experts_per_tok": _count(values, "num_experts_per_tok", 1, 2**16),
+        "moe_intermediate_size": _count(values, "moe_intermediate_size", 1, MAX_WIDTH),
+        # One MLP of their joint width.
+        "shared_intermediate_size": shared * width,
+    }
+    found |= {name: values[name] for name in ("norm_topk_prob", "norm_head") if values.get(name) is not None}
+    dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
+    if dropouts and os.environ.get("RANK", "0") == "0":
+        _tell_of_dropout(dropouts)
+    return found
+
+
+def _count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    value = values.get(name)
+    value = low if value is None else value
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
+    return value
+
+
+@functools.cache
+def _tell_of_dropout(dropouts: str) -> None:
+    """Once in a process: many parts of a run read config.json."""
+    log.info("config.json asks for %s; training and servers here run without dropout", dropouts)
+
+
+BAILING_MOE = Family(
+    key="bailing_moe",
+    architectures=("BailingMoeForCausalLM",),
+    model_types=("bailing_moe",),
+    read=_read,
+    tensors=TensorNames(
+        embedding="model.word_embeddings.weight",
+        qkv=("attention.query_key_value",),
+        output="attention.dense.weight",
+    ),
+)

@@ -1,0 +1,23 @@
+"""One family of models, as the registry holds it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.families.tensors import TensorNames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family of models: how to tell it, read it, and name its tensors.
+
+    key: of the registry, and `Architecture.family`. architectures, model_types: what config.json says under these
+    names; the first decides. read: config.json's values to the fields of an Architecture but `family`; ValueError for
+    what is not implemented.
+    """
+
+    key: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    tensors: TensorNames

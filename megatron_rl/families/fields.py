@@ -1,0 +1,109 @@
+"""Fields of config.json that families have in common, and the refusal of what would change numbers unseen."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_rl.families.rotary_fields import rotary_fields
+from megatron_rl.parsing import shown
+
+# What changes the numbers of a model and is implemented by no family: it must be absent or have one of these values.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "scale_emb": (None, 1),
+    "scale_depth": (None,),
+    "dim_model_base": (None,),
+    "clip_qkv": (None,),
+    "use_sliding_window": (None, False),
+    "attention_chunk_size": (None,),
+    "no_rope_layers": (None, [], ()),
+    "alibi": (None, False),
+    "use_cla": (None, False),
+    "add_cross_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "is_decoder": (None, True, False),
+    "mlp_bias": (None, False),
+    "use_bias": (None, False),
+    "norm_softmax": (None, False),
+    "num_nextn_predict_layers": (None, 0),
+    "use_mla": (None, False),
+    "kv_lora_rank": (None, 0),
+    "q_lora_rank": (None, 0),
+}
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+
+
+def common_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an Architecture that every family has; `defaults` are those of the family's config class.
+
+    ValueError names a field of config.json that is not implemented, its value, and the values that are.
+    """
+    check_neutral(values, _NEUTRAL)
+    _check_attention(values)
+    given = {**defaults, **{name: value for name, value in values.items() if value is not None}}
+    found = {name: given[name] for name in _SAME_NAME if name in given}
+    found.setdefault("num_key_value_heads", given.get("num_attention_heads"))
+    return found | {"rotary": rotary_fields(values, given), "eos_token_ids": end_ids(values)}
+
+
+def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], why: str = "") -> None:
+    """ValueError for the first field that is there and has none of the values that are implemented."""
+    for name, allowed in neutral.items():
+        if name in values and not any(_same(values[name], value) for value in allowed):
+            least = next((value for value in allowed if value is not None), None)
+            must = f"must be {least!r}" if least is not None else "must be absent or null"
+            raise ValueError(f"{name} {must}{why}, got {shown(values[name])}")
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equal, where 0 is not false and 1 is not true."""
+    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
+
+
+def _check_attention(values: Mapping[str, Any]) -> None:
+    """Every layer must attend to all that came before it."""
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}):
+        raise ValueError(f"layer_types must be 'full_attention' in every layer, got {shown(kinds)}")
+    window = values.get("sliding_window")
+    # Qwen's files give a window beside `use_sliding_window: false`, which turns it off.
+    if window is not None and values.get("use_sliding_window") is not False:
+        raise ValueError(f"sliding_window must be absent or null, got {shown(window)}")
+
+
+def end_ids(*sources: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Every id of `eos_token_id`, which may be one or a list, in the order in which they come."""
+    found: dict[Any, None] = {}
+    for values in sources:
+        ids = values.get("eos_token_id")
+        for one in ids if isinstance(ids, list) else () if ids is None else (ids,):
+            found.setdefault(one if isinstance(one, int) else str(one), None)
+    return tuple(found)
+
+
+def require(values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """ValueError names the fields that a config.json of this family must have and this one has not."""
+    missing = [name for name in names if values.get(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; it is not the whole config.json of this model")

@@ -1,0 +1,131 @@
+"""All families, and the one reader of config.json.
+
+A new family is a file beside this one and a line in FAMILIES; CONTRIBUTING.md shows the steps.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_rl.families.architecture import Architecture
+from megatron_rl.families.bailing import BAILING_MOE
+from megatron_rl.families.family import Family
+from megatron_rl.families.fields import end_ids
+from megatron_rl.families.llama import LLAMA
+from megatron_rl.families.qwen2 import QWEN2
+from megatron_rl.families.qwen3 import QWEN3
+from megatron_rl.files import model_files
+from megatron_rl.parsing import read_json, shown
+
+FAMILIES: Mapping[str, Family] = {family.key: family for family in (BAILING_MOE, LLAMA, QWEN2, QWEN3)}
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+
+def family_of(architecture: Architecture) -> Family:
+    return FAMILIES[architecture.family]
+
+
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by its Hugging Face name, with its shape."""
+    return family_of(architecture).tensors.shapes(architecture)
+
+
+def load_architecture(model_dir: str | Path) -> Architecture:
+    """Read the config.json of a model directory, and the end tokens of its generation_config.json.
+
+    ValueError names the directory, the field and the value, and any file of the directory that leads out of it
+    (files.py): whoever uses a model reads this first.
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
+    found = model_files(directory)
+    if directory / _CONFIG not in found:
+        raise ValueError(f"{model_dir} holds no {_CONFIG}; it must be a Hugging Face model directory")
+    generation = directory / _GENERATION
+    return _read(directory / _CONFIG, _table(generation) if generation in found else {})
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Read one file; ValueError names the file, the field and the value."""
+    return _read(path, {})
+
+
+def architecture_of(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture of config.json's values. generation: of generation_config.json; it may name more end tokens.
+
+    ValueError names the field and the value.
+    """
+    family = _family(values)
+    fields = family.read(values)
+    fields["eos_token_ids"] = end_ids(values, generation or {})
+    if not fields["eos_token_ids"]:
+        raise ValueError(
+            f"eos_token_id is in neither {_CONFIG} nor {_GENERATION}, so responses could never end; add it to one"
+        )
+    try:
+        return Architecture.model_validate({"family": family.key, **fields})
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_told, error.errors()))) from None
+
+
+def _read(path: Path, generation: Mapping[str, Any]) -> Architecture:
+    values = _table(path)
+    try:
+        return architecture_of(values, generation)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        values = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(values)}")
+    return values
+
+
+def _family(values: Mapping[str, Any]) -> Family:
+    """By `architectures`; by `model_type` where there is none. Both must be of the same family."""
+    names, model_type = values.get("architectures"), values.get("model_type")
+    if isinstance(names, list) and len(names) == 1:
+        for family in FAMILIES.values():
+            if names[0] in family.architectures:
+                if model_type is not None and model_type not in family.model_types:
+                    raise ValueError(
+                        f"architectures {shown(names)} and model_type {shown(model_type)} contradict each other; "
+                        f"{names[0]} has model_type {_listed(family.model_types)}"
+                    )
+                return family
+        raise ValueError(f"architectures {shown(names)} is not implemented; {_known()}")
+    if names:
+        raise ValueError(f"architectures must name one class, got {shown(names)}; {_known()}")
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    raise ValueError(f"model_type {shown(model_type)} is not implemented; {_known()}")
+
+
+def _known() -> str:
+    return "it can be " + _listed(tuple(name for family in FAMILIES.values() for name in family.architectures))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _told(problem: Any) -> str:
+    name, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    name = name.replace("rotary.theta", "rope_theta").replace("rotary.fraction", "partial_rotary_factor")
+    name = "eos_token_id" if name.startswith("eos_token_ids") else name
+    if problem["type"] == "bool_type":
+        message = f"must be true or false, got {shown(problem['input'])}"
+    if problem["type"] == "missing":
+        message = "is missing"
+        return f"{name} {message}"
+    return f"{name} {message}" if message.startswith("must ") else f"{name}: {message}" if name else message

@@ -1,0 +1,76 @@
+"""What a family calls its tensors in Hugging Face files, and their shapes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rl.families.architecture import Architecture
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """Names of a model's tensors. The defaults are those of Llama, which most families share.
+
+    layer, experts: with the number in place of {}. What follows them is the name within a layer. qkv: the projections
+    of queries, keys and values without `.weight` or `.bias`: one name where the file has them in one tensor, all
+    queries first. qk_norms: of queries and of keys.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    layer: str = "model.layers.{}."
+    input_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj.weight"
+    qk_norms: tuple[str, str] = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    mlp: str = "mlp."
+    router: str = "mlp.gate.weight"
+    experts: str = "mlp.experts.{}."
+    shared: str = "mlp.shared_experts."
+    gate: str = "gate_proj.weight"
+    up: str = "up_proj.weight"
+    down: str = "down_proj.weight"
+
+    def shapes(self, model: Architecture) -> dict[str, Shape]:
+        """Every tensor of the model by its name, with its shape."""
+        h, v = model.hidden_size, model.vocab_size
+        found: dict[str, Shape] = {self.embedding: (v, h)}
+        for index in range(model.num_hidden_layers):
+            prefix = self.layer.format(index)
+            found |= {prefix + self.input_norm: (h,), prefix + self.mlp_norm: (h,)}
+            found |= {prefix + name: shape for name, shape in self._attention(model)}
+            mlp = self._experts(model) if model.is_moe_layer(index) else self._mlp(self.mlp, h, model.intermediate_size)
+            found |= {prefix + name: shape for name, shape in mlp}
+        found[self.final_norm] = (h,)
+        return found if model.tie_word_embeddings else found | {self.head: (v, h)}
+
+    def qkv_rows(self, model: Architecture) -> Shape:
+        """Of each of the tensors `qkv`."""
+        q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        return (q, kv, kv) if len(self.qkv) > 1 else (q + 2 * kv,)
+
+    def _attention(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
+        h, d = model.hidden_size, model.head_dim
+        for name, rows in zip(self.qkv, self.qkv_rows(model), strict=True):
+            yield f"{name}.weight", (rows, h)
+            if model.qkv_bias:
+                yield f"{name}.bias", (rows,)
+        if model.qk_norm:
+            yield from ((name, (d,)) for name in self.qk_norms)
+        yield self.output, (h, model.num_attention_heads * d)
+
+    def _experts(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
+        h = model.hidden_size
+        yield self.router, (model.num_experts, h)
+        for expert in range(model.num_experts):
+            yield from self._mlp(self.experts.format(expert), h, model.moe_intermediate_size)
+        if model.shared_intermediate_size:
+            yield from self._mlp(self.shared, h, model.shared_intermediate_size)
+
+    def _mlp(self, prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
+        yield prefix + self.gate, (width, hidden)
+        yield prefix + self.up, (width, hidden)
+        yield prefix + self.down, (hidden, width)

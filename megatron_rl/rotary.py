@@ -1,0 +1,43 @@
+"""The angles of rotary position embedding, for trainer and embedded server.
+
+Legend: D head_dim, R its rotated part (D times `Rotary.fraction`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rl.families import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Frequencies:
+    """inverse: [R / 2], angle per position. factor: what cos and sin are multiplied by."""
+
+    inverse: Tensor
+    factor: float
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [n] -> cos and sin, [n, R]: the second half of R repeats the first. In the type of `inverse`."""
+        angles = torch.outer(positions.to(self.inverse.dtype), self.inverse)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+def frequencies(rotary: Rotary, head_dim: int, dtype: torch.dtype = torch.float64) -> Frequencies:
+    """Compute the frequencies; a kind other than "default" by transformers (`ROPE_INIT_FUNCTIONS`), in fp32."""
+    width = round(head_dim * rotary.fraction)
+    if rotary.kind == "default":
+        return Frequencies(1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=dtype) / width), 1.0)
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": rotary.kind, "rope_theta": rotary.theta, "partial_rotary_factor": rotary.fraction}
+    config = LlamaConfig(
+        head_dim=head_dim,
+        max_position_embeddings=rotary.model_positions,
+        rope_parameters=parameters | dict(rotary.scaling),
+    )
+    inverse, factor = ROPE_INIT_FUNCTIONS[rotary.kind](config, torch.device("cpu"))
+    return Frequencies(inverse.to(dtype), float(factor))

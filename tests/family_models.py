@@ -1,0 +1,85 @@
+"""Tiny models of every family, made by transformers' own classes, in odd shapes and with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# head_dim is not hidden_size / heads, the vocabulary is odd, and there is one key-value head, or the head is tied.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "bos_token_id": None,
+}
+_SHORT = {"original_max_position_embeddings": 24}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 5000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, **_SHORT},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        **_SHORT,
+    },
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied, one key-value head, llama3": (
+        "Llama",
+        {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_parameters": ROPES["llama3"]},
+    ),
+    "llama, linear": ("Llama", {"rope_parameters": ROPES["linear"]}),
+    "qwen2": ("Qwen2", {"hidden_size": 64}),
+    "qwen2, tied, yarn": (
+        "Qwen2",
+        {"hidden_size": 64, "tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),
+}
+
+
+def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a model in fp32 as transformers does, and return its folder."""
+    import transformers
+
+    family, own = CASES[case]
+    fields = {**SHAPE, "rope_parameters": ROPES["default"], **own, **changes}
+    if family == "Qwen2":
+        del fields["head_dim"]
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():  # those that begin as zeros or ones too
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def transformers_logprobs(model: Any, ids: list[int]) -> Tensor:
+    """Of every token but the first, [n - 1]."""
+    logits = model(torch.tensor([ids])).logits[0]
+    logp = logits.log_softmax(-1)[:-1]
+    return logp[range(len(logp)), ids[1:]]
