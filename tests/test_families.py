@@ -1,19 +1,23 @@
 """Every family against transformers' own classes: log-probs, gradients, files; and what config.json must say."""
 
-import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from family_models import CASES, ROPES, make, transformers_logprobs, transformers_model
+from family_models import CASES, make, transformers_logprobs, transformers_model
 from parallel import run_ranks
 from reference import load_reference, policy_loss
+from safetensors.torch import save_file
+from test_convert import assert_same, there_and_back
 from test_embedded_model import DirectEngine
 from test_parallel import make_spec, relative
 from tiny_model import tensors_of
 
+from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.families import load_architecture, tensor_shapes
+from megatron_rl.rollout.embedded.load import load_weights
 
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
@@ -90,3 +94,46 @@ def transformers_gradient(model, spec: dict) -> dict[str, torch.Tensor]:
         total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
     (total / spec["budget"]).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
+def test_the_gradient_is_that_of_a_plain_fp64_reference_over_layouts(
+    case: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = make_spec(models[case], dtype="float64", traced=[])
+    config, weights = load_reference(models[case])
+    policy_loss(config, weights, spec, spec["algorithms"][0]).backward()
+    for layout in ("alone", "TP2", "CP2"):
+        num_ranks, parallel = LAYOUTS[layout]
+        found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
+        for name, tensor in weights.items():
+            assert relative(found[f"grad/c3po/{name}"], tensor.grad) < 1e-8, (layout, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_go_to_megatron_and_back_bit_by_bit_and_transformers_opens_them(
+    case: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    back = there_and_back(models[case], tmp_path, max_shard_bytes=40_000)
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert_same(back, tensors_of(models[case]))
+    ids = [random.Random(2).randrange(97) for _ in range(40)]
+    with torch.no_grad():
+        found, expected = (transformers_logprobs(transformers_model(folder), ids) for folder in (back, models[case]))
+    assert torch.equal(found, expected)
+
+
+def test_a_copy_of_the_tied_head_and_old_rotary_buffers_are_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = tensors_of(models["qwen2, tied, yarn"])
+    embedding = tensors["model.embed_tokens.weight"]
+    old = {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    shutil.copytree(models["qwen2, tied, yarn"], tmp_path / "old")
+    save_file(tensors | old, tmp_path / "old/model.safetensors")
+    architecture = load_architecture(tmp_path / "old")
+    with open_checkpoint(tmp_path / "old") as found:
+        assert set(found.dtypes) == set(tensor_shapes(architecture)) == set(tensors)
+    assert load_weights(tmp_path / "old", architecture, torch.float32).head.shape == embedding.t().shape
+    save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / "old/model.safetensors")
+    for read in (open_checkpoint, lambda path: load_weights(path, architecture, torch.float32)):
+        with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight, but tie"):
+            read(tmp_path / "old")

@@ -1,6 +1,7 @@
-"""Write a Hugging Face directory that holds a small, randomly initialised BailingMoE (version 1).
+"""Write a Hugging Face directory that holds a small, randomly initialised model, by default a BailingMoE.
 
     python tools/make_tiny_model.py /tmp/tiny --layers 2 --hidden-size 64
+    python tools/make_tiny_model.py /tmp/tiny-qwen --family qwen3
 
 Tests and the CPU examples train and serve these. The same flags give the same bytes: every tensor is drawn
 from a generator seeded with (--seed, tensor name), so a tensor does not depend on how many others there are.
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.errors import exit_code
+from megatron_rl.families import FAMILIES, architecture_of, family_of, tensor_shapes
 
 EOS, UNK = "<|endoftext|>", "<unk>"
 ROLES = ("<role>SYSTEM</role>", "<role>HUMAN</role>", "<role>ASSISTANT</role>")
@@ -118,8 +120,9 @@ class BailingMoeConfig(PretrainedConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
-    """Sizes of the model; the fields are the command-line flags."""
+    """Sizes of the model; the fields are the command-line flags. Dense families have no use for those of experts."""
 
+    family: str = "bailing_moe"
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
@@ -139,6 +142,10 @@ class TinyModel:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"--family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        if self.norm_head and self.family != "bailing_moe":
+            raise ValueError(f"--norm-head is for --family bailing_moe, got {self.family}")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError(
                 f"--hidden-size must be an even multiple of --heads, got {self.hidden_size} and {self.heads}"
@@ -169,29 +176,22 @@ class TinyModel:
 
 
 def model_config(model: TinyModel) -> dict[str, Any]:
-    """config.json with the fields of Ling-lite's; only what belongs to the modeling file is left out."""
-    return {
-        "architectures": ["BailingMoeForCausalLM"],
+    """config.json with the fields of a published one of the family; what belongs to modeling files is left out."""
+    family = FAMILIES[model.family]
+    common = {
+        "architectures": [family.architectures[0]],
         "attention_dropout": 0.0,
-        "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
         "eos_token_id": TOKENS.index(EOS),
         "pad_token_id": TOKENS.index(EOS),
-        "first_k_dense_replace": model.first_k_dense_replace,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
         "intermediate_size": model.dense_intermediate_size,
         "max_position_embeddings": model.max_position_embeddings,
-        "model_type": "bailing_moe",
-        "moe_intermediate_size": model.moe_intermediate_size,
-        "num_experts": model.experts,
-        "num_shared_experts": model.shared_experts,
-        "norm_topk_prob": True,
+        "model_type": family.model_types[0],
         "num_attention_heads": model.heads,
-        "num_experts_per_tok": model.experts_per_token,
         "num_hidden_layers": model.layers,
         "num_key_value_heads": model.kv_heads,
-        "pretraining_tp": 1,
         "rms_norm_eps": 1e-06,
         "rope_scaling": None,
         "rope_theta": model.rope_theta,
@@ -199,9 +199,21 @@ def model_config(model: TinyModel) -> dict[str, Any]:
         "torch_dtype": model.dtype,
         "transformers_version": "4.36.0",
         "use_cache": True,
+        "vocab_size": model.padded_vocab_size,
+    }
+    if model.family != "bailing_moe":
+        return common | {"head_dim": model.head_dim}
+    return common | {
+        "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "num_experts": model.experts,
+        "num_shared_experts": model.shared_experts,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": model.experts_per_token,
+        "pretraining_tp": 1,
         "use_bias": False,
         "use_qkv_bias": False,
-        "vocab_size": model.padded_vocab_size,
         "embedding_dropout": 0.0,
         "norm_head": model.norm_head,
         "norm_softmax": False,
@@ -214,32 +226,13 @@ def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float
 
     Projections that write into the residual stream are scaled by 1/sqrt(2 * layers), as in GPT-2.
     """
-    h, std = model.hidden_size, model.init_std
-    out_std = std / math.sqrt(2 * model.layers)
-
-    def mlp(prefix: str, width: int) -> Iterator[tuple[str, tuple[int, ...], float]]:
-        yield f"{prefix}.gate_proj.weight", (width, h), std
-        yield f"{prefix}.up_proj.weight", (width, h), std
-        yield f"{prefix}.down_proj.weight", (h, width), out_std
-
-    yield "model.word_embeddings.weight", (model.padded_vocab_size, h), std
-    for index in range(model.layers):
-        layer = f"model.layers.{index}"
-        yield f"{layer}.input_layernorm.weight", (h,), 0.0
-        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
-        yield f"{layer}.attention.query_key_value.weight", (rows, h), std
-        yield f"{layer}.attention.dense.weight", (h, model.heads * model.head_dim), out_std
-        yield f"{layer}.post_attention_layernorm.weight", (h,), 0.0
-        if index < model.first_k_dense_replace:
-            yield from mlp(f"{layer}.mlp", model.dense_intermediate_size)
-            continue
-        yield f"{layer}.mlp.gate.weight", (model.experts, h), std
-        for expert in range(model.experts):
-            yield from mlp(f"{layer}.mlp.experts.{expert}", model.moe_intermediate_size)
-        if model.shared_experts:
-            yield from mlp(f"{layer}.mlp.shared_experts", model.shared_experts * model.moe_intermediate_size)
-    yield "model.norm.weight", (h,), 0.0
-    yield "lm_head.weight", (model.padded_vocab_size, h), std
+    architecture = architecture_of(model_config(model))
+    names = family_of(architecture).tensors
+    into_residual = (names.output, names.down)
+    for name, shape in tensor_shapes(architecture).items():
+        std = model.init_std / (math.sqrt(2 * model.layers) if name.endswith(into_residual) else 1.0)
+        is_norm = len(shape) == 1 and not name.endswith(".bias")
+        yield name, shape, 0.0 if is_norm else std
 
 
 def draw_tensor(seed: int, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
@@ -320,7 +313,8 @@ def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> Non
         eos = TOKENS.index(EOS)
         write_json(partial / "config.json", model_config(model))
         write_json(partial / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
-        (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE, encoding="utf-8")
+        if model.family == "bailing_moe":  # transformers knows the others
+            (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE, encoding="utf-8")
         if out.exists():
             replaced = partial.with_suffix(".replaced")
             out.rename(replaced)

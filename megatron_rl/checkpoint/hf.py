@@ -15,14 +15,13 @@ from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import TensorMapping
 from megatron_rl.families import Architecture, family_of, tensor_shapes
+from megatron_rl.families.tensors import ROTARY_BUFFER
 from megatron_rl.files import model_files, open_model_file
 from megatron_rl.parsing import parse_json, read_json
 from megatron_rl.tensor_bytes import as_bytes
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
-# Of models that were saved long ago: computed from config.json here.
-ROTARY_BUFFER = ".rotary_emb.inv_freq"
 INDEX = "model.safetensors.index.json"
 # As a safetensors header calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -71,10 +70,7 @@ class HfCheckpoint:
             del self._where[name]
         if model.tie_word_embeddings and names.head in self._where and names.embedding in self._where:
             if not torch.equal(self.read(names.head), self.read(names.embedding)):
-                raise ValueError(
-                    f"{self.directory}: {names.head} is not {names.embedding}, but tie_word_embeddings is true; set it "
-                    "to false in config.json"
-                )
+                raise ValueError(f"{self.directory}: {names.not_tied}")
             del self._where[names.head]
 
     def read(self, name: str) -> Tensor:

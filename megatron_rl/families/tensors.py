@@ -7,6 +7,9 @@ from megatron_rl.families.architecture import Architecture
 
 Shape = tuple[int, ...]
 
+# How the names of rotary frequencies end in files of old: here they are computed from config.json.
+ROTARY_BUFFER = ".rotary_emb.inv_freq"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
@@ -40,12 +43,18 @@ class TensorNames:
         found: dict[str, Shape] = {self.embedding: (v, h)}
         for index in range(model.num_hidden_layers):
             prefix = self.layer.format(index)
-            found |= {prefix + self.input_norm: (h,), prefix + self.mlp_norm: (h,)}
+            found[prefix + self.input_norm] = (h,)
             found |= {prefix + name: shape for name, shape in self._attention(model)}
+            found[prefix + self.mlp_norm] = (h,)
             mlp = self._experts(model) if model.is_moe_layer(index) else self._mlp(self.mlp, h, model.intermediate_size)
             found |= {prefix + name: shape for name, shape in mlp}
         found[self.final_norm] = (h,)
         return found if model.tie_word_embeddings else found | {self.head: (v, h)}
+
+    @property
+    def not_tied(self) -> str:
+        """What to tell of a file whose head is not the embedding that config.json says it is."""
+        return f"{self.head} is not {self.embedding}, but tie_word_embeddings is true; set it to false in config.json"
 
     def qkv_rows(self, model: Architecture) -> Shape:
         """Of each of the tensors `qkv`."""
@@ -54,10 +63,10 @@ class TensorNames:
 
     def _attention(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
         h, d = model.hidden_size, model.head_dim
-        for name, rows in zip(self.qkv, self.qkv_rows(model), strict=True):
-            yield f"{name}.weight", (rows, h)
-            if model.qkv_bias:
-                yield f"{name}.bias", (rows,)
+        rows = self.qkv_rows(model)
+        yield from ((f"{name}.weight", (number, h)) for name, number in zip(self.qkv, rows, strict=True))
+        if model.qkv_bias:
+            yield from ((f"{name}.bias", (number,)) for name, number in zip(self.qkv, rows, strict=True))
         if model.qk_norm:
             yield from ((name, (d,)) for name in self.qk_norms)
         yield self.output, (h, model.num_attention_heads * d)

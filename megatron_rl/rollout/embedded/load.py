@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from megatron_rl.families import Architecture, load_architecture, tensor_shapes
+from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
+from megatron_rl.families.tensors import ROTARY_BUFFER
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weights import ModelWeights, some
 
@@ -48,23 +50,30 @@ def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"model_path {str(model_dir)!r} holds no *.safetensors file")
-    expected = tensor_shapes(config)
+    expected, names = tensor_shapes(config), family_of(config).tensors
     packing = Packing(config, dtype)
+    copied_head: Tensor | None = None  # that some files hold of a tied model
     for path in files:
         try:
             with _regular(path) as opened, safe_open(opened, framework="pt") as file:
-                names = list(file.keys())
-                unknown = sorted(set(names) - expected.keys())
+                found = [name for name in file.keys() if not name.endswith(ROTARY_BUFFER)]  # noqa: SIM118 - no dict
+                if config.tie_word_embeddings and names.head in found:
+                    found.remove(names.head)
+                    copied_head = file.get_tensor(names.head)
+                unknown = sorted(set(found) - expected.keys())
                 if unknown:
                     raise ValueError(f"{len(unknown)} tensors are unknown to this model: {some(unknown)}")
-                for name in names:
+                for name in found:
                     packing.put(name, file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     try:
-        return packing.finish()
+        weights = packing.finish()
+        if copied_head is not None and not torch.equal(copied_head.to(dtype), weights.embedding):
+            raise ValueError(names.not_tied)
+        return weights
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 

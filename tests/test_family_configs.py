@@ -1,0 +1,228 @@
+"""What config.json says is read, or refused in one sentence: real contents, both spellings, and what is left out."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.families import Rotary, architecture_of, load_architecture, tensor_shapes
+
+
+def config(architecture: str, model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings")
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **dict(zip(names, sizes, strict=True)),
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28, "eos_token_id": 151645}
+# As published, but for fields that say nothing about numbers; and the parameters of their model cards, in billions.
+REAL: dict[str, tuple[dict[str, Any], float]] = {
+    "SmolLM2-135M-Instruct": (
+        config("LlamaForCausalLM", "llama", 49152, 576, 1536, 30, 9, 3, 8192, tie_word_embeddings=True)
+        | {"rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "pretraining_tp": 1},
+        0.135,
+    ),
+    "SmolLM2-1.7B": (
+        config("LlamaForCausalLM", "llama", 49152, 2048, 8192, 24, 32, 32, 8192, tie_word_embeddings=True)
+        | {"rope_theta": 130000, "attention_bias": False, "mlp_bias": False},
+        1.71,
+    ),
+    "Llama-2-7b": (config("LlamaForCausalLM", "llama", 32000, 4096, 11008, 32, 32, 32, 4096, rms_norm_eps=1e-5), 6.74),
+    "Llama-3.2-1B-Instruct": (
+        config("LlamaForCausalLM", "llama", 128256, 2048, 8192, 16, 32, 8, 131072, tie_word_embeddings=True)
+        | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"factor": 32.0}, "head_dim": 64}
+        | {"eos_token_id": [128001, 128008, 128009]},
+        1.24,
+    ),
+    "Llama-3.1-8B": (
+        config("LlamaForCausalLM", "llama", 128256, 4096, 14336, 32, 32, 8, 131072, tie_word_embeddings=False)
+        | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING},
+        8.03,
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        config("Qwen2ForCausalLM", "qwen2", 151936, 896, 4864, 24, 14, 2, 32768, tie_word_embeddings=True)
+        | QWEN
+        | {"rope_theta": 1000000.0},
+        0.494,
+    ),
+    "Qwen2.5-7B": (
+        config("Qwen2ForCausalLM", "qwen2", 152064, 3584, 18944, 28, 28, 4, 131072, tie_word_embeddings=False)
+        | QWEN
+        | {"rope_theta": 1000000.0, "eos_token_id": 151643},
+        7.62,
+    ),
+    "Qwen2.5-Math-7B, yarn": (
+        config("Qwen2ForCausalLM", "qwen2", 152064, 3584, 18944, 28, 28, 4, 16384, tie_word_embeddings=False)
+        | QWEN
+        | {"rope_theta": 10000.0}
+        | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}},
+        7.62,
+    ),
+    "Qwen3-0.6B": (
+        config("Qwen3ForCausalLM", "qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, tie_word_embeddings=True)
+        | {"head_dim": 128, "rope_theta": 1000000, "rope_scaling": None, "attention_bias": False}
+        | QWEN
+        | {"sliding_window": None},
+        0.596,
+    ),
+    "Qwen3-8B": (
+        config("Qwen3ForCausalLM", "qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, tie_word_embeddings=False)
+        | {"head_dim": 128, "rope_theta": 1000000, "attention_bias": False},
+        8.19,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_read_and_have_the_parameters_that_their_cards_tell(name: str) -> None:
+    values, billions = REAL[name]
+    found = architecture_of(values)
+    assert found.num_parameters() / 1e9 == pytest.approx(billions, rel=5e-3)
+    assert found.num_active_parameters() == found.num_parameters()
+    ids = values["eos_token_id"]
+    assert found.eos_token_ids == tuple(ids if isinstance(ids, list) else [ids])
+
+
+LLAMA = REAL["Llama-3.1-8B"][0]
+BAILING = json.loads((Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json").read_text())
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Ling-mini-2.0": (
+        BAILING | {"architectures": ["BailingMoeV2ForCausalLM"], "n_group": 8, "score_function": "sigmoid"},
+        "architectures ['BailingMoeV2ForCausalLM'] is not implemented; it can be BailingMoeForCausalLM, "
+        "LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM",
+    ),
+    "DeepSeek-V3": (
+        config("DeepseekV3ForCausalLM", "deepseek_v3", 129280, 7168, 18432, 61, 128, 128, 163840),
+        "architectures ['DeepseekV3ForCausalLM'] is not implemented",
+    ),
+    "Mixtral": (
+        config("MixtralForCausalLM", "mixtral", 32000, 4096, 14336, 32, 32, 8, 32768),
+        "architectures ['MixtralForCausalLM'] is not implemented",
+    ),
+    "Gemma 2": (
+        config("Gemma2ForCausalLM", "gemma2", 256000, 2304, 9216, 26, 8, 4, 8192, final_logit_softcapping=30.0),
+        "architectures ['Gemma2ForCausalLM'] is not implemented",
+    ),
+    "gpt-oss": (
+        config("GptOssForCausalLM", "gpt_oss", 201088, 2880, 2880, 24, 64, 8, 131072),
+        "architectures ['GptOssForCausalLM'] is not implemented",
+    ),
+    "Mistral as a type only": (
+        {"model_type": "mistral", "vocab_size": 32000},
+        "model_type 'mistral' is not implemented; it can be BailingMoeForCausalLM",
+    ),
+    "a class and another type": (
+        LLAMA | {"model_type": "qwen2"},
+        "architectures ['LlamaForCausalLM'] and model_type 'qwen2' contradict each other",
+    ),
+    "Qwen2.5-1M's sliding window": (
+        REAL["Qwen2.5-7B"][0] | {"use_sliding_window": True},
+        "use_sliding_window must be False, got True",
+    ),
+    "a window without a switch": (LLAMA | {"sliding_window": 4096}, "sliding_window must be absent or null, got 4096"),
+    "layers of two kinds": (
+        LLAMA | {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types must be 'full_attention' in every layer",
+    ),
+    "quantized weights": (
+        LLAMA | {"quantization_config": {"quant_method": "fp8"}},
+        "quantization_config must be absent or null, got {'quant_method': 'fp8'}",
+    ),
+    "soft caps": (LLAMA | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be 0, got 50.0"),
+    "another activation": (LLAMA | {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    "a rare bias": (LLAMA | {"attention_bias": True}, "attention_bias must be False (Llama), got True"),
+    "longrope": (
+        LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+        "rope_scaling.rope_type must be one of default, linear, llama3, yarn, got 'longrope'",
+    ),
+    "dynamic": (
+        LLAMA | {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_parameters.rope_type must be one of default, linear, llama3, yarn, got 'dynamic'",
+    ),
+    "two thetas": (
+        LLAMA | {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_theta is given twice, as 10000.0 and 500000.0; leave one out",
+    ),
+    "two scalings": (
+        LLAMA | {"rope_parameters": LLAMA3_SCALING | {"factor": 4.0}},
+        "rope_parameters and rope_scaling contradict each other",
+    ),
+    "a scaling without its factor": (
+        LLAMA | {"rope_scaling": {"rope_type": "yarn"}},
+        "rope_scaling of rope_type 'yarn' lacks factor",
+    ),
+    "a parameter of another scaling": (
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
+        "rope_scaling.beta_fast means nothing for rope_type 'linear', got 32; leave it out",
+    ),
+    "no end": (LLAMA | {"eos_token_id": None}, "eos_token_id is in neither config.json nor generation_config.json"),
+    "half a file": ({"model_type": "llama", "eos_token_id": 2}, "vocab_size is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_implemented_is_refused_in_one_sentence(name: str) -> None:
+    values, message = REFUSED[name]
+    with pytest.raises(ValueError) as caught:
+        architecture_of(values)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_spellings_of_rotary_embeddings_give_the_same_record() -> None:
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 4096}
+    expected = Rotary(
+        kind="yarn",
+        theta=2e5,
+        scaling=(("factor", 4.0), ("original_max_position_embeddings", 4096)),
+        model_positions=131072,
+    )
+    plain = {name: value for name, value in LLAMA.items() if not name.startswith("rope")}
+    old = {"rope_theta": 2e5, "rope_scaling": {"type": "yarn", **yarn}}
+    new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2e5, **yarn}}
+    for spelling in (old, new, old | new):
+        assert architecture_of(plain | spelling).rotary == expected
+    # Without the other spelling the theta of the table counts; without both the class's own.
+    assert architecture_of(plain | {"rope_parameters": {"rope_theta": 7e5}}).rotary == Rotary(theta=7e5)
+    assert architecture_of(plain).rotary == Rotary(theta=1e4)
+    assert architecture_of(BAILING | {"rope_theta": None, "rope_parameters": {"rope_theta": 7e5}}).rotary.theta == 7e5
+
+
+def test_end_tokens_of_both_files_end_a_response(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 7}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7, 8]}))
+    assert load_architecture(tmp_path).eos_token_ids == (7, 9, 8)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": None}))
+    assert load_architecture(tmp_path).eos_token_ids == (9, 7, 8)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [True]}))
+    with pytest.raises(ValueError, match="eos_token_id must be a whole number from 0 to 16777216, got True"):
+        load_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("values", [BAILING, *(values for values, _ in REAL.values())])
+def test_shapes_and_the_table_of_parameters_have_the_same_tensors_in_the_same_order(values: dict[str, Any]) -> None:
+    """Conversions read ahead in the one order and write in the other."""
+    small = architecture_of(values | {"num_hidden_layers": 2, "num_experts": 3, "num_experts_per_tok": 2})
+    assert [*tensor_shapes(small)] == [*hf_names(name_table(small))]
+    assert sum(math.prod(shape) for shape in tensor_shapes(small).values()) == small.num_parameters()
