@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_rl.errors import exit_code
+
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Julia", "Leo", "Maria", "Oscar")
 THINGS = ("apples", "books", "buttons", "cards", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
 WARES = ("bag", "ball", "book", "cup", "hat", "kite", "lamp", "scarf")
@@ -132,6 +134,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num-test", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
+    return exit_code("word_problems", lambda: write_files(arguments))
+
+
+def write_files(arguments: argparse.Namespace) -> int:
     rng, seen = random.Random(f"word problems {arguments.seed}"), set[str]()
     # The test questions come first: they do not depend on the size of the other files.
     parts = {"test": as_prompt, "sft": as_chat, "train": as_prompt}
