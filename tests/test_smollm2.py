@@ -1,6 +1,7 @@
 """examples/smollm2: its word problems; how its model is made; what is compared with TRL."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -111,6 +112,53 @@ def test_numbers_are_cut_into_digits_and_spaces_before_them_stay_together() -> N
     make_pretrained.split_digits(tokenizer)
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12 + 3")
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "2", "Ġ+", "Ġ", "3"]
+
+
+STAND_IN = """
+import sys
+from pathlib import Path
+from megatron_rl.cli import _parser
+from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.load import load_config, read_values
+arguments = _parser().parse_args(sys.argv[1:])
+outputs, inputs = [getattr(arguments, "output", None)], getattr(arguments, "runs", [])
+if arguments.command != "report":
+    config = load_config(kind_of(read_values(arguments.config)), arguments.config, arguments.set)
+    assert config.seed == 2 and config.model.dtype == "bfloat16"
+    if arguments.command == "evaluate":
+        inputs = [arguments.model, *(section.path for section in config.benchmarks.values())]
+    else:
+        outputs, inputs = [config.run_dir / "hf"], [config.model.path, *config.data.train]
+for path in inputs:
+    assert path.exists(), path
+for path in outputs:
+    path.mkdir(parents=True, exist_ok=True)
+with open("commands", "a") as file:
+    file.write(f"{arguments.command} {outputs[0]}\\n")
+"""
+
+
+def test_every_stage_of_run_sh_gets_what_an_earlier_one_made_and_is_left_out_when_it_is_done(tmp_path: Path) -> None:
+    for name in ("examples", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = (
+        f'#!/bin/sh\nif [ "$1" = tools/make_pretrained.py ]; then mkdir -p "$2"; else exec {sys.executable} "$@"; fi\n'
+    )
+    (tmp_path / ".venv/bin/python").write_text(python)
+    (tmp_path / ".venv/bin/megatron-rl").write_text(f"#!{sys.executable}{STAND_IN}")
+    for file in (tmp_path / ".venv/bin").iterdir():
+        file.chmod(0o755)
+    command = ["bash", str(EXAMPLE / "run.sh"), "2"]
+    for _ in range(2):
+        subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+    run = "runs/smollm2/seed_2"
+    evaluations = [f"evaluate {run}/accuracy_{when}" for when in ("before", "after")]
+    report = f"report {run}/report.html"
+    first = [f"sft {run}/sft/hf", evaluations[0], f"train {run}/rl/hf", evaluations[1], report]
+    assert (tmp_path / "commands").read_text().splitlines() == [*first, *evaluations, report]
 
 
 def test_trl_gets_the_settings_of_the_run_and_its_rates_and_curves_are_counted_alike() -> None:
