@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_rl.families import Rotary
 from megatron_rl.model import kernels, layers
 from megatron_rl.model.layers import FlashAttention, FlashAttention4, PackedAttention
 from megatron_rl.model.packing import pack
+from megatron_rl.rotary import frequencies
 
 LENGTHS, HEADS, GROUPS, DIM = [7, 1, 12, 4], 4, 2, 8
 
@@ -27,7 +29,7 @@ def plain(
     assert longest == longest_k == max(LENGTHS)
     assert options.pop("window_size") == (-1, 0)
     scale = options.pop("scale")
-    assert options == ({"enable_gqa": True} if layers._ASKS_FOR_GROUPS else {})
+    assert options == ({"enable_gqa": True} if layers._variable_length_attention()[1] else {})
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outputs = []
     for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
@@ -42,9 +44,9 @@ def plain(
 def test_flash_attention_and_buckets_are_the_same(
     scale: float | None, asks_for_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_ASKS_FOR_GROUPS", asks_for_groups)
+    monkeypatch.setattr(layers, "_variable_length_attention", lambda: (plain, asks_for_groups))
     torch.manual_seed(0)
-    packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
+    packed = pack(LENGTHS, frequencies(Rotary(), DIM), torch.float64, torch.device("cpu"))
     inputs = [torch.randn(24, n, DIM, dtype=torch.float64, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
     upstream = torch.randn(24, HEADS * DIM, dtype=torch.float64)
     found = []
@@ -60,7 +62,7 @@ def test_flash_attention_and_buckets_are_the_same(
 
 def test_torchs_kernel_takes_what_it_is_given() -> None:
     """Its signature, and the shapes that it gives for these arguments; the values want a GPU."""
-    packed = pack(LENGTHS, DIM, 1e4, torch.bfloat16, torch.device("meta"))
+    packed = pack(LENGTHS, frequencies(Rotary(), DIM), torch.bfloat16, torch.device("meta"))
     q, k, v = (torch.empty(24, n, DIM, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS, GROUPS))
     attention = FlashAttention(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
     assert attention(q, k, v, packed_seq_params=packed).shape == (24, HEADS * DIM)
@@ -89,7 +91,7 @@ def test_flash_attention_4_is_given_what_buckets_compute(
             patch.setitem(sys.modules, name, module)
         for kind, dtype in ((PackedAttention, torch.float64), (FlashAttention4, torch.bfloat16)):
             attention = kind(None, softmax_scale=scale, pg_collection=group)
-            packed = pack(lengths, dim, 1e4, dtype, torch.device("cpu"))
+            packed = pack(lengths, frequencies(Rotary(), dim), dtype, torch.device("cpu"))
             leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
             output = attention(*leaves, packed_seq_params=packed)
             assert output.dtype == dtype
@@ -103,7 +105,7 @@ def test_values_are_kept_alone(kind: type[PackedAttention], monkeypatch: pytest.
     """They come as a part of the joint projection, which would be kept for backward with them."""
     for name, module in kernel_stand_ins.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    packed = pack(LENGTHS, DIM, 1e4, torch.float64, torch.device("cpu"))
+    packed = pack(LENGTHS, frequencies(Rotary(), DIM), torch.float64, torch.device("cpu"))
     joint = torch.randn(24, GROUPS, (HEADS // GROUPS + 2) * DIM, dtype=torch.float64)
     q, k, v = joint.split([HEADS // GROUPS * DIM, DIM, DIM], dim=-1)
     attention = kind(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))

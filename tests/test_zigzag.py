@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro_batches import micro_batch
 
+from megatron_rl.families import Rotary
 from megatron_rl.model import zigzag
 from megatron_rl.model.packing import pack
+from megatron_rl.rotary import frequencies
 from megatron_rl.train.step.batch import TrainSequence, size_of
 
 STALE_BEFORE = 9  # tokens at these positions were sampled by older weights
@@ -80,7 +82,9 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
 
 def test_attention_rows_hold_exactly_what_a_token_may_see() -> None:
     lengths, size = [8, 12, 8], 2
-    packed = [pack(lengths, 8, 1e4, torch.float32, torch.device("cpu"), rank, size) for rank in range(size)]
+    packed = [
+        pack(lengths, frequencies(Rotary(), 8), torch.float32, torch.device("cpu"), rank, size) for rank in range(size)
+    ]
     held = [np.concatenate([zigzag.held_positions(n, size)[rank] for n in lengths]) for rank in range(size)]
     number = np.concatenate([[i] * (n // size) for i, n in enumerate(lengths)])
     joined = [(int(i), int(p)) for rank in range(size) for i, p in zip(number, held[rank], strict=True)]

@@ -4,6 +4,7 @@ Legend: T packed tokens of this rank, C context-parallel ranks, Nq query heads, 
 rank), D head_dim, b rows of a bucket, Lq queries and Lk keys of a row.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.device import compiled, import_megatron
 from megatron_rl.model import kernels
@@ -21,9 +20,6 @@ from megatron_rl.model.packing import PackedSequences
 import_megatron()
 
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
-
-# torch 2.12 and later; before, it hands whatever heads there are to the same kernel, which takes groups of them.
-_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RMSNorm(torch.nn.Module):
@@ -85,7 +81,7 @@ class PackedAttention(torch.nn.Module):
                 q,
                 k,
                 v,
-                attn_mask=causal_lower_right(q.shape[2], k.shape[2]),
+                **_causal(q.shape[2], k.shape[2]),
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -97,16 +93,17 @@ class FlashAttention(PackedAttention):
     """The same by torch's variable-length flash attention, which takes the sequences end to end, without padding: CUDA,
     half precision, no context parallelism.
 
-    kernel: called as `torch.nn.attention.varlen.varlen_attn`.
+    kernel: called as `torch.nn.attention.varlen.varlen_attn`, which it is where this is None.
     """
 
-    kernel: Callable[..., Tensor] = staticmethod(varlen_attn)
+    kernel: Callable[..., Tensor] | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         starts, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GROUPS else {}
+        kernel, asks_for_groups = _variable_length_attention()
+        groups = {"enable_gqa": query.shape[1] != key.shape[1]} if asks_for_groups else {}
         causal = (-1, 0)
-        attended = self.kernel(
+        attended = (self.kernel or kernel)(
             query,
             key,
             value.contiguous(),  # kept for backward as a view, it would keep all of the joint projection
@@ -146,6 +143,27 @@ class FlashAttention4(PackedAttention):
             causal=True,
         )
         return attended.flatten(1)
+
+
+# What follows is imported where it is used: torch.nn.attention takes torch._dynamo along, 0.6 s of every process.
+
+
+def _causal(num_queries: int, num_keys: int) -> dict[str, Any]:
+    """How scaled_dot_product_attention is told that the last query sees all keys, the one before all but the last."""
+    if num_queries == num_keys:
+        return {"is_causal": True}
+    from torch.nn.attention.bias import causal_lower_right
+
+    return {"attn_mask": causal_lower_right(num_queries, num_keys)}
+
+
+@functools.cache
+def _variable_length_attention() -> tuple[Callable[..., Tensor], bool]:
+    """torch's kernel, and whether it asks for groups of heads: torch 2.12 and later; before, it hands whatever heads
+    there are to the same kernel, which takes groups of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
