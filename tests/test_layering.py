@@ -29,6 +29,7 @@ LAYERS = {
     "records": 0,
     "device": 0,
     "gpus": 0,
+    "hub": 0,
     "memory": 0,
     "metric_names": 0,
     "lifeline": 0,

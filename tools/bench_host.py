@@ -238,7 +238,8 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
         collected = time.process_time(), time.thread_time(), time.monotonic()
         memory |= {"rollout": phase.peak, "plan": peak_bytes()}
         # Behind what is written beside training, so that one is not taken for the other.
-        at_rest, sending = wait_for_rest(), (time.process_time(), time.monotonic())
+        collector.files.settle()
+        at_rest, sending = time.process_time(), (time.process_time(), time.monotonic())
         commands.send_work(schedule.plan, schedule.samples, layout, None)
         send_processor, send_clock = time.process_time() - sending[0], time.monotonic() - sending[1]
         memory["send_work"] = peak_bytes()
@@ -315,15 +316,6 @@ def peak_bytes() -> int:
     with contextlib.suppress(OSError):  # forbidden in some containers: then it is the most so far
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak
-
-
-def wait_for_rest() -> float:
-    """Wait until threads that write beside training have ended. The processor seconds of this process by then."""
-    while True:
-        before = time.process_time()
-        time.sleep(_REST_SECONDS)
-        if time.process_time() - before < _REST_SHARE * _REST_SECONDS:
-            return before
 
 
 # What the points say -------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The sections `model` and `moe`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_rl.config.section import Section
 from megatron_rl.config.train import Recompute, RecomputeModule
+from megatron_rl.hub import local_model
 
 
 class ServingSection(Section):
@@ -26,7 +27,10 @@ class ServingSection(Section):
 
 
 class ServedModelSection(ServingSection):
-    path: Path = Field(description="Hugging Face directory of a BailingMoE model (config.json, safetensors, tokenizer)")
+    path: Annotated[Path, AfterValidator(local_model)] = Field(
+        description="Hugging Face directory (config.json, safetensors, tokenizer) of a model of a known family; or "
+        "hub:ORG/NAME, a model of the Hugging Face Hub, which is fetched where its cache does not have it"
+    )
 
 
 class ModelSection(ServedModelSection):

@@ -1,0 +1,39 @@
+"""Models of the Hugging Face Hub: from its cache on this machine, or fetched into it."""
+
+import re
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+PREFIX = "hub:"
+# Weights, configuration, tokenizer, and files of code, which run only with model.trust_remote_code.
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
+
+
+def local_model(path: Path) -> Path:
+    """The folder of a model: of `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` that of its snapshot, else `path` as it is.
+
+    What is in the cache is taken without a network. ValueError when it is neither there nor can be fetched.
+    """
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return path
+    found = _NAME.fullmatch(text.removeprefix(PREFIX))
+    if found is None:
+        raise ValueError(f"{text} names no model of the Hugging Face Hub; write hub:ORG/NAME or hub:ORG/NAME@REVISION")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    snapshot = partial(snapshot_download, found["id"], revision=found["revision"], allow_patterns=list(_FILES))
+    try:
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot(local_files_only=True))
+        return Path(snapshot())
+    except Exception as error:  # the library and what it stands on have many kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{text} is not in the cache of the Hugging Face Hub on this machine (HF_HOME) and could not be fetched "
+            f"({why}); fetch it where there is a network (`hf download {found['id']}`) and copy that cache, or give "
+            "the model's folder"
+        ) from None
