@@ -10,10 +10,13 @@ import pytest
 from rank_zero import config_of
 from tiny_model import TINY_CONFIG
 
+from megatron_rl.config.model import ServingSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.mixture import load_stream
+from megatron_rl.families import load_architecture
 from megatron_rl.preflight import process_limits
-from megatron_rl.preflight.checks import check_start
+from megatron_rl.preflight.checks import check_start, serving_problems
 from megatron_rl.preflight.registry import CHECKS, Start
 from megatron_rl.rollout.sampler import requests_in_flight
 
@@ -123,3 +126,16 @@ def test_more_threads_than_are_left_are_refused_with_the_name_of_the_limit(
     monkeypatch.setattr(process_limits, "_thread_limits", lambda: iter([("pids.max", 20), ("RLIMIT_NPROC", 10**6)]))
     (problem,) = found_by("limits", start_of())
     assert re.search(r"starts about \d+ threads, and pids.max leaves it 20; raise that limit", problem)
+
+
+def test_code_of_a_model_directory_needs_leave_where_a_server_would_run_it(tmp_path: Path) -> None:
+    rollout, allowed = RolloutSection(prompts_per_step=1, samples_per_prompt=2, engine="sglang"), {"dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 2**20}))
+    ling = load_architecture(tmp_path)
+    (problem,) = serving_problems(rollout, ServingSection(**allowed), ling)
+    assert "(configuration_bailing_moe.py), since transformers does not know this model; read it and set" in problem
+    told = ServingSection(**allowed, trust_remote_code=True), ServingSection(**allowed)
+    assert not list(serving_problems(rollout, told[0], ling))
+    assert not list(serving_problems(rollout, told[1], ling.model_copy(update={"family": "qwen3"})))
+    elsewhere = rollout.model_copy(update={"urls": ("http://a:1",)})
+    assert not list(serving_problems(elsewhere, told[1], ling))

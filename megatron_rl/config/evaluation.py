@@ -64,5 +64,5 @@ class EvaluateConfig(CommandConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
-        check_servers(self.rollout, self.model)
+        check_servers(self.rollout)
         return self

@@ -7,7 +7,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_rl.config.model import ServingSection
 from megatron_rl.config.section import Positive, Section
 from megatron_rl.gpus import visible_gpus
 
@@ -21,7 +20,7 @@ class GenerationSection(Section):
     engine: Literal["embedded", "sglang"] = Field(
         default="embedded",
         description="what generates: the embedded CPU server, or unmodified SGLang, which on a CPU comes from "
-        "`make install-sglang` and needs model.trust_remote_code",
+        "`make install-sglang`",
     )
     sglang_python: Path | None = Field(
         default=None,
@@ -172,7 +171,7 @@ class RolloutSection(GenerationSection):
     )
 
 
-def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
+def check_servers(rollout: GenerationSection) -> None:
     """ValueError for what no server could be started or reached by."""
     num_servers = rollout.servers_on(len(visible_gpus()))
     if rollout.port and rollout.port + num_servers - 1 > 65535:
@@ -193,8 +192,3 @@ def check_servers(rollout: GenerationSection, model: ServingSection) -> None:
                 f"rollout.sglang_arguments holds {argument.partition('=')[0]}, by which a run gives its servers their "
                 "key; take it out (arguments show in `ps`, and a file can be spelled out as arguments)"
             )
-    if rollout.engine == "sglang" and not rollout.urls and not model.trust_remote_code:
-        raise ValueError(
-            "rollout.engine 'sglang' runs the Python files of the model directory (configuration_bailing_moe.py); "
-            "read them and set model.trust_remote_code = true"
-        )

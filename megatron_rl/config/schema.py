@@ -97,7 +97,7 @@ class RolloutPhase(CommandConfig):
         if self.starts_servers:
             if self.model is None:
                 raise ValueError("model is required, a checkpoint to sample from; or teacher, an endpoint that answers")
-            check_servers(self.rollout, self.model)
+            check_servers(self.rollout)
         if self.rollout.temperature == 0 and self.rollout.samples_per_prompt > 1:
             raise ValueError(
                 f"rollout.temperature 0 makes the {self.rollout.samples_per_prompt} responses of a prompt "

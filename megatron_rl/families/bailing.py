@@ -66,6 +66,7 @@ BAILING_MOE = Family(
     architectures=("BailingMoeForCausalLM",),
     model_types=("bailing_moe",),
     read=_read,
+    remote_code=True,
     tensors=TensorNames(
         embedding="model.word_embeddings.weight",
         qkv=("attention.query_key_value",),

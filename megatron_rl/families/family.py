@@ -13,7 +13,8 @@ class Family:
 
     key: of the registry, and `Architecture.family`. architectures, model_types: what config.json says under these
     names; the first decides. read: config.json's values to the fields of an Architecture but `family`; ValueError for
-    what is not implemented.
+    what is not implemented. remote_code: transformers does not know the family, so SGLang runs the Python file of the
+    model directory that describes it.
     """
 
     key: str
@@ -21,3 +22,4 @@ class Family:
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     tensors: TensorNames
+    remote_code: bool = False

@@ -20,9 +20,9 @@ def plan_serving(
     assert isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig)
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
-    found = list(serving_problems(config.rollout, architecture))
-    dtype = (config.model if isinstance(config, EvaluateConfig) else config.serving).dtype
-    parts, servers, against = plan_servers(config.rollout, dtype, architecture, cluster, updates=False)
+    model = config.model if isinstance(config, EvaluateConfig) else config.serving
+    found = list(serving_problems(config.rollout, model, architecture))
+    parts, servers, against = plan_servers(config.rollout, model.dtype, architecture, cluster, updates=False)
     memory = {"serving_gpu" if servers["gpus_each"] else "host": parts | {"total": sum(parts.values())}}
     found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
     return {

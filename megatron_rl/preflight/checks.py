@@ -10,6 +10,7 @@ import psutil
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
+from megatron_rl.config.model import ServingSection
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
@@ -20,7 +21,7 @@ from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
-from megatron_rl.families import Architecture, load_architecture
+from megatron_rl.families import Architecture, family_of, load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
@@ -164,10 +165,11 @@ def _sequences(start: Start) -> Iterator[str]:
     config = start.config
     if isinstance(config, SelectConfig):
         for candidate in find_candidates(config.candidates):
-            for problem in serving_problems(config.rollout, load_architecture(candidate.path)):
+            for problem in serving_problems(config.rollout, config.serving, load_architecture(candidate.path)):
                 yield f"candidate {candidate.path}: {problem}"
     elif start.model is not None and isinstance(config, EvaluateConfig | SamplingConfig):
-        yield from serving_problems(config.rollout, start.architecture)
+        model = config.model if isinstance(config, EvaluateConfig) else config.serving
+        yield from serving_problems(config.rollout, model, start.architecture)
 
 
 @check("servers", "the generation servers of this machine can be started")
@@ -213,9 +215,18 @@ check("limits", "sockets, files and threads within the limits of a process")(lim
 _EMBEDDED_FLOPS = 60e9
 
 
-def serving_problems(rollout: GenerationSection, architecture: Architecture, serves: bool = True) -> Iterator[str]:
-    """Tell of sequences that are longer than the model can read, and of a model too large for the embedded server.
-    serves: servers are started."""
+def serving_problems(
+    rollout: GenerationSection, model: ServingSection, architecture: Architecture, serves: bool = True
+) -> Iterator[str]:
+    """Tell of sequences that are longer than the model can read, of code that a server would run without leave, and of
+    a model too large for the embedded server. serves: servers are started."""
+    runs_code = serves and rollout.engine == "sglang" and not rollout.urls and family_of(architecture).remote_code
+    if runs_code and not model.trust_remote_code:
+        yield (
+            "rollout.engine 'sglang' runs a Python file of the model directory "
+            f"(configuration_{architecture.family}.py), since transformers does not know this model; read it and set "
+            "model.trust_remote_code = true"
+        )
     if rollout.max_sequence_tokens > architecture.max_position_embeddings:
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
@@ -284,7 +295,7 @@ def problems(config: RunConfig, architecture: Architecture, world_size: int, ser
     yield from config.parallel.layout(world_size).problems(architecture)
     yield from backends.problems(config.model, architecture, config.parallel.layout(world_size))
     if isinstance(config, RlConfig):
-        yield from serving_problems(config.rollout, architecture, serves)
+        yield from serving_problems(config.rollout, config.model, architecture, serves)
         if config.rollout.router_replay:
             try:
                 shape = routed_shape(architecture)

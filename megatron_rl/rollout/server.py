@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
+from megatron_rl.families import family_of, load_architecture
 from megatron_rl.files import whole_file
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
@@ -252,8 +253,9 @@ class SglangServer(GenerationServer):
             "--dtype": dtype,
             "--weight-version": weight_version,
         }
-        # The directory's configuration_bailing_moe.py describes a model that transformers does not know.
-        flags: list[object] = ["--trust-remote-code", "--sleep-on-idle"]
+        flags: list[object] = ["--sleep-on-idle"]
+        if family_of(load_architecture(model_path)).remote_code:
+            flags.append("--trust-remote-code")
         # Spare tokens may be more than the model has positions; none is ever at one of them.
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if gpus:
