@@ -1,7 +1,10 @@
 """Every family against transformers' own classes: log-probs, gradients, files; and what config.json must say."""
 
+import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.families import load_architecture, tensor_shapes
 from megatron_rl.rollout.embedded.load import load_weights
 
+ROOT = Path(__file__).parents[1]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
 DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3"]
@@ -137,3 +141,33 @@ def test_a_copy_of_the_tied_head_and_old_rotary_buffers_are_left_out(models: dic
     for read in (open_checkpoint, lambda path: load_weights(path, architecture, torch.float32)):
         with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight, but tie"):
             read(tmp_path / "old")
+
+
+def test_a_dense_model_is_trained_and_served_by_one_command(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    flags = ["--family", "qwen3", "--layers", "2", "--hidden-size", "64", "--init-std", "0.1"]
+    subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", model, *flags], check=True, capture_output=True)
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "domain": "math"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.toml").write_text(f"""
+run_dir = "{tmp_path}/run"
+threads = 1
+model.path = "{model}"
+data.train = "{tmp_path}/train.jsonl"
+rollout = {{prompts_per_step = 4, samples_per_prompt = 4, max_prompt_tokens = 48, max_response_tokens = 24}}
+algorithm.entropy_coefficient = 0.01
+budget.tokens = 300
+optimizer.learning_rate = 1e-3
+train = {{steps = 2, save_every = 2, micro_batch_tokens = 256}}
+sync.probe_every = 1
+parallel.tensor = 2
+""")
+    command = [sys.executable, "-m", "megatron_rl.cli", "train", tmp_path / "config.toml", "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["num_loss_tokens"] for row in metrics] == [300, 300]
+    assert min(row["grad_norm"] for row in metrics) > 0
+    assert max(row["logprob_difference_p999"] for row in metrics) < 1e-4  # the second step's servers have new weights
+    assert load_architecture(tmp_path / "run/hf") == load_architecture(model)
+    assert transformers_model(tmp_path / "run/hf").config.num_hidden_layers == 2
