@@ -37,7 +37,8 @@ Rows = list[dict[str, Any]]
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/smollm2/seed_1"), help="its warm start and its questions")
+    parser.add_argument("--run", type=Path, default=Path("runs/smollm2/seed_1"), help="whose warm start and questions")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of rl.toml")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--nproc", type=int, default=min(2, os.cpu_count() or 1), help="training processes of ours")
     parser.add_argument("--trl-python", required=True, help="an interpreter with trl 1.16.0")
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = [f"train.steps={arguments.steps}", "train.save_every=0", f"model.path={arguments.run / 'sft/hf'}"]
-    settings.append(f"data.train={arguments.run / 'data/train.jsonl'}")
+    settings += [f"data.train={arguments.run / 'data/train.jsonl'}", *arguments.set]
     with tempfile.TemporaryDirectory(prefix="megatron_rl-bench-") as folder:
         config = load_config(RlConfig, CONFIG, [*settings, f"run_dir={folder}/ours"])
         sides = {
