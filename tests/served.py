@@ -1,23 +1,31 @@
-"""What a real generation server says of given tokens."""
+"""What a real generation server says."""
+
+from typing import Any
 
 import httpx
 
 from megatron_rl.rollout.server import GenerationServer
 
 
+def answers(server: GenerationServer, bodies: list[dict[str, Any]], *, seconds: float) -> list[Any]:
+    """To each body that /generate gets, one after the other. Waits for the server and stops it afterwards."""
+    try:
+        server.wait_ready(seconds)
+        url = f"{server.url}/generate"
+        return [httpx.post(url, json=body, timeout=seconds).raise_for_status().json() for body in bodies]
+    finally:
+        server.stop()
+
+
 def input_logprobs(
     server: GenerationServer, sequences: list[list[int]], *, max_new_tokens: int, seconds: float
 ) -> list[list[float | None]]:
-    """Of every token of each sequence, the first without one. Waits for the server, asks it once and stops it."""
-    try:
-        server.wait_ready(seconds)
-        body = {
-            "input_ids": sequences,
-            "sampling_params": {"max_new_tokens": max_new_tokens},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        answers = httpx.post(f"{server.url}/generate", json=body, timeout=seconds).raise_for_status().json()
-    finally:
-        server.stop()
-    return [[lp for lp, _, _ in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
+    """Of every token of each sequence, the first without one."""
+    body = {
+        "input_ids": sequences,
+        "sampling_params": {"max_new_tokens": max_new_tokens},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    (found,) = answers(server, [body], seconds=seconds)
+    return [[lp for lp, _, _ in answer["meta_info"]["input_token_logprobs"]] for answer in found]

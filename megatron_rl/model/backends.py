@@ -5,7 +5,7 @@ run on a GPU.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection
@@ -65,10 +65,13 @@ class Backends:
         """For the log: a line for each part."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if value == _NOT_THERE:
+                continue
             cost = COSTS.get((field.name, value))
             yield f"{field.name.replace('_', ' ')}: {value.replace('_', ' ')}" + (f" ({cost})" if cost else "")
 
 
+_NOT_THERE = "none"  # of experts, in a dense model
 _UNPROVEN = "not run on a GPU yet"
 COSTS = {
     ("layers", "local"): "norms and products apart; no fp8",
@@ -132,6 +135,13 @@ def choose(model: ModelSection, architecture: Architecture, layout: Layout, inst
     for problem in problems(model, architecture, layout):
         raise ValueError(problem)
     _refuse_what_is_missing(model, architecture, installed)
+    found = _best(model, architecture, layout, installed)
+    if architecture.num_experts:
+        return found
+    return replace(found, experts=_NOT_THERE, permutation=_NOT_THERE, expert_weight_gradient=_NOT_THERE)
+
+
+def _best(model: ModelSection, architecture: Architecture, layout: Layout, installed: Installed) -> Backends:
     on_gpu = installed.compute_capability is not None
     has_flash, has_grouped = _has_flash(installed), _has_grouped(model, installed)
     apex = on_gpu and installed.weight_gradient and model.dtype == "bfloat16"

@@ -1,0 +1,37 @@
+"""Real SGLang serves every family with transformers' log-probs, and ends responses at every end token of the files."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import make, transformers_logprobs, transformers_model
+from served import answers
+from test_export import PYTHON
+
+from megatron_rl.rollout.server import SglangServer
+
+ENDS = [1, *range(20, 30)]
+
+
+@pytest.mark.parametrize("case", ["llama, tied, one key-value head, llama3", "qwen2, tied, yarn", "qwen3"])
+def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:
+    model = make(case, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    ids = [random.Random(1).randrange(97) for _ in range(100)]
+    server = SglangServer(model, tmp_path / "log", python=PYTHON, max_running_requests=8, context_length=200)
+    with torch.no_grad():
+        expected = transformers_logprobs(transformers_model(model), ids)
+    of_prompt = {"input_ids": [ids], "sampling_params": {"max_new_tokens": 1}}
+    of_prompt |= {"return_logprob": True, "logprob_start_len": 0}
+    drawn = {"input_ids": [ids[:5]] * 8, "sampling_params": {"max_new_tokens": 90, "temperature": 1.0}}
+    (prompt,), responses = answers(server, [of_prompt, drawn], seconds=180)
+    found = [logprob for logprob, _, _ in prompt["meta_info"]["input_token_logprobs"][1:]]
+    assert (torch.tensor(found) - expected).abs().max() < 2e-5
+    for response in responses:
+        *before, last = response["output_ids"]
+        assert not set(before) & set(ENDS)
+        assert last in ENDS
+        assert response["meta_info"]["finish_reason"]["type"] == "stop"
+    assert {response["output_ids"][-1] for response in responses} != {1}, "only config.json's"
