@@ -1,15 +1,14 @@
 """Train SmolLM2 here and by TRL's GRPOTrainer, on the same model, prompts and reward, and compare speed and learning.
 
-    make pretrained, then the data and the warm start as examples/smollm2/README.md says, and on an idle machine
-    .venv/bin/python tools/bench_trl.py --trl-python VENV/bin/python [--steps 12]
+    make smollm2, and when it has ended, on an idle machine
+    .venv/bin/python tools/bench_trl.py --trl-python VENV/bin/python [--run runs/smollm2/seed_1] [--steps 12]
 
 VENV is an environment with torch 2.13.0, transformers, trl 1.16.0, accelerate and datasets. Ours runs
 examples/smollm2/rl.toml, with as many processes as it would; TRL's side takes its model, prompts, response limit,
 learning rate and optimizer, and as many prompts as make about as many tokens of responses a step. Responses are as
 long as they come. Prints one JSON object: medians over the steps after the first, ratios, and the reward beside the
 tokens that were generated until then. --trl-dtype and --trl-backend choose how TRL computes; float32 with --autocast
-is what its own defaults do. Weights in bfloat16 are faster, but small updates round away in them. TRL's warm-up begins
-with a step at a learning rate of 0, ours with a share of it.
+is what its own defaults do. Weights in bfloat16 are faster, but small updates round away in them.
 """
 
 import argparse
@@ -38,7 +37,8 @@ Rows = list[dict[str, Any]]
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--run", type=Path, default=Path("runs/smollm2/seed_1"), help="whose warm start and questions")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of rl.toml")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--nproc", type=int, default=min(2, os.cpu_count() or 1), help="training processes of ours")
     parser.add_argument("--trl-python", required=True, help="an interpreter with trl 1.16.0")
@@ -53,9 +53,10 @@ def main(argv: list[str]) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = [f"train.steps={arguments.steps}", "train.save_every=0"]
+    settings = [f"train.steps={arguments.steps}", "train.save_every=0", f"model.path={arguments.run / 'sft/hf'}"]
+    settings += [f"data.train={arguments.run / 'data/train.jsonl'}", *arguments.set]
     with tempfile.TemporaryDirectory(prefix="megatron_rl-bench-") as folder:
-        config = load_config(RlConfig, arguments.config, [*settings, f"run_dir={folder}/ours"])
+        config = load_config(RlConfig, CONFIG, [*settings, f"run_dir={folder}/ours"])
         sides = {
             "megatron_rl": ours(arguments, settings, Path(folder) / "ours"),
             "trl": trls(arguments, config, Path(folder) / "trl"),
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def ours(arguments: argparse.Namespace, settings: list[str], run_dir: Path) -> Rows:
     """Return the metrics of each step of `megatron-rl train`."""
     options = [part for setting in [*settings, f"run_dir={run_dir}"] for part in ("--set", setting)]
-    command = [sys.executable, "-m", "megatron_rl.cli", "train", arguments.config, "--nproc", arguments.nproc, *options]
+    command = [sys.executable, "-m", "megatron_rl.cli", "train", CONFIG, "--nproc", arguments.nproc, *options]
     environment = os.environ | {"MEGATRON_RL_PARENT": str(os.getpid())}
     subprocess.run([str(part) for part in command], check=True, env=environment, stdout=sys.stderr)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
