@@ -313,7 +313,7 @@ def run_to_end(*options):
 
 
 def test_starts_that_cannot_work_end_with_one_line_and_code_two(model_dir, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -330,7 +330,7 @@ def test_starts_that_cannot_work_end_with_one_line_and_code_two(model_dir, tmp_p
                 "names NO_SUCH.*not in the environment",
             ),
             (["--model-path", str(tmp_path / "none"), "--port", "0"], "does not exist"),
-            (["--model-path", str(tmp_path), "--port", "0"], "llama"),
+            (["--model-path", str(tmp_path), "--port", "0"], "gemma.* is not implemented"),
             (["--model-path", str(model_dir), "--port", "0", "--context-length", "9999"], "--context-length.*9999"),
         ]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:

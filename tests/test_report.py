@@ -325,11 +325,11 @@ class Elements(HTMLParser):
 
 def test_a_hostile_run_adds_no_element_to_the_page(tmp_path: Path) -> None:
     tame, hostile = Elements(), Elements()
-    tame.prefetch(render(page_data(read_runs([make_run(tmp_path / "tame", 2)]), None, ())))
+    tame.feed(render(page_data(read_runs([make_run(tmp_path / "tame", 2)]), None, ())))
     folder = make_run(tmp_path / "<script>alert(1)<", 2, model="</title><script>", texts=HOSTILE)
     data = page_data(read_runs([folder]), None, ())
     page = render(data)
-    hostile.prefetch(page)
+    hostile.feed(page)
     assert hostile.tags == tame.tags
     assert json.loads(hostile.data["data"]) == json.loads(json.dumps(data))
     assert "hacked = 1</script>" not in page

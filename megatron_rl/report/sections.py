@@ -255,6 +255,13 @@ SECTIONS = (
                 curves={"slowest rank against the mean": "micro_batch_imbalance"},
             ),
             Plot(
+                title="Rank 0's event loop",
+                unit="s at most that it was late",
+                kind="zero",
+                curves={"lag": "event_loop_lag_seconds"},
+                note="Silence of servers is not counted for that long.",
+            ),
+            Plot(
                 title="Faults survived",
                 unit="per step",
                 kind="zero",
