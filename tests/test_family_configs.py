@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
         "rope_scaling.beta_fast means nothing for rope_type 'linear', got 32; leave it out",
     ),
+    "part of each head rotated": (
+        LLAMA | {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor must be 1, got 0.5",
+    ),
     "no end": (LLAMA | {"eos_token_id": None}, "eos_token_id is in neither config.json nor generation_config.json"),
     "half a file": ({"model_type": "llama", "eos_token_id": 2}, "vocab_size is missing"),
 }  # fmt: skip

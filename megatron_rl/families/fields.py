@@ -30,7 +30,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_cla": (None, False),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
-    "is_decoder": (None, True, False),
     "mlp_bias": (None, False),
     "use_bias": (None, False),
     "norm_softmax": (None, False),
@@ -64,7 +63,10 @@ def common_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     given = {**defaults, **{name: value for name, value in values.items() if value is not None}}
     found = {name: given[name] for name in _SAME_NAME if name in given}
     found.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    return found | {"rotary": rotary_fields(values, given), "eos_token_ids": end_ids(values)}
+    rotary = rotary_fields(values, given)
+    if rotary["fraction"] != 1:
+        raise ValueError(f"partial_rotary_factor must be 1, got {shown(rotary['fraction'])}")
+    return found | {"rotary": rotary, "eos_token_ids": end_ids(values)}
 
 
 def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], why: str = "") -> None:
