@@ -5,6 +5,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from megatron_rl.parsing import read_json
+
 PREFIX = "hub:"
 # Weights, configuration, tokenizer, and files of code, which run only with model.trust_remote_code.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -28,8 +30,13 @@ def local_model(path: Path) -> Path:
     snapshot = partial(snapshot_download, found["id"], revision=found["revision"], allow_patterns=list(_FILES))
     try:
         with suppress(LocalEntryNotFoundError):
-            return Path(snapshot(local_files_only=True))
-        return Path(snapshot())
+            cached = Path(snapshot(local_files_only=True))
+            if _has_weights(cached):
+                return cached
+        fetched = Path(snapshot())
+        if not _has_weights(fetched):
+            raise OSError(f"{fetched} has not all of its *.safetensors")
+        return fetched
     except Exception as error:  # the library and what it stands on have many kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -37,3 +44,12 @@ def local_model(path: Path) -> Path:
             f"({why}); fetch it where there is a network (`hf download {found['id']}`) and copy that cache, or give "
             "the model's folder"
         ) from None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of weights are there: other tools leave a config.json or a tokenizer alone in the cache."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    weight_map = read_json(index).get("weight_map", {})
+    return all((folder / str(name)).is_file() for name in weight_map.values())

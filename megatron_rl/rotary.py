@@ -33,11 +33,13 @@ def frequencies(rotary: Rotary, head_dim: int, dtype: torch.dtype = torch.float6
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    scaling = dict(rotary.scaling)
     parameters = {"rope_type": rotary.kind, "rope_theta": rotary.theta, "partial_rotary_factor": rotary.fraction}
     config = LlamaConfig(
         head_dim=head_dim,
-        max_position_embeddings=rotary.model_positions,
-        rope_parameters=parameters | dict(rotary.scaling),
+        # Nothing is computed from it; with this the library has nothing to warn of.
+        max_position_embeddings=round(scaling["factor"] * scaling.get("original_max_position_embeddings", 1)),
+        rope_parameters=parameters | scaling,
     )
     inverse, factor = ROPE_INIT_FUNCTIONS[rotary.kind](config, torch.device("cpu"))
     return Frequencies(inverse.to(dtype), float(factor))

@@ -180,6 +180,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         LLAMA | {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "partial_rotary_factor must be 1, got 0.5",
     ),
+    "part of each head, in the older spelling": (
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor must be 1, got 0.5",
+    ),
+    "a factor of nothing": (
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        "rope_scaling.factor must be a number of at least 1, got 0",
+    ),
+    "a flag for a factor": (
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": True}},
+        "rope_scaling.factor must be a number of at least 1, got True",
+    ),
+    "a list for a kind": (
+        LLAMA | {"rope_scaling": {"type": ["yarn"]}},
+        "rope_scaling.rope_type must be one of default, linear, llama3, yarn, got ['yarn']",
+    ),
+    "a theta that yarn divides by": (
+        LLAMA | {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_theta must be above 1 for rope_type 'yarn', got 1",
+    ),
+    "a scaled router": (BAILING | {"routed_scaling_factor": 2.5}, "routed_scaling_factor must be 1 (BailingMoE"),
+    "groups of experts": (BAILING | {"n_group": 8, "topk_group": 4}, "n_group must be 0 (BailingMoE version 1), got 8"),
+    "one expert, normalised": (BAILING | {"num_experts_per_tok": 1}, "num_experts_per_tok 1 with norm_topk_prob gives"),
     "no end": (LLAMA | {"eos_token_id": None}, "eos_token_id is in neither config.json nor generation_config.json"),
     "half a file": ({"model_type": "llama", "eos_token_id": 2}, "vocab_size is missing"),
 }  # fmt: skip
@@ -200,13 +223,16 @@ def test_both_spellings_of_rotary_embeddings_give_the_same_record() -> None:
         kind="yarn",
         theta=2e5,
         scaling=(("factor", 4.0), ("original_max_position_embeddings", 4096)),
-        model_positions=131072,
     )
     plain = {name: value for name, value in LLAMA.items() if not name.startswith("rope")}
     old = {"rope_theta": 2e5, "rope_scaling": {"type": "yarn", **yarn}}
     new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2e5, **yarn}}
     for spelling in (old, new, old | new):
         assert architecture_of(plain | spelling).rotary == expected
+    # A length outside of the table wins, as in transformers; without any it is the model's own.
+    short = {"rope_theta": 2e5, "rope_scaling": {"type": "yarn", "factor": 4}}
+    for length in ("original_max_position_embeddings", "max_position_embeddings"):
+        assert architecture_of(plain | short | {length: 4096}).rotary == expected
     # Without the other spelling the theta of the table counts; without both the class's own.
     assert architecture_of(plain | {"rope_parameters": {"rope_theta": 7e5}}).rotary == Rotary(theta=7e5)
     assert architecture_of(plain).rotary == Rotary(theta=1e4)

@@ -39,3 +39,17 @@ def test_what_is_neither_there_nor_can_be_fetched_says_how_to_get_it() -> None:
         local_model(Path("hub:other/model"))
     with pytest.raises(ValueError, match="write hub:ORG/NAME or"):
         local_model(Path("hub:model"))
+
+
+def test_a_snapshot_without_all_of_its_weights_is_not_the_model(cache: Path) -> None:
+    weights, index = cache / "model.safetensors", cache / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}')
+    with pytest.raises(ValueError, match="hub:some/tiny is not in the cache .* could not be fetched"):
+        local_model(Path("hub:some/tiny"))
+    weights.rename(cache / "other.safetensors")
+    index.write_text('{"weight_map": {"b": "other.safetensors"}}')
+    assert local_model(Path("hub:some/tiny")) == cache
+    index.unlink()
+    (cache / "other.safetensors").unlink()
+    with pytest.raises(ValueError, match="hub:some/tiny is not in the cache"):
+        local_model(Path("hub:some/tiny"))

@@ -192,3 +192,19 @@ def test_a_content_stays_with_the_server_until_it_is_admitted() -> None:
         server.close()
 
     asyncio.run(run())
+
+
+def test_a_server_that_ends_without_an_answer_waits_for_no_place() -> None:
+    async def run() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(2**16)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        connection = await Connection.open(urlsplit(f"http://{host}:{port}"), None)
+        with pytest.raises(ConnectionFailed, match="disconnected without an answer"):
+            await asyncio.wait_for(connection.ask("GET", "/x", None, {}, asyncio.Event().wait), 5)
+        server.close()
+
+    asyncio.run(run())

@@ -26,13 +26,11 @@ from megatron_rl.checkpoint.hf import (
 )
 from megatron_rl.checkpoint.names import name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
-from megatron_rl.families import Architecture, load_architecture, tensor_shapes
+from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
 from megatron_rl.files import replace_directory
 from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
-
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +70,7 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
         with _new_directory(job, total) as partial, progress(total * (2 if job.verify else 1)) as advance:
             started = time.perf_counter()
-            reading = _Reading(job, source, [name for name, _, _ in infos], advance)
+            reading = _Reading(job, source, [name for name, _, _ in infos], family_of(model).tensors.head, advance)
             try:
                 if job.to_megatron:
                     dtypes = {name: dtype for name, _, dtype in infos}
@@ -126,9 +124,12 @@ class _Reading:
     A thread reads, checks and hashes the next one while the last one is written.
     """
 
-    def __init__(self, job: Job, source: Checkpoint, names: Sequence[str], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, job: Job, source: Checkpoint, names: Sequence[str], head: str, progress: Callable[[int], None]
+    ) -> None:
+        """head: the name of the LM head."""
         self.num_not_finite = 0
-        self._job, self._source, self._progress = job, source, progress
+        self._job, self._source, self._head, self._progress = job, source, head, progress
         self._checksums: dict[str, str] = {}
         self._waiting = iter(names)
         self._reader = ThreadPoolExecutor(1)
@@ -161,7 +162,7 @@ class _Reading:
         # A sum is the cheapest way to notice; it may also overflow, so it decides nothing.
         if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
             self._count_not_finite(name, tensor)
-        if self._job.fold_norm_head and name == HEAD:
+        if self._job.fold_norm_head and name == self._head:
             norm = torch.linalg.vector_norm(tensor, dim=0, keepdim=True, dtype=torch.float32) + 1e-7
             tensor = (tensor.float() / norm).to(tensor.dtype)
         tensor = tensor.to(self._job.dtype or tensor.dtype)

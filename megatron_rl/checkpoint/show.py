@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_rl.checkpoint.compare import compare
-from megatron_rl.checkpoint.convert import HEAD, Job, convert, opened, result_tensors
+from megatron_rl.checkpoint.convert import Job, convert, opened, result_tensors
 from megatron_rl.checkpoint.hf import TensorInfo, num_bytes
 from megatron_rl.checkpoint.names import hf_names, name_table
 
@@ -75,7 +75,7 @@ def describe(job: Job, infos: list[TensorInfo], stored: dict[str, str]) -> str:
     lines = [f"{count:6} x {name} {shape} {dtype} | {target}" for (name, shape, dtype, target), count in kinds.items()]
     sizes = [num_bytes(shape, dtype) for _, shape, dtype in infos]
     largest, total = max(sizes), sum(sizes)
-    folded = [f"{HEAD} is divided by its norm; norm_head becomes false"] if job.fold_norm_head else []
+    folded = [f"{infos[-1][0]} is divided by its norm; norm_head becomes false"] if job.fold_norm_head else []
     return "\n".join(
         [
             f"{job.source} -> {job.destination} ({'Megatron' if job.to_megatron else 'Hugging Face'})",

@@ -28,8 +28,7 @@ class SelectConfig(RolloutPhase):
     model: ServingSection = ServingSection()
     rollout: SelectionRollout
     candidates: Annotated[Path | tuple[Path, ...], BeforeValidator(_folder_or_list)] = Field(
-        description="a folder whose subdirectories are Hugging Face directories of BailingMoE models, or a list of "
-        "such directories"
+        description="a folder whose subdirectories are Hugging Face directories, or a list of such directories"
     )
     prompts: Annotated[int, Field(ge=2)] = Field(
         default=128, description="so many of the run's order of data.train are answered, the same by every candidate"

@@ -14,8 +14,8 @@ RotaryKind = Literal["default", "linear", "yarn", "llama3"]
 class Rotary(BaseModel):
     """Rotary position embedding with rotate-half (neox) pairing.
 
-    kind and scaling: as transformers' `rope_parameters` name them; `model_positions` and whatever a kind falls back to
-    are written out, so equal tables have equal records. fraction: the share of head_dim that is rotated, from its
+    kind and scaling: as transformers' `rope_parameters` name them; the length that the model was trained with is
+    always written out, so equal tables have equal records. fraction: the share of head_dim that is rotated, from its
     first element on.
     """
 
@@ -25,7 +25,6 @@ class Rotary(BaseModel):
     theta: Annotated[float, above_zero(1e15)] = 10000.0
     fraction: Annotated[float, above_zero(1.0)] = 1.0
     scaling: tuple[tuple[str, int | float | bool], ...] = ()
-    model_positions: Annotated[int, whole(0, 2**30)] = 0
 
 
 class Architecture(BaseModel):

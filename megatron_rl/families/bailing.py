@@ -21,13 +21,23 @@ log = logging.getLogger(__name__)
 
 # Ling-lite-base asks for 0.1 after the embedding and after each block, the chat models for none.
 _DROPOUTS = ("attention_dropout", "embedding_dropout", "output_dropout")
-_VERSION_1 = {"use_qkv_bias": (None, False), "use_qk_norm": (None, False), "partial_rotary_factor": (None, 1)}
+_VERSION_1 = {
+    "use_qkv_bias": (None, False),
+    "use_qk_norm": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "rotary_dim": (None,),
+    "score_function": (None, "softmax"),
+    "moe_router_enable_expert_bias": (None, False),
+    "routed_scaling_factor": (None, 1),
+    "n_group": (None, 0, 1),
+    "topk_group": (None, 0, 1),
+}
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     check_neutral(values, _VERSION_1, " (BailingMoE version 1)")
     require(values, ("moe_intermediate_size", "num_experts", "num_experts_per_tok"))
-    found = common_fields(values, {"initializer_range": 0.006})
+    found = common_fields(values, {"initializer_range": 0.006, "rms_norm_eps": 1e-5})
     _count(values, "num_experts", 1, 2**16)
     shared, width = _count(values, "num_shared_experts", 0, 4096), values["moe_intermediate_size"]
     first_dense = _count(values, "first_k_dense_replace", 0, 4096)
@@ -40,6 +50,11 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         # One MLP of their joint width.
         "shared_intermediate_size": shared * width,
     }
+    if found["num_experts_per_tok"] == 1 and values.get("norm_topk_prob") is not False:
+        raise ValueError(
+            "num_experts_per_tok 1 with norm_topk_prob gives the one expert a weight of 1, where the released code has "
+            "its probability; set norm_topk_prob = false in config.json"
+        )
     found |= {name: values[name] for name in ("norm_topk_prob", "norm_head") if values.get(name) is not None}
     dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
     if dropouts and os.environ.get("RANK", "0") == "0":

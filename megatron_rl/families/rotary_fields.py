@@ -1,26 +1,20 @@
 """Reads how positions are rotated, from either spelling of transformers' config.json."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.parsing import shown
 
-# What each kind needs and what it may have beside, by transformers' names, with the default where it has one.
-_PARAMETERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
-    "default": ((), {}),
-    "linear": (("factor",), {}),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), {}),
+_ORIGINAL = "original_max_position_embeddings"
+# What each kind needs, and what it may have beside, by transformers' names.
+_PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
     "yarn": (
-        ("factor",),
-        {
-            "original_max_position_embeddings": None,
-            "attention_factor": None,
-            "beta_fast": None,
-            "beta_slow": None,
-            "mscale": None,
-            "mscale_all_dim": None,
-            "truncate": None,
-        },
+        ("factor", _ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -34,21 +28,27 @@ def rotary_fields(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     """
     new, old = _table(values, "rope_parameters"), _table(values, "rope_scaling")
     theta = _agreed("rope_theta", new.get("rope_theta"), old.get("rope_theta"), values.get("rope_theta"))
-    fraction = _agreed("partial_rotary_factor", new.get("partial_rotary_factor"), values.get("partial_rotary_factor"))
-    kind, scaling = _scaling("rope_parameters", new)
+    name = "partial_rotary_factor"
+    fraction = _agreed(name, new.get(name), old.get(name), values.get(name))
+    length = values.get(_ORIGINAL), given.get("max_position_embeddings")
+    kind, scaling = _scaling("rope_parameters", new, *length)
     if old:
-        told = _scaling("rope_scaling", old)
+        told = _scaling("rope_scaling", old, *length)
         if new and told != (kind, scaling):
             raise ValueError(
                 f"rope_parameters and rope_scaling contradict each other ({shown(dict(new))}, {shown(dict(old))}); "
                 "leave one of them out"
             )
         kind, scaling = told
-    found: dict[str, Any] = {"kind": kind, "theta": theta if theta is not None else given.get("rope_theta", 10000.0)}
-    found["fraction"] = fraction if fraction is not None else given.get("partial_rotary_factor", 1.0)
-    if kind != "default":
-        found |= {"scaling": scaling, "model_positions": given.get("max_position_embeddings", 0)}
-    return found
+    theta = given.get("rope_theta", 10000.0) if theta is None else theta
+    if kind == "yarn" and isinstance(theta, int | float) and theta <= 1:
+        raise ValueError(f"rope_theta must be above 1 for rope_type 'yarn', got {shown(theta)}")
+    return {
+        "kind": kind,
+        "theta": theta,
+        "fraction": given.get(name, 1.0) if fraction is None else fraction,
+        "scaling": scaling,
+    }
 
 
 def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -62,30 +62,44 @@ def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
 
 
-def _scaling(name: str, table: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """The kind, and its parameters in the order of their names."""
+def _scaling(
+    name: str, table: Mapping[str, Any], original: Any, longest: Any
+) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The kind, and its parameters in the order of their names.
+
+    original: the length that the model was trained with where config.json says so outside of the table; it wins, as in
+    transformers. longest: what takes its place where nobody says it.
+    """
     kind = _agreed(f"{name}.rope_type", table.get("rope_type"), table.get("type")) or "default"
-    if kind not in _PARAMETERS:
+    if not isinstance(kind, str) or kind not in _PARAMETERS:
         raise ValueError(f"{name}.rope_type must be one of {', '.join(_PARAMETERS)}, got {shown(kind)}")
     needed, optional = _PARAMETERS[kind]
-    given = {key: value for key, value in table.items() if key not in _NOT_SCALING}
-    for key, value in given.items():
+    found = {key: value for key, value in table.items() if key not in _NOT_SCALING}
+    if kind == "default":  # the model's own length and a factor of 1 say nothing
+        found = {key: value for key, value in found.items() if key != _ORIGINAL and (key != "factor" or value != 1)}
+    if _ORIGINAL in needed and original is not None:
+        found[_ORIGINAL] = original
+    if kind == "yarn":
+        found.setdefault(_ORIGINAL, longest)
+    for key, value in found.items():
         if key not in needed and key not in optional:
-            # A plain table may repeat the model's own length.
-            if kind == "default" and key in ("original_max_position_embeddings", "factor") and _is_neutral(key, value):
-                continue
             raise ValueError(f"{name}.{key} means nothing for rope_type {kind!r}, got {shown(value)}; leave it out")
-        if not isinstance(value, int | float):
-            raise ValueError(f"{name}.{key} must be a number, got {shown(value)}")
-    missing = [key for key in needed if key not in given]
+        _check_number(f"{name}.{key}", key, value)
+    missing = [key for key in needed if key not in found]
     if missing:
         raise ValueError(f"{name} of rope_type {kind!r} lacks {', '.join(missing)}")
-    parameters = {key: value for key, value in given.items() if key in needed or key in optional}
-    return kind, tuple(sorted(parameters.items()))
+    return kind, tuple(sorted(found.items()))
 
 
-def _is_neutral(key: str, value: Any) -> bool:
-    return key != "factor" or value == 1
+def _check_number(name: str, key: str, value: Any) -> None:
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {shown(value)}")
+        return
+    least = 1 if key in ("factor", _ORIGINAL) else 0
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if not is_number or value < least or value == 0:
+        raise ValueError(f"{name} must be a number {'of at least 1' if least else 'above 0'}, got {shown(value)}")
 
 
 def _agreed(name: str, *values: Any) -> Any:

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -93,13 +93,13 @@ async def _appending(path: Path) -> AsyncIterator[_Appending]:
             await appending.end()
 
 
-async def write_groups(path: Path, groups: AsyncIterator[Finished], num_groups: int, noun: str) -> int:
+async def write_groups(path: Path, groups: AsyncGenerator[Finished, None], num_groups: int, noun: str) -> int:
     """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
     num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
-    async with _appending(path) as appending:
+    async with _appending(path) as appending, aclosing(groups):
         async for group in groups:
             await appending.append(group.lines)
             num_done += 1
@@ -123,14 +123,15 @@ async def sample_into(
 ) -> int:
     """Append `lines` of every question's group, see `write_groups`. lines: called in a thread."""
 
-    async def finished() -> AsyncIterator[Finished]:
-        async for question, group in sampler.as_completed(questions, 0):
-            yield Finished(
-                # Where responses are long they take a while to write down, and the event loop has others to read.
-                lines=await asyncio.to_thread(lines, question, group),
-                num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
-                reward=sum(sample.reward for sample in group.samples) / len(group.samples),
-            )
+    async def finished() -> AsyncGenerator[Finished, None]:
+        async with aclosing(sampler.as_completed(questions, 0)) as completed:
+            async for question, group in completed:
+                yield Finished(
+                    # Where responses are long they take a while to write down, and the event loop has others to read.
+                    lines=await asyncio.to_thread(lines, question, group),
+                    num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
+                    reward=sum(sample.reward for sample in group.samples) / len(group.samples),
+                )
 
     return await write_groups(path, finished(), len(questions), noun)
 

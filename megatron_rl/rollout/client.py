@@ -347,7 +347,6 @@ class GenerationClient:
         body: dict[str, Any] | None,
         timeout_seconds: float,
         parse: bool = True,
-        held: contextlib.AsyncExitStack | None = None,
     ) -> Any:
         """The JSON of the answer; None where that is not to be parsed."""
         content = await self._answered(method, route, body, timeout_seconds)

@@ -1,14 +1,14 @@
 """Takes results as they come, of work of which only a part is begun at a time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: int) -> AsyncIterator[T]:
+async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: int) -> AsyncGenerator[T, None]:
     """The result of every coroutine, whichever is done first. Of those that are begun, the results of at most `most`
     have not been taken yet, so memory is that of so many, whatever their number. The first that fails ends the others.
     """

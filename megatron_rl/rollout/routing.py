@@ -47,7 +47,7 @@ class RoutedShape:
 
 def routed_shape(architecture: Architecture) -> RoutedShape:
     """ValueError when the model has no experts, or more than can be replayed."""
-    if not architecture.num_experts:
+    if not architecture.num_moe_layers:
         raise ValueError("rollout.router_replay is for models with experts, and this one has none; set it to false")
     if architecture.num_experts > MAX_EXPERTS:
         raise ValueError(

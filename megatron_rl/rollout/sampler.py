@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
@@ -117,7 +117,9 @@ class Sampler:
         """A scored group for every question, in their order. Each response is a request of its own."""
         return await gather_all(self._group(question, policy_version) for question in questions)
 
-    def as_completed(self, questions: Sequence[Question], policy_version: int) -> AsyncIterator[tuple[Question, Group]]:
+    def as_completed(
+        self, questions: Sequence[Question], policy_version: int
+    ) -> AsyncGenerator[tuple[Question, Group], None]:
         """The same, each as it comes; so many at a time as keep the servers busy."""
 
         async def one(question: Question) -> tuple[Question, Group]:
@@ -144,9 +146,6 @@ class Sampler:
         if all(need.missing <= 0 for need in needs):
             return Collected(unfinished=[group for _, group in resumed])
         phase = _PartialPhase(self, policy_version, needs, keep)
-        for question, group in resumed:
-            phase.start(question, [self._ended(response) for response in group.responses], group.retention)
-            await asyncio.sleep(0)
         size = self._rollout.samples_per_prompt
         wave = sum(
             math.ceil(max(0.0, need.missing) / (need.per_prompt.mean if need.per_prompt.is_known else math.inf))
@@ -154,6 +153,9 @@ class Sampler:
         )
         limit, num_started = max_waves * max(self._rollout.prompts_per_step, wave), 0
         try:
+            for question, group in resumed:
+                phase.start(question, [self._ended(response) for response in group.responses], group.retention)
+                await asyncio.sleep(0)
             while lacking := [need for need in needs if need.missing > 0]:
                 count = lacking[0].prompts_to_start(phase.num_running, self._servers.num_slots, size)
                 if count == 0 or num_started < limit:

@@ -7,7 +7,7 @@ model thought before it is kept beside it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from megatron_rl.config.endpoints import TeacherSection
@@ -43,7 +43,9 @@ class Teacher:
     def num_failed(self) -> int:
         return len(self._failed)
 
-    async def as_completed(self, questions: Sequence[tuple[int, Prompt]], num_before: int) -> AsyncIterator[Finished]:
+    async def as_completed(
+        self, questions: Sequence[tuple[int, Prompt]], num_before: int
+    ) -> AsyncGenerator[Finished, None]:
         """The rows of every prompt, as it completes. questions: (position in the run's order, prompt). num_before:
         prompts that an earlier call got answered.
 

@@ -1,7 +1,7 @@
 """A small generation server for CPUs and tests, behind the same HTTP routes as SGLang.
 
-`python -m megatron_rl.rollout.embedded --model-path DIR --port P` serves a BailingMoE. It is an implementation
-of its own in plain torch: it shares no code with the training side, so that the two check each other.
+`python -m megatron_rl.rollout.embedded --model-path DIR --port P` serves a model of any known family. It is an
+implementation of its own in plain torch: it shares no code with the training side, so that the two check each other.
 
 What a request gets (tokens and log-probs) does not depend, bit for bit, on what else is in the batch, on its slot
 or on arrival order; `invariance.py` proves this on the running machine at every start.

@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_rl.rollout.embedded", description="A generation server for CPUs and tests."
     )
-    parser.add_argument("--model-path", required=True, help="Hugging Face directory of a BailingMoE")
+    parser.add_argument("--model-path", required=True, help="Hugging Face directory")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000, help="0 picks a free one; it is logged on stderr")
     parser.add_argument("--allow-remote", action="store_true", help="permit a host that is not loopback; needs a key")

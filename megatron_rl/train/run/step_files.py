@@ -67,7 +67,7 @@ class StepFiles:
     def _write(self, path: Path, lines: Iterable[str], lost: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
+            with whole_file(path, is_durable=True) as file:
                 began = time.thread_time()
                 for line in lines:
                     file.write(line)
