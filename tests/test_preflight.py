@@ -139,3 +139,16 @@ def test_code_of_a_model_directory_needs_leave_where_a_server_would_run_it(tmp_p
     assert not list(serving_problems(rollout, told[1], ling.model_copy(update={"family": "qwen3"})))
     elsewhere = rollout.model_copy(update={"urls": ("http://a:1",)})
     assert not list(serving_problems(elsewhere, told[1], ling))
+
+
+def test_what_sglang_does_not_read_of_config_json_is_refused_there(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2**19, "attention_factor": 1.0}
+    shape = {"max_position_embeddings": 2**20, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape | {"rope_scaling": yarn}))
+    llama, rollout = load_architecture(tmp_path), {"prompts_per_step": 1, "samples_per_prompt": 2}
+    found = [
+        list(serving_problems(RolloutSection(**rollout, engine=engine), ServingSection(), llama))
+        for engine in ("embedded", "sglang")
+    ]
+    assert not found[0]
+    assert "config.json gives yarn attention_factor, which SGLang does not read" in found[1][0]

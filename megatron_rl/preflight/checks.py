@@ -213,6 +213,8 @@ check("limits", "sockets, files and threads within the limits of a process")(lim
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9
+# SGLang 0.5.21, layers/rotary_embedding/factory.py: it has `attn_factor` for the first, and the others are DeepSeek's.
+_SGLANG_DOES_NOT_READ = {"attention_factor", "mscale", "mscale_all_dim"}
 
 
 def serving_problems(
@@ -226,6 +228,13 @@ def serving_problems(
             "rollout.engine 'sglang' runs a Python file of the model directory "
             f"(configuration_{architecture.family}.py), since transformers does not know this model; read it and set "
             "model.trust_remote_code = true"
+        )
+    unread = _SGLANG_DOES_NOT_READ & dict(architecture.rotary.scaling).keys()
+    if rollout.engine == "sglang" and unread:
+        yield (
+            f"config.json gives yarn {' and '.join(sorted(unread))}, which SGLang does not read as transformers does, "
+            "so that its tokens would be of another model; set rollout.engine = 'embedded', or take it out of "
+            "config.json if it is what transformers has without it"
         )
     if rollout.max_sequence_tokens > architecture.max_position_embeddings:
         yield (
