@@ -2,15 +2,20 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from family_models import make, transformers_logprobs, transformers_model
 from served import answers
-from test_export import PYTHON
+from test_export import PYTHON, ROOT
 
 from megatron_rl.rollout.server import SglangServer
+
+sys.path.append(str(ROOT / "tools"))
+
+from make_tiny_model import TinyModel, write_tokenizer
 
 ENDS = [1, *range(20, 30)]
 
@@ -18,15 +23,20 @@ ENDS = [1, *range(20, 30)]
 @pytest.mark.parametrize("case", ["llama, tied, one key-value head, llama3", "qwen2, tied, yarn", "qwen3"])
 def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:
     model = make(case, tmp_path / "model")
+    write_tokenizer(model, TinyModel())  # SGLang looks at one, though it is told not to use it
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
-    ids = [random.Random(1).randrange(97) for _ in range(100)]
+    rng = random.Random(1)
+    ids = [rng.randrange(97) for _ in range(100)]
     server = SglangServer(model, tmp_path / "log", python=PYTHON, max_running_requests=8, context_length=200)
     with torch.no_grad():
         expected = transformers_logprobs(transformers_model(model), ids)
-    of_prompt = {"input_ids": [ids], "sampling_params": {"max_new_tokens": 1}}
+    of_prompt = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}}
     of_prompt |= {"return_logprob": True, "logprob_start_len": 0}
-    drawn = {"input_ids": [ids[:5]] * 8, "sampling_params": {"max_new_tokens": 90, "temperature": 1.0}}
-    (prompt,), responses = answers(server, [of_prompt, drawn], seconds=180)
+    drawn = [
+        {"input_ids": [rng.randrange(40, 97) for _ in range(6)], "sampling_params": {"max_new_tokens": 90}}
+        for _ in range(6)
+    ]
+    prompt, *responses = answers(server, [of_prompt, *drawn], seconds=180)
     found = [logprob for logprob, _, _ in prompt["meta_info"]["input_token_logprobs"][1:]]
     assert (torch.tensor(found) - expected).abs().max() < 2e-5
     for response in responses:
