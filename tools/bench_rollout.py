@@ -144,7 +144,7 @@ async def bare(url: str, questions: Sequence[Question], tokens: int, connections
 async def bench_sampler(pool: ServerPool, url: str, key: str, num_groups: int, rewards: Rewards) -> dict[str, Any]:
     tokens = 64
     short = ROLLOUT.model_copy(update={"max_response_tokens": tokens})
-    sampler = Sampler(pool, rewards, str, zeros, short, SEED, NEVER)
+    sampler = Sampler(pool, rewards, str, zeros, short, SEED, (NEVER,))
     questions = [question(i) for i in range(num_groups)]
     connections = [Connection(url, key) for _ in questions]
     ours, theirs = [], []
@@ -200,7 +200,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
 
 
 async def bench_partial(pool: Any, rewards: Rewards, num_phases: int, budget: int) -> dict[str, Any]:
-    sampler = Sampler(pool, rewards, str, zeros, ROLLOUT, SEED, NEVER)
+    sampler = Sampler(pool, rewards, str, zeros, ROLLOUT, SEED, (NEVER,))
     waiting, of_waiting = await phases(sampler, False, num_phases, budget)
     partial, of_partial = await phases(sampler, True, num_phases, budget)
     # The first phase of each finds nothing that an earlier one left.
