@@ -47,7 +47,7 @@ def local_model(path: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether all files of weights are there: other tools leave a config.json or a tokenizer alone in the cache."""
+    """Tell whether all files of weights are there; other tools leave a config.json or a tokenizer alone there."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))

@@ -52,8 +52,8 @@ class TensorMapping:
         return (num_experts, *self.shape) if self.expert else self.shape
 
     def stored_pieces(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """What is written at once of its tensor in a distributed checkpoint: (numbers of Hugging Face tensors, offsets,
-        sizes). One piece for each of them where its rows lie together, else one of all."""
+        """Yield what is written at once of its tensor in a distributed checkpoint: (numbers of Hugging Face tensors,
+        offsets, sizes). One piece for each of them where its rows lie together, else one of all."""
         first = 0
         for part, shape in enumerate(self.hf_shapes):
             offsets = (first, *[0] * (len(shape) - 1))

@@ -237,7 +237,7 @@ def _prefix_length(
 
 
 def other_end_token(tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int]) -> str | None:
-    """What to tell where the tokenizer's eos token does not end a response of the model; None where it does."""
+    """Word the warning that the tokenizer's eos token ends no response of the model; None where it does."""
     if tokenizer.eos_token_id in end_ids:
         return None
     mine = ", ".join(f"{one} ({tokenizer.convert_ids_to_tokens(one)!r})" for one in end_ids)

@@ -117,13 +117,13 @@ class Architecture(BaseModel):
         return self.num_hidden_layers * self._attention_parameters() + self._moe_parameters() + mlps + vocabulary + h
 
     def _attention_parameters(self) -> int:
-        """Of one layer, its two norms included."""
+        """Count the parameters of one layer's attention, its two norms included."""
         h, qkv_rows = self.hidden_size, (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         small = (qkv_rows if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         return h * qkv_rows + self.num_attention_heads * self.head_dim * h + 2 * h + small
 
     def _moe_parameters(self) -> int:
-        """Of the mixtures of experts of all layers, routers included."""
+        """Count the parameters of the mixtures of experts of all layers, routers included."""
         h = self.hidden_size
         experts = self.num_experts * (3 * h * self.moe_intermediate_size + h)
         return self.num_moe_layers * (experts + 3 * h * self.shared_intermediate_size)

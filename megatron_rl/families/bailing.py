@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.bounds import MAX_WIDTH, whole_number
 from megatron_rl.families.family import Family
 from megatron_rl.families.fields import check_neutral, common_fields, require
 from megatron_rl.families.tensors import TensorNames
@@ -63,11 +63,12 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    """Read a whole number within bounds; the lowest where there is none. ValueError names the field."""
     value = values.get(name)
-    value = low if value is None else value
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
-    return value
+    try:
+        return whole_number(low if value is None else value, low, high)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 @functools.cache

@@ -11,15 +11,16 @@ MAX_WIDTH = 2**20
 MAX_TOKENS = 2**24
 
 
+def whole_number(value: Any, low: int, high: int) -> int:
+    """Return the value if it is a whole number within bounds; ValueError says what it must be."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"must be a whole number from {low} to {high}, got {shown(value)}")
+    return value
+
+
 def whole(low: int, high: int) -> BeforeValidator:
     """Accept a whole number within bounds."""
-
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}, got {shown(value)}")
-        return value
-
-    return BeforeValidator(check)
+    return BeforeValidator(lambda value: whole_number(value, low, high))
 
 
 def above_zero(high: float) -> BeforeValidator:

@@ -91,7 +91,7 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _family(values: Mapping[str, Any]) -> Family:
-    """By `architectures`; by `model_type` where there is none. Both must be of the same family."""
+    """Find the family by `architectures`, or by `model_type` where there is none. Both must be of the same family."""
     names, model_type = values.get("architectures"), values.get("model_type")
     if isinstance(names, list) and len(names) == 1:
         for family in FAMILIES.values():

@@ -1,4 +1,4 @@
-"""What a family calls its tensors in Hugging Face files, and their shapes."""
+"""Says what a family calls its tensors in Hugging Face files, and their shapes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,11 +53,11 @@ class TensorNames:
 
     @property
     def not_tied(self) -> str:
-        """What to tell of a file whose head is not the embedding that config.json says it is."""
+        """The message about a file whose head is not the embedding, though config.json says that it is."""
         return f"{self.head} is not {self.embedding}, but tie_word_embeddings is true; set it to false in config.json"
 
     def qkv_rows(self, model: Architecture) -> Shape:
-        """Of each of the tensors `qkv`."""
+        """Count the rows of each of the tensors `qkv`."""
         q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         return (q, kv, kv) if len(self.qkv) > 1 else (q + 2 * kv,)
 

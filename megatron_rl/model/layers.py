@@ -149,7 +149,7 @@ class FlashAttention4(PackedAttention):
 
 
 def _causal(num_queries: int, num_keys: int) -> dict[str, Any]:
-    """How scaled_dot_product_attention is told that the last query sees all keys, the one before all but the last."""
+    """Tell scaled_dot_product_attention that the last query sees all keys, the one before all but the last."""
     if num_queries == num_keys:
         return {"is_causal": True}
     from torch.nn.attention.bias import causal_lower_right

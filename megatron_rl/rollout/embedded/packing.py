@@ -109,7 +109,7 @@ def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
 
 
 def _attention_places(layer: LayerWeights, config: Architecture, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
-    """Of queries, keys and values, in one tensor or in three, as the family has them."""
+    """Yield the places of queries, keys and values, in one tensor or in three, as the family has them."""
     rows = names.qkv_rows(config)
     for name, weight in zip(names.qkv, layer.qkv.t().split(rows), strict=True):
         yield f"{name}.weight", weight
