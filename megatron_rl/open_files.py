@@ -1,4 +1,4 @@
-"""How many files and sockets this process may have open at once."""
+"""Reads and raises the limit of files and sockets that this process may have open at once."""
 
 import resource
 
@@ -7,7 +7,7 @@ _MOST = 2**20
 
 
 def possible_open_files() -> int:
-    """How many there may be once the limit is raised."""
+    """Tell how many there may be once the limit is raised."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
 

@@ -67,7 +67,7 @@ def render_prompt(
 def render_prompts(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], special_tokens: str = "text"
 ) -> Iterator[list[int]]:
-    """What `render_prompt` makes of each prompt. The template and the tokenizer take many of them at once, which the
+    """Render every prompt as `render_prompt` does. The template and the tokenizer take many of them at once, which the
     tokenizer divides over the cores."""
     special = _special(tokenizer) if special_tokens == "text" else None
     for start in range(0, len(prompts), _AT_ONCE):
@@ -98,14 +98,13 @@ def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     special_tokens: str = "text",
-    end_ids: Collection[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
     Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
-    prompt, up to and including its last end token where the template writes one. Template text after that carries no
-    loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets the tokenizer's eos
-    token appended. end_ids: the model's end tokens, beside the tokenizer's.
+    prompt, up to and including its last eos token of the tokenizer where the template writes one. Template text after
+    that carries no loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets one
+    appended.
 
     The spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
     across a boundary, makes a prefix render differently from the whole: such a mask would be a guess.
@@ -122,7 +121,7 @@ def render_chat(
             continue
         start = _prefix_length(tokenizer, messages, index, special_tokens, ids, add_generation_prompt=True)
         end = _prefix_length(tokenizer, messages, index + 1, special_tokens, ids, add_generation_prompt=False)
-        if ends := [at for at in range(start, end) if ids[at] == eos or ids[at] in end_ids]:
+        if ends := [at for at in range(start, end) if ids[at] == eos]:
             end = ends[-1] + 1
         elif end == len(ids):
             ids, mask = [*ids, eos], [*mask, False]
@@ -149,7 +148,7 @@ def _applied(
     tokenize: bool,
     add_generation_prompt: bool,
 ) -> list[Any]:
-    """Of each conversation its token ids, or its text."""
+    """Apply the chat template to each conversation: its token ids, or its text."""
     from jinja2 import TemplateError
 
     rows: Any = [[{"role": message.role, "content": message.content} for message in chat] for chat in chats]

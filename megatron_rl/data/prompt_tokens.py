@@ -92,7 +92,7 @@ def _rendered(
 
 
 def _digest(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", special_tokens: str) -> bytes:
-    """Of all that token ids are a function of: a tokenizer is loaded from the files of its directory alone, none of
+    """Digest all that token ids are a function of: a tokenizer is loaded from the files of its directory alone, none of
     which is code, and from libraries of these versions."""
     versions = [__version__, *map(version, _LIBRARIES)]
     digest = hashlib.sha256(json.dumps([versions, special_tokens, tokenizer.chat_template]).encode())
@@ -109,7 +109,7 @@ def _digest(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", specia
 
 
 def _add(digest: "hashlib._Hash", content: bytes) -> None:
-    """With its length, so that no two lists of contents are the same bytes."""
+    """Add the content with its length, so that no two lists of contents are the same bytes."""
     digest.update(len(content).to_bytes(8, "little"))
     digest.update(content)
 
