@@ -97,7 +97,11 @@ FAILURES = {
 }
 
 
-async def asked_twice(answer: bytes, piece: int = 2**16) -> tuple[list[Any], bool]:
+async def free() -> None:
+    """There is always room for a content."""
+
+
+async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -> tuple[list[Any], bool]:
     """What two requests over one connection come to, as far as it lasts, and whether a third one could follow.
 
     piece: bytes that the server writes at once. Behind another answer than those of which it knows the end, it closes.
@@ -124,7 +128,7 @@ async def asked_twice(answer: bytes, piece: int = 2**16) -> tuple[list[Any], boo
         connection = await Connection.open(urlsplit(f"http://{host}:{port}"), None)
         found = []
         while connection.is_open and len(found) < 2:
-            found.append(await asyncio.wait_for(connection.ask("POST", "/x", b'{"x":1}', {"A": "b"}), 10))
+            found.append(await asyncio.wait_for(connection.ask("POST", "/x", b'{"x":1}', {"A": "b"}, admitted), 10))
         is_open = connection.is_open
         connection.close()
         return found, is_open
@@ -132,15 +136,18 @@ async def asked_twice(answer: bytes, piece: int = 2**16) -> tuple[list[Any], boo
         server.close()
 
 
+@pytest.mark.parametrize("admitted", [None, free])
 @pytest.mark.parametrize("piece", [1, 2**16])
 @pytest.mark.parametrize("how", ["with a length", "in chunks"])
-def test_a_connection_is_used_again(how: str, piece: int) -> None:
-    assert asyncio.run(asked_twice(ANSWERS[how], piece)) == ([(200, b"abc"), (200, b"abc")], True)
+def test_a_connection_is_used_again(how: str, piece: int, admitted: Any) -> None:
+    """Also where head and content of an answer come at once, and the content would have had to wait for a place."""
+    assert asyncio.run(asked_twice(ANSWERS[how], piece, admitted)) == ([(200, b"abc"), (200, b"abc")], True)
 
 
+@pytest.mark.parametrize("admitted", [None, free])
 @pytest.mark.parametrize("how", ["that the server closes behind", "without a length", "after an informal one"])
-def test_one_answer_is_whole_whatever_follows_it(how: str) -> None:
-    found, _ = asyncio.run(asked_twice(ANSWERS[how]))
+def test_one_answer_is_whole_whatever_follows_it(how: str, admitted: Any) -> None:
+    found, _ = asyncio.run(asked_twice(ANSWERS[how], admitted=admitted))
     assert found[0] == (200, b"abc")
 
 

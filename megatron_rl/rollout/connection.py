@@ -69,9 +69,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(self._http.send(part) or b"" for part in parts))
             if self._head is not None and admitted is not None:
                 await self._head
-                if not self._answer.done():  # it may have ended without one
+                if not self._answer.done():  # it may have failed, or come whole with its head
                     await admitted()
-                    self._transport.resume_reading()
+                self._transport.resume_reading()  # also for the requests that follow
             return await self._answer
         except h11.ProtocolError as error:
             raise ConnectionFailed(str(error)) from None
