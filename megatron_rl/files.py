@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from megatron_rl.parsing import read_json
+
+INDEX = "model.safetensors.index.json"
+
 
 def model_files(directory: Path, folder: str = "") -> list[Path]:
     """List the files of a model directory, or of a folder in it, by name. Folders below are not looked at.
@@ -31,6 +35,25 @@ def model_files(directory: Path, folder: str = "") -> list[Path]:
             _refuse_special(file, mode)
             found.append(file)
     return found
+
+
+def indexed_names(directory: Path) -> list[str] | None:
+    """Read which files of weights the index of a model directory names, by name; None where there is no index.
+
+    Other *.safetensors beside them are no part of the model. ValueError for what is no index, and for a name that leads
+    out of the directory.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors: {error!r}; fetch it again") from None
+    for name in names:
+        if (directory / name).parent != directory:
+            raise ValueError(f"{index} names {directory / name}, which is outside of {directory}")
+    return names
 
 
 @contextmanager

@@ -5,18 +5,20 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from megatron_rl.parsing import read_json
+from megatron_rl.files import indexed_names
 
 PREFIX = "hub:"
+_CONFIGURATION = ("*.json",)
 # Weights, configuration, tokenizer, and files of code, which run only with model.trust_remote_code.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
 
 
-def local_model(path: Path) -> Path:
+def local_model(path: Path, with_weights: bool = True) -> Path:
     """The folder of a model: of `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` that of its snapshot, else `path` as it is.
 
     What is in the cache is taken without a network. ValueError when it is neither there nor can be fetched.
+    with_weights: else a folder with its config.json is enough, and no more than JSON is fetched.
     """
     text = str(path)
     if not text.startswith(PREFIX):
@@ -27,15 +29,16 @@ def local_model(path: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    snapshot = partial(snapshot_download, found["id"], revision=found["revision"], allow_patterns=list(_FILES))
+    patterns, is_whole = (_FILES, _has_weights) if with_weights else (_CONFIGURATION, _has_config)
+    snapshot = partial(snapshot_download, found["id"], revision=found["revision"], allow_patterns=list(patterns))
     try:
         with suppress(LocalEntryNotFoundError):
             cached = Path(snapshot(local_files_only=True))
-            if _has_weights(cached):
+            if is_whole(cached):
                 return cached
         fetched = Path(snapshot())
-        if not _has_weights(fetched):
-            raise OSError(f"{fetched} has not all of its *.safetensors")
+        if not is_whole(fetched):
+            raise OSError(f"{fetched} lacks {'some of its *.safetensors' if with_weights else 'config.json'}")
         return fetched
     except Exception as error:  # the library and what it stands on have many kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -46,10 +49,11 @@ def local_model(path: Path) -> Path:
         ) from None
 
 
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def _has_weights(folder: Path) -> bool:
     """Tell whether all files of weights are there; other tools leave a config.json or a tokenizer alone there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
-    weight_map = read_json(index).get("weight_map", {})
-    return all((folder / str(name)).is_file() for name in weight_map.values())
+    names = indexed_names(folder)
+    return any(folder.glob("*.safetensors")) if names is None else all((folder / name).is_file() for name in names)

@@ -112,6 +112,23 @@ def test_a_template_that_writes_eos_is_learned_up_to_it_and_gets_no_second(token
     assert learned(tokenizer, ids, mask) == ["2<|endoftext|>", "so 4<|endoftext|>"]
 
 
+def test_a_turn_ends_at_whichever_end_token_of_the_model_the_template_writes(tokenizer_with):
+    tokenizer = tokenizer_with(WITH_EOS.replace("eos_token", "'<role>HUMAN</role>'"))
+    end, eos = tokenizer.convert_tokens_to_ids("<role>HUMAN</role>"), tokenizer.eos_token_id
+    chat = [ASK, REPLY, ASK_AGAIN, REPLY_AGAIN]
+    # Unknown as an end, it is what the template writes, and the tokenizer's own is appended.
+    turns = ["2<role>HUMAN</role>", "so 4<role>HUMAN</role>"]
+    assert learned(tokenizer, *render_chat(tokenizer, chat)) == [f"{turns[0]}\n", f"{turns[1]}\n<|endoftext|>"]
+    for end_ids in ((end,), (eos, end)):
+        assert learned(tokenizer, *render_chat(tokenizer, chat, end_ids=end_ids)) == turns
+
+
+def test_what_is_appended_ends_a_response_of_the_model(ling):
+    other = ling.convert_tokens_to_ids("<role>HUMAN</role>")
+    assert render_chat(ling, [ASK, REPLY], end_ids=(other,))[0][-1] == other
+    assert render_chat(ling, [ASK, REPLY], end_ids=(other, ling.eos_token_id))[0][-1] == ling.eos_token_id
+
+
 def test_a_template_that_rewrites_history_is_refused(tokenizer_with):
     tokenizer = tokenizer_with(FORGETFUL)
     assert learned(tokenizer, *render_chat(tokenizer, [ASK, REPLY])) == ["2<|endoftext|>"]

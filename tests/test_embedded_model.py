@@ -1,6 +1,7 @@
 """The embedded network against a naive fp64 forward pass, and its sampling."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -328,6 +329,11 @@ def test_a_tensor_in_two_files_is_refused_and_a_split_checkpoint_is_not(tmp_path
     save_file({n: tensors[n] for n in names[:9]}, directory / "a.safetensors")
     with pytest.raises(ValueError, match="more than once"):
         load_weights(directory, config, torch.float32)
+    # An index says which files are the model, as it does for the trainer.
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert torch.equal(load_weights(directory, config, torch.float32).embedding, whole.embedding)
+    index.unlink()
     save_file({n: tensors[n] for n in names[9:]}, directory / "model.safetensors")
     split = load_weights(directory, config, torch.float32)
     assert torch.equal(split.layers[2].experts[5].gate_up, whole.layers[2].experts[5].gate_up)

@@ -29,6 +29,16 @@ def test_a_model_of_the_cache_is_its_snapshot(cache: Path) -> None:
     assert load_architecture(local_model(Path("hub:some/tiny"))).num_hidden_layers == 3
 
 
+def test_a_configuration_is_enough_where_no_weights_are_asked_for(cache: Path) -> None:
+    (cache / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="hub:some/tiny is not in the cache"):
+        local_model(Path("hub:some/tiny"))
+    assert local_model(Path("hub:some/tiny"), with_weights=False) == cache
+    (cache / "config.json").unlink()
+    with pytest.raises(ValueError, match="hub:some/tiny is not in the cache"):
+        local_model(Path("hub:some/tiny"), with_weights=False)
+
+
 def test_a_folder_stays_what_it_is() -> None:
     assert local_model(Path("runs/some/hf")) == Path("runs/some/hf")
 

@@ -141,6 +141,17 @@ def test_code_of_a_model_directory_needs_leave_where_a_server_would_run_it(tmp_p
     assert not list(serving_problems(elsewhere, told[1], ling))
 
 
+def test_end_tokens_that_no_response_can_have_are_refused(tmp_path: Path) -> None:
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2)
+    size, found = TINY_CONFIG["vocab_size"], {}
+    for ids in ([size], [size, size - 1], size - 1):
+        config = TINY_CONFIG | {"max_position_embeddings": 2**20, "eos_token_id": ids}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found[str(ids)] = list(serving_problems(rollout, ServingSection(), load_architecture(tmp_path)))
+    assert [len(problems) for problems in found.values()] == [1, 0, 0]
+    assert f"eos_token_id {size} of config.json or" in found[f"[{size}]"][0]
+
+
 def test_what_sglang_does_not_read_of_config_json_is_refused_there(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2**19, "attention_factor": 1.0}
     shape = {"max_position_embeddings": 2**20, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}

@@ -16,13 +16,12 @@ from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import TensorMapping
 from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.families.tensors import ROTARY_BUFFER
-from megatron_rl.files import model_files, open_model_file
-from megatron_rl.parsing import parse_json, read_json
+from megatron_rl.files import INDEX, indexed_names, model_files, open_model_file
+from megatron_rl.parsing import parse_json
 from megatron_rl.tensor_bytes import as_bytes
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
-INDEX = "model.safetensors.index.json"
 # As a safetensors header calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "F64"}
@@ -92,20 +91,13 @@ def has_weights(directory: Path) -> bool:
 
 def _weight_files(directory: Path) -> list[Path]:
     """The files that the index names, or all of them where there is no index."""
-    index, found = directory / INDEX, model_files(directory)
-    if index not in found:
+    found, names = model_files(directory), indexed_names(directory)
+    if names is None:
         return [file for file in found if file.suffix == ".safetensors"]
-    try:
-        weight_map = read_json(index)["weight_map"]
-        files = sorted({directory / str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors: {error!r}; fetch it again") from None
-    for file in files:
-        if file.parent != directory:
-            raise ValueError(f"{index} names {file}, which is outside of {directory}")
-        if file not in found:
-            raise ValueError(f"{index} names {file.name}, which is missing; fetch it again")
-    return files
+    for name in names:
+        if directory / name not in found:
+            raise ValueError(f"{directory / INDEX} names {name}, which is missing; fetch it again")
+    return [directory / name for name in names]
 
 
 def check_names(expected: set[str], found: set[str], where: str) -> None:

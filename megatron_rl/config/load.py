@@ -15,11 +15,14 @@ from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text
 C = TypeVar("C", bound=BaseModel)
 
 
-def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
-    """Read a TOML file, apply `key.path=value` overrides (TOML values; bare words are strings), validate."""
+def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), *, without_weights: bool = False) -> C:
+    """Read a TOML file, apply `key.path=value` overrides (TOML values; bare words are strings), validate.
+
+    without_weights: of a model of the Hugging Face Hub only the configuration is fetched.
+    """
     values = read_values(Path(path), overrides)
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, context={"without_weights": without_weights})
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
         raise ValueError(f"{path}: " + "; ".join(lines)) from None

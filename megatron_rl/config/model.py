@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from megatron_rl.config.section import Section
 from megatron_rl.config.train import Recompute, RecomputeModule
@@ -26,8 +26,12 @@ class ServingSection(Section):
     )
 
 
+def _local(path: Path, info: ValidationInfo) -> Path:
+    return local_model(path, with_weights=not (info.context or {}).get("without_weights"))
+
+
 class ServedModelSection(ServingSection):
-    path: Annotated[Path, AfterValidator(local_model)] = Field(
+    path: Annotated[Path, AfterValidator(_local)] = Field(
         description="Hugging Face directory (config.json, safetensors, tokenizer) of a model of a known family; or "
         "hub:ORG/NAME, a model of the Hugging Face Hub, which is fetched where its cache does not have it"
     )

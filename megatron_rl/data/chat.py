@@ -98,13 +98,15 @@ def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     special_tokens: str = "text",
+    end_ids: Sequence[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
     Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
-    prompt, up to and including its last eos token of the tokenizer where the template writes one. Template text after
-    that carries no loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets one
-    appended.
+    prompt, up to and including its last end token where the template writes one. Template text after that carries no
+    loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets one appended.
+
+    end_ids: what ends a response of the model, beside the tokenizer's eos token; the model's eos_token_ids.
 
     The spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
     across a boundary, makes a prefix render differently from the whole: such a mask would be a guess.
@@ -116,15 +118,17 @@ def render_chat(
     ids = _render(tokenizer, messages, special_tokens, add_generation_prompt=False)
     mask = [False] * len(ids)
     eos = tokenizer.eos_token_id
+    ending = {eos, *end_ids}
+    appended = eos if eos in end_ids or not end_ids else end_ids[0]
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
         start = _prefix_length(tokenizer, messages, index, special_tokens, ids, add_generation_prompt=True)
         end = _prefix_length(tokenizer, messages, index + 1, special_tokens, ids, add_generation_prompt=False)
-        if ends := [at for at in range(start, end) if ids[at] == eos]:
+        if ends := [at for at in range(start, end) if ids[at] in ending]:
             end = ends[-1] + 1
         elif end == len(ids):
-            ids, mask = [*ids, eos], [*mask, False]
+            ids, mask = [*ids, appended], [*mask, False]
             end += 1
         mask[start:end] = [True] * (end - start)
     return ids, mask

@@ -22,7 +22,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration, as text or JSON. Returns the exit code: 2 when something does not divide or
     fit."""
     kind = kind_of(read_values(arguments.config, arguments.set))
-    config = load_config(kind, arguments.config, arguments.set)
+    config = load_config(kind, arguments.config, arguments.set, without_weights=True)
     assert isinstance(config, CommandConfig)
     cluster = _cluster(config.cluster or ClusterSection(), arguments)
     plan: dict[str, Any] = {"run_dir": str(config.run_dir)} if hasattr(config, "run_dir") else {}

@@ -220,8 +220,8 @@ _SGLANG_DOES_NOT_READ = {"attention_factor", "mscale", "mscale_all_dim"}
 def serving_problems(
     rollout: GenerationSection, model: ServingSection, architecture: Architecture, serves: bool = True
 ) -> Iterator[str]:
-    """Tell of sequences that are longer than the model can read, of code that a server would run without leave, and of
-    a model too large for the embedded server. serves: servers are started."""
+    """Tell of sequences that are longer than the model can read, of responses that could never end, of code that a
+    server would run without leave, and of a model too large for the embedded server. serves: servers are started."""
     runs_code = serves and rollout.engine == "sglang" and not rollout.urls and family_of(architecture).remote_code
     if runs_code and not model.trust_remote_code:
         yield (
@@ -240,6 +240,11 @@ def serving_problems(
         yield (
             f"rollout.max_prompt_tokens + max_response_tokens = {rollout.max_sequence_tokens} is over the model's "
             f"max_position_embeddings {architecture.max_position_embeddings}; shorten one of them"
+        )
+    if min(architecture.eos_token_ids) >= architecture.vocab_size:
+        yield (
+            f"eos_token_id {', '.join(map(str, architecture.eos_token_ids))} of config.json or generation_config.json "
+            f"is beyond the vocabulary of {architecture.vocab_size} tokens, so no response could ever end; correct it"
         )
     active, slots = architecture.num_active_parameters(), rollout.max_running_requests
     seconds = 2 * active * slots / (_EMBEDDED_FLOPS * rollout.threads)

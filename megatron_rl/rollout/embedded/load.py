@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
 from megatron_rl.families.tensors import ROTARY_BUFFER
+from megatron_rl.files import indexed_names
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weights import ModelWeights, some
 
@@ -47,7 +48,8 @@ def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype)
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ValueError(f"model_path {str(model_dir)!r} is not a directory")
-    files = sorted(directory.glob("*.safetensors"))
+    indexed = indexed_names(directory)
+    files = sorted(directory.glob("*.safetensors")) if indexed is None else [directory / name for name in indexed]
     if not files:
         raise ValueError(f"model_path {str(model_dir)!r} holds no *.safetensors file")
     expected, names = tensor_shapes(config), family_of(config).tensors

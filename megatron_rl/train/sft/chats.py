@@ -108,10 +108,11 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
     where: for the progress bar. ValueError for chats that are too long, as data.too_long says.
     """
     most, key = min(_limits(config))
+    end_ids = load_architecture(config.model.path).eos_token_ids
     limit = Limit(tokens=most, key=key, kind="chats", too_long=config.data.too_long)
     found, lengths = {}, {}
     for chat in bar(chats, f"tokenizing {where}"):
-        ids, mask = render_chat(tokenizer, chat.messages, config.data.special_tokens)
+        ids, mask = render_chat(tokenizer, chat.messages, config.data.special_tokens, end_ids)
         lengths[chat.where] = len(ids)
         if len(ids) > most:
             continue
