@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -11,6 +13,6 @@ def make_inputs(folder: Path, num_sft: int, num_train: int, num_test: int, *mode
     """`folder/model` and `folder/data`. model: further flags of tools/make_tiny_model.py."""
     sizes = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
     data = ["--num-sft", str(num_sft), "--num-train", str(num_train), "--num-test", str(num_test)]
-    subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *sizes, *model], check=True)
+    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *sizes, *model]).check_returncode()
     subprocess.run([sys.executable, ROOT / "tools/make_task_data.py", folder / "data", *data], check=True)
     return folder

@@ -6,20 +6,18 @@ They are gloo's on a CPU. With MEGATRON_RL_RANKS_ON_ONE_GPU=1 they are NCCL's, a
 import json
 import multiprocessing
 import os
-import runpy
 import socket
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-_PRELOADED = ["megatron_rl.train.driver", "megatron_rl.train.sft.run", "transformers", "psutil", "httpx"]
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
@@ -39,30 +37,18 @@ def sharing_a_gpu(rank: int) -> dict[str, str]:
 
 
 def _start(worker: Path, folder: Path, log: Path, environment: dict[str, str], on_cpu: bool) -> BaseProcess:
-    """A process that runs the worker as a program. On a CPU it is a fork of one that has imported torch and megatron
-    already, which takes some six seconds; CUDA allows no forks."""
-    context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
+    """A process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
     if on_cpu:
-        context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_run_worker, args=(worker, folder, log, environment))
+        return forked.start(_run_worker, worker, folder, log, environment)
+    process = multiprocessing.get_context("spawn").Process(target=_run_worker, args=(worker, folder, log, environment))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is loaded
-        for name in ("MEGATRON_RL_DEVICE", "CUDA_VISIBLE_DEVICES"):
-            if on_cpu:
-                patch.setenv(name, environment[name])
         process.start()
     return process
 
 
 def _run_worker(worker: Path, folder: Path, log: Path, environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [str(worker), str(folder)]
-    sys.path.insert(0, str(worker.parent))
-    runpy.run_path(str(worker), run_name="__main__")
+    forked.program([str(worker), str(folder)], environment, log, log, ROOT)
 
 
 def run_ranks(

@@ -4,7 +4,6 @@ step, the reference's shape; and all of it at a tiny size."""
 import json
 import math
 import os
-import subprocess
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -187,7 +187,7 @@ def test_all_of_it_at_a_tiny_size() -> None:
     command = [sys.executable, str(ROOT / "tools/bench_gpu.py"), "--smoke", "--rounds", "1", "--micro-batches", "2"]
     command += ["--lengths", "32", "--choices", "expert_weight_gradient"]
     environment = os.environ | {"MEGATRON_RL_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    done = forked.run(command, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     rows = [(row["length"], row["recompute"]) for row in found["training"]]

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -140,9 +140,7 @@ def test_the_commands_convert_compare_and_say_what_they_would_do(tmp_path: Path)
     model = write_tiny_model(tmp_path / "hf")
 
     def run(tool: str, *arguments: object) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, check=False
-        )
+        done = forked.run([sys.executable, TOOLS / tool, *arguments])
         return done.returncode, done.stdout, done.stderr
 
     code, out, _ = run("convert_hf_to_megatron.py", model, tmp_path / "m", "--dry-run")
@@ -170,15 +168,12 @@ def test_the_commands_convert_compare_and_say_what_they_would_do(tmp_path: Path)
 
 
 def test_log_probs_of_a_text_are_compared_through_both_models(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, TOOLS / "make_tiny_model.py", tmp_path / "hf"], capture_output=True, text=True, check=False
-    )
+    done = forked.run([sys.executable, TOOLS / "make_tiny_model.py", tmp_path / "hf"])
     assert done.returncode == 0, done.stderr
     convert(Job(source=tmp_path / "hf", destination=tmp_path / "m", to_megatron=True))
-    done = subprocess.run(
-        [sys.executable, TOOLS / "verify_checkpoint.py", tmp_path / "hf", tmp_path / "m", "--text", "Sdcba?"],
-        capture_output=True, text=True, check=False, env=os.environ | {"MEGATRON_RL_DEVICE": "cpu"},
-    )  # fmt: skip
+    done = forked.run(
+        [sys.executable, TOOLS / "verify_checkpoint.py", tmp_path / "hf", tmp_path / "m", "--text", "Sdcba?"]
+    )
     assert done.returncode == 0, done.stderr
     assert "log-probs of 5 tokens differ by up to 0\n" in done.stdout
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from megatron_rl.data.chat import load_tokenizer, render_chat, render_prompt, response_decoder
@@ -38,7 +39,7 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "tiny"
     flags = ["--hidden-size", "16", "--layers", "1", "--experts", "2", "--moe-intermediate-size", "8"]
-    subprocess.run([sys.executable, SCRIPT, out, *flags], check=True, capture_output=True)
+    forked.run([sys.executable, SCRIPT, out, *flags]).check_returncode()
     return out
 
 

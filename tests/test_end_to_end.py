@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from inputs import make_inputs
@@ -73,7 +74,7 @@ def command(inputs: Path, folder: Path, name: str, *options: str) -> list[str]:
 
 
 def finish(arguments: list[str], code: int = 0, seconds: float = 200) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=seconds, check=False)
+    done = forked.run(arguments, timeout=seconds)
     assert done.returncode == code, done.stderr[-4000:]
     return done.stderr
 

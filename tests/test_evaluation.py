@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import forked
 import psutil
 import pytest
 
@@ -72,8 +73,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sft.toml").write_text(SFT.format(folder=folder))
     (folder / "evaluate.toml").write_text(CONFIG.format(folder=folder))
     model = ["--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32"]
-    subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *model], check=True)
-    subprocess.run([*CLI, "sft", folder / "sft.toml"], check=True, capture_output=True)
+    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *model]).check_returncode()
+    forked.run([*CLI, "sft", folder / "sft.toml"]).check_returncode()
     return folder
 
 
@@ -89,7 +90,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def evaluate(inputs: Path, output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [*CLI, "evaluate", inputs / "evaluate.toml", "--output", output, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = forked.run(command, timeout=100)
     assert done.returncode == code, done.stderr[-4000:]
     assert "Traceback" not in done.stderr
     return done

@@ -3,10 +3,10 @@
 import json
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from family_models import CASES, make, transformers_logprobs, transformers_model
@@ -146,7 +146,7 @@ def test_a_copy_of_the_tied_head_and_old_rotary_buffers_are_left_out(models: dic
 def test_a_dense_model_is_trained_and_served_by_one_command(tmp_path: Path) -> None:
     model = tmp_path / "model"
     flags = ["--family", "qwen3", "--layers", "2", "--hidden-size", "64", "--init-std", "0.1"]
-    subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", model, *flags], check=True, capture_output=True)
+    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", model, *flags]).check_returncode()
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "domain": "math"} for i in range(8)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.toml").write_text(f"""
@@ -163,7 +163,7 @@ sync.probe_every = 1
 parallel.tensor = 2
 """)
     command = [sys.executable, "-m", "megatron_rl.cli", "train", tmp_path / "config.toml", "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path)
+    done = forked.run(command, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["num_loss_tokens"] for row in metrics] == [300, 300]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -49,7 +50,7 @@ EXPECTED = {
 
 
 def make(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, out, *flags], capture_output=True, text=True, check=False)
+    return forked.run([sys.executable, SCRIPT, out, *flags])
 
 
 @pytest.fixture(scope="module")

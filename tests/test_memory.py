@@ -1,13 +1,13 @@
 """The plan of a rank's memory against what torch keeps, and would take on a GPU."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
     where an operation between two devices, or a shape that the host would wait for, is an error."""
     shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": list(range(num_dense))}
     command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *CASES])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = forked.run(command, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
         assert found["state"] == found["planned_state"]

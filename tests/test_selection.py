@@ -3,12 +3,12 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -173,7 +173,9 @@ def write_chain(directory: Path, rows: Chain) -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("select")
     sizes = ["--hidden-size", "128", "--layers", "1", "--experts", "2", "--moe-intermediate-size", "16"]
-    subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "epochs/epoch_2", *sizes], check=True)
+    forked.run(
+        [sys.executable, ROOT / "tools/make_tiny_model.py", folder / "epochs/epoch_2", *sizes]
+    ).check_returncode()
     shutil.copytree(folder / "epochs/epoch_2", folder / "epochs/epoch_10")
     for (name, rows), loss in zip(CHAINS.items(), (0.5, 0.7), strict=True):
         write_chain(folder / "epochs" / name, rows)
@@ -192,7 +194,7 @@ def config_of(inputs: Path, *changes: str) -> SelectConfig:
 
 def test_selection_from_end_to_end(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "megatron_rl.cli", "select", inputs / "select.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = forked.run(command, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     run_dir = inputs / "select"
     found = json.loads((run_dir / "results.json").read_text())

@@ -5,11 +5,11 @@ import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -299,7 +299,7 @@ def rows_of(run_dir: Path) -> list[dict]:
 
 def test_a_run_that_was_killed_within_an_epoch_gives_the_same_epochs_and_numbers(here: Path) -> None:
     arguments = [PYTHON, "-m", "megatron_rl.cli", "sft", "sft.toml"]
-    subprocess.run(arguments, check=True, capture_output=True)
+    forked.run(arguments).check_returncode()
     run, whole = here / "run", here / "whole"
     rows, n = rows_of(run), len(rows_of(run))
     validated = [row["step"] + 1 for row in rows if "validation_loss" in row]
@@ -336,7 +336,7 @@ def test_a_run_that_was_killed_within_an_epoch_gives_the_same_epochs_and_numbers
     shutil.rmtree(run / "epochs/epoch_3")
     (run / "hf").unlink()
     kept = {e: (run / f"epochs/epoch_{e}").stat().st_ino for e in (1, 2)}
-    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    forked.run([*arguments, "--resume"]).check_returncode()
     assert rows_of(run) == rows
     for path in sorted(path.relative_to(whole) for path in whole.glob("epochs/*/*")):
         assert (run / path).read_bytes() == (whole / path).read_bytes(), path

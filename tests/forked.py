@@ -1,0 +1,80 @@
+"""Run programs of this project as forks of one process that has imported what they import.
+
+Importing torch, megatron-core and transformers takes some eight seconds of processor, more than the work of most tests.
+How a program starts by itself (launchers, signals at any time, the environment that it is born with) is seen by
+test_launch.py, test_faults_end_to_end.py and the targets of the Makefile.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PRELOADED = [
+    "torch._dynamo",  # which torch.optim imports at its first step
+    "megatron_rl.train.driver",
+    "megatron_rl.train.sft.run",
+    "transformers",
+    "psutil",
+    "httpx",
+]
+# What torch reads when it is imported.
+_AT_IMPORT = {"OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a process that calls a function with these arguments, in a fork of the one with the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _AT_IMPORT.items():
+            patch.setenv(name, value)
+        process.start()
+    return process
+
+
+def run(
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 300.0
+) -> "subprocess.CompletedProcess[str]":
+    """Run `[python, FILE or -m MODULE, arguments ...]` as `subprocess.run(capture_output=True, text=True)` would."""
+    words = [str(word) for word in command]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = start(program, words[1:], dict(os.environ if env is None else env), out, err, Path.cwd())
+        try:
+            process.join(timeout)
+            if process.exitcode is None:
+                raise subprocess.TimeoutExpired(words, timeout, stderr=err.read_bytes())
+        finally:
+            process.kill()
+            process.join()
+        return subprocess.CompletedProcess(words, process.exitcode, _text(out), _text(err))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def program(words: list[str], environment: Mapping[str, str], out: Path, err: Path, folder: Path) -> None:
+    """Be the program that python would run with these words in this folder; its stdout and stderr go to files."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in ((1, out), (2, err)):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    name, sys.argv = (words[1], words[1:]) if words[0] == "-m" else (words[0], words)
+    if words[0] == "-m":
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(name).parent))
+        runpy.run_path(name, run_name="__main__")
