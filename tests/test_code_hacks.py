@@ -433,16 +433,22 @@ HACKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("user", USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}")
-@pytest.mark.parametrize("name", HACKS)
-def test_a_hack_comes_out_wrong(name, user):
-    tests, source = HACKS[name]
+@pytest.fixture(
+    scope="module", params=USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}"
+)
+def judged(request):
+    """Every hack's judgement, by one sandbox of this user."""
 
     def work():
         runner.cache_clear()
-        return judge(source, tests)
+        return {name: judge(source, tests) for name, (tests, source) in HACKS.items()}
 
-    judgement = as_user(user, work)
+    return as_user(request.param, work)
+
+
+@pytest.mark.parametrize("name", HACKS)
+def test_a_hack_comes_out_wrong(name, judged):
+    judgement = judged[name]
     assert (judgement.reason, judgement.verdict().score) == ("wrong", 0.0), judgement
 
 
