@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -136,14 +136,7 @@ class Running:
         stdout_read, stdout_write = self._sockets() if program.private_stdout else self._pipe()
         self._outgoing = memoryview(program.stdin)
         self._talk: int | None = None
-        stdin_write: int | None = None
-        if program.channel is not None:
-            stdin_read = program.channel.detach()
-            self._open.append(stdin_read)
-        elif program.talks:
-            self._talk, stdin_read = self._sockets()
-        else:
-            stdin_read, stdin_write = self._pipe()
+        stdin_read, stdin_write = self._stdin_of(program)
         # The sandbox waits until we hold its process 1, so that no other process can be taken for it later.
         start_read, self._start = self._pipe()
         passed = [status_write, start_read]
@@ -168,9 +161,22 @@ class Running:
             raise SandboxFailure(f"bubblewrap did not start: {error}") from error
         for descriptor in (*passed, stdin_read, stdout_write, stderr_write):
             self._close(descriptor)
-        process = os.pidfd_open(self._process.pid)
-        self._open.append(process)
-        read = {"end": process, "status": status_read, "stdout": stdout_read, "stderr": stderr_read}
+        self._open.append(process := os.pidfd_open(self._process.pid))
+        self._listen({"end": process, "status": status_read, "stdout": stdout_read, "stderr": stderr_read}, stdin_write)
+
+    def _stdin_of(self, program: Program) -> tuple[int, int | None]:
+        """Open what becomes the program's stdin, and the other end of it where that is a pipe."""
+        if program.channel is not None:
+            stdin_read = program.channel.detach()
+            self._open.append(stdin_read)
+            return stdin_read, None
+        if program.talks:
+            self._talk, stdin_read = self._sockets()
+            return stdin_read, None
+        return self._pipe()
+
+    def _listen(self, read: Mapping[str, int], stdin_write: int | None) -> None:
+        """Register what the program and bubblewrap are read from by name, and what the program is written to."""
         for name, descriptor in read.items():
             self._selector.register(descriptor, selectors.EVENT_READ, name)
         if self._talk is not None:
