@@ -44,6 +44,7 @@ SMOKE: dict[str, dict[str, object]] = {
     "stage2_code_science": {"train.steps": 3},
     # The student of a smoke test gets nothing right.
     "general_distill": {"rollout.prompts_per_step": 800, "model.path": RUN / "teacher/hf"},
+    "general_sft": {"train.epochs": 1},
     "evaluate": {f"benchmarks.{name}.prompts": 40 for name in tables.DOMAINS},
 }
 # Almost the most probable token each time: two engines then say the same.
