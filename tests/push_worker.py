@@ -148,7 +148,7 @@ class Servers:
 
     def scores(self) -> Probe:
         found = self.loop.run(self.pool.input_logprobs(TOKENS))
-        return Probe(token_ids=TOKENS, logprobs=[one.tolist() for one in found.values()])
+        return Probe(token_ids=TOKENS, start=1, logprobs=[one.tolist() for one in found.values()])
 
     def close(self) -> None:
         self.loop.run(self.pool.close())

@@ -433,9 +433,7 @@ HACKS = {
 }  # fmt: skip
 
 
-@pytest.fixture(
-    scope="module", params=USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}"
-)
+@pytest.fixture(scope="module", params=USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}")
 def judged(request):
     """Every hack's judgement, by one sandbox of this user."""
 

@@ -230,7 +230,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
         options = f'rollout.urls=["{url}"]', "rollout.api_key_variable=ATTACHED"
         assert "names ATTACHED, which is not in the environment" in Run(inputs, tmp_path / "none", *options).finish(2)
         said = Run(inputs, tmp_path / "run", *options, ATTACHED=KEY).finish(code=1)
-    assert re.search(rf"weights 1 did not arrive whole at {url}: log-probs of 64 tokens differ by ", said)
+    assert re.search(rf"weights 1 did not arrive whole at {url}: log-probs of \d+ tokens differ by ", said)
     assert re.search(rf"; 1 of \d+ tensors differ: {re.escape(name)}\n", said)
     assert "Traceback" not in said
     rows = [json.loads(line) for line in (tmp_path / "run/run/metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
 
+import contextlib
 import errno
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -11,13 +12,14 @@ from rank_zero import FakeGroups, config_of, context_of, result
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.errors import EXIT_DONE, Fault, SharedFault, StopRequested
-from megatron_rl.rollout.client import ServerLost
+from megatron_rl.rollout.client import RequestRefused, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds
 from megatron_rl.train.driver import _save
 from megatron_rl.train.orchestrator import orchestrator as orchestrator_module
-from megatron_rl.train.orchestrator.commands import Stop
+from megatron_rl.train.orchestrator.commands import Probe, Push, Stop
 from megatron_rl.train.orchestrator.orchestrator import Orchestrator
+from megatron_rl.train.orchestrator.weight_updates import WeightUpdates
 from megatron_rl.train.run.metrics import read_metrics
 
 
@@ -103,6 +105,42 @@ def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_an
     source.raises = [WeightsNeeded("new")] * 3
     with pytest.raises(WeightsNeeded):
         orchestrate(source, FakeTransport()).begin(4)
+
+
+@pytest.mark.parametrize(
+    ("difference", "theirs", "fault"),
+    [
+        (0.09, None, None),
+        (0.11, {"a": "1", "b": "2"}, None),  # every tensor is there: a warning
+        (1.1, {"a": "1", "b": "2"}, r"http://s has weights 1 and computes something else .* 0 of 2 tensors differ"),
+        (0.11, {"a": "1", "b": "3"}, r"weights 1 did not arrive whole at http://s: .* 1 of 2 tensors differ: b"),
+        (0.11, {"a": "1"}, r"did not arrive whole .*\(1 could not be compared: b\)"),
+        (0.11, RequestRefused("none"), r"did not arrive whole .* which tensors differ cannot be told \(none\)"),
+    ],
+)
+def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, difference, theirs, fault):
+    """Two programs in bfloat16 round differently, and that is no reason to end a run."""
+
+    def checksums():
+        if isinstance(theirs, Exception):
+            raise theirs
+        return theirs, {}
+
+    def command(what, _):
+        return {Push: PushSeconds(export=1.0, send=2.0, install=3.0), Probe: [difference]}.get(
+            type(what), {"a": "1", "b": "2"}
+        )
+
+    servers = SimpleNamespace(
+        pool=SimpleNamespace(client=lambda _: SimpleNamespace(weight_checksums=checksums)),
+        run=lambda found: found,
+        probe=lambda count: (["http://s"], Probe(token_ids=[1] * 65, start=1, logprobs=[[0.0] * 64])),
+    )
+    updates = WeightUpdates(config_of(tmp_path, "sync.probe_tolerance=0.1"), servers, command)
+    with pytest.raises(Fault, match=fault) if fault else contextlib.nullcontext():
+        updates.update(1)
+    warned = "weights 1 are at http://s, every tensor of them, and yet log-probs of 64 tokens differ by 0.11"
+    assert (warned in caplog.text) == (difference == 0.11 and not fault)
 
 
 def test_a_signal_between_or_in_a_phase_stops_all_ranks(orchestrate):

@@ -36,6 +36,7 @@ class SyncSection(Section):
     probe_tolerance: float | None = Field(
         default=None,
         gt=0,
-        description="the run stops when the mean difference of the probe's log-probs is above it; default 1e-3 in "
-        "float32, 0.1 in bfloat16",
+        description="above this mean difference of the probe's log-probs all tensors are compared, and the run stops "
+        "unless every one is the trainer's and the difference below ten times this; default 1e-3 in float32, 0.1 in "
+        "bfloat16",
     )

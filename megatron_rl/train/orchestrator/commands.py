@@ -39,10 +39,12 @@ class Push:
 class Probe:
     """Rank 0 asks what the trainer makes of what each server made of some tokens: train/orchestrator/weight_check.py.
 
-    token_ids: the same for all servers. logprobs: of all tokens but the first, one list for each server.
+    token_ids: the same for all servers. start: of the first token that counts, at least 1. logprobs: of the tokens from
+    there on, one list for each server.
     """
 
     token_ids: list[int]
+    start: int
     logprobs: list[list[float]]
 
 

@@ -160,6 +160,7 @@ class ServerGroups:
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
+        self._longest: Response | None = None  # of the last phase that kept any
         self._supervisor = servers.supervisor
         self._rewards = Rewards(config.reward)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
@@ -196,10 +197,13 @@ class ServerGroups:
         if num_recalled:
             log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
         try:
-            return self.run(self._sample(needs, policy_version, unfinished, keep))
+            found = self.run(self._sample(needs, policy_version, unfinished, keep))
         except BaseException:
             self._cursors = before
             raise
+        responses = (sample.response for group in found.kept for sample in group.samples)
+        self._longest = max(responses, key=lambda response: len(response.output_ids), default=self._longest)
+        return found
 
     def prompt_of(self, position: int) -> Prompt:
         (prompt,), _ = self._stream.take(position, 1)
@@ -234,15 +238,29 @@ class ServerGroups:
         return self._loop.run(self._watched(work))
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
-        """What every serving server makes of the next prompts' tokens: their urls, and the question for the trainer."""
+        """What every serving server makes of some tokens: their urls, and the question for the trainer.
+
+        They are of a response: two programs in bfloat16 round alike where the model finds a token likely. Before the
+        first phase they are of prompts.
+        """
+        most = self._config.rollout.max_sequence_tokens - 1
+        if self._longest is not None and len(self._longest.output_ids) > 1:
+            start = len(self._longest.prompt_ids)
+            tokens = [*self._longest.prompt_ids.tolist(), *self._longest.output_ids[:num_tokens].tolist()][:most]
+        else:
+            start, tokens = 1, self._prompt_tokens(max(2, min(num_tokens, most)))
+        found = self.run(self.pool.input_logprobs(tokens))
+        logprobs = [one[start - 1 :].tolist() for one in found.values()]
+        return list(found), Probe(token_ids=tokens, start=start, logprobs=logprobs)
+
+    def _prompt_tokens(self, count: int) -> list[int]:
+        """The first tokens of the prompts that come next."""
         tokens: list[int] = []
         position = min(self._cursors.values())
-        while len(tokens) < num_tokens:
+        while len(tokens) < count:
             (prompt,), position = self._stream.take(position, 1)
             tokens += self._input_ids[prompt.id]
-        tokens = tokens[: max(2, min(num_tokens, self._config.rollout.max_sequence_tokens - 1))]
-        found = self.run(self.pool.input_logprobs(tokens))
-        return list(found), Probe(token_ids=tokens, logprobs=[one.tolist() for one in found.values()])
+        return tokens[:count]
 
     async def _sample(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep

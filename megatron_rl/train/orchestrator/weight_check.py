@@ -15,7 +15,7 @@ from megatron_rl.train.step.trainer import Trainer
 
 
 def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float]:
-    """Mean |train - server log-prob| over the probe's tokens, for each server; the same on every rank. Collective.
+    """Mean |train - server log-prob| over the tokens that count, for each server; the same on every rank. Collective.
 
     The mean, because at a near-tie of the router one token may rightly differ.
     """
@@ -23,7 +23,7 @@ def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float
     sequences = [
         TrainSequence(
             token_ids=tokens,
-            loss_positions=np.arange(1, len(tokens), dtype=np.int32),
+            loss_positions=np.arange(probe.start, len(tokens), dtype=np.int32),
             weight=1.0,
             advantage=0.0,
             rollout_logprobs=np.array(logprobs, np.float32),
@@ -57,9 +57,14 @@ def weight_checksums(trainer: Trainer, dtypes: dict[str, str], control: Any) -> 
     return {name: value for part in gather_objects(mine, control) for name, value in part.items()}
 
 
+def differing(ours: dict[str, str], theirs: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Which tensors differ by these checksums, and which could not be compared."""
+    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
+    return names, sorted(ours.keys() - theirs.keys())
+
+
 def told_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
     """Which tensors differ by these checksums, in words."""
-    names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
-    lost = sorted(ours.keys() - theirs.keys())
+    names, lost = differing(ours, theirs)
     text = f"{len(names)} of {len(ours)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")
