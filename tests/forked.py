@@ -2,7 +2,7 @@
 
 Importing torch, megatron-core and transformers takes some eight seconds of processor, more than the work of most tests.
 How a program starts by itself (launchers, signals at any time, the environment that it is born with) is seen by
-test_launch.py, test_faults_end_to_end.py and the targets of the Makefile.
+test_launch.py and the other targets of the Makefile.
 """
 
 import multiprocessing
@@ -45,7 +45,7 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 def run(
     command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 300.0
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `[python, FILE or -m MODULE, arguments ...]` as `subprocess.run(capture_output=True, text=True)` would."""
+    """Run `[python, FILE or -m MODULE or -c CODE, ...]` as `subprocess.run(capture_output=True, text=True)` would."""
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -60,6 +60,25 @@ def run(
         return subprocess.CompletedProcess(words, process.exitcode, _text(out), _text(err))
 
 
+class Program:
+    """A program that runs, with the names of `subprocess.Popen`. What it says goes behind what is in the log."""
+
+    def __init__(self, command: Sequence[object], log: Path, env: Mapping[str, str]) -> None:
+        self._process = start(program, [str(word) for word in command][1:], dict(env), log, log, Path.cwd())
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self.kill = self._process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("program", timeout or 0.0)
+        return self._process.exitcode
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
@@ -72,9 +91,13 @@ def program(words: list[str], environment: Mapping[str, str], out: Path, err: Pa
     for descriptor, path in ((1, out), (2, err)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
-    name, sys.argv = (words[1], words[1:]) if words[0] == "-m" else (words[0], words)
     if words[0] == "-m":
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.path.insert(0, str(Path(name).parent))
-        runpy.run_path(name, run_name="__main__")
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")

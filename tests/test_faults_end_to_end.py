@@ -6,13 +6,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import psutil
 import pytest
@@ -95,8 +95,7 @@ class Run:
         command = [sys.executable, *code, "train", str(config)]
         command += [part for option in options for part in ("--set", option)] + (["--resume"] if resume else [])
         self.log = folder / f"log{environment.get('RANK', '')}{'_resumed' if resume else ''}"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+        self.process = forked.Program(command, self.log, os.environ | environment)
 
     def finish(self, code: int = 0) -> str:
         """What it said. No process of it is left."""
