@@ -6,7 +6,8 @@ has a reward and an advantage. A response may be sampled in parts, over several 
 they run.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Response:
 class Sample:
     """A response with its verdict.
 
-    reward: in the task's units (0 or 1 for verifiable tasks). reason, details: see reward/verdict.py.
+    reward: in the task's units (0 or 1 for verifiable tasks). reason, details, parts: see reward/verdict.py.
     """
 
     response: Response
@@ -62,6 +63,7 @@ class Sample:
     reason: str
     advantage: float
     details: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.reward import OF_BENCHMARKS, RewardSection
 from megatron_rl.data.curation.test_layouts import looks_like_tests
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.reward.code_tests import problem_of_tests
@@ -21,7 +21,7 @@ def check_judged(prompts: Sequence[Prompt], reward: RewardSection, suffix_key: s
     suffix_key: what appends an instruction to them.
     """
     refuse_misjudged(prompts, reward)
-    for doubt in doubts([p for p in prompts if reward.kind_of(p.domain) in BY_FORMULAS], suffix_key):
+    for doubt in doubts([p for p in prompts if {*BY_FORMULAS} & {*reward.kinds_of(p.domain)}], suffix_key):
         log.warning(doubt)
 
 
@@ -32,11 +32,11 @@ def refuse_misjudged(prompts: Iterable[Prompt], reward: RewardSection) -> None:
     for prompt in prompts:
         by_domain[prompt.domain].append(prompt)
     for domain, members in by_domain.items():
-        kind = reward.kind_of(domain)
-        if kind == "code":
+        kinds = [kind for kind in reward.kinds_of(domain) if kind in OF_BENCHMARKS]
+        if "code" in kinds:
             _check_tests(domain, members)
-        else:
-            _check_answers(domain, members, kind)
+        elif kinds:  # others may take an answer for whatever they like
+            _check_answers(domain, members, kinds[0])
 
 
 def _check_tests(domain: str, prompts: Sequence[Prompt]) -> None:

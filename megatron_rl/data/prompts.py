@@ -42,6 +42,11 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What the model is given."""
+        return [{"role": "user", "content": self.prompt}]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:

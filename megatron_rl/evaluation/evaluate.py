@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
-from megatron_rl.config.reward import JudgeSection, RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.fitting import Limit, rendered_prompts
@@ -28,6 +28,7 @@ from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.append_log import sample_into, told_of_resume, whole_groups
 from megatron_rl.rollout.completion_order import in_order_of_completion
@@ -112,7 +113,7 @@ async def _sample(
     left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.num_given_up]
     model, rollout = config.model, config.rollout.as_rollout()
     with ExitStack() as closing:
-        rewards = [closing.enter_context(Rewards(benchmark.reward)) for benchmark in left]
+        rewards = [closing.enter_context(Rewards(benchmark.reward, folder)) for benchmark in left]
         write_settings(folder / "settings.json", claimed)
         judges = list(zip(left, rewards, strict=True))
         for benchmark, judge in judges:
@@ -135,7 +136,8 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
         if row.reason not in GAVE_UP:
             return row
         prompt = benchmark.prompts[row.position % len(benchmark.prompts)]
-        verdict = await rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, row.response)
+        attempt = Attempt(text=row.response, finish_reason=row.finish_reason, num_tokens=row.num_tokens)
+        (verdict,) = await rewards.verdicts(prompt, [attempt])
         return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
 
     with whole_file(benchmark.path, is_durable=True) as file:
@@ -186,7 +188,7 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
         raise ValueError(
             f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
         )
-    reward = _reward(config.reward, section)
+    reward = section.reward_of(config.reward)
     check_judged(prompts, reward, f"benchmarks.{name}.suffix")
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
     input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
@@ -212,13 +214,6 @@ def _questions(prompts: Sequence[Prompt], input_ids: Mapping[str, tuple[int, ...
         for i in range(num_samples)
         for place, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True))
     ]
-
-
-def _reward(reward: RewardSection, section: BenchmarkSection) -> RewardSection:
-    """How this benchmark is judged. Not validated again: "choice" is for evaluation only."""
-    if section.reward is None:
-        return reward
-    return reward.model_copy(update={"kind": section.reward, "domains": {}, "judge": JudgeSection()})
 
 
 def _write(

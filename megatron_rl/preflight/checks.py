@@ -27,6 +27,7 @@ from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
+from megatron_rl.preflight.rewards import reward_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
@@ -210,6 +211,7 @@ def _memory(start: Start) -> Iterator[str]:
 
 
 check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
+check("rewards", "own reward functions and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9

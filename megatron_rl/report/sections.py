@@ -42,6 +42,13 @@ SECTIONS = (
             ),
             Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}, always=True),
             Plot(
+                title="Parts of the reward",
+                unit="mean of the step",
+                curves={"*": "reward_part/*"},
+                note="Before their weights.",
+                always=True,
+            ),
+            Plot(
                 title="Loss",
                 unit="per token",
                 curves={"training": "loss", "validation": "validation_loss"},

@@ -30,7 +30,7 @@ from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.provenance import model_settings
+from megatron_rl.rollout.provenance import function_digests, model_settings
 from megatron_rl.rollout.rollout_file import Advantages, limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
@@ -161,7 +161,7 @@ class ServerGroups:
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
         self._supervisor = servers.supervisor
-        self._rewards = Rewards(config.reward)
+        self._rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
@@ -366,7 +366,9 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         "optimizer": True,
         "algorithm": True,
         "budget": True,
-        "reward": {"kind", "domains", "overlong_buffer_tokens", "code", "judge"},
+        "reward": {
+            *("kind", "domains", "parts", "correct_part", "passing_score", "overlong_buffer_tokens", "code", "judge"),
+        },
         "rollout": {
             "engine",
             "prompts_per_step",
@@ -384,5 +386,5 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)
-    everything = [__version__, data, layout.world_size, model, values]
+    everything = [__version__, data, layout.world_size, model, values, function_digests(config.reward)]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

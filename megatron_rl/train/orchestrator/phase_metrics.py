@@ -14,7 +14,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.rollout_file import answer_columns, text_of
+from megatron_rl.rollout.rollout_file import answer_columns, parts_column, text_of
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 
@@ -66,6 +66,7 @@ class Phase:
                 "reward": sample.reward,
                 "reason": sample.reason,
                 "details": sample.details,
+                **parts_column(sample),
                 "advantage": sample.advantage,
                 "num_loss_tokens": num_loss_tokens,
                 "outcome": outcome,
@@ -132,6 +133,7 @@ class Phase:
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
+            **_by_part(seen),
             **self._by_domain(seen, prompt_of),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
@@ -214,6 +216,15 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_output_tokens,
+    }
+
+
+def _by_part(seen: Sequence[Sample]) -> dict[str, float]:
+    """reward_part/P of each part P of the rewards, before its weight, over the responses that have it."""
+    names = sorted({name for sample in seen for name in sample.parts})
+    return {
+        f"reward_part/{name}": float(np.mean([sample.parts[name] for sample in seen if name in sample.parts]))
+        for name in names
     }
 
 
