@@ -35,6 +35,7 @@ validation_entropy | nats per token | all of data.validation | entropy per targe
 reward* | | responses of the phase, mean | the reward; of carried responses where a phase sampled none
 reward_part/* | | responses of the phase that have it, mean | a part of the reward by its name, before its weight
 uniform_group_share | share | groups of the phase | groups whose responses all have the same reward, and teach nothing
+correct_share | share | responses of the phase | responses that were judged correct
 no_answer_share | share | responses of the phase | responses without an answer: no closed box, no closed block of code
 wrong_share | share | responses of the phase | responses whose answer was judged wrong
 truncated_share | share | responses of the phase | responses that ended at rollout.max_response_tokens

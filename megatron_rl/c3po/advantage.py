@@ -1,9 +1,11 @@
 """Advantages of a group's responses, and what a reward loses for length. One value holds for every token of a
 response; no length enters an advantage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+_ROUNDING = 1e-12  # of sums of a few terms, relative to the largest
 
 
 def _centred(rewards: np.ndarray) -> np.ndarray:
@@ -28,20 +30,27 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def all_equal(rewards: Sequence[float] | np.ndarray) -> bool:
+    """Whether nothing can be learned from the rewards of a group: they are equal but for the rounding of sums such as
+    0.1 + 0.2 and 0.3, which dividing by their standard deviation would blow up."""
+    values = np.asarray(rewards, dtype=np.float64)
+    return bool(np.ptp(values) <= _ROUNDING * np.abs(values).max())
+
+
 def group_advantages(rewards: np.ndarray, kind: str = "standardised") -> np.ndarray:
     """float64 [K] from rewards [K], K at least 2, by a name of `ADVANTAGES`.
 
     A group whose rewards are all equal has advantage exactly 0, whatever rounding does to its mean.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if np.ptp(rewards) == 0.0:
+    if all_equal(rewards):
         return np.zeros_like(rewards)
     return ADVANTAGES[kind](rewards)
 
 
-def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
+def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, most: float = 1.0) -> float:
     """What DAPO's soft over-long punishment (arXiv 2503.14476, Eq. 13) adds to a reward: 0 up to max - buffer tokens,
-    from there linearly down to -1 at max_tokens. 0 without a buffer."""
+    from there linearly down to -most at max_tokens; the paper has 1. 0 without a buffer."""
     if buffer_tokens == 0:
         return 0.0
-    return min(0.0, max(-1.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))
+    return most * min(0.0, max(-1.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))

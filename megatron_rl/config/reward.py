@@ -119,7 +119,10 @@ class RewardSection(Section):
         default=0,
         ge=0,
         description="DAPO's soft punishment: over the last so many tokens before rollout.max_response_tokens a reward "
-        "loses up to 1 before advantages are taken; 0 is off",
+        "loses up to reward.overlong_penalty before advantages are taken; 0 is off",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, ge=0, description="the most that it loses, in the units of the reward; the paper has 1"
     )
     workers: Positive = Field(default=2, description="processes for each kind that needs some")
     timeout_seconds: float = Field(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -233,9 +234,16 @@ def _write(
         },
         "settings": settings,
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(_finite(record), indent=1), encoding="utf-8")
     (folder / "results.md").write_text(markdown(results, model), encoding="utf-8")
     show(results, model)
+
+
+def _finite(value: Any) -> Any:
+    """The ends of the interval of a single prompt's scores are nowhere, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_rewards(max_error_share: float, results: Mapping[str, BenchmarkResult], folder: Path) -> None:

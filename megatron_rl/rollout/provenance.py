@@ -24,7 +24,7 @@ def model_settings(path: Path, dtype: str) -> dict[str, Any]:
 
 def reward_settings(reward: RewardSection) -> dict[str, Any]:
     """What decides a verdict."""
-    of_pace = {"workers", "max_error_share", "overlong_buffer_tokens", "memory_bytes", "service"}
+    of_pace = {"workers", "max_error_share", "overlong_buffer_tokens", "overlong_penalty", "memory_bytes", "service"}
     # Named only where they are set, so that a folder of before they were known can be gone on with.
     new = {"parts", "correct_part", "passing_score"}
     settings = reward.model_dump(mode="json", exclude=of_pace | new)

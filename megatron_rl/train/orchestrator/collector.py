@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rl.c3po.advantage import all_equal
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import PromptYield, Shortfall, shortfalls
 from megatron_rl.c3po.packing import CostModel
@@ -133,5 +134,5 @@ class Collector:
         return domain_of(self._source.prompt_of(position), self._shares)
 
     def _is_wanted(self, group: Group) -> bool:
-        """Dynamic sampling drops groups that teach nothing: all right or all wrong."""
-        return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
+        """Dynamic sampling drops groups that teach nothing: all right, all wrong, or all with the same score."""
+        return not self._algorithm.dynamic_sampling or not all_equal([s.reward for s in group.samples])

@@ -295,10 +295,11 @@ def domain_of(prompt: Prompt, shares: Mapping[str, float]) -> str:
 def advantages_of(config: RlConfig) -> Advantages:
     """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]."""
     rule = chosen_algorithm(config.algorithm).advantage
-    longest, buffer = config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens
+    longest, reward = config.rollout.max_response_tokens, config.reward
+    buffer, most = reward.overlong_buffer_tokens, reward.overlong_penalty
 
     def advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
-        penalties = [overlong_penalty(response.num_output_tokens, longest, buffer) for response in responses]
+        penalties = [overlong_penalty(response.num_output_tokens, longest, buffer, most) for response in responses]
         return group_advantages(rewards + penalties, rule)
 
     return advantages
@@ -367,7 +368,8 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         "algorithm": True,
         "budget": True,
         "reward": {
-            *("kind", "domains", "parts", "correct_part", "passing_score", "overlong_buffer_tokens", "code", "judge"),
+            *("kind", "domains", "parts", "correct_part", "passing_score", "code", "judge"),
+            *("overlong_buffer_tokens", "overlong_penalty"),
         },
         "rollout": {
             "engine",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.c3po.advantage import all_equal
 from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.data.prompts import Prompt
@@ -129,7 +130,7 @@ class Phase:
         lengths = np.array([sample.response.num_output_tokens for sample in seen])
         selected = [s for step in plan.steps for s in step.selected]
         advantages = np.array([samples[s.index].advantage for s in selected])
-        uniform = sum(len({sample.reward for sample in group.samples}) == 1 for group in self.generated)
+        uniform = sum(all_equal([sample.reward for sample in group.samples]) for group in self.generated)
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
@@ -146,6 +147,7 @@ class Phase:
             "advantage_std": float(advantages.std()),
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
+            "correct_share": _share(seen, lambda sample: sample.reason == "correct"),
             "wrong_share": _share(seen, lambda sample: sample.reason == "wrong"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
             "too_slow_share": _share(seen, lambda sample: sample.reason == "too_slow"),
