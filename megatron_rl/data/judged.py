@@ -63,12 +63,12 @@ def _check_answers(domain: str, prompts: Sequence[Prompt], kind: str) -> None:
 
 def doubts(prompts: Sequence[Prompt], suffix_key: str = "data.suffix") -> Iterator[str]:
     """Say where prompts of mathematics or science do not ask for the answer as their reward reads it."""
-    if prompts and not any("boxed" in prompt.prompt for prompt in prompts):
+    if prompts and not any("boxed" in prompt.text for prompt in prompts):
         yield (
             f"none of the {len(prompts):,} prompts of mathematics or science mentions a box, and only an answer in "
             f"\\boxed{{}} counts; unless the model writes one unasked, set {suffix_key} to an instruction"
         )
-    asks = [prompt for prompt in prompts if "####" in prompt.prompt]
+    asks = [prompt for prompt in prompts if "####" in prompt.text]
     if asks:
         yield (
             f"{len(asks):,} of {len(prompts):,} prompts of mathematics or science have '####' in them, such as "

@@ -183,7 +183,7 @@ def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Benchmark
 
 
 def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
-    everything = read_prompts(section.path, section.domain, section.suffix)
+    everything = read_prompts(section.path, section.domain, section.suffix, system=section.system)
     prompts = everything[: section.prompts]
     if section.prompts is not None and len(prompts) < section.prompts:
         raise ValueError(
@@ -192,7 +192,9 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
     reward = section.reward_of(config.reward)
     check_judged(prompts, reward, f"benchmarks.{name}.suffix")
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
-    input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
+    input_ids = rendered_prompts(
+        prompts, tokenizer, limit, section.special_tokens, arguments=section.template_arguments
+    )
     path = _path(folder, name)
     done = whole_groups(path, 1, "remove the file")
     return Benchmark(

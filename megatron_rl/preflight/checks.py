@@ -75,7 +75,9 @@ def _rows(start: Start) -> Iterator[str]:
         prompts = [
             prompt
             for path in config.data.train_files
-            for prompt in read_prompts(path, config.data.domain, config.data.suffix, found, LOOKED_AT)
+            for prompt in read_prompts(
+                path, config.data.domain, config.data.suffix, found, LOOKED_AT, system=config.data.system
+            )
         ]
         found.tell()
         refuse_misjudged(prompts, config.reward)
@@ -90,9 +92,11 @@ def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
     limit = prompt_limit(config)
-    may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
-    if may_be_long and config.data.too_long == "stop":
-        rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)
+    data = config.data
+    may_be_long = [p for p in prompts if len(p.text.encode()) > limit.tokens]
+    if may_be_long and data.too_long == "stop":
+        tokenizer = load_tokenizer(config.model.path)
+        rendered_prompts(may_be_long, tokenizer, limit, data.special_tokens, arguments=data.template_arguments)
 
 
 @check("domains", "tables by domain name domains that rows have")

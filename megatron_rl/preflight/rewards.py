@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.reward import OF_BENCHMARKS, RewardSection
 from megatron_rl.config.schema import SamplingConfig
@@ -29,16 +30,18 @@ def reward_problems(start: Start) -> Iterator[str]:
         for section in config.benchmarks.values():
             reward = section.reward_of(config.reward)
             if _is_own(reward):
-                rows = read_prompts(section.path, section.domain, section.suffix, Problems(), LOOKED_AT)
-                yield from _tried(reward, rows, None)
+                yield from _tried(reward, _first_rows([section.path], section), None)
     elif isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
-        data = config.data
-        rows = [
-            row
-            for path in data.train_files
-            for row in read_prompts(path, data.domain, data.suffix, Problems(), LOOKED_AT)
-        ]
-        yield from _tried(config.reward, rows, config.run_dir)
+        yield from _tried(config.reward, _first_rows(config.data.train_files, config.data), config.run_dir)
+
+
+def _first_rows(paths: Sequence[Path], how: PromptSection) -> list[Prompt]:
+    """What is wrong with rows another check has said."""
+    return [
+        row
+        for path in paths
+        for row in read_prompts(path, how.domain, how.suffix, Problems(), LOOKED_AT, system=how.system)
+    ]
 
 
 def _is_own(reward: RewardSection) -> bool:

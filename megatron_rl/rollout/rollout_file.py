@@ -41,6 +41,14 @@ def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str |
     }
 
 
+def asked_columns(prompt: Prompt) -> dict[str, Any]:
+    """Make the columns of a prompt that is more than a text: its messages and tools."""
+    if prompt.asked is None:
+        return {}
+    tools = {"tools": json.loads(prompt.asked.tools)} if prompt.asked.tools else {}
+    return {"messages": prompt.messages, **tools}
+
+
 def parts_column(sample: Sample) -> dict[str, dict[str, float]]:
     """Make the column of the parts of a reward; none where it has no parts."""
     return {"parts": dict(sample.parts)} if sample.parts else {}
@@ -61,6 +69,7 @@ def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[l
             "position": sample.response.prompt_id,
             "sample_index": sample.response.sample_index,
             "prompt": prompt.prompt,
+            **asked_columns(prompt),
             "response": text,
             **answer_columns(prompt, judged_as, text),
             "reward": sample.reward,

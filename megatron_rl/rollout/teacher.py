@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_rl.config.endpoints import TeacherSection
 from megatron_rl.config.schema import SamplingConfig
+from megatron_rl.data.messages import with_system
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint, EndpointError, Reply
 from megatron_rl.errors import Fault
@@ -20,7 +21,7 @@ from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.verdict import Verdict
 from megatron_rl.rollout.append_log import Finished
 from megatron_rl.rollout.client import gather_all
-from megatron_rl.rollout.rollout_file import answer_columns
+from megatron_rl.rollout.rollout_file import answer_columns, asked_columns
 from megatron_rl.rollout.sampler import sampling_seed
 
 log = logging.getLogger(__name__)
@@ -105,12 +106,12 @@ class Teacher:
         )
 
     async def _reply(self, position: int, index: int, prompt: Prompt) -> Reply:
-        messages = [{"role": "user", "content": prompt.prompt}]
-        if self._section.system:
-            messages.insert(0, {"role": "system", "content": self._section.system})
+        asked = prompt.conversation
+        messages = [one.as_dict() for one in with_system(asked.messages, self._section.system)]
         seed = {"seed": sampling_seed(self._seed, position, index)} if self._section.send_seed else {}
+        tools = {"tools": json.loads(asked.tools)} if asked.tools else {}
         async with self._endpoint.room():
-            reply = await self._endpoint.ask(messages, self._options | seed)
+            reply = await self._endpoint.ask(messages, self._options | seed | tools)
         self._num_responses += 1
         return reply
 
@@ -121,6 +122,7 @@ class Teacher:
             "position": position,
             "sample_index": index,
             "prompt": prompt.prompt,
+            **asked_columns(prompt),
             "response": reply.content,
             "reasoning": reply.reasoning,
             **answer_columns(prompt, self._kind_of(prompt.domain), reply.content),
