@@ -102,7 +102,8 @@ class Selected:
     index: position in the step's sample list (the store on rank 0).
     num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
         tokens of the response; what was cut behind them influences nothing before it.
-    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean.
+    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean,
+        0 where it is masked.
     num_stale_tokens: so many of its first loss tokens were sampled by weights older than those that this optimizer step
         starts from; the others by these.
     """

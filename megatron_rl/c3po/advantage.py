@@ -1,9 +1,11 @@
 """Advantages of a group's responses, and what a reward loses for length. One value holds for every token of a
 response; no length enters an advantage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+
+from megatron_rl.c3po.own_objective import own_advantage, own_advantages
 
 _ROUNDING = 1e-12  # of sums of a few terms, relative to the largest
 
@@ -23,11 +25,36 @@ def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
 
 
+def _batch_standardised(rewards: np.ndarray) -> np.ndarray:
+    """A_i = (R_i - mean(R)) / std(R) over all N responses of a phase: REINFORCE++ (arXiv 2501.03262, Section 3), which
+    has no baseline of a group's own."""
+    return np.zeros_like(rewards) if all_equal(rewards) else _standardised(rewards)
+
+
 ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "standardised": _standardised,
     "centred": _centred,
     "leave_one_out": _leave_one_out,
 }
+
+
+# Of all responses of a phase at once.
+BATCH_ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"batch_standardised": _batch_standardised}
+
+
+def takes_batch(kind: str) -> bool:
+    """Whether an advantage is of all responses of a phase, and not of a group. ValueError for a function of the user's
+    own that cannot be loaded."""
+    return kind in BATCH_ADVANTAGES or (kind not in ADVANTAGES and "groups" in own_advantage(kind).parameters)
+
+
+def advantages_by(kind: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """float64 [K] or [N] from the values that `own_objective.OF_ADVANTAGE` names, by a name or a function of the user's
+    own."""
+    rewards = np.asarray(values["rewards"], dtype=np.float64)
+    if kind in BATCH_ADVANTAGES:
+        return BATCH_ADVANTAGES[kind](rewards)
+    return group_advantages(rewards, kind) if kind in ADVANTAGES else own_advantages(kind, values)
 
 
 def all_equal(rewards: Sequence[float] | np.ndarray) -> bool:

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
 from megatron_rl.config.endpoints import EndpointSection
+from megatron_rl.config.names import among
 from megatron_rl.config.section import Positive, Section
-from megatron_rl.own_functions import beside, is_own
 from megatron_rl.parsing import meant
 
 
@@ -48,27 +48,9 @@ def is_service(kind: str) -> bool:
     return kind.startswith(("http://", "https://"))
 
 
-def own_name(name: str, info: ValidationInfo) -> str:
-    """A function of the user's own with the whole path of its file, which lies beside the configuration."""
-    return beside(name, (info.context or {}).get("folders", ()))
-
-
-def _kind_among(known: tuple[str, ...]) -> AfterValidator:
-    def checked(kind: str, info: ValidationInfo) -> str:
-        if kind in known or is_service(kind):
-            return kind
-        if is_own(kind):
-            return own_name(kind, info)
-        raise ValueError(
-            f'must be {", ".join(known)}, a function of your own ("file.py:function", "package.module:function") or '
-            f'the address of a service ("http://..."){meant(kind, known)}'
-        )
-
-    return AfterValidator(checked)
-
-
-RewardKindName = Annotated[str, _kind_among(BUILT_IN)]
-BenchmarkKindName = Annotated[str, _kind_among(OF_BENCHMARKS)]
+_SERVICE = ' or the address of a service ("http://...")'
+RewardKindName = Annotated[str, among(BUILT_IN, _SERVICE, is_service)]
+BenchmarkKindName = Annotated[str, among(OF_BENCHMARKS, _SERVICE, is_service)]
 
 
 class PartSection(Section):

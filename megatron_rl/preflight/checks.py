@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import psutil
 
+from megatron_rl.c3po.own_objective import check_advantage, check_correction, check_surrogate
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
@@ -25,6 +26,7 @@ from megatron_rl.families import Architecture, family_of, load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
+from megatron_rl.own_functions import is_own
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.preflight.rewards import reward_problems
@@ -111,6 +113,21 @@ def _domains(start: Start) -> Iterator[str]:
         check_reward_domains(stream.rows, config.reward, "data.train")
         if config.budget.domains:
             stream.check_shares(config.budget.domains, warns=False)
+    yield from ()
+
+
+@check("objective", "own parts of the objective work on small tensors")
+def _objective(start: Start) -> Iterator[str]:
+    config = start.config
+    if not (start.trains and isinstance(config, RlConfig)):
+        return
+    algorithm = config.algorithm
+    if algorithm.advantage and is_own(algorithm.advantage):
+        check_advantage(algorithm.advantage)
+    if algorithm.surrogate and is_own(algorithm.surrogate):
+        check_surrogate(algorithm.surrogate)
+    if is_own(algorithm.correction):
+        check_correction(algorithm.correction)
     yield from ()
 
 

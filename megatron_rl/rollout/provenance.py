@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.files import whole_file
 from megatron_rl.own_functions import is_own, source_digest
@@ -36,6 +37,12 @@ def reward_settings(reward: RewardSection) -> dict[str, Any]:
 def function_digests(reward: RewardSection) -> dict[str, str]:
     """The digest of each function of the user's own that gives rewards: another text may give others."""
     return {kind: source_digest(kind) for kind in reward.kinds if is_own(kind)}
+
+
+def objective_digests(algorithm: AlgorithmSection) -> dict[str, str]:
+    """The same of those that are parts of the objective."""
+    parts = (algorithm.advantage, algorithm.surrogate, algorithm.correction)
+    return {name: source_digest(name) for name in parts if name is not None and is_own(name)}
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ class Phase:
         own = [sample for group in self.generated for sample in group.samples]
         seen = own or list(samples)
         lengths = np.array([sample.response.num_output_tokens for sample in seen])
-        selected = [s for step in plan.steps for s in step.selected]
+        selected = [s for step in self.schedule.first_pass for s in step.selected]
         advantages = np.array([samples[s.index].advantage for s in selected])
         uniform = sum(all_equal([sample.reward for sample in group.samples]) for group in self.generated)
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.correction import icepop, kpop, truncated
+from megatron_rl.c3po.correction import icepop, kpop, sequence_truncated, truncated
 from megatron_rl.c3po.loss import policy_loss
+from megatron_rl.c3po.own_objective import own_correction, own_surrogate
 from megatron_rl.c3po.surrogate import SURROGATES, at_sequence_level
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.train.step.batch import MicroBatch
@@ -53,9 +54,8 @@ class PolicyObjective:
         held = old
         if algorithm.ratio == "sequence":
             held = at_sequence_level(logprobs, self._mean_log_ratio(logprobs.detach() - old, batch))
-        surrogate = SURROGATES[algorithm.surrogate](
-            logprobs, held, batch.advantages, algorithm.clip_low, algorithm.clip_high
-        )
+        maximised = SURROGATES.get(algorithm.surrogate) or own_surrogate(algorithm.surrogate)
+        surrogate = maximised(logprobs, held, batch.advantages, algorithm.clip_low, algorithm.clip_high)
         correction = self._correction(old, batch)
         loss = policy_loss(
             surrogate,
@@ -107,5 +107,11 @@ class PolicyObjective:
                 return icepop(old, batch.rollout_logprobs, section.icepop_low, section.icepop_high)
             case "kpop":
                 return kpop(old, batch.rollout_logprobs, section.kpop_limit)
-            case _:
+            case "tis":
                 return truncated(old, batch.rollout_logprobs, section.tis_cap)
+        mean = self._mean_log_ratio(old - batch.rollout_logprobs, batch)
+        response_tokens = batch.response_tokens[batch.response_of]
+        if section.correction == "sequence_tis":
+            return sequence_truncated(mean, response_tokens, section.tis_cap)
+        values = {"old": old, "rollout": batch.rollout_logprobs, "mean_log_ratio": mean}
+        return own_correction(section.correction)(values | {"response_tokens": response_tokens})
