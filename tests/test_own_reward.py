@@ -270,21 +270,26 @@ def test_of_the_responses_to_a_prompt_one_that_dies_takes_the_mean_of_the_others
         ]
 
 
-def test_fast_functions_get_all_responses_of_a_prompt_as_one_item(rewards: Rewards, monkeypatch: Any) -> None:
+def test_fast_functions_get_the_responses_of_several_prompts_as_one_item(rewards: Rewards, monkeypatch: Any) -> None:
     own = rewards._judges[rewards._section.kind]
     monkeypatch.setattr(own, "_seconds", 0.0)
     counts = []
     run = own._run  # type: ignore[attr-defined]
 
-    async def counted(function: Any, arguments: Any) -> list[Verdict]:
-        counts.append(len(arguments[1]))
+    async def counted(function: Any, arguments: Any) -> Any:
+        counts.append([asked.count for asked in arguments[0]])
         return await run(function, arguments)
 
     monkeypatch.setattr(own, "_run", counted)
-    texts = [str(n) for n in range(8)]
-    found = asyncio.run(rewards.verdicts(TASK, [Attempt(text=text) for text in texts]))
-    assert [v.score for v in found] == list(range(8))
-    assert counts == [8]
+
+    async def all_of() -> list[list[Verdict]]:
+        groups = [[Attempt(text=str(10 * g + n)) for n in range(8)] for g in range(20)]
+        return list(await asyncio.gather(*(rewards.verdicts(TASK, group) for group in groups)))
+
+    found = asyncio.run(all_of())
+    assert [[v.score for v in group] for group in found] == [[10 * g + n for n in range(8)] for g in range(20)]
+    # Two items for the one worker, then all that has waited meanwhile, at most sixteen prompts.
+    assert counts == [[8], [8], [8] * 16, [8] * 2]
 
 
 def test_async_calls_of_a_prompt_wait_together_and_one_that_hangs_costs_itself(file: Path) -> None:

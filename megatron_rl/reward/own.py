@@ -1,31 +1,34 @@
 """Reward functions of the user's own, in workers with limits: an item may hang, crash or fill memory, and costs itself.
 
-Functions of one response get the responses to a prompt one at a time while that takes long, and all at once where they
-are fast, since an item costs more than they do. What such a bunch does to its worker is then found out one by one.
+Functions of one response get the responses to a prompt one at a time while that takes long. Where they are fast, the
+responses to several prompts are one item, since an item costs more than they do; what such a bunch does to its worker
+is then found out one by one.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent import futures
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired
 
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.errors import Fault
 from megatron_rl.reward import own_worker
-from megatron_rl.reward.own_worker import OVER_MEMORY, Setup, Signature
-from megatron_rl.reward.score import Attempt, Task, of_group, of_response, of_task
-from megatron_rl.reward.verdict import Verdict, make_verdict
+from megatron_rl.reward.own_worker import OVER_MEMORY, Asked, Packed, Setup, Signature, unpacked
+from megatron_rl.reward.score import Attempt, Task, columns_of, of_group, of_task
+from megatron_rl.reward.verdict import GAVE_UP, Verdict, make_verdict
 from megatron_rl.reward.workers import WAITING_PER_WORKER, Workers
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,22 @@ _START_SECONDS = 300.0
 _LOOK_SECONDS = 0.5
 _MAX_ENDED = 2  # workers that may end while they import the file, before it is said
 _FAST_SECONDS = 0.005  # of one call, below which all responses to a prompt are one item
+_PROMPTS_PER_ITEM = 16  # of fast functions
+_ITEMS_PER_WORKER = 2  # that it has or that wait for it, so that it never waits itself
 _GRACE_SECONDS = 2.0  # for an async function to end those of its calls that take too long
 _TOLD = 3  # errors that are logged whole
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Turns:
+    """What waits for workers in an event loop. room: for items. waiting: prompts that are not in one yet."""
+
+    loop: asyncio.AbstractEventLoop
+    room: asyncio.Semaphore
+    waiting: deque[tuple[Asked, "asyncio.Future[list[Packed]]"]] = field(default_factory=deque)
+    running: set["asyncio.Task[None]"] = field(default_factory=set)
 
 
 class OwnReward:
@@ -58,7 +75,7 @@ class OwnReward:
             output=self._output.absolute(),
         )
         self._workers = Workers(section.workers, own_worker.start_worker, (setup,))
-        self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._of_loop: _Turns | None = None
         self._seconds = _FAST_SECONDS  # of a call, a moving mean
         self._num_failed = 0
         try:
@@ -71,68 +88,98 @@ class OwnReward:
 
     async def verdicts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
         """One for each response, in their order. Does not block the event loop; cancelling it ends the work on it."""
-        shared = self._wanted(of_task(task))
+        wanted, count = self._signature.parameters, len(attempts)
+        shared = of_task(task, wanted)
         if self._signature.takes_group:
-            arguments = shared | self._wanted(of_group(attempts))
-            found = await self._judged(own_worker.judge_group, (arguments, len(attempts)), len(attempts))
+            arguments = shared | {name: of_all for name, of_all in of_group(attempts).items() if name in wanted}
+            found = await self._judged(own_worker.judge_group, (arguments, count), count)
         else:
-            found = await self._each(shared, [self._wanted(of_response(attempt)) for attempt in attempts])
+            found = await self._each(Asked(shared, columns_of(attempts, wanted), count))
         for verdict in found:
-            self._note(verdict, task)
+            if verdict.reason in GAVE_UP:
+                self._note(verdict, task)
         return found
 
     def close(self) -> None:
         self._workers.close()
 
-    async def _each(self, shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    async def _each(self, asked: Asked) -> list[Verdict]:
         limit = self._section.timeout_seconds
-        if len(own) > 1 and (self._signature.is_async or self._seconds < _FAST_SECONDS):
-            try:
-                return await self._run(own_worker.judge_each, (shared, own, limit))
-            except (TimeoutError, OSError):  # one of them hung, or ended the worker
-                pass
+        try:
+            if self._signature.is_async and asked.count > 1:
+                return [unpacked(one) for one in await self._run(own_worker.judge_each, (asked, limit))]
+            if not self._signature.is_async and self._seconds < _FAST_SECONDS:
+                return [unpacked(one) for one in await self._in_a_bunch(asked)]
+        except (TimeoutError, OSError):  # one of them hung, or ended the worker
+            pass
 
-        async def alone(arguments: Mapping[str, Any]) -> Verdict:
-            (verdict,) = await self._judged(own_worker.judge_each, (shared, [arguments], limit), 1)
+        async def alone(index: int) -> Verdict:
+            (verdict,) = await self._judged(own_worker.judge_each, (asked.alone(index), limit), 1)
             return verdict
 
-        found = await asyncio.gather(*map(alone, own))
-        self._seconds += 0.2 * (sum(verdict.seconds for verdict in found) / len(found) - self._seconds)
+        found = await asyncio.gather(*map(alone, range(asked.count)))
+        self._seconds += 0.2 * (sum(verdict.seconds for verdict in found) / asked.count - self._seconds)
         return list(found)
 
+    async def _in_a_bunch(self, asked: Asked) -> list[Packed]:
+        """Together with other prompts that wait: what an item costs beside the calls is more than trivial calls do.
+        TimeoutError and OSError as of `_run`, of a bunch for all that are in it."""
+        turns = self._turns()
+        done: asyncio.Future[list[Packed]] = turns.loop.create_future()
+        turns.waiting.append((asked, done))
+        self._send(turns)
+        return await done
+
+    def _send(self, turns: "_Turns") -> None:
+        """Make items of what waits, while workers have few."""
+        while turns.waiting and len(turns.running) < _ITEMS_PER_WORKER * self._section.workers:
+            bunch = [turns.waiting.popleft() for _ in range(min(len(turns.waiting), _PROMPTS_PER_ITEM))]
+            running = turns.loop.create_task(self._run_bunch(bunch))
+            turns.running.add(running)
+            running.add_done_callback(functools.partial(self._send_more, turns))
+
+    def _send_more(self, turns: "_Turns", ended: "asyncio.Task[None]") -> None:
+        turns.running.discard(ended)
+        self._send(turns)
+
+    async def _run_bunch(self, bunch: Sequence[tuple[Asked, "asyncio.Future[list[Packed]]"]]) -> None:
+        arguments = ([asked for asked, _ in bunch], self._section.timeout_seconds)
+        found: list[Any]
+        try:
+            found = await self._run(own_worker.judge_bunch, arguments)
+        except Exception as error:
+            found = [error] * len(bunch)
+        for (_, done), one in zip(bunch, found, strict=True):
+            if not done.done():  # else whoever waited has been cancelled
+                done.set_exception(one) if isinstance(one, Exception) else done.set_result(one)
+
     async def _judged(
-        self, function: Callable[..., list[Verdict]], arguments: tuple[Any, ...], count: int
+        self, function: Callable[..., list[Packed]], arguments: tuple[Any, ...], count: int
     ) -> list[Verdict]:
         try:
-            return await self._run(function, arguments)
+            return [unpacked(one) for one in await self._run(function, arguments)]
         except TimeoutError:
             limit = self._section.timeout_seconds
             return [make_verdict("timeout", limit, f"not done after {limit:g} s (reward.timeout_seconds)")] * count
         except OSError as error:
             return [make_verdict("error", details=self._ended(error))] * count
 
-    async def _run(self, function: Callable[..., list[Verdict]], arguments: tuple[Any, ...]) -> list[Verdict]:
+    async def _run(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """TimeoutError, or OSError where the worker has ended. Fault where none can start."""
-        async with self._semaphore():
+        seconds = self._section.timeout_seconds + (_GRACE_SECONDS if self._signature.is_async else 0.0)
+        async with self._turns().room:
             for _ in range(2):  # pebble gives up its pool where a worker ends while it has nothing to do
                 try:
-                    return await asyncio.wrap_future(self._scheduled(function, arguments))
+                    return await asyncio.wrap_future(self._workers.schedule(function, arguments, seconds))
                 except BrokenProcessPool:
                     continue
         raise Fault(f"{self._name}: its workers end before they take a response; see {self._output}")
 
-    def _scheduled(self, function: Callable[..., list[Verdict]], arguments: tuple[Any, ...]) -> "Future[list[Verdict]]":
-        seconds = self._section.timeout_seconds + (_GRACE_SECONDS if self._signature.is_async else 0.0)
-        return self._workers.schedule(function, arguments, seconds)
-
-    def _semaphore(self) -> asyncio.Semaphore:
+    def _turns(self) -> "_Turns":
         loop = asyncio.get_running_loop()
-        if self._room is None or self._room[0] is not loop:
-            self._room = loop, asyncio.Semaphore(WAITING_PER_WORKER * self._section.workers)
-        return self._room[1]
-
-    def _wanted(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name in self._signature.parameters}
+        if self._of_loop is None or self._of_loop.loop is not loop:
+            self._of_loop = _Turns(loop, asyncio.Semaphore(WAITING_PER_WORKER * self._section.workers))
+        return self._of_loop
 
     def _described(self, starts: Path) -> Signature:
         """Loads the function in the first worker. ValueError with what is wrong with it."""
@@ -169,8 +216,6 @@ class OwnReward:
 
     def _note(self, verdict: Verdict, task: Task) -> None:
         """Log the first errors; the others are counted."""
-        if verdict.reason not in ("error", "timeout"):
-            return
         self._num_failed += 1
         if self._num_failed <= _TOLD:
             more = f"; further ones are only counted. What it prints is in {self._output}"

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_rl.lifeline import end_with_owner
 from megatron_rl.own_functions import last_lines, load_function, parameters_of
 from megatron_rl.reward.score import OF_GROUP, OF_RESPONSE, verdict_of
-from megatron_rl.reward.verdict import Verdict, make_verdict
+from megatron_rl.reward.verdict import Reason, Verdict, make_verdict
 
 # What the keeper ends a worker with that takes too much memory. Nobody else sends it.
 OVER_MEMORY = signal.SIGUSR2
@@ -32,6 +32,10 @@ _LOOK_SECONDS = 0.1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # One core is what a worker has; libraries would start a thread for each of the machine.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+# A verdict as it goes from a worker to the run: a record takes ten times as long to send.
+Packed = tuple[float, Reason, float, str, dict[str, float] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,7 @@ class _Loaded:
     signature: Signature | None = None
     problem: str = ""
     loop: asyncio.AbstractEventLoop | None = None
+    pid: int = 0
 
 
 _loaded: _Loaded | None = None
@@ -79,7 +84,7 @@ def start_worker(setup: Setup) -> None:
     os.setpgid(0, 0)  # what the function starts is in this group, and ends with it
     _redirect(setup.output)
     _start_keeper(setup)
-    _loaded = _Loaded(setup)
+    _loaded = _Loaded(setup, pid=os.getpid())
     _note(setup.starts, _BEGUN)
     try:
         _loaded.function = load_function(setup.name, setup.where)
@@ -117,24 +122,49 @@ def _signature(function: Callable[..., Any], where: str) -> Signature:
     return Signature(parameters=wanted, takes_group=takes_group, is_async=inspect.iscoroutinefunction(call))
 
 
-def judge_each(shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]], seconds: float) -> list[Verdict]:
-    """Call a function of one response for each. shared, own: arguments that are the same for all, and those of each.
-    seconds: for each one, as far as an async function lets others run."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Calls of a function of one response. shared: arguments that are the same for all. columns: the others, with a
+    value for each of `count` responses."""
+
+    shared: Mapping[str, Any]
+    columns: Mapping[str, Sequence[Any]]
+    count: int
+
+    def alone(self, index: int) -> "Asked":
+        """The one call for a response."""
+        return Asked(self.shared, {name: column[index : index + 1] for name, column in self.columns.items()}, 1)
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The arguments of each call."""
+        calls = [dict(self.shared) for _ in range(self.count)]
+        for name, column in self.columns.items():
+            for call, value in zip(calls, column, strict=True):
+                call[name] = value
+        return calls
+
+
+def judge_bunch(bunch: Sequence[Asked], seconds: float) -> list[list[Packed]]:
+    """The calls of several prompts."""
+    return [judge_each(asked, seconds) for asked in bunch]
+
+
+def judge_each(asked: Asked, seconds: float) -> list[Packed]:
+    """Call a function of one response for each. seconds: for each one, as far as an async function lets others run."""
     assert _loaded is not None and _loaded.signature is not None
-    calls = [{**shared, **arguments} for arguments in own]
+    calls = asked.calls()
     if _loaded.signature.is_async:
-        return _run(_all_of(calls, seconds))
+        return [_packed(verdict) for verdict in _run(_all_of(calls, seconds))]
     return [_judged(arguments) for arguments in calls]
 
 
-def judge_group(arguments: Mapping[str, Any], count: int) -> list[Verdict]:
+def judge_group(arguments: Mapping[str, Any], count: int) -> list[Packed]:
     """Call a function of all `count` responses to a prompt."""
-    assert _loaded is not None and _loaded.function is not None
     started = time.perf_counter()
     try:
         returned = _finished(_called(arguments))
     except BaseException as error:
-        return [_failed(error)] * count
+        return [_packed(_failed(error))] * count
     each = (time.perf_counter() - started) / count
     try:
         scores = None if isinstance(returned, str | Mapping) else list(returned)
@@ -142,20 +172,37 @@ def judge_group(arguments: Mapping[str, Any], count: int) -> list[Verdict]:
         scores = None
     if scores is None:
         told = f"it returned {returned!r:.80}, and must return a list with a score for each of the responses"
-        return [make_verdict("error", details=told)] * count
+        return [_packed(make_verdict("error", details=told))] * count
     if len(scores) != count:
         told = f"it returned {len(scores)} scores for {count} responses, and must return one for each"
-        return [make_verdict("error", details=told)] * count
-    return [_verdict(score, each) for score in scores]
+        return [_packed(make_verdict("error", details=told))] * count
+    return [_packed(_verdict(score, each)) for score in scores]
 
 
-def _judged(arguments: Mapping[str, Any]) -> Verdict:
+def _packed(verdict: Verdict) -> Packed:
+    return verdict.score, verdict.reason, verdict.seconds, verdict.details, dict(verdict.parts) or None
+
+
+def unpacked(packed: Packed) -> Verdict:
+    """The verdict that a worker has sent."""
+    score, reason, seconds, details, parts = packed
+    if parts is None:
+        return Verdict(score=score, reason=reason, seconds=seconds, details=details)
+    return Verdict(score=score, reason=reason, seconds=seconds, details=details, parts=parts)
+
+
+def _judged(arguments: Mapping[str, Any]) -> Packed:
+    assert _loaded is not None
     started = time.perf_counter()
     try:
-        returned = _finished(_called(arguments))
+        returned = _called(arguments)
+        if type(returned) is float and returned - returned == 0.0:  # finite, and what most of them return
+            is_correct = returned >= _loaded.setup.passing_score
+            return returned, "correct" if is_correct else "wrong", time.perf_counter() - started, "", None
+        returned = _finished(returned)
     except BaseException as error:
-        return _failed(error)
-    return _verdict(returned, time.perf_counter() - started)
+        return _packed(_failed(error))
+    return _packed(_verdict(returned, time.perf_counter() - started))
 
 
 async def _all_of(calls: Sequence[Mapping[str, Any]], seconds: float) -> list[Verdict]:
@@ -180,11 +227,10 @@ async def _judged_async(arguments: Mapping[str, Any], seconds: float) -> Verdict
 
 def _called(arguments: Mapping[str, Any]) -> Any:
     assert _loaded is not None and _loaded.function is not None
-    me = os.getpid()
     try:
         return _loaded.function(**arguments)
     finally:
-        if os.getpid() != me:  # it forked and came back twice
+        if os.getpid() != _loaded.pid:  # it forked and came back twice
             os._exit(0)
 
 

@@ -7,7 +7,7 @@ as such functions.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,25 +78,29 @@ class Attempt:
     num_tokens: int = 0
 
 
-def of_task(task: Task) -> dict[str, Any]:
-    """The values of `_OF_PROMPT`."""
-    return {
-        "prompt": task.prompt,
-        "messages": [dict(message) for message in task.messages],
-        "answer": task.answer,
-        "meta": dict(task.meta),
-        "domain": task.domain,
-        "id": task.id,
-    }
+_OF_TASK: dict[str, Callable[[Task], Any]] = {
+    "prompt": lambda task: task.prompt,
+    "messages": lambda task: [dict(message) for message in task.messages],
+    "answer": lambda task: task.answer,
+    "meta": lambda task: dict(task.meta),
+    "domain": lambda task: task.domain,
+    "id": lambda task: task.id,
+}
+_OF_ATTEMPT: dict[str, Callable[[Attempt], Any]] = {
+    "response": lambda attempt: attempt.text,
+    "finish_reason": lambda attempt: attempt.finish_reason,
+    "response_tokens": lambda attempt: attempt.num_tokens,
+}
 
 
-def of_response(attempt: Attempt) -> dict[str, Any]:
-    """The values of `OF_RESPONSE` that differ between the responses to a prompt."""
-    return {
-        "response": attempt.text,
-        "finish_reason": attempt.finish_reason,
-        "response_tokens": attempt.num_tokens,
-    }
+def of_task(task: Task, names: Collection[str] = _OF_PROMPT.keys()) -> dict[str, Any]:
+    """The values of those of the parameters that are about the prompt."""
+    return {name: _OF_TASK[name](task) for name in names if name in _OF_TASK}
+
+
+def columns_of(attempts: Sequence[Attempt], names: Collection[str]) -> dict[str, list[Any]]:
+    """The values of those of the parameters of `OF_RESPONSE` that are about the response: a list for each."""
+    return {name: list(map(_OF_ATTEMPT[name], attempts)) for name in names if name in _OF_ATTEMPT}
 
 
 def of_group(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -110,6 +114,8 @@ def of_group(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 def verdict_of(returned: object, passing_score: float, seconds: float = 0.0) -> Verdict:
     """The verdict that a function's result says; ValueError for what is no result."""
+    if type(returned) is float and math.isfinite(returned):  # what most of them return
+        return Verdict(score=returned, reason="correct" if returned >= passing_score else "wrong", seconds=seconds)
     score = returned if isinstance(returned, Score) else Score(_number(returned, "it returned"))
     value = _number(score.value, "the value of its Score is")
     reason = score.reason or ("correct" if value >= passing_score else "wrong")
