@@ -91,7 +91,9 @@ def test_an_own_algorithm_trains_in_two_passes(inputs: Path, tmp_path: Path) -> 
     assert all(row["correction_weight"] <= 2 for row in rows)
 
 
-def test_reasoning_gyms_rows_have_what_its_scores_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasoning_gyms_tasks_train_with_their_own_scores(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
     folder = ROOT / "examples/reasoning_gym"
     modules = {}
@@ -108,3 +110,9 @@ def test_reasoning_gyms_rows_have_what_its_scores_need(tmp_path: Path, monkeypat
         right = f"so \\boxed{{{row['answer']}}}"
         assert modules["rewards"].score(right, row["domain"], row["meta"]).value == 1.0
         assert modules["rewards"].score("\\boxed{nonsense}", row["domain"], row["meta"]).value < 1.0
+    changes = [f"data.train={tmp_path}/train.jsonl", "data.too_long=drop", "data.system=''", "model.dtype=float32"]
+    changes += ["rollout.max_prompt_tokens=480", "train.micro_batch_tokens=512"]
+    flags = [part for change in changes for part in ("--set", change)]
+    finish(command("reasoning_gym", inputs, tmp_path / "run", *flags))
+    (first, _) = numbers(tmp_path / "run")
+    assert first["reward_error_share"] == 0

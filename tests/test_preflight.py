@@ -170,7 +170,7 @@ def test_an_own_reward_and_an_own_objective_are_tried_before_a_model_is_built(st
     }.items():
         (problem, *_) = found_by("rewards", start_of(f"reward.kind=mine.py:{name}"))
         assert re.search(told, problem), problem
-    (problem,) = found_by("rewards", start_of("reward.kind=http://127.0.0.1:9/", "reward.service.tries=1"))
+    (problem, *_) = found_by("rewards", start_of("reward.kind=http://127.0.0.1:9/", "reward.service.tries=1"))
     assert "the service http://127.0.0.1:9/ cannot be asked" in problem
     (problem,) = found_by("objective", start_of("algorithm.surrogate=mine.py:flat"))
     assert "has no gradient in logprobs" in problem
