@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.data import RlData
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.chat import render_chat, render_prompts
 from megatron_rl.data.messages import Conversation, Message, messages_of
 from megatron_rl.data.mixture import load_stream
@@ -230,3 +231,12 @@ def test_chats_with_tools_are_rows(tmp_path: Path) -> None:
     assert first.messages[2].as_dict() == {**CALLS, "content": ""}
     assert first.messages[3].as_dict() == RESULT
     assert first.id != second.id
+
+
+def test_rows_need_no_answer_where_no_built_in_reward_compares_with_it(tmp_path: Path) -> None:
+    rows = write(tmp_path / "p.jsonl", {"prompt": "Rhyme!"}, {"prompt": "1+1?", "answer": 2})
+    assert [prompt.answer for prompt in read_prompts(rows, needs_answer=False)] == ["", "2"]
+    with pytest.raises(ValueError, match="p.jsonl:1: field 'answer' must be a non-empty string, got no such field"):
+        read_prompts(rows)
+    assert not RewardSection(kind="mine.py:score", domains={"d": "http://host/score"}).needs_answers
+    assert RewardSection(kind="mine.py:score", domains={"d": "math"}).needs_answers

@@ -137,6 +137,11 @@ class RewardSection(Section):
         return self.kinds_of(domain)[0]
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether a kind of this section compares with the answer of a row, or runs it; others may do without."""
+        return any(kind in OF_BENCHMARKS for kind in self.kinds)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind of this section once."""
         of_others = [part.kind for part in self.parts.values()] or [self.kind]

@@ -190,14 +190,16 @@ class ChatStream(Stream[Chat]):
         return [*messages, *([row.tools] if row.tools else [])]
 
 
-def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True) -> PromptStream:
+def load_stream(
+    data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True, needs_answer: bool = True
+) -> PromptStream:
     """Reads every file once. ValueError for rows that are wrong, those of all files together.
 
-    fits: those of all rows that stay. remarks: as of `read_prompts`.
+    fits: those of all rows that stay. remarks, needs_answer: as of `read_prompts`.
     """
 
     def read(path: Path, found: Problems) -> list[Prompt]:
-        return read_prompts(path, data.domain, data.suffix, found, remarks=remarks, system=data.system)
+        return read_prompts(path, data.domain, data.suffix, found, None, remarks, data.system, needs_answer)
 
     rows = _rows(data.train_files, read, fits)
     return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens, data.template_arguments)
@@ -218,7 +220,7 @@ def load_prompts(
         rendered.append(rendered_prompts(prompts, tokenizer, limit, data.special_tokens, kept, data.template_arguments))
         return [prompt for prompt in prompts if prompt.id in rendered[0]]
 
-    stream = load_stream(config.data, config.seed, fits)
+    stream = load_stream(config.data, config.seed, fits, needs_answer=config.reward.needs_answers)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
     return stream, rendered[0]

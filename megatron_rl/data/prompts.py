@@ -98,13 +98,14 @@ def read_prompts(
     most: int | None = None,
     remarks: bool = True,
     system: str = "",
+    needs_answer: bool = True,
 ) -> list[Prompt]:
     """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
     file, line, field and value; where `problems` are given, they are noted there.
 
     domain: of rows that name none. suffix: goes behind every prompt, system: before those without a system message; an
     id that is made from the content does not depend on them. most: rows to read; default: all. remarks: log what was
-    taken for granted, where all are read.
+    taken for granted, where all are read. needs_answer: else rows may have none, which is "".
     """
     reader = _Reader(path, problems, _PROMPT_FIELDS, remarks and most is None)
     without_domain: Counter[str] = Counter()
@@ -114,7 +115,8 @@ def read_prompts(
         if row_domain is None:
             row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
             without_domain[row["domain"]] += 1
-        taken = [reader.text(row, name, line) for name in ("domain", "answer")]
+        answer_of = reader.text if needs_answer else reader.optional
+        taken = [reader.text(row, "domain", line), answer_of(row, "answer", line)]
         optional = [reader.optional(row, name, line) for name in ("id", "source")]
         asks, meta = reader.prompt(row, line), reader.meta(row, line)
         if asks is None or None in taken or None in optional or meta is None:

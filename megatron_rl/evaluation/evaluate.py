@@ -139,7 +139,9 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
         prompt = benchmark.prompts[row.position % len(benchmark.prompts)]
         attempt = Attempt(text=row.response, finish_reason=row.finish_reason, num_tokens=row.num_tokens)
         (verdict,) = await rewards.verdicts(prompt, [attempt])
-        return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
+        return replace(
+            row, score=verdict.score, reason=verdict.reason, details=verdict.details, parts=dict(verdict.parts)
+        )
 
     with whole_file(benchmark.path, is_durable=True) as file:
         async for row in in_order_of_completion(map(again, judged_rows(benchmark.path)), _JUDGED_AT_ONCE):
@@ -183,13 +185,15 @@ def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Benchmark
 
 
 def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
-    everything = read_prompts(section.path, section.domain, section.suffix, system=section.system)
+    reward = section.reward_of(config.reward)
+    everything = read_prompts(
+        section.path, section.domain, section.suffix, system=section.system, needs_answer=reward.needs_answers
+    )
     prompts = everything[: section.prompts]
     if section.prompts is not None and len(prompts) < section.prompts:
         raise ValueError(
             f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
         )
-    reward = section.reward_of(config.reward)
     check_judged(prompts, reward, f"benchmarks.{name}.suffix")
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
     input_ids = rendered_prompts(

@@ -72,13 +72,15 @@ def _rows(start: Start) -> Iterator[str]:
             read_chats(path, found, most=LOOKED_AT)
     elif isinstance(config, EvaluateConfig):
         for section in config.benchmarks.values():
-            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT)
+            needs_answer = section.reward_of(config.reward).needs_answers
+            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT, needs_answer=needs_answer)
     elif isinstance(config, SamplingConfig | SelectConfig):
+        data = config.data
         prompts = [
             prompt
-            for path in config.data.train_files
+            for path in data.train_files
             for prompt in read_prompts(
-                path, config.data.domain, config.data.suffix, found, LOOKED_AT, system=config.data.system
+                path, data.domain, data.suffix, found, LOOKED_AT, True, data.system, config.reward.needs_answers
             )
         ]
         found.tell()
@@ -109,7 +111,7 @@ def _domains(start: Start) -> Iterator[str]:
     if not (start.trains and isinstance(config, RlConfig)):
         return
     if config.reward.domains or config.reward.judge.domains or config.budget.domains:
-        stream = load_stream(config.data, config.seed, remarks=False)
+        stream = load_stream(config.data, config.seed, remarks=False, needs_answer=config.reward.needs_answers)
         check_reward_domains(stream.rows, config.reward, "data.train")
         if config.budget.domains:
             stream.check_shares(config.budget.domains, warns=False)

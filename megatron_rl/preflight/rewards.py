@@ -30,17 +30,21 @@ def reward_problems(start: Start) -> Iterator[str]:
         for section in config.benchmarks.values():
             reward = section.reward_of(config.reward)
             if _is_own(reward):
-                yield from _tried(reward, _first_rows([section.path], section), None)
+                yield from _tried(reward, _first_rows([section.path], section, reward), None)
     elif isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
-        yield from _tried(config.reward, _first_rows(config.data.train_files, config.data), config.run_dir)
+        yield from _tried(
+            config.reward, _first_rows(config.data.train_files, config.data, config.reward), config.run_dir
+        )
 
 
-def _first_rows(paths: Sequence[Path], how: PromptSection) -> list[Prompt]:
+def _first_rows(paths: Sequence[Path], how: PromptSection, reward: RewardSection) -> list[Prompt]:
     """What is wrong with rows another check has said."""
     return [
         row
         for path in paths
-        for row in read_prompts(path, how.domain, how.suffix, Problems(), LOOKED_AT, system=how.system)
+        for row in read_prompts(
+            path, how.domain, how.suffix, Problems(), LOOKED_AT, True, how.system, reward.needs_answers
+        )
     ]
 
 

@@ -84,7 +84,7 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     section = config.teacher
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
-    stream = load_stream(config.data, config.seed)
+    stream = load_stream(config.data, config.seed, needs_answer=config.reward.needs_answers)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
     with Rewards(config.reward, config.run_dir) as rewards:
