@@ -1,6 +1,7 @@
 """Reward functions of the user's own: what they are called with, what they may return, and what they cannot break."""
 
 import asyncio
+import hashlib
 import os
 import re
 import time
@@ -17,12 +18,14 @@ from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.reward import Score
+from megatron_rl.own_functions import source_digest
+from megatron_rl.reward import Score, functions
 from megatron_rl.reward.own import OUTPUT
 from megatron_rl.reward.own_worker import OUTPUT_BYTES
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt, verdict_of
 from megatron_rl.reward.verdict import Verdict
+from megatron_rl.rollout.provenance import reward_settings
 
 TASK = Prompt(id="p1", domain="math", prompt="What is 1 + 1?", answer="2", meta={"level": 3})
 LIMIT = 256 * 1024**2
@@ -452,3 +455,18 @@ train = {steps = 1, micro_batch_tokens = 128}
 budget.tokens = 128
 optimizer.learning_rate = 1e-4
 """
+
+
+def test_a_changed_function_is_another_reward_and_new_keys_change_no_old_folder(tmp_path: Path) -> None:
+    before = reward_settings(RewardSection())
+    assert not {"parts", "correct_part", "passing_score", "functions"} & before.keys()
+    path = tmp_path / "mine.py"
+    section = RewardSection(parts={"a": {"kind": f"{path}:f"}, "b": {"kind": "math"}})
+    digests = []
+    for text in ("def f(response): return 1\n", "def f(response): return 2\n"):
+        path.write_text(text)
+        digests.append(reward_settings(section)["functions"])
+    assert [list(found) for found in digests] == [[f"{path}:f"]] * 2
+    assert digests[0] != digests[1]
+    exact = source_digest("megatron_rl.reward.functions:exact")
+    assert exact == hashlib.sha256(Path(functions.__file__).read_bytes()).hexdigest()[:16]

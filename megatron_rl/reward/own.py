@@ -38,7 +38,8 @@ OUTPUT = "reward_output.log"
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 0.5
 _MAX_ENDED = 2  # workers that may end while they import the file, before it is said
-_FAST_SECONDS = 0.005  # of one call, below which all responses to a prompt are one item
+_FAST_SECONDS = 0.005  # of one call, below which the responses to several prompts are one item
+_SPARE = 4  # so much longer an item of these may take than it should, within the limit of one call
 _PROMPTS_PER_ITEM = 16  # of fast functions
 _ITEMS_PER_WORKER = 2  # that it has or that wait for it, so that it never waits itself
 _GRACE_SECONDS = 2.0  # for an async function to end those of its calls that take too long
@@ -105,25 +106,29 @@ class OwnReward:
 
     async def _each(self, asked: Asked) -> list[Verdict]:
         limit = self._section.timeout_seconds
+        is_fast = self._seconds < min(_FAST_SECONDS, limit / (_SPARE * _PROMPTS_PER_ITEM * asked.count))
         try:
             if self._signature.is_async and asked.count > 1:
                 return [unpacked(one) for one in await self._run(own_worker.judge_each, (asked, limit))]
-            if not self._signature.is_async and self._seconds < _FAST_SECONDS:
-                return [unpacked(one) for one in await self._in_a_bunch(asked)]
-        except (TimeoutError, OSError):  # one of them hung, or ended the worker
+            if not self._signature.is_async and is_fast:
+                return self._timed([unpacked(one) for one in await self._in_a_bunch(asked)])
+        except OSError:  # one of them hung, or ended the worker
             pass
 
         async def alone(index: int) -> Verdict:
             (verdict,) = await self._judged(own_worker.judge_each, (asked.alone(index), limit), 1)
             return verdict
 
-        found = await asyncio.gather(*map(alone, range(asked.count)))
-        self._seconds += 0.2 * (sum(verdict.seconds for verdict in found) / asked.count - self._seconds)
-        return list(found)
+        return self._timed(await asyncio.gather(*map(alone, range(asked.count))))
+
+    def _timed(self, found: list[Verdict]) -> list[Verdict]:
+        """The same; their seconds are taken into the mean."""
+        self._seconds += 0.2 * (sum(verdict.seconds for verdict in found) / len(found) - self._seconds)
+        return found
 
     async def _in_a_bunch(self, asked: Asked) -> list[Packed]:
-        """Together with other prompts that wait: what an item costs beside the calls is more than trivial calls do.
-        TimeoutError and OSError as of `_run`, of a bunch for all that are in it."""
+        """Send a prompt's calls together with those of others that wait: an item costs more than trivial calls do.
+        OSError as of `_run`, of a bunch for all that are in it."""
         turns = self._turns()
         done: asyncio.Future[list[Packed]] = turns.loop.create_future()
         turns.waiting.append((asked, done))
@@ -165,7 +170,8 @@ class OwnReward:
             return [make_verdict("error", details=self._ended(error))] * count
 
     async def _run(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        """TimeoutError, or OSError where the worker has ended. Fault where none can start."""
+        """Call a function in a worker. TimeoutError, or another OSError where the worker ended; Fault where none can
+        start."""
         seconds = self._section.timeout_seconds + (_GRACE_SECONDS if self._signature.is_async else 0.0)
         async with self._turns().room:
             for _ in range(2):  # pebble gives up its pool where a worker ends while it has nothing to do
