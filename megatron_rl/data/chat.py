@@ -145,6 +145,7 @@ def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     special_tokens: str = "text",
+    *,
     tools: str = "",
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[bool]]:

@@ -111,7 +111,9 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
     limit = Limit(tokens=most, key=key, kind="chats", too_long=config.data.too_long)
     found, lengths, data = {}, {}, config.data
     for chat in bar(chats, f"tokenizing {where}"):
-        ids, mask = render_chat(tokenizer, chat.messages, data.special_tokens, chat.tools, data.template_arguments)
+        ids, mask = render_chat(
+            tokenizer, chat.messages, data.special_tokens, tools=chat.tools, arguments=data.template_arguments
+        )
         lengths[chat.where] = len(ids)
         if len(ids) > most:
             continue
