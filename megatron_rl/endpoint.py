@@ -74,7 +74,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         return self._room.setdefault(loop, asyncio.Semaphore(self._section.concurrent))
 
-    async def ask(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Reply:
+    async def ask(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Reply:
         """options: further keys of the request. A busy or silent endpoint is asked again. Cancelling it closes the
         connection."""
         body = {"model": self._section.model, "messages": list(messages), **options}

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# name | unit | over | meaning. A name with a * is written for each domain, metric/domain, where there are several.
+# name | unit | over | meaning. A name with a * is written for each domain, metric/domain, where there are several; one
+# with /* for each of its own names alone.
 _TABLE = """
 # Every run
 step | | | the step, from 0
@@ -32,7 +33,9 @@ validation_entropy | nats per token | all of data.validation | entropy per targe
 
 # Reward
 reward* | | responses of the phase, mean | the reward; of carried responses where a phase sampled none
+reward_part/* | | responses of the phase that have it, mean | a part of the reward by its name, before its weight
 uniform_group_share | share | groups of the phase | groups whose responses all have the same reward, and teach nothing
+correct_share | share | responses of the phase | responses that were judged correct
 no_answer_share | share | responses of the phase | responses without an answer: no closed box, no closed block of code
 wrong_share | share | responses of the phase | responses whose answer was judged wrong
 truncated_share | share | responses of the phase | responses that ended at rollout.max_response_tokens
@@ -130,17 +133,17 @@ def sections() -> dict[str, list[Metric]]:
             metrics = found[line[2:]] = []
         elif line:
             name, unit, over, meaning = (part.strip() for part in line.split("|"))
-            metrics.append(
-                Metric(name=name.rstrip("*"), by_domain=name.endswith("*"), unit=unit, over=over, meaning=meaning)
-            )
+            by_domain = name.endswith("*") and not name.endswith("/*")
+            name = name.removesuffix("*") if by_domain else name
+            metrics.append(Metric(name=name, by_domain=by_domain, unit=unit, over=over, meaning=meaning))
     return found
 
 
 def unknown(names: Iterable[str]) -> list[str]:
     """Those that no metric has."""
     known = {metric.name: metric for metrics in sections().values() for metric in metrics}
-    with_domains = {name for name, metric in known.items() if metric.by_domain}
-    return [name for name in names if name not in known and name.partition("/")[0] not in with_domains]
+    families = {name.removesuffix("/*") for name, metric in known.items() if metric.by_domain or name.endswith("/*")}
+    return [name for name in names if name not in known and name.partition("/")[0] not in families]
 
 
 def markdown() -> str:

@@ -6,7 +6,8 @@ has a reward and an advantage. A response may be sampled in parts, over several 
 they run.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Response:
 class Sample:
     """A response with its verdict.
 
-    reward: in the task's units (0 or 1 for verifiable tasks). reason, details: see reward/verdict.py.
+    reward: in the task's units (0 or 1 for verifiable tasks). reason, details, parts: see reward/verdict.py.
     """
 
     response: Response
@@ -62,6 +63,7 @@ class Sample:
     reason: str
     advantage: float
     details: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> tuple[int, int]:
@@ -100,7 +102,8 @@ class Selected:
     index: position in the step's sample list (the store on rank 0).
     num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
         tokens of the response; what was cut behind them influences nothing before it.
-    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean.
+    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean,
+        0 where it is masked.
     num_stale_tokens: so many of its first loss tokens were sampled by weights older than those that this optimizer step
         starts from; the others by these.
     """

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.c3po.advantage import ADVANTAGES, group_advantages, overlong_penalty
+from megatron_rl.c3po.advantage import ADVANTAGES, BATCH_ADVANTAGES, group_advantages, overlong_penalty
 from megatron_rl.c3po.algorithms import ALGORITHMS, chosen_algorithm, normalise
 from megatron_rl.c3po.correction import icepop, kpop, truncated
 from megatron_rl.c3po.kl import KL_ESTIMATORS
 from megatron_rl.c3po.loss import policy_loss
 from megatron_rl.c3po.surrogate import SURROGATES, Surrogate, at_sequence_level, cispo, clip, plain
-from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.algorithm import ADVANTAGE_NAMES, SURROGATE_NAMES, AlgorithmSection
 
 log = math.log
 
@@ -174,8 +174,8 @@ def test_the_configuration_knows_exactly_the_names_that_exist() -> None:
         return {n for kind in kinds for n in ([kind] if isinstance(kind, str) else get_args(kind))}
 
     assert names("name") == set(ALGORITHMS)
-    assert names("advantage") == set(ADVANTAGES)
-    assert names("surrogate") == set(SURROGATES)
+    assert set(ADVANTAGE_NAMES) == {*ADVANTAGES, *BATCH_ADVANTAGES}
+    assert set(SURROGATE_NAMES) == set(SURROGATES)
     assert names("kl_estimator") == set(KL_ESTIMATORS)
 
 

@@ -133,7 +133,7 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("rollout.temperature=1e-7", r"temperature 1e-07 is too near to 0 .* set 0, which is greedy"),
         ("rollout.temperature=-1", r"rollout.temperature: .*greater than or equal to 0, got -1"),
         ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
-        ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'rloo', got 'ppo'"),
+        ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'reinforce_pp', got 'ppo'"),
         (
             "reward.overlong_buffer_tokens=65",
             r"overlong_buffer_tokens 65 must be at most rollout.max_.* 64",

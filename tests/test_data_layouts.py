@@ -20,6 +20,7 @@ from megatron_rl.data.curation.preview import run_inspect
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
 from megatron_rl.reward.code import warm_up
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.stem import choice_verdict
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "data" / "layouts"
@@ -64,7 +65,8 @@ def rewards() -> Iterator[Rewards]:
 
 
 def score(rewards: Rewards, prompt: Prompt, text: str) -> float:
-    return asyncio.run(rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, text)).score
+    (verdict,) = asyncio.run(rewards.verdicts(prompt, [Attempt(text=text)]))
+    return verdict.score
 
 
 # file -> of a row of it, as the file has it: the question and the right answer

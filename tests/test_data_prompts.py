@@ -58,7 +58,7 @@ def test_the_real_math_rows_fit_the_contract():
         ({**GOOD, "meta": "x"}, ["'meta'", "must be an object", "'x'"]),
         ({"domain": "math", "prompt": "1?", "anser": "4"}, ["no such field", "its column 'anser' may be it"]),
         ({"Question": "1?", "answer": "4"}, ["'prompt'", "its column 'Question' may be it", "megatron-rl inspect"]),
-        ({"prompt": [{"role": "user", "content": "1?"}], "answer": "4"}, ["'prompt'", "got [{", "megatron-rl inspect"]),
+        ({"prompt": [{"role": "human", "content": "1?"}], "answer": "4"}, ["'prompt[0].role'", "megatron-rl inspect"]),
         ({**GOOD, "prompt": "\ud800"}, ["'prompt'", "surrogate"]),
         ({**GOOD}, ["'id'", "line 1", "drop the duplicate"]),
     ],

@@ -38,6 +38,7 @@ LAYERS = {
     "errors": 0,
     "keys": 0,
     "open_files": 0,
+    "own_functions": 0,
     "stores": 0,
     "place": 0,
     "locks": 0,

@@ -163,3 +163,25 @@ def test_what_sglang_does_not_read_of_config_json_is_refused_there(tmp_path: Pat
     ]
     assert not found[0]
     assert "config.json gives yarn attention_factor, which SGLang does not read" in found[1][0]
+
+
+def test_an_own_reward_and_an_own_objective_are_tried_before_a_model_is_built(start_of, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def good(response, meta): return len(response)\n"
+        "def last(response): return float(response.split()[-1] == '2')\n"
+        "def column(response, meta): return meta['level']\n"
+        "def flat(logprobs, advantages): return logprobs.detach() * advantages\n",
+        encoding="utf-8",
+    )
+    assert found_by("rewards", start_of("reward.kind=mine.py:good")) == []
+    for name, told in {
+        "last": r"no score to the response '' to the row .*rows.jsonl:1: IndexError: .* < mine.py line 2 in last",
+        "column": r"no score to the response '\\\\boxed\{2\}' to the row .*: KeyError: 'level' < mine.py line 3",
+        "lost": "has no function 'lost'; it has good, last, column, flat",
+    }.items():
+        (problem, *_) = found_by("rewards", start_of(f"reward.kind=mine.py:{name}"))
+        assert re.search(told, problem), problem
+    (problem, *_) = found_by("rewards", start_of("reward.kind=http://127.0.0.1:9/", "reward.service.tries=1"))
+    assert "the service http://127.0.0.1:9/ cannot be asked" in problem
+    (problem,) = found_by("objective", start_of("algorithm.surrogate=mine.py:flat"))
+    assert "has no gradient in logprobs" in problem

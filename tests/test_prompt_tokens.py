@@ -15,6 +15,7 @@ from test_tokenizers import EOS, KINDS, TEMPLATE
 from megatron_rl.data import chat, prompt_tokens
 from megatron_rl.data.chat import load_tokenizer, render_prompt, render_prompts
 from megatron_rl.data.fitting import Limit, rendered_prompts
+from megatron_rl.data.messages import Conversation, of_text
 from megatron_rl.data.prompts import Prompt
 
 # What a template, a tokenizer or the search for special tokens may stumble over.
@@ -65,7 +66,7 @@ def test_many_prompts_become_what_each_becomes_by_itself(
     one_by_one = [render_prompt(tokenizer, prompt, special_tokens=special_tokens) for prompt in prompts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "_AT_ONCE", at_once)
-        assert list(render_prompts(tokenizer, prompts, special_tokens)) == one_by_one
+        assert list(render_prompts(tokenizer, list(map(of_text, prompts)), special_tokens)) == one_by_one
     told = rendered_prompts(prompts_of(*prompts), tokenizer, Limit(tokens=10**6, key="k"), special_tokens)
     assert [list(told[f"p{i}"]) for i in range(len(prompts))] == one_by_one
     assert [told.num_tokens(f"p{i}") for i in range(len(prompts))] == list(map(len, one_by_one))
@@ -84,9 +85,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts were rendered, each time that any were."""
     counts: list[int] = []
 
-    def render(tokenizer: Any, prompts: list[str], special_tokens: str) -> Any:
+    def render(tokenizer: Any, prompts: list[Conversation], special_tokens: str, arguments: dict[str, Any]) -> Any:
         counts.append(len(prompts))
-        return render_prompts(tokenizer, prompts, special_tokens)
+        return render_prompts(tokenizer, prompts, special_tokens, arguments)
 
     monkeypatch.setattr(prompt_tokens, "render_prompts", render)
     return counts

@@ -14,11 +14,13 @@ import pytest
 from sandboxed import why_not
 
 from megatron_rl.config.reward import CodeSection, RewardSection
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.reward.code import CodeSettings, judge_code, judge_response, runner, settle_code, warm_up
 from megatron_rl.reward.code_answer import Block, closed_blocks
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.sandbox import Sandbox, SandboxUnavailable
 from megatron_rl.reward.sandbox_run import Limits
+from megatron_rl.reward.score import Attempt
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "code_dev.jsonl"
 GXX = "/usr/bin/g++"
@@ -197,8 +199,8 @@ def test_the_pool_kind_settles_what_needs_no_run_and_judges_the_rest():
     texts = [fenced("def f(x): return x * x"), "nothing", fenced("def f(x): return 1")]
 
     async def judged(rewards: Rewards) -> list[str]:
-        verdicts = [rewards.verdict("code", "square", json.dumps(SQUARES), text) for text in texts]
-        return [verdict.reason for verdict in await asyncio.gather(*verdicts)]
+        task = Prompt(id="p", domain="code", prompt="square", answer=json.dumps(SQUARES))
+        return [verdict.reason for verdict in await rewards.verdicts(task, [Attempt(text=text) for text in texts])]
 
     with Rewards(RewardSection(kind="code", workers=1)) as rewards:
         assert asyncio.run(judged(rewards)) == ["correct", "no_answer", "wrong"]

@@ -11,8 +11,10 @@ from stand_in import StandIn, stand_in
 
 from megatron_rl import endpoint as endpoint_module
 from megatron_rl.config.reward import JudgeSection, RewardSection
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.endpoint import Endpoint
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.verdict import Verdict
 
 
@@ -24,7 +26,13 @@ def endpoint() -> Iterator[tuple[str, type[StandIn]]]:
 
 def verdict(section: RewardSection, domain: str, answer: str, text: str, question: str = "Which?") -> Verdict:
     with Rewards(section) as rewards:
-        return asyncio.run(rewards.verdict(domain, question, answer, text))
+        return asyncio.run(one_verdict(rewards, domain, question, answer, text))
+
+
+async def one_verdict(rewards: Rewards, domain: str, question: str, answer: str, text: str) -> Verdict:
+    task = Prompt(id="p", domain=domain, prompt=question, answer=answer)
+    (found,) = await rewards.verdicts(task, [Attempt(text=text)])
+    return found
 
 
 def test_the_domain_of_the_prompt_says_how_its_responses_are_judged() -> None:
@@ -84,7 +92,7 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
 
     async def cancelled() -> None:
         with Rewards(patient) as rewards:
-            await asyncio.wait_for(rewards.verdict("d", "Which?", "b", "\\boxed{a}"), 0.5)
+            await asyncio.wait_for(one_verdict(rewards, "d", "Which?", "b", "\\boxed{a}"), 0.5)
 
     started = time.monotonic()
     with pytest.raises(TimeoutError):

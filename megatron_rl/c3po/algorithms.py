@@ -2,7 +2,7 @@
 
 A configuration names one of `ALGORITHMS` and may replace all but the normalisation. Sources (arXiv): C3PO 2506.14731;
 GRPO 2402.03300; DAPO 2503.14476 (its over-long punishment is `reward.overlong_buffer_tokens`); Dr.GRPO 2503.20783;
-GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740.
+GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740; REINFORCE++ 2501.03262.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from megatron_rl.config.algorithm import AlgorithmSection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """advantage: a name of `advantage.ADVANTAGES`. surrogate: a name of `surrogate.SURROGATES`.
+    """advantage: a name of `advantage.ADVANTAGES` or `BATCH_ADVANTAGES`, or a function of the user's own. surrogate: a
+    name of `surrogate.SURROGATES`, or such a function.
 
     ratio: of the token, or the geometric mean over its response.
     normalisation: what the sum over tokens is divided by, a name of `normalise`. "budget" also decides that only
@@ -46,6 +47,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gspo": Algorithm(normalisation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
     # Without a lower bound, as in the paper; it does not give the upper one: 5 is our choice.
     "cispo": Algorithm(normalisation="token", surrogate="cispo", clip_low=1.0, clip_high=4.0),
+    # Responses of a phase are each other's baseline.
+    "reinforce_pp": Algorithm(normalisation="token", advantage="batch_standardised"),
     "rloo": Algorithm(normalisation="sample", advantage="leave_one_out", surrogate="plain"),
 }
 

@@ -23,6 +23,15 @@ def truncated(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
     return (old - rollout).clamp(max=math.log(cap)).exp()
 
 
+def sequence_truncated(mean_log_ratio: Tensor, response_tokens: Tensor, cap: float) -> Tensor:
+    """min(prod_t k_t, cap) for every token of a response: truncated importance sampling of sequences, whose weight
+    is that of the response as one action, prod_t pi_train(y_t) / pi_infer(y_t).
+
+    mean_log_ratio: [T], the mean of log k over the token's response. response_tokens: [T], how many those are.
+    """
+    return (mean_log_ratio * response_tokens).clamp(max=math.log(cap)).exp()
+
+
 def kpop(old: Tensor, rollout: Tensor, limit: float) -> Tensor:
     """1 where the binary KL of the token's probability is at most `limit` in both directions, else 0 (Ring-2.6 report,
     arXiv 2606.15079). D(p || q) = p log(p/q) + (1-p) log((1-p)/(1-q))."""

@@ -23,6 +23,7 @@ class Schedule:
     carried: surplus for the next step, in order.
     num_dropped: surplus that the algorithm throws away.
     num_cut_tokens: tokens of trained responses that carry no loss.
+    num_passes: over the same responses; the optimizer steps of the first one come first.
     """
 
     plan: Plan
@@ -30,6 +31,12 @@ class Schedule:
     carried: tuple[Sample, ...]
     num_dropped: int
     num_cut_tokens: int
+    num_passes: int = 1
+
+    @property
+    def first_pass(self) -> tuple[StepPlan, ...]:
+        """Its optimizer steps, in which every response is trained once."""
+        return self.plan.steps[: len(self.plan.steps) // self.num_passes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,9 @@ class PlanRules:
     micro_batch_multiple: see `pack_micro_batches`.
     shares: of every budget, by the prompt's domain, which `domain_of` gives; see `select_by_domain`. The denominator is
         Phi all the same.
+    mask_truncated: samples that ended at the longest response carry no loss; they take their part of a budget, and
+        count in no other denominator.
+    num_passes: optimizer steps over the same samples, as often.
     """
 
     algorithm: Algorithm
@@ -53,6 +63,8 @@ class PlanRules:
     micro_batch_multiple: int = 1
     shares: Mapping[str, float] = field(default_factory=lambda: {ANY: 1.0})
     domain_of: Callable[[int], str] = lambda prompt_id: ANY
+    mask_truncated: bool = False
+    num_passes: int = 1
 
 
 def schedule(
@@ -67,9 +79,10 @@ def schedule(
     samples = (*carried, *(sample for group in groups for sample in group.samples))
     order = selection_order(len(carried), [len(group.samples) for group in groups], seed)
     selection = _selection(samples, order, rules)
+    of_pass = list(zip(selection.steps, rules.budgets, strict=True))
     steps = tuple(
         _step_plan(samples, picks, _num_stale(samples, picks, step, policy_version), budget, rules)
-        for step, (picks, budget) in enumerate(zip(selection.steps, rules.budgets, strict=True))
+        for step, (picks, budget) in enumerate(of_pass * rules.num_passes)
     )
     surplus = tuple(samples[i] for i in selection.left_over)
     return Schedule(
@@ -78,6 +91,7 @@ def schedule(
         carried=surplus if rules.keep_surplus else (),
         num_dropped=0 if rules.keep_surplus else len(surplus),
         num_cut_tokens=selection.num_cut_tokens,
+        num_passes=rules.num_passes,
     )
 
 
@@ -103,12 +117,15 @@ def _step_plan(
     samples: Sequence[Sample], picks: Sequence[Pick], num_stale: Sequence[int], budget: int, rules: PlanRules
 ) -> StepPlan:
     """Weigh the picks of one optimizer step and pack them into micro-batches."""
-    scales, denominator = normalise(
+    is_masked = [rules.mask_truncated and samples[p.index].response.finish_reason == "length" for p in picks]
+    weights, denominator = normalise(
         rules.algorithm.normalisation,
-        [pick.num_loss_tokens for pick in picks],
+        [pick.num_loss_tokens for pick, masked in zip(picks, is_masked, strict=True) if not masked],
         budget=budget,
         max_response_tokens=rules.max_response_tokens,
     )
+    of_others = iter(weights)
+    scales = [0.0 if masked else next(of_others) for masked in is_masked]
     selected = tuple(
         Selected(
             index=pick.index,

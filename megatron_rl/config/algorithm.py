@@ -1,21 +1,26 @@
 """The section `algorithm`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rl.config.names import among
 from megatron_rl.config.section import Fraction, Positive, Section
+
+ADVANTAGE_NAMES = ("standardised", "centred", "leave_one_out", "batch_standardised")
+SURROGATE_NAMES = ("clip", "cispo", "plain")
+CORRECTION_NAMES = ("none", "icepop", "kpop", "tis", "sequence_tis")
 
 
 class AlgorithmSection(Section):
     """One of c3po/algorithms.py, whose parts may be replaced one by one; the rest of the objective beside it."""
 
-    name: Literal["c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo"] = "c3po"
-    advantage: Literal["standardised", "centred", "leave_one_out"] | None = Field(
-        default=None, description="replaces the algorithm's own"
+    name: Literal["c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"] = "c3po"
+    advantage: Annotated[str, among(ADVANTAGE_NAMES)] | None = Field(
+        default=None, description='replaces the algorithm\'s own; "file.py:function" is yours (docs/own_algorithm.md)'
     )
-    surrogate: Literal["clip", "cispo", "plain"] | None = Field(
-        default=None, description="replaces the algorithm's own"
+    surrogate: Annotated[str, among(SURROGATE_NAMES)] | None = Field(
+        default=None, description='replaces the algorithm\'s own; "file.py:function" is yours'
     )
     ratio: Literal["token", "sequence"] | None = Field(default=None, description="replaces the algorithm's own")
     clip_low: Fraction | None = Field(default=None, description="eps of the lower clip end; default: the algorithm's")
@@ -27,19 +32,31 @@ class AlgorithmSection(Section):
     kl_coefficient: float = Field(default=0.0, ge=0, description="beta of Eq. 2, against the starting weights")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     optimizer_steps_per_rollout: Positive = 1
+    passes_per_rollout: Positive = Field(
+        default=1,
+        description="how often the responses of a phase are trained, each time in so many optimizer steps; others call "
+        "it num_iterations",
+    )
     old_logprobs: Literal["rollout", "train"] | None = Field(
         default=None,
         description="what the ratio of a token refers to that the present weights did not sample: the sampler's "
         "recorded log-prob, or the trainer's own at the start of the phase (an extra pass when a phase has several "
         "optimizer steps). Default: train with a correction, else rollout",
     )
-    correction: Literal["none", "icepop", "kpop", "tis"] = Field(
-        default="none", description="weights for tokens about which sampler and trainer disagree: c3po/correction.py"
+    correction: Annotated[str, among(CORRECTION_NAMES)] = Field(
+        default="none",
+        description="weights for tokens about which sampler and trainer disagree: c3po/correction.py; "
+        '"file.py:function" is yours',
     )
     icepop_low: float = Field(default=0.5, gt=0, lt=1)
     icepop_high: float = Field(default=5.0, gt=1)
     kpop_limit: float = Field(default=0.1, gt=0)
-    tis_cap: float = Field(default=2.0, ge=1)
+    tis_cap: float = Field(default=2.0, ge=1, description="of tis and sequence_tis")
+    mask_truncated: bool = Field(
+        default=False,
+        description="responses that were cut off at rollout.max_response_tokens carry no loss; they count in their "
+        "group's advantages, and in the budget",
+    )
 
     @model_validator(mode="after")
     def _check_old_logprobs(self) -> "AlgorithmSection":
@@ -49,6 +66,11 @@ class AlgorithmSection(Section):
                 "must be 'train'; leave it out"
             )
         return self
+
+    @property
+    def optimizer_steps_of_phase(self) -> int:
+        """Of all passes together."""
+        return self.optimizer_steps_per_rollout * self.passes_per_rollout
 
     @property
     def trains_on_own_old_logprobs(self) -> bool:

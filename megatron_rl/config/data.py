@@ -22,6 +22,13 @@ def _weights(train: object) -> object:
 Weights = Annotated[dict[Path, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
 
 
+_SET_BY_US = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length"),
+}
+
+
 class TextSection(Section):
     """How the texts of rows become tokens."""
 
@@ -30,6 +37,15 @@ class TextSection(Section):
         description="what the tokenizer's special tokens are where a user's message has them written out, as in "
         "`<|endoftext|>`: text like any other, or the token itself",
     )
+    template_arguments: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | float | str] = Field(
+        default={}, description="what the chat template is given beside messages and tools: {enable_thinking = false}"
+    )
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> "TextSection":
+        for name in sorted(_SET_BY_US & self.template_arguments.keys()):
+            raise ValueError(f"data.template_arguments sets {name!r}, which is set from the rows; take it out")
+        return self
 
 
 class PromptSection(TextSection):
@@ -41,6 +57,7 @@ class PromptSection(TextSection):
         description="goes behind every prompt as it stands, such as "
         '"\\n\\nPut your final answer within \\\\boxed{}." of mathematics',
     )
+    system: str = Field(default="", description="system message before every prompt that has none; empty: none")
 
 
 TooLong = Annotated[

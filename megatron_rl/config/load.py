@@ -20,27 +20,29 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), 
 
     without_weights: of a model of the Hugging Face Hub only the configuration is fetched.
     """
-    values = read_values(Path(path), overrides)
+    folders: list[Path] = []
+    values = read_values(Path(path), overrides, folders)
     try:
-        return kind.model_validate(values, context={"without_weights": without_weights})
+        return kind.model_validate(values, context={"folders": folders, "without_weights": without_weights})
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
         raise ValueError(f"{path}: " + "; ".join(lines)) from None
 
 
-def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] | None = None) -> dict[str, Any]:
     """What a file and the files under its `base` keys say, with overrides applied; not validated.
 
     base = "other.toml" (beside the file): its values, where this file has none. Tables are joined key by key; anything
-    else, lists too, is replaced.
+    else, lists too, is replaced. folders: takes those of all these files, where functions of the user's own are looked
+    for.
     """
-    values = _with_base(path, ())
+    values = _with_base(path, (), [] if folders is None else folders)
     for override in overrides:
         _apply_override(values, override)
     return values
 
 
-def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _with_base(path: Path, seen: tuple[Path, ...], folders: list[Path]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist" + (f", which is the base of {seen[-1]}" if seen else ""))
     if path.resolve() in (other.resolve() for other in seen):
@@ -49,12 +51,13 @@ def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = parse_toml(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
+    folders.append(path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ValueError(f"{path}: base must be the name of a TOML file beside it, got {base!r}")
-    return _joined(_with_base(path.parent / base, (*seen, path)), values)
+    return _joined(_with_base(path.parent / base, (*seen, path), folders), values)
 
 
 def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The section `reward`."""
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from megatron_rl.config.endpoints import EndpointSection
+from megatron_rl.config.names import among
 from megatron_rl.config.section import Positive, Section
+from megatron_rl.parsing import meant
 
 
 class CodeSection(Section):
@@ -34,26 +36,82 @@ class JudgeSection(EndpointSection):
     max_answer_characters: Positive = Field(default=1000, description="a longer answer is wrong without asking")
 
 
-# The pool knows "choice" too, which is for evaluation: a guess is right too often to learn from.
-RewardKindName = Literal["exact", "math", "stem", "code"]
+# Compares what stands in the box with the reference answer; a model may be asked about those that rules call wrong.
+BY_ANSWER = ("exact", "math", "stem")
+BUILT_IN = (*BY_ANSWER, "code")
+# For evaluation alone: a guess is right too often to learn from.
+OF_BENCHMARKS = (*BUILT_IN, "choice")
+
+
+def is_service(kind: str) -> bool:
+    """Tell whether a kind of reward is a service that is asked over HTTP."""
+    return kind.startswith(("http://", "https://"))
+
+
+_SERVICE = ' or the address of a service ("http://...")'
+RewardKindName = Annotated[str, among(BUILT_IN, _SERVICE, is_service)]
+BenchmarkKindName = Annotated[str, among(OF_BENCHMARKS, _SERVICE, is_service)]
+
+
+class PartSection(Section):
+    """One of several rewards that are added up."""
+
+    kind: RewardKindName = Field(description="as reward.kind")
+    weight: float = Field(default=1.0, description="its score is multiplied by it; below 0 it is a punishment")
+
+
+class ServiceSection(Section):
+    """How services are asked that give rewards: reward/service.py."""
+
+    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="for the responses of one prompt")
+    concurrent: Positive = Field(default=16, description="requests at a time")
+    tries: Positive = Field(default=3, description="requests for the same responses before they count as errors")
 
 
 class RewardSection(Section):
     kind: RewardKindName = Field(
-        default="exact", description="code runs programs in a sandbox (docs/sandbox.md); its answers are JSON of tests"
+        default="exact",
+        description="exact, math, stem; code runs programs in a sandbox (docs/sandbox.md), its answers are JSON of "
+        'tests; "file.py:function" or "package.module:function" is a function of your own, "http://..." a service '
+        "(docs/own_rewards.md)",
     )
     domains: dict[str, RewardKindName] = Field(
         default={}, description='kinds by the domain of the prompt, such as {code = "code"}; kind is for all others'
+    )
+    parts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], PartSection] = Field(
+        default={},
+        description="instead of kind: several rewards by name, added up with their weights, such as "
+        '{format = {kind = "rewards.py:form", weight = 0.2}, answer = {kind = "math"}}',
+    )
+    correct_part: str = Field(
+        default="", description="the part that says whether a response is correct; empty: it is where all parts say so"
+    )
+    passing_score: float = Field(
+        default=1.0,
+        description="a response with at least this score of your function or service is correct, where that does not "
+        "say so itself; pass@k and maj@k count correct responses",
+    )
+    memory_bytes: int = Field(
+        default=4 * 1024**3,
+        ge=64 * 1024**2,
+        description="resident memory of each worker of your own function, with all processes that it starts",
     )
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
         description="DAPO's soft punishment: over the last so many tokens before rollout.max_response_tokens a reward "
-        "loses up to 1 before advantages are taken; 0 is off",
+        "loses up to reward.overlong_penalty before advantages are taken; 0 is off",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, ge=0, description="the most that it loses, in the units of the reward; the paper has 1"
     )
     workers: Positive = Field(default=2, description="processes for each kind that needs some")
     timeout_seconds: float = Field(
-        default=3.0, gt=0, description="for one answer; programs have reward.code.seconds instead"
+        default=3.0,
+        gt=0,
+        description="for one answer, or for all of a prompt where your function takes `responses`; programs have "
+        "reward.code.seconds instead, services reward.service.timeout_seconds",
     )
     max_error_share: float = Field(
         default=0.2,
@@ -64,17 +122,58 @@ class RewardSection(Section):
     )
     code: CodeSection = CodeSection()
     judge: JudgeSection = JudgeSection()
+    service: ServiceSection = ServiceSection()
+
+    def kinds_of(self, domain: str) -> tuple[str, ...]:
+        """Every kind that judges responses to prompts of this domain."""
+        if domain not in self.domains and self.parts:
+            return tuple(part.kind for part in self.parts.values())
+        return (self.domains.get(domain, self.kind),)
 
     def kind_of(self, domain: str) -> str:
-        return self.domains.get(domain, self.kind)
+        """The kind that says whether such responses are correct; of parts that all say so the first."""
+        if domain not in self.domains and self.correct_part:
+            return self.parts[self.correct_part].kind
+        return self.kinds_of(domain)[0]
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a kind of this section compares with the answer of a row, or runs it; others may do without."""
+        return any(kind in OF_BENCHMARKS for kind in self.kinds)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind of this section once."""
+        of_others = [part.kind for part in self.parts.values()] or [self.kind]
+        return tuple(dict.fromkeys([*of_others, *self.domains.values()]))
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "RewardSection":
+        if self.parts and self.kind != "exact":
+            raise ValueError(
+                f"reward.parts takes the place of reward.kind, and both are set (kind {self.kind!r}); make it a part, "
+                "or take the parts out"
+            )
+        if self.correct_part and self.correct_part not in self.parts:
+            raise ValueError(
+                f"reward.correct_part {self.correct_part!r} is no part of reward.parts "
+                f"({', '.join(self.parts) or 'which is empty'}){meant(self.correct_part, self.parts)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_judge(self) -> "RewardSection":
         if self.judge.domains and not (self.judge.url and self.judge.model):
             raise ValueError("reward.judge.domains is set, so reward.judge.url and reward.judge.model must be too")
-        programs = [d for d in self.judge.domains if self.kind_of(d) == "code"]
-        if programs:
-            raise ValueError(
-                f"reward.judge.domains names {programs[0]!r}, whose answers are programs; only tests can judge them"
-            )
+        for domain in self.judge.domains:
+            kinds = self.kinds_of(domain)
+            if "code" in kinds:
+                raise ValueError(
+                    f"reward.judge.domains names {domain!r}, whose answers are programs; only tests can judge them"
+                )
+            if kinds[0] not in BY_ANSWER or len(kinds) > 1:
+                raise ValueError(
+                    f"reward.judge.domains names {domain!r}, and the judge is asked about wrong answers of the kinds "
+                    f"{', '.join(BY_ANSWER)} alone; take the domain out, or ask a model in your own function"
+                )
         return self

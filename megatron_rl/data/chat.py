@@ -4,15 +4,18 @@ A special token that a user's message has written out (`<|endoftext|>`) is text,
 In what an assistant says it is the token: reasoning and tool calls are marked by some.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
-from itertools import compress
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.data.prompts import Message
+from megatron_rl.data.messages import REASONING, Conversation, Message, of_text, with_system
 from megatron_rl.files import model_files
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What the model itself does not write.
+_OTHERS = ("user", "tool")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
 TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
@@ -52,32 +58,73 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None = None, special_tokens: str = "text"
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str = "", special_tokens: str = "text"
 ) -> list[int]:
     """Token ids of one user message, generation prompt included: what the server is asked to continue.
 
     special_tokens: as data.special_tokens.
     """
-    messages = [Message(role="user", content=prompt)]
-    if system is not None:
-        messages.insert(0, Message(role="system", content=system))
-    return _render(tokenizer, messages, special_tokens, add_generation_prompt=True)
+    messages = with_system(of_text(prompt).messages, system)
+    return _render(tokenizer, Conversation(messages=messages), special_tokens, {}, add_generation_prompt=True)
 
 
 def render_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], special_tokens: str = "text"
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Conversation],
+    special_tokens: str = "text",
+    arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[list[int]]:
     """Render every prompt as `render_prompt` does. The template and the tokenizer take many of them at once, which the
-    tokenizer divides over the cores."""
+    tokenizer divides over the cores. arguments: as data.template_arguments.
+
+    ValueError where the template has no place for an argument, tools or calls of them."""
+    arguments = arguments or {}
+    check_arguments(tokenizer, arguments)
     special = _special(tokenizer) if special_tokens == "text" else None
     for start in range(0, len(prompts), _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]
-        # What has special tokens in it goes by itself.
-        plain = [special is None or not special.search(prompt) for prompt in some]
-        chats = [[Message(role="user", content=prompt)] for prompt in compress(some, plain)]
-        rendered = iter(_applied(tokenizer, chats, True, add_generation_prompt=True) if chats else ())
+        # What has special tokens in it goes by itself, and so does what has more than a text.
+        plain = [one.is_plain and (special is None or not special.search(one.messages[0].content)) for one in some]
+        chats = list(compress(some, plain))
+        rendered = iter(_applied(tokenizer, chats, True, arguments, add_generation_prompt=True) if chats else ())
         for prompt, is_plain in zip(some, plain, strict=True):
-            yield next(rendered) if is_plain else render_prompt(tokenizer, prompt, special_tokens=special_tokens)
+            if is_plain:
+                yield next(rendered)
+            else:
+                yield _render(tokenizer, prompt, special_tokens, arguments, add_generation_prompt=True)
+
+
+def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]) -> None:
+    """ValueError for an argument that the chat template never reads: it would change nothing, and nobody would see."""
+    for name in arguments:
+        if not _mentions(tokenizer, name):
+            raise ValueError(
+                f"data.template_arguments sets {name!r}, which the model's chat template never mentions; take it out, "
+                "or write what it should do into the prompts"
+            )
+
+
+def _mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+    template = str(tokenizer.chat_template)
+    return any(re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9_])", template) for name in names)
+
+
+def _check_place(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> None:
+    """ValueError where the chat template would leave out tools, calls of them, or reasoning without a word."""
+    if chat.tools and not _mentions(tokenizer, "tools"):
+        raise ValueError("a row has 'tools', and the model's chat template never mentions tools; drop the column")
+    for message in chat.messages:
+        more = json.loads(message.more) if message.more else {}
+        if "tool_calls" in more and not _mentions(tokenizer, "tool_calls"):
+            raise ValueError(
+                "a message has 'tool_calls', which the model's chat template never mentions; write the calls into the "
+                "content as the model is to write them"
+            )
+        if (reasoning := {*REASONING} & more.keys()) and not _mentions(tokenizer, *REASONING):
+            raise ValueError(
+                f"a message has {min(reasoning)!r}, and the model's chat template mentions none of "
+                f"{', '.join(REASONING)}; write the reasoning into the content, as in <think>...</think>"
+            )
 
 
 def response_decoder(tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int]) -> Callable[[Sequence[int]], str]:
@@ -99,23 +146,33 @@ def render_chat(
     messages: Sequence[Message],
     special_tokens: str = "text",
     end_ids: Sequence[int] = (),
+    *,
+    tools: str = "",
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
-    Loss is on what the model would have to generate: for every assistant message, the tokens after the generation
-    prompt, up to and including its last end token where the template writes one. Template text after that carries no
-    loss. A conversation that ends in an assistant message without one (Ling-lite's template) gets one appended.
-
     end_ids: what ends a response of the model, beside the tokenizer's eos token; the model's eos_token_ids.
+    tools: as of a `Conversation`. arguments: as data.template_arguments.
 
-    The spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
+    Where the template marks what assistants say ({% generation %}), loss is on that. Otherwise it is on what the model
+    would have to generate: for every assistant message, the tokens after the generation prompt, up to and including its
+    last end token where the template writes one. Template text after that carries no loss. A
+    conversation that ends in an assistant message without one (Ling-lite's template) gets one appended.
+
+    These spans come from rendering prefixes of the conversation; ValueError where the template, or a token merged
     across a boundary, makes a prefix render differently from the whole: such a mask would be a guess.
     """
     if not any(message.role == "assistant" for message in messages):
         raise ValueError("messages hold no assistant message, so there is nothing to learn; drop the conversation")
     if messages[0].role == "assistant":
         raise ValueError("messages begin with an assistant message; put the question before it")
-    ids = _render(tokenizer, messages, special_tokens, add_generation_prompt=False)
+    arguments = arguments or {}
+    check_arguments(tokenizer, arguments)
+    chat = Conversation(messages=tuple(messages), tools=tools)
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        return _marked(tokenizer, chat, special_tokens, arguments)
+    ids = _render(tokenizer, chat, special_tokens, arguments, add_generation_prompt=False)
     mask = [False] * len(ids)
     eos = tokenizer.eos_token_id
     ending = {eos, *end_ids}
@@ -123,8 +180,8 @@ def render_chat(
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        start = _prefix_length(tokenizer, messages, index, special_tokens, ids, add_generation_prompt=True)
-        end = _prefix_length(tokenizer, messages, index + 1, special_tokens, ids, add_generation_prompt=False)
+        start = _prefix_length(tokenizer, chat, index, special_tokens, arguments, ids, add_generation_prompt=True)
+        end = _prefix_length(tokenizer, chat, index + 1, special_tokens, arguments, ids, add_generation_prompt=False)
         if ends := [at for at in range(start, end) if ids[at] in ending]:
             end = ends[-1] + 1
         elif end == len(ids):
@@ -134,40 +191,88 @@ def render_chat(
     return ids, mask
 
 
+def _marked(
+    tokenizer: "PreTrainedTokenizerBase", chat: Conversation, special_tokens: str, arguments: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """Ids and mask by the template's own marks. A token carries loss where all of its text is marked."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _check_place(tokenizer, chat)
+    hidden, texts = _hidden(chat, _special(tokenizer) if special_tokens == "text" else None)
+    tools = json.loads(chat.tools) if chat.tools else None
+    with _told_of_template(chat):
+        found: Any = render_jinja_template(
+            [[message.as_dict() for message in hidden.messages]],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **arguments},
+        )
+    ((rendered,), (spans,)) = found
+    if not spans:
+        raise ValueError(
+            "the chat template has {% generation %}, and marks nothing of a conversation of roles "
+            f"{', '.join(message.role for message in chat.messages)}; mend the template, or drop the conversation"
+        )
+    ids: list[int] = []
+    mask: list[bool] = []
+    # Cut where marks begin and end: what the model generates begins and ends with a token, too.
+    for start, end in pairwise(sorted({0, len(rendered), *(end for span in spans for end in span)})):
+        part = _ids_with_texts(tokenizer, rendered[start:end], texts)
+        ids += part
+        mask += [any(first <= start < last for first, last in spans)] * len(part)
+    return ids, mask
+
+
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], special_tokens: str, add_generation_prompt: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: Conversation,
+    special_tokens: str,
+    arguments: Mapping[str, Any],
+    add_generation_prompt: bool,
 ) -> list[int]:
+    _check_place(tokenizer, chat)
     if special_tokens == "text":
-        hidden, texts = _hidden(messages, _special(tokenizer))
+        hidden, texts = _hidden(chat, _special(tokenizer))
         if texts:
-            (text,) = _applied(tokenizer, [hidden], False, add_generation_prompt)
+            (text,) = _applied(tokenizer, [hidden], False, arguments, add_generation_prompt)
             return _ids_with_texts(tokenizer, str(text), texts)
-    (ids,) = _applied(tokenizer, [messages], True, add_generation_prompt)
+    (ids,) = _applied(tokenizer, [chat], True, arguments, add_generation_prompt)
     return list(ids)
 
 
 def _applied(
     tokenizer: "PreTrainedTokenizerBase",
-    chats: Sequence[Sequence[Message]],
+    chats: Sequence[Conversation],
     tokenize: bool,
+    arguments: Mapping[str, Any],
     add_generation_prompt: bool,
 ) -> list[Any]:
-    """Apply the chat template to each conversation: its token ids, or its text."""
-    from jinja2 import TemplateError
-
-    rows: Any = [[{"role": message.role, "content": message.content} for message in chat] for chat in chats]
-    try:
+    """Apply the chat template to each conversation, which all have the same tools: its token ids, or its text."""
+    rows: Any = [[message.as_dict() for message in chat.messages] for chat in chats]
+    with _told_of_template(chats[0]):
         found: Any = tokenizer.apply_chat_template(
             rows,
+            tools=json.loads(chats[0].tools) if chats[0].tools else None,
             tokenize=tokenize,
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
             tokenizer_kwargs={"return_attention_mask": False, "return_token_type_ids": False},
+            **arguments,
         )
-    except TemplateError as error:
-        roles = ", ".join(message.role for message in chats[0])  # of several all have the same
-        raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
     return list(found)
+
+
+@contextmanager
+def _told_of_template(chat: Conversation) -> Iterator[None]:
+    """ValueError for what the template refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in chat.messages)  # of several all have the same
+        raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
 
 
 @lru_cache(maxsize=8)
@@ -177,15 +282,14 @@ def _special(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, reversed(names)))) if names else None
 
 
-def _hidden(
-    messages: Sequence[Message], special: re.Pattern[str] | None
-) -> tuple[Sequence[Message], Mapping[str, str]]:
-    """The messages with something in place of every special token in what users say, and what it stands for."""
+def _hidden(chat: Conversation, special: re.Pattern[str] | None) -> tuple[Conversation, Mapping[str, str]]:
+    """The conversation with something in place of every special token in what users and tools say, and what it stands
+    for."""
     texts: dict[str, str] = {}
-    if special is None or not any(m.role == "user" and special.search(m.content) for m in messages):
-        return messages, texts
+    if special is None or not any(m.role in _OTHERS and special.search(m.content) for m in chat.messages):
+        return chat, texts
     # Of the private-use characters one that nobody has written.
-    whole = "".join(message.content for message in messages)
+    whole = json.dumps(chat.parts(), ensure_ascii=False)
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
 
     def hide(found: re.Match[str]) -> str:
@@ -193,13 +297,15 @@ def _hidden(
         texts[name] = found[0]
         return name
 
-    hidden = [Message(role=m.role, content=special.sub(hide, m.content)) if m.role == "user" else m for m in messages]
-    return hidden, texts
+    hidden = [replace(m, content=special.sub(hide, m.content)) if m.role in _OTHERS else m for m in chat.messages]
+    return replace(chat, messages=tuple(hidden)), texts
 
 
 def _ids_with_texts(tokenizer: "PreTrainedTokenizerBase", rendered: str, texts: Mapping[str, str]) -> list[int]:
     """Encode what the template made piece by piece: its own special tokens, and between them text, where what was
     hidden is put back and nothing is special. Tokenizers divide a text at special tokens too, so pieces are theirs."""
+    if not texts:
+        return list(tokenizer.encode(rendered, add_special_tokens=False))
     special = _special(tokenizer)
     assert special is not None
     hidden = re.compile("|".join(map(re.escape, texts)))
@@ -218,16 +324,18 @@ def _ids_with_texts(tokenizer: "PreTrainedTokenizerBase", rendered: str, texts: 
 
 def _prefix_length(
     tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Message],
+    chat: Conversation,
     count: int,
     special_tokens: str,
+    arguments: Mapping[str, Any],
     ids: Sequence[int],
     add_generation_prompt: bool,
 ) -> int:
     """Tokens of the first `count` messages, checked to be the beginning of `ids`."""
-    prefix = _render(tokenizer, messages[:count], special_tokens, add_generation_prompt)
+    part = replace(chat, messages=chat.messages[:count])
+    prefix = _render(tokenizer, part, special_tokens, arguments, add_generation_prompt)
     if prefix != list(ids[: len(prefix)]):
-        what = f"the first {count} of {len(messages)} messages"
+        what = f"the first {count} of {len(chat.messages)} messages"
         what += " with the generation prompt" if add_generation_prompt else ""
         same = next(i for i, token in enumerate(prefix) if i >= len(ids) or token != ids[i])
         raise ValueError(

@@ -16,7 +16,8 @@ from pathlib import Path
 import xxhash
 
 from megatron_rl.data.distillation_report import Counts, total
-from megatron_rl.data.prompts import Message, Prompt
+from megatron_rl.data.messages import Message, of_text
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.data.scored import Scored, lines_of, read_scored
 from megatron_rl.data.sft_files import SftFiles
 from megatron_rl.data.student import Student
@@ -62,16 +63,20 @@ class Candidate:
     text: str
 
     @property
-    def messages(self) -> tuple[Message, Message]:
-        return Message(role="user", content=self.row.prompt), Message(role="assistant", content=self.text)
+    def messages(self) -> tuple[Message, ...]:
+        asked = self.row.asked or of_text(self.row.prompt)
+        return (*asked.messages, Message(role="assistant", content=self.text))
 
     def question(self) -> int:
         """128 bits for domain and prompt."""
-        return _digest([self.row.domain, self.row.prompt])
+        return _digest([self.row.domain, self.row.prompt, *self._more()])
 
     def identity(self) -> int:
         """128 bits for domain, prompt and text."""
-        return _digest([self.row.domain, self.row.prompt, self.text])
+        return _digest([self.row.domain, self.row.prompt, self.text, *self._more()])
+
+    def _more(self) -> list[str]:
+        return [json.dumps(self.row.asked.parts())] if self.row.asked else []
 
 
 @dataclass(slots=True)
@@ -202,7 +207,8 @@ class Distillation:
                 count.num_characters += len(candidate.text)
                 written = {
                     "id": f"{row.prompt_id}:{candidate.identity():032x}",
-                    "messages": [{"role": m.role, "content": m.content} for m in candidate.messages],
+                    "messages": [message.as_dict() for message in candidate.messages],
+                    **({"tools": json.loads(row.asked.tools)} if row.asked and row.asked.tools else {}),
                     "meta": {"domain": row.domain, "prompt_id": row.prompt_id, "source": str(path)},
                 }
                 files.write(written, row.domain, is_validation)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.prompt_tokens import PromptTokens, prompt_tokens
@@ -56,14 +56,16 @@ def rendered_prompts(
     limit: Limit,
     special_tokens: str = "text",
     kept: Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> PromptTokens:
     """Token ids by id of every prompt that is short enough; ValueError as of `Limit.check`.
 
-    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later. kept: as of
-    `prompt_tokens`.
+    All of them at the start, so that a long prompt cannot end a run when its turn comes hours later. kept, arguments:
+    as of `prompt_tokens`.
     """
     ids = [prompt.id for prompt in prompts]
-    rendered = prompt_tokens(ids, [prompt.prompt for prompt in prompts], tokenizer, special_tokens, kept)
+    asked = [prompt.conversation for prompt in prompts]
+    rendered = prompt_tokens(ids, asked, tokenizer, special_tokens, kept, arguments)
     left_out = limit.check({p.where or f"prompt {p.id}": rendered.num_tokens(p.id) for p in prompts})
     for prompt in prompts if left_out else ():
         if (prompt.where or f"prompt {prompt.id}") in left_out:

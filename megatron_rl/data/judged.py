@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.reward import OF_BENCHMARKS, RewardSection
 from megatron_rl.data.curation.test_layouts import looks_like_tests
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.reward.code_tests import problem_of_tests
@@ -21,7 +21,7 @@ def check_judged(prompts: Sequence[Prompt], reward: RewardSection, suffix_key: s
     suffix_key: what appends an instruction to them.
     """
     refuse_misjudged(prompts, reward)
-    for doubt in doubts([p for p in prompts if reward.kind_of(p.domain) in BY_FORMULAS], suffix_key):
+    for doubt in doubts([p for p in prompts if {*BY_FORMULAS} & {*reward.kinds_of(p.domain)}], suffix_key):
         log.warning(doubt)
 
 
@@ -32,11 +32,11 @@ def refuse_misjudged(prompts: Iterable[Prompt], reward: RewardSection) -> None:
     for prompt in prompts:
         by_domain[prompt.domain].append(prompt)
     for domain, members in by_domain.items():
-        kind = reward.kind_of(domain)
-        if kind == "code":
+        kinds = [kind for kind in reward.kinds_of(domain) if kind in OF_BENCHMARKS]
+        if "code" in kinds:
             _check_tests(domain, members)
-        else:
-            _check_answers(domain, members, kind)
+        elif kinds:  # others may take an answer for whatever they like
+            _check_answers(domain, members, kinds[0])
 
 
 def _check_tests(domain: str, prompts: Sequence[Prompt]) -> None:
@@ -63,12 +63,12 @@ def _check_answers(domain: str, prompts: Sequence[Prompt], kind: str) -> None:
 
 def doubts(prompts: Sequence[Prompt], suffix_key: str = "data.suffix") -> Iterator[str]:
     """Say where prompts of mathematics or science do not ask for the answer as their reward reads it."""
-    if prompts and not any("boxed" in prompt.prompt for prompt in prompts):
+    if prompts and not any("boxed" in prompt.text for prompt in prompts):
         yield (
             f"none of the {len(prompts):,} prompts of mathematics or science mentions a box, and only an answer in "
             f"\\boxed{{}} counts; unless the model writes one unasked, set {suffix_key} to an instruction"
         )
-    asks = [prompt for prompt in prompts if "####" in prompt.prompt]
+    asks = [prompt for prompt in prompts if "####" in prompt.text]
     if asks:
         yield (
             f"{len(asks):,} of {len(prompts):,} prompts of mathematics or science have '####' in them, such as "

@@ -60,10 +60,19 @@ class Stream(ABC, Generic[Row]):
     only where an epoch of its file ends.
     """
 
-    def __init__(self, stages: Sequence[Stage[Row]], seed: int, special_tokens: str = "text") -> None:
-        """special_tokens: as data.special_tokens, for the digest: other tokens are other rows."""
+    def __init__(
+        self,
+        stages: Sequence[Stage[Row]],
+        seed: int,
+        special_tokens: str = "text",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """special_tokens, arguments: as data.special_tokens and template_arguments, for the digest: other tokens are
+        other rows."""
         self.seed = seed
         self._of_tokens = "" if special_tokens == "text" else special_tokens
+        if arguments:
+            self._of_tokens += json.dumps(arguments, sort_keys=True)
         self._sources: dict[Path, tuple[Row, ...]] = {
             source.path: source.rows for stage in stages for source in stage.sources
         }
@@ -142,7 +151,8 @@ class PromptStream(Stream[Prompt]):
 
     @staticmethod
     def content(row: Prompt) -> list[Any]:
-        return [row.domain, row.prompt, row.answer]
+        more = row.asked.parts() if row.asked else []
+        return [row.domain, row.prompt, row.answer, *more]
 
     def check_shares(self, shares: Mapping[str, float], warns: bool = True) -> None:
         """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others.
@@ -176,20 +186,23 @@ class ChatStream(Stream[Chat]):
 
     @staticmethod
     def content(row: Chat) -> list[Any]:
-        return [[message.role, message.content] for message in row.messages]
+        messages = [[one.role, one.content, *([one.more] if one.more else [])] for one in row.messages]
+        return [*messages, *([row.tools] if row.tools else [])]
 
 
-def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True) -> PromptStream:
+def load_stream(
+    data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True, needs_answer: bool = True
+) -> PromptStream:
     """Reads every file once. ValueError for rows that are wrong, those of all files together.
 
-    fits: those of all rows that stay. remarks: as of `read_prompts`.
+    fits: those of all rows that stay. remarks, needs_answer: as of `read_prompts`.
     """
 
     def read(path: Path, found: Problems) -> list[Prompt]:
-        return read_prompts(path, data.domain, data.suffix, found, remarks=remarks)
+        return read_prompts(path, data.domain, data.suffix, found, None, remarks, data.system, needs_answer)
 
     rows = _rows(data.train_files, read, fits)
-    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
+    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens, data.template_arguments)
 
 
 def load_prompts(
@@ -200,14 +213,14 @@ def load_prompts(
 
     kept: a file of the token ids, see data/prompt_tokens.py.
     """
-    limit = prompt_limit(config)
+    limit, data = prompt_limit(config), config.data
     rendered: list[PromptTokens] = []
 
     def fits(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        rendered.append(rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens, kept))
+        rendered.append(rendered_prompts(prompts, tokenizer, limit, data.special_tokens, kept, data.template_arguments))
         return [prompt for prompt in prompts if prompt.id in rendered[0]]
 
-    stream = load_stream(config.data, config.seed, fits)
+    stream = load_stream(config.data, config.seed, fits, needs_answer=config.reward.needs_answers)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
     return stream, rendered[0]
@@ -216,7 +229,7 @@ def load_prompts(
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:
     """As `load_stream`, of data.train."""
     rows = _rows(list(data.train), read_chats, fits)
-    return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens)
+    return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens, data.template_arguments)
 
 
 def _rows(

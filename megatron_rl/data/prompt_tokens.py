@@ -11,12 +11,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_rl import __version__
 from megatron_rl.data.chat import TEMPLATES, render_prompts
+from megatron_rl.data.messages import Conversation
 from megatron_rl.files import model_files, whole_file
 
 if TYPE_CHECKING:
@@ -63,19 +64,22 @@ class PromptTokens(Mapping[str, tuple[int, ...]]):
 
 def prompt_tokens(
     ids: Sequence[str],
-    prompts: Sequence[str],
+    prompts: Sequence[Conversation],
     tokenizer: "PreTrainedTokenizerBase",
     special_tokens: str,
     kept: Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> PromptTokens:
-    """Token ids of every prompt as `render_prompt` makes them. special_tokens: as data.special_tokens. kept: the file
-    that has them from the last start, or will have them for the next one; None: without."""
+    """Token ids of every prompt as `render_prompt` makes them. special_tokens, arguments: as data.special_tokens and
+    template_arguments. kept: the file that has them from the last start, or will have them for the next one; None:
+    without."""
+    arguments = arguments or {}
     if kept is None:
-        return PromptTokens(ids, *_rendered(prompts, tokenizer, special_tokens))
-    digest = _digest(prompts, tokenizer, special_tokens)
+        return PromptTokens(ids, *_rendered(prompts, tokenizer, special_tokens, arguments))
+    digest = _digest(prompts, tokenizer, special_tokens, arguments)
     found = _read(kept, digest, len(prompts))
     if found is None:
-        found = _rendered(prompts, tokenizer, special_tokens)
+        found = _rendered(prompts, tokenizer, special_tokens, arguments)
         try:
             _write(kept, digest, *found)
         except OSError as error:
@@ -84,18 +88,27 @@ def prompt_tokens(
 
 
 def _rendered(
-    prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", special_tokens: str
+    prompts: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerBase",
+    special_tokens: str,
+    arguments: Mapping[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    parts = [np.array(ids, _INT) for ids in render_prompts(tokenizer, prompts, special_tokens)]
+    parts = [np.array(ids, _INT) for ids in render_prompts(tokenizer, prompts, special_tokens, arguments)]
     lengths = np.array([len(part) for part in parts], _INT)
     return lengths, np.concatenate(parts) if parts else np.zeros(0, _INT)
 
 
-def _digest(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", special_tokens: str) -> bytes:
+def _digest(
+    prompts: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerBase",
+    special_tokens: str,
+    arguments: Mapping[str, Any],
+) -> bytes:
     """Digest all that token ids are a function of: a tokenizer is loaded from the files of its directory alone, none of
     which is code, and from libraries of these versions."""
     versions = [__version__, *map(version, _LIBRARIES)]
-    digest = hashlib.sha256(json.dumps([versions, special_tokens, tokenizer.chat_template]).encode())
+    settings = [versions, special_tokens, arguments, tokenizer.chat_template]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     directory = Path(tokenizer.name_or_path)
     for folder in ("", TEMPLATES):
         files = model_files(directory, folder) if (directory / folder).is_dir() else []
@@ -104,7 +117,9 @@ def _digest(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", specia
                 _add(digest, file.name.encode())
                 _add(digest, file.read_bytes())
     for prompt in prompts:
-        _add(digest, prompt.encode())
+        # JSON where there is more than a text: two prompts that differ are never the same list of contents.
+        _add(digest, prompt.messages[0].content.encode())
+        _add(digest, b"" if prompt.is_plain else json.dumps(prompt.parts()).encode())
     return digest.digest()
 
 

@@ -1,15 +1,15 @@
 """The JSONL row contracts.
 
-A prompt row:  {"prompt": str, "answer": str, optional "domain": str, "id": str, "source": str, "meta": {...}}
-A chat row:    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...], optional "id", "meta"}
+A prompt row:  {"prompt": str or messages, "answer": str, optional "domain", "id", "source", "tools", "meta": {...}}
+A chat row:    {"messages": [...], optional "id", "tools", "meta": {...}}
 
-A number is taken for its text. Columns with other names go into "meta".
+`messages.py` says what messages are; tools is a list of objects. A number is taken for its text. Columns with other
+names go into "meta".
 """
 
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_rl.data.curation.test_layouts import looks_like_tests
+from megatron_rl.data.messages import (
+    Conversation,
+    Wrong,
+    messages_of,
+    of_text,
+    prompt_of,
+    text_of,
+    tools_of,
+    with_suffix,
+    with_system,
+)
+from megatron_rl.data.messages import Message as Message
 from megatron_rl.data.rows import Problems, likely_column, rows_of
 from megatron_rl.parsing import shown
 
-ROLES = ("system", "user", "assistant")
 DEFAULT_DOMAIN = "math"
-_PROMPT_FIELDS = ("domain", "prompt", "answer", "id", "source", "meta")
-_CHAT_FIELDS = ("messages", "id", "meta")
+_PROMPT_FIELDS = ("domain", "prompt", "answer", "id", "source", "tools", "meta")
+_CHAT_FIELDS = ("messages", "id", "tools", "meta")
 _LONGEST_COLUMNS = 300  # characters of a list of columns
 
 log = logging.getLogger(__name__)
@@ -32,7 +43,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One verifiable question. `id` is unique in its file; without one in the row it is a hash of the content.
-    where: file:line, for messages."""
+    prompt: the last message. asked: the whole conversation, where it is more than that. where: file:line, for messages.
+    """
 
     id: str
     domain: str
@@ -40,13 +52,23 @@ class Prompt:
     answer: str
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    asked: Conversation | None = None
     where: str = field(default="", compare=False)
 
+    @property
+    def conversation(self) -> Conversation:
+        """What the model is given."""
+        return self.asked or of_text(self.prompt)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    role: str
-    content: str
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The same as plain data."""
+        return [message.as_dict() for message in self.conversation.messages]
+
+    @property
+    def text(self) -> str:
+        """All that is said in it."""
+        return "\n".join(message.content for message in self.conversation.messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +77,12 @@ class Chat:
 
     id: str
     messages: tuple[Message, ...]
+    tools: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
 Record = TypeVar("Record", bound=Prompt | Chat)
-
-
-class Wrong(ValueError):
-    """A field of a row cannot be used. The message names it, its value and the remedy."""
 
 
 def prompt_id(domain: str, prompt: str, answer: str) -> str:
@@ -78,12 +97,15 @@ def read_prompts(
     problems: Problems | None = None,
     most: int | None = None,
     remarks: bool = True,
+    system: str = "",
+    needs_answer: bool = True,
 ) -> list[Prompt]:
     """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
     file, line, field and value; where `problems` are given, they are noted there.
 
-    domain: of rows that name none. suffix: goes behind every prompt; an id that is made from the content does not
-    depend on it. most: rows to read; default: all. remarks: log what was taken for granted, where all are read.
+    domain: of rows that name none. suffix: goes behind every prompt, system: before those without a system message; an
+    id that is made from the content does not depend on them. most: rows to read; default: all. remarks: log what was
+    taken for granted, where all are read. needs_answer: else rows may have none, which is "".
     """
     reader = _Reader(path, problems, _PROMPT_FIELDS, remarks and most is None)
     without_domain: Counter[str] = Counter()
@@ -93,18 +115,21 @@ def read_prompts(
         if row_domain is None:
             row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
             without_domain[row["domain"]] += 1
-        taken = [reader.text(row, name, line) for name in ("domain", "prompt", "answer")]
+        answer_of = reader.text if needs_answer else reader.optional
+        taken = [reader.text(row, "domain", line), answer_of(row, "answer", line)]
         optional = [reader.optional(row, name, line) for name in ("id", "source")]
-        meta = reader.meta(row, line)
-        if None in taken or None in optional or meta is None:
+        asks, meta = reader.prompt(row, line), reader.meta(row, line)
+        if asks is None or None in taken or None in optional or meta is None:
             continue
-        (its_domain, prompt, answer), (identity, source) = map(str, taken), map(str, optional)
-        identity = identity or prompt_id(its_domain, prompt, answer)
+        (its_domain, answer), (identity, source) = map(str, taken), map(str, optional)
+        said = asks.messages[0].content if asks.is_plain else json.dumps(asks.parts())
+        identity = identity or prompt_id(its_domain, said, answer)
         if reader.claims_id(identity, line):
-            text = prompt + suffix
+            messages = with_system(with_suffix(asks.messages, suffix), system)
+            whole = Conversation(messages=messages, tools=asks.tools)
             prompts.append(
-                Prompt(id=identity, domain=its_domain, prompt=text, answer=answer, source=source, meta=meta,
-                       where=f"{path}:{line}")
+                Prompt(id=identity, domain=its_domain, prompt=messages[-1].content, answer=answer, source=source,
+                       meta=meta, asked=None if whole.is_plain else whole, where=f"{path}:{line}")
             )  # fmt: skip
     return reader.done(
         prompts, [f"{count:,} rows name no domain and are taken as {name!r}" for name, count in without_domain.items()]
@@ -117,12 +142,13 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
     chats = []
     for line, row in rows_of(path, reader.problems, most):
         messages, meta = reader.messages(row, line), reader.meta(row, line)
-        identity = reader.optional(row, "id", line)
-        if messages is None or meta is None or identity is None:
+        identity, tools = reader.optional(row, "id", line), reader.tools(row, line)
+        if messages is None or meta is None or identity is None or tools is None:
             continue
-        identity = identity or _digest([part for message in messages for part in (message.role, message.content)])
+        more = [one.more for one in messages if one.more] + ([tools] if tools else [])
+        identity = identity or _digest([part for one in messages for part in (one.role, one.content)] + more)
         if reader.claims_id(identity, line):
-            chats.append(Chat(id=identity, messages=messages, meta=meta, where=f"{path}:{line}"))
+            chats.append(Chat(id=identity, messages=messages, tools=tools, meta=meta, where=f"{path}:{line}"))
     return reader.done(chats, [])
 
 
@@ -148,6 +174,28 @@ class _Reader:
     def optional(self, row: Mapping[str, Any], name: str, line: int) -> str | None:
         """ "" where the row has none."""
         return "" if row.get(name) in (None, "") else self.text(row, name, line)
+
+    def prompt(self, row: Mapping[str, Any], line: int) -> Conversation | None:
+        """A text or messages, and the tools that go with them."""
+        tools = self.tools(row, line)
+        if not isinstance(row.get("prompt"), list):
+            text = self.text(row, "prompt", line)
+            messages = None if text is None else of_text(text).messages
+        else:
+            try:
+                messages = prompt_of(row["prompt"])
+            except Wrong as wrong:
+                self._note(line, "prompt", str(wrong), unmapped=True)
+                messages = None
+        return None if messages is None or tools is None else Conversation(messages=messages, tools=tools)
+
+    def tools(self, row: Mapping[str, Any], line: int) -> str | None:
+        """ "" where the row has none."""
+        try:
+            return tools_of(row.get("tools"))
+        except Wrong as wrong:
+            self._note(line, "tools", str(wrong))
+            return None
 
     def messages(self, row: Mapping[str, Any], line: int) -> tuple[Message, ...] | None:
         try:
@@ -194,70 +242,11 @@ class _Reader:
         self.problems.add(self._path, line, fault, f"{self._path}:{line}: {text}", unmapped)
 
 
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field; raises Wrong. A number is taken for its text, and of an answer a list of texts for JSON of
-    answers that are all right, and an object for JSON of tests."""
-    value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
-    elif name == "answer" and (isinstance(value, dict) or is_list_of_texts(value)):
-        value = json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, str) or not value.strip():
-        got = shown(value) if name in row else "no such field"
-        remedy = "write it in quotes" if isinstance(value, bool | float) else "fill it in or drop the row"
-        raise Wrong(f"field {name!r} must be a non-empty string, got {got}; {remedy}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Wrong(f"field {name!r} holds half of a surrogate pair, got {shown(value)}; repair its escapes") from None
-    return value
-
-
-def is_list_of_texts(value: object) -> bool:
-    """Tell whether this is a list of texts, none of them empty: answers that are all right."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item.strip() for item in value)
-
-
 def _plain_answer(row: Mapping[str, Any]) -> str:
     try:
         return text_of(row, "answer")
     except Wrong:
         return ""
-
-
-def messages_of(value: object) -> tuple[Message, ...]:
-    """The messages of a conversation; raises Wrong."""
-    if not isinstance(value, list) or not value:
-        raise Wrong(
-            f"field 'messages' must be a non-empty list, got {shown(value)}; "
-            'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-        )
-    messages = []
-    for index, item in enumerate(value):
-        name = f"messages[{index}]"
-        if not isinstance(item, dict) or set(item) != {"role", "content"}:
-            raise Wrong(
-                f"field {name!r} must be an object of 'role' and 'content', got {shown(item)}; leave out other keys"
-            )
-        if item["role"] not in ROLES:
-            raise Wrong(
-                f"field '{name}.role' must be one of {', '.join(ROLES)}, got {shown(item['role'])}; rename the role"
-            )
-        try:
-            messages.append(Message(role=item["role"], content=text_of(item, "content")))
-        except Wrong as wrong:
-            raise Wrong(f"{name}: {wrong}") from None
-    if messages[-1].role != "assistant":
-        raise Wrong(
-            f"field 'messages' must end with an assistant message, got role {messages[-1].role!r} last; "
-            "drop what follows the last answer"
-        )
-    if messages[0].role == "assistant":
-        raise Wrong(
-            "field 'messages' must not begin with an assistant message, got role 'assistant' first; "
-            "put the question before it"
-        )
-    return tuple(messages)
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -4,19 +4,23 @@ run (rollouts/step_N.jsonl)."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_rl.data.messages import Conversation, prompt_of, tools_of
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import bounded_lines, parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """reasoning: what an endpoint's model thought before the response, where it keeps that apart; else "".
-    reward: None of a response that was never finished. reason, finish_reason: as recorded."""
+    """asked: the whole conversation, where the prompt is more than a text. reasoning: what an endpoint's model thought
+    before the response, where it keeps that apart; else "". reward: None of a response that was never finished. reason,
+    finish_reason: as recorded."""
 
     prompt_id: str
     domain: str
     prompt: str
+    asked: Conversation | None
     response: str
     reasoning: str
     reward: float | None
@@ -40,9 +44,10 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
     try:
         row = parse_json(line)
         if "domain" in row:
-            domain, prompt = row["domain"], row["prompt"]
+            domain, prompt, asked = row["domain"], row["prompt"], _asked(row)
         elif row["prompt_id"] in prompts:
-            domain, prompt = prompts[row["prompt_id"]].domain, prompts[row["prompt_id"]].prompt
+            of_row = prompts[row["prompt_id"]]
+            domain, prompt, asked = of_row.domain, of_row.prompt, of_row.asked
         else:
             raise ValueError(
                 f"it has no domain, as in a training run's rollouts; name the data file with id {row['prompt_id']!r} "
@@ -53,6 +58,7 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
             prompt_id=str(row["prompt_id"]),
             domain=domain,
             prompt=prompt,
+            asked=asked,
             response=row["response"],
             reasoning=row.get("reasoning", ""),
             reward=None if unjudged else float(row["reward"]),
@@ -65,3 +71,9 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
         remedy = "" if line.endswith(b"\n") else "; it is cut short: go on with megatron-rl rollout --resume"
         raise ValueError(f"{where} is no scored response ({type(error).__name__}: {error}){remedy}") from None
     return found
+
+
+def _asked(row: Mapping[str, Any]) -> Conversation | None:
+    if not row.get("messages"):
+        return None
+    return Conversation(messages=prompt_of(row["messages"], "messages"), tools=tools_of(row.get("tools")))

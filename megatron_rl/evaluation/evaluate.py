@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.config.load import secret_variables
-from megatron_rl.config.reward import JudgeSection, RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.data.chat import load_tokenizer, response_decoder
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.data.fitting import Limit, rendered_prompts
@@ -28,6 +29,7 @@ from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.append_log import sample_into, told_of_resume, whole_groups
 from megatron_rl.rollout.completion_order import in_order_of_completion
@@ -112,7 +114,7 @@ async def _sample(
     left = [benchmark for benchmark in benchmarks if benchmark.questions or benchmark.num_given_up]
     model, rollout = config.model, config.rollout.as_rollout()
     with ExitStack() as closing:
-        rewards = [closing.enter_context(Rewards(benchmark.reward)) for benchmark in left]
+        rewards = [closing.enter_context(Rewards(benchmark.reward, folder)) for benchmark in left]
         write_settings(folder / "settings.json", claimed)
         judges = list(zip(left, rewards, strict=True))
         for benchmark, judge in judges:
@@ -135,8 +137,11 @@ async def _judge_again(benchmark: Benchmark, rewards: Rewards) -> None:
         if row.reason not in GAVE_UP:
             return row
         prompt = benchmark.prompts[row.position % len(benchmark.prompts)]
-        verdict = await rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, row.response)
-        return replace(row, score=verdict.score, reason=verdict.reason, details=verdict.details)
+        attempt = Attempt(text=row.response, finish_reason=row.finish_reason, num_tokens=row.num_tokens)
+        (verdict,) = await rewards.verdicts(prompt, [attempt])
+        return replace(
+            row, score=verdict.score, reason=verdict.reason, details=verdict.details, parts=dict(verdict.parts)
+        )
 
     with whole_file(benchmark.path, is_durable=True) as file:
         async for row in in_order_of_completion(map(again, judged_rows(benchmark.path)), _JUDGED_AT_ONCE):
@@ -180,16 +185,20 @@ def _chosen(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Benchmark
 
 
 def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenizer: Any, folder: Path) -> Benchmark:
-    everything = read_prompts(section.path, section.domain, section.suffix)
+    reward = section.reward_of(config.reward)
+    everything = read_prompts(
+        section.path, section.domain, section.suffix, system=section.system, needs_answer=reward.needs_answers
+    )
     prompts = everything[: section.prompts]
     if section.prompts is not None and len(prompts) < section.prompts:
         raise ValueError(
             f"{section.path} holds {len(prompts)} prompts, benchmarks.{name}.prompts is {section.prompts}; lower it"
         )
-    reward = _reward(config.reward, section)
     check_judged(prompts, reward, f"benchmarks.{name}.suffix")
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
-    input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
+    input_ids = rendered_prompts(
+        prompts, tokenizer, limit, section.special_tokens, arguments=section.template_arguments
+    )
     path = _path(folder, name)
     done = whole_groups(path, 1, "remove the file")
     return Benchmark(
@@ -214,13 +223,6 @@ def _questions(prompts: Sequence[Prompt], input_ids: Mapping[str, tuple[int, ...
     ]
 
 
-def _reward(reward: RewardSection, section: BenchmarkSection) -> RewardSection:
-    """How this benchmark is judged. Not validated again: "choice" is for evaluation only."""
-    if section.reward is None:
-        return reward
-    return reward.model_copy(update={"kind": section.reward, "domains": {}, "judge": JudgeSection()})
-
-
 def _write(
     folder: Path,
     settings: dict[str, Any],
@@ -238,9 +240,16 @@ def _write(
         },
         "settings": settings,
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(_finite(record), indent=1), encoding="utf-8")
     (folder / "results.md").write_text(markdown(results, model), encoding="utf-8")
     show(results, model)
+
+
+def _finite(value: Any) -> Any:
+    """The ends of the interval of a single prompt's scores are nowhere, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_rewards(max_error_share: float, results: Mapping[str, BenchmarkResult], folder: Path) -> None:

@@ -10,8 +10,9 @@ from megatron_rl.evaluation.statistics import Estimate, mean_of
 
 _HEADER = ("benchmark", "samples", "avg", "pass", "maj", "tokens", "cut", "none", "error")
 _LEGEND = (
-    "In percent, with 95 % intervals. avg over all samples of every prompt; pass@k and maj@k at the largest k; tokens "
-    "of a response, in the mean; cut: ended by the limit of tokens; none: without an answer; error: not judged."
+    "In percent, with 95 % intervals; with three decimals it is a mean of scores that go beyond 0 to 1. avg over all "
+    "samples of every prompt; pass@k and maj@k, of responses judged correct, at the largest k; tokens of a response, "
+    "in the mean; cut: ended by the limit of tokens; none: without an answer; error: not judged."
 )
 
 
@@ -37,7 +38,7 @@ def markdown(results: Mapping[str, BenchmarkResult], title: str) -> str:
 def _rows(results: Mapping[str, BenchmarkResult]) -> list[tuple[str, ...]]:
     rows = [_row(name, result) for name, result in results.items()]
     if len(results) > 1:
-        rows.append(("average", "", _interval(average_of(results)), *[""] * (len(_HEADER) - 3)))
+        rows.append(("average", "", interval(average_of(results)), *[""] * (len(_HEADER) - 3)))
     return rows
 
 
@@ -45,7 +46,7 @@ def _row(name: str, result: BenchmarkResult) -> tuple[str, ...]:
     return (
         name,
         f"{result.num_prompts} x {result.samples_per_prompt}",
-        _interval(result.average),
+        interval(result.average),
         _at_largest(result.pass_at),
         _at_largest(result.majority_at or {}),
         f"{result.response_tokens_mean:.0f}",
@@ -59,7 +60,10 @@ def _at_largest(found: Mapping[int, Estimate]) -> str:
     return f"{_percent(found[max(found)].value)} @{max(found)}" if found else ""
 
 
-def _interval(found: Estimate) -> str:
+def interval(found: Estimate) -> str:
+    """A share in percent, and any other mean as it is."""
+    if not found.is_share:
+        return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
     return f"{_percent(found.value)} [{_percent(found.low)}, {_percent(found.high)}]"
 
 

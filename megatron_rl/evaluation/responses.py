@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_rl.data.prompts import Prompt
@@ -17,7 +17,7 @@ class Judged:
     kind: the group of prompts that this one is counted with: "kind" of its meta, else its domain.
     judged_as: the kind of reward.
     answer: what the response gives in its last box; None without one, and for programs.
-    score, reason, details: the verdict's.
+    score, reason, details, parts: the verdict's.
     num_tokens: of the response, the end-of-sequence token included. finish_reason: "stop" or "length".
     """
 
@@ -34,6 +34,7 @@ class Judged:
     details: str
     num_tokens: int
     finish_reason: str
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, text: str) -> Judged:
@@ -53,11 +54,15 @@ def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, tex
         details=sample.details,
         num_tokens=sample.response.num_output_tokens,
         finish_reason=sample.response.finish_reason,
+        parts=dict(sample.parts),
     )
 
 
 def as_line(row: Judged) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+    values = asdict(row)
+    if not row.parts:
+        del values["parts"]
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def judged_rows(path: Path) -> Iterator[Judged]:

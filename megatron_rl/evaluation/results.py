@@ -16,7 +16,7 @@ from megatron_rl.reward.verdict import GAVE_UP
 class BenchmarkResult:
     """docs/evaluation.md defines each.
 
-    average: avg@k with k = samples_per_prompt. majority_at: None where some of the answers are programs.
+    average: the mean score, avg@k with k = samples_per_prompt. majority_at: None where some answers are programs.
     by_kind: avg@k of each kind of prompt. reasons: how many responses got which verdict; error_share: no verdict.
     """
 
@@ -40,17 +40,18 @@ def summarise(rows: Sequence[Judged], at: Sequence[int]) -> BenchmarkResult:
     votes = [count_votes(group) for group in groups]
     size = len(groups[0])
     assert all(len(group) == size for group in groups), "a prompt lacks samples"
+    are_shares = all(0 <= row.score <= 1 for row in rows)
     has_programs = any(row.judged_as == "code" for row in rows)
     return BenchmarkResult(
         num_prompts=len(groups),
         samples_per_prompt=size,
-        average=_average(groups),
+        average=_average(groups, are_shares),
         pass_at={k: estimate([pass_at(k, size, v.num_correct) for v in votes], size) for k in at},
         majority_at=None
         if has_programs
         else {k: estimate([majority_at(k, v.num_correct, v.others, v.num_silent) for v in votes], size) for k in at},
         by_kind={
-            kind: _average([group for group in groups if group[0].kind == kind])
+            kind: _average([group for group in groups if group[0].kind == kind], are_shares)
             for kind in sorted({row.kind for row in rows})
         },
         reasons=dict(sorted(Counter(row.reason for row in rows).items())),
@@ -66,5 +67,5 @@ def _prompt(row: Judged) -> str:
     return row.prompt_id
 
 
-def _average(groups: Sequence[Sequence[Judged]]) -> Estimate:
-    return estimate([fmean(row.score for row in group) for group in groups], len(groups[0]))
+def _average(groups: Sequence[Sequence[Judged]], are_shares: bool) -> Estimate:
+    return estimate([fmean(row.score for row in group) for group in groups], len(groups[0]), are_shares)

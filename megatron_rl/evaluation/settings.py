@@ -8,6 +8,8 @@ from typing import Any
 from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
 from megatron_rl.rollout.provenance import model_settings, read_settings, refuse_differences, reward_settings
 
+_OF_PROMPTS = {"domain", "suffix", "system", "special_tokens", "template_arguments"}
+
 
 def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSection]) -> dict[str, Any]:
     """Not among them: how fast it goes, and how many samples are taken, since more can follow."""
@@ -55,5 +57,5 @@ def _benchmark(section: BenchmarkSection) -> dict[str, Any]:
         "reward": section.reward,
         "prompts": section.prompts,
         # Named only where they are set, so that a folder of before they were known can be gone on with.
-        **section.model_dump(include={"domain", "suffix", "special_tokens"}, exclude_defaults=True),
+        **section.model_dump(include=_OF_PROMPTS, exclude_defaults=True),
     }

@@ -16,11 +16,15 @@ Z_95 = 1.959964  # the normal distribution holds 95 % within so many standard de
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A share; `low` and `high` bound it with 95 % confidence."""
+    """A share, or a mean of scores that may be any number; `low` and `high` bound it with 95 % confidence.
+
+    is_share: it is between 0 and 1 by its kind.
+    """
 
     value: float
     low: float
     high: float
+    is_share: bool = True
 
 
 def student_95(degrees: int) -> float:
@@ -65,8 +69,10 @@ def _not_outvoted(votes: int, num_drawn: int, others: Sequence[int], num_silent:
     return sum(parts, Fraction())
 
 
-def estimate(values: Sequence[float], num_samples: int) -> Estimate:
+def estimate(values: Sequence[float], num_samples: int, is_share: bool = True) -> Estimate:
     """The mean over prompts of `values` in [0, 1], with Wilson's interval for the effective number of trials.
+
+    is_share: where not, the values may be any numbers, and have Student's t interval with the prompts as units.
 
     Samples of one prompt depend on each other, so the prompts are the units (Miller 2024, arXiv 2411.00640). The
     variance of their mean, s^2 / m, is that of p(1 - p) / (s^2 / m) independent trials (Kish's design effect): never
@@ -74,6 +80,8 @@ def estimate(values: Sequence[float], num_samples: int) -> Estimate:
     has Wilson's own interval, and 0 % and 100 % an interval as wide as if all samples of a prompt were one.
     """
     num_prompts, mean = len(values), math.fsum(values) / len(values)
+    if not is_share:
+        return _student(values, mean)
     least, most = num_prompts, num_prompts * num_samples
     binomial = mean * (1 - mean)
     squares = math.fsum((value - mean) ** 2 for value in values)
@@ -84,6 +92,16 @@ def estimate(values: Sequence[float], num_samples: int) -> Estimate:
     else:
         trials = min(max(binomial * num_prompts * (num_prompts - 1) / squares, least), most)
     return wilson(mean, trials)
+
+
+def _student(values: Sequence[float], mean: float) -> Estimate:
+    """One value says nothing of how far others may be."""
+    count = len(values)
+    if count == 1:
+        return Estimate(value=mean, low=-math.inf, high=math.inf, is_share=False)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    far = student_95(count - 1) * math.sqrt(squares / (count - 1) / count)
+    return Estimate(value=mean, low=mean - far, high=mean + far, is_share=False)
 
 
 def wilson(share: float, trials: float) -> Estimate:
@@ -102,4 +120,6 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     value = math.fsum(e.value for e in estimates) / count
     below = math.sqrt(math.fsum((e.value - e.low) ** 2 for e in estimates)) / count
     above = math.sqrt(math.fsum((e.high - e.value) ** 2 for e in estimates)) / count
+    if not all(e.is_share for e in estimates):
+        return Estimate(value=value, low=value - below, high=value + above, is_share=False)
     return Estimate(value=value, low=max(0.0, value - below), high=min(1.0, value + above))

@@ -26,7 +26,7 @@ class Votes:
 
 
 def count_votes(rows: Sequence[Judged]) -> Votes:
-    wrong = [row for row in rows if row.score == 0.0]
+    wrong = [row for row in rows if row.reason != "correct"]
     answers = Counter(vote(row.answer, row.judged_as) for row in wrong if row.answer is not None)
     return Votes(
         num_correct=len(rows) - len(wrong),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import psutil
 
+from megatron_rl.c3po.own_objective import check_advantage, check_correction, check_surrogate
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
@@ -25,8 +26,10 @@ from megatron_rl.families import Architecture, family_of, load_architecture
 from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
+from megatron_rl.own_functions import is_own
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
+from megatron_rl.preflight.rewards import reward_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
@@ -69,12 +72,16 @@ def _rows(start: Start) -> Iterator[str]:
             read_chats(path, found, most=LOOKED_AT)
     elif isinstance(config, EvaluateConfig):
         for section in config.benchmarks.values():
-            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT)
+            needs_answer = section.reward_of(config.reward).needs_answers
+            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT, needs_answer=needs_answer)
     elif isinstance(config, SamplingConfig | SelectConfig):
+        data = config.data
         prompts = [
             prompt
-            for path in config.data.train_files
-            for prompt in read_prompts(path, config.data.domain, config.data.suffix, found, LOOKED_AT)
+            for path in data.train_files
+            for prompt in read_prompts(
+                path, data.domain, data.suffix, found, LOOKED_AT, True, data.system, config.reward.needs_answers
+            )
         ]
         found.tell()
         refuse_misjudged(prompts, config.reward)
@@ -89,9 +96,11 @@ def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
     limit = prompt_limit(config)
-    may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
-    if may_be_long and config.data.too_long == "stop":
-        rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)
+    data = config.data
+    may_be_long = [p for p in prompts if len(p.text.encode()) > limit.tokens]
+    if may_be_long and data.too_long == "stop":
+        tokenizer = load_tokenizer(config.model.path)
+        rendered_prompts(may_be_long, tokenizer, limit, data.special_tokens, arguments=data.template_arguments)
 
 
 @check("domains", "tables by domain name domains that rows have")
@@ -102,10 +111,25 @@ def _domains(start: Start) -> Iterator[str]:
     if not (start.trains and isinstance(config, RlConfig)):
         return
     if config.reward.domains or config.reward.judge.domains or config.budget.domains:
-        stream = load_stream(config.data, config.seed, remarks=False)
+        stream = load_stream(config.data, config.seed, remarks=False, needs_answer=config.reward.needs_answers)
         check_reward_domains(stream.rows, config.reward, "data.train")
         if config.budget.domains:
             stream.check_shares(config.budget.domains, warns=False)
+    yield from ()
+
+
+@check("objective", "own parts of the objective work on small tensors")
+def _objective(start: Start) -> Iterator[str]:
+    config = start.config
+    if not (start.trains and isinstance(config, RlConfig)):
+        return
+    algorithm = config.algorithm
+    if algorithm.advantage and is_own(algorithm.advantage):
+        check_advantage(algorithm.advantage)
+    if algorithm.surrogate and is_own(algorithm.surrogate):
+        check_surrogate(algorithm.surrogate)
+    if is_own(algorithm.correction):
+        check_correction(algorithm.correction)
     yield from ()
 
 
@@ -210,6 +234,7 @@ def _memory(start: Start) -> Iterator[str]:
 
 
 check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
+check("rewards", "own reward functions and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9

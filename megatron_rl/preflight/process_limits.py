@@ -26,7 +26,9 @@ def limit_problems(start: Start) -> Iterator[str]:
     """What is needed is counted generously."""
     rollout, num_servers = _served(start)
     config = start.config
-    workers = 2 * config.reward.workers if isinstance(config, RolloutPhase | EvaluateConfig) else 0  # of two kinds
+    workers = 0
+    if isinstance(config, RolloutPhase | EvaluateConfig):
+        workers = max(2, len(config.reward.kinds)) * config.reward.workers  # of each kind that needs some
     if rollout is not None:
         # Two more of a server: its health is looked at beside a push of weights.
         sockets = requests_in_flight(rollout, num_servers) + 2 * num_servers

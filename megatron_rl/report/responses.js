@@ -75,8 +75,9 @@ function responseCard(step, response) {
   const where = `${step.file}, line ${response.line}`;
   const badge = (words, name = "") => make("span", { className: `badge ${name}`, textContent: label(words) });
   const badges = [badge(text)];
-  if (response.reward !== undefined) badges.unshift(badge(`reward ${short(response.reward)}`, response.reward > 0 ? "good" : "bad"));
+  if (response.reward !== undefined) badges.unshift(badge(`reward ${short(response.reward)}`, (response.reason ? response.reason === "correct" : response.reward > 0) ? "good" : "bad"));
   if (response.reason) badges.push(badge(response.reason));
+  for (const [name, part] of Object.entries(response.parts ?? {})) badges.push(badge(`${name} ${short(part)}`));
   if (response.advantage !== undefined) badges.push(badge(`advantage ${short(response.advantage)}`));
   badges.push(badge(`${response.num_tokens ?? "?"} tokens`));
   if (response.finish_reason) badges.push(badge(`ended by ${response.finish_reason}`));

@@ -18,7 +18,7 @@ _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
 # What train/orchestrator/phase_metrics.py and traces write first. Rows that begin otherwise are read whole.
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
 _KEPT = (
-    *("sample_index", "reward", "reason", "details", "advantage", "outcome", "num_tokens", "num_loss_tokens"),
+    *("sample_index", "reward", "reason", "details", "parts", "advantage", "outcome", "num_tokens", "num_loss_tokens"),
     *("finish_reason", "policy_versions", "expected", "extracted"),
 )
 

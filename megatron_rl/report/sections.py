@@ -42,6 +42,19 @@ SECTIONS = (
             ),
             Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}, always=True),
             Plot(
+                title="Judged correct",
+                unit="share of responses",
+                curves={"correct": "correct_share"},
+                note="The reward itself, where that is 0 or 1.",
+            ),
+            Plot(
+                title="Parts of the reward",
+                unit="mean of the step",
+                curves={"*": "reward_part/*"},
+                note="Before their weights.",
+                always=True,
+            ),
+            Plot(
                 title="Loss",
                 unit="per token",
                 curves={"training": "loss", "validation": "validation_loss"},

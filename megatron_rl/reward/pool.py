@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import multiprocessing
 import resource
 import signal
 import weakref
@@ -13,21 +12,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Self
 
-from pebble import ProcessPool
-
 from megatron_rl.lifeline import end_with_owner
 from megatron_rl.reward import math as math_reward
 from megatron_rl.reward.exact import exact_verdict
 from megatron_rl.reward.stem import choice_verdict, judge_value, settle_stem
 from megatron_rl.reward.verdict import Verdict, make_verdict
+from megatron_rl.reward.workers import WAITING_PER_WORKER as WAITING_PER_WORKER
+from megatron_rl.reward.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 WORKER_MEMORY_BYTES = 2 * 1024**3
 # A worker is replaced after this many items, so that sympy's caches do not grow into its memory limit.
 ITEMS_PER_WORKER = 2000
-# Items handed to the workers ahead of time. More would only hold memory, and wait longer once a pool is cancelled.
-WAITING_PER_WORKER = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +82,9 @@ class RewardPool:
         self.workers = workers
         self.timeout_seconds = timeout_seconds
         self._kind = judge or REWARD_KINDS[kind]
-        self._processes: ProcessPool | None = None
+        self._processes = Workers(
+            workers, _initialize_worker, (self._kind.warm_up,), ITEMS_PER_WORKER, self._kind.preload
+        )
         self._closed = False
         self._room: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
             weakref.WeakKeyDictionary()
@@ -129,10 +128,7 @@ class RewardPool:
     def close(self) -> None:
         """End every worker, also a busy one; items that are still waiting are cancelled. Safe to call twice."""
         self._closed = True
-        if self._processes is not None:
-            self._processes.stop()
-            self._processes.join()
-            self._processes = None
+        self._processes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -163,25 +159,9 @@ class RewardPool:
 
     def _schedule(self, boxed: str, answer: str) -> "Future[Verdict]":
         assert self._kind.judge is not None, f"kind {self.kind} left an item for a worker but has no judge"
-        # pebble gives up the whole pool when a worker dies while idle (say, to the kernel's OOM killer).
-        if self._processes is not None and not self._processes.active:
-            self._processes.stop()
-            self._processes.join()
-            self._processes = None
         if self._closed:
             raise ValueError("this RewardPool was closed while items were waiting")
-        if self._processes is None:
-            context = multiprocessing.get_context("forkserver")
-            if self._kind.preload:
-                context.set_forkserver_preload(["__main__", self._kind.preload])
-            self._processes = ProcessPool(
-                max_workers=self.workers,
-                max_tasks=ITEMS_PER_WORKER,
-                initializer=_initialize_worker,
-                initargs=(self._kind.warm_up,),
-                context=context,
-            )
-        return self._processes.schedule(self._kind.judge, args=(boxed, answer), timeout=self.timeout_seconds)
+        return self._processes.schedule(self._kind.judge, (boxed, answer), self.timeout_seconds)
 
     def _give_up(self, error: Exception) -> Verdict:
         """The fault boundary: whatever a hostile item did to its worker costs that item only."""

@@ -40,6 +40,7 @@ def pack_carry(carry: Carry) -> bytes:
         reasons=np.array([s.reason for s in carry.samples], np.str_),
         # Bytes: numpy strings drop what ends in NUL, and take four bytes for every character of the longest.
         details=np.frombuffer(json.dumps([s.details for s in carry.samples]).encode(), np.uint8),
+        parts=np.frombuffer(json.dumps([dict(s.parts) for s in carry.samples]).encode(), np.uint8),
         groups=np.array([(g.prompt_id, len(g.responses), g.retention) for g in carry.unfinished], np.int64).reshape(
             -1, 3
         ),
@@ -55,11 +56,13 @@ def unpack_carry(data: bytes) -> Carry:
             "carried.npz of this checkpoint was written by an older megatron_rl; start a new run from the checkpoint "
             "by model.path"
         )
-    responses = _responses(arrays)
+    responses, details = _responses(arrays), json.loads(arrays["details"].tobytes())
+    # Without them it is of a version that knew none.
+    parts = json.loads(arrays["parts"].tobytes()) if "parts" in arrays else [{} for _ in details]
     samples = tuple(
-        Sample(response=response, reward=float(score[0]), advantage=float(score[1]), reason=str(reason), details=text)
-        for response, score, reason, text in zip(
-            responses, arrays["scores"], arrays["reasons"], json.loads(arrays["details"].tobytes()), strict=False
+        Sample(response=response, reward=float(s[0]), advantage=float(s[1]), reason=str(reason), details=text, parts=of)
+        for response, s, reason, text, of in zip(
+            responses, arrays["scores"], arrays["reasons"], details, parts, strict=False
         )
     )
     ends = accumulate((int(size) for _, size, _ in arrays["groups"]), initial=len(samples))

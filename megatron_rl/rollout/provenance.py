@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.files import whole_file
+from megatron_rl.own_functions import is_own, source_digest
 from megatron_rl.parsing import read_json
 
 ANOTHER_OUTPUT = "name another --output"
@@ -23,7 +25,24 @@ def model_settings(path: Path, dtype: str) -> dict[str, Any]:
 
 def reward_settings(reward: RewardSection) -> dict[str, Any]:
     """What decides a verdict."""
-    return reward.model_dump(mode="json", exclude={"workers", "max_error_share", "overlong_buffer_tokens"})
+    of_pace = {"workers", "max_error_share", "overlong_buffer_tokens", "overlong_penalty", "memory_bytes", "service"}
+    # Named only where they are set, so that a folder of before they were known can be gone on with.
+    new = {"parts", "correct_part", "passing_score"}
+    settings = reward.model_dump(mode="json", exclude=of_pace | new)
+    settings |= reward.model_dump(mode="json", include=new, exclude_defaults=True)
+    digests = function_digests(reward)
+    return settings | ({"functions": digests} if digests else {})
+
+
+def function_digests(reward: RewardSection) -> dict[str, str]:
+    """The digest of each function of the user's own that gives rewards: another text may give others."""
+    return {kind: source_digest(kind) for kind in reward.kinds if is_own(kind)}
+
+
+def objective_digests(algorithm: AlgorithmSection) -> dict[str, str]:
+    """The same of those that are parts of the objective."""
+    parts = (algorithm.advantage, algorithm.surrogate, algorithm.correction)
+    return {name: source_digest(name) for name in parts if name is not None and is_own(name)}
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

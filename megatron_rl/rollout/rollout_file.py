@@ -41,6 +41,19 @@ def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str |
     }
 
 
+def asked_columns(prompt: Prompt) -> dict[str, Any]:
+    """Make the columns of a prompt that is more than a text: its messages and tools."""
+    if prompt.asked is None:
+        return {}
+    tools = {"tools": json.loads(prompt.asked.tools)} if prompt.asked.tools else {}
+    return {"messages": prompt.messages, **tools}
+
+
+def parts_column(sample: Sample) -> dict[str, dict[str, float]]:
+    """Make the column of the parts of a reward; none where it has no parts."""
+    return {"parts": dict(sample.parts)} if sample.parts else {}
+
+
 def text_of(response: Response, decode: Callable[[list[int]], str]) -> str:
     """The text of a response: the one that it was judged by, or decoded now where that was not kept."""
     return decode(response.output_ids.tolist()) if response.text is None else response.text
@@ -56,11 +69,13 @@ def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[l
             "position": sample.response.prompt_id,
             "sample_index": sample.response.sample_index,
             "prompt": prompt.prompt,
+            **asked_columns(prompt),
             "response": text,
             **answer_columns(prompt, judged_as, text),
             "reward": sample.reward,
             "reason": sample.reason,
             "details": sample.details,
+            **parts_column(sample),
             "finish_reason": sample.response.finish_reason,
             "prompt_token_ids": sample.response.prompt_ids.tolist(),
             "output_ids": sample.response.output_ids.tolist(),
@@ -166,6 +181,7 @@ def _row(line: bytes, where: str, limits: RowLimits) -> tuple[Sample, Prompt]:
             reward=_reward(row["reward"]),
             reason=str(row["reason"]),
             details=str(row.get("details", "")),
+            parts={str(name): _reward(part) for name, part in dict(row.get("parts", {})).items()},
             advantage=0.0,
         )
         prompt = Prompt(

@@ -84,10 +84,10 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
     section = config.teacher
     assert section is not None
     endpoint = Endpoint(section, "teacher", section.tries)
-    stream = load_stream(config.data, config.seed)
+    stream = load_stream(config.data, config.seed, needs_answer=config.reward.needs_answers)
     check_reward_domains(stream.rows, config.reward, "data.train")
     check_judged(stream.rows, config.reward)
-    with Rewards(config.reward) as rewards:
+    with Rewards(config.reward, config.run_dir) as rewards:
         asked = {"url", "model", "system", "top_p", "send_seed", "extra"}
         settings = {"teacher": section.model_dump(mode="json", include=asked), **_settings(config, stream.digest, [])}
         left = _left(config, stream, num_prompts, path, settings)

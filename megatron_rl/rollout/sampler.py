@@ -21,6 +21,7 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
@@ -231,15 +232,22 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        prompt = question.prompt
-        verdicts = await asyncio.gather(
-            *(self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, r.text or "") for r in responses)
-        )
+        attempts = [
+            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_output_tokens) for r in responses
+        ]
+        verdicts = await self._rewards.verdicts(question.prompt, attempts)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
             prompt_id=question.prompt_id,
             samples=tuple(
-                Sample(response=r, reward=v.score, reason=v.reason, details=v.details, advantage=float(a))
+                Sample(
+                    response=r,
+                    reward=v.score,
+                    reason=v.reason,
+                    details=v.details,
+                    parts=v.parts,
+                    advantage=float(a),
+                )
                 for r, v, a in zip(responses, verdicts, advantages, strict=True)
             ),
         )

@@ -57,7 +57,9 @@ async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str,
     """A sampler over servers of its own. Samples have advantage 0."""
     assert config.model is not None  # with a teacher there is nothing to serve
     end_ids = load_architecture(model).eos_token_ids
-    with Rewards(config.reward) as rewards:  # first: what judges may be missing, and servers take a while to start
+    with Rewards(
+        config.reward, config.run_dir
+    ) as rewards:  # first: what judges may be missing, and servers take a while to start
         variables = secret_variables(config)
         async with serving(model, config.model.dtype, config.rollout, config.run_dir, name, variables) as servers:
             yield Sampler(

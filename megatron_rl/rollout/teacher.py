@@ -12,13 +12,16 @@ from typing import Any
 
 from megatron_rl.config.endpoints import TeacherSection
 from megatron_rl.config.schema import SamplingConfig
+from megatron_rl.data.messages import with_system
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.endpoint import Endpoint, EndpointError
+from megatron_rl.endpoint import Endpoint, EndpointError, Reply
 from megatron_rl.errors import Fault
 from megatron_rl.reward.rewards import Rewards
+from megatron_rl.reward.score import Attempt
+from megatron_rl.reward.verdict import Verdict
 from megatron_rl.rollout.append_log import Finished
 from megatron_rl.rollout.client import gather_all
-from megatron_rl.rollout.rollout_file import answer_columns
+from megatron_rl.rollout.rollout_file import answer_columns, asked_columns
 from megatron_rl.rollout.sampler import sampling_seed
 
 log = logging.getLogger(__name__)
@@ -92,34 +95,41 @@ class Teacher:
             )
 
     async def _finished(self, position: int, prompt: Prompt) -> Finished:
-        rows = await gather_all(self._row(position, index, prompt) for index in range(self._size))
+        replies = await gather_all(self._reply(position, index, prompt) for index in range(self._size))
+        attempts = [Attempt(text=r.content, finish_reason=r.finish_reason, num_tokens=r.num_tokens) for r in replies]
+        verdicts = await self._rewards.verdicts(prompt, attempts)
+        rows = [self._row(position, i, prompt, *one) for i, one in enumerate(zip(replies, verdicts, strict=True))]
         return Finished(
             lines="".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
             num_tokens=sum(row["num_tokens"] for row in rows),
             reward=sum(row["reward"] for row in rows) / len(rows),
         )
 
-    async def _row(self, position: int, index: int, prompt: Prompt) -> dict[str, Any]:
-        messages = [{"role": "user", "content": prompt.prompt}]
-        if self._section.system:
-            messages.insert(0, {"role": "system", "content": self._section.system})
+    async def _reply(self, position: int, index: int, prompt: Prompt) -> Reply:
+        asked = prompt.conversation
+        messages = [one.as_dict() for one in with_system(asked.messages, self._section.system)]
         seed = {"seed": sampling_seed(self._seed, position, index)} if self._section.send_seed else {}
+        tools = {"tools": json.loads(asked.tools)} if asked.tools else {}
         async with self._endpoint.room():
-            reply = await self._endpoint.ask(messages, self._options | seed)
+            reply = await self._endpoint.ask(messages, self._options | seed | tools)
         self._num_responses += 1
-        verdict = await self._rewards.verdict(prompt.domain, prompt.prompt, prompt.answer, reply.content)
+        return reply
+
+    def _row(self, position: int, index: int, prompt: Prompt, reply: Reply, verdict: Verdict) -> dict[str, Any]:
         return {
             "prompt_id": prompt.id,
             "domain": prompt.domain,
             "position": position,
             "sample_index": index,
             "prompt": prompt.prompt,
+            **asked_columns(prompt),
             "response": reply.content,
             "reasoning": reply.reasoning,
             **answer_columns(prompt, self._kind_of(prompt.domain), reply.content),
             "reward": verdict.score,
             "reason": verdict.reason,
             "details": verdict.details,
+            **({"parts": dict(verdict.parts)} if verdict.parts else {}),
             "finish_reason": reply.finish_reason,
             "num_tokens": reply.num_tokens,
             "model": self._section.model,

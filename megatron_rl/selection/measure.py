@@ -27,7 +27,11 @@ def measure(candidate: Candidate, path: Path, num_prompts: int) -> Measured:
         samples_per_prompt=size,
         num_tokens=sum(map(len, logprobs)),
         entropy=token_entropy([-float(lp.sum(dtype=np.float64)) for lp in logprobs], list(map(len, logprobs))),
-        accuracy=estimate([fmean(sample.reward for sample in group.samples) for group in groups], size),
+        accuracy=estimate(
+            [fmean(sample.reward for sample in group.samples) for group in groups],
+            size,
+            is_share=all(0 <= sample.reward <= 1 for sample in samples),
+        ),
         truncated_share=fmean(sample.response.finish_reason == "length" for sample in samples),
         error_share=fmean(sample.reason in GAVE_UP for sample in samples),
     )

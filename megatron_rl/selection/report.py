@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl.evaluation.report import interval
 from megatron_rl.evaluation.statistics import Estimate
 from megatron_rl.selection.choice import Band, Measured, is_in, straddled_ends
 
 _HEADER = ("candidate", "entropy", "accuracy", "tokens", "cut", "val loss", "val ent")
 _LEGEND = (
-    "*: chosen. entropy: of the policy, in nats per token; accuracy: mean reward, in percent; both with 95 % "
-    "intervals. tokens of a response, in the mean; cut: percent of responses ended by the limit of tokens; "
+    "*: chosen. entropy: of the policy, in nats per token; accuracy: mean reward, in percent where rewards "
+    "are within 0 to 1; both with 95 % intervals. tokens of a response, in the mean; cut: percent of responses ended "
+    "by the limit of tokens; "
     "val loss, val ent: validation loss and entropy of the SFT run, in nats per token."
 )
 
@@ -61,7 +63,7 @@ def _rows(measured: Sequence[Measured], chosen: Measured | None) -> list[tuple[s
         (
             one.candidate.name + (" *" if one is chosen else ""),
             _interval(one.entropy),
-            f"{100 * one.accuracy.value:.1f} [{100 * one.accuracy.low:.1f}, {100 * one.accuracy.high:.1f}]",
+            interval(one.accuracy),
             f"{one.response_tokens_mean:.0f}",
             f"{100 * one.truncated_share:.1f}",
             _number(one.candidate.sft.validation_loss),

@@ -91,7 +91,9 @@ def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], 
         candidate=candidate,
         path=path,
         tokenizer=tokenizer,
-        input_ids=rendered_prompts(prompts, tokenizer, limit, config.data.special_tokens),
+        input_ids=rendered_prompts(
+            prompts, tokenizer, limit, config.data.special_tokens, arguments=config.data.template_arguments
+        ),
         settings=settings,
         done=frozenset(done),
     )

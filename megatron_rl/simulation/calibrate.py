@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
+from megatron_rl.c3po.advantage import all_equal
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.schema import RlConfig
@@ -36,7 +37,7 @@ class Replay:
         if not self.rows:
             raise ValueError(f"{run_dir} has no metrics.jsonl with steps; is it the directory of a run of train?")
         lengths: dict[int, list[int]] = defaultdict(list)
-        rewards: dict[int, set[float]] = defaultdict(set)
+        rewards: dict[int, list[float]] = defaultdict(list)
         for row in self.rows:
             path = run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl"
             if not path.is_file():
@@ -45,9 +46,9 @@ class Replay:
                 for sample in map(parse_json, bounded_lines(file, path)):
                     if set(sample["policy_versions"]) == {str(row["step"])}:  # others were carried into this step
                         lengths[sample["position"]].append(sample["num_tokens"])
-                        rewards[sample["position"]].add(sample["reward"])
+                        rewards[sample["position"]].append(sample["reward"])
         self.groups = [np.array(lengths[position]) for position in sorted(lengths)]
-        self._kept = np.array([len(rewards[position]) > 1 for position in sorted(lengths)])
+        self._kept = np.array([not all_equal(rewards[position]) for position in sorted(lengths)])
         self._next = 0
 
     @property

@@ -49,7 +49,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
     if rollouts is None:
         check_seats(config, own_place().local_world_size, device.on_cuda())
     signals = StopSignals()
-    num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
+    num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_of_phase
     context = TrainContext(config, num_optimizer_steps, resume, check=signals.check)
     # Every part is closed, whatever another one raises.
     with context, ExitStack() as parts, told_in_words(context.watchdog):

@@ -172,7 +172,9 @@ class DifficultySection(Section):
         default=0.0, ge=0, lt=1, description="rows that neither model solves more often are dropped"
     )
     suffix: str = Field(default="", description="data.suffix of the rollouts, which their prompts end in")
-    passing_reward: float = Field(default=1.0, description="the least reward of a solved response")
+    passing_reward: float | None = Field(
+        default=None, description="the least reward of a solved response; default: those that were judged correct"
+    )
     unmeasured: Literal["keep", "drop"] = "keep"
 
     @model_validator(mode="after")

@@ -60,14 +60,20 @@ def _rates(patterns: Iterable[str], settings: DifficultySection) -> Rates:
             try:
                 row = parse_json(line)
                 key, reward = short_digest(row["prompt"].removesuffix(settings.suffix)), float(row["reward"])
-                gave_up = row.get("reason") in GAVE_UP
+                reason = row.get("reason")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number} is not a scored response ({type(error).__name__}: {error}); "
                     "difficulty takes what megatron-rl rollout writes"
                 ) from None
-            if gave_up:  # scored 0, though nobody knows whether it solves the prompt
+            if reason in GAVE_UP:  # scored 0, though nobody knows whether it solves the prompt
                 continue
             solved, total = rates.get(key, (0, 0))
-            rates[key] = solved + (reward >= settings.passing_reward), total + 1
+            rates[key] = solved + _is_solved(reward, reason, settings.passing_reward), total + 1
     return rates
+
+
+def _is_solved(reward: float, reason: str | None, passing_reward: float | None) -> bool:
+    if passing_reward is None and reason is not None:
+        return reason == "correct"
+    return reward >= (1.0 if passing_reward is None else passing_reward)

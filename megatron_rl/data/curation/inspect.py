@@ -14,7 +14,8 @@ from megatron_rl.data.curation.mapping import Unusable, to_chat, to_prompt
 from megatron_rl.data.curation.rules import CHAT_RULES, RULES
 from megatron_rl.data.curation.sources import Piece, parsed
 from megatron_rl.data.curation.text import digest, numbers_digest, shingles, short_digest, token_hashes, tokens
-from megatron_rl.data.prompts import Message, Prompt, messages_of
+from megatron_rl.data.messages import Message, messages_of
+from megatron_rl.data.prompts import Prompt
 from megatron_rl.parsing import parse_json
 
 # prompt: digest of what exact duplicates have in common, as two halves. near: whether it is compared by bands.

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_rl.data.curation.config import Layout
 from megatron_rl.data.curation.test_layouts import TEST_LAYOUTS, recognised_tests
-from megatron_rl.data.prompts import Chat, Prompt, Wrong, is_list_of_texts, messages_of, prompt_id
+from megatron_rl.data.messages import Wrong, is_list_of_texts, messages_of
+from megatron_rl.data.prompts import Chat, Prompt, prompt_id
 from megatron_rl.reward.answers import boxed_answer, stated_answer
 from megatron_rl.reward.code_tests import problem_of_tests
 

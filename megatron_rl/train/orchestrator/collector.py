@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rl.c3po.advantage import all_equal
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import PromptYield, Shortfall, shortfalls
 from megatron_rl.c3po.packing import CostModel
@@ -13,6 +14,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
+from megatron_rl.train.orchestrator.advantages import with_phase_advantages
 from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
 from megatron_rl.train.orchestrator.phase_metrics import Phase
 from megatron_rl.train.run.step_files import StepFiles
@@ -90,6 +92,7 @@ class Collector:
     def _plan(self, groups: Sequence[Group], carried: Sequence[Sample], policy_version: int) -> Schedule:
         # A different permutation every phase, from the run's seed alone.
         seed = self._config.seed * 1_000_003 + policy_version
+        groups, carried = with_phase_advantages(self._config, groups, carried)
         return schedule(groups, carried, self._plan_rules(), policy_version=policy_version, seed=seed)
 
     def _plan_rules(self) -> PlanRules:
@@ -106,6 +109,8 @@ class Collector:
             micro_batch_multiple=self._layout.micro_batch_multiple,
             shares=self._shares,
             domain_of=self._domain_of,
+            mask_truncated=config.algorithm.mask_truncated,
+            num_passes=config.algorithm.passes_per_rollout,
         )
 
     def _write(self, phase: Phase, policy_version: int) -> None:
@@ -133,5 +138,5 @@ class Collector:
         return domain_of(self._source.prompt_of(position), self._shares)
 
     def _is_wanted(self, group: Group) -> bool:
-        """Dynamic sampling drops groups that teach nothing: all right or all wrong."""
-        return not self._algorithm.dynamic_sampling or len({sample.reward for sample in group.samples}) > 1
+        """Dynamic sampling drops groups that teach nothing: all right, all wrong, or all with the same score."""
+        return not self._algorithm.dynamic_sampling or not all_equal([s.reward for s in group.samples])

@@ -10,11 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from megatron_rl import __version__
-from megatron_rl.c3po.advantage import group_advantages, overlong_penalty
-from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
@@ -24,16 +20,17 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import load_architecture
-from megatron_rl.records import Group, Response, UnfinishedGroup
+from megatron_rl.records import Group, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.provenance import model_settings
-from megatron_rl.rollout.rollout_file import Advantages, limits_of, read_groups
+from megatron_rl.rollout.provenance import function_digests, model_settings, objective_digests
+from megatron_rl.rollout.rollout_file import limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
+from megatron_rl.train.orchestrator.advantages import advantages_of
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.orchestrator.node_servers import NodeServers
 from megatron_rl.train.run.signals import StopSignals, disk_fault
@@ -162,7 +159,7 @@ class ServerGroups:
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Response | None = None  # of the last phase that kept any
         self._supervisor = servers.supervisor
-        self._rewards = Rewards(config.reward)
+        self._rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
@@ -310,18 +307,6 @@ def domain_of(prompt: Prompt, shares: Mapping[str, float]) -> str:
     return ANY if ANY in shares else prompt.domain
 
 
-def advantages_of(config: RlConfig) -> Advantages:
-    """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]."""
-    rule = chosen_algorithm(config.algorithm).advantage
-    longest, buffer = config.rollout.max_response_tokens, config.reward.overlong_buffer_tokens
-
-    def advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
-        penalties = [overlong_penalty(response.num_output_tokens, longest, buffer) for response in responses]
-        return group_advantages(rewards + penalties, rule)
-
-    return advantages
-
-
 async def _in_waves(
     take: Callable[[str, int], Awaitable[list[Group]]],
     needs: Sequence[Shortfall],
@@ -384,7 +369,10 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         "optimizer": True,
         "algorithm": True,
         "budget": True,
-        "reward": {"kind", "domains", "overlong_buffer_tokens", "code", "judge"},
+        "reward": {
+            *("kind", "domains", "parts", "correct_part", "passing_score", "code", "judge"),
+            *("overlong_buffer_tokens", "overlong_penalty"),
+        },
         "rollout": {
             "engine",
             "prompts_per_step",
@@ -402,5 +390,6 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)
-    everything = [__version__, data, layout.world_size, model, values]
+    own = {**function_digests(config.reward), **objective_digests(config.algorithm)}
+    everything = [__version__, data, layout.world_size, model, values, own]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

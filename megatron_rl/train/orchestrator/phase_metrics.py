@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.c3po.advantage import all_equal
 from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.rollout_file import answer_columns, text_of
+from megatron_rl.rollout.rollout_file import answer_columns, parts_column, text_of
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 
@@ -66,6 +67,7 @@ class Phase:
                 "reward": sample.reward,
                 "reason": sample.reason,
                 "details": sample.details,
+                **parts_column(sample),
                 "advantage": sample.advantage,
                 "num_loss_tokens": num_loss_tokens,
                 "outcome": outcome,
@@ -126,12 +128,13 @@ class Phase:
         own = [sample for group in self.generated for sample in group.samples]
         seen = own or list(samples)
         lengths = np.array([sample.response.num_output_tokens for sample in seen])
-        selected = [s for step in plan.steps for s in step.selected]
+        selected = [s for step in self.schedule.first_pass for s in step.selected]
         advantages = np.array([samples[s.index].advantage for s in selected])
-        uniform = sum(len({sample.reward for sample in group.samples}) == 1 for group in self.generated)
+        uniform = sum(all_equal([sample.reward for sample in group.samples]) for group in self.generated)
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
+            **_by_part(seen),
             **self._by_domain(seen, prompt_of),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
@@ -144,6 +147,7 @@ class Phase:
             "advantage_std": float(advantages.std()),
             "advantage_max": float(np.abs(advantages).max()),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
+            "correct_share": _share(seen, lambda sample: sample.reason == "correct"),
             "wrong_share": _share(seen, lambda sample: sample.reason == "wrong"),
             "no_answer_share": _share(seen, lambda sample: sample.reason == "no_answer"),
             "too_slow_share": _share(seen, lambda sample: sample.reason == "too_slow"),
@@ -214,6 +218,15 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_output_tokens,
+    }
+
+
+def _by_part(seen: Sequence[Sample]) -> dict[str, float]:
+    """reward_part/P of each part P of the rewards, before its weight, over the responses that have it."""
+    names = sorted({name for sample in seen for name in sample.parts})
+    return {
+        f"reward_part/{name}": float(np.mean([sample.parts[name] for sample in seen if name in sample.parts]))
+        for name in names
     }
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _GRADIENTS, _FEWEST_GRADIENTS = 50, 10
 _REWARDS = 10
-# Below it the best mean reward so far is too near to nothing for a share of it to mean anything.
+# Less than this above the least the best mean reward so far is too near to it for a share of that to mean anything.
 _LEAST_REWARD = 0.05
 
 
@@ -52,7 +52,8 @@ class Alarms:
         self._gradients: deque[float] = deque(maxlen=_GRADIENTS)
         self._rewards: deque[float] = deque(maxlen=_REWARDS)
         self._signs = Signs()
-        self._best = 0.0
+        # The best mean of ten steps, and what it is measured from: 0, or the lowest reward of a step that was below.
+        self._best, self._floor = -math.inf, 0.0
         self._low_steps = 0
         self._learns_nothing = False
 
@@ -83,7 +84,9 @@ class Alarms:
 
     def _collapse(self, reward: float) -> list[str]:
         """The reward of a new step against the best mean of ten steps before."""
-        limit = self._section.reward_alarm * self._best if self._best >= _LEAST_REWARD else -math.inf
+        self._floor = min(self._floor, reward)
+        climbed = self._best - self._floor
+        limit = self._floor + self._section.reward_alarm * climbed if climbed >= _LEAST_REWARD else -math.inf
         self._low_steps = self._low_steps + 1 if reward < limit else 0
         self._rewards.append(reward)
         if len(self._rewards) == _REWARDS:

@@ -73,9 +73,10 @@ def _all_wrong(row: Row) -> Iterator[str]:
 
 def _uniform(row: Row) -> str:
     causes: Iterator[str] | tuple[str, ...] = ("every prompt is either always or never solved (choose others)",)
-    if row["reward"] == 0:
+    correct = row.get("correct_share", row["reward"])  # rows of before it was written have rewards of 0 and 1
+    if correct == 0:
         causes = _all_wrong(row)
-    elif row["reward"] >= 1:
+    elif correct >= 1:
         causes = ("the problems are too easy for the model (choose others)", "the reward accepts any answer")
     return (
         f"all responses of a prompt have the same reward, for every prompt of the last {STEPS} steps (mean reward "

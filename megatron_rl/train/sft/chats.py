@@ -110,9 +110,11 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
     most, key = min(_limits(config))
     end_ids = load_architecture(config.model.path).eos_token_ids
     limit = Limit(tokens=most, key=key, kind="chats", too_long=config.data.too_long)
-    found, lengths = {}, {}
+    found, lengths, data = {}, {}, config.data
     for chat in bar(chats, f"tokenizing {where}"):
-        ids, mask = render_chat(tokenizer, chat.messages, config.data.special_tokens, end_ids)
+        ids, mask = render_chat(
+            tokenizer, chat.messages, data.special_tokens, end_ids, tools=chat.tools, arguments=data.template_arguments
+        )
         lengths[chat.where] = len(ids)
         if len(ids) > most:
             continue

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.c3po.algorithms import chosen_algorithm
-from megatron_rl.c3po.correction import icepop, kpop, truncated
+from megatron_rl.c3po.correction import icepop, kpop, sequence_truncated, truncated
 from megatron_rl.c3po.loss import policy_loss
+from megatron_rl.c3po.own_objective import own_correction, own_surrogate
 from megatron_rl.c3po.surrogate import SURROGATES, at_sequence_level
-from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.algorithm import CORRECTION_NAMES, AlgorithmSection
 from megatron_rl.train.step.batch import MicroBatch
 from megatron_rl.train.step.step_metrics import Reports, Terms
 
@@ -39,7 +40,11 @@ class PolicyObjective:
 
     def __init__(self, section: AlgorithmSection, context_group: Any = None) -> None:
         self._section, self._context_group = section, context_group
-        self._algorithm = chosen_algorithm(section)
+        self._algorithm = algorithm = chosen_algorithm(section)
+        self._surrogate = SURROGATES.get(algorithm.surrogate) or own_surrogate(algorithm.surrogate)
+        self._own_correction = None
+        if section.correction not in CORRECTION_NAMES:
+            self._own_correction = own_correction(section.correction)
         means = ["entropy", "kl", "clip_low_share", "clip_high_share"]
         distributions = {"logprob_difference": ("mean", "p999", "max"), "ratio": ("mean", "min", "max")}
         if section.correction != "none":
@@ -53,9 +58,7 @@ class PolicyObjective:
         held = old
         if algorithm.ratio == "sequence":
             held = at_sequence_level(logprobs, self._mean_log_ratio(logprobs.detach() - old, batch))
-        surrogate = SURROGATES[algorithm.surrogate](
-            logprobs, held, batch.advantages, algorithm.clip_low, algorithm.clip_high
-        )
+        surrogate = self._surrogate(logprobs, held, batch.advantages, algorithm.clip_low, algorithm.clip_high)
         correction = self._correction(old, batch)
         loss = policy_loss(
             surrogate,
@@ -107,5 +110,12 @@ class PolicyObjective:
                 return icepop(old, batch.rollout_logprobs, section.icepop_low, section.icepop_high)
             case "kpop":
                 return kpop(old, batch.rollout_logprobs, section.kpop_limit)
-            case _:
+            case "tis":
                 return truncated(old, batch.rollout_logprobs, section.tis_cap)
+        mean = self._mean_log_ratio(old - batch.rollout_logprobs, batch)
+        response_tokens = batch.response_tokens[batch.response_of]
+        if section.correction == "sequence_tis":
+            return sequence_truncated(mean, response_tokens, section.tis_cap)
+        values = {"old": old, "rollout": batch.rollout_logprobs, "mean_log_ratio": mean}
+        assert self._own_correction is not None
+        return self._own_correction(values | {"response_tokens": response_tokens})

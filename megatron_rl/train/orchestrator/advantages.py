@@ -1,0 +1,54 @@
+"""The advantages of scored responses: of a group as soon as it is scored, or of a whole phase when it is planned."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.c3po.advantage import advantages_by, overlong_penalty, takes_batch
+from megatron_rl.c3po.algorithms import chosen_algorithm
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.records import Group, Response, Sample
+from megatron_rl.rollout.rollout_file import Advantages
+
+
+def advantages_of(config: RlConfig) -> Advantages:
+    """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]; zeros where only
+    the whole phase has any."""
+    rule = chosen_algorithm(config.algorithm).advantage
+    of_phase = takes_batch(rule)
+
+    def advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
+        return np.zeros(len(rewards)) if of_phase else advantages_by(rule, _values(config, responses, rewards))
+
+    return advantages
+
+
+def with_phase_advantages(
+    config: RlConfig, groups: Sequence[Group], carried: Sequence[Sample]
+) -> tuple[list[Group], list[Sample]]:
+    """The same with the advantages that an algorithm gives all responses of a phase at once; as they are where it gives
+    them to groups. Carried responses get new ones, among those that they are trained with."""
+    rule = chosen_algorithm(config.algorithm).advantage
+    samples = [*carried, *(sample for group in groups for sample in group.samples)]
+    if not samples or not takes_batch(rule):
+        return list(groups), list(carried)
+    values = _values(config, [s.response for s in samples], np.array([s.reward for s in samples]))
+    _, of_prompt = np.unique([sample.response.prompt_id for sample in samples], return_inverse=True)
+    given = advantages_by(rule, values | {"groups": of_prompt})
+    new = iter([replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)])
+    carried = [next(new) for _ in carried]
+    return [replace(group, samples=tuple(next(new) for _ in group.samples)) for group in groups], carried
+
+
+def _values(config: RlConfig, responses: Sequence[Response], rewards: np.ndarray) -> dict[str, Any]:
+    """What an advantage is worked out from: c3po/own_objective.py, `OF_ADVANTAGE`."""
+    longest, reward = config.rollout.max_response_tokens, config.reward
+    buffer, most = reward.overlong_buffer_tokens, reward.overlong_penalty
+    penalties = [overlong_penalty(response.num_output_tokens, longest, buffer, most) for response in responses]
+    return {
+        "rewards": rewards + penalties,
+        "response_tokens": np.array([response.num_output_tokens for response in responses]),
+        "is_truncated": np.array([response.finish_reason == "length" for response in responses]),
+    }
