@@ -20,7 +20,7 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import load_architecture
-from megatron_rl.records import Group, UnfinishedGroup
+from megatron_rl.records import Group, Response, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
