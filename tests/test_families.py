@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from megatron_rl.rollout.embedded.load import load_weights
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
+OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
-DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3"]
+DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3", "qwen3-moe, not renormalised, some layers dense"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_transformers(
     with torch.no_grad():
         logprobs = [transformers_logprobs(model, row["token_ids"]) for row in spec["sequences"]]
     gradient = transformers_gradient(model, spec)
-    for layout, (num_ranks, parallel) in LAYOUTS.items():
+    for layout, (num_ranks, parallel) in (LAYOUTS | (OF_EXPERTS if "moe" in case else {})).items():
         if layout != "alone" and case not in DIVIDED:
             continue
         found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
@@ -97,7 +99,19 @@ def transformers_gradient(model, spec: dict) -> dict[str, torch.Tensor]:
         gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
     (total / spec["budget"]).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
+
+
+def as_in_files(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
+    for name, tensor in tensors:
+        before, fused, which = name.partition("experts.")
+        for i, of_expert in enumerate(tensor if fused else ()):
+            parts = of_expert.chunk(2) if which == "gate_up_proj" else (of_expert,)
+            for part, kind in zip(parts, ("gate_proj", "up_proj") if len(parts) > 1 else (which,), strict=True):
+                yield f"{before}experts.{i}.{kind}.weight", part
+        if not fused:
+            yield name, tensor
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])

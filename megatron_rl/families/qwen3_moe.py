@@ -6,16 +6,20 @@ from typing import Any
 from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
 from megatron_rl.families.fields import check_neutral, common_fields, count, require
+from megatron_rl.families.rotary_fields import agreed
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
 _DEFAULTS = {"tie_word_embeddings": False}
+_REQUIRED = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     check_neutral(values, {"attention_bias": (None, False), "shared_expert_intermediate_size": (None, 0)}, " (Qwen3-MoE)")
-    # Releases of the class differ in what they take where these are missing.
-    require(values, ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "head_dim"))
+    # transformers 5 writes the second name.
+    names = ("num_experts", "num_local_experts")
+    values = {**values, "num_experts": agreed(" or ".join(names), *(values.get(name) for name in names))}
+    require(values, _REQUIRED)
     found = common_fields(values, _DEFAULTS)
     return found | {
         "qk_norm": True,
@@ -23,7 +27,7 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": count(values, "num_experts", 1, 2**16),
         "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
         "moe_intermediate_size": count(values, "moe_intermediate_size", 1, MAX_WIDTH),
-        "norm_topk_prob": values["norm_topk_prob"],
+        "norm_topk_prob": False if values.get("norm_topk_prob") is None else values["norm_topk_prob"],
     }
 
 
