@@ -2,11 +2,12 @@
 
 import json
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from alone import ALONE, world
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel import run_ranks
@@ -14,13 +15,19 @@ from reference import _choose, forward, load_reference, policy_loss, routed_by, 
 from safetensors.torch import load_file, save_file
 from test_convert import MODEL, assert_same, there_and_back
 from test_embedded_model import DirectEngine
-from test_parallel import ALGORITHMS, assert_exported, make_spec, worst
-from tiny_model import TINY_V2, tensors_of, write_tiny_model
+from test_parallel import ALGORITHMS, make_spec, worst
+from tiny_model import TINY_V2, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.convert import Job, convert
+from megatron_rl.checkpoint.names import name_table
+from megatron_rl.config.model import MoeSection
+from megatron_rl.config.schema import SftConfig
 from megatron_rl.expert_choice import top_experts
 from megatron_rl.families import load_architecture
+from megatron_rl.model.build import build_model
+from megatron_rl.rollout.embedded.model import EmbeddedModel
+from megatron_rl.tensor_bytes import checksum
 
 SHAPE = {**TINY_V2, "vocab_size": 97, "num_hidden_layers": 3}
 CASES = {
@@ -104,3 +111,162 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_the_reference(
         for i in range(5):
             assert (found[f"logprobs/{i}"] - expected[f"logprobs/{i}"]).abs().max() < 2e-5, layout
         assert worst(found, expected, "grad/") < (1e-4, ""), layout
+
+
+def test_replayed_experts_have_the_gradient_of_the_reference(models: dict[str, Path], tmp_path: Path) -> None:
+    model = models["as published"]
+    spec = make_spec(model, traced=[])
+    spec["sequences"] = spec["sequences"][:4]
+    rng = random.Random(1)
+    for row in spec["sequences"]:
+        row["routed_experts"] = [[[0, 0], *(rng.sample(range(8), 2) for _ in range(2))] for _ in row["token_ids"][:-1]]
+    config, weights = load_reference(model)
+    policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
+    expected = {f"grad/c3po/{name}": w.grad for name, w in weights.items() if w.grad is not None}
+    found = run_ranks(2, spec | {"parallel": {"expert": 2, "tensor": 2}}, tmp_path / "run")
+    assert worst(found, expected, "grad/") < (1e-4, "")
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A model as published: bf16, but for the biases; and its tensors."""
+    model = write_tiny_model(tmp_path_factory.mktemp("bf16") / "tiny", **SHAPE | {"torch_dtype": "bfloat16"})
+    tensors = {n: t if n.endswith("expert_bias") else t.bfloat16() for n, t in load_file(model / MODEL).items()}
+    biases = [t for name, t in tensors.items() if name.endswith("expert_bias")]
+    assert len(biases) == 2 and not any(torch.equal(t, t.bfloat16().float()) for t in biases)
+    save_file(tensors, model / MODEL, metadata={"format": "pt"})
+    return model, tensors
+
+
+def test_conversions_keep_the_bias_in_float32(in_bf16: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    model, tensors = in_bf16
+    assert_same(there_and_back(model, tmp_path, max_shard_bytes=40_000), tensors)
+    convert(Job(source=tmp_path / "back", destination=tmp_path / "wide", to_megatron=True, dtype=torch.float32))
+    convert(Job(source=tmp_path / "wide", destination=tmp_path / "narrow", to_megatron=False, dtype=torch.bfloat16))
+    assert_same(tmp_path / "narrow", tensors)
+
+
+def test_training_in_bf16_leaves_the_bias_as_it_is_in_exports_and_checkpoints(
+    in_bf16: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model, tensors = in_bf16
+    options = {"dtype": "bfloat16", "whole_gradients": False}
+    spec = make_spec(model, **options, parallel={"tensor": 2, "expert": 2}, save_to=str(tmp_path / "saved"), export=True)
+    trained = run_ranks(2, spec, tmp_path / "trained")
+    assert_same(tmp_path / "trained/hf", tensors)
+    resumed = run_ranks(1, make_spec(model, **options, resume_from=str(tmp_path / "saved/step_1")), tmp_path / "resumed")
+    for found in (trained, resumed):
+        assert {name for name in found if name.startswith("weight/")} == {f"weight/{name}" for name in tensors}
+        changed = [name for name, tensor in tensors.items() if not torch.equal(found[f"weight/{name}"], tensor)]
+        assert len(changed) > 20 and not any(name.endswith("expert_bias") for name in changed)
+
+
+def test_a_push_carries_bf16_and_the_float32_bias(
+    in_bf16: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model, tensors = in_bf16
+    expected = {name: checksum(tensor) for name, tensor in tensors.items()}
+    spec = {"model": str(model), "other": str(model), "damaged": str(model), "dtype": "bfloat16"}
+    spec |= {"parallel": {"expert": 2}, "nodes": [0, 1]}
+    run_ranks(2, spec | {"scenario": "gather"}, tmp_path / "gather", worker="push_worker.py")
+    report = json.loads((tmp_path / "gather/report.json").read_text())
+    assert report["checksums"] == [expected] * 2
+    other = str(write_tiny_model(tmp_path / "other", 1, **SHAPE))
+    spec |= {"scenario": "layouts", "other": other, "damaged": other}
+    run_ranks(2, spec, tmp_path / "push", worker="push_worker.py")
+    report = json.loads((tmp_path / "push/report.json").read_text())
+    wide = ("lm_head.weight", "mlp.gate.weight")  # in the server's memory
+    expected |= {name: checksum(tensor.float()) for name, tensor in tensors.items() if name.endswith(wide)}
+    assert [push["checksums"] for push in report["pushes"]] == [[expected] * 2] * 2
+    assert [push["sent"] for push in report["pushes"]] == [len(name_table(load_architecture(model))), 2]
+
+
+# The choice ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_the_choice_among_groups_is_the_references_where_nothing_ties_and_as_good_where_something_does(
+    data: st.DataObject,
+) -> None:
+    num_groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 4))
+    top_groups = data.draw(st.integers(1, num_groups))
+    topk = data.draw(st.integers(1, top_groups * size))
+    levels = st.integers(0, data.draw(st.sampled_from([3, 10**6])))
+    row = data.draw(st.lists(levels, min_size=num_groups * size, max_size=num_groups * size))
+    scores = torch.tensor([row], dtype=torch.float32) / 2**20
+    values, chosen = top_experts(scores, topk, num_groups, top_groups)
+    assert torch.equal(values, scores.gather(1, chosen))
+    config = {"n_group": num_groups, "topk_group": top_groups, "num_experts_per_tok": topk}
+    expected = _choose(config, scores[0], None)
+    sums = [sum(sorted(row[i : i + size])[-2:]) for i in range(0, len(row), size)]
+    if len(set(row)) == len(row) and len(set(sums)) == num_groups:
+        assert chosen[0].tolist() == expected
+    else:
+        used = {int(expert) // size for expert in chosen[0]}
+        assert len(set(chosen[0].tolist())) == topk and len(used) <= top_groups
+        worst_allowed = sorted(sums, reverse=True)[top_groups - 1]
+        assert all(sums[group] >= worst_allowed for group in used)
+
+
+@pytest.fixture(scope="module")
+def routers(models: dict[str, Path]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[dict[int, float]]]]:
+    """What trainer and server make of the logits [8] of one token and a bias [8]: the weight of each chosen expert."""
+    config = SftConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"path": models["as published"]},
+            "train": {"steps": 1, "micro_batch_tokens": 64},
+            "data": {"train": "unused", "batch_tokens": 1},
+        }
+    )
+    architecture = load_architecture(models["as published"])
+    served = EmbeddedModel(architecture, dtype=torch.float32, context_length=64)
+
+    def weights(logits: torch.Tensor, bias: torch.Tensor) -> list[dict[int, float]]:
+        trained.expert_bias.copy_(bias)
+        trained.replay(None)
+        probs, chosen = trained.routing(logits[None, None])
+        top, experts = served._routing(torch.nn.functional.pad(torch.eye(8), (0, 24)), bias, logits[None])
+        of_trainer = {int(expert): float(probs[0, expert]) for expert in chosen[0].nonzero()[:, 0]}
+        return [of_trainer, dict(zip(experts[0].tolist(), top[0].tolist(), strict=True))]
+
+    with world():
+        model = build_model(architecture, config.model, MoeSection(), ALONE)
+        trained = model.routers[0]
+        yield weights
+
+
+# Scores of the groups {0, 1}, ..., {6, 7}, of which a token sees two, and two experts in them.
+SCORES = [0.50, 0.40, 0.60, 0.10, 0.30, 0.55, 0.20, 0.15]
+CHOICES: dict[str, tuple[dict[int, float], list[float], set[int]]] = {
+    # Groups by their two best: 0.90, 0.70, 0.85, 0.35; the best expert of all, 2, is in none of the first two.
+    "groups shut out the best expert": ({}, SCORES, {0, 5}),
+    "a bias opens a group": ({3: 0.25}, SCORES, {0, 2}),
+    "a bias turns the choice in a group": ({1: 0.16}, SCORES, {1, 5}),
+    "a bias that is just too small": ({1: 0.10 - 1e-6}, SCORES, {0, 5}),
+    "a bias that is just large enough": ({1: 0.10 + 1e-6}, SCORES, {1, 5}),
+    "a bias that shuts an expert out": ({0: -0.2, 1: 0.2}, SCORES, {1, 5}),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_bias_moves_the_choice_and_never_the_weights(
+    case: str, routers: Callable[[torch.Tensor, torch.Tensor], list[dict[int, float]]]
+) -> None:
+    biases, scores, expected = CHOICES[case]
+    bias = torch.zeros(8)
+    for expert, value in biases.items():
+        bias[expert] = value
+    total = sum(scores[expert] for expert in expected)
+    weights = {expert: 2.5 * scores[expert] / total for expert in expected}
+    for found in routers(torch.tensor(scores).logit(), bias):
+        assert found == pytest.approx(weights, rel=1e-5)
+
+
+def test_experts_that_tie_are_chosen_alike_by_trainer_and_server(
+    routers: Callable[[torch.Tensor, torch.Tensor], list[dict[int, float]]],
+) -> None:
+    for logits in (torch.zeros(8), torch.tensor([0.0, 1.0] * 4), torch.full((8,), -200.0)):
+        of_trainer, of_server = routers(logits, torch.zeros(8))
+        assert of_trainer.keys() == of_server.keys() and len(of_trainer) == 2
+        assert of_trainer == pytest.approx(of_server)
