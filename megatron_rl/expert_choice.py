@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def top_experts(scores: Tensor, topk: int, n_group: int, topk_group: int) -> tuple[Tensor, Tensor]:
-    """Choose the largest scores [t, E] of the best groups of experts, each token for itself; scores and experts, [t, k].
+    """Choose the largest scores [t, E] of each token in its best groups of experts; scores and experts, [t, k] each.
 
     The best are `topk_group` of the `n_group` groups of consecutive experts: those whose two largest scores have the
     largest sum.

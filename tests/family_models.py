@@ -52,7 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3Moe", EXPERTS),
     "qwen3-moe, not renormalised, some layers dense": (
         "Qwen3Moe",
-        EXPERTS | {"head_dim": 24, "norm_topk_prob": False, "mlp_only_layers": [2], "decoder_sparse_step": 2}
+        EXPERTS
+        | {"head_dim": 24, "norm_topk_prob": False, "mlp_only_layers": [2], "decoder_sparse_step": 2}
         | {"num_hidden_layers": 5},
     ),
     "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),

@@ -194,8 +194,8 @@ def router_losses(
     """Summed over layers: the balance loss, a token-weighted mean over micro-batches; the z-loss, a mean over tokens.
 
     micro_batches: indices of the sequences of each. The balance loss of one with T tokens, N_i of whose T * topk
-    choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti. Sigmoids become
-    probabilities by their sum, and the largest count as chosen, whatever a bias and groups make of it.
+    choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti. Sigmoids
+    become probabilities by their sum, and the largest count as chosen, whatever a bias and groups make of it.
     """
     balance = z = torch.zeros((), dtype=torch.float64)
     num_experts, topk = config["num_experts"], config["num_experts_per_tok"]

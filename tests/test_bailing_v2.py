@@ -151,10 +151,14 @@ def test_training_in_bf16_leaves_the_bias_as_it_is_in_exports_and_checkpoints(
 ) -> None:
     model, tensors = in_bf16
     options = {"dtype": "bfloat16", "whole_gradients": False}
-    spec = make_spec(model, **options, parallel={"tensor": 2, "expert": 2}, save_to=str(tmp_path / "saved"), export=True)
+    spec = make_spec(
+        model, **options, parallel={"tensor": 2, "expert": 2}, save_to=str(tmp_path / "saved"), export=True
+    )
     trained = run_ranks(2, spec, tmp_path / "trained")
     assert_same(tmp_path / "trained/hf", tensors)
-    resumed = run_ranks(1, make_spec(model, **options, resume_from=str(tmp_path / "saved/step_1")), tmp_path / "resumed")
+    resumed = run_ranks(
+        1, make_spec(model, **options, resume_from=str(tmp_path / "saved/step_1")), tmp_path / "resumed"
+    )
     for found in (trained, resumed):
         assert {name for name in found if name.startswith("weight/")} == {f"weight/{name}" for name in tensors}
         changed = [name for name, tensor in tensors.items() if not torch.equal(found[f"weight/{name}"], tensor)]

@@ -113,7 +113,10 @@ def test_bfloat16_weights_are_the_rounded_float32_weights(model_dir, tmp_path):
 
 @pytest.mark.parametrize("family", ["bailing_moe_v2", "qwen3_moe"])
 def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_path):
-    flags = {"bailing_moe_v2": ["--expert-groups", "2", "--shared-experts", "2"], "qwen3_moe": ["--shared-experts", "0"]}
+    flags = {
+        "bailing_moe_v2": ["--expert-groups", "2", "--shared-experts", "2"],
+        "qwen3_moe": ["--shared-experts", "0"],
+    }
     assert make(tmp_path / "model", *SMALL, "--dtype", "bfloat16", "--family", family, *flags[family]).returncode == 0
     found = load_architecture(tmp_path / "model")
     assert (found.family, found.dense_layers, found.num_experts, found.qk_norm) == (family, (0,), 4, True)

@@ -128,8 +128,8 @@ class Architecture(BaseModel):
             )
         if self.topk_group > self.n_group or self.topk_group * size < self.num_experts_per_tok:
             raise ValueError(
-                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} experts "
-                f"must hold num_experts_per_tok {self.num_experts_per_tok}"
+                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} "
+                f"experts must hold num_experts_per_tok {self.num_experts_per_tok}"
             )
 
     def is_moe_layer(self, layer: int) -> bool:

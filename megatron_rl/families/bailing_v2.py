@@ -14,8 +14,15 @@ from megatron_rl.families.fields import check_neutral, common_fields, count, req
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
-_REQUIRED = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts")
-_REQUIRED += ("first_k_dense_replace", "n_group", "topk_group")
+_REQUIRED = (
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+)
 _VERSION_2 = {
     "use_qkv_bias": (None, False),
     "score_function": (None, "sigmoid"),
@@ -64,8 +71,8 @@ def _refuse_further_tokens(values: Mapping[str, Any]) -> None:
     number = values.get("num_nextn_predict_layers")
     if number not in (None, 0):
         raise ValueError(
-            f"num_nextn_predict_layers {shown(number)} asks for layers that predict further tokens (MTP), which are not "
-            "implemented; set it to 0 and leave their tensors, those behind the last layer, out of the files"
+            f"num_nextn_predict_layers {shown(number)} asks for layers that predict further tokens (MTP), which are "
+            "not implemented; set it to 0 and leave their tensors, those behind the last layer, out of the files"
         )
 
 
@@ -79,9 +86,12 @@ def _check_rotated_part(values: Mapping[str, Any], found: Mapping[str, Any]) -> 
         )
 
 
-def _flag(values: Mapping[str, Any], name: str) -> Any:
-    """True where there is none; the Architecture refuses what is neither true nor false."""
-    return True if values.get(name) is None else values[name]
+def _flag(values: Mapping[str, Any], name: str) -> bool:
+    """Read true or false; true where there is none. ValueError names the field."""
+    value = values.get(name)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+    return value is not False
 
 
 BAILING_MOE_V2 = Family(

@@ -59,7 +59,8 @@ def common_fields(
 ) -> dict[str, Any]:
     """The fields of an Architecture that every family has; `defaults` are those of the family's config class.
 
-    partial_rotary: the family may rotate a part of each head. ValueError names a field of config.json that is not implemented, its value, and the values that are.
+    partial_rotary: the family may rotate a part of each head. ValueError names a field of config.json that is
+    not implemented, its value, and the values that are.
     """
     check_neutral(values, _NEUTRAL)
     _check_attention(values)

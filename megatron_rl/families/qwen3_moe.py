@@ -15,7 +15,9 @@ _REQUIRED = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    check_neutral(values, {"attention_bias": (None, False), "shared_expert_intermediate_size": (None, 0)}, " (Qwen3-MoE)")
+    check_neutral(
+        values, {"attention_bias": (None, False), "shared_expert_intermediate_size": (None, 0)}, " (Qwen3-MoE)"
+    )
     # transformers 5 writes the second name.
     names = ("num_experts", "num_local_experts")
     values = {**values, "num_experts": agreed(" or ".join(names), *(values.get(name) for name in names))}

@@ -127,7 +127,8 @@ def _refuse_others(names: Any, model_type: Any) -> None:
     by_type = [told for other, (_, told) in _OTHERS.items() if model_type == other]
     for model in [*by_class, *by_type][:1]:
         raise ValueError(
-            f"architectures {shown(names)} with model_type {shown(model_type)}: {model}, are not implemented; {_known()}"
+            f"architectures {shown(names)} with model_type {shown(model_type)}: {model}, are not implemented; "
+            f"{_known()}"
         )
 
 

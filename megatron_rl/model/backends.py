@@ -103,8 +103,8 @@ def problems(model: ModelSection, architecture: Architecture, layout: Layout) ->
         )
     if model.router_dtype == "bfloat16" and architecture.score_function == "sigmoid":
         yield (
-            "model.router_dtype = 'bfloat16' is not what this model's servers do, whose routers compute in float32; set "
-            "model.router_dtype = 'float32'"
+            "model.router_dtype = 'bfloat16' is not what this model's servers do, whose routers compute in float32; "
+            "set model.router_dtype = 'float32'"
         )
     if model.attention in ("flash", "fa4") and not _flash_fits(model, architecture, layout):
         yield (

@@ -286,8 +286,10 @@ class Model:
     token_multiple: int
 
     def parameters_by_canonical_name(self) -> dict[str, Tensor]:
-        """This rank's parameters, and biases of its routers, under the names of checkpoint/names.py. Where the head is tied to the embedding, the
-        last of several pipeline stages has a copy of it, `output_layer.weight`, which the table does not know.
+        """Find this rank's parameters, and the biases of its routers, under the names of checkpoint/names.py.
+
+        Where the head is tied to the embedding, the last of several pipeline stages has a copy of it,
+        `output_layer.weight`, which the table does not know.
 
         Collective after an optimizer step, with overlap: see `gather_weights`."""
         self.gather_weights()

@@ -29,13 +29,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 class Choice:
     """Takes the place of top-k, where megatron's routing function asks an object of its own.
 
-    Megatron's own choice among groups adds up each one's best topk / group_topk scores, where the released models and
-    servers add up two (expert_choice.py).
+    It replays experts, and chooses among groups: Megatron's own choice adds up each one's best topk / group_topk scores,
+    where the released models and servers add up two (expert_choice.py).
 
-    experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself. None:
-    everywhere. The
-    probabilities are the router's own of these experts either way, and the gradient flows through them; what it does
-    to them after top-k (softmax or renormalisation) it does here too.
+    experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself, None where
+    it always does. The probabilities are the router's own of these experts either way, and the gradient flows through
+    them; what it does to them after top-k (softmax or renormalisation) it does here too.
     router: whose counts go up.
     """
 

@@ -18,9 +18,7 @@ from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.buckets import Bucket
 
 
-def export_tensors(
-    model: Model, read: Callable[[Tensor], Tensor] = Tensor.detach
-) -> Iterator[tuple[str, Tensor]]:
+def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
     """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
 
     read: what is exported of each parameter; its value, or something of the same shape such as its gradient.
