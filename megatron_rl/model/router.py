@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 class Choice:
     """Takes the place of top-k, where megatron's routing function asks an object of its own.
 
-    It replays experts, and chooses among groups: Megatron's own choice adds up each one's best topk / group_topk scores,
+    It replays experts, and chooses among groups: Megatron itself adds up each one's best topk / group_topk scores,
     where the released models and servers add up two (expert_choice.py).
 
     experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself, None where
