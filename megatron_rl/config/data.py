@@ -1,5 +1,6 @@
 """The section `data`: files, their mixture, and how rows become prompts and chats."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,9 @@ def _weights(train: object) -> object:
 Weights = Annotated[dict[Path, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
 
 
+TemplateName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
+
+
 class TextSection(Section):
     """How the texts of rows become tokens."""
 
@@ -30,6 +34,17 @@ class TextSection(Section):
         description="what the tokenizer's special tokens are where a user's message has them written out, as in "
         "`<|endoftext|>`: text like any other, or the token itself",
     )
+    template_arguments: dict[TemplateName, bool | int | str] = Field(
+        default={},
+        description="values that the chat template is given by their names, as {enable_thinking = false} of Qwen3's; "
+        "one that it does not read is refused",
+    )
+
+    @property
+    def rendering(self) -> str:
+        """Tell how texts become tokens, where it is not as usual: for digests, since other tokens are other rows."""
+        tokens = "" if self.special_tokens == "text" else self.special_tokens
+        return tokens + (json.dumps(self.template_arguments, sort_keys=True) if self.template_arguments else "")
 
 
 class PromptSection(TextSection):

@@ -4,12 +4,14 @@ A special token that a user's message has written out (`<|endoftext|>`) is text,
 In what an assistant says it is the token: reasoning and tool calls are marked by some.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.prompts import Message
@@ -24,10 +26,13 @@ _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
 TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
 
-def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    model_dir: str | Path, template_arguments: Mapping[str, bool | int | str] = MappingProxyType({})
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory, from data only: no code of the directory runs.
 
-    ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
+    template_arguments: see TextSection; from here on the chat template has these values. ValueError when it does not
+    load, has no chat template, one that does not read an argument, or no eos token, or when a file leads out of the
     directory.
     """
     from transformers import AutoTokenizer
@@ -48,7 +53,26 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
         raise ValueError(f"{model_dir} has no chat template; put one into tokenizer_config.json or chat_template.jinja")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{model_dir}/tokenizer_config.json names no eos_token; responses could never end")
+    for name, value in template_arguments.items():
+        _set_argument(tokenizer, name, value, model_dir)
     return tokenizer
+
+
+def _set_argument(
+    tokenizer: "PreTrainedTokenizerBase", name: str, value: bool | int | str, model_dir: str | Path
+) -> None:
+    """Begin the chat template with the value, so that whoever applies it, or digests it, has it."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"template_arguments need one chat template, and {model_dir} has several; leave one there")
+    reads, sets = (re.search(before + rf"\b{name}\b", template) for before in ("", r"\{%[-+]?\s*set\s+"))
+    if not reads or sets:
+        raise ValueError(
+            f"template_arguments.{name}: the chat template of {model_dir} "
+            f"{'sets it itself' if sets else 'has no such name'}; leave it out, or change the template"
+        )
+    # The empty text keeps a line break behind it, which one behind a statement would lose.
+    tokenizer.chat_template = f"{{% set {name} = {json.dumps(value)} %}}{{{{ '' }}}}{template}"
 
 
 def render_prompt(

@@ -60,10 +60,10 @@ class Stream(ABC, Generic[Row]):
     only where an epoch of its file ends.
     """
 
-    def __init__(self, stages: Sequence[Stage[Row]], seed: int, special_tokens: str = "text") -> None:
-        """special_tokens: as data.special_tokens, for the digest: other tokens are other rows."""
+    def __init__(self, stages: Sequence[Stage[Row]], seed: int, rendering: str = "") -> None:
+        """rendering: see TextSection, for the digest."""
         self.seed = seed
-        self._of_tokens = "" if special_tokens == "text" else special_tokens
+        self._rendering = rendering
         self._sources: dict[Path, tuple[Row, ...]] = {
             source.path: source.rows for stage in stages for source in stage.sources
         }
@@ -122,7 +122,7 @@ class Stream(ABC, Generic[Row]):
 
     def _digest(self, stages: Sequence[Stage[Row]]) -> str:
         """16 hexadecimal digits that are others as soon as any position could have another row."""
-        digest = hashlib.sha256(f"{self.seed}{self._of_tokens}".encode())
+        digest = hashlib.sha256(f"{self.seed}{self._rendering}".encode())
         paths: list[Path] = []
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
@@ -189,7 +189,7 @@ def load_stream(data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: boo
         return read_prompts(path, data.domain, data.suffix, found, remarks=remarks)
 
     rows = _rows(data.train_files, read, fits)
-    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.special_tokens)
+    return PromptStream(_stages(data.weights_by_stage, rows), seed, data.rendering)
 
 
 def load_prompts(
@@ -216,7 +216,7 @@ def load_prompts(
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:
     """As `load_stream`, of data.train."""
     rows = _rows(list(data.train), read_chats, fits)
-    return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens)
+    return ChatStream(_stages([(None, data.train)], rows), seed, data.rendering)
 
 
 def _rows(

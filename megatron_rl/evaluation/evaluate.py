@@ -189,6 +189,8 @@ def _benchmark(config: EvaluateConfig, name: str, section: BenchmarkSection, tok
     reward = _reward(config.reward, section)
     check_judged(prompts, reward, f"benchmarks.{name}.suffix")
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
+    if section.template_arguments:
+        tokenizer = load_tokenizer(config.model.path, section.template_arguments)
     input_ids = rendered_prompts(prompts, tokenizer, limit, section.special_tokens)
     path = _path(folder, name)
     done = whole_groups(path, 1, "remove the file")

@@ -55,5 +55,7 @@ def _benchmark(section: BenchmarkSection) -> dict[str, Any]:
         "reward": section.reward,
         "prompts": section.prompts,
         # Named only where they are set, so that a folder of before they were known can be gone on with.
-        **section.model_dump(include={"domain", "suffix", "special_tokens"}, exclude_defaults=True),
+        **section.model_dump(
+            include={"domain", "suffix", "special_tokens", "template_arguments"}, exclude_defaults=True
+        ),
     }

@@ -91,7 +91,8 @@ def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
     limit = prompt_limit(config)
     may_be_long = [p for p in prompts if len(p.prompt.encode()) > limit.tokens]
     if may_be_long and config.data.too_long == "stop":
-        rendered_prompts(may_be_long, load_tokenizer(config.model.path), limit, config.data.special_tokens)
+        tokenizer = load_tokenizer(config.model.path, config.data.template_arguments)
+        rendered_prompts(may_be_long, tokenizer, limit, config.data.special_tokens)
 
 
 @check("domains", "tables by domain name domains that rows have")

@@ -48,7 +48,7 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
 
 
 async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config.data.template_arguments)
     stream, input_ids = load_prompts(config, tokenizer)
     left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
     questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]

@@ -241,7 +241,14 @@ class SglangServer(GenerationServer):
         """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
         input too. gpus: those that it may use; without any it runs on the CPU, see rollout/sglang_cpu. releases_memory:
         on a GPU it is able to; on a CPU it only answers as if. arguments: further ones of launch_server, after ours, so
-        that they win. ValueError when somebody else has the port."""
+        that they win. ValueError when somebody else has the port, and for a model that SGLang serves wrongly."""
+        architecture = load_architecture(model_path)
+        if not gpus and architecture.routed_scaling_factor != 1:
+            factor = architecture.routed_scaling_factor
+            raise ValueError(  # 0.5.21; on a GPU it multiplies by it
+                f"SGLang leaves config.json's routed_scaling_factor {factor:g} out on a CPU, so its tokens would be of "
+                "another model; set rollout.engine = 'embedded', or let it use a GPU"
+            )
         port = hold_port(host, port)
         context_length += SGLANG_SPARE_TOKENS
         options = {
@@ -254,7 +261,7 @@ class SglangServer(GenerationServer):
             "--weight-version": weight_version,
         }
         flags: list[object] = ["--sleep-on-idle"]
-        if family_of(load_architecture(model_path)).remote_code:
+        if family_of(architecture).remote_code:
             flags.append("--trust-remote-code")
         # Spare tokens may be more than the model has positions; none is ever at one of them.
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}

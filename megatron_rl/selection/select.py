@@ -58,7 +58,7 @@ def run_selection(config: SelectConfig, resume: bool) -> int:
 
 def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) -> int:
     _check_link(config.run_dir / "chosen")
-    stream, _ = load_prompts(config, load_tokenizer(candidates[0].path))
+    stream, _ = load_prompts(config, load_tokenizer(candidates[0].path, config.data.template_arguments))
     prompts = _distinct(stream.take(0, config.prompts)[0], len(stream.rows))
     jobs = [_job(config, candidate, prompts, stream.digest) for candidate in candidates]
     _check_same_tokens(jobs)
@@ -82,7 +82,7 @@ def _distinct(prompts: list[Prompt], num_prompts: int) -> list[Prompt]:
 
 def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], digest: str) -> _Job:
     path = config.run_dir / f"{candidate.name}.jsonl"
-    tokenizer = load_tokenizer(candidate.path)
+    tokenizer = load_tokenizer(candidate.path, config.data.template_arguments)
     settings = sampling_settings(config, candidate.path, digest)
     check_claim(path, settings, _REMEDY)
     done, _ = find_groups(path, config.rollout.samples_per_prompt, _REMEDY)

@@ -25,7 +25,7 @@ from megatron_rl.train.step.trainer import StepResult
 
 def run_sft(config: SftConfig, resume: bool) -> int:
     """Train for `train.steps` or `train.epochs` and leave `run_dir/hf`. Returns the exit code."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.data.template_arguments)
     batches = ChatBatches(config, tokenizer)
     validation = validation_parts(config, tokenizer, batches.messages)
     config.check_warmup(batches.num_steps)
