@@ -2,9 +2,11 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from alone import ALONE, world
@@ -21,12 +23,16 @@ from tiny_model import TINY_V2, write_tiny_model
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.names import name_table
-from megatron_rl.config.model import MoeSection
+from megatron_rl.config.model import ModelSection, MoeSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.expert_choice import top_experts
 from megatron_rl.families import load_architecture
+from megatron_rl.memory import stage_parameters
+from megatron_rl.model.backends import problems
 from megatron_rl.model.build import build_model
 from megatron_rl.rollout.embedded.model import EmbeddedModel
+from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.server import SglangServer
 from megatron_rl.tensor_bytes import checksum
 
 SHAPE = {**TINY_V2, "vocab_size": 97, "num_hidden_layers": 3}
@@ -73,7 +79,7 @@ def test_the_embedded_server_has_the_logprobs_and_the_experts_of_the_reference(
     case: str, models: dict[str, Path]
 ) -> None:
     engine = DirectEngine(models[case], slots=4, context_length=128)
-    ids = [random.Random(1).randrange(97) for _ in range(70)]
+    ids = random.Random(1).choices(range(97), k=70)
     sequence = engine.add(ids, max_new_tokens=1, input_logprob_start=0, return_routed_experts=True)
     engine.run()
     found = torch.tensor(sequence.input_logprobs[1:])
@@ -183,6 +189,34 @@ def test_a_push_carries_bf16_and_the_float32_bias(
     expected |= {name: checksum(tensor.float()) for name, tensor in tensors.items() if name.endswith(wide)}
     assert [push["checksums"] for push in report["pushes"]] == [[expected] * 2] * 2
     assert [push["sent"] for push in report["pushes"]] == [len(name_table(load_architecture(model))), 2]
+
+
+def test_256_experts_fit_into_the_bytes_of_a_record(tmp_path: Path) -> None:
+    sizes = {"num_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "num_hidden_layers": 2}
+    model = write_tiny_model(tmp_path / "tiny", **SHAPE | sizes | {"moe_intermediate_size": 8})
+    engine = DirectEngine(model, slots=2, context_length=64)
+    ids = random.Random(3).choices(range(97), k=50)
+    sequence = engine.add(ids, max_new_tokens=1, return_routed_experts=True)
+    engine.run()
+    found, expected = np.sort(sequence.routed_experts[: len(ids)], -1), routed_by(model, ids)
+    assert (found == expected).all() and expected.max() > 240
+    assert routed_shape(load_architecture(model)).num_experts == 256
+
+
+def test_what_is_counted_is_what_the_files_hold(models: dict[str, Path]) -> None:
+    for model in models.values():
+        architecture = load_architecture(model)
+        total = sum(tensor.numel() for tensor in load_file(model / MODEL).values())
+        assert total == architecture.num_parameters() == sum(map(sum, stage_parameters(architecture, ALONE)))
+
+
+def test_what_would_change_numbers_unseen_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    model = models["as published"]
+    with pytest.raises(ValueError, match=r"SGLang leaves config.json's routed_scaling_factor 2.5 out on a CPU, so its"):
+        SglangServer(model, tmp_path / "log", python=Path(sys.executable), context_length=64)
+    section = ModelSection(path=model, dtype="bfloat16", router_dtype="bfloat16")
+    (problem,) = problems(section, load_architecture(model), ALONE)
+    assert problem.endswith("whose routers compute in float32; set model.router_dtype = 'float32'")
 
 
 # The choice ----------------------------------------------------------------------------------------------------------

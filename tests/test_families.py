@@ -54,7 +54,7 @@ def spec_of(model: Path, **changes: object) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_the_embedded_server_has_the_logprobs_of_transformers(case: str, models: dict[str, Path]) -> None:
     engine = DirectEngine(models[case], slots=4, context_length=256)
-    ids = [random.Random(1).randrange(97) for _ in range(130)]
+    ids = random.Random(1).choices(range(97), k=130)
     sequence = engine.add(ids, max_new_tokens=1, input_logprob_start=0)
     engine.run()
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_files_go_to_megatron_and_back_bit_by_bit_and_transformers_opens_them(
     back = there_and_back(models[case], tmp_path, max_shard_bytes=40_000)
     assert len(list(back.glob("*.safetensors"))) > 1
     assert_same(back, tensors_of(models[case]))
-    ids = [random.Random(2).randrange(97) for _ in range(40)]
+    ids = random.Random(2).choices(range(97), k=40)
     with torch.no_grad():
         found, expected = (transformers_logprobs(transformers_model(folder), ids) for folder in (back, models[case]))
     assert torch.equal(found, expected)

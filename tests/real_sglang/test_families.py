@@ -60,7 +60,7 @@ def test_sglang_has_the_logprobs_of_bailing_v2(tmp_path: Path) -> None:
         if name.endswith("layernorm.weight"):  # they begin as ones, which nobody would miss
             tensors[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    ids = [random.Random(1).randrange(97) for _ in range(60)]
+    ids = random.Random(1).choices(range(97), k=60)
     server = SglangServer(model, tmp_path / "log", python=PYTHON, max_running_requests=2, context_length=100)
     body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True, "logprob_start_len": 0}
     (answer,) = answers(server, [body], seconds=180)
