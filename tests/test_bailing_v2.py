@@ -152,6 +152,16 @@ def test_conversions_keep_the_bias_in_float32(in_bf16: tuple[Path, dict[str, tor
     assert_same(tmp_path / "narrow", tensors)
 
 
+def test_megatron_itself_opens_a_converted_model(models: dict[str, Path], tmp_path: Path) -> None:
+    model = models["as published"]
+    convert(Job(source=model, destination=tmp_path / "converted", to_megatron=True))
+    spec = make_spec(model, load_by_megatron=str(tmp_path / "converted"), parallel={"expert": 2}, traced=[])
+    found = run_ranks(2, spec, tmp_path / "run")
+    for i, row in enumerate(spec["sequences"]):
+        expected = logprobs_of(model, row["token_ids"])[row["num_prompt_tokens"] - 1 :]
+        assert (found[f"logprobs/{i}"] - expected).abs().max() < 2e-5
+
+
 def test_training_in_bf16_leaves_the_bias_as_it_is_in_exports_and_checkpoints(
     in_bf16: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
