@@ -96,8 +96,10 @@ def test_sglang_has_the_logprobs_of_bailing_v2_and_of_other_weights_after_a_push
 def push(model: Path, client: httpx.Client) -> None:
     """Hand every tensor over as training does, in buckets of 60 kB; the biases come in some of them."""
     tensors = load_file(model / "model.safetensors")
+    client.post("/begin_weight_update", json={}).raise_for_status()
     for bucket in divide(name_table(load_architecture(model)).values(), torch.float32, 60_000):
         flat = torch.cat([tensors[place.name].flatten().view(torch.uint8) for place in bucket.tensors])
         payload = serialized(flat, bucket.tensors, bucket.dtype)
         parts = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket", "flush_cache": False}
         client.post("/update_weights_from_tensor", json=parts).raise_for_status()
+    client.post("/end_weight_update", json={}).raise_for_status()
