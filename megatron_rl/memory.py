@@ -55,7 +55,9 @@ def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[i
     experts = (
         architecture.num_experts // layout.expert * 3 * h * architecture.moe_intermediate_size // layout.expert_tensor
     )
-    beside_experts = architecture.num_experts * h + 3 * h * architecture.shared_intermediate_size // t
+    beside_experts = (
+        architecture.num_experts * (h + architecture.expert_bias) + 3 * h * architecture.shared_intermediate_size // t
+    )
     vocabulary = -(-architecture.vocab_size // t) * h
     sizes = layout.layers_per_stage(architecture.num_hidden_layers)
     found = [[0, 0] for _ in range(layout.pipeline)]

@@ -35,6 +35,7 @@ ROPES: dict[str, dict[str, Any]] = {
         **_SHORT,
     },
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied, one key-value head, llama3": (
@@ -48,6 +49,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 64, "tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]},
     ),
     "qwen3": ("Qwen3", {"head_dim": 24}),
+    "qwen3-moe": ("Qwen3Moe", EXPERTS),
+    "qwen3-moe, not renormalised, some layers dense": (
+        "Qwen3Moe",
+        EXPERTS
+        | {"head_dim": 24, "norm_topk_prob": False, "mlp_only_layers": [2], "decoder_sparse_step": 2}
+        | {"num_hidden_layers": 5},
+    ),
     "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),
 }
 
@@ -67,7 +75,7 @@ def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
-                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return folder
 

@@ -280,7 +280,7 @@ def main(folder: Path) -> None:
     if "reference_scale" in spec:  # the reference policy is that of the directory, the present weights are others
         context.trainer.keep_reference()
         with torch.no_grad():
-            for p in context.model.parameters_by_canonical_name().values():
+            for p in context.model.parameters():
                 p.mul_(spec["reference_scale"])
 
     calls = RouterCalls(context) if sequences[0].routed_experts is not None else None
@@ -328,8 +328,8 @@ def main(folder: Path) -> None:
         if context.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(context, batches)
         if whole_gradients:
-            gradients = export_tensors(context.model, lambda p: p.main_grad)
-            out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients}
+            gradients = export_tensors(context.model, lambda p: getattr(p, "main_grad", p))
+            out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients if not n.endswith("expert_bias")}
         if number == 0:
             out |= {f"weight/{n}": t.clone() for n, t in export_tensors(context.model)}
             out |= {f"traced/{i - TRACED_AS}": torch.from_numpy(x) for i, x in result.traced_logprobs.items()}

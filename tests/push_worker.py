@@ -206,7 +206,7 @@ def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
     for bucket in transport.buckets:
         flat = transport._filled(bucket)
         for place in bucket.tensors:
-            tensor = flat[place.start : place.end].view(context.model.dtype).view(place.shape)
+            tensor = flat[place.start : place.end].view(bucket.dtype).view(place.shape)
             sums[place.name] = checksum(tensor)
     transport.close()
     found: list[Any] = [None, None]

@@ -37,7 +37,7 @@ def forward(
         p = f"model.layers.{layer}."
         h = h + _attention(config, w, p, _norm(config, h, w[p + "input_layernorm.weight"]))
         x = _norm(config, h, w[p + "post_attention_layernorm.weight"])
-        if layer < config.get("first_k_dense_replace", 0) or "num_experts" not in config:
+        if p + "mlp.gate.weight" not in w:
             h = h + _mlp(w, p + "mlp.", x)
         else:
             given = None if routed is None else [experts[layer] for experts in routed]
@@ -62,7 +62,9 @@ def routed_by(model_dir: Path, ids: list[int]) -> Any:
         forward(config, weights, ids, routers)
     chosen = torch.zeros(len(ids), config["num_hidden_layers"], config["num_experts_per_tok"], dtype=torch.int64)
     for layer, (logits,) in routers.items():
-        chosen[:, layer] = logits.topk(chosen.shape[2], -1).indices.sort(-1).values
+        bias = weights.get(f"model.layers.{layer}.mlp.gate.expert_bias")
+        for t, row in enumerate(logits):
+            chosen[t, layer] = torch.tensor(sorted(_choose(config, _scores(config, row), bias)))
     return chosen.numpy()
 
 
@@ -80,14 +82,16 @@ def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) 
         q, k, v = (x @ w[f"{p}self_attn.{name}_proj.weight"].T for name in "qkv")
         if p + "self_attn.q_proj.bias" in w:
             q, k, v = (y + w[f"{p}self_attn.{name}_proj.bias"] for name, y in (("q", q), ("k", k), ("v", v)))
-    if p + "self_attn.q_norm.weight" in w:
-        q, k = (
-            _norm(config, y.unflatten(1, (-1, d)), w[f"{p}self_attn.{name}_norm.weight"]).flatten(1)
-            for name, y in (("q", q), ("k", k))
-        )
+    for norms in ("self_attn.q_norm", "self_attn.k_norm"), ("attention.query_layernorm", "attention.key_layernorm"):
+        if p + norms[0] + ".weight" in w:
+            q, k = (
+                _norm(config, y.unflatten(1, (-1, d)), w[f"{p}{name}.weight"]).flatten(1)
+                for name, y in zip(norms, (q, k), strict=True)
+            )
+    part = int(d * config.get("partial_rotary_factor", 1.0))
     theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
     angle = torch.outer(
-        torch.arange(n, dtype=torch.float64), theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        torch.arange(n, dtype=torch.float64), theta ** (-torch.arange(0, part, 2, dtype=torch.float64) / part)
     )
     heads = []
     for i in range(nq):
@@ -100,8 +104,10 @@ def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) 
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    """x [n, d], angle [n, r]: the first 2r of d are rotated."""
+    r = angle.shape[1]
+    a, b = x[:, :r], x[:, r : 2 * r]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[:, 2 * r :]], -1)
 
 
 def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
@@ -110,18 +116,42 @@ def _mlp(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
 
 
 def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor, given: list[list[int]] | None) -> Tensor:
-    probs = (x @ w[p + "gate.weight"].T).softmax(-1)
-    chosen = probs.topk(config["num_experts_per_tok"], -1).indices
+    probs = _scores(config, x @ w[p + "gate.weight"].T)
+    bias = w.get(p + "gate.expert_bias")
+    chosen = torch.tensor([_choose(config, row, bias) for row in probs])
     if given is not None:
         chosen = torch.cat([torch.tensor(given, dtype=torch.int64).reshape(-1, chosen.shape[1]), chosen[-1:]])
     top = probs.gather(-1, chosen)
-    if config["norm_topk_prob"]:
+    if config["norm_topk_prob"] and config["num_experts_per_tok"] > 1:
         top = top / top.sum(-1, keepdim=True)
+    top = top * config.get("routed_scaling_factor", 1.0)
     rows = []
     for t in range(len(x)):
         rows.append(sum(top[t, j] * _mlp(w, f"{p}experts.{int(chosen[t, j])}.", x[t]) for j in range(top.shape[1])))
     out = torch.stack(rows)
-    return out + _mlp(w, p + "shared_experts.", x) if config["num_shared_experts"] else out
+    return out + _mlp(w, p + "shared_experts.", x) if config.get("num_shared_experts") else out
+
+
+def _scores(config: dict[str, Any], logits: Tensor) -> Tensor:
+    """Softmax over experts; in BailingMoeV2 the sigmoid of each."""
+    return 1 / (1 + (-logits).exp()) if _is_v2(config) else logits.softmax(-1)
+
+
+def _is_v2(config: dict[str, Any]) -> bool:
+    return config["architectures"] == ["BailingMoeV2ForCausalLM"]
+
+
+def _choose(config: dict[str, Any], scores: Tensor, bias: Tensor | None) -> list[int]:
+    """The experts of one token by its scores [E], best first; of equal ones the first.
+
+    The bias moves the choice. Of the groups those count whose two best add up to most.
+    """
+    ranked = [float(s) for s in (scores if bias is None else scores + bias).detach()]
+    size = len(ranked) // max(1, config.get("n_group", 0))
+    groups = [range(start, start + size) for start in range(0, len(ranked), size)]
+    groups.sort(key=lambda group: -sum(sorted((ranked[e] for e in group), reverse=True)[:2]))
+    allowed = sorted(e for group in groups[: max(1, config.get("topk_group", 0))] for e in group)
+    return sorted(allowed, key=lambda e: -ranked[e])[: config["num_experts_per_tok"]]
 
 
 def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -164,7 +194,8 @@ def router_losses(
     """Summed over layers: the balance loss, a token-weighted mean over micro-batches; the z-loss, a mean over tokens.
 
     micro_batches: indices of the sequences of each. The balance loss of one with T tokens, N_i of whose T * topk
-    choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti.
+    choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti. Sigmoids
+    become probabilities by their sum, and the largest count as chosen, whatever a bias and groups make of it.
     """
     balance = z = torch.zeros((), dtype=torch.float64)
     num_experts, topk = config["num_experts"], config["num_experts_per_tok"]
@@ -174,7 +205,8 @@ def router_losses(
             forward(config, w, spec["sequences"][i]["token_ids"], routers)
         for parts in routers.values():
             logits = torch.cat(parts)
-            probs = logits.softmax(-1)
+            probs = _scores(config, logits)
+            probs = probs / probs.sum(-1, keepdim=True)
             chosen = probs.topk(topk, -1).indices.flatten()
             share = chosen.bincount(minlength=num_experts) / len(chosen)
             balance = balance + len(logits) * num_experts * (share * probs.mean(0)).sum()

@@ -294,7 +294,7 @@ def test_context_parallel_ranks_share_a_sequence_and_so_the_cap_of_a_micro_batch
 
 
 def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_type 'gemma3' is not implemented; it can be BailingMoeForCausalLM, Ll"):
+    with pytest.raises(ValueError, match="model_type 'gemma3' is not implemented; it can be BailingMoeForCausalLM, B"):
         small_model(model_type="gemma3")
     with pytest.raises(ValueError, match=r"use_qkv_bias must be False .*, got True"):
         small_model(use_qkv_bias=True)

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import forked
@@ -24,8 +25,9 @@ from megatron_rl.rollout.embedded.load import load_weights
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
+OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
-DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3"]
+DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3", "qwen3-moe, not renormalised, some layers dense"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def spec_of(model: Path, **changes: object) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_the_embedded_server_has_the_logprobs_of_transformers(case: str, models: dict[str, Path]) -> None:
     engine = DirectEngine(models[case], slots=4, context_length=256)
-    ids = [random.Random(1).randrange(97) for _ in range(130)]
+    ids = random.Random(1).choices(range(97), k=130)
     sequence = engine.add(ids, max_new_tokens=1, input_logprob_start=0)
     engine.run()
     with torch.no_grad():
@@ -70,7 +72,7 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_transformers(
     with torch.no_grad():
         logprobs = [transformers_logprobs(model, row["token_ids"]) for row in spec["sequences"]]
     gradient = transformers_gradient(model, spec)
-    for layout, (num_ranks, parallel) in LAYOUTS.items():
+    for layout, (num_ranks, parallel) in (LAYOUTS | (OF_EXPERTS if "moe" in case else {})).items():
         if layout != "alone" and case not in DIVIDED:
             continue
         found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
@@ -97,7 +99,19 @@ def transformers_gradient(model, spec: dict) -> dict[str, torch.Tensor]:
         gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
     (total / spec["budget"]).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
+
+
+def as_in_files(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
+    for name, tensor in tensors:
+        before, fused, which = name.partition("experts.")
+        for i, of_expert in enumerate(tensor if fused else ()):
+            parts = of_expert.chunk(2) if which == "gate_up_proj" else (of_expert,)
+            for part, kind in zip(parts, ("gate_proj", "up_proj") if len(parts) > 1 else (which,), strict=True):
+                yield f"{before}experts.{i}.{kind}.weight", part
+        if not fused:
+            yield name, tensor
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
@@ -121,7 +135,7 @@ def test_files_go_to_megatron_and_back_bit_by_bit_and_transformers_opens_them(
     back = there_and_back(models[case], tmp_path, max_shard_bytes=40_000)
     assert len(list(back.glob("*.safetensors"))) > 1
     assert_same(back, tensors_of(models[case]))
-    ids = [random.Random(2).randrange(97) for _ in range(40)]
+    ids = random.Random(2).choices(range(97), k=40)
     with torch.no_grad():
         found, expected = (transformers_logprobs(transformers_model(folder), ids) for folder in (back, models[case]))
     assert torch.equal(found, expected)

@@ -36,6 +36,48 @@ LLAMA3_SCALING = {
     "rope_type": "llama3",
 }
 QWEN = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28, "eos_token_id": 151645}
+QWEN_MOE = {
+    "head_dim": 128,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+QWEN_MOE |= (
+    {"norm_topk_prob": True, "num_experts_per_tok": 8, "rope_theta": 1000000.0} | QWEN | {"sliding_window": None}
+)
+LING_2 = {
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "model_type": "bailing_moe",
+    "vocab_size": 157184,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 20,
+    "rope_theta": 600000,
+    "rope_scaling": None,
+    "partial_rotary_factor": 0.5,
+    "rotary_dim": 64,
+    "use_qk_norm": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "moe_router_enable_expert_bias": True,
+    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid",
+    "router_dtype": "fp32",
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 156892,
+}
 # As published, but for fields that say nothing about numbers; and the parameters of their model cards, in billions.
 REAL: dict[str, tuple[dict[str, Any], float]] = {
     "SmolLM2-135M-Instruct": (
@@ -92,6 +134,69 @@ REAL: dict[str, tuple[dict[str, Any], float]] = {
         8.19,
     ),
 }
+# The same, and the billions of parameters that a token passes through.
+WITH_EXPERTS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "Qwen3-30B-A3B": (
+        config("Qwen3MoeForCausalLM", "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 40960, tie_word_embeddings=False)
+        | QWEN_MOE
+        | {"moe_intermediate_size": 768, "num_experts": 128},
+        30.5,
+        3.35,
+    ),
+    "Qwen3-235B-A22B": (
+        config("Qwen3MoeForCausalLM", "qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, tie_word_embeddings=False)
+        | QWEN_MOE
+        | {"moe_intermediate_size": 1536, "num_experts": 128},
+        235.0,
+        22.2,
+    ),
+    "Ling-mini-2.0": (
+        LING_2
+        | {"hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16}
+        | {"moe_intermediate_size": 512, "first_k_dense_replace": 1},
+        16.26,
+        1.43,
+    ),
+    "Ling-flash-2.0": (
+        LING_2
+        | {"hidden_size": 4096, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"moe_intermediate_size": 1024, "first_k_dense_replace": 1},
+        103.0,
+        6.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_real_files_with_experts_are_read_and_have_the_parameters_that_their_cards_tell(name: str) -> None:
+    values, billions, active = WITH_EXPERTS[name]
+    found = architecture_of(values)
+    assert found.num_parameters() / 1e9 == pytest.approx(billions, rel=5e-3)
+    assert found.num_active_parameters() / 1e9 == pytest.approx(active, rel=2e-2)
+
+
+def test_routing_of_both_families_is_what_their_files_say() -> None:
+    ling = architecture_of(LING)
+    assert (ling.family, ling.score_function, ling.expert_bias, ling.qk_norm) == (
+        "bailing_moe_v2",
+        "sigmoid",
+        True,
+        True,
+    )
+    assert (ling.n_group, ling.topk_group, ling.routed_scaling_factor) == (8, 4, 2.5)
+    assert (ling.rotary.fraction, ling.dense_layers, ling.shared_intermediate_size) == (0.5, (0,), 512)
+    qwen = architecture_of(QWEN3_MOE)
+    assert (qwen.family, qwen.score_function, qwen.expert_bias, qwen.qk_norm) == ("qwen3_moe", "softmax", False, True)
+    assert (qwen.n_group, qwen.norm_topk_prob, qwen.shared_intermediate_size, qwen.dense_layers) == (1, True, 0, ())
+    # As transformers' own loop over layers decides.
+    some = QWEN3_MOE | {"num_hidden_layers": 7, "decoder_sparse_step": 3, "mlp_only_layers": [5, 6]}
+    assert architecture_of(some).dense_layers == (0, 1, 3, 4, 5, 6)
+    # transformers 5 writes another name for the number of experts.
+    new = {name: value for name, value in QWEN3_MOE.items() if name != "num_experts"} | {"num_local_experts": 128}
+    assert architecture_of(new) == qwen
+    # The class decides, whatever the type.
+    assert architecture_of(LING | {"model_type": "bailing_moe_v2"}) == ling
+    assert architecture_of(BAILING | {"architectures": None}).family == "bailing_moe"
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -105,13 +210,49 @@ def test_real_files_are_read_and_have_the_parameters_that_their_cards_tell(name:
 
 
 LLAMA = REAL["Llama-3.1-8B"][0]
+LING, QWEN3_MOE = (WITH_EXPERTS[name][0] for name in ("Ling-mini-2.0", "Qwen3-30B-A3B"))
 BAILING = json.loads((Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json").read_text())
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Ling-mini-2.0": (
-        BAILING | {"architectures": ["BailingMoeV2ForCausalLM"], "n_group": 8, "score_function": "sigmoid"},
-        "architectures ['BailingMoeV2ForCausalLM'] is not implemented; it can be BailingMoeForCausalLM, "
-        "LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM",
+    "Ling 2.5": (
+        LING | {"architectures": ["BailingMoeV2_5ForCausalLM"], "model_type": "bailing_hybrid"},
+        "architectures ['BailingMoeV2_5ForCausalLM'] with model_type 'bailing_hybrid': Ling and Ring 2.5 and 2.6, "
+        "which mix Lightning attention and MLA, are not implemented; it can be BailingMoeForCausalLM, "
+        "BailingMoeV2ForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
     ),
+    "Ling 3.0 under the type of 2.5": (
+        LING | {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid"},
+        "architectures ['BailingMoeV3ForCausalLM'] with model_type 'bailing_hybrid': Ling and Ring 3.0, are not",
+    ),
+    "Ling 3.0 by its type": (
+        {"model_type": "bailing_moe_v3"},
+        "architectures None with model_type 'bailing_moe_v3': Ling and Ring 3.0, are not implemented; it can be",
+    ),
+    "layers that predict further tokens": (
+        LING | {"num_nextn_predict_layers": 1},
+        "num_nextn_predict_layers 1 asks for layers that predict further tokens (MTP), which are not",
+    ),
+    "softmax in version 2": (LING | {"score_function": "softmax"}, "score_function must be 'sigmoid' (Bail"),
+    "sigmoids that are not normalised": (LING | {"norm_topk_prob": False}, "norm_topk_prob must be True (Bail"),
+    "two widths of the shared expert": (
+        LING | {"moe_shared_expert_intermediate_size": 1024},
+        "moe_shared_expert_intermediate_size must be 512, as moe_intermediate_size is, got 1024",
+    ),
+    "two rotated parts": (LING | {"rotary_dim": 128}, "rotary_dim 128 must be head_dim 128 times partial_rotary"),
+    "no groups said": (LING | {"n_group": None}, "n_group missing; it is not the whole"),
+    "groups that do not divide": (LING | {"n_group": 6}, "n_group 6 must divide num_experts 256 into groups of"),
+    "more groups than there are": (LING | {"topk_group": 9}, "topk_group 9 must be at most n_group 8, and"),
+    "groups that hold too few": (LING | {"num_experts_per_tok": 129}, "topk_group 4 must be at most n_group 8, and"),
+    "a bias that is neither": (
+        LING | {"moe_router_enable_expert_bias": 1},
+        "moe_router_enable_expert_bias must be true or false, got 1",
+    ),
+    "Qwen3-MoE's dense layers": (QWEN3_MOE | {"mlp_only_layers": [48]}, "mlp_only_layers must list layers from 0 to"),
+    "Qwen3-MoE's step": (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1"),
+    "two numbers of experts": (
+        QWEN3_MOE | {"num_local_experts": 64},
+        "num_experts or num_local_experts is given twice, as 128 and 64; leave one out",
+    ),
+    "no experts": ({**QWEN3_MOE, "num_experts": None}, "num_experts missing; it is not the whole config.json"),
     "DeepSeek-V3": (
         config("DeepseekV3ForCausalLM", "deepseek_v3", 129280, 7168, 18432, 61, 128, 128, 163840),
         "architectures ['DeepseekV3ForCausalLM'] is not implemented",
@@ -250,9 +391,10 @@ def test_end_tokens_of_both_files_end_a_response(tmp_path: Path) -> None:
         load_architecture(tmp_path)
 
 
-@pytest.mark.parametrize("values", [BAILING, *(values for values, _ in REAL.values())])
+@pytest.mark.parametrize("values", [BAILING, LING, QWEN3_MOE, *(values for values, _ in REAL.values())])
 def test_shapes_and_the_table_of_parameters_have_the_same_tensors_in_the_same_order(values: dict[str, Any]) -> None:
     """Conversions read ahead in the one order and write in the other."""
-    small = architecture_of(values | {"num_hidden_layers": 2, "num_experts": 3, "num_experts_per_tok": 2})
+    few = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "n_group": 0, "topk_group": 0}
+    small = architecture_of(values | few)
     assert [*tensor_shapes(small)] == [*hf_names(name_table(small))]
     assert sum(math.prod(shape) for shape in tensor_shapes(small).values()) == small.num_parameters()

@@ -26,6 +26,7 @@ LAYERS = {
     "config": 0,
     "families": 0,
     "rotary": 0,
+    "expert_choice": 0,
     "records": 0,
     "device": 0,
     "gpus": 0,

@@ -9,9 +9,10 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from megatron_rl.families import load_architecture
+from megatron_rl.families import load_architecture, tensor_shapes
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "make_tiny_model.py"
 FACTS = Path(__file__).parents[2] / "shared" / "data" / "ling" / "ling_lite_tokenizer_facts.json"
@@ -109,6 +110,26 @@ def test_bfloat16_weights_are_the_rounded_float32_weights(model_dir, tmp_path):
     rounded = load_torch(tmp_path / "bf16" / "model.safetensors")
     exact = load_torch(model_dir / "model.safetensors")
     assert all(torch.equal(rounded[name], exact[name].to(torch.bfloat16)) for name in EXPECTED)
+
+
+@pytest.mark.parametrize("family", ["bailing_moe_v2", "qwen3_moe"])
+def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_path):
+    flags = {
+        "bailing_moe_v2": ["--expert-groups", "2", "--shared-experts", "2"],
+        "qwen3_moe": ["--shared-experts", "0"],
+    }
+    assert make(tmp_path / "model", *SMALL, "--dtype", "bfloat16", "--family", family, *flags[family]).returncode == 0
+    found = load_architecture(tmp_path / "model")
+    assert (found.family, found.dense_layers, found.num_experts, found.qk_norm) == (family, (0,), 4, True)
+    with safe_open(tmp_path / "model/model.safetensors", framework="np") as file:
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+        assert set(types) == set(tensor_shapes(found))
+        wide = {name for name, dtype in types.items() if dtype != "BF16"}
+        assert wide == {name for name in types if name.endswith("expert_bias")}
+        assert len(wide) == (2 if family == "bailing_moe_v2" else 0)
+        assert all(np.ptp(file.get_tensor(name)) > 0.01 for name in wide)
+    refused = make(tmp_path / "none", "--family", "qwen3_moe", "--expert-groups", "2")
+    assert "--expert-groups is for --family bailing_moe_v2, got qwen3_moe" in refused.stderr
 
 
 def test_an_existing_directory_is_named_and_replaced_only_with_force(model_dir, tmp_path):

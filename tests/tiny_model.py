@@ -37,6 +37,22 @@ TINY_CONFIG: dict[str, Any] = {
 }
 
 
+# Groups of 2 experts, of which a token sees half; a bias that turns many choices.
+TINY_V2: dict[str, Any] = {
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "head_dim": 24,
+    "partial_rotary_factor": 0.5,
+    "use_qk_norm": True,
+    "num_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
+
+
 def write_tiny_model(directory: Path | str, seed: int = 0, **overrides: Any) -> Path:
     """Write the model and return its directory; `overrides` replace fields of config.json.
 
@@ -61,8 +77,8 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     def matrix(name: str, rows: int, columns: int, scale: float = 1.0) -> None:
         tensors[name] = torch.randn(rows, columns, generator=generator) * (scale * columns**-0.5)
 
-    def norm(name: str) -> None:
-        tensors[name] = 1 + 0.1 * torch.randn(h, generator=generator)
+    def norm(name: str, width: int = h) -> None:
+        tensors[name] = 1 + 0.1 * torch.randn(width, generator=generator)
 
     def mlp(prefix: str, width: int) -> None:
         matrix(f"{prefix}.gate_proj.weight", width, h)
@@ -74,12 +90,17 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         layer = f"model.layers.{index}"
         norm(f"{layer}.input_layernorm.weight")
         matrix(f"{layer}.attention.query_key_value.weight", (nq + 2 * nkv) * d, h)
+        if config.get("use_qk_norm"):
+            norm(f"{layer}.attention.query_layernorm.weight", d)
+            norm(f"{layer}.attention.key_layernorm.weight", d)
         matrix(f"{layer}.attention.dense.weight", h, nq * d)
         norm(f"{layer}.post_attention_layernorm.weight")
         if index < config.get("first_k_dense_replace", 0):
             mlp(f"{layer}.mlp", config["intermediate_size"])
             continue
         matrix(f"{layer}.mlp.gate.weight", config["num_experts"], h)
+        if config.get("moe_router_enable_expert_bias"):
+            tensors[f"{layer}.mlp.gate.expert_bias"] = 0.2 * torch.randn(config["num_experts"], generator=generator)
         for expert in range(config["num_experts"]):
             mlp(f"{layer}.mlp.experts.{expert}", config["moe_intermediate_size"])
         if config.get("num_shared_experts"):

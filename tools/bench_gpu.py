@@ -377,7 +377,7 @@ def measure_export(bench: Bench, max_bytes: int, rounds: int) -> dict[str, Any]:
 
     def export(to_host: bool) -> None:
         for bucket in buckets:
-            fill(flat, bucket, dtype, gathered(bucket.entries, parameters))
+            fill(flat, bucket, gathered(bucket.entries, parameters))
             if to_host:
                 host[: bucket.num_bytes].copy_(flat[: bucket.num_bytes])
 

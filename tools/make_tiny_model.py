@@ -2,6 +2,7 @@
 
     python tools/make_tiny_model.py /tmp/tiny --layers 2 --hidden-size 64
     python tools/make_tiny_model.py /tmp/tiny-qwen --family qwen3
+    python tools/make_tiny_model.py /tmp/tiny-ling --family bailing_moe_v2 --expert-groups 4 --top-expert-groups 2
 
 Tests and the CPU examples train and serve these. The same flags give the same bytes: every tensor is drawn
 from a generator seeded with (--seed, tensor name), so a tensor does not depend on how many others there are.
@@ -15,7 +16,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,30 @@ class BailingMoeConfig(PretrainedConfig):
 '''
 
 
+CONFIGURATION_MODULE_V2 = '''\
+"""Lets AutoConfig and SGLang open this directory: transformers does not know BailingMoeV2."""
+
+from transformers import PretrainedConfig
+
+
+class BailingMoeV2Config(PretrainedConfig):
+    model_type = "bailing_moe"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(self, rope_theta=600000.0, rope_scaling=None, rope_parameters=None, **kwargs):
+        # transformers 5 reads rope_parameters, transformers 4 and most engines rope_theta and rope_scaling.
+        self.rope_theta = rope_theta
+        scaling = rope_scaling or rope_parameters
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(scaling or {})}
+        super().__init__(**kwargs)
+'''
+# transformers knows the other families.
+CONFIGURATION_MODULES = {
+    "bailing_moe": ("BailingMoeConfig", CONFIGURATION_MODULE),
+    "bailing_moe_v2": ("BailingMoeV2Config", CONFIGURATION_MODULE_V2),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
     """Sizes of the model; the fields are the command-line flags. Dense families have no use for those of experts."""
@@ -133,6 +158,9 @@ class TinyModel:
     moe_intermediate_size: int = 128
     intermediate_size: int = 0
     first_k_dense_replace: int = 0
+    expert_groups: int = 1
+    top_expert_groups: int = 1
+    routed_scaling_factor: float = 1.0
     vocab_size: int = 0
     max_position_embeddings: int = 512
     rope_theta: float = 10000.0
@@ -146,6 +174,12 @@ class TinyModel:
             raise ValueError(f"--family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
         if self.norm_head and self.family != "bailing_moe":
             raise ValueError(f"--norm-head is for --family bailing_moe, got {self.family}")
+        own = {"expert_groups": 1, "top_expert_groups": 1, "routed_scaling_factor": 1.0}
+        for name, value in own.items():
+            if getattr(self, name) != value and self.family != "bailing_moe_v2":
+                raise ValueError(f"--{name.replace('_', '-')} is for --family bailing_moe_v2, got {self.family}")
+        if self.shared_experts and self.family == "qwen3_moe":
+            raise ValueError("--shared-experts must be 0 for --family qwen3_moe, which has none")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError(
                 f"--hidden-size must be an even multiple of --heads, got {self.hidden_size} and {self.heads}"
@@ -201,16 +235,24 @@ def model_config(model: TinyModel) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": model.padded_vocab_size,
     }
-    if model.family != "bailing_moe":
-        return common | {"head_dim": model.head_dim}
-    return common | {
-        "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
-        "first_k_dense_replace": model.first_k_dense_replace,
+    return common | _FAMILY_FIELDS.get(model.family, lambda model: {"head_dim": model.head_dim})(model)
+
+
+def _expert_fields(model: TinyModel) -> dict[str, Any]:
+    return {
         "moe_intermediate_size": model.moe_intermediate_size,
         "num_experts": model.experts,
-        "num_shared_experts": model.shared_experts,
         "norm_topk_prob": True,
         "num_experts_per_tok": model.experts_per_token,
+    }
+
+
+def _bailing_fields(model: TinyModel) -> dict[str, Any]:
+    class_name, _ = CONFIGURATION_MODULES[model.family]
+    return _expert_fields(model) | {
+        "auto_map": {"AutoConfig": f"configuration_{model.family}.{class_name}"},
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "num_shared_experts": model.shared_experts,
         "pretraining_tp": 1,
         "use_bias": False,
         "use_qkv_bias": False,
@@ -221,8 +263,39 @@ def model_config(model: TinyModel) -> dict[str, Any]:
     }
 
 
-def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """(name, shape, standard deviation) of every tensor; standard deviation 0 means a norm weight of ones.
+def _bailing_v2_fields(model: TinyModel) -> dict[str, Any]:
+    return _bailing_fields(model) | {
+        "model_type": "bailing_moe",  # as published
+        "head_dim": model.head_dim,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "n_group": model.expert_groups,
+        "topk_group": model.top_expert_groups,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "routed_scaling_factor": model.routed_scaling_factor,
+        "router_dtype": "fp32",
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _qwen3_moe_fields(model: TinyModel) -> dict[str, Any]:
+    return _expert_fields(model) | {
+        "head_dim": model.head_dim,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(min(model.first_k_dense_replace, model.layers))),
+    }
+
+
+_FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
+    "bailing_moe": _bailing_fields,
+    "bailing_moe_v2": _bailing_v2_fields,
+    "qwen3_moe": _qwen3_moe_fields,
+}
+
+
+def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
+    """(name, shape, standard deviation, type) of every tensor; standard deviation 0 means a norm weight of ones.
 
     Projections that write into the residual stream are scaled by 1/sqrt(2 * layers), as in GPT-2.
     """
@@ -231,8 +304,8 @@ def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float
     into_residual = (names.output, names.down)
     for name, shape in tensor_shapes(architecture).items():
         std = model.init_std / (math.sqrt(2 * model.layers) if name.endswith(into_residual) else 1.0)
-        is_norm = len(shape) == 1 and not name.endswith(".bias")
-        yield name, shape, 0.0 if is_norm else std
+        is_norm = len(shape) == 1 and not name.endswith("bias")
+        yield name, shape, 0.0 if is_norm else std, "float32" if name.endswith(names.expert_bias) else model.dtype
 
 
 def draw_tensor(seed: int, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
@@ -252,10 +325,11 @@ def to_bytes(values: np.ndarray, dtype: str) -> bytes:
 
 def write_safetensors(path: Path, model: TinyModel) -> None:
     """Stream the tensors in table order: 8 bytes of header length, JSON header, data."""
-    code, width = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}[model.dtype]
+    codes = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape, _ in tensor_table(model):
+    for name, shape, _, dtype in tensor_table(model):
+        code, width = codes[dtype]
         end = offset + math.prod(shape) * width
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -263,8 +337,8 @@ def write_safetensors(path: Path, model: TinyModel) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape, std in tensor_table(model):
-            file.write(to_bytes(draw_tensor(model.seed, name, shape, std), model.dtype))
+        for name, shape, std, dtype in tensor_table(model):
+            file.write(to_bytes(draw_tensor(model.seed, name, shape, std), dtype))
 
 
 def write_tokenizer(out: Path, model: TinyModel) -> None:
@@ -313,8 +387,9 @@ def write_tiny_model(out: Path, model: TinyModel, *, force: bool = False) -> Non
         eos = TOKENS.index(EOS)
         write_json(partial / "config.json", model_config(model))
         write_json(partial / "generation_config.json", {"eos_token_id": eos, "pad_token_id": eos})
-        if model.family == "bailing_moe":  # transformers knows the others
-            (partial / "configuration_bailing_moe.py").write_text(CONFIGURATION_MODULE, encoding="utf-8")
+        if model.family in CONFIGURATION_MODULES:
+            _, code = CONFIGURATION_MODULES[model.family]
+            (partial / f"configuration_{model.family}.py").write_text(code, encoding="utf-8")
         if out.exists():
             replaced = partial.with_suffix(".replaced")
             out.rename(replaced)
@@ -351,7 +426,7 @@ def main(argv: list[str]) -> int:
 def run(out: Path, force: bool, shape: dict[str, Any]) -> int:
     model = TinyModel(**shape)
     write_tiny_model(out, model, force=force)
-    count = sum(math.prod(shape) for _, shape, _ in tensor_table(model))
+    count = sum(math.prod(shape) for _, shape, *_ in tensor_table(model))
     print(f"{out}: {count:,} parameters, {model.dtype}, vocabulary {model.padded_vocab_size} ({len(TOKENS)} used)")
     return 0
 

@@ -3,6 +3,7 @@
     make demo                       or   .venv/bin/python examples/ring_lite/demo.py --run runs/demo
     make demo NPROC=2 TP=2          divides training over two processes
     make demo ENGINE=sglang         trains against a real SGLang server (make install-sglang)
+    .venv/bin/python examples/ring_lite/demo.py --family bailing_moe_v2 --router-replay
 
 Every stage is a command that also works alone. A demo that was killed goes on where it stopped; one that had finished
 is moved aside, never deleted.
@@ -26,6 +27,15 @@ CONFIGS = Path(__file__).parent / "demo"
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
 KINDS = ["sort", "filter"]
 DIFFICULTIES = ["1"]
+# Of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
+FAMILIES = {
+    "bailing_moe": [],
+    "bailing_moe_v2": [
+        *("--expert-groups", "4", "--top-expert-groups", "2", "--shared-experts", "1", "--first-k-dense-replace", "1"),
+        *("--moe-intermediate-size", "96", "--routed-scaling-factor", "2.5"),
+    ],
+    "qwen3_moe": [],
+}
 
 
 def main() -> int:
@@ -36,6 +46,8 @@ def main() -> int:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--family", choices=FAMILIES, default="bailing_moe")
+    parser.add_argument("--router-replay", action="store_true", help="train with the experts that the server chose")
     parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
     parser.add_argument("--steps", type=int, help="steps of reinforcement learning; default: those of rl.toml")
     parser.add_argument("--sft-steps", type=int, help="steps of the warm start; default: those of sft.toml")
@@ -57,7 +69,8 @@ class Demo:
         self.prepare_folder()
         folder, seed = self.folder, str(self.arguments.seed)
         if not (folder / "model").exists():
-            stages.run_python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", "--seed", seed)
+            flags = ["--seed", seed, "--family", self.arguments.family, *FAMILIES[self.arguments.family]]
+            stages.run_python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", *flags)
         if not (folder / "data/test.jsonl").exists():
             options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--num-test", "1024", "--seed", seed]
             stages.run_python("a task", ROOT / "tools/make_task_data.py", folder / "data", *options)
@@ -93,6 +106,8 @@ class Demo:
         data = self.folder / "data" / {"sft": "sft.jsonl", "rl": "train.jsonl"}[stage]
         paths = {"run_dir": run_dir, "model.path": model, "data.train": data}
         options = stages.settings(paths | ({"train.steps": steps} if steps else {}))
+        if stage == "rl" and self.arguments.router_replay:
+            options += stages.settings({"rollout.router_replay": "true"})
         if stage == "rl" and self.arguments.engine == "sglang":
             # The Python file that SGLang has to run is the one that make_tiny_model.py wrote.
             options += stages.settings({"rollout.engine": "sglang", "model.trust_remote_code": "true"})

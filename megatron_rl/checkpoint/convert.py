@@ -24,7 +24,7 @@ from megatron_rl.checkpoint.hf import (
     shard_file,
     write_index,
 )
-from megatron_rl.checkpoint.names import name_table
+from megatron_rl.checkpoint.names import hf_names, name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
 from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
 from megatron_rl.files import replace_directory
@@ -70,7 +70,7 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
         with _new_directory(job, total) as partial, progress(total * (2 if job.verify else 1)) as advance:
             started = time.perf_counter()
-            reading = _Reading(job, source, [name for name, _, _ in infos], family_of(model).tensors.head, advance)
+            reading = _Reading(job, source, infos, family_of(model).tensors.head, advance)
             try:
                 if job.to_megatron:
                     dtypes = {name: dtype for name, _, dtype in infos}
@@ -115,7 +115,15 @@ def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
 
 def result_tensors(job: Job, source: Checkpoint, model: Architecture) -> list[TensorInfo]:
     """Name, shape and type of every tensor of the result under its Hugging Face name, in the order of the model."""
-    return [(name, shape, job.dtype or source.dtypes[name]) for name, shape in tensor_shapes(model).items()]
+    asked = result_dtypes(job, model)
+    return [(name, shape, asked.get(name, source.dtypes[name])) for name, shape in tensor_shapes(model).items()]
+
+
+def result_dtypes(job: Job, model: Architecture) -> dict[str, torch.dtype]:
+    """The type that a job asks for of every tensor by its Hugging Face name; empty where each keeps its own."""
+    if job.dtype is None:
+        return {}
+    return {name: entry.dtype(job.dtype) for name, (entry, _) in hf_names(name_table(model)).items()}
 
 
 class _Reading:
@@ -125,13 +133,14 @@ class _Reading:
     """
 
     def __init__(
-        self, job: Job, source: Checkpoint, names: Sequence[str], head: str, progress: Callable[[int], None]
+        self, job: Job, source: Checkpoint, infos: Sequence[TensorInfo], head: str, progress: Callable[[int], None]
     ) -> None:
-        """head: the name of the LM head."""
+        """infos: of the result. head: the name of the LM head."""
         self.num_not_finite = 0
         self._job, self._source, self._head, self._progress = job, source, head, progress
         self._checksums: dict[str, str] = {}
-        self._waiting = iter(names)
+        self._dtypes = {name: dtype for name, _, dtype in infos}
+        self._waiting = iter(self._dtypes)
         self._reader = ThreadPoolExecutor(1)
         self._next = self._read_ahead()
 
@@ -165,7 +174,7 @@ class _Reading:
         if self._job.fold_norm_head and name == self._head:
             norm = torch.linalg.vector_norm(tensor, dim=0, keepdim=True, dtype=torch.float32) + 1e-7
             tensor = (tensor.float() / norm).to(tensor.dtype)
-        tensor = tensor.to(self._job.dtype or tensor.dtype)
+        tensor = tensor.to(self._dtypes[name])
         self._checksums[name] = checksum(tensor)
         return name, tensor
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.families.tensors import TensorNames
 
 EMBEDDING = "embedding.word_embeddings.weight"
+# Of a router; a buffer, where all else is a parameter.
+EXPERT_BIAS = "mlp.router.expert_bias"
 # Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
 STORED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -29,6 +33,7 @@ class TensorMapping:
     hf_shapes: the shape of each of the Hugging Face tensors.
     stored: its tensor in a distributed checkpoint. expert_index: its place along the first axis of that, for experts.
     expert: divided over the expert- and expert-tensor-parallel groups instead of the tensor-parallel group.
+    is_float32: it is float32 whatever the model's type is, and no gradient changes it (a buffer of Megatron's).
     """
 
     megatron: str
@@ -37,6 +42,11 @@ class TensorMapping:
     layout: TensorLayout
     stored: str
     expert_index: int | None = None
+    is_float32: bool = False
+
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """Tell its type in a model of this type."""
+        return torch.float32 if self.is_float32 else of_model
 
     @property
     def expert(self) -> bool:
@@ -112,6 +122,9 @@ def _layer(model: Architecture, names: TensorNames, layer: int) -> Iterator[_Ent
         yield from _mlp(names, mcore + "mlp.", hf + names.mlp)
         return
     yield _entry(mcore + "mlp.router.weight", hf + names.router, Replicated())
+    if model.expert_bias:
+        bias, theirs, layout, places = _entry(mcore + EXPERT_BIAS, hf + names.expert_bias, Replicated())
+        yield bias, theirs, layout, places | {"is_float32": True}
     for expert in range(model.num_experts):
         for megatron, theirs, layout, _ in _mlp(names, "", hf + names.experts.format(expert)):
             places = {"stored": f"{mcore}mlp.experts.experts.{megatron}", "expert_index": expert}

@@ -16,8 +16,8 @@ class ServingSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = Field(
         default=False,
-        description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py describes "
-        "a model that transformers does not know",
+        description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py, or "
+        "configuration_bailing_moe_v2.py, describes a model that transformers does not know",
     )
     shape: Path | None = Field(
         default=None,

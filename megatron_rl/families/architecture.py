@@ -37,7 +37,11 @@ class Architecture(BaseModel):
     0 where there is none. dense_layers: of a model with experts, the layers without. qkv_bias: query, key and value
     projections have one. qk_norm: RMS norm over head_dim of queries and keys, before rotary.
     norm_head: logits are those of the head divided by its norm over the vocabulary, column by column.
-    norm_topk_prob: the probabilities of the chosen experts are divided by their sum.
+    score_function: makes scores of the router's logits: softmax over all experts, or sigmoid of each alone.
+    expert_bias: experts are chosen by score + a bias, which training leaves as it is and which does not enter their
+    weights. n_group, topk_group: experts are chosen from this many of so many equal groups, those whose two best
+    scores have the largest sum. norm_topk_prob: the scores of the chosen experts are divided by their sum.
+    routed_scaling_factor: and then multiplied by this.
     eos_token_ids: each of them ends a response, of config.json and generation_config.json.
     """
 
@@ -61,7 +65,12 @@ class Architecture(BaseModel):
     num_experts_per_tok: Annotated[int, whole(0, 2**16)] = 0
     moe_intermediate_size: MaybeWidth = 0
     shared_intermediate_size: MaybeWidth = Field(default=0, description="0 without shared experts")
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    expert_bias: Flag = False
+    n_group: Annotated[int, whole(1, 2**16)] = 1
+    topk_group: Annotated[int, whole(1, 2**16)] = 1
     norm_topk_prob: Flag = True
+    routed_scaling_factor: Annotated[float, above_zero(1e6)] = 1.0
     norm_head: Flag = False
     tie_word_embeddings: Flag = Field(default=False, description="the LM head is the embedding")
     max_position_embeddings: Annotated[int, whole(1, 2**30)]
@@ -88,8 +97,6 @@ class Architecture(BaseModel):
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
         if self.head_dim * self.rotary.fraction % 2:
             raise ValueError(
                 f"head_dim {self.head_dim} times the rotated share {self.rotary.fraction:g} must be an even number"
@@ -97,6 +104,33 @@ class Architecture(BaseModel):
         if self.num_dense_layers and not self.intermediate_size:
             raise ValueError("intermediate_size must be above 0 for layers without experts")
         return self
+
+    @model_validator(mode="after")
+    def _check_routing(self) -> "Architecture":
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        if self.score_function == "softmax" and (self.expert_bias or self.n_group > 1):
+            raise ValueError("expert_bias and groups of experts need score_function 'sigmoid', got 'softmax'")
+        if self.score_function == "sigmoid" and self.norm_topk_prob != (self.num_experts_per_tok > 1):
+            raise ValueError(
+                "norm_topk_prob must be true for score_function 'sigmoid' with several experts per token, and false "
+                f"with one, got {self.norm_topk_prob} with {self.num_experts_per_tok}"
+            )
+        if self.n_group > 1:
+            self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        size, left_over = divmod(self.num_experts, self.n_group)
+        if left_over or size < 2:
+            raise ValueError(
+                f"n_group {self.n_group} must divide num_experts {self.num_experts} into groups of at least 2"
+            )
+        if self.topk_group > self.n_group or self.topk_group * size < self.num_experts_per_tok:
+            raise ValueError(
+                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} "
+                f"experts must hold num_experts_per_tok {self.num_experts_per_tok}"
+            )
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
@@ -125,7 +159,7 @@ class Architecture(BaseModel):
     def _moe_parameters(self) -> int:
         """Count the parameters of the mixtures of experts of all layers, routers included."""
         h = self.hidden_size
-        experts = self.num_experts * (3 * h * self.moe_intermediate_size + h)
+        experts = self.num_experts * (3 * h * self.moe_intermediate_size + h + self.expert_bias)
         return self.num_moe_layers * (experts + 3 * h * self.shared_intermediate_size)
 
     def num_active_parameters(self) -> int:

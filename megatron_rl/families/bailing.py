@@ -11,9 +11,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_WIDTH, whole_number
+from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, require
+from megatron_rl.families.fields import check_neutral, common_fields, count, require
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
@@ -38,15 +38,15 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     check_neutral(values, _VERSION_1, " (BailingMoE version 1)")
     require(values, ("moe_intermediate_size", "num_experts", "num_experts_per_tok"))
     found = common_fields(values, {"initializer_range": 0.006, "rms_norm_eps": 1e-5})
-    _count(values, "num_experts", 1, 2**16)
-    shared, width = _count(values, "num_shared_experts", 0, 4096), values["moe_intermediate_size"]
-    first_dense = _count(values, "first_k_dense_replace", 0, 4096)
+    count(values, "num_experts", 1, 2**16)
+    shared, width = count(values, "num_shared_experts", 0, 4096), values["moe_intermediate_size"]
+    first_dense = count(values, "first_k_dense_replace", 0, 4096)
     num_layers = found.get("num_hidden_layers")
     found |= {
         "dense_layers": tuple(range(min(first_dense, num_layers if isinstance(num_layers, int) else 0))),
         "num_experts": values["num_experts"],
-        "num_experts_per_tok": _count(values, "num_experts_per_tok", 1, 2**16),
-        "moe_intermediate_size": _count(values, "moe_intermediate_size", 1, MAX_WIDTH),
+        "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
+        "moe_intermediate_size": count(values, "moe_intermediate_size", 1, MAX_WIDTH),
         # One MLP of their joint width.
         "shared_intermediate_size": shared * width,
     }
@@ -56,24 +56,19 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
             "its probability; set norm_topk_prob = false in config.json"
         )
     found |= {name: values[name] for name in ("norm_topk_prob", "norm_head") if values.get(name) is not None}
-    dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
-    if dropouts and os.environ.get("RANK", "0") == "0":
-        _tell_of_dropout(dropouts)
+    tell_of_dropout(values)
     return found
 
 
-def _count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
-    """Read a whole number within bounds; the lowest where there is none. ValueError names the field."""
-    value = values.get(name)
-    try:
-        return whole_number(low if value is None else value, low, high)
-    except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
+def tell_of_dropout(values: Mapping[str, Any]) -> None:
+    """Log that dropout which config.json asks for is left out; on one rank, which reads the file many times, once."""
+    dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
+    if dropouts and os.environ.get("RANK", "0") == "0":
+        _tell_of_dropout(dropouts)
 
 
 @functools.cache
 def _tell_of_dropout(dropouts: str) -> None:
-    """Once in a process: many parts of a run read config.json."""
     log.info("config.json asks for %s; training and servers here run without dropout", dropouts)
 
 

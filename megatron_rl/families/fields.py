@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_rl.families.bounds import whole_number
 from megatron_rl.families.rotary_fields import rotary_fields
 from megatron_rl.parsing import shown
 
@@ -53,10 +54,13 @@ _SAME_NAME = (
 )
 
 
-def common_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def common_fields(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], partial_rotary: bool = False
+) -> dict[str, Any]:
     """The fields of an Architecture that every family has; `defaults` are those of the family's config class.
 
-    ValueError names a field of config.json that is not implemented, its value, and the values that are.
+    partial_rotary: the family may rotate a part of each head. ValueError names a field of config.json that is
+    not implemented, its value, and the values that are.
     """
     check_neutral(values, _NEUTRAL)
     _check_attention(values)
@@ -64,7 +68,7 @@ def common_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     found = {name: given[name] for name in _SAME_NAME if name in given}
     found.setdefault("num_key_value_heads", given.get("num_attention_heads"))
     rotary = rotary_fields(values, given)
-    if rotary["fraction"] != 1:
+    if rotary["fraction"] != 1 and not partial_rotary:
         raise ValueError(f"partial_rotary_factor must be 1, got {shown(rotary['fraction'])}")
     return found | {"rotary": rotary, "eos_token_ids": end_ids(values)}
 
@@ -92,6 +96,15 @@ def _check_attention(values: Mapping[str, Any]) -> None:
     # Qwen's files give a window beside `use_sliding_window: false`, which turns it off.
     if window is not None and values.get("use_sliding_window") is not False:
         raise ValueError(f"sliding_window must be absent or null, got {shown(window)}")
+
+
+def count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    """Read a whole number within bounds; the lowest where there is none. ValueError names the field."""
+    value = values.get(name)
+    try:
+        return whole_number(low if value is None else value, low, high)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def end_ids(*sources: Mapping[str, Any]) -> tuple[Any, ...]:

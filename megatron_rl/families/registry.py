@@ -11,15 +11,24 @@ from pydantic import ValidationError
 
 from megatron_rl.families.architecture import Architecture
 from megatron_rl.families.bailing import BAILING_MOE
+from megatron_rl.families.bailing_v2 import BAILING_MOE_V2
 from megatron_rl.families.family import Family
 from megatron_rl.families.fields import end_ids
 from megatron_rl.families.llama import LLAMA
 from megatron_rl.families.qwen2 import QWEN2
 from megatron_rl.families.qwen3 import QWEN3
+from megatron_rl.families.qwen3_moe import QWEN3_MOE
 from megatron_rl.files import model_files
 from megatron_rl.parsing import read_json, shown
 
-FAMILIES: Mapping[str, Family] = {family.key: family for family in (BAILING_MOE, LLAMA, QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {
+    family.key: family for family in (BAILING_MOE, BAILING_MOE_V2, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+}
+# Relatives of a family that are other models, by what config.json calls their type and how it begins their class.
+_OTHERS = {
+    "bailing_hybrid": ("BailingMoeV2_5", "Ling and Ring 2.5 and 2.6, which mix Lightning attention and MLA"),
+    "bailing_moe_v3": ("BailingMoeV3", "Ling and Ring 3.0"),
+}
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
@@ -93,6 +102,7 @@ def _table(path: Path) -> dict[str, Any]:
 def _family(values: Mapping[str, Any]) -> Family:
     """Find the family by `architectures`, or by `model_type` where there is none. Both must be of the same family."""
     names, model_type = values.get("architectures"), values.get("model_type")
+    _refuse_others(names, model_type)
     if isinstance(names, list) and len(names) == 1:
         for family in FAMILIES.values():
             if names[0] in family.architectures:
@@ -109,6 +119,17 @@ def _family(values: Mapping[str, Any]) -> Family:
         if model_type in family.model_types:
             return family
     raise ValueError(f"model_type {shown(model_type)} is not implemented; {_known()}")
+
+
+def _refuse_others(names: Any, model_type: Any) -> None:
+    classes = [str(name) for name in names] if isinstance(names, list) else []
+    by_class = [told for prefix, told in _OTHERS.values() if any(name.startswith(prefix) for name in classes)]
+    by_type = [told for other, (_, told) in _OTHERS.items() if model_type == other]
+    for model in [*by_class, *by_type][:1]:
+        raise ValueError(
+            f"architectures {shown(names)} with model_type {shown(model_type)}: {model}, are not implemented; "
+            f"{_known()}"
+        )
 
 
 def _known() -> str:

@@ -27,9 +27,9 @@ def rotary_fields(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     must agree. ValueError names what does not, and a kind that is not implemented.
     """
     new, old = _table(values, "rope_parameters"), _table(values, "rope_scaling")
-    theta = _agreed("rope_theta", new.get("rope_theta"), old.get("rope_theta"), values.get("rope_theta"))
+    theta = agreed("rope_theta", new.get("rope_theta"), old.get("rope_theta"), values.get("rope_theta"))
     name = "partial_rotary_factor"
-    fraction = _agreed(name, new.get(name), old.get(name), values.get(name))
+    fraction = agreed(name, new.get(name), old.get(name), values.get(name))
     length = values.get(_ORIGINAL), given.get("max_position_embeddings")
     kind, scaling = _scaling("rope_parameters", new, *length)
     if old:
@@ -70,7 +70,7 @@ def _scaling(
     original: the length that the model was trained with where config.json says so outside of the table; it wins, as in
     transformers. longest: what takes its place where nobody says it.
     """
-    kind = _agreed(f"{name}.rope_type", table.get("rope_type"), table.get("type")) or "default"
+    kind = agreed(f"{name}.rope_type", table.get("rope_type"), table.get("type")) or "default"
     if not isinstance(kind, str) or kind not in _PARAMETERS:
         raise ValueError(f"{name}.rope_type must be one of {', '.join(_PARAMETERS)}, got {shown(kind)}")
     needed, optional = _PARAMETERS[kind]
@@ -102,7 +102,7 @@ def _check_number(name: str, key: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number {'of at least 1' if least else 'above 0'}, got {shown(value)}")
 
 
-def _agreed(name: str, *values: Any) -> Any:
+def agreed(name: str, *values: Any) -> Any:
     """The one value of several places that may give it; None where none does."""
     given = [value for value in values if value is not None]
     if any(value != given[0] for value in given[1:]):

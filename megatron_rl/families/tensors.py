@@ -17,7 +17,7 @@ class TensorNames:
 
     layer, experts: with the number in place of {}. What follows them is the name within a layer. qkv: the projections
     of queries, keys and values without `.weight` or `.bias`: one name where the file has them in one tensor, all
-    queries first. qk_norms: of queries and of keys.
+    queries first. qk_norms: of queries and of keys. expert_bias: fp32 in every file, whatever the model's type is.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -31,6 +31,7 @@ class TensorNames:
     qk_norms: tuple[str, str] = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     mlp: str = "mlp."
     router: str = "mlp.gate.weight"
+    expert_bias: str = "mlp.gate.expert_bias"
     experts: str = "mlp.experts.{}."
     shared: str = "mlp.shared_experts."
     gate: str = "gate_proj.weight"
@@ -74,6 +75,8 @@ class TensorNames:
     def _experts(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
         h = model.hidden_size
         yield self.router, (model.num_experts, h)
+        if model.expert_bias:
+            yield self.expert_bias, (model.num_experts,)
         for expert in range(model.num_experts):
             yield from self._mlp(self.experts.format(expert), h, model.moe_intermediate_size)
         if model.shared_intermediate_size:

@@ -101,6 +101,11 @@ def problems(model: ModelSection, architecture: Architecture, layout: Layout) ->
             f"{wanted} cannot scale rotary embeddings, and config.json asks for {architecture.rotary.kind!r}; set "
             "model.layers = 'local' and model.fp8 = 'none'"
         )
+    if model.router_dtype == "bfloat16" and architecture.score_function == "sigmoid":
+        yield (
+            "model.router_dtype = 'bfloat16' is not what this model's servers do, whose routers compute in float32; "
+            "set model.router_dtype = 'float32'"
+        )
     if model.attention in ("flash", "fa4") and not _flash_fits(model, architecture, layout):
         yield (
             f"model.attention = '{model.attention}' needs bfloat16, parallel.context = 1 and a head_dim that "

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.checkpoint.names import EMBEDDING, STORED_NORMS, TensorMapping, canonical_name, name_table
+from megatron_rl.checkpoint.names import EMBEDDING, EXPERT_BIAS, STORED_NORMS, TensorMapping, canonical_name, name_table
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.model import ModelSection, MoeSection
@@ -164,9 +164,17 @@ def _expert_fields(
         "moe_shared_expert_intermediate_size": architecture.shared_intermediate_size or None,
         "moe_layer_freq": 1 if all(layers) else layers,
         "moe_router_topk": architecture.num_experts_per_tok,
-        "moe_router_score_function": "softmax",
-        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits.
-        "moe_router_pre_softmax": not architecture.norm_topk_prob,
+        "moe_router_score_function": architecture.score_function,
+        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits. Megatron
+        # renormalises sigmoids whenever there are several.
+        "moe_router_pre_softmax": architecture.score_function == "softmax" and not architecture.norm_topk_prob,
+        "moe_router_enable_expert_bias": architecture.expert_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": architecture.n_group if architecture.n_group > 1 else None,
+        "moe_router_group_topk": architecture.topk_group if architecture.n_group > 1 else None,
+        "moe_router_topk_scaling_factor": None
+        if architecture.routed_scaling_factor == 1
+        else architecture.routed_scaling_factor,
         "moe_router_dtype": router_dtype,
         "moe_router_load_balancing_type": "aux_loss" if moe.load_balance_coefficient else "none",
         "moe_aux_loss_coeff": moe.load_balance_coefficient,
@@ -277,9 +285,11 @@ class Model:
     dtype: torch.dtype
     token_multiple: int
 
-    def parameters_by_canonical_name(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's parameters under the names of checkpoint/names.py. Where the head is tied to the embedding, the
-        last of several pipeline stages has a copy of it, `output_layer.weight`, which the table does not know.
+    def parameters_by_canonical_name(self) -> dict[str, Tensor]:
+        """Find this rank's parameters, and the biases of its routers, under the names of checkpoint/names.py.
+
+        Where the head is tied to the embedding, the last of several pipeline stages has a copy of it,
+        `output_layer.weight`, which the table does not know.
 
         Collective after an optimizer step, with overlap: see `gather_weights`."""
         self.gather_weights()
@@ -287,7 +297,8 @@ class Model:
         return {
             canonical_name(name, get_transformer_layer_offset(self.config, gpt.vp_stage), experts): parameter
             for gpt in self.gpts
-            for name, parameter in gpt.named_parameters()
+            for name, parameter in (*gpt.named_parameters(), *gpt.named_buffers())
+            if isinstance(parameter, torch.nn.Parameter) or name.endswith(EXPERT_BIAS)
         }
 
     @property
@@ -349,6 +360,8 @@ def build_model(
     )
     for chunk in chunks:
         for module in chunk.modules():
+            if isinstance(module, Router):
+                module.keep_bias_in_float32()
             if isinstance(module, GroupedExperts):
                 module.ready = partial(_gradient_is_there, chunk)
         if backends.weight_gradient == "transformer_engine":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.device import import_megatron
+from megatron_rl.expert_choice import top_experts
 
 import_megatron()
 
@@ -25,16 +26,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class Choice:
     """Takes the place of top-k, where megatron's routing function asks an object of its own.
 
-    experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself. The
-    probabilities are the router's own of these experts either way, and the gradient flows through them; what it does
-    to them after top-k (softmax or renormalisation) it does here too.
+    It replays experts, and chooses among groups: Megatron itself adds up each one's best topk / group_topk scores,
+    where the released models and servers add up two (expert_choice.py).
+
+    experts: [t, topk] of the tokens that the router sees, distinct; -1 where the router chooses for itself, None where
+    it always does. The probabilities are the router's own of these experts either way, and the gradient flows through
+    them; what it does to them after top-k (softmax or renormalisation) it does here too.
     router: whose counts go up.
     """
 
-    experts: Tensor
+    experts: Tensor | None
     router: "Router"
 
     def get_replay_topk(
@@ -46,7 +50,12 @@ class Replay:
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """scores: [t, E]. Returns the chosen experts' scores and the experts, [t, topk] each."""
-        _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if num_groups and group_topk:
+            best, own = top_experts(scores, topk, num_groups, group_topk)
+        else:
+            best, own = default_compute_topk(scores, topk)
+        if self.experts is None:
+            return best, own
         given = self.experts >= 0
         chosen = torch.where(given, self.experts.long(), own)
         agreed = (chosen.unsqueeze(2) == own.unsqueeze(1)).any(2)
@@ -68,7 +77,9 @@ class Router(TopKRouter):
     rank adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which
     share the micro-batch, so the sums over these ranks are T * B and T * Z.
 
-    F counts what the router would choose, under replay too: what the loss should balance is the router.
+    F counts what the router would choose, under replay too: what the loss should balance is the router. With sigmoids
+    the probability of an expert is its share of their sum, and F counts the largest ones, whatever biases and groups
+    make of the choice: so does Megatron, by which the models of that kind were trained.
 
     Megatron's own B is that times the number of these ranks: with a padding mask it takes a rank's number of tokens
     from counts that its all-reduce has overwritten with those of all ranks. And without a token it is not a number.
@@ -80,19 +91,25 @@ class Router(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.frozen_expert_bias = True
         self.load_balance_loss: Tensor | float = 0.0
         self.z_loss: Tensor | float = 0.0
         self.num_replayed: Tensor | int = 0
         self.num_replaced: Tensor | int = 0
 
+    def keep_bias_in_float32(self) -> None:
+        """Undo what becomes of it with a bf16 model, before anything is read into it."""
+        self._maintain_float32_expert_bias()
+
     def replay(self, experts: Tensor | None) -> None:
-        """From now on use these experts: [T, topk] of this context-parallel rank's tokens, see `Replay`. None: its own.
+        """From now on use these experts: [T, topk] of this context-parallel rank's tokens, see `Choice`. None: its own.
 
         Under sequence parallelism a router sees the part of them that its tensor-parallel rank holds.
         """
         if experts is not None and self.config.sequence_parallel:
             experts = experts.chunk(self.tp_group.size())[self.tp_group.rank()]
-        self.router_replay = None if experts is None else Replay(experts, self)
+        has_groups = self.config.moe_router_group_topk is not None
+        self.router_replay = Choice(experts, self) if has_groups or experts is not None else None
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -111,7 +128,8 @@ class Router(TopKRouter):
         return attached
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """There is none. Megatron's own does nothing either, but is compiled by torch for that, in every process."""
+        """Count nothing: the bias stays as it is. Megatron's own counts tokens for its update, and is compiled by torch
+        for that, in every process."""
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """logits: [tokens, E]; padding_mask: [tokens], true at padding. Returns `logits` with the loss attached."""

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
-from megatron_rl.families import family_of, load_architecture
+from megatron_rl.families import Architecture, family_of, load_architecture
 from megatron_rl.files import whole_file
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
@@ -217,6 +217,16 @@ class EmbeddedServer(GenerationServer):
         super().__init__(command, log_path, port, host, key, secret_variables)
 
 
+def _refuse_what_a_cpu_cannot(architecture: Architecture) -> None:
+    """ValueError for a model of which SGLang 0.5.21 computes something else on a CPU; on a GPU it multiplies too."""
+    factor = architecture.routed_scaling_factor
+    if factor != 1:
+        raise ValueError(
+            f"SGLang leaves config.json's routed_scaling_factor {factor:g} out on a CPU, so its tokens would be of "
+            "another model; set rollout.engine = 'embedded', or let it use a GPU"
+        )
+
+
 class SglangServer(GenerationServer):
     """`python -m sglang.launch_server`, unmodified, under a supervisor that watches the lifeline for it."""
 
@@ -241,7 +251,10 @@ class SglangServer(GenerationServer):
         """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
         input too. gpus: those that it may use; without any it runs on the CPU, see rollout/sglang_cpu. releases_memory:
         on a GPU it is able to; on a CPU it only answers as if. arguments: further ones of launch_server, after ours, so
-        that they win. ValueError when somebody else has the port."""
+        that they win. ValueError when somebody else has the port, and for a model that SGLang serves wrongly."""
+        architecture = load_architecture(model_path)
+        if not gpus:
+            _refuse_what_a_cpu_cannot(architecture)
         port = hold_port(host, port)
         context_length += SGLANG_SPARE_TOKENS
         options = {
@@ -254,7 +267,7 @@ class SglangServer(GenerationServer):
             "--weight-version": weight_version,
         }
         flags: list[object] = ["--sleep-on-idle"]
-        if family_of(load_architecture(model_path)).remote_code:
+        if family_of(architecture).remote_code:
             flags.append("--trust-remote-code")
         # Spare tokens may be more than the model has positions; none is ever at one of them.
         environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}

@@ -21,8 +21,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Consecutive parameters of the name table. places: of each entry's tensors, in order and end to end."""
+    """Consecutive parameters of the name table, all of one type. places: of each entry's tensors, in order and end to
+    end."""
 
+    dtype: torch.dtype
     entries: tuple[TensorMapping, ...]
     places: tuple[tuple[Place, ...], ...]
 
@@ -46,13 +48,18 @@ class Bucket:
 
 
 def divide(entries: Iterable[TensorMapping], dtype: torch.dtype, max_bytes: int) -> list[Bucket]:
-    """Every entry once, in order, no bucket above `max_bytes` unless one parameter alone is."""
+    """Put every entry into a bucket, in order, but those first that are float32 in a model of another `dtype`.
+
+    No bucket is above `max_bytes` unless one parameter alone is.
+    """
+    ordered = sorted(entries, key=lambda entry: entry.dtype(dtype) == dtype)
     buckets: list[Bucket] = []
     members: list[TensorMapping] = []
     used = 0
-    for entry in entries:
-        size = sum(num_bytes(shape, dtype) for shape in entry.hf_shapes)
-        if members and used + size > max_bytes:
+    for entry in ordered:
+        own = entry.dtype(dtype)
+        size = sum(num_bytes(shape, own) for shape in entry.hf_shapes)
+        if members and (used + size > max_bytes or members[-1].dtype(dtype) != own):
             buckets.append(_bucket(members, dtype))
             members, used = [], 0
         members.append(entry)
@@ -60,7 +67,8 @@ def divide(entries: Iterable[TensorMapping], dtype: torch.dtype, max_bytes: int)
     return [*buckets, _bucket(members, dtype)] if members else buckets
 
 
-def _bucket(entries: Sequence[TensorMapping], dtype: torch.dtype) -> Bucket:
+def _bucket(entries: Sequence[TensorMapping], of_model: torch.dtype) -> Bucket:
+    dtype = entries[0].dtype(of_model)
     places = []
     end = 0
     for entry in entries:
@@ -69,4 +77,4 @@ def _bucket(entries: Sequence[TensorMapping], dtype: torch.dtype) -> Bucket:
             start, end = end, end + num_bytes(shape, dtype)
             of_entry.append(Place(name=name, shape=shape, start=start, end=end))
         places.append(tuple(of_entry))
-    return Bucket(entries=tuple(entries), places=tuple(places))
+    return Bucket(dtype=dtype, entries=tuple(entries), places=tuple(places))

@@ -62,7 +62,6 @@ class DistributedTransport:
         answer for so long, on top of the time for the bytes, is lost. backend: see `gpus.chosen_backend`.
         key_of: of the servers, see `ServerRequests`."""
         self._parameters = model.parameters_by_canonical_name()
-        self._dtype = model.dtype
         device = torch_device() if backend == "nccl" else torch.device("cpu")
         # Pieces for rank 0 travel by what moves the memory that they are in.
         self._group = None if backend == "nccl" else control
@@ -100,7 +99,7 @@ class DistributedTransport:
             if sender is not None:
                 is_last = number == len(self.buckets) - 1
                 with seconds.of("send"):
-                    sender.send(bucket, flat, self._dtype, str(version) if is_last else None)
+                    sender.send(bucket, flat, str(version) if is_last else None)
         if trouble is not None:
             raise trouble
         if receivers is not None:
@@ -116,7 +115,7 @@ class DistributedTransport:
 
     def _collect(self, bucket: Bucket, flat: Tensor) -> None:
         """Collective: rank 0's `flat` becomes the whole bucket."""
-        fill(flat, bucket, self._dtype, gathered(bucket.entries, self._parameters))
+        fill(flat, bucket, gathered(bucket.entries, self._parameters))
         rank, pieces = dist.get_rank(), []
         for owner, start, end in bucket.runs(self._owner_of):
             if owner != 0 and rank in (0, owner):
@@ -165,7 +164,7 @@ class _Sender:
         if not self._failed:
             self._requests.settle(self._at_brackets("/begin_weight_update"))
 
-    def send(self, bucket: Bucket, flat: Tensor, dtype: torch.dtype, version: str | None) -> None:
+    def send(self, bucket: Bucket, flat: Tensor, version: str | None) -> None:
         """Start the broadcast of a bucket once the one before has arrived; `flat` must stay until the next call's end.
 
         version: with the last bucket, what the weights are called.
@@ -175,7 +174,7 @@ class _Sender:
             return
         body = {
             "names": [place.name for place in bucket.tensors],
-            "dtypes": [str(dtype).removeprefix("torch.")] * len(bucket.tensors),
+            "dtypes": [str(bucket.dtype).removeprefix("torch.")] * len(bucket.tensors),
             "shapes": [list(place.shape) for place in bucket.tensors],
             "group_name": self._name,
             "load_format": "flattened_bucket",

@@ -1,7 +1,7 @@
 """Megatron shards as Hugging Face-named tensors, and directories of them."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.buckets import Bucket
 
 
-def export_tensors(
-    model: Model, read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach
-) -> Iterator[tuple[str, Tensor]]:
+def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
     """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
 
     read: what is exported of each parameter; its value, or something of the same shape such as its gradient.
@@ -35,8 +33,8 @@ def export_tensors(
 
 def gathered(
     entries: Iterable[TensorMapping],
-    parameters: dict[str, torch.nn.Parameter],
-    read: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
+    parameters: Mapping[str, Tensor],
+    read: Callable[[Tensor], Tensor] = Tensor.detach,
     takes_part: Callable[[TensorMapping], bool] = owns_export,
 ) -> Iterator[tuple[TensorMapping, tuple[Tensor, ...]]]:
     """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.
@@ -58,14 +56,12 @@ def gathered(
             yield entry, entry.layout.split(entry.layout.unshard(shards))
 
 
-def fill(
-    flat: Tensor, bucket: Bucket, dtype: torch.dtype, found: Iterable[tuple[TensorMapping, Sequence[Tensor]]]
-) -> None:
+def fill(flat: Tensor, bucket: Bucket, found: Iterable[tuple[TensorMapping, Sequence[Tensor]]]) -> None:
     """flat: uint8 [bytes of the bucket], gets what `gathered` found of its entries, each tensor at its place."""
     places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
     for entry, tensors in found:
         for place, tensor in zip(places[entry.megatron], tensors, strict=True):
-            flat[place.start : place.end].view(dtype).view(place.shape).copy_(tensor)
+            flat[place.start : place.end].view(bucket.dtype).view(place.shape).copy_(tensor)
 
 
 def exported_names(model: Model, takes_part: Callable[[TensorMapping], bool] = owns_export) -> list[str]:
@@ -91,7 +87,7 @@ def export_directory(
     partial = destination.with_name(f".{destination.name}.partial")
     table = name_table(model.architecture)
     expected = [
-        (hf, shape, model.dtype)
+        (hf, shape, table[name].dtype(model.dtype))
         for name in exported_names(model)
         for hf, shape in zip(table[name].hf, table[name].hf_shapes, strict=True)
     ]

@@ -77,7 +77,7 @@ class IpcTransport:
         CPU. Each GPU has one training rank, in their order. max_bytes, silence_seconds and key_of: see
         DistributedTransport."""
         self._parameters = model.parameters_by_canonical_name()
-        self._dtype, self._control, self._local_urls = model.dtype, control, tuple(local_urls)
+        self._control, self._local_urls = control, tuple(local_urls)
         self._num_servers, self._num_gpus = num_servers, num_gpus
         table = name_table(model.architecture)
         self.buckets = divide(table.values(), model.dtype, max_bytes)
@@ -166,7 +166,7 @@ class IpcTransport:
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=torch_device())
         found = gathered(bucket.entries, self._parameters, takes_part=self._takes_part)
         own = ((entry, tensors) for entry, tensors in found if owner_of[entry.megatron] == rank)
-        fill(flat, bucket, self._dtype, own)
+        fill(flat, bucket, own)
         if len(self._span.ranks) > 1:
             for owner, start, end in bucket.runs(owner_of):
                 dist.broadcast(flat[start:end], src=owner, group=self._span_group)
@@ -185,7 +185,7 @@ class IpcTransport:
                 _Handle(
                     url=opener.url,
                     server_rank=opener.server_rank,
-                    payload=serialized(flat, bucket.tensors, self._dtype),
+                    payload=serialized(flat, bucket.tensors, bucket.dtype),
                 )
                 for opener in openers
             ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rl.expert_choice import top_experts
 from megatron_rl.families import Architecture
 from megatron_rl.rollout.embedded.cache import BLOCK, KVCache
 from megatron_rl.rollout.embedded.weights import LayerWeights, ModelWeights
@@ -163,7 +164,7 @@ class EmbeddedModel:
         products have the same bits however many there are: so a row does not depend on what the others choose.
         """
         tile, num_chosen = self.expert_tile, self.config.num_experts_per_tok
-        top, chosen = self._routing(router, normed)
+        top, chosen = self._routing(router, layer.expert_bias, normed)
         if record is not None:
             record.copy_(chosen)
         expert, order = chosen.flatten().sort(stable=True)
@@ -193,13 +194,25 @@ class EmbeddedModel:
         act = self._buffer("act", *gate.shape, dtype=self.dtype)
         return torch.ops.aten.silu.out(gate, out=act).mul_(up)
 
-    def _routing(self, router: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in the model's dtype and ids of the chosen experts, [R, k]: softmax over all experts, top-k kept,
-        renormalised if norm_topk_prob."""
-        probs = torch.mm(normed.float(), router)[:, : self.config.num_experts].softmax(-1)
-        top, chosen = probs.topk(self.config.num_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:
-            top = top / top.sum(-1, keepdim=True)
+    def _routing(self, router: Tensor, bias: Tensor | None, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in the model's dtype and ids of the chosen experts, [R, k].
+
+        Those have the largest scores, the bias added, among the best groups; their weights are the scores without it,
+        renormalised if norm_topk_prob, times the routed scaling factor.
+        """
+        config, logits = self.config, torch.mm(normed.float(), router)
+        if config.score_function == "softmax":
+            scores = logits[:, : config.num_experts].softmax(-1)
+        else:
+            scores = logits.sigmoid_()[:, : config.num_experts]
+        ranked = scores if bias is None else scores + bias
+        top, chosen = top_experts(ranked, config.num_experts_per_tok, config.n_group, config.topk_group)
+        if bias is not None:
+            top = scores.gather(-1, chosen)
+        if config.norm_topk_prob:
+            top = top / (top.sum(-1, keepdim=True) + 1e-20)
+        if config.routed_scaling_factor != 1:
+            top = top * config.routed_scaling_factor
         return top.to(self.dtype), chosen
 
 

@@ -101,6 +101,8 @@ def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
         found[prefix + names.mlp_norm] = layer.mlp_norm
         if layer.router is not None:
             found[prefix + names.router] = layer.router[:, : config.num_experts].t()
+        if layer.expert_bias is not None:
+            found[prefix + names.expert_bias] = layer.expert_bias
         if layer.mlp is not None:
             add_mlp(prefix + (names.shared if config.is_moe_layer(index) else names.mlp), layer.mlp)
         for expert, mlp in enumerate(layer.experts):
@@ -134,8 +136,9 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
     def layer(is_moe: bool) -> LayerWeights:
         everyones = config.shared_intermediate_size if is_moe else config.intermediate_size
         # A multiple of 16: in a product of 5 to 11 columns some processors' kernels give a row bits that depend on
-        # its place.
-        columns = -(-config.num_experts // 16) * 16
+        # its place. Of 32: so do kernels of the sigmoid at what is left over.
+        multiple = 32 if config.score_function == "sigmoid" else 16
+        columns = -(-config.num_experts // multiple) * multiple
         return LayerWeights(
             input_norm=empty(h),
             qkv=empty(h, (nq + 2 * nkv) * d),
@@ -145,6 +148,7 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
             mlp_norm=empty(h),
             mlp=mlp(everyones) if everyones else None,
             router=torch.zeros(h, columns) if is_moe else None,
+            expert_bias=torch.empty(config.num_experts) if is_moe and config.expert_bias else None,
             experts=tuple(mlp(config.moe_intermediate_size) for _ in range(config.num_experts if is_moe else 0)),
         )
 

@@ -24,6 +24,7 @@ class LayerWeights:
     mlp_norm: Tensor  # [H]
     mlp: "Mlp | None"  # over every token; None in a mixture-of-experts layer without shared experts
     router: Tensor | None  # [H, at least E] fp32, zero columns behind E; None in a dense layer
+    expert_bias: Tensor | None  # [E] fp32, added to scores for the choice alone
     experts: tuple["Mlp", ...]  # E of width I; none in a dense layer
 
 

@@ -88,7 +88,8 @@ class RecordedGroups:
             raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
-        tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
+        architecture = load_architecture(config.model.path)
         self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._digest = _load_prompts(config, tokenizer)[0].digest
         self._groups, self._prompts = read_groups(path, advantages_of(config), limits_of(config.rollout, architecture))
@@ -152,7 +153,8 @@ class ServerGroups:
         """ValueError for prompts that cannot be used."""
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
-        tokenizer, architecture = load_tokenizer(config.model.path), load_architecture(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
+        architecture = load_architecture(config.model.path)
         self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.

@@ -1,0 +1,110 @@
+"""BailingMoE, version 2: Ling-mini-2.0, Ring-mini-2.0, their flash and 1T sisters.
+
+Read in the vendor's code (github.com/inclusionAI/Ring-V2, models/, commit 96366fa). Dropout is left out as in version
+1. Layers that predict further tokens (MTP) are refused: nothing here trains, converts or serves them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rl.families.bailing import tell_of_dropout
+from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.family import Family
+from megatron_rl.families.fields import check_neutral, common_fields, count, require
+from megatron_rl.families.tensors import TensorNames
+from megatron_rl.parsing import shown
+
+_REQUIRED = (
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+)
+_VERSION_2 = {
+    "use_qkv_bias": (None, False),
+    "score_function": (None, "sigmoid"),
+    "norm_topk_prob": (None, True),
+    "norm_head": (None, False),
+    "router_type": (None, "topN"),
+    "multi_gate": (None, False),
+    "router_dtype": (None, "fp32"),
+    "use_rmsnorm": (None, True),
+    "rope_interleave": (None, False),
+}
+_DEFAULTS = {"head_dim": 128, "rope_theta": 600000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_further_tokens(values)
+    check_neutral(values, _VERSION_2, " (BailingMoE version 2)")
+    require(values, _REQUIRED)
+    width = count(values, "moe_intermediate_size", 1, MAX_WIDTH)
+    check_neutral(values, {"moe_shared_expert_intermediate_size": (None, width)}, ", as moe_intermediate_size is")
+    found = common_fields(values, _DEFAULTS, partial_rotary=True)
+    _check_rotated_part(values, found)
+    experts_per_token = count(values, "num_experts_per_tok", 1, 2**16)
+    num_layers = count(values, "num_hidden_layers", 1, 4096)
+    tell_of_dropout(values)
+    return found | {
+        "qk_norm": _flag(values, "use_qk_norm"),
+        "dense_layers": tuple(range(min(count(values, "first_k_dense_replace", 0, 4096), num_layers))),
+        "num_experts": count(values, "num_experts", 1, 2**16),
+        "num_experts_per_tok": experts_per_token,
+        "moe_intermediate_size": width,
+        # One MLP of their joint width.
+        "shared_intermediate_size": count(values, "num_shared_experts", 0, 4096) * width,
+        "score_function": "sigmoid",
+        "expert_bias": _flag(values, "moe_router_enable_expert_bias"),
+        # Some files say with 0 that there are no groups.
+        "n_group": count(values, "n_group", 0, 2**16) or 1,
+        "topk_group": count(values, "topk_group", 0, 2**16) or 1,
+        # The score of a single expert is its weight.
+        "norm_topk_prob": experts_per_token > 1,
+        "routed_scaling_factor": 1.0 if (factor := values.get("routed_scaling_factor")) is None else factor,
+    }
+
+
+def _refuse_further_tokens(values: Mapping[str, Any]) -> None:
+    number = values.get("num_nextn_predict_layers")
+    if number not in (None, 0):
+        raise ValueError(
+            f"num_nextn_predict_layers {shown(number)} asks for layers that predict further tokens (MTP), which are "
+            "not implemented; set it to 0 and leave their tensors, those behind the last layer, out of the files"
+        )
+
+
+def _check_rotated_part(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """ValueError where `rotary_dim`, which some servers read, is not the part that `partial_rotary_factor` says."""
+    width, head_dim = values.get("rotary_dim"), found["head_dim"]
+    if width is not None and isinstance(head_dim, int) and width != round(head_dim * found["rotary"]["fraction"]):
+        raise ValueError(
+            f"rotary_dim {shown(width)} must be head_dim {head_dim} times partial_rotary_factor "
+            f"{found['rotary']['fraction']:g}"
+        )
+
+
+def _flag(values: Mapping[str, Any], name: str) -> bool:
+    """Read true or false; true where there is none. ValueError names the field."""
+    value = values.get(name)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+    return value is not False
+
+
+BAILING_MOE_V2 = Family(
+    key="bailing_moe_v2",
+    architectures=("BailingMoeV2ForCausalLM",),
+    # The published files have version 1's.
+    model_types=("bailing_moe_v2", "bailing_moe"),
+    read=_read,
+    remote_code=True,
+    tensors=TensorNames(
+        embedding="model.word_embeddings.weight",
+        qkv=("attention.query_key_value",),
+        output="attention.dense.weight",
+        qk_norms=("attention.query_layernorm.weight", "attention.key_layernorm.weight"),
+    ),
+)
