@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,18 @@ _PRELOADED = [
     "psutil",
     "httpx",
 ]
+# Not multiprocessing's own, which workers of rewards may have started already with what they import.
+_server = forkserver.ForkServer()
 # What torch reads when it is imported.
 _AT_IMPORT = {"OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Start a process that calls a function with these arguments, in a fork of the one with the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=target, args=arguments)
+    _server.set_forkserver_preload(_PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "connect_to_new_process", _server.connect_to_new_process)
         for name, value in _AT_IMPORT.items():
             patch.setenv(name, value)
         process.start()

@@ -38,17 +38,14 @@ def sharing_a_gpu(rank: int) -> dict[str, str]:
 
 def _start(worker: Path, folder: Path, log: Path, environment: dict[str, str], on_cpu: bool) -> BaseProcess:
     """A process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
+    arguments = [str(worker), str(folder)], environment, log, log, ROOT
     if on_cpu:
-        return forked.start(_run_worker, worker, folder, log, environment)
-    process = multiprocessing.get_context("spawn").Process(target=_run_worker, args=(worker, folder, log, environment))
+        return forked.start(forked.program, *arguments)
+    process = multiprocessing.get_context("spawn").Process(target=forked.program, args=arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is loaded
         process.start()
     return process
-
-
-def _run_worker(worker: Path, folder: Path, log: Path, environment: dict[str, str]) -> None:
-    forked.program([str(worker), str(folder)], environment, log, log, ROOT)
 
 
 def run_ranks(

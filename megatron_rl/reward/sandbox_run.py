@@ -358,7 +358,8 @@ class Running:
         self._over = True
         self._kill()
         if self._process.poll() is None:
-            self._process.kill()
+            # The group: in its first moments bubblewrap has a child that nothing else ends.
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(_END_SECONDS)
         if self._init is not None and not _ends(self._init, _END_SECONDS):
             raise SandboxFailure(f"processes of a sandbox (process {self._init_pid}) outlive SIGKILL for 20 s")

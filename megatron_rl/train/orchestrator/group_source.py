@@ -237,10 +237,11 @@ class ServerGroups:
         return self._loop.run(self._watched(work))
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
-        """What every serving server makes of some tokens: their urls, and the question for the trainer.
+        """Ask every serving server for its log-probs of the same tokens; returns the servers' urls, and the probe that
+        asks the trainer for its own.
 
-        They are of a response: two programs in bfloat16 round alike where the model finds a token likely. Before the
-        first phase they are of prompts.
+        The tokens are those of a response: two programs in bfloat16 round alike where the model finds a token likely.
+        Before the first phase they are those of prompts.
         """
         most = self._config.rollout.max_sequence_tokens - 1
         if self._longest is not None and len(self._longest.output_ids) > 1:

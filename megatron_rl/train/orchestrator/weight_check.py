@@ -58,13 +58,13 @@ def weight_checksums(trainer: Trainer, dtypes: dict[str, str], control: Any) -> 
 
 
 def differing(ours: dict[str, str], theirs: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Which tensors differ by these checksums, and which could not be compared."""
+    """Find the tensors whose checksums differ, and those of ours that could not be compared; names in order."""
     names = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
     return names, sorted(ours.keys() - theirs.keys())
 
 
 def told_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    """Which tensors differ by these checksums, in words."""
+    """Say in words which tensors differ by these checksums."""
     names, lost = differing(ours, theirs)
     text = f"{len(names)} of {len(ours)} tensors differ: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     return text + (f" ({len(lost)} could not be compared: {', '.join(lost[:3])})" if lost else "")
