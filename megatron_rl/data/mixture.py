@@ -131,7 +131,7 @@ class Stream(ABC, Generic[Row]):
 
     def _digest(self, stages: Sequence[Stage[Row]]) -> str:
         """16 hexadecimal digits that are others as soon as any position could have another row."""
-        digest = hashlib.sha256(f"{self.seed}{self._rendering}".encode())
+        digest = hashlib.sha256(f"{self.seed}{self._of_tokens}".encode())
         paths: list[Path] = []
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
