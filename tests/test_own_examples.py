@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from inputs import ROOT, make_inputs
 
@@ -36,7 +37,7 @@ def command(example: str, inputs: Path, run: Path, *options: str) -> list[str]:
 
 
 def finish(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=250, check=False)
+    done = forked.run(arguments, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -70,7 +71,7 @@ def test_a_killed_run_with_an_own_reward_and_parts_comes_to_the_same_bits(
     own_reward: Path, inputs: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(command("own_reward", inputs, run), stderr=subprocess.DEVNULL)
+    process = forked.Program(command("own_reward", inputs, run), tmp_path / "log", os.environ)
     deadline = time.monotonic() + 200
     while not (run / "checkpoints/latest").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
