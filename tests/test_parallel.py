@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel import run_ranks
+from parallel import run_ranks, with_trajectories
 from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses, rows_by_sample
 from safetensors.torch import load_file
 from tiny_model import tensors_of, write_tiny_model
@@ -90,23 +90,6 @@ def make_spec(model: Path, **changes: object) -> dict:
         "traced": TRACED,
         **changes,
     }
-
-
-def with_trajectories(spec: dict) -> dict:
-    """The same with sequences in which others wrote some tokens, and samples that are several sequences."""
-    rows = spec["sequences"]
-    for i in (1, 3, 6, 8):
-        start, ids = rows[i]["num_prompt_tokens"], rows[i]["token_ids"]
-        at = [place for place in range(len(ids) - start) if (place + i) % 5 < 3]
-        rows[i] |= {
-            "loss_positions": [start + place for place in at],
-            "rollout_logprobs": [rows[i]["rollout_logprobs"][place] for place in at],
-            "num_stale_tokens": (0, len(ids), len(at) // 2)[i % 3],
-        }
-    for sample, segments in ((3, (4, 5)), (6, (7,))):
-        for i in (sample, *segments):
-            rows[i] |= {"sample": sample, "advantage": rows[sample]["advantage"]}
-    return spec
 
 
 def exact_spec(model: Path, **changes: object) -> dict:

@@ -187,6 +187,13 @@ def test_a_cut_counts_policy_tokens_and_ends_the_sequence_at_the_last_of_them(
     assert step.num_loss_tokens == budget
 
 
+def test_the_traced_tokens_of_a_trajectory_are_counted_over_its_segments() -> None:
+    schedule = make_schedule([Group(prompt_id=5, samples=(two_segments(),))], budgets=(6,))
+    schedule = replace(schedule, plan=replace(schedule.plan, traced=(0,)))
+    (sequences,) = trained_sequences(schedule)
+    assert sorted((s.traced_as, s.traced_from, len(s.loss_positions)) for s in sequences) == [(0, 0, 5), (0, 5, 1)]
+
+
 # Files --------------------------------------------------------------------------------------------------------------
 
 
