@@ -41,8 +41,8 @@ class Segment:
     def __post_init__(self) -> None:
         count = len(self.output_ids)
         if self.turns is not None:
-            bounds = self.turns.ravel()
-            assert (np.diff(bounds) >= 0).all() and (not len(bounds) or 0 <= bounds[0] <= bounds[-1] <= count), bounds
+            bounds = np.concatenate([[0], self.turns.ravel(), [count]])
+            assert (np.diff(bounds) >= 0).all() and (self.turns[:, 0] < self.turns[:, 1]).all(), self.turns.tolist()
             count = int((self.turns[:, 1] - self.turns[:, 0]).sum())
         found = len(self.rollout_logprobs), len(self.policy_versions)
         assert found == (count, count), f"{count} policy tokens have {found} log-probs and versions"

@@ -522,14 +522,13 @@ def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: 
     rollouts.write_text("".join(json.dumps(in_parts(json.loads(line), i % 3)) + "\n" for i, line in enumerate(lines)))
     finish(command(inputs, tmp_path / "parts", "train", "--rollouts", str(rollouts), *options))
     (found,) = rows_of(tmp_path / "parts")
-    assert {name: found[name] for name in ("reward", "num_loss_tokens", "num_trained_samples", "budget_use")} == {
-        name: row[name] for name in ("reward", "num_loss_tokens", "num_trained_samples", "budget_use")
-    }
+    for name in ("reward", "num_loss_tokens", "num_trained_samples", "response_tokens_mean"):
+        assert found[name] == row[name], name
     assert found["entropy"] == pytest.approx(row["entropy"], rel=1e-6)
     assert found["logprob_difference_max"] < 2e-5
     assert found["num_forward_tokens"] > row["num_forward_tokens"]
-    assert found["turns_mean"] == pytest.approx(5 / 3)
-    assert found["segments_mean"] == pytest.approx(4 / 3)
+    assert 1 < found["segments_mean"] < found["turns_mean"] < 2
+    assert found["masked_token_share"] == found["no_token_share"] == 0
     message = finish(command(inputs, tmp_path, "train", "--rollouts", str(tmp_path / "none"), "--resume"), code=2)
     assert "none does not exist" in message
 

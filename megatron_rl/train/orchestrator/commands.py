@@ -115,7 +115,8 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Comm
     routing = None
     if content["routing"] is not None:
         layers, topk = content["routing"]["shape"]
-        routing = Routing(shape=(layers, topk), missing=frozenset(map(tuple, content["routing"]["missing"])))
+        missing = frozenset((index, segment) for index, segment in content["routing"]["missing"])
+        routing = Routing(shape=(layers, topk), missing=missing)
     mine = list(_placed(plan, data_rank))
     arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),
