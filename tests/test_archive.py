@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.records import Response, Sample, Segment, UnfinishedGroup
@@ -73,6 +73,7 @@ def plain(value: object) -> object:
     return {name: plain(getattr(value, name)) for name in fields} if fields else value
 
 
+@settings(deadline=None)
 @given(st.lists(samples, max_size=4).map(tuple), st.lists(groups, max_size=3).map(tuple))
 def test_surplus_and_unfinished_groups_come_back_exactly(
     kept: tuple[Sample, ...], unfinished: tuple[UnfinishedGroup, ...]
