@@ -53,6 +53,10 @@ response_tokens_mean* | tokens | responses of the phase | mean length
 response_tokens_std | tokens | responses of the phase | standard deviation of the length
 response_tokens_p90 | tokens | responses of the phase | the length that nine in ten do not exceed
 response_tokens_max | tokens | responses of the phase | the longest
+turns_mean | | responses of the phase | turns of a response; this and the next three where there are trajectories
+segments_mean | | responses of the phase | sequences that a response is trained as
+masked_token_share | share | output tokens of the phase | tokens that the policy did not sample, which carry no loss
+no_token_share | share | responses of the phase | responses of agents that asked the policy nothing
 num_unfinished | responses | phase | responses that go on in the next phase (C3PO++)
 num_unfinished_tokens | tokens | phase | tokens that those have so far
 num_dropped_unfinished | responses | phase | unfinished ones that were kept over too many phases

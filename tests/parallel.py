@@ -100,3 +100,20 @@ def run_ranks(
         assert not tensors.keys() & part.keys(), f"written by two ranks: {tensors.keys() & part.keys()}"
         tensors |= part
     return tensors
+
+
+def with_trajectories(spec: dict) -> dict:
+    """The same with sequences in which others wrote some tokens, and samples that are several sequences."""
+    rows = spec["sequences"]
+    for i in (1, 3, 6, 8):
+        start, ids = rows[i]["num_prompt_tokens"], rows[i]["token_ids"]
+        at = [place for place in range(len(ids) - start) if (place + i) % 5 < 3]
+        rows[i] |= {
+            "loss_positions": [start + place for place in at],
+            "rollout_logprobs": [rows[i]["rollout_logprobs"][place] for place in at],
+            "num_stale_tokens": (0, len(ids), len(at) // 2)[i % 3],
+        }
+    for sample, segments in ((3, (4, 5)), (6, (7,))):
+        for i in (sample, *segments):
+            rows[i] |= {"sample": sample, "advantage": rows[sample]["advantage"]}
+    return spec

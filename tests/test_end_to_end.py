@@ -175,6 +175,7 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
     of_others |= {"offload_seconds", "reload_seconds", "release_seconds", "resume_seconds"}
+    of_others |= {"turns_mean", "segments_mean", "masked_token_share", "no_token_share"}
     assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
     assert present - known == {
         "response_tokens_std",
@@ -480,6 +481,23 @@ def test_a_users_mistake_ends_in_one_message_and_exit_code_2(
     assert "Traceback" not in stderr
 
 
+def in_parts(row: dict, kind: int) -> dict:
+    """A recorded row as it is, as a trajectory of two turns, or as one of two segments."""
+    ids, logprobs = row["output_ids"], row["rollout_logprobs"]
+    half = len(ids) // 2
+    if not kind or not half:
+        return row
+    whole = {name: row.pop(name) for name in ("prompt_token_ids", "output_ids", "rollout_logprobs")}
+    if kind == 1:
+        return row | {"segments": [whole | {"turns": [[0, half], [half, len(ids)]]}]}
+    first = {"output_ids": ids[:half], "rollout_logprobs": logprobs[:half]}
+    second = {"output_ids": ids[half:], "rollout_logprobs": logprobs[half:]}
+    prompt = whole["prompt_token_ids"]
+    return row | {
+        "segments": [{"prompt_token_ids": prompt} | first, {"prompt_token_ids": prompt + ids[:half]} | second]
+    }
+
+
 def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: Path, tmp_path: Path) -> None:
     rollouts = tmp_path / "rollouts.jsonl"
     finish(command(inputs, tmp_path, "rollout", "--prompts", "6", "--output", str(rollouts)))
@@ -500,6 +518,17 @@ def test_recorded_rollouts_train_as_the_servers_would_have(inputs: Path, whole: 
     (row,), expected = rows_of(tmp_path), rows_of(whole)[0]
     for name in ("reward", "loss", "grad_norm", "num_loss_tokens", "logprob_difference_p999"):
         assert row[name] == expected[name], name
+    # Cut into turns and segments, whose prompts are what came before, the same tokens are trained after the same ones.
+    rollouts.write_text("".join(json.dumps(in_parts(json.loads(line), i % 3)) + "\n" for i, line in enumerate(lines)))
+    finish(command(inputs, tmp_path / "parts", "train", "--rollouts", str(rollouts), *options))
+    (found,) = rows_of(tmp_path / "parts")
+    for name in ("reward", "num_loss_tokens", "num_trained_samples", "response_tokens_mean"):
+        assert found[name] == row[name], name
+    assert found["entropy"] == pytest.approx(row["entropy"], rel=1e-6)
+    assert found["logprob_difference_max"] < 2e-5
+    assert found["num_forward_tokens"] > row["num_forward_tokens"]
+    assert 1 < found["segments_mean"] < found["turns_mean"] < 2
+    assert found["masked_token_share"] == found["no_token_share"] == 0
     message = finish(command(inputs, tmp_path, "train", "--rollouts", str(tmp_path / "none"), "--resume"), code=2)
     assert "none does not exist" in message
 

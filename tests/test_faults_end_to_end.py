@@ -316,7 +316,7 @@ def test_a_killed_run_goes_on_with_its_unfinished_groups(inputs: Path, tmp_path:
         (response.prompt_id, response.sample_index): response
         for group in carry.unfinished
         for response in group.responses
-        if response.num_output_tokens and not response.finish_reason
+        if response.num_policy_tokens and not response.finish_reason
     }
     assert cut
     for path in (run.run_dir / "rollouts").glob("*.jsonl"):
@@ -331,7 +331,7 @@ def test_a_killed_run_goes_on_with_its_unfinished_groups(inputs: Path, tmp_path:
         before = cut.get((row["position"], row["sample_index"]))
         if before is not None and row["outcome"] != "dropped: kept for too long":
             versions = {int(version): count for version, count in row["policy_versions"].items()}
-            assert sum(count for version, count in versions.items() if version < step) == before.num_output_tokens
-            assert row["num_tokens"] >= before.num_output_tokens
+            assert sum(count for version, count in versions.items() if version < step) == before.num_policy_tokens
+            assert row["num_tokens"] >= before.num_policy_tokens
             ended += 1
     assert ended > 0

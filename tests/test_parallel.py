@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel import run_ranks
-from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses
+from parallel import run_ranks, with_trajectories
+from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses, rows_by_sample
 from safetensors.torch import load_file
 from tiny_model import tensors_of, write_tiny_model
 
@@ -90,6 +90,12 @@ def make_spec(model: Path, **changes: object) -> dict:
         "traced": TRACED,
         **changes,
     }
+
+
+def exact_spec(model: Path, **changes: object) -> dict:
+    """In fp64, with trajectories of agents among the sequences, and a reference policy of other weights."""
+    options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
+    return with_trajectories(make_spec(model, **options | changes))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +210,7 @@ def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[La
         losses = moe(layout)
         key = json.dumps(losses)
         if key not in runs:
-            spec = make_spec(model, dtype="float64", moe=losses, algorithms=ALGORITHMS, reference_scale=1.1)
+            spec = exact_spec(model, moe=losses)
             runs[key] = run_ranks(1, spec, tmp_path_factory.mktemp("exact") / "run")
         return runs[key]
 
@@ -218,8 +224,7 @@ def test_every_layout_gives_the_gradient_of_one_process_to_rounding(
     num_ranks, parallel = LAYOUTS[name]
     layout = Layout(world_size=num_ranks, **parallel)
     # The ranks of a context-parallel group share the cap of one process.
-    spec = make_spec(model, dtype="float64", moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
-    spec |= {"algorithms": ALGORITHMS, "reference_scale": 1.1}
+    spec = exact_spec(model, moe=moe(layout), parallel=parallel, token_cap=80 // layout.context)
     found, expected = run_ranks(num_ranks, spec, tmp_path / "run"), exact(layout)
     for prefix in ("logprobs/", "traced/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
@@ -243,7 +248,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     """A deeper model, and what one process makes of it in fp64."""
     folder = tmp_path_factory.mktemp("deep")
     model = write_tiny_model(folder / "tiny", **SHAPE | {"num_hidden_layers": 7})
-    spec = make_spec(model, dtype="float64", moe=moe(Layout(world_size=1)), algorithms=ALGORITHMS, reference_scale=1.1)
+    spec = exact_spec(model, moe=moe(Layout(world_size=1)))
     return model, run_ranks(1, spec, folder / "run")
 
 
@@ -254,7 +259,7 @@ def test_the_interleaved_pipeline_gives_the_gradient_of_one_process_to_rounding(
     model, expected = deep
     num_ranks, parallel = INTERLEAVED[name]
     losses = moe(Layout(world_size=num_ranks, **parallel))
-    spec = make_spec(model, dtype="float64", moe=losses, parallel=parallel, algorithms=ALGORITHMS, reference_scale=1.1)
+    spec = exact_spec(model, moe=losses, parallel=parallel)
     found = run_ranks(num_ranks, spec, tmp_path / "run")
     for prefix in ("logprobs/", "traced/", "measured", "grad/", "weight/"):
         assert worst(found, expected, prefix) < (EXACT, ""), prefix
@@ -316,7 +321,7 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
 def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
     algorithm: dict, model: Path, exact: Callable[[Layout], dict[str, torch.Tensor]]
 ) -> None:
-    spec = make_spec(model, reference_scale=1.1)
+    spec = exact_spec(model)
     found = exact(Layout(world_size=2))  # the run without a balance loss; its z-loss is added here
     config, weights = load_reference(model)
     scaled = {name: t * 1.1 for name, t in weights.items()}
@@ -325,7 +330,12 @@ def test_one_process_in_fp64_has_the_gradient_of_the_written_formula(
     # The present weights are 1.1 times the leaves of the graph.
     gradients = {f"grad/{algorithm['name']}/{name}": w.grad / 1.1 for name, w in weights.items()}
     assert worst(found, gradients, f"grad/{algorithm['name']}/") < (1e-6, "")
-    traced = {f"traced/{i}": logprobs_and_entropy(config, scaled, spec["sequences"][i])[0].detach() for i in TRACED}
+    traced = {}
+    for sample in TRACED:
+        if rows := rows_by_sample(spec).get(sample):
+            parts = [logprobs_and_entropy(config, scaled, spec["sequences"][i])[0].detach() for i in rows]
+            traced[f"traced/{sample}"] = torch.cat(parts)
+    assert traced.keys() == {"traced/0", "traced/3", "traced/8"}  # 4 is the second segment of 3
     assert worst(found, traced, "traced/") < (1e-6, "")
 
 
@@ -342,7 +352,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_cap(
     token_cap: int, model: Path, exact: Callable[[Layout], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     layout = Layout(world_size=2)  # whose run has no balance loss, the one that micro-batches change
-    spec = make_spec(model, dtype="float64", moe=moe(layout), algorithms=ALGORITHMS, reference_scale=1.1)
+    spec = exact_spec(model, moe=moe(layout))
     found = run_ranks(1, spec | {"token_cap": token_cap}, tmp_path / "run")
     assert worst(found, exact(layout), "grad/") < (EXACT, "")
 

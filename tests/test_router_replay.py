@@ -4,6 +4,7 @@ import json
 import random
 import weakref
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro_batches import micro_batch
 from parallel import run_ranks
-from reference import forward, load_reference, policy_loss
-from samples import make_sample, make_schedule
-from test_parallel import ALGORITHMS, EXACT, SHAPE, make_spec, worst
+from reference import forward, load_reference, loss_positions, policy_loss
+from samples import make_sample, make_schedule, make_segment, make_trajectory
+from test_parallel import ALGORITHMS, EXACT, SHAPE, exact_spec, worst
 from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.config.layout import Layout
@@ -39,9 +40,7 @@ NUM_LAYERS, TOPK = 3, 2
 
 def replay_spec(model: Path, **changes: object) -> dict:
     """Random experts for every token but the last: hardly ever what the router would choose."""
-    spec = make_spec(
-        model, **{"dtype": "float64", "reference_scale": 1.1, "token_cap": CAP, "algorithms": ALGORITHMS[:1], **changes}
-    )
+    spec = exact_spec(model, **{"token_cap": CAP, "algorithms": ALGORITHMS[:1], **changes})
     spec["sequences"] = spec["sequences"][:5]
     rng = random.Random(1)
     for row in spec["sequences"]:
@@ -74,10 +73,10 @@ def test_one_process_has_the_log_probs_and_the_gradient_of_the_formula_with_the_
     present = {name: w * 1.1 for name, w in weights.items()}
     changed: list[bool] = []
     for i, row in enumerate(spec["sequences"]):
-        ids, start = row["token_ids"], row["num_prompt_tokens"]
+        ids, at = row["token_ids"], loss_positions(row)
         routers: dict[int, list[torch.Tensor]] = {}
         expected = forward(config, present, ids, routers, row["routed_experts"]).log_softmax(-1).detach()
-        expected = expected[range(start - 1, len(ids) - 1), ids[start:]]
+        expected = expected[[position - 1 for position in at], [ids[position] for position in at]]
         assert float((alone[f"logprobs/{i}"] - expected).abs().max()) < 1e-5
         assert float((alone[f"free/{i}"] - expected).abs().max()) > 0.01
         for layer, (logits,) in routers.items():
@@ -160,15 +159,13 @@ def test_every_packed_token_has_the_experts_of_its_own_position(
 def with_record(sample: Sample, has_record: bool) -> Sample:
     if not has_record:
         return sample
-    response = sample.response
-    count = len(response.prompt_ids) + len(response.output_ids) - 1
-    record = np.random.default_rng(sample.id).integers(0, 256, (count, NUM_LAYERS, TOPK)).astype(np.uint8)
-    return Sample(
-        response=type(response)(**{n: getattr(response, n) for n in response.__slots__} | {"routed_experts": record}),
-        reward=sample.reward,
-        reason=sample.reason,
-        advantage=sample.advantage,
-    )
+    rng = np.random.default_rng(sample.id)
+    segments = []
+    for segment in sample.response.segments:
+        count = len(segment.prompt_ids) + len(segment.output_ids) - 1
+        record = rng.integers(0, 256, (count, NUM_LAYERS, TOPK)).astype(np.uint8)
+        segments.append(replace(segment, routed_experts=record))
+    return replace(sample, response=replace(sample.response, segments=tuple(segments)))
 
 
 def test_every_rank_gets_the_share_of_its_data_rank_and_one_share_is_copied_at_a_time(
@@ -200,15 +197,18 @@ def test_every_rank_gets_the_share_of_its_data_rank_and_one_share_is_copied_at_a
             assert np.array_equal(array, wanted)
     given = [sequence for micro_batch in own[0] for sequence in micro_batch]
     assert np.array_equal(np.concatenate([sequence.token_ids for sequence in given]), expected[0][0])
-    assert len(copies) == 2 * 4
+    assert len(copies) == 2 * len(expected[0])
 
 
-@pytest.mark.parametrize("missing", [(), (1, 4), range(6)], ids=["none missing", "some missing", "none there"])
+@pytest.mark.parametrize("missing", [(), (1, 4), range(7)], ids=["none missing", "some missing", "none there"])
 def test_a_ranks_sequences_come_with_the_experts_of_their_samples(missing: tuple[int, ...]) -> None:
     lengths = [9, 3, 12, 7, 20, 5]
     samples = [with_record(make_sample(i, 0, n), i not in missing) for i, n in enumerate(lengths)]
+    # Two segments, the first of which has tokens of others.
+    turns = [make_segment(6, turns=[(0, 1), (4, 6)]), make_segment(2, num_prompt_tokens=9)]
+    samples.append(with_record(make_trajectory(6, 0, turns), 6 not in missing))
     groups = [Group(prompt_id=i, samples=(sample,)) for i, sample in enumerate(samples)]
-    schedule = make_schedule(groups)
+    schedule = make_schedule(groups, budgets=(57,))
     plan = schedule.plan
     routing = _routing(plan, schedule.samples)
     seen = 0
@@ -218,7 +218,8 @@ def test_a_ranks_sequences_come_with_the_experts_of_their_samples(missing: tuple
         for positions, sequences in zip(step.micro_batches[rank], work[0], strict=True):
             for position, sequence in zip(positions, sequences, strict=True):
                 selected = step.selected[position]
-                record = schedule.samples[selected.index].response.routed_experts
+                segments = schedule.samples[selected.index].response.segments
+                record = segments[selected.segment].routed_experts
                 seen += 1
                 if record is None:
                     assert sequence.routed_experts is None

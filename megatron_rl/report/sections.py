@@ -104,6 +104,19 @@ SECTIONS = (
                 },
                 note="A longest response that stays at the limit is cut off there.",
             ),
+            Plot(
+                title="Turns of agents",
+                unit="mean of a response",
+                kind="zero",
+                curves={"turns": "turns_mean", "segments": "segments_mean"},
+                note="A segment is a sequence of its own. There are several where the history was changed.",
+            ),
+            Plot(
+                title="What agents' policies did not write",
+                unit="share",
+                kind="zero",
+                curves={"of output tokens": "masked_token_share", "responses without a turn": "no_token_share"},
+            ),
             Plot(title="Length by domain", unit="tokens, mean", kind="zero", curves={"*": "response_tokens_mean/*"}),
             Plot(
                 title="Responses that failed",

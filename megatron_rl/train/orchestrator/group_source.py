@@ -20,7 +20,7 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import load_architecture
-from megatron_rl.records import Group, Response, UnfinishedGroup
+from megatron_rl.records import Group, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
@@ -159,7 +159,7 @@ class ServerGroups:
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
-        self._longest: Response | None = None  # of the last phase that kept any
+        self._longest: Segment | None = None  # of the last phase that kept any
         self._supervisor = servers.supervisor
         self._rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
@@ -200,8 +200,9 @@ class ServerGroups:
         except BaseException:
             self._cursors = before
             raise
-        responses = (sample.response for group in found.kept for sample in group.samples)
-        self._longest = max(responses, key=lambda response: len(response.output_ids), default=self._longest)
+        # Only first segments begin with a prompt that is sure to leave room.
+        segments = (s for group in found.kept for sample in group.samples for s in sample.response.segments[:1])
+        self._longest = max(segments, key=lambda segment: len(segment.output_ids), default=self._longest)
         return found
 
     def prompt_of(self, position: int) -> Prompt:
