@@ -19,7 +19,7 @@ from starlette.routing import Route
 from megatron_rl import __version__
 from megatron_rl.families import Architecture, family_of
 from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wait
-from megatron_rl.rollout.embedded.bodies import Bodies
+from megatron_rl.rollout.embedded.bodies import Bodies, client_gone
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError, cut, flag, text
 from megatron_rl.rollout.embedded.in_flight import InFlight, Job, Listener
@@ -118,7 +118,7 @@ class App:
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
         self._in_flight.enter(jobs)
-        gone = asyncio.create_task(_client_gone(request))
+        gone = asyncio.create_task(client_gone(request))
         gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
         try:
             async with self._update_lock.generating():
@@ -349,8 +349,3 @@ class App:
             "max_model_len": self.limits.context_length,
         }
         return json_answer({"object": "list", "data": [card]})
-
-
-async def _client_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
