@@ -153,7 +153,7 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str
     """ValueError for an argument that the chat template never reads, or sets itself: it would change nothing, and
     nobody would see."""
     for name in arguments:
-        if not _mentions(tokenizer, name):
+        if not mentions(tokenizer, name):
             raise ValueError(
                 f"data.template_arguments sets {name!r}, which the model's chat template never mentions; take it out, "
                 "or write what it should do into the prompts"
@@ -165,23 +165,24 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str
             )
 
 
-def _mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+def mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+    """Whether the chat template has one of these names in it."""
     template = str(tokenizer.chat_template)
     return any(re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9_])", template) for name in names)
 
 
 def _check_place(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> None:
     """ValueError where the chat template would leave out tools, calls of them, or reasoning without a word."""
-    if chat.tools and not _mentions(tokenizer, "tools"):
+    if chat.tools and not mentions(tokenizer, "tools"):
         raise ValueError("there are 'tools', and the model's chat template never mentions tools; drop them")
     for message in chat.messages:
         more = json.loads(message.more) if message.more else {}
-        if "tool_calls" in more and not _mentions(tokenizer, "tool_calls"):
+        if "tool_calls" in more and not mentions(tokenizer, "tool_calls"):
             raise ValueError(
                 "a message has 'tool_calls', which the model's chat template never mentions; write the calls into the "
                 "content as the model is to write them"
             )
-        if (reasoning := {*REASONING} & more.keys()) and not _mentions(tokenizer, *REASONING):
+        if (reasoning := {*REASONING} & more.keys()) and not mentions(tokenizer, *REASONING):
             raise ValueError(
                 f"a message has {min(reasoning)!r}, and the model's chat template mentions none of "
                 f"{', '.join(REASONING)}; write the reasoning into the content, as in <think>...</think>"

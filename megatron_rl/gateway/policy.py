@@ -20,7 +20,7 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.policy_version = -1
-        self._is_open = asyncio.Event()
+        self._is_open, self.closed = asyncio.Event(), asyncio.Event()
         self._opened, self._seconds = 0.0, 0.0
 
     @property
@@ -32,6 +32,8 @@ class PhaseClock:
         return self._seconds + (time.monotonic() - self._opened if self.is_open else 0.0)
 
     def open(self, policy_version: int) -> None:
+        """A phase runs."""
+        self.closed.clear()
         if not self.is_open:
             self._opened = time.monotonic()
         self.policy_version = policy_version
@@ -41,6 +43,7 @@ class PhaseClock:
         """Nothing new is asked for. What runs is for whoever ends the phase to stop."""
         self._seconds = self.seconds
         self._is_open.clear()
+        self.closed.set()
 
     async def wait_open(self) -> int:
         """The weights of the phase that runs, or of the next one."""
@@ -56,6 +59,7 @@ class Begun:
     output_ids: np.ndarray
     logprobs: np.ndarray
     policy_versions: np.ndarray
+    is_running: bool = False  # on a server
 
     @classmethod
     def of(cls, context_ids: np.ndarray) -> "Begun":
@@ -67,6 +71,10 @@ class Begun:
         self.logprobs = np.concatenate([self.logprobs, more.logprobs])
         versions = np.full(len(more.output_ids), policy_version, np.int32)
         self.policy_versions = np.concatenate([self.policy_versions, versions])
+
+    def go_on_from(self, turn: Turn) -> None:
+        """What was sampled of it before a kill."""
+        self.output_ids, self.logprobs, self.policy_versions = turn.output_ids, turn.logprobs, turn.policy_versions
 
     def turn(self, finish_reason: str, routed_experts: np.ndarray | None = None) -> Turn:
         return Turn(
@@ -87,6 +95,13 @@ class Policy:
         self.clock = PhaseClock()
         # What went wrong with the servers: it is the run's to raise, and no agent's fault.
         self.failure: Exception | None = None
+        self.failed = asyncio.Event()
+
+    def open(self, policy_version: int) -> None:
+        """A rollout phase begins; what was wrong before is forgotten."""
+        self.failure = None
+        self.failed.clear()
+        self.clock.open(policy_version)
 
     async def sample(self, begun: Begun, wanted: SampleRequest, place: Place) -> Turn:
         """Sample on from what there is, until the turn has ended. RequestRefused where no server takes the request.
@@ -95,6 +110,7 @@ class Policy:
         """
         while True:
             version = await self.clock.wait_open()
+            begun.is_running = True
             try:
                 more = await self._servers.generate(
                     self._rest(begun, wanted), self.temperature, lambda: not self.clock.is_open, place
@@ -102,10 +118,13 @@ class Policy:
             except RequestRefused:
                 raise
             except ServerError as error:
-                if self.clock.is_open:
-                    self.failure = error
-                    await asyncio.Event().wait()
-                continue  # its server was lost at the end of the phase; it goes on from where it was
+                if not self.clock.is_open:
+                    continue  # its server was lost at the end of the phase; it goes on from where it was
+                self.failure = error
+                self.failed.set()
+                await asyncio.Event().wait()
+            finally:
+                begun.is_running = False
             begun.add(more, version)
             if reason := self._ended(begun, more.finish_reason, wanted.max_new_tokens):
                 return begun.turn(reason, more.routed_experts)

@@ -5,7 +5,6 @@ all tokens of a segment, the segment goes on; otherwise a new one begins, whose 
 sampled is in the output of one segment, as it was sampled, and in others at most among what was read.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,36 +113,6 @@ class _Growing:
             turns=np.array(self.turns, np.int32),
             routed_experts=self._routed_experts,
         )
-
-
-def segments(turns: Iterable[Turn]) -> tuple[Segment, ...]:
-    """The segments that turns make, in the order in which they were sampled."""
-    recording = Recording()
-    for turn in turns:
-        recording.add(turn)
-    return recording.segments()
-
-
-def turns_of(segments: Iterable[Segment]) -> list[Turn]:
-    """The turns that made these segments, those of each in their order. None is told to be unfinished."""
-    found = []
-    for segment in segments:
-        ids = np.concatenate([segment.prompt_ids, segment.output_ids])
-        first, done = len(segment.prompt_ids), 0
-        assert segment.turns is not None
-        for start, stop in segment.turns.tolist():
-            count = stop - start
-            found.append(
-                Turn(
-                    context_ids=ids[: first + start],
-                    output_ids=ids[first + start : first + stop],
-                    logprobs=segment.rollout_logprobs[done : done + count],
-                    policy_versions=segment.policy_versions[done : done + count],
-                    finish_reason="stop",
-                )
-            )
-            done += count
-    return found
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
