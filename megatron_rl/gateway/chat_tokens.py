@@ -21,6 +21,9 @@ from megatron_rl.rollout.embedded.fields import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of a context, for parsers: the beginning of the policy's turn is among them.
+_LAST_TOKENS = 256
+
 T = TypeVar("T")
 
 
@@ -78,8 +81,7 @@ class ChatTokens:
         offered = json.loads(tools) if tools else []
 
         def parse() -> Said:
-            # Only its end tells: whether the template has begun the reasoning.
-            context = str(self._tokenizer.decode(context_ids[-64:].tolist()))
+            context = str(self._tokenizer.decode(context_ids[-_LAST_TOKENS:].tolist()))
             return self.parser.parse(text, context, offered)
 
         return await self._in_thread(parse)

@@ -232,8 +232,8 @@ class Gateway:
         if other and name not in self._told:
             self._told.add(name)
             log.warning(
-                "an agent asks for %s; a run samples as its training needs it, with rollout.temperature %g and top_p 1, "
-                "and that is what it gets",
+                "an agent asks for %s; a run samples as its training needs it, with rollout.temperature %g and top_p "
+                "1, and that is what it gets",
                 *(other, self._temperature),
             )
 

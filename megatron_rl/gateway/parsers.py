@@ -173,7 +173,7 @@ def _llama3(text: str, context: str, tools: list[Any]) -> Said:
 
 def _objects(text: str) -> list[str]:
     """JSON objects one after the other, and what is left as the last."""
-    found = []
+    found: list[str] = []
     decoder = json.JSONDecoder()
     text = text.strip()
     while text:

@@ -35,7 +35,7 @@ from megatron_rl.rollout.teacher import Teacher
 log = logging.getLogger(__name__)
 
 
-# What gives a sampler over servers of its own: of a configuration, a model, its tokenizer, the servers' name and a seed.
+# Gives a sampler over servers of its own, of a configuration, a model, its tokenizer, the servers' name and a seed.
 Sampling = Callable[[RolloutPhase, Path, Any, str, int], AbstractAsyncContextManager[Sampler]]
 
 
