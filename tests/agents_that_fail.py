@@ -1,6 +1,7 @@
 """Agents of every bad kind, and some good ones: `meta.kind` of the row says which."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -105,10 +106,8 @@ async def talks_for_ever(task, model):
 
 async def catches_everything(task, model):
     for _ in range(1000):
-        try:
+        with contextlib.suppress(Exception):
             await model.chat(task.messages)
-        except Exception:
-            pass
 
 
 async def asks_nonsense(task, model):

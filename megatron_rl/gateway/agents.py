@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 OUTPUT = "agent_output.log"
 _START_SECONDS = 300.0  # reading a file with torch in it may take minutes
+_END_SECONDS = 10.0
 _MAX_LINE_BYTES = 2**24
 # Many agents run at a time; libraries would start a thread for each core in each of them.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -102,7 +103,7 @@ class Agents:
         assert process.stdin is not None
         process.stdin.close()  # it ends its agents, and itself
         try:
-            async with asyncio.timeout(_START_SECONDS if self._running else 10.0):
+            async with asyncio.timeout(_END_SECONDS):
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):

@@ -171,6 +171,8 @@ class ServerGroups:
         replace = self._supervisor.replace if self._supervisor else None
         self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
         self._loop = BackgroundLoop()
+        self._turns: TurnJournal | None = None
+        self._agents: AgentSampler | None = None
         try:
             self.run(self.pool.connect())
         except BaseException:
@@ -180,8 +182,6 @@ class ServerGroups:
         # again would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
-        self._turns: TurnJournal | None = None
-        self._agents: AgentSampler | None = None
         how = (self.pool, self._rewards, self.decode, advantages_of(config), config.rollout, config.seed)
         if not config.rollout.has_agent:
             self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal)
