@@ -176,6 +176,16 @@ async def forges_its_result(task, model):
     os._exit(0)
 
 
+async def forges_a_text(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": "abc"}')
+    os._exit(0)
+
+
+async def forges_a_key(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"scores": 1}')
+    os._exit(0)
+
+
 async def ends_its_host(task, model):
     await model.chat(task.messages)
     os.kill(os.getppid(), signal.SIGKILL)

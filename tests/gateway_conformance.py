@@ -1,8 +1,8 @@
 """The unmodified OpenAI client against the gateway: 40 kinds of requests, and hostile ones.
 
 Plain tests that take a `served`: test_gateway.py runs them over the embedded server, real_sglang/test_gateway.py over
-an unmodified SGLang. The model is random, so what it says is bytes that no tokenizer would write so: what is recorded must
-be what was sampled, and not what its text encodes to.
+SGLang. The model is random, so what it says is bytes that no tokenizer would write so: what is recorded must be what
+was sampled, and not what its text encodes to.
 """
 
 import asyncio

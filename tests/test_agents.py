@@ -155,6 +155,8 @@ FAILURES = {
     "asks_nonsense": "messages must be a list of messages, not empty",
     "other_key": "no trajectory has this address and this key",
     "forges_its_result": "its result has more than 65536 bytes",
+    "forges_a_text": "its result has Expected `float | null`, got `str` - at `$.score`; it must be JSON of a score",
+    "forges_a_key": "its result has the key 'scores'; it must be JSON of a score",
 }
 TOO_LONG = ["hangs", "blocks", "ignores_signals"]
 ENDED = ["talks_for_ever", "catches_everything"]

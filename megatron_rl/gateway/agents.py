@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,6 +30,12 @@ class Lost(Exception):
     """The process that ran the agent has ended, and so has the agent."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    process: asyncio.subprocess.Process
+    ended: "asyncio.Future[Outcome]"
+
+
 class Agents:
     """Runs agents. Use it in one event loop; `close()` ends them and what they have started."""
 
@@ -37,7 +43,7 @@ class Agents:
         self._setup = setup
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._running: dict[str, asyncio.Future[Outcome]] = {}
+        self._running: dict[str, _Running] = {}
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -75,11 +81,12 @@ class Agents:
         """Run one agent to its end. Cancelling it ends the agent. Lost where its process was lost meanwhile."""
         await self.start()
         assert self._process is not None and self._process.stdin is not None
-        ended = self._running[order.id] = asyncio.get_running_loop().create_future()
+        process, ended = self._process, asyncio.get_running_loop().create_future()
+        self._running[order.id] = _Running(process, ended)
         try:
             with contextlib.suppress(ConnectionError):  # the reader tells of it
-                self._process.stdin.write(line("start", order))
-                await self._process.stdin.drain()
+                process.stdin.write(line("start", order))
+                await process.stdin.drain()
             return await ended
         finally:
             del self._running[order.id]
@@ -111,17 +118,25 @@ class Agents:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
+        pids: dict[str, int] = {}
         while news := await process.stdout.readline():
-            outcome = msgspec.convert(json.loads(news)["ended"], Outcome, strict=False)
-            ended = self._running.get(outcome.id)
-            if ended is not None and not ended.done():
-                ended.set_result(outcome)
+            told = json.loads(news)
+            if "started" in told:
+                pids[told["started"]["id"]] = told["started"]["pid"]
+                continue
+            outcome = msgspec.convert(told["ended"], Outcome, strict=False)
+            pids.pop(outcome.id, None)
+            running = self._running.get(outcome.id)
+            if running is not None and not running.ended.done():
+                running.ended.set_result(outcome)
         await process.wait()
-        if self._process is process:
-            log.warning("the process that runs agents has ended with %s; it is started again", process.returncode)
-            for ended in self._running.values():
-                if not ended.done():
-                    ended.set_exception(Lost())
+        log.warning("the process that runs agents has ended with %s; it is started again", process.returncode)
+        for pid in pids.values():  # the agents have ended with it, what they have started has not
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        for running in self._running.values():
+            if running.process is process and not running.ended.done():
+                running.ended.set_exception(Lost())
 
     def _named(self) -> str:
         return self._setup.agent or " ".join(self._setup.command)

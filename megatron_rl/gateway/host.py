@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megatron_rl.gateway.agent_process import be_agent
 from megatron_rl.gateway.protocol import (
     API_KEY,
@@ -128,6 +130,7 @@ class Host:
         finally:
             os.close(write)
         agent = _Agent(order.id, pid, os.pidfd_open(pid), read, folder)
+        _write(self._news, line("started", {"id": order.id, "pid": pid}))
         os.set_blocking(read, False)
         self._agents[order.id] = agent
         for descriptor in (agent.pidfd, agent.output):
@@ -241,14 +244,14 @@ class Host:
                 raise ValueError(f"more than {_MAX_RESULT_BYTES} bytes")
             result = parse_json(content)
             told = result if isinstance(result, dict) else {"score": result}
-            unknown = told.keys() - {"score", "reason", "details", "parts", "error"}
-            if unknown:
+            if unknown := told.keys() - {"score", "reason", "details", "parts", "error"}:
                 raise ValueError(f"the key {min(unknown)!r}")
+            return msgspec.convert({**told, "id": agent.id, "error": told.get("error") or error}, Outcome)
         except FileNotFoundError:
-            told = {}
-        except (OSError, ValueError) as problem:
-            told, error = {}, error or f"its result has {problem}; it must be JSON of a score, or of score and details"
-        return Outcome(id=agent.id, **{**told, "error": told.get("error") or error})
+            return Outcome(id=agent.id, error=error)
+        except (OSError, ValueError, msgspec.ValidationError) as problem:
+            remedy = "it must be JSON of a score, or of score, reason, details and parts"
+            return Outcome(id=agent.id, error=error or f"its result has {problem}; {remedy}")
 
     def _end_orphans(self) -> None:
         """Processes that this one has inherited belong to no agent's group any more, and end, unless their agent runs

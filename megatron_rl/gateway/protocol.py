@@ -1,6 +1,7 @@
 """What the run and the process of its agents say to each other: JSON, a line each.
 
-Orders: {"start": Order}, {"end": id}. News: {"ready": true} or {"problem": text} once, then {"ended": Outcome}.
+Orders: {"start": Order}, {"end": id}. News: {"ready": true} or {"problem": text}, then {"started": {"id", "pid"}} and
+{"ended": Outcome}.
 """
 
 import json
@@ -51,4 +52,4 @@ class Outcome:
 
 def line(kind: str, content: Any) -> bytes:
     """One order, or one piece of news."""
-    return json.dumps({kind: content if isinstance(content, str | bool) else asdict(content)}).encode() + b"\n"
+    return json.dumps({kind: content if isinstance(content, str | bool | dict) else asdict(content)}).encode() + b"\n"
