@@ -293,9 +293,11 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.kinds import kind_of
     from megatron_rl.config.load import load_config, read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
+    from megatron_rl.gateway.sampler import agent_sampling
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
     from megatron_rl.rollout.sample import run_rollout
+    from megatron_rl.rollout.standalone import sampling
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
     config = load_config(kind, arguments.config, arguments.set)
@@ -311,6 +313,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
         arguments.prompts or config.rollout.prompts_per_step,
         arguments.output or config.run_dir / "rollouts.jsonl",
         arguments.resume,
+        agent_sampling if config.rollout.has_agent else sampling,
     )
 
 

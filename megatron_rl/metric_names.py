@@ -57,6 +57,11 @@ turns_mean | | responses of the phase | turns of a response; this and the next t
 segments_mean | | responses of the phase | sequences that a response is trained as
 masked_token_share | share | output tokens of the phase | tokens that the policy did not sample, which carry no loss
 no_token_share | share | responses of the phase | responses of agents that asked the policy nothing
+num_tool_calls | | phase, where agents run | calls of tools that were found in what the policy wrote
+num_broken_tool_calls | | phase, where agents run | beginnings of calls that are no whole calls
+num_new_segments | | phase, where agents run | turns that did not go on with what was sampled before: a changed history
+num_ended_by_limit | responses | phase, where agents run | trajectories that a limit of tokens, turns or time ended
+num_failed_agents | responses | phase, where agents run | agents that raised, crashed, or took too much of something
 num_unfinished | responses | phase | responses that go on in the next phase (C3PO++)
 num_unfinished_tokens | tokens | phase | tokens that those have so far
 num_dropped_unfinished | responses | phase | unfinished ones that were kept over too many phases

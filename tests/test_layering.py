@@ -15,6 +15,7 @@ LAYERS = {
     "launch": 4,
     "train": 4,
     "evaluation": 3,
+    "gateway": 3,
     "selection": 3,
     "sync": 3,
     "model": 2,

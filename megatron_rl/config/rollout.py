@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_rl.config.agents import AgentKeys
 from megatron_rl.config.section import Positive, Section
 from megatron_rl.gpus import visible_gpus
 
@@ -136,7 +137,7 @@ class GenerationSection(Section):
         return self.max_prompt_tokens + self.max_response_tokens
 
 
-class RolloutSection(GenerationSection):
+class RolloutSection(GenerationSection, AgentKeys):
     prompts_per_step: Positive = Field(
         description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
         "then the budget decides how many prompts a phase needs"

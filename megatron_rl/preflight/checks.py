@@ -27,6 +27,7 @@ from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
 from megatron_rl.own_functions import is_own
+from megatron_rl.preflight.agents import agent_problems
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.preflight.rewards import reward_problems
@@ -233,6 +234,7 @@ def _memory(start: Start) -> Iterator[str]:
         yield from _memory_problems(needed, config.model.dtype, architecture, largest)
 
 
+check("agent", "the agent can be started, and the model's answers can be read")(agent_problems)
 check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
 check("rewards", "own reward functions and services give the first row a score")(reward_problems)
 

@@ -32,6 +32,8 @@ def limit_problems(start: Start) -> Iterator[str]:
     if rollout is not None:
         # Two more of a server: its health is looked at beside a push of weights.
         sockets = requests_in_flight(rollout, num_servers) + 2 * num_servers
+        if rollout.has_agent:
+            sockets *= 2  # as many agents ask
         files = _FILES + _FILES_OF_WORKER * workers
         limit = possible_open_files()
         if sockets + files > limit:

@@ -117,6 +117,18 @@ SECTIONS = (
                 kind="zero",
                 curves={"of output tokens": "masked_token_share", "responses without a turn": "no_token_share"},
             ),
+            Plot(
+                title="What agents do",
+                unit="per phase",
+                kind="zero",
+                curves={
+                    "calls of tools": "num_tool_calls",
+                    "broken calls": "num_broken_tool_calls",
+                    "changed histories": "num_new_segments",
+                    "ended by a limit": "num_ended_by_limit",
+                    "failed": "num_failed_agents",
+                },
+            ),
             Plot(title="Length by domain", unit="tokens, mean", kind="zero", curves={"*": "response_tokens_mean/*"}),
             Plot(
                 title="Responses that failed",

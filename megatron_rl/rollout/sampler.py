@@ -22,6 +22,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
+from megatron_rl.reward.verdict import Verdict
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
@@ -165,11 +166,11 @@ class Sampler:
                         if not (lacking := [need for need in needs if need.missing > 0]):
                             break  # what has come meanwhile is enough
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
-                        phase.start(question, _blank(question, size), 0)
+                        phase.start(question, self._blank(question), 0)
                         await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
                 if lacking and not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
-            await phase.stop(self._servers.abort_all)
+            await phase.stop(self._abort_all)
         finally:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
@@ -184,14 +185,22 @@ class Sampler:
 
         async def in_turn(response: Response) -> Response:
             async with self._in_flight:
-                whole = await self._continue(response, policy_version, place)
+                whole = await self._continue(question, response, policy_version, place)
             return await self._with_text(whole)
 
-        blank = _blank(question, self._rollout.samples_per_prompt)
-        return await self._score(question, await gather_all(map(in_turn, blank)))
+        return await self._score(question, await gather_all(map(in_turn, self._blank(question))))
+
+    def _blank(self, question: Question) -> list[Response]:
+        """The responses of a group before anything is sampled."""
+        return _blank(question, self._rollout.samples_per_prompt)
+
+    async def _abort_all(self) -> None:
+        """Have what runs come back now, as it is."""
+        await self._servers.abort_all()
 
     async def _continue(
         self,
+        question: Question,
         response: Response,
         policy_version: int,
         place: Place,
@@ -234,10 +243,7 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        attempts = [
-            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
-        ]
-        verdicts = await self._rewards.verdicts(question.prompt, attempts)
+        verdicts = await self._verdicts(question, responses)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
             prompt_id=question.prompt_id,
@@ -256,6 +262,12 @@ class Sampler:
         if self._journal is not None:
             await self._journal.append(group)
         return group
+
+    async def _verdicts(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
+        attempts = [
+            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
+        ]
+        return await self._rewards.verdicts(question.prompt, attempts)
 
     def _recall(self, question: Question) -> Group | None:
         """The group of this phase that was completed before the run was killed."""
@@ -379,7 +391,8 @@ class _PartialPhase:
 
     async def _run(self, response: Response, place: Place) -> None:
         try:
-            longer = await self._sampler._continue(response, self._version, place, lambda: self._stopping)
+            question = self._open[response.prompt_id].question
+            longer = await self._sampler._continue(question, response, self._version, place, lambda: self._stopping)
         except ServerError:
             if not self._stopping:
                 raise

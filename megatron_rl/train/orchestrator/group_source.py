@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_rl import __version__
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
+from megatron_rl.config.agents import AGENT_KEYS
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
@@ -20,13 +21,15 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import load_architecture
+from megatron_rl.gateway.sampler import AgentSampler, agent_settings
+from megatron_rl.gateway.turn_journal import TurnJournal
 from megatron_rl.records import Group, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.provenance import function_digests, model_settings, objective_digests
+from megatron_rl.rollout.provenance import agent_digests, function_digests, model_settings, objective_digests
 from megatron_rl.rollout.rollout_file import limits_of, read_groups
 from megatron_rl.rollout.routing import routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
@@ -168,6 +171,8 @@ class ServerGroups:
         replace = self._supervisor.replace if self._supervisor else None
         self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
         self._loop = BackgroundLoop()
+        self._turns: TurnJournal | None = None
+        self._agents: AgentSampler | None = None
         try:
             self.run(self.pool.connect())
         except BaseException:
@@ -177,22 +182,26 @@ class ServerGroups:
         # again would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
-        self._sampler = Sampler(
-            self.pool,
-            self._rewards,
-            self.decode,
-            advantages_of(config),
-            config.rollout,
-            config.seed,
-            architecture.eos_token_ids,
-            self._journal,
-        )
+        how = (self.pool, self._rewards, self.decode, advantages_of(config), config.rollout, config.seed)
+        if not config.rollout.has_agent:
+            self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal)
+            return
+        self._turns = TurnJournal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
+        settings = agent_settings(config, config.model.path, architecture)
+        self._sampler = self._agents = AgentSampler(*how, tokenizer, settings, self._journal, self._turns)
+        try:
+            self.run(self._agents.start())
+        except BaseException:
+            self.close()
+            raise
 
     def groups(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
     ) -> Collected:
         before = dict(self._cursors)
         num_recalled = self._journal.open(policy_version)
+        if self._turns is not None:
+            self._turns.open(policy_version, {group.prompt_id for group in unfinished})
         if num_recalled:
             log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
         try:
@@ -217,7 +226,8 @@ class ServerGroups:
 
     def metrics(self) -> dict[str, Any]:
         counts, self.pool.counts = self.pool.counts, Counts()
-        return {
+        of_agents = self._agents.take_counts() if self._agents is not None else {}
+        return of_agents | {
             "num_resent_samples": counts.num_resent,
             "num_lost_servers": counts.num_taken_out,
             "event_loop_lag_seconds": self.pool.lag.take_largest(),
@@ -225,12 +235,18 @@ class ServerGroups:
 
     def forget(self, which: Callable[[int], bool]) -> None:
         self._journal.forget(which)
+        if self._turns is not None:
+            self._turns.forget(which)
 
     def close(self) -> None:
+        if self._agents is not None:
+            self._loop.run(self._agents.stop())
         self._loop.run(self.pool.close())
         self._rewards.close()
         self._loop.close()
         self._journal.close()
+        if self._turns is not None:
+            self._turns.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
@@ -385,6 +401,7 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
             "temperature",
             "partial",
             "router_replay",
+            *(AGENT_KEYS if config.rollout.has_agent else ()),
         },
         "parallel": True,
         "train": {"micro_batch_tokens"},
@@ -394,6 +411,6 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)
-    own = {**function_digests(config.reward), **objective_digests(config.algorithm)}
+    own = {**function_digests(config.reward), **objective_digests(config.algorithm), **agent_digests(config.rollout)}
     everything = [__version__, data, layout.world_size, model, values, own]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
