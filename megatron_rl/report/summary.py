@@ -1,7 +1,7 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -63,10 +63,17 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
     """
     defaults = dict(_defaults(_KINDS[run.kind]))
     return [
-        (key, told(value), told(defaults[key]) if key in defaults else "unknown")
+        (key, told(value), _told_default(key, defaults))
         for key, value in run.config_values.items()
         if key not in defaults or (value != defaults[key] and value != _as_toml(defaults[key]))
     ]
+
+
+def _told_default(key: str, defaults: Mapping[str, Any]) -> str:
+    """Say the default of a key, or of the table that it is in where that may have any keys."""
+    parts = key.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((told(defaults[name]) for name in names if name in defaults), "unknown")
 
 
 def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
