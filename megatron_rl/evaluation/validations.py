@@ -62,7 +62,8 @@ class Validations:
 def read_validations(run_dir: Path) -> list[Row]:
     """The rows of a run's validations, in the order of the file; none where it has none. ValueError names a line that
     is no row."""
-    path, rows = run_dir / f"{_FOLDER}.jsonl", []
+    path = run_dir / f"{_FOLDER}.jsonl"
+    rows: list[Row] = []
     if path.is_file():
         with path.open("rb") as file:
             for number, line in enumerate(bounded_lines(file, path), start=1):

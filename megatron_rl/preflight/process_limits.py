@@ -62,6 +62,8 @@ def _served(start: Start) -> tuple[RolloutSection | None, int]:
         return None, 0
     if start.rollouts is not None:
         return None, 0
+    if start.benchmarks:  # which are not sampled partially
+        rollout = rollout.model_copy(update={"partial": False})
     return rollout, len(rollout.urls) or len(server_gpus(rollout))
 
 
