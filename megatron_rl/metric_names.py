@@ -158,8 +158,8 @@ def markdown() -> str:
         "# Metrics",
         "",
         "`metrics.jsonl` has a row for each step, trackers the same numbers. A number that is not finite is `null`.",
-        "Names with `/domain` are written for each domain where there are several, those with `/*` for each benchmark or",
-        "part of a reward. Fresh tokens are those of the weights that the step starts from. This page is made by",
+        "Names with `/domain` are written for each domain where there are several, those with `/*` for each benchmark",
+        "or part of a reward. Fresh tokens are those of the weights that the step starts from. This page is made by",
         "`python -m megatron_rl.metric_names`.",
     ]
     for heading, metrics in sections().items():
