@@ -3,6 +3,7 @@
 import json
 import queue
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -219,16 +220,31 @@ def test_wandb_keeps_every_step_under_one_id_when_its_host_is_down(
 def steps_of_wandb(file: Path) -> list[int]:
     """The steps that an offline file holds."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, steps = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    steps = []
+    for content in leveldb_records(file.read_bytes()[7:]):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record.ParseFromString(content)
         if record.WhichOneof("record_type") == "history":
             steps += [int(item.value_json) for item in record.history.item if "step" in (item.key, *item.nested_key)]
     return steps
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """The records of a LevelDB log, whose blocks have 32 KiB (the first less by wandb's header of 7): parts of
+    [checksum, 4][length, 2][whole, first, middle or last, 1][content]."""
+    place, parts = 7, b""
+    log = b"-" * 7 + log
+    while place + 7 <= len(log):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", log, place + 4)
+        parts += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
 
 
 def test_trackio_keeps_every_step_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,11 @@ class _Wandb:
             "config": run.values,
             "settings": quiet,
         }
+        wandb.setup(quiet)
         try:
-            self._run = wandb.init(**options, mode=os.environ.get("WANDB_MODE"))
+            if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
+                raise ValueError("nobody has logged in (`wandb login`, WANDB_API_KEY)")
+            self._run = wandb.init(**options)
         except Exception as error:
             log.warning("wandb: %s; the run is kept in %s, `wandb sync` sends it", error, run.config.run_dir / "wandb")
             self._run = wandb.init(**options, mode="offline")
