@@ -255,12 +255,16 @@ def test_a_signal_between_or_in_a_phase_stops_all_ranks(orchestrate):
     assert orchestrate(source, FakeTransport()).begin(0) == Stop(exit_code=None)
 
 
-def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orchestrate):
+def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orchestrate, tmp_path):
     source = FakeGroups()
+    for step in (1, 2):
+        (tmp_path / f"run/validation/step_{step:06d}").mkdir(parents=True)
     orchestrator = orchestrate(source, None, "rollout.logprob_tolerance=0.1", first=2)
     orchestrator.begin(2)
     orchestrator.end(2, [result(difference=0.5)])
     assert source.forgotten[-1] == [2, 3, 4, 5, 6, 7, 8, 9]  # what wrong weights sampled is not for a resume
+    assert not (tmp_path / "run/validation/step_000002").exists()
+    assert (tmp_path / "run/validation/step_000001").exists()
     with pytest.raises(Fault, match="differ by 0.5"):
         orchestrator.begin(3)
 

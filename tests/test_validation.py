@@ -50,7 +50,7 @@ def found(value: float, is_share: bool = True) -> BenchmarkResult:
 
 
 def validated(run_dir: Path, scores: dict[int, float]) -> Validations:
-    validations = Validations(run_dir, -1)
+    validations = Validations(run_dir)
     for step, score in scores.items():
         validations.add(step, 2.0, {"toys": found(score)})
         validations.folder(step).mkdir(parents=True)
@@ -63,18 +63,21 @@ def validated(run_dir: Path, scores: dict[int, float]) -> Validations:
 
 def test_what_a_resumed_run_does_again_is_validated_again(tmp_path: Path) -> None:
     validated(tmp_path, {0: 0.2, 5: 0.3, 10: 0.4, 15: 0.1})
-    assert [row["step"] for row in Validations(tmp_path, 20).rows] == [0, 5, 10, 15]
-    left = Validations(tmp_path, 10)  # whose weights the checkpoint has
+    left = Validations(tmp_path)
+    left.forget_behind(20)
+    assert [row["step"] for row in left.rows] == [0, 5, 10, 15]
+    left.forget_behind(10)  # whose weights the checkpoint has
     assert [row["step"] for row in left.rows] == [row["step"] for row in read_validations(tmp_path)] == [0, 5, 10]
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == [f"step_{n:06d}" for n in (0, 5, 10)]
     left.add(10, 3.0, {"toys": found(0.5)})
     assert [row["benchmarks"]["toys"]["average"]["value"] for row in read_validations(tmp_path)] == [0.2, 0.3, 0.5]
-    assert Validations(tmp_path, -1).rows == []  # a new run in this folder
+    left.forget_behind(-1)  # a new run in this folder
+    assert Validations(tmp_path).rows == []
     assert list((tmp_path / "validation").iterdir()) == []
 
 
 def test_the_interval_of_a_single_score_that_is_no_share_has_no_ends(tmp_path: Path) -> None:
-    row = Validations(tmp_path, -1).add(3, 2.0, {"toys": found(1.5, is_share=False), "more": found(0.5)})
+    row = Validations(tmp_path).add(3, 2.0, {"toys": found(1.5, is_share=False), "more": found(0.5)})
     (read,) = read_validations(tmp_path)
     assert validation_metrics(read) == validation_metrics(row) == {
         "validation/toys": 1.5, "validation/more": 0.5, "validation_low/more": 0.4, "validation_high/more": 0.6,

@@ -24,18 +24,22 @@ _FOLDER = "validation"
 
 
 class Validations:
-    """Owns the file and the folder. A run that goes on from a step validates those behind it anew, since it trains them
-    anew too."""
+    """Owns the file and the folder."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        """What is there of the steps behind `first_step` is deleted."""
+    def __init__(self, run_dir: Path) -> None:
+        """ValueError for a file that is none."""
         self._path, self._folder = run_dir / f"{_FOLDER}.jsonl", run_dir / _FOLDER
-        self._rows = {row["step"]: row for row in read_validations(run_dir) if row["step"] <= first_step}
+        self._rows = {row["step"]: row for row in read_validations(run_dir)}
+
+    def forget_behind(self, step: int) -> None:
+        """Delete what is there of later steps: a run that goes on from `step` trains these anew, and validates the new
+        weights."""
         for folder in self._folder.glob("step_*"):
             number = folder.name.removeprefix("step_")
-            if number.isdigit() and int(number) > first_step:
+            if number.isdigit() and int(number) > step:
                 shutil.rmtree(folder)
-        if self._path.exists():
+        if any(row > step for row in self._rows):
+            self._rows = {number: row for number, row in self._rows.items() if number <= step}
             self._write()
 
     @property

@@ -95,12 +95,13 @@ class Orchestrator:
             self.source = open_source()
             if not context.resume:
                 self.source.forget(lambda step: True)  # of another run in this folder
-            validations = Validations(config.run_dir, first if context.resume else -1)
+            self._validations = Validations(config.run_dir)
+            self._validations.forget_behind(first if context.resume else -1)
             # Only servers need weights.
             servers = cast(ServerGroups, self.source)
             self._updates = WeightUpdates(config, servers, self._command) if transport is not None else None
             if self._updates is not None and config.validation is not None:
-                self._validation = Validation(config, config.validation, servers, validations)
+                self._validation = Validation(config, config.validation, servers, self._validations)
                 context.checkpoints.best = self._validation.best_step
             self.collector = Collector(config, context.layout, cost_model(context.architecture), self.source)
             if restored:
@@ -178,6 +179,7 @@ class Orchestrator:
             )
             log.error("%s", self._failure)
             self.source.forget(lambda sampled: sampled >= step)
+            self._validations.forget_behind(step - 1)
         self._print(step, row)
 
     def _print(self, step: int, row: Mapping[str, Any]) -> None:
