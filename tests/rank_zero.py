@@ -104,6 +104,7 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
     """What the orchestrator uses of a context."""
     return SimpleNamespace(
         control=control,
+        resume=True,
         layout=Layout(world_size=1),
         architecture=None,
         watchdog=SimpleNamespace(enter=lambda phase, step: None),

@@ -17,7 +17,8 @@ import forked
 import psutil
 import pytest
 
-from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
+from megatron_rl.config.benchmarks import BenchmarkSection
+from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.evaluation.evaluate import run_evaluation

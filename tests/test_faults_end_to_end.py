@@ -191,7 +191,7 @@ def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and
         run.end()
         raise
     said = run.finish()
-    assert "pushing the weights again and starting the rollout phase anew" in said
+    assert "pushing the weights again and starting the phase anew" in said
     assert_same(run, undisturbed)
 
 

@@ -3,16 +3,13 @@
 import itertools
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from megatron_rl.config.agents import AgentKeys
-from megatron_rl.config.section import Positive, Section
+from megatron_rl.config.section import Positive, Section, Temperature
 from megatron_rl.gpus import visible_gpus
-
-# What servers take besides 0.
-_LEAST_TEMPERATURE = 1e-6
 
 
 class GenerationSection(Section):
@@ -49,10 +46,8 @@ class GenerationSection(Section):
     )
     max_response_tokens: Positive = 64
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
-    temperature: float = Field(
+    temperature: Temperature = Field(
         default=1.0,
-        ge=0,
-        le=1e6,
         description="0 takes the most probable token each time (greedy), for evaluate, and where a prompt has one "
         "response",
     )
@@ -80,15 +75,6 @@ class GenerationSection(Section):
     max_restarts: int = Field(
         default=3, ge=0, description="times that each of our servers is started again before the run stops"
     )
-
-    @model_validator(mode="after")
-    def _check_temperature(self) -> Self:
-        if 0 < self.temperature < _LEAST_TEMPERATURE:
-            raise ValueError(
-                f"temperature {self.temperature:g} is too near to 0 to divide by; set 0, which is greedy, or at least "
-                f"{_LEAST_TEMPERATURE:g}"
-            )
-        return self
 
     def servers_on(self, num_gpus: int) -> int:
         """Count the servers to start on one machine. num_gpus: that it has, 0 on a CPU."""

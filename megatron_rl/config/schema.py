@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.benchmarks import ValidationSection
 from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
@@ -22,6 +23,7 @@ from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection, check_servers
 from megatron_rl.config.section import Section
 from megatron_rl.config.sync import SyncSection
+from megatron_rl.config.tracking import TrackingSection
 from megatron_rl.config.train import RlTrainSection, SftTrainSection, TrainSection
 
 
@@ -41,6 +43,7 @@ class RunConfig(CommandConfig):
     parallel: ParallelSection = ParallelSection()
     moe: MoeSection = MoeSection()
     optimizer: OptimizerSection = OptimizerSection()
+    tracking: TrackingSection = TrackingSection()
     train: TrainSection
 
     @property
@@ -133,6 +136,9 @@ class RlConfig(RunConfig, SamplingConfig):
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
+    validation: ValidationSection | None = Field(
+        default=None, description="benchmarks that the run answers every so many steps, besides its training"
+    )
 
     @property
     def probe_tolerance(self) -> float:
@@ -170,6 +176,18 @@ class RlConfig(RunConfig, SamplingConfig):
                 "rollout.release_memory = true too, or this one to false"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_keep_best(self) -> "RlConfig":
+        best, known = self.train.keep_best, self.validation.benchmarks if self.validation else {}
+        if best and best not in known:
+            remedy = f"take one of {', '.join(known)}" if known else f"write [validation.benchmarks.{best}]"
+            raise ValueError(f"train.keep_best {best!r} is no benchmark of validation; {remedy}")
+        return self
+
+    def is_validated(self, num_steps: int) -> bool:
+        """Tell whether the weights of so many completed steps answer the benchmarks of validation."""
+        return self.validation is not None and self.validation.is_due(num_steps, self.train.steps)
 
     def sharing_problems(self, attached: bool) -> Iterator[str]:
         """Tell which settings do not go together with the place of the servers. attached: they are at rollout.urls or

@@ -87,6 +87,11 @@ class RlTrainSection(TrainSection):
     free_memory_deadline_seconds: float = Field(
         default=60.0, gt=0, description="how long training may wait for memory that servers have released"
     )
+    keep_best: str = Field(
+        default="",
+        description="a benchmark of validation: every validated step has a checkpoint, and the one with the best mean "
+        "score so far is kept beside the newest; empty: none",
+    )
     traced_groups: int = Field(
         default=1,
         ge=0,

@@ -1,23 +1,27 @@
 """The checks of every command: layout, data, directories, servers, memory, in the order in which they are made."""
 
+import importlib.util
 import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import psutil
 
 from megatron_rl.c3po.own_objective import check_advantage, check_correction, check_surrogate
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
+from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.model import ServingSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
-from megatron_rl.data.fitting import prompt_limit, rendered_prompts
+from megatron_rl.data.fitting import Limit, prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
@@ -71,37 +75,62 @@ def _rows(start: Start) -> Iterator[str]:
     if isinstance(config, SftConfig):
         for path in config.data.files:
             read_chats(path, found, most=LOOKED_AT)
-    elif isinstance(config, EvaluateConfig):
-        for section in config.benchmarks.values():
-            needs_answer = section.reward_of(config.reward).needs_answers
-            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT, needs_answer=needs_answer)
-    elif isinstance(config, SamplingConfig | SelectConfig):
-        data = config.data
-        prompts = [
-            prompt
-            for path in data.train_files
-            for prompt in read_prompts(
-                path, data.domain, data.suffix, found, LOOKED_AT, True, data.system, config.reward.needs_answers
-            )
-        ]
         found.tell()
-        refuse_misjudged(prompts, config.reward)
-        if start.trains:
-            assert isinstance(config, RlConfig)
-            _check_lengths(prompts, config)
+        return
+    prompts: list[Prompt] = []
+    if isinstance(config, SamplingConfig | SelectConfig):
+        for path in config.data.train_files:
+            prompts += _first_rows(path, config.data, config.reward, found)
+    rows = {
+        name: _first_rows(section.path, section, section.reward_of(config.reward), found)[: section.prompts]
+        for name, section in start.benchmarks.items()
+        if isinstance(config, EvaluateConfig | RlConfig)
+    }
     found.tell()
+    if isinstance(config, SamplingConfig | SelectConfig):
+        refuse_misjudged(prompts, config.reward)
+    if start.trains:
+        assert isinstance(config, RlConfig)
+        if config.data.too_long == "stop":
+            _check_lengths(prompts, config.data, prompt_limit(config), config)
+        for name, section in start.benchmarks.items():
+            refuse_misjudged(rows[name], section.reward_of(config.reward))
+            limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
+            _check_lengths(rows[name], section, limit, config)
     yield from ()
 
 
-def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
+def _first_rows(path: Path, how: PromptSection, reward: RewardSection, found: Problems) -> list[Prompt]:
+    """Read the first rows of a file of prompts; what is wrong with them is noted."""
+    return read_prompts(path, how.domain, how.suffix, found, LOOKED_AT, True, how.system, reward.needs_answers)
+
+
+def _check_lengths(prompts: Sequence[Prompt], how: PromptSection, limit: Limit, config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
-    limit = prompt_limit(config)
-    data = config.data
     may_be_long = [p for p in prompts if len(p.text.encode()) > limit.tokens]
-    if may_be_long and data.too_long == "stop":
+    if may_be_long:
         tokenizer = load_tokenizer(config.model.path)
-        rendered_prompts(may_be_long, tokenizer, limit, data.special_tokens, arguments=data.template_arguments)
+        rendered_prompts(may_be_long, tokenizer, limit, how.special_tokens, arguments=how.template_arguments)
+
+
+@check("trackers", "the packages of tracking.to are installed")
+def _trackers(start: Start) -> Iterator[str]:
+    if not isinstance(start.config, RunConfig):
+        return
+    for name in start.config.tracking.to:
+        if importlib.util.find_spec(name) is None:
+            yield (
+                f"tracking.to names {name}, which is not installed here; pip install 'megatron_rl[{name}]', or take it "
+                "out"
+            )
+
+
+@check("validation", "the benchmarks of a run have servers that answer them")
+def _validation(start: Start) -> Iterator[str]:
+    config = start.config
+    if start.rollouts is not None and isinstance(config, RlConfig) and config.validation is not None:
+        yield "validation samples from servers, and with --rollouts there are none; take [validation] out of the file"
 
 
 @check("domains", "tables by domain name domains that rows have")

@@ -1,10 +1,11 @@
 """Checks by name: each finds problems of a command that is about to start, and every problem says its remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
@@ -36,6 +37,14 @@ class Start:
         """Whether training starts servers of its own."""
         config = self.config
         return self.trains and isinstance(config, RlConfig) and not config.rollout.urls and self.rollouts is None
+
+    @property
+    def benchmarks(self) -> Mapping[str, BenchmarkSection]:
+        """The benchmarks that it answers, by name."""
+        config = self.config
+        if isinstance(config, RlConfig) and self.trains and config.validation is not None:
+            return config.validation.benchmarks
+        return config.benchmarks if isinstance(config, EvaluateConfig) else {}
 
     @cached_property
     def architecture(self) -> Architecture:

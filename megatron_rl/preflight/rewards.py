@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.reward import OF_BENCHMARKS, RewardSection
-from megatron_rl.config.schema import SamplingConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
@@ -26,12 +26,12 @@ def reward_problems(start: Start) -> Iterator[str]:
     config = start.config
     if start.rollouts is not None:
         return
-    if isinstance(config, EvaluateConfig):
-        for section in config.benchmarks.values():
+    if isinstance(config, EvaluateConfig | RlConfig):
+        for section in start.benchmarks.values():
             reward = section.reward_of(config.reward)
             if _is_own(reward):
                 yield from _tried(reward, _first_rows([section.path], section, reward), None)
-    elif isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
+    if isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
         yield from _tried(
             config.reward, _first_rows(config.data.train_files, config.data, config.reward), config.run_dir
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.evaluation.validations import read_validations, validation_metrics
 from megatron_rl.parsing import parse_toml, read_text
 from megatron_rl.train.run.metrics import read_metrics
 
@@ -21,7 +22,8 @@ class Run:
     """name: of its folder, or more of its path where that is needed to tell runs apart. kind: "rl" or "sft".
 
     config: the resolved configuration as nested tables; config_text: as it stands in the file. rows: of metrics.jsonl,
-    by rising step. resumed_at: the steps from which the run went on after it had stopped.
+    by rising step. resumed_at: the steps from which the run went on after it had stopped. last_validation: none, or the
+    metrics of the weights behind the last step, which have no row of their own.
     """
 
     directory: Path
@@ -31,6 +33,7 @@ class Run:
     config_text: str
     rows: Sequence[Mapping[str, Any]]
     resumed_at: tuple[int, ...]
+    last_validation: Sequence[Mapping[str, Any]] = ()
 
     @property
     def num_steps(self) -> int:
@@ -108,6 +111,11 @@ def read_run(directory: Path, name: str) -> Run:
         config=config,
         config_text=text,
         rows=rows,
+        last_validation=[
+            {"step": row["step"], "validation_seconds": row["seconds"], **validation_metrics(row)}
+            for row in read_validations(directory)
+            if row["step"] > rows[-1]["step"]
+        ][-1:],
         resumed_at=tuple(b["step"] for a, b in pairwise(rows) if b.get("num_starts", 1) != a.get("num_starts", 1)),
     )
 

@@ -42,6 +42,13 @@ SECTIONS = (
             ),
             Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}, always=True),
             Plot(
+                title="Validation",
+                unit="mean score, with 95 % intervals",
+                curves={"*": "validation/*"},
+                note="Of prompts that are not trained on: where it falls while the reward climbs, the run overfits.",
+                always=True,
+            ),
+            Plot(
                 title="Judged correct",
                 unit="share of responses",
                 curves={"correct": "correct_share"},
@@ -252,6 +259,7 @@ SECTIONS = (
                     "offload": "offload_seconds",
                     "reload": "reload_seconds",
                     "plan": "plan_seconds",
+                    "validation": "validation_seconds",
                     "rest": "rest_seconds",
                 },
             ),

@@ -1,7 +1,7 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_rl import __version__
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.evaluation.validations import best_row, read_validations, told_score
 from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json
 from megatron_rl.report.runs import Run, flattened, told
@@ -41,6 +42,7 @@ def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
         ("failed responses, last tenth", _failures(run)),
         ("loss, first → last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
         ("last validation loss", _last(run, "validation_loss")),
+        *_validated(run),
         ("seed", str(run.config_values.get("seed", 1))),
         ("tokens trained", _count(sum(tokens))),
         ("tokens sampled", _count(sum(_column(run, "num_generated_tokens")))),
@@ -61,10 +63,17 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
     """
     defaults = dict(_defaults(_KINDS[run.kind]))
     return [
-        (key, told(value), told(defaults[key]) if key in defaults else "unknown")
+        (key, told(value), _told_default(key, defaults))
         for key, value in run.config_values.items()
         if key not in defaults or (value != defaults[key] and value != _as_toml(defaults[key]))
     ]
+
+
+def _told_default(key: str, defaults: Mapping[str, Any]) -> str:
+    """Say the default of a key, or of the table that it is in where that may have any keys."""
+    parts = key.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((told(defaults[name]) for name in names if name in defaults), "unknown")
 
 
 def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -171,6 +180,16 @@ def _failures(run: Run) -> str:
         if values:
             found.append((fmean(values[-max(1, len(values) // 10) :]), name))
     return ", ".join(f"{name} {share:.0%}" for share, name in sorted(found, reverse=True) if share >= 0.005)
+
+
+def _validated(run: Run) -> Iterator[tuple[str, str]]:
+    """The best and the last score of each benchmark of validation."""
+    rows = read_validations(run.directory)
+    for name in dict.fromkeys(name for row in rows for name in row["benchmarks"]):
+        best, last = best_row(rows, name), [row for row in rows if name in row["benchmarks"]][-1]
+        shown = [last] if best is None or best["step"] == last["step"] else [best, last]
+        told = (f"{told_score(row, name)} after {row['step']} steps" for row in shown)
+        yield f"validation of {name}, best and last", ", ".join(told)
 
 
 def _last(run: Run, name: str) -> str:

@@ -78,8 +78,6 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 open_source = partial(_open_source, config, context, signals, servers, rollouts)
                 orchestrator = Orchestrator(config, context, first, restored, open_source, transport)
                 parts.callback(orchestrator.close)
-                if not resume:
-                    orchestrator.source.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
             return context.stop_code  # before the first step: there is nothing to save yet
         return _steps(config, context, first, orchestrator, transport, servers)
@@ -114,11 +112,16 @@ def _steps(
             orchestrator.end(step, results, offload_seconds, reload_seconds)
         context.settle()
         skips.check(results)
-        if should_save(step + 1, config.train.steps, config):
+        keeps_best = bool(config.train.keep_best) and config.is_validated(step + 1)
+        if keeps_best or should_save(step + 1, config.train.steps, config):
             _save(context, orchestrator, step + 1)
     context.settle(wait=True)
+    if config.validation is not None:
+        _make_room(config, context, servers)
     last = orchestrator.finish() if orchestrator else _follow(context, config.train.steps, transport)
-    assert isinstance(last, Stop) and last.exit_code is not None
+    assert isinstance(last, Stop)
+    if last.exit_code is None:  # in the last validation, before which all is saved
+        return context.stop_code
     if last.exit_code == EXIT_DONE:
         context.export(config.run_dir / "hf")
     return last.exit_code

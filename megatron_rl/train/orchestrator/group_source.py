@@ -149,7 +149,8 @@ class RecordedGroups:
 class ServerGroups:
     """Groups that generation servers sample and the reward workers score.
 
-    Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them.
+    Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them. rewards:
+    judges by the configuration's rewards.
     """
 
     def __init__(self, config: RlConfig, layout: Layout, signals: StopSignals, servers: NodeServers) -> None:
@@ -164,7 +165,7 @@ class ServerGroups:
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Segment | None = None  # of the last phase that kept any
         self._supervisor = servers.supervisor
-        self._rewards = Rewards(config.reward, config.run_dir)
+        self.rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
@@ -182,7 +183,7 @@ class ServerGroups:
         # again would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
-        how = (self.pool, self._rewards, self.decode, advantages_of(config), config.rollout, config.seed)
+        how = (self.pool, self.rewards, self.decode, advantages_of(config), config.rollout, config.seed)
         if not config.rollout.has_agent:
             self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal)
             return
@@ -242,7 +243,7 @@ class ServerGroups:
         if self._agents is not None:
             self._loop.run(self._agents.stop())
         self._loop.run(self.pool.close())
-        self._rewards.close()
+        self.rewards.close()
         self._loop.close()
         self._journal.close()
         if self._turns is not None:
@@ -269,6 +270,10 @@ class ServerGroups:
         found = self.run(self.pool.input_logprobs(tokens))
         logprobs = [one[start - 1 :].tolist() for one in found.values()]
         return list(found), Probe(token_ids=tokens, start=start, logprobs=logprobs)
+
+    def trained_prompts(self) -> set[str]:
+        """Collect the texts of all prompts that training asks."""
+        return {prompt.text for prompt in self._stream.rows}
 
     def _prompt_tokens(self, count: int) -> list[int]:
         """The first tokens of the prompts that come next."""

@@ -91,7 +91,7 @@ class TrainContext:
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
-        self._resume, self._has_resumed = resume, False
+        self.resume, self._has_resumed = resume, False
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.architecture, self.layout)[stage].total
@@ -120,7 +120,7 @@ class TrainContext:
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
         """Collective: load the newest whole checkpoint; the driver's state and carried samples, or None in a new
         run."""
-        found = self.checkpoints.restore(self.trainer) if self._resume else None
+        found = self.checkpoints.restore(self.trainer) if self.resume else None
         self._has_resumed = found is not None
         return found
 

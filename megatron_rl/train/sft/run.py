@@ -15,6 +15,7 @@ from megatron_rl.train.run.context import TrainContext, should_save
 from megatron_rl.train.run.metrics import MetricsLog, bar, console
 from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.run.step_row import step_row
+from megatron_rl.train.run.trackers import Trackers
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochDirectories, EpochLoss
 from megatron_rl.train.step.batch import TrainSequence
@@ -37,8 +38,10 @@ def run_sft(config: SftConfig, resume: bool) -> int:
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
         alarms = Alarms(config.train)
-        metrics = MetricsLog(config.run_dir, driver["step"], alarms.check) if context.is_rank_zero else None
-        if metrics is not None:
+        metrics = None
+        if context.is_rank_zero:
+            trackers = Trackers(config, driver["step"], resume)
+            metrics = MetricsLog(config.run_dir, driver["step"], alarms.check, trackers)
             parts.callback(metrics.close)
         run = _Run(config, context, batches, validation, metrics, alarms)
         return run.steps(driver, signals)
