@@ -82,11 +82,12 @@ class Agents:
         await self.start()
         assert self._process is not None and self._process.stdin is not None
         process, ended = self._process, asyncio.get_running_loop().create_future()
+        stdin = self._process.stdin
         self._running[order.id] = _Running(process, ended)
         try:
             with contextlib.suppress(ConnectionError):  # the reader tells of it
-                process.stdin.write(line("start", order))
-                await process.stdin.drain()
+                stdin.write(line("start", order))
+                await stdin.drain()
             return await ended
         finally:
             del self._running[order.id]
