@@ -153,12 +153,12 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str
     """ValueError for an argument that the chat template never reads, or sets itself: it would change nothing, and
     nobody would see."""
     for name in arguments:
-        if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise ValueError(
                 f"data.template_arguments sets {name!r}, which the model's chat template never mentions; take it out, "
                 "or write what it should do into the prompts"
             )
-        if re.search(rf"\{{%[-+]?\s*set\s+{name}\b", str(tokenizer.chat_template)):
+        if re.search(rf"\{{%[-+]?\s*set\s+{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise ValueError(
                 f"data.template_arguments sets {name!r}, which the model's chat template sets itself; take it out, or "
                 "change the template"
