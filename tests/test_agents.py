@@ -168,26 +168,24 @@ ALL_RIGHT = [
 
 def test_thirty_bad_agents_cost_their_own_trajectories_alone_and_leave_nothing(tokenizer, tmp_path) -> None:
     before = {process.pid for process in left_over()}
-    kinds = [*FAILURES, *TOO_LONG, *ENDED, *ALL_RIGHT, *["good"] * 6]
-    assert len(kinds) >= 30
+    kinds = [*FAILURES, *ENDED, *ALL_RIGHT, *["good"] * 6]
+    assert len(kinds) + len(TOO_LONG) + 1 >= 30  # those of the next tests
     notes = {number: tmp_path / f"note{number}" for number in range(len(kinds))}
     questions = [question(number, kind, note=str(notes[number])) for number, kind in enumerate(kinds)]
     groups, counts = groups_of(
-        tokenizer, tmp_path, questions, agent_seconds=15.0, max_turns=5, max_response_tokens=200, max_prompt_tokens=600
+        tokenizer, tmp_path, questions, agent_seconds=200.0, max_turns=5, max_response_tokens=200, max_prompt_tokens=600
     )
     found = {kind: group.samples[0] for kind, group in zip(kinds, groups, strict=True)}
     for kind, message in FAILURES.items():
         assert (found[kind].reason, found[kind].response.finish_reason) == ("error", FAILED), kind
         assert message in found[kind].details
-    for kind in TOO_LONG:
-        assert (found[kind].reason, found[kind].response.finish_reason) == ("timeout", "seconds")
     for kind in ENDED:
         assert (found[kind].response.finish_reason, found[kind].response.num_turns) == ("turns", 5)
     for kind in ALL_RIGHT:
         assert (found[kind].reward, found[kind].response.finish_reason) == (1.0, "stop"), kind
     assert [group.samples[0].reward for group in groups[-6:]] == [0.5] * 6
     assert found["changes_history"].response.num_turns == len(found["changes_history"].response.segments) == 3
-    assert counts["num_failed_agents"] == len(FAILURES) + len(TOO_LONG)
+    assert counts["num_failed_agents"] == len(FAILURES)
     assert counts["num_new_segments"] >= 2
     for number, kind in enumerate(kinds):
         if kind.startswith("leaves"):
@@ -205,7 +203,7 @@ def test_where_the_process_of_all_agents_is_ended_the_others_begin_again_with_th
     questions = [question(0, "ends_its_host"), *(question(number, "good") for number in range(1, 5))]
     groups, _ = groups_of(tokenizer, tmp_path, questions, servers=servers, turns=turns)
     assert [group.samples[0].reward for group in groups[1:]] == [0.5] * 4
-    assert "the process that ran it was lost 3 times" in groups[0].samples[0].details
+    assert "it has ended the process that agents are started from" in groups[0].samples[0].details
     assert len(servers.asked) == 1 + 2 * 4  # nothing was sampled twice
 
 
@@ -239,7 +237,7 @@ def test_agents_end_with_the_run(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("async def run(task, mode): ...", r"rollout.agent: nothing is called 'mode'; did you mean model\?"),
+        ("async def run(task, mode): ...", r"rollout.agent: nothing is called 'mode'. Did you mean 'model'\?"),
         (
             "async def run(task): ...",
             r"run must be `async def run\(task, model\)`, got async def with task; write it so",
@@ -303,7 +301,7 @@ def same(one, other):
 
 
 def test_at_the_end_of_a_phase_agents_wait_and_their_turns_go_on_under_the_next_weights(tokenizer, tmp_path) -> None:
-    servers = Scripted(tokenizer, lambda read: "yes yes yes")
+    servers = Scripted(tokenizer, lambda read: "yes yes yes".removeprefix(read.rpartition("assistant\n")[2]))
     turns = TurnJournal(tmp_path / "journal", "x", lambda error: error)
     sampler, rewards = sampler_of(
         tokenizer, tmp_path, servers=servers, turns=turns, samples_per_prompt=2, partial=True, max_response_tokens=100
@@ -352,8 +350,12 @@ def test_at_the_end_of_a_phase_agents_wait_and_their_turns_go_on_under_the_next_
             assert tokenizer.decode(segment.output_ids[: segment.turns[0, 1]].tolist()) == f"yes yes yes{END}"
 
 
-def test_the_time_of_an_agent_is_that_of_phases(tokenizer, tmp_path) -> None:
-    started = time.monotonic()
-    groups, _ = groups_of(tokenizer, tmp_path, [question(0, "hangs")], agent_seconds=0.5)
-    assert groups[0].samples[0].response.finish_reason == "seconds"
-    assert time.monotonic() - started < 60
+def test_one_that_hangs_blocks_or_ignores_signals_ends_with_its_time(tokenizer, tmp_path) -> None:
+    before, started = {process.pid for process in left_over()}, time.monotonic()
+    questions = [question(number, kind) for number, kind in enumerate(TOO_LONG)]
+    groups, counts = groups_of(tokenizer, tmp_path, questions, agent_seconds=2.0)
+    for group in groups:
+        assert (group.samples[0].reason, group.samples[0].response.finish_reason) == ("timeout", "seconds")
+    assert counts["num_failed_agents"] == len(TOO_LONG)
+    assert time.monotonic() - started < 100
+    assert {process.pid for process in left_over()} <= before

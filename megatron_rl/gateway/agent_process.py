@@ -13,6 +13,7 @@ from typing import Any
 from megatron_rl.gateway.model import Model, TrajectoryOver
 from megatron_rl.gateway.protocol import Order
 from megatron_rl.own_functions import last_lines
+from megatron_rl.reward import score
 from megatron_rl.reward.score import verdict_of
 
 
@@ -45,7 +46,7 @@ def be_agent(function: Callable[..., Any], order: Order, result: Path, passing_s
         told = {}  # the run knows of it
     except BaseException as error:
         traceback.print_exception(error)
-        told = {"error": last_lines(error, (__file__,))}
+        told = {"error": last_lines(error, (__file__, score.__file__))}
     result.write_text(json.dumps(told), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,6 +17,7 @@ from megatron_rl.config.load import secret_variables
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.chat import response_decoder
+from megatron_rl.errors import Fault
 from megatron_rl.families import Architecture, load_architecture
 from megatron_rl.gateway.agents import OUTPUT, Agents, Lost
 from megatron_rl.gateway.chat_tokens import ChatTokens
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = "failed"  # finish_reason of a trajectory whose agent did
-_MAX_LOSSES = 3  # of the process under one agent, before that is blamed
+_ALONE_AT_ONCE = 2  # agents in processes of their own
 COUNTED = ("failed_agents", "ended_by_limit", "new_segments", "tool_calls", "broken_tool_calls")
 _TOLD = 3  # failures that are logged
 _LOOK_SECONDS = 0.01
@@ -98,7 +99,9 @@ class AgentSampler(Sampler):
         )
         self._policy = Policy(servers, rollout.temperature, settings.end_ids)
         self._gateway = Gateway(settings.model, settings.vocab_size, rollout.max_sequence_tokens, rollout.temperature)
-        self._agents = Agents(setup_of(rollout, settings.folder, settings.passing_score))
+        self._setup = setup_of(rollout, settings.folder, settings.passing_score)
+        self._agents = Agents(self._setup)
+        self._few = asyncio.Semaphore(_ALONE_AT_ONCE)
         self._limits = Limits(
             sequence_tokens=rollout.max_sequence_tokens,
             policy_tokens=rollout.max_response_tokens,
@@ -221,20 +224,31 @@ class AgentSampler(Sampler):
         return run
 
     async def _play(self, run: _Run, question: Question, place: Place) -> Outcome:
-        """Run the agent to its end; from the beginning, with the same answers, where its process is lost through
-        another one."""
-        task = {**of_task(question.prompt), "seed": sampling_seed(self._seed, question.prompt_id, 0)}
-        name = ""
-        for _ in range(_MAX_LOSSES):
-            name = f"{run.key[0]}-{run.key[1]}-{next(self._numbers)}"
-            opened = self._gateway.open(run.trajectory)
+        """Run the agent to its end. Where the process of all agents is lost meanwhile, by whichever of them, it begins
+        again with the same answers in a process that it has for itself."""
+        try:
+            return await self._played(run, question, self._agents)
+        except Lost:
+            run.trajectory = self._trajectory(run.key, place)
+        async with self._few:
+            alone = Agents(self._setup)
             try:
-                return await self._agents.run(Order(id=name, base_url=opened.base_url, api_key=opened.key, task=task))
+                return await self._played(run, question, alone)
             except Lost:
-                run.trajectory = self._trajectory(run.key, place)
+                return Outcome(id="", error="it has ended the process that agents are started from")
+            except ValueError as error:
+                raise Fault(f"agents cannot be started any more: {error}") from None
             finally:
-                self._gateway.shut(opened)
-        return Outcome(id=name, error=f"the process that ran it was lost {_MAX_LOSSES} times")
+                await alone.close()
+
+    async def _played(self, run: _Run, question: Question, agents: Agents) -> Outcome:
+        task = {**of_task(question.prompt), "seed": sampling_seed(self._seed, question.prompt_id, 0)}
+        name = f"{run.key[0]}-{run.key[1]}-{next(self._numbers)}"
+        opened = self._gateway.open(run.trajectory)
+        try:
+            return await agents.run(Order(id=name, base_url=opened.base_url, api_key=opened.key, task=task))
+        finally:
+            self._gateway.shut(opened)
 
     def _trajectory(self, key: Key, place: Place) -> Trajectory:
         turns = self._turns
