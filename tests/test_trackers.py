@@ -22,24 +22,29 @@ from megatron_rl.train.run import trackers
 from megatron_rl.train.run.metrics import MetricsLog, read_metrics
 from megatron_rl.train.run.trackers import TrackedRun, Trackers
 
-# Writes steps FIRST to LAST as a run does, and is killed behind them or ends. Threads get a moment before a kill, since
-# what one has not sent yet is lost with its process.
+# Writes steps FIRST to LAST as a run does, and ends; or is killed behind them, at once or when they have been told.
 PROGRAM = """
 import logging, os, pathlib, signal, sys, time
 sys.path.insert(0, {tests!r})
 from rank_zero import config_of
 from megatron_rl.train.run.metrics import MetricsLog
+from megatron_rl.train.run import trackers as trackers_module
 from megatron_rl.train.run.trackers import Trackers
 logging.basicConfig(level="INFO")
 if __name__ == "__main__":
+    trackers_module._SEND_SECONDS = 1.0
     first, last, ends, *changes = sys.argv[1:]
     config = config_of(pathlib.Path({folder!r}), *changes)
     trackers = Trackers(config, int(first), resume=int(first) > 0)
     log = MetricsLog(config.run_dir, int(first), lambda row: None, trackers)
     for step in range(int(first), int(last)):
         log.write({{"step": step, "reward": step / 100, "kl": float("nan"), "by_step": [1], "num_prompts": 3}})
-    if ends == "killed":
-        time.sleep(3)
+    if ends == "told":
+        told = config.run_dir / "tracking" / config.tracking.to[0]
+        while not told.exists() or told.read_text() != str(int(last) - 1):
+            time.sleep(0.1)
+        time.sleep(1)
+    if ends != "ended":
         os.kill(os.getpid(), signal.SIGKILL)
     log.close()
 """
@@ -160,9 +165,22 @@ def test_the_id_of_a_run_stays_over_resumes_and_is_new_for_a_new_run(fakes: list
         Trackers(config, first, resume).close()
     ids = [fake.run.id for fake in fakes]
     assert ids[0] == ids[1] == ids[2] != ids[3]
-    assert [fake.run.first_step for fake in fakes] == [0, 0, 10, 0]
     assert {fake.run.name for fake in fakes} == {"mine"}
     assert Trackers(config_of(tmp_path, "tracking.to=[]"), 0, resume=True)._told == []
+
+
+def test_a_resume_tells_what_a_kill_kept_from_a_tracker(fakes: list[Fake], tmp_path: Path) -> None:
+    config = config_of(tmp_path, "tracking.to=['wandb']")
+    told = Trackers(config, 0, resume=False)
+    told.log(0, {"reward": 0.0})
+    told.close()
+    rows = [{"step": step, "reward": step / 10} for step in range(5)]  # of which the last two are trained again
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = MetricsLog(tmp_path / "run", 3, lambda row: None, Trackers(config, 3, resume=True))
+    log.write({"step": 3, "reward": 7.0})
+    log.close()
+    assert [(step, numbers["reward"]) for step, numbers in fakes[1].told] == [(1, 0.1), (2, 0.2), (3, 7.0)]
+    assert fakes[1].run.first_step == 1
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_a_run(
@@ -177,13 +195,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_run(
         check_start(start)
 
 
-def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> str:
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ends: str = "told") -> str:
     """Twenty steps, killed behind the twelfth and resumed from the tenth. Returns what was said."""
     monkeypatch.chdir(tmp_path)
     text = PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     command = [sys.executable, "-c", text]
     changes = [f"tracking.to=['{name}']", "tracking.project=p", "tracking.group=g", "tracking.tags=['a', 'b']"]
-    assert forked.run([*command, 0, 12, "killed", *changes]).returncode == -9
+    assert forked.run([*command, 0, 12, ends, *changes]).returncode == -9
     done = forked.run([*command, 10, 20, "ended", *changes])
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(20))
@@ -201,20 +219,21 @@ def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, monkeypatc
     assert sorted(board.Tags()["scalars"]) == ["num_prompts", "num_starts", "reward"]
 
 
+@pytest.mark.parametrize("ends", ["killed", "told"])  # before it has given its host up, and behind
 def test_wandb_keeps_every_step_under_one_id_when_its_host_is_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    said = tracked(tmp_path, monkeypatch, "wandb")
+    said = tracked(tmp_path, monkeypatch, "wandb", ends)
     assert "`wandb sync` sends it" in said
-    run_id = json.loads((tmp_path / "run/tracking.json").read_text())["id"]
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
-    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
-    first, second = map(steps_of_wandb, files)
-    assert (first, second) == (list(range(12)), list(range(10, 20)))
+    run_id = (tmp_path / "run/tracking/id").read_text()
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+    told = [steps_of_wandb(file) for file in files]
+    assert told == ([list(range(12)), list(range(10, 20))] if ends == "told" else [list(range(20))])
 
 
 def steps_of_wandb(file: Path) -> list[int]:
@@ -255,7 +274,7 @@ def test_trackio_keeps_every_step_under_one_id(tmp_path: Path, monkeypatch: pyte
     (file,) = (tmp_path / "trackio").glob("p*.db")
     with sqlite3.connect(file) as database:
         rows = database.execute("SELECT run_id, run_name, step FROM metrics").fetchall()
-    run_id = json.loads((tmp_path / "run/tracking.json").read_text())["id"]
+    run_id = (tmp_path / "run/tracking/id").read_text()
     assert {name for _, name, _ in rows} == {f"run-{run_id}"}
     assert len({identity for identity, _, _ in rows}) == 1
     assert {step for _, _, step in rows} == set(range(20))

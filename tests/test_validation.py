@@ -389,12 +389,12 @@ def test_a_run_that_is_killed_in_a_validation_goes_on_to_the_same_numbers_under_
     process.wait(20)
     kept = responses.read_text().splitlines()[:5]
     responses.write_text("\n".join(kept) + "\n" + kept[-1][:40])  # whenever the kill came
-    run_id = (tmp_path / "run/tracking.json").read_text()
+    run_id = (tmp_path / "run/tracking/id").read_text()
     finish([*arguments, "--resume"])
     assert numbers(tmp_path) == numbers(whole)
     assert scores(tmp_path) == scores(whole)
     assert scores(tmp_path, "ones") == scores(whole, "ones")
-    assert (tmp_path / "run/tracking.json").read_text() == run_id
+    assert (tmp_path / "run/tracking/id").read_text() == run_id
     if "wandb" in to:
         assert len(list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))) == 2
 

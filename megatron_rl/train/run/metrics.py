@@ -53,6 +53,8 @@ class MetricsLog:
                     file.write(json.dumps(row) + "\n")
                     self._num_starts = max(self._num_starts, 1 + row.get("num_starts", 1))
                     see(row)
+                    if trackers is not None:
+                        trackers.catch_up(row["step"], _numbers(row))
         self._file = self._path.open("a", encoding="utf-8")
         self._trackers = trackers
 
@@ -67,14 +69,17 @@ class MetricsLog:
     def track(self, step: int, row: Mapping[str, Any]) -> None:
         """Tell the numbers of a row to trackers alone."""
         if self._trackers is not None:
-            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-            self._trackers.log(step, numbers)
+            self._trackers.log(step, _numbers(row))
 
     def close(self) -> None:
         if self._trackers is not None:
             self._trackers.close()
         with contextlib.suppress(OSError):  # a full disk was told when it was written to
             self._file.close()
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

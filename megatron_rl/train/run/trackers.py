@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.files import whole_file
-from megatron_rl.parsing import read_json
+from megatron_rl.parsing import read_text
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ Numbers = Mapping[str, float]
 
 _MOST_WAITING = 1000  # steps that a tracker may lag behind; a step is about a hundred numbers
 _CLOSE_SECONDS = 60.0
+_SEND_SECONDS = 30.0  # in which wandb, at the end of a run, sends what its host has not taken yet
 
 
 class Tracker(Protocol):
@@ -37,7 +38,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """What a tracker knows of a run. id: the same after every resume. first_step: from which it goes on."""
+    """What a tracker knows of a run. id: the same after every resume. first_step: the first that it will be told."""
 
     config: RunConfig
     id: str
@@ -74,7 +75,9 @@ class _Wandb:
         import wandb
 
         section = run.config.tracking
-        quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, finish_timeout=30)
+        quiet = wandb.Settings(
+            console="off", silent=True, disable_git=True, disable_code=True, finish_timeout=_SEND_SECONDS
+        )
         options: dict[str, Any] = {
             "project": section.project,
             "group": section.group or None,
@@ -93,6 +96,7 @@ class _Wandb:
             self._run = wandb.init(**options)
         except Exception as error:
             log.warning("wandb: %s; the run is kept in %s, `wandb sync` sends it", error, run.config.run_dir / "wandb")
+            wandb.teardown()  # of what has failed, which holds the id
             self._run = wandb.init(**options, mode="offline")
         self._run.define_metric("*", step_metric="step")  # its own count goes on where a resume begins again
 
@@ -137,10 +141,16 @@ TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
 
 
 class _Told:
-    """One tracker and its thread. `log` never waits."""
+    """One tracker and its thread. `log` never waits.
 
-    def __init__(self, name: str, run: TrackedRun) -> None:
-        self._name, self._run, self._num_lost = name, run, 0
+    last_step: that it has been told for certain, in this start of the run or one before; -1: none.
+    """
+
+    def __init__(self, name: str, config: RunConfig, run_id: str, first_step: int, resume: bool) -> None:
+        self._name, self._num_lost = name, 0
+        self._path = _folder(config) / name
+        self.last_step = _number(self._path) if resume else -1
+        self._run = TrackedRun(config=config, id=run_id, first_step=min(first_step, self.last_step + 1))
         self._queue: queue.Queue[tuple[int, Numbers] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._tell, name=f"tracker-{name}", daemon=True)
         # Whatever these packages raise, it must not end a run: they only draw. Imported here, since two threads that
@@ -184,6 +194,7 @@ class _Told:
         while (told := self._queue.get()) is not None:
             try:
                 tracker.log(*told)
+                self._path.write_text(str(told[0]), encoding="utf-8")
             except Exception as error:
                 self._lose(error)
         try:
@@ -196,27 +207,43 @@ class Trackers:
     """Tells every tracker of `tracking.to` the numbers of each step. `close()` waits a minute for one that lags."""
 
     def __init__(self, config: RunConfig, first_step: int, resume: bool) -> None:
-        run = TrackedRun(config=config, id=_run_id(config.run_dir, resume), first_step=first_step)
-        self._told = [_Told(name, run) for name in config.tracking.to]
+        run_id = _run_id(config, resume)
+        self._told = [_Told(name, config, run_id, first_step, resume) for name in config.tracking.to]
 
     def log(self, step: int, numbers: Numbers) -> None:
         for one in self._told:
             one.log(step, numbers)
+
+    def catch_up(self, step: int, numbers: Numbers) -> None:
+        """Tell the numbers of a step of an earlier start to those that it was killed before it had told them."""
+        for one in self._told:
+            if step > one.last_step:
+                one.log(step, numbers)
 
     def close(self) -> None:
         for one in self._told:
             one.close()
 
 
-def _run_id(run_dir: Path, resume: bool) -> str:
+def _folder(config: RunConfig) -> Path:
+    return config.run_dir / "tracking"
+
+
+def _run_id(config: RunConfig, resume: bool) -> str:
     """Read the id by which trackers know this run; a new one for a new run."""
-    path = run_dir / "tracking.json"
-    try:
-        if resume:
-            return str(read_json(path)["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # its first start, or one that was not tracked
+    path = _folder(config) / "id"
+    if resume and path.is_file():
+        return read_text(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = uuid.uuid4().hex[:12]
     with whole_file(path) as file:
-        file.write(f'{{"id": "{found}"}}\n')
+        file.write(found)
     return found
+
+
+def _number(path: Path) -> int:
+    """Read a number that a kill may have cut short; -1 where there is none."""
+    try:
+        return int(read_text(path))
+    except (OSError, ValueError):
+        return -1
