@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parallel import run_ranks
+from parallel import make_spec, run_ranks
 from safetensors.torch import load_file, save_file
-from test_parallel import make_spec
 from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
 from megatron_rl.checkpoint.compare import compare

@@ -25,7 +25,7 @@ from megatron_rl.keys import bearer
 from megatron_rl.rollout.archive import unpack_carry
 from megatron_rl.rollout.server import EmbeddedServer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LENGTH = 160
 CONFIG = """
 run_dir = "{run}"

@@ -1,13 +1,23 @@
 """Every way to divide the work gives the same gradient, the same step, and the same checkpoint: real gloo ranks."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from parallel import run_ranks, with_trajectories
+from parallel import (
+    ALGORITHMS,
+    EXACT,
+    LAYOUTS,
+    SHAPE,
+    TRACED,
+    exact_spec,
+    make_spec,
+    relative,
+    run_ranks,
+    worst,
+)
 from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses, rows_by_sample
 from safetensors.torch import load_file
 from tiny_model import tensors_of, write_tiny_model
@@ -16,42 +26,11 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.config.layout import Layout
 from megatron_rl.families import load_architecture
 
-# 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
-# three of one, two and one.
-SHAPE = {"vocab_size": 97, "num_hidden_layers": 4, "norm_head": True}
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
-    "DP2": (2, {}),
-    "DP4": (4, {}),
-    "TP2": (2, {"tensor": 2}),
-    "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2}),
-    "TP2-EP2": (2, {"tensor": 2, "expert": 2}),
-    "EP2": (2, {"expert": 2}),
-    "PP2": (2, {"pipeline": 2}),
-    "CP2": (2, {"context": 2}),
-    "CP2-EP2": (2, {"context": 2, "expert": 2}),
-    "CP4": (4, {"context": 4}),
-    "CP2xTP2": (4, {"context": 2, "tensor": 2}),
-    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
-    "CP2xDP2-EP2": (4, {"context": 2, "expert": 2}),
-    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
-    "TP2xDP2": (4, {"tensor": 2}),
-    "TP2xDP2-EP2": (4, {"tensor": 2, "expert": 2}),
-    "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
-    "PP3": (3, {"pipeline": 3}),
-}
 # For a model of seven layers, over stages of 1, 2, 1, 1, 1, 1.
 INTERLEAVED: dict[str, tuple[int, dict[str, int]]] = {
     "PP3-VPP2": (3, {"pipeline": 3, "virtual_pipeline": 2}),
     "TP2xPP3-VPP2": (6, {"tensor": 2, "pipeline": 3, "virtual_pipeline": 2}),
 }
-TRACED = [0, 3, 4, 8]
-COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
-# The three kinds of denominator and both levels of the ratio.
-ALGORITHMS = [
-    {"name": "c3po", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
-    {"name": "grpo", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
-    {"name": "gspo", "clip_low": 0.01, "clip_high": 0.6, **COMMON},
-]
 # Buckets that end within layers; three quarters of the states in host memory, and all off the device at times.
 EVERYTHING = {
     "train": {"overlap": "on", "overlap_bucket_parameters": 5000},
@@ -60,42 +39,6 @@ EVERYTHING = {
 }
 WHOLE_LAYERS = EVERYTHING | {"train": {"overlap": "on", "overlap_bucket_parameters": 10**7}}
 NEW_KERNELS = {"attention": "fa4", "expert_weight_gradient": "quack"}
-# Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
-EXACT = 1e-8
-
-
-def make_spec(model: Path, **changes: object) -> dict:
-    rng = random.Random(0)
-    rows = []
-    for _ in range(9):
-        length = rng.randint(9, 40)
-        num_prompt_tokens = rng.randint(1, 8)
-        rows.append(
-            {
-                "token_ids": [rng.randrange(97) for _ in range(length)],
-                "num_prompt_tokens": num_prompt_tokens,
-                "advantage": rng.uniform(-2, 2),
-                # About what a model that knows nothing gives: some ratios are clipped, others are not.
-                "rollout_logprobs": [rng.randint(-1200, -800) / 256 for _ in range(length - num_prompt_tokens)],
-                # None, all, or the first half: a response that was resumed under new weights.
-                "num_stale_tokens": (0, length, (length - num_prompt_tokens) // 2)[len(rows) % 3],
-            }
-        )
-    return {
-        "model": str(model),
-        "sequences": rows,
-        "token_cap": 80,
-        "budget": 150,
-        "algorithms": ALGORITHMS[:1],
-        "traced": TRACED,
-        **changes,
-    }
-
-
-def exact_spec(model: Path, **changes: object) -> dict:
-    """In fp64, with trajectories of agents among the sequences, and a reference policy of other weights."""
-    options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
-    return with_trajectories(make_spec(model, **options | changes))
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +54,6 @@ def after_two_steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return run_ranks(1, make_spec(model), tmp_path_factory.mktemp("alone") / "run")
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double()
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], prefix: str) -> tuple[float, str]:
-    names = [name for name in expected if name.startswith(prefix)]
-    assert names
-    assert {name for name in found if name.startswith(prefix)} == set(names)
-    return max((relative(found[name], expected[name]), name) for name in names)
 
 
 def assert_exported(model: Path, directory: Path) -> None:

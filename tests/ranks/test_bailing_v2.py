@@ -12,12 +12,11 @@ import torch
 from alone import ALONE, world
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import run_ranks
+from parallel import ALGORITHMS, make_spec, run_ranks, worst
 from reference import _choose, forward, load_reference, policy_loss, routed_by, router_losses
 from safetensors.torch import load_file, save_file
 from test_convert import MODEL, assert_same, there_and_back
 from test_embedded_model import DirectEngine
-from test_parallel import ALGORITHMS, make_spec, worst
 from tiny_model import TINY_V2, write_tiny_model
 
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches

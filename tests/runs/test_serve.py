@@ -42,7 +42,7 @@ def test_a_run_waits_until_all_processes_have_registered(tmp_path: Path) -> None
 def test_servers_with_another_torch_are_no_members_of_an_nccl_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Path(__file__).parents[1] / "examples/ring_lite/paper_256gpu/stage1_math.toml"
+    stage = Path(__file__).parents[2] / "examples/ring_lite/paper_256gpu/stage1_math.toml"
     own = torch_version()
     monkeypatch.setattr(serve, "visible_gpus", lambda: ["0"])
 
@@ -171,7 +171,7 @@ def test_sigusr1_asks_for_a_stop_and_spares_the_children() -> None:
 
 
 def test_a_job_whose_training_step_has_just_ended_still_finishes() -> None:
-    script = Path(__file__).parents[1] / "examples/ring_lite/slurm/job.sh"
+    script = Path(__file__).parents[2] / "examples/ring_lite/slurm/job.sh"
     parts = f"sed -n '/^pass_on/,/^}}/p' {script}"
     job = f'set -euo pipefail; signalled=0; say() {{ :; }}; true & training_step=$!; wait; eval "$({parts})"; '
     done = subprocess.run(

@@ -22,7 +22,7 @@ from parallel import run_ranks
 
 from megatron_rl.errors import Fault
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tools/gpu_trial"
 
 

@@ -28,7 +28,7 @@ from megatron_rl.selection.choice import Measured, check_preference, choose, str
 from megatron_rl.selection.entropy import token_entropy
 from megatron_rl.selection.select import run_selection
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 run_dir = "{folder}/select"
 candidates = "{folder}/epochs"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_rl.families import read_architecture
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from alone import world  # noqa: E402

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel import run_ranks
+from parallel import SHAPE, make_spec, run_ranks
 from served import input_logprobs
-from test_parallel import SHAPE, make_spec
 from tiny_model import write_tiny_model
 
 from megatron_rl.rollout.server import EmbeddedServer

@@ -24,7 +24,7 @@ from megatron_rl.errors import Fault, SharedFault, Stopped, StopRequested, exit_
 from megatron_rl.place import Place, own_place
 from megatron_rl.rollout.append_log import told_of_resume
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 run_dir = "{folder}/run"
 threads = 1

@@ -11,19 +11,18 @@ import forked
 import pytest
 import torch
 from family_models import CASES, make, transformers_logprobs, transformers_model
-from parallel import run_ranks
+from parallel import make_spec, relative, run_ranks
 from reference import load_reference, policy_loss
 from safetensors.torch import save_file
 from test_convert import assert_same, there_and_back
 from test_embedded_model import DirectEngine
-from test_parallel import make_spec, relative
 from tiny_model import tensors_of
 
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.families import load_architecture, tensor_shapes
 from megatron_rl.rollout.embedded.load import load_weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
 OF_HEADS = {"TP4": (4, {"tensor": 4})}
 OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}

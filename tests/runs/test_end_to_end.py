@@ -29,7 +29,7 @@ from megatron_rl.report.sections import SECTIONS
 from megatron_rl.simulation.calibrate import replay
 from megatron_rl.simulation.rates import Rates
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 CONFIG = """
 run_dir = "{folder}/run"

@@ -30,7 +30,7 @@ from megatron_rl.locks import sole_writer
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import Start
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "megatron_rl.cli"]
 CONFIG = """
 [model]

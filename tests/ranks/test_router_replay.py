@@ -15,10 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from micro_batches import micro_batch
-from parallel import run_ranks
+from parallel import ALGORITHMS, EXACT, SHAPE, exact_spec, run_ranks, worst
 from reference import forward, load_reference, loss_positions, policy_loss
 from samples import make_sample, make_schedule, make_segment, make_trajectory
-from test_parallel import ALGORITHMS, EXACT, SHAPE, exact_spec, worst
 from tiny_model import TINY_CONFIG, write_tiny_model
 
 from megatron_rl.config.layout import Layout
