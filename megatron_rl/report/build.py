@@ -13,7 +13,7 @@ from megatron_rl.report.page import render
 from megatron_rl.report.rollouts import evenly, read_step, steps_with_rollouts
 from megatron_rl.report.runs import Run, read_runs
 from megatron_rl.report.sections import sections_for
-from megatron_rl.report.summary import changes, evaluations, facts, written_by
+from megatron_rl.report.summary import changes, evaluations, facts, starts, written_by
 from megatron_rl.train.run.metrics import bar
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence
                 "directory": str(run.directory),
                 "facts": facts(run, runs[parent].name if parent is not None else None),
                 "changes": changes(run),
+                "starts": starts(run),
                 "config": run.config_text,
                 "curves": curves(run, width),
                 "parent": parent,

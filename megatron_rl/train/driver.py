@@ -57,6 +57,11 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
             context.trainer.keep_reference()
         restored = context.restore()
         first = restored[0]["step"] if restored else 0
+        if first > config.train.steps:
+            raise ValueError(
+                f"the checkpoint is of step {first}, and this configuration ends after {config.train.steps}; raise "
+                "train.steps, or set run_dir to a new folder"
+            )
         servers: NodeServers | None = None
         transport = None
         try:

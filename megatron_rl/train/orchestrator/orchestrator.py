@@ -80,6 +80,7 @@ class Orchestrator:
             self.collector = Collector(config, context.layout, cost_model(context.architecture), self.source)
             if restored:
                 self.collector.restore(*restored)
+            context.accept(first)
             self._metrics = MetricsLog(config.run_dir, first, self._alarms.check)
         except StopRequested:
             self._command(Stop(exit_code=None))

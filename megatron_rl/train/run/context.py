@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megatron_rl import device
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
-from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, speak_as
 from megatron_rl.families import load_architecture
@@ -25,6 +24,7 @@ from megatron_rl.stores import join
 from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.export import export_directory
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.run.starts import record_start
 from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import Trainer
 
@@ -98,14 +98,13 @@ class TrainContext:
             log.info("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _claim(self) -> str | None:
-        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends, and say
-        what runs there. Returns why not where another one is at it; nothing is written then."""
+        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends. Returns
+        why not where another one is at it."""
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             self._claimed.enter_context(sole_writer(self.config.run_dir, "set run_dir to a new folder"))
         except ValueError as error:
             return str(error)
-        (self.config.run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         return None
 
     @property
@@ -123,6 +122,11 @@ class TrainContext:
         found = self.checkpoints.restore(self.trainer) if self._resume else None
         self._has_resumed = found is not None
         return found
+
+    def accept(self, step: int) -> None:
+        """Rank 0, when nothing can refuse this start any more, which goes on after `step` steps: say what runs in the
+        run directory."""
+        record_start(self.config, step, self._resume)
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""

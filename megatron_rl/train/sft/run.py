@@ -37,8 +37,10 @@ def run_sft(config: SftConfig, resume: bool) -> int:
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
         alarms = Alarms(config.train)
-        metrics = MetricsLog(config.run_dir, driver["step"], alarms.check) if context.is_rank_zero else None
-        if metrics is not None:
+        metrics = None
+        if context.is_rank_zero:
+            context.accept(driver["step"])
+            metrics = MetricsLog(config.run_dir, driver["step"], alarms.check)
             parts.callback(metrics.close)
         run = _Run(config, context, batches, validation, metrics, alarms)
         return run.steps(driver, signals)
