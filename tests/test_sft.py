@@ -195,7 +195,7 @@ def test_a_run_goes_on_with_the_data_and_the_batches_that_it_began_with(here: Pa
     ):
         with pytest.raises(ValueError, match=rf"not those that this run began with: {said}"):
             ChatBatches(config_of(run, change), tokenizer).check(middle)
-    with pytest.raises(ValueError, match=r"had seen \d+ chats; .* \(data.batch_tokens is 300 and was 400\): put data.b"):
+    with pytest.raises(ValueError, match=r"had seen \d+ chats; .* \(data.batch_tokens is 300 and was 400\): put"):
         ChatBatches(config_of(run, "data.batch_tokens=300"), tokenizer).check(middle)
     with pytest.raises(ValueError, match=r"had seen 120 chats; .*the last batch of an ended run cannot be filled up"):
         ChatBatches(config_of("train.epochs=4"), tokenizer).check(end)

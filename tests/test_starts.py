@@ -27,7 +27,8 @@ def test_each_start_keeps_its_configuration_and_says_what_it_changed(
     assert sorted(map(str, record_start(changed, 3, resume=True))) == said
     assert all(one in caplog.text for one in said)
     starts = read_starts(tmp_path / "run")
-    assert [(start.number, start.step, start.values["train.steps"]) for start in starts] == [(1, 0, 4), (2, 2, 4), (3, 3, 9)]
+    assert [(start.number, start.step) for start in starts] == [(1, 0), (2, 2), (3, 3)]
+    assert [start.values["train.steps"] for start in starts] == [4, 4, 9]
     assert load_config(RlConfig, tmp_path / "run/config.toml") == changed
     # A run that begins anew in the folder has nothing to do with them.
     record_start(config_of(tmp_path), 0, resume=False)
@@ -42,7 +43,8 @@ def test_a_configuration_from_before_starts_were_kept_is_the_first_one(tmp_path:
     assert list(map(str, record_start(config_of(tmp_path, "budget.tokens=400"), 5, resume=True))) == [
         "budget.tokens: 200 -> 400"
     ]
-    assert [(start.step, start.values["budget.tokens"]) for start in read_starts(tmp_path / "run")] == [(0, 200), (5, 400)]
+    starts = read_starts(tmp_path / "run")
+    assert [(start.step, start.values["budget.tokens"]) for start in starts] == [(0, 200), (5, 400)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_rl import __version__
-from megatron_rl.config.reference import REQUIRED, as_toml, flattened, keys_of, told
+from megatron_rl.config.reference import REQUIRED, as_toml, keys_of, told
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json

@@ -1,7 +1,7 @@
 """The starts of a run: each keeps the configuration that it trains with, and says what it changed.
 
-`run_dir/starts/start_N_step_M.toml` is that of the N-th start, which went on after M steps; `run_dir/config.toml` is the
-last one's. Both are written when a start is accepted: nothing can refuse it any more.
+`run_dir/starts/start_N_step_M.toml` is that of the N-th start, which went on after M steps; `run_dir/config.toml` is
+the last one's. Both are written when a start is accepted: nothing can refuse it any more.
 """
 
 import logging
