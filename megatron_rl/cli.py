@@ -155,7 +155,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
     inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
     inspect.set_defaults(run=_inspect)
+    keys = commands.add_parser(
+        "keys",
+        help="every key of the configuration files, with type, default and description",
+        description="Print the keys whose name matches PATTERN (a part of it, or a regular expression), here or in "
+        "TRL, slime, verl and prime-rl; else those whose description does.",
+    )
+    keys.add_argument("pattern", nargs="?", default="", metavar="PATTERN")
+    keys.set_defaults(run=_keys)
     return parser
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.show import run_keys
+
+    return run_keys(arguments.pattern)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ class EvaluationSampling(GenerationSection):
 class EvaluateConfig(CommandConfig):
     """`megatron-rl evaluate`."""
 
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description="of what is sampled")
     model: ServedModelSection
     rollout: EvaluationSampling = EvaluationSampling()
     reward: RewardSection = RewardSection()

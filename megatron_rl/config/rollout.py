@@ -46,7 +46,7 @@ class GenerationSection(Section):
         le=65535,
         description="port of the first server that is started, the next count up; 0 picks",
     )
-    max_response_tokens: Positive = 64
+    max_response_tokens: Positive = Field(default=64, description="longer responses are cut off there")
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
     temperature: float = Field(
         default=1.0,
@@ -64,7 +64,9 @@ class GenerationSection(Section):
         "beats one with many threads, since the operations of a small model are too short to share",
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
-    ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    ready_deadline_seconds: float = Field(
+        default=120.0, gt=0, description="how long a server may take from its start until it answers"
+    )
     token_deadline_seconds: float = Field(
         default=1.0,
         gt=0,

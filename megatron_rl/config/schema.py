@@ -24,6 +24,8 @@ from megatron_rl.config.section import Section
 from megatron_rl.config.sync import SyncSection
 from megatron_rl.config.train import RlTrainSection, SftTrainSection, TrainSection
 
+SEED = "of the order of the data, of what is sampled, and of the new parameters of a model"
+
 
 class CommandConfig(Section):
     """What a file of any kind may say."""
@@ -35,7 +37,7 @@ class RunConfig(CommandConfig):
     """What SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
@@ -76,7 +78,7 @@ class RolloutPhase(CommandConfig):
     """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     model: ServingSection | None = None
     data: RlData
     rollout: RolloutSection
