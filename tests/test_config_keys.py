@@ -1,4 +1,4 @@
-"""Every key has a type, a default and a description, and one that is called otherwise elsewhere is found by that name."""
+"""Every key has a type, a default and a description, and is found by what others call it."""
 
 import pytest
 from rank_zero import config_of
@@ -31,8 +31,8 @@ def test_the_list_has_exactly_what_a_resolved_configuration_has(tmp_path) -> Non
     known = {key.path for key in keys_of(RlConfig)}
     tables = {key.path for key in keys_of(RlConfig) if key.type.startswith("table")}
     found = set(leaves(config_of(tmp_path).model_dump()))
-    absent = {"cluster", "teacher"}  # sections that are None here
-    assert found - absent <= known
+    absent = {"cluster"}  # a section that is None here
+    assert found - absent <= known | {"teacher"}  # which training refuses
     left = {path for path in known - found if ".NAME." not in path and not path.startswith("data.stages.")}
     assert {path.partition(".")[0] for path in left} == absent
 

@@ -38,8 +38,8 @@ class AlgorithmSection(Section):
     kl_coefficient: float = Field(default=0.0, ge=0, description="beta of Eq. 2, against the starting weights")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3",
-        description="of the KL term: with d the log-prob of a token under the starting weights less the present one, k1 "
-        "is -d, k2 d^2 / 2 and k3 exp(d) - 1 - d",
+        description="of the KL term: with d the log-prob of a token under the starting weights less the present one, "
+        "k1 is -d, k2 d^2 / 2 and k3 exp(d) - 1 - d",
     )
     optimizer_steps_per_rollout: Positive = Field(
         default=1, description="into how many optimizer steps the responses of a phase are divided"

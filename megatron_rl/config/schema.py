@@ -131,6 +131,7 @@ class RlConfig(RunConfig, SamplingConfig):
     """`megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
+    teacher: None = None  # training needs responses of its own policy
     train: RlTrainSection
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
