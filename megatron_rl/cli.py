@@ -144,7 +144,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
     )
+    report.add_argument(
+        "--follow", action="store_true", help="serve the page on this machine alone, renewed after each step"
+    )
+    report.add_argument("--port", type=int, default=0, metavar="N", help="of --follow; default: any that is free")
     report.set_defaults(run=_report)
+    status = commands.add_parser(
+        "status",
+        help="where runs are: state, step, time left, last metrics and alarms",
+        description="Say where runs are, from their files alone: while they run, when they have ended, after a kill.",
+    )
+    status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(run=_status)
     inspect = commands.add_parser(
         "inspect",
         help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
@@ -182,7 +194,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from megatron_rl.report.build import run_report
 
-    return run_report(arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation)
+    if arguments.follow and arguments.output:
+        raise ValueError("--follow serves the page and --output writes it; leave one out")
+    return run_report(
+        arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation, arguments.follow, arguments.port
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_rl.report.status import run_status
+
+    return run_status(arguments.runs, arguments.json)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

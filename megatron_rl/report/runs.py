@@ -43,11 +43,6 @@ class Run:
         steps = self.config_values.get("train.steps")
         return steps if isinstance(steps, int) else None
 
-    @property
-    def has_ended(self) -> bool:
-        """The directory of the result is the last thing that a run makes."""
-        return (self.directory / "hf").exists()
-
     @cached_property
     def config_values(self) -> dict[str, Any]:
         """The configuration as key.path: value."""

@@ -1,6 +1,5 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
-import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -16,9 +15,9 @@ from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json
 from megatron_rl.report.runs import Run
+from megatron_rl.report.status import status
 from megatron_rl.train.run.starts import differences, read_starts
 
-_ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
 # What may be true of a response at once: one that is cut off has no answer.
 _FAILURES = {
     "wrong answer": "wrong_share",
@@ -118,14 +117,11 @@ def _defaults(kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
 
 
 def _state(run: Run) -> str:
-    if run.has_ended:
-        return "ended"
-    try:
-        beat = read_json(run.directory / "heartbeat.json")
-        age, phase = time.time() - float(beat["time"]), str(beat["phase"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "not ended"
-    return f"running ({phase})" if age < _ALIVE_SECONDS else f"not ended, last seen in {phase}"
+    found = status(run.directory)
+    told = "not ended" if found["state"] == "unknown" else found["state"]
+    if found["state"] in ("running", "silent", "killed"):
+        return f"{told} ({found['phase']})"
+    return f"{told}: {found['message']}" if found["message"] else told
 
 
 def _model(run: Run) -> str:

@@ -51,6 +51,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
     signals = StopSignals()
     num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_of_phase
     context = TrainContext(config, num_optimizer_steps, resume, check=signals.check)
+    context.watchdog.num_steps = config.train.steps
     # Every part is closed, whatever another one raises.
     with context, ExitStack() as parts, told_in_words(context.watchdog):
         if config.algorithm.kl_coefficient:
@@ -86,8 +87,10 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 if not resume:
                     orchestrator.source.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
-            return context.stop_code  # before the first step: there is nothing to save yet
-        return _steps(config, context, first, orchestrator, transport, servers)
+            context.exit_code = context.stop_code  # before the first step: there is nothing to save yet
+        else:
+            context.exit_code = _steps(config, context, first, orchestrator, transport, servers)
+    return context.exit_code
 
 
 def _steps(

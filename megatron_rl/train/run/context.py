@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_rl import device
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, speak_as
+from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, StopRequested, speak_as
 from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
@@ -34,7 +34,10 @@ _GRACE_SECONDS = 60.0
 
 
 class TrainContext:
-    """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block."""
+    """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block.
+
+    exit_code: with which the block will be left, where it ends without an exception.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,17 @@ class TrainContext:
             dist.destroy_process_group()
             raise ValueError(refused)
         self.watchdog = Watchdog(config.run_dir, self.rank, config.train.phase_deadline_seconds)
+        self._resume, self._has_resumed = resume, False
+        self.exit_code = EXIT_DONE
+        try:
+            self._build(num_optimizer_steps, distributed_optimizer, directory)
+        except BaseException as error:
+            self.watchdog.close(*_ending(error, EXIT_DONE))
+            raise
+
+    def _build(self, num_optimizer_steps: int, distributed_optimizer: bool, directory: Path) -> None:
+        """Collective: the model with its weights, the trainer, and the directory of the checkpoints."""
+        config = self.config
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
         overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
         self.model = build_model(
@@ -91,7 +105,6 @@ class TrainContext:
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
-        self._resume, self._has_resumed = resume, False
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.architecture, self.layout)[stage].total
@@ -160,7 +173,7 @@ class TrainContext:
         self.watchdog.enter("export", self.watchdog.step)
         export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
-    def close(self) -> None:
+    def close(self, state: str = "ended", message: str = "") -> None:
         """Leave the training world, together with the others: whoever starts ranks ends those that are left when one
         has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
         self.watchdog.enter("close", self.watchdog.step)
@@ -169,26 +182,36 @@ class TrainContext:
             are_all_here = True
         except RuntimeError:
             are_all_here = False
-        self._end()
+        self._end(state, message)
         if are_all_here:
             dist.destroy_process_group()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """After an error of this rank alone the others may be in a collective, so nothing is done that waits for them:
         it stays in its groups, which end with the process (`end_rank`)."""
+        ending = _ending(error, self.exit_code)
         if kind is None or issubclass(kind, SharedFault):
-            self.close()
+            self.close(*ending)
         else:
             self.watchdog.enter("close", self.watchdog.step)
-            self._end()
+            self._end(*ending)
 
-    def _end(self) -> None:
+    def _end(self, state: str, message: str) -> None:
         self.checkpoints.close()
-        self.watchdog.close()
+        self.watchdog.close(state, message)
         self._claimed.close()
+
+
+def _ending(error: BaseException | None, exit_code: int) -> tuple[str, str]:
+    """How a run ended, as its heartbeat says it, and why."""
+    if error is None:
+        return ("ended" if exit_code == EXIT_DONE else "stopped"), ""
+    if isinstance(error, StopRequested | KeyboardInterrupt):
+        return "stopped", str(error)
+    return ("refused" if isinstance(error, ValueError) else "failed"), str(error) or type(error).__name__
 
 
 def should_save(step: int, last: int, config: RunConfig) -> bool:

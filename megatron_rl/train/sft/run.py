@@ -32,6 +32,7 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     signals = StopSignals()
     context = TrainContext(config, batches.num_steps, resume, check=signals.check)
+    context.watchdog.num_steps = batches.num_steps
     with context, ExitStack() as parts, told_in_words(context.watchdog):
         restored = context.restore()
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
@@ -43,7 +44,8 @@ def run_sft(config: SftConfig, resume: bool) -> int:
             metrics = MetricsLog(config.run_dir, driver["step"], alarms.check)
             parts.callback(metrics.close)
         run = _Run(config, context, batches, validation, metrics, alarms)
-        return run.steps(driver, signals)
+        context.exit_code = run.steps(driver, signals)
+    return context.exit_code
 
 
 class _Run:
