@@ -167,6 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
     inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
     inspect.set_defaults(run=_inspect)
+    check = commands.add_parser(
+        "check",
+        help="all that can be known of a start beforehand, with remedies; exit code 2 where something is wrong",
+        description="Check a configuration file of any kind: files, rows and their lengths, layout, memory, ports, "
+        "disk, limits, versions, the reward on a row, servers. What is of another machine than this is not looked at.",
+    )
+    check.add_argument("config", type=Path, help="TOML file")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    check.add_argument("--nproc", type=int, metavar="N", help="training ranks on this machine; else as [cluster] says")
+    check.add_argument("--resume", action="store_true", help="of a start that continues what run_dir holds")
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(run=_check)
     keys = commands.add_parser(
         "keys",
         help="every key of the configuration files, with type, default and description",
@@ -176,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("pattern", nargs="?", default="", metavar="PATTERN")
     keys.set_defaults(run=_keys)
     return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_rl.preflight.show import run_check
+
+    return run_check(arguments)
 
 
 def _keys(arguments: argparse.Namespace) -> int:

@@ -33,6 +33,12 @@ def run_plan(arguments: argparse.Namespace) -> int:
     return 2 if plan["problems"] else 0
 
 
+def problems_of(config: CommandConfig, cluster: ClusterSection) -> list[str]:
+    """List what speaks against a configuration on such machines."""
+    problems: list[str] = _plan(config, cluster, Path("CONFIG"), ())["problems"]
+    return problems
+
+
 def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """path, overrides: of the configuration, as they were given."""
     if isinstance(config, SamplingConfig) and config.teacher is not None:
