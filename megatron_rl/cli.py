@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
             )
             command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
+            command.add_argument(
+                "--suggest", action="store_true", help="search the fastest layout that fits, with the keys to set"
+            )
             command.add_argument("--json", action="store_true")
         else:
             command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")

@@ -62,7 +62,7 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 4096}))
     overrides = [] if with_shape else [f"model.shape={tmp_path}"]
     options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates"))
-    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, **options))
+    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, suggest=False, **options))
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")
     assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
