@@ -21,6 +21,7 @@ FILE = ROOT / "examples/ring_lite/one_node_8gpu.toml"
 SHORT = ["rollout.max_response_tokens=2048", "budget.tokens=51200", "train.micro_batch_tokens=16384"]
 SERVERS = [
     'rollout.sglang_arguments=["--tp-size","4"]',
+    "rollout.servers=0",
     "rollout.max_running_requests=64",
     "rollout.release_memory=true",
 ]
