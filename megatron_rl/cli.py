@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
         command.set_defaults(run=run)
         if name in ("evaluate", "rollout"):
-            command.add_argument("--model", type=Path, help="Hugging Face directory, default model.path of the config")
+            command.add_argument("--model", type=Path, help="as model.path, which it replaces")
         if name == "evaluate":
             command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
             command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
@@ -264,7 +264,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.schema import RlConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
@@ -276,13 +276,13 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     place = own_place()
     if lifeline.has_launcher():
         speak_as(place.rank)
-    config = load_config(kind, arguments.config, arguments.set)
+    config = load_for(arguments.command, kind, arguments.config, arguments.set)
     keys = None
     if getattr(arguments, "servers", None):
         from megatron_rl.rollout.serve import check_registered_torch, registered_keys
 
         keys = registered_keys(arguments.servers, config.rollout.ready_deadline_seconds)
-        config = load_config(kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
+        config = load_for(arguments.command, kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
         check_registered_torch(arguments.servers, config)
     rollouts = getattr(arguments, "rollouts", None)
     if place.world_size == 1:
@@ -308,11 +308,11 @@ def _same_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.schema import RlConfig
     from megatron_rl.rollout.serve import run_serve
 
-    return run_serve(load_config(RlConfig, arguments.config, arguments.set), arguments.register, arguments.of)
+    return run_serve(load_for("train", RlConfig, arguments.config, arguments.set), arguments.register, arguments.of)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -323,39 +323,39 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.evaluation import EvaluateConfig
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.evaluation.evaluate import run_evaluation
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
 
     model = [f"model.path={json.dumps(str(arguments.model))}"] if arguments.model else []
-    config = load_config(EvaluateConfig, arguments.config, [*arguments.set, *model])
+    config = load_for("evaluate", EvaluateConfig, arguments.config, [*arguments.set, *model])
     check_start(Start(config=config, model=config.model.path))
     return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.selection import SelectConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
     from megatron_rl.selection.select import run_selection
 
-    config = load_config(SelectConfig, arguments.config, arguments.set)
+    config = load_for("select", SelectConfig, arguments.config, arguments.set)
     check_start(Start(config=config))
     return run_selection(config, arguments.resume)
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.kinds import kind_of
-    from megatron_rl.config.load import load_config, read_values
+    from megatron_rl.config.kinds import kind_of, load_for
+    from megatron_rl.config.load import read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
     from megatron_rl.rollout.sample import run_rollout
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
-    config = load_config(kind, arguments.config, arguments.set)
+    config = load_for("rollout", kind, arguments.config, arguments.set)
     if arguments.prompts is not None and arguments.prompts < 1:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     if config.teacher is not None and arguments.model:

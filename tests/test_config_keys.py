@@ -4,11 +4,12 @@ import pytest
 from rank_zero import config_of
 
 from megatron_rl.cli import main
+from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.load import load_config
 from megatron_rl.config.other_names import _NAMES, _NONE, keys_called, names_of
 from megatron_rl.config.reference import keys_of
 from megatron_rl.config.schema import RlConfig, SftConfig
-from megatron_rl.config.show import KINDS, all_keys
+from megatron_rl.config.show import all_keys
 
 
 def test_every_key_of_every_command_has_a_description_and_a_type() -> None:

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_rl.config.other_names import keys_called, why_none
 from megatron_rl.config.reference import keys_of
-from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text
+from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text, shown
 
 C = TypeVar("C", bound=BaseModel)
 
-_NAMED = 5  # in a message
+_NAMED, _TOLD = 5, 8  # in a message: keys, and problems
 
 
 def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), *, without_weights: bool = False) -> C:
@@ -29,7 +29,8 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), 
         return kind.model_validate(values, context={"folders": folders, "without_weights": without_weights})
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
-        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+        more = f"; and {len(lines) - _TOLD} more" if len(lines) > _TOLD else ""
+        raise ValueError(f"{path}: " + "; ".join(lines[:_TOLD]) + more) from None
 
 
 def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] | None = None) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where} is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {problem['input']!r}" if where else message
+    return f"{where}: {message}, got {shown(problem['input'])}" if where else message
 
 
 def _meant(where: str, value: Any, known: Sequence[str]) -> str:

@@ -7,20 +7,10 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.other_names import names_of, why_none
 from megatron_rl.config.reference import REQUIRED, Key, as_toml, keys_of
-from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
-from megatron_rl.config.section import Section
-from megatron_rl.config.selection import SelectConfig
 
-KINDS: dict[str, type[Section]] = {
-    "train": RlConfig,
-    "sft": SftConfig,
-    "rollout": SamplingConfig,
-    "evaluate": EvaluateConfig,
-    "select": SelectConfig,
-}
 _WIDEST = 100
 
 
