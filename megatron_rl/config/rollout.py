@@ -46,7 +46,10 @@ class GenerationSection(Section):
         le=65535,
         description="port of the first server that is started, the next count up; 0 picks",
     )
-    max_response_tokens: Positive = Field(default=64, description="longer responses are cut off there")
+    max_response_tokens: Positive = Field(
+        description="longer responses are cut off there; what the model needs to reach its answers, since a response "
+        "that is cut off has none"
+    )
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
     temperature: float = Field(
         default=1.0,
@@ -141,7 +144,8 @@ class GenerationSection(Section):
 class RolloutSection(GenerationSection):
     prompts_per_step: Positive = Field(
         description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
-        "then the budget decides how many prompts a phase needs"
+        "then the budget decides how many prompts a phase needs. It may be left out there: then it is as many as fill "
+        "the budget with responses of half the longest length"
     )
     samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     router_replay: bool = Field(

@@ -14,7 +14,7 @@ from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
 from megatron_rl.config.endpoints import TeacherSection
-from megatron_rl.config.limits import impossible
+from megatron_rl.config.limits import impossible, with_first_phase
 from megatron_rl.config.model import ModelSection, MoeSection, ServedModelSection, ServingSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
@@ -133,7 +133,7 @@ class RlConfig(RunConfig, SamplingConfig):
     model: ModelSection
     teacher: None = None  # training needs responses of its own policy
     train: RlTrainSection
-    budget: BudgetSection
+    budget: BudgetSection = BudgetSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
 
@@ -151,6 +151,28 @@ class RlConfig(RunConfig, SamplingConfig):
                 "SFT rows of what the teacher answers (docs/distillation.md)"
             )
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_first_phase(cls, values: Any) -> Any:
+        """rollout.prompts_per_step, where the budget decides how many prompts a phase takes and the file names none."""
+        return with_first_phase(values)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> "RlConfig":
+        if self.has_budget and not self.budget.tokens:
+            raise ValueError(
+                "budget.tokens is required: the response tokens that an optimizer step trains; "
+                f"{self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} responses of half the "
+                f"longest length have {self.half_length_tokens:,}"
+            )
+        return self
+
+    @property
+    def half_length_tokens(self) -> int:
+        """Tokens of the responses of a phase, if each has half of the longest length."""
+        rollout = self.rollout
+        return rollout.prompts_per_step * rollout.samples_per_prompt * max(1, rollout.max_response_tokens // 2)
 
     @model_validator(mode="after")
     def _check_sync(self) -> "RlConfig":

@@ -29,7 +29,7 @@ from megatron_rl.train.orchestrator.group_source import GroupSource, RecordedGro
 from megatron_rl.train.orchestrator.node_servers import NodeServers, is_one_machine
 from megatron_rl.train.orchestrator.orchestrator import Orchestrator, execute
 from megatron_rl.train.run.alarms import SkipGuard
-from megatron_rl.train.run.context import TrainContext, should_save
+from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.run.signals import StopSignals, told_in_words
 from megatron_rl.train.step.objective import PolicyObjective
 from megatron_rl.train.step.trainer import Batches, StepResult
@@ -122,7 +122,7 @@ def _steps(
             orchestrator.end(step, results, offload_seconds, reload_seconds)
         context.settle()
         skips.check(results)
-        if should_save(step + 1, config.train.steps, config):
+        if context.save_is_due(step + 1, config.train.steps):
             _save(context, orchestrator, step + 1)
     context.settle(wait=True)
     last = orchestrator.finish() if orchestrator else _follow(context, config.train.steps, transport)

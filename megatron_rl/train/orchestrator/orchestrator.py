@@ -94,7 +94,8 @@ class Orchestrator:
         self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
-            covered = step if self._config.train.save_every == 0 else self._context.checkpoints.latest or 0
+            latest = self._context.checkpoints.latest or 0
+            covered = latest if self._config.train.has_checkpoints else step
             self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
@@ -193,6 +194,8 @@ class Orchestrator:
         if self._failure is not None:
             self._tell(self._failure)
             raise self._failure
+        covered = self._context.checkpoints.latest or 0
+        self.source.forget(lambda past: past < covered)
         stop = Stop(exit_code=EXIT_DONE)
         self._command(stop)
         return stop

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,6 +83,7 @@ class TrainContext:
         self.watchdog = Watchdog(config.run_dir, self.rank, config.train.phase_deadline_seconds)
         self._resume, self._has_resumed = resume, False
         self.exit_code = EXIT_DONE
+        self._saved_at = time.monotonic()
         try:
             self._build(num_optimizer_steps, distributed_optimizer, directory)
         except BaseException as error:
@@ -144,7 +146,17 @@ class TrainContext:
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
         self.watchdog.enter("save", step)
+        self._saved_at = time.monotonic()
         self.checkpoints.save(step, self.trainer, driver, carried)
+
+    def save_is_due(self, step: int, last: int) -> bool:
+        """Collective: true after `step` completed steps of `last` when a checkpoint is due; after the last one it
+        always is. Of the time rank 0's clock says it."""
+        train = self.config.train
+        if step == last or (train.save_every > 0 and step % train.save_every == 0):
+            return True
+        late = self.is_rank_zero and time.monotonic() - self._saved_at > 60 * train.save_minutes
+        return train.save_minutes > 0 and self.any_rank(late)
 
     def settle(self, wait: bool = False) -> None:
         """Collective, at every step boundary, and with `wait` before the run ends (checkpointing/checkpoints.py)."""
@@ -212,9 +224,3 @@ def _ending(error: BaseException | None, exit_code: int) -> tuple[str, str]:
     if isinstance(error, StopRequested | KeyboardInterrupt):
         return "stopped", str(error)
     return ("refused" if isinstance(error, ValueError) else "failed"), str(error) or type(error).__name__
-
-
-def should_save(step: int, last: int, config: RunConfig) -> bool:
-    """True after `step` completed steps of `last` when a checkpoint is due; after the last one it always is."""
-    every = config.train.save_every
-    return step == last or (every > 0 and step % every == 0)

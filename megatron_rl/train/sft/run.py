@@ -11,7 +11,7 @@ from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.train.run.alarms import Alarms, SkipGuard
-from megatron_rl.train.run.context import TrainContext, should_save
+from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.run.metrics import MetricsLog, bar, console
 from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.run.step_row import step_row
@@ -99,7 +99,7 @@ class _Run:
             if ends_epoch:
                 for epoch, loss in zip(ended, losses, strict=True):
                     self._end_epoch(epoch, step + 1, loss, validated)
-            if ends_epoch or should_save(step + 1, last, config):
+            if context.save_is_due(step + 1, last) or ends_epoch:
                 save(step + 1)
         context.settle(wait=True)
         if self._num_epochs:
