@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__, lifeline
-from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
+from megatron_rl.errors import EXIT_INTERRUPTED, end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
 from megatron_rl.open_files import raise_open_files
 from megatron_rl.place import has_rank, own_place, remedy
+from megatron_rl.terminal import configure_logging, say
+
+_LONG = ("train", "sft", "evaluate", "rollout", "select", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         use_utf8()
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("megatron_rl").setLevel(logging.INFO)
+    configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
+    if arguments.command in _LONG and not lifeline.has_launcher():
+        say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
     lifeline.watch_parent()
     raise_open_files()
 
@@ -33,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
 
     code = exit_code(f"megatron-rl {arguments.command}", run)
+    if code == EXIT_INTERRUPTED and argv is None:
+        end_rank(code)  # threads of torch that are cut off in the middle would abort the process
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code

@@ -76,7 +76,7 @@ def command(inputs: Path, folder: Path, name: str, *options: str) -> list[str]:
 def finish(arguments: list[str], code: int = 0, seconds: float = 200) -> str:
     done = forked.run(arguments, timeout=seconds)
     assert done.returncode == code, done.stderr[-4000:]
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -22,7 +22,8 @@ from megatron_rl.report.build import page_data
 from megatron_rl.report.follow import Follower
 from megatron_rl.report.page import render
 from megatron_rl.report.runs import read_runs
-from megatron_rl.report.status import as_text, duration, status
+from megatron_rl.report.status import as_text, status
+from megatron_rl.terminal import duration
 from megatron_rl.train.run.context import _ending
 
 # A run as far as its files go: it enters the phases that it is told, and ends as it is told.

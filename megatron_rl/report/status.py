@@ -17,6 +17,7 @@ from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.config.train import TrainSection
 from megatron_rl.parsing import parse_toml, read_json, read_text
+from megatron_rl.terminal import duration
 from megatron_rl.train.run.alarms import Alarms
 from megatron_rl.train.run.metrics import metric_rows
 from megatron_rl.train.run.starts import CONFIG
@@ -124,14 +125,6 @@ def as_text(found: Mapping[str, Any]) -> str:
     if len(found["alarms"]) > _ALARMS_TOLD:
         lines.append(f"  and {len(found['alarms']) - _ALARMS_TOLD} alarms before (--json has all)")
     return "\n".join(lines) + "\n"
-
-
-def duration(seconds: float) -> str:
-    """A time to wait, for people."""
-    minutes = seconds / 60
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _state_in_words(found: Mapping[str, Any]) -> str:

@@ -89,7 +89,9 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
         except StopRequested:
             context.exit_code = context.stop_code  # before the first step: there is nothing to save yet
         else:
+            context.tell((first, config.train.steps), servers.urls if servers is not None else None)
             context.exit_code = _steps(config, context, first, orchestrator, transport, servers)
+    context.tell_end("train", config.train.steps)
     return context.exit_code
 
 

@@ -198,7 +198,7 @@ class ServerGroups:
         before = dict(self._cursors)
         num_recalled = self._journal.open(policy_version)
         if num_recalled:
-            log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
+            log.info("step %d: %d groups of this phase were completed before", policy_version, num_recalled)
         try:
             found = self.run(self._sample(needs, policy_version, unfinished, keep))
         except BaseException:

@@ -64,9 +64,9 @@ class Alarms:
         where the run learns nothing."""
         found = self.check(row)
         for message in found:
-            log.warning("step %d: %s", row["step"] + 1, message)
+            log.warning("step %d: %s", row["step"], message)
         if found and examples and self._learns_nothing:
-            log.warning("step %d: for example %s", row["step"] + 1, "\n  and ".join(examples))
+            log.warning("step %d: for example %s", row["step"], "\n  and ".join(examples))
         row["num_alarms"] = len(found)
 
     def check(self, row: Mapping[str, Any]) -> list[str]:

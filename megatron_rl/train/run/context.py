@@ -4,7 +4,7 @@ import datetime
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, StopRequested, speak_as
@@ -24,7 +25,9 @@ from megatron_rl.place import own_place
 from megatron_rl.stores import join
 from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.export import export_directory
+from megatron_rl.terminal import say
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.run.overview import ending, overview
 from megatron_rl.train.run.starts import record_start
 from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import Trainer
@@ -110,7 +113,7 @@ class TrainContext:
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.architecture, self.layout)[stage].total
-            log.info("planned memory of this rank: %.1f GiB", planned / 2**30)
+            log.debug("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _claim(self) -> str | None:
         """Rank 0: keep other processes from training in the run directory until `close`, however this one ends. Returns
@@ -142,6 +145,18 @@ class TrainContext:
         """Rank 0, when nothing can refuse this start any more, which goes on after `step` steps: say what runs in the
         run directory."""
         record_start(self.config, step, self._resume)
+
+    def tell(self, steps: tuple[int, int], urls: Sequence[str] | None = None) -> None:
+        """Rank 0: print what runs where. steps: the first, and how many the run has. urls: of its servers."""
+        if self.is_rank_zero:
+            what = "a GPU each" if device.on_cuda() else "the CPU"
+            say(overview(self.config, self.architecture, self.layout, own_place(), what, steps, urls))
+
+    def tell_end(self, command: str, num_steps: int) -> None:
+        """Rank 0: print where the model or the newest checkpoint is, and what comes next."""
+        if self.is_rank_zero:
+            latest = newest(self.config.run_dir / "checkpoints")
+            say(ending(self.config, command, self.exit_code, latest, num_steps))
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""

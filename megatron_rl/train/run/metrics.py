@@ -16,7 +16,7 @@ from megatron_rl.parsing import bounded_lines, parse_json
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+console = Console(highlight=False)
 
 
 def bar(items: Sequence[T], what: str) -> Iterable[T]:
