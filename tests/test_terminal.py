@@ -69,11 +69,11 @@ def test_what_runs_where_is_a_short_table(architecture: Architecture, tmp_path: 
 def test_the_end_says_where_the_model_is_and_what_comes_next(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     done = ending(config, "train", EXIT_DONE, None, 4)
-    assert f"done  4 steps; the model is in {config.run_dir}/hf" in done.replace("\n      ", " ")
+    assert f"done: 4 steps; the model is in {config.run_dir}/hf\n" in done
     assert "megatron-rl evaluate BENCHMARKS.toml --model" in done
     stopped = ending(config, "train", EXIT_STOPPED, tmp_path / "step_2", 4)
-    assert f"the checkpoint is {tmp_path}/step_2" in stopped.replace("\n         ", " ")
-    assert "the same train with --resume" in stopped
+    assert f"the checkpoint is {tmp_path}/step_2\n" in stopped
+    assert "the same `megatron-rl train` with --resume" in stopped
     assert "nothing to resume" in ending(config, "sft", EXIT_INTERRUPTED, None, 4)
 
 

@@ -49,16 +49,14 @@ def ending(config: RunConfig, command: str, code: int, checkpoint: Path | None, 
     """The lines at the end of a run: where its model is, and what can be done next. checkpoint: the newest one."""
     if code == EXIT_DONE:
         model = config.run_dir / "hf"
-        return table(
-            [
-                ("done", f"{num_done} steps; the model is in {model}"),
-                ("next", f"megatron-rl report {config.run_dir}"),
-                ("", f"megatron-rl evaluate BENCHMARKS.toml --model {model} --output {config.run_dir}/evaluation"),
-            ]
-        )
+        evaluate = f"megatron-rl evaluate BENCHMARKS.toml --model {model} --output {config.run_dir}/evaluation"
+        lines = [f"done: {num_done} steps; the model is in {model}", "next:"]
+        return "\n".join(
+            [*lines, f"  megatron-rl report {config.run_dir}", f"  {evaluate}"]
+        )  # to be copied as they are
     if checkpoint is None:
-        return table([("stopped", "before the first checkpoint, so there is nothing to resume")])
-    return table([("stopped", f"the checkpoint is {checkpoint}"), ("next", f"the same {command} with --resume")])
+        return "stopped before the first checkpoint, so there is nothing to resume"
+    return f"stopped; the checkpoint is {checkpoint}\nnext: the same `megatron-rl {command}` with --resume"
 
 
 def _counts(layout: Layout, name: str) -> bool:
