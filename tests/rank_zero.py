@@ -110,6 +110,7 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
         watchdog=SimpleNamespace(enter=lambda phase, step: None),
         checkpoints=SimpleNamespace(latest=latest, num_failed_saves=0),
         memory_metrics=dict,
+        accept=lambda step: None,
         model=SimpleNamespace(gather_weights=lambda: None),
         trainer=None,
     )

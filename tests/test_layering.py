@@ -48,6 +48,7 @@ LAYERS = {
     "parsing": 0,
     "proxies": 0,
     "tensor_bytes": 0,
+    "terminal": 0,
     "": 0,
 }
 

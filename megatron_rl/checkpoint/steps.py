@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from megatron_rl.checkpoint.checksums import sync
-from megatron_rl.checkpoint.read import newest
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.files import whole_file
 
 _STEP = re.compile(r"step_\d+")

@@ -14,7 +14,7 @@ class EvaluationSampling(GenerationSection):
     """The defaults are those of Ring-lite's evaluation; temperature 1.0 too."""
 
     max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are refused before anything starts")
-    max_response_tokens: Positive = 32768
+    max_response_tokens: Positive = Field(default=32768, description="longer responses are cut off there")
     top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
 
     def as_rollout(self) -> RolloutSection:
@@ -25,7 +25,7 @@ class EvaluationSampling(GenerationSection):
 class EvaluateConfig(CommandConfig):
     """`megatron-rl evaluate`."""
 
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description="of what is sampled")
     model: ServedModelSection
     rollout: EvaluationSampling = EvaluationSampling()
     reward: RewardSection = RewardSection()

@@ -44,7 +44,10 @@ class GenerationSection(Section):
         le=65535,
         description="port of the first server that is started, the next count up; 0 picks",
     )
-    max_response_tokens: Positive = 64
+    max_response_tokens: Positive = Field(
+        description="longer responses are cut off there; what the model needs to reach its answers, since a response "
+        "that is cut off has none"
+    )
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
     temperature: Temperature = Field(
         default=1.0,
@@ -60,7 +63,9 @@ class GenerationSection(Section):
         "beats one with many threads, since the operations of a small model are too short to share",
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
-    ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    ready_deadline_seconds: float = Field(
+        default=120.0, gt=0, description="how long a server may take from its start until it answers"
+    )
     token_deadline_seconds: float = Field(
         default=1.0,
         gt=0,
@@ -126,7 +131,8 @@ class GenerationSection(Section):
 class RolloutSection(GenerationSection, AgentKeys):
     prompts_per_step: Positive = Field(
         description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
-        "then the budget decides how many prompts a phase needs"
+        "then the budget decides how many prompts a phase needs. It may be left out there: then it is as many as fill "
+        "the budget with responses of half the longest length"
     )
     samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     router_replay: bool = Field(

@@ -15,7 +15,7 @@ from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
 from megatron_rl.config.endpoints import TeacherSection
-from megatron_rl.config.limits import impossible
+from megatron_rl.config.limits import impossible, with_first_phase
 from megatron_rl.config.model import ModelSection, MoeSection, ServedModelSection, ServingSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
@@ -25,6 +25,8 @@ from megatron_rl.config.section import Section
 from megatron_rl.config.sync import SyncSection
 from megatron_rl.config.tracking import TrackingSection
 from megatron_rl.config.train import RlTrainSection, SftTrainSection, TrainSection
+
+SEED = "of the order of the data, of what is sampled, and of the new parameters of a model"
 
 
 class CommandConfig(Section):
@@ -37,7 +39,7 @@ class RunConfig(CommandConfig):
     """What SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
@@ -79,7 +81,7 @@ class RolloutPhase(CommandConfig):
     """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     model: ServingSection | None = None
     data: RlData
     rollout: RolloutSection
@@ -132,8 +134,9 @@ class RlConfig(RunConfig, SamplingConfig):
     """`megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
+    teacher: None = None  # training needs responses of its own policy
     train: RlTrainSection
-    budget: BudgetSection
+    budget: BudgetSection = BudgetSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
     validation: ValidationSection | None = Field(
@@ -154,6 +157,28 @@ class RlConfig(RunConfig, SamplingConfig):
                 "SFT rows of what the teacher answers (docs/distillation.md)"
             )
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_first_phase(cls, values: Any) -> Any:
+        """rollout.prompts_per_step, where the budget decides how many prompts a phase takes and the file names none."""
+        return with_first_phase(values)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> "RlConfig":
+        if self.has_budget and not self.budget.tokens:
+            raise ValueError(
+                "budget.tokens is required: the response tokens that an optimizer step trains; "
+                f"{self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} responses of half the "
+                f"longest length have {self.half_length_tokens:,}"
+            )
+        return self
+
+    @property
+    def half_length_tokens(self) -> int:
+        """Tokens of the responses of a phase, if each has half of the longest length."""
+        rollout = self.rollout
+        return rollout.prompts_per_step * rollout.samples_per_prompt * max(1, rollout.max_response_tokens // 2)
 
     @model_validator(mode="after")
     def _check_sync(self) -> "RlConfig":

@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged_rows
 from megatron_rl.evaluation.results import BenchmarkResult, finite
 from megatron_rl.evaluation.settings import checked_settings, settings_of
+from megatron_rl.evaluation.weights import served_model
 from megatron_rl.families import load_architecture
 from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.append_log import told_of_resume
+from megatron_rl.rollout.append_log import has_responses, told_of_resume
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.provenance import ANOTHER_OUTPUT, write_settings
@@ -68,9 +69,27 @@ def run_evaluation(config: EvaluateConfig, folder: Path, names: Sequence[str], r
     `folder`. Returns the exit code; Fault when too many responses of a benchmark could not be judged."""
     sections = _chosen(config, names)
     settings = settings_of(config, sections)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_writer(folder, ANOTHER_OUTPUT):
+    with sole_writer(folder, ANOTHER_OUTPUT), _nothing_left(folder, [_path(folder, name) for name in sections], is_new):
         return _evaluate(config, folder, sections, settings, resume)
+
+
+@contextmanager
+def _nothing_left(folder: Path, responses: Sequence[Path], is_new: bool) -> Iterator[None]:
+    """Undo what a try that fails before its first response has made, so that the corrected command needs no --resume.
+    Logs of servers stay: they say why. is_new: the folder was made for it."""
+    settings = folder / "settings.json"
+    was_there = settings.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there and not any(map(has_responses, responses)):
+            for path in (settings, *responses):
+                path.unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def _evaluate(
@@ -112,7 +131,8 @@ async def _sample(
                 await _judge_again(one, judge)
         if any(one.questions for one in left):
             variables = secret_variables(config)
-            async with serving(model.path, model.dtype, rollout, folder, "evaluate_server", variables) as servers:
+            weights = closing.enter_context(served_model(model.path, folder))
+            async with serving(weights, model.dtype, rollout, folder, "evaluate_server", variables) as servers:
                 for one, judge in judges:
                     if one.questions:
                         speeds[one.name] = await _run(config, one, servers, judge, tokenizer)

@@ -58,7 +58,7 @@ def _layout(start: Start) -> Iterator[str]:
         yield from problems(start.config, start.architecture, start.world_size, start.serves)
 
 
-@check("gpus", "a GPU for each training rank")
+@check("gpus", "a GPU for each training rank", of_machine=True)
 def _gpus(start: Start) -> Iterator[str]:
     num_gpus = len(visible_gpus())
     if start.trains and 0 < num_gpus < start.world_size:
@@ -194,7 +194,7 @@ def _run_dir(start: Start) -> Iterator[str]:
         refuse_other_epochs(config.run_dir, config.train.epochs or 0, start.resume)
 
 
-@check("router_replay", "servers can record routed experts")
+@check("router_replay", "servers can record routed experts", of_machine=True)
 def _router_replay(start: Start) -> Iterator[str]:
     config = start.config
     if not (start.serves and isinstance(config, RlConfig) and config.rollout.router_replay):
@@ -206,7 +206,7 @@ def _router_replay(start: Start) -> Iterator[str]:
         )
 
 
-@check("sharing", "servers and trainer can share this machine's GPUs")
+@check("sharing", "servers and trainer can share this machine's GPUs", of_machine=True)
 def _sharing(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains and isinstance(config, RlConfig) and start.rollouts is None:
@@ -214,7 +214,7 @@ def _sharing(start: Start) -> Iterator[str]:
     yield from ()
 
 
-@check("sequences", "sequences are not longer than the model can read, and the model is not too large for its server")
+@check("sequences", "sequences that the model can read, and its server can run")
 def _sequences(start: Start) -> Iterator[str]:
     config = start.config
     if isinstance(config, SelectConfig):
@@ -226,7 +226,7 @@ def _sequences(start: Start) -> Iterator[str]:
         yield from serving_problems(config.rollout, model, start.architecture)
 
 
-@check("servers", "the generation servers of this machine can be started")
+@check("servers", "the generation servers of this machine, and their ports", of_machine=True)
 def _servers(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains and not start.serves:
@@ -239,7 +239,7 @@ def _servers(start: Start) -> Iterator[str]:
         check_same_torch(config.rollout)
 
 
-@check("memory", "the host memory of this machine")
+@check("memory", "the host memory of this machine", of_machine=True, after="layout")
 def _memory(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains:
@@ -264,8 +264,8 @@ def _memory(start: Start) -> Iterator[str]:
 
 
 check("agent", "the agent can be started, and the model's answers can be read")(agent_problems)
-check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
-check("rewards", "own reward functions and services give the first row a score")(reward_problems)
+check("limits", "sockets, files and threads within a process's limits", of_machine=True)(limit_problems)
+check("rewards", "own rewards and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9

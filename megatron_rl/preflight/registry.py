@@ -56,25 +56,35 @@ class Start:
         return load_architecture(self.model)
 
 
+Find = Callable[[Start], Iterator[str]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """name: for the table of all checks. about: what it looks at. find: messages, each with its remedy behind the last
-    semicolon; it may raise ValueError in place of the first."""
+    semicolon; it may raise ValueError in place of the first. of_machine: it looks at this machine, which may be another
+    one than the run's. after: the check that has to find nothing before this one makes sense."""
 
     name: str
     about: str
-    find: Callable[[Start], Iterator[str]]
+    find: Find
+    of_machine: bool = False
+    after: str = ""
 
 
+# What every start is asked, and what only `megatron-rl check` asks beside: it takes longer, or the run asks it later.
 CHECKS: dict[str, Check] = {}
+THOROUGH: dict[str, Check] = {}
 
 
-def check(name: str, about: str) -> Callable[[Callable[[Start], Iterator[str]]], Callable[[Start], Iterator[str]]]:
+def check(
+    name: str, about: str, *, of_machine: bool = False, after: str = "", among: dict[str, Check] = CHECKS
+) -> Callable[[Find], Find]:
     """Register a function as a check, behind those before it. One that does not concern a command finds nothing."""
 
-    def register(find: Callable[[Start], Iterator[str]]) -> Callable[[Start], Iterator[str]]:
-        assert name not in CHECKS, f"two checks are called {name}"
-        CHECKS[name] = Check(name=name, about=about, find=find)
+    def register(find: Find) -> Find:
+        assert name not in CHECKS | THOROUGH, f"two checks are called {name}"
+        among[name] = Check(name=name, about=about, find=find, of_machine=of_machine, after=after)
         return find
 
     return register

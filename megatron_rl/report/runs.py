@@ -1,7 +1,6 @@
 """A run directory as a record: its configuration, its metrics, and when it was started."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.reference import flattened
 from megatron_rl.config.schema import RlConfig, SftConfig
 from megatron_rl.evaluation.validations import read_validations, validation_metrics
 from megatron_rl.parsing import parse_toml, read_text
@@ -45,11 +45,6 @@ class Run:
         """None for a run in epochs."""
         steps = self.config_values.get("train.steps")
         return steps if isinstance(steps, int) else None
-
-    @property
-    def has_ended(self) -> bool:
-        """The directory of the result is the last thing that a run makes."""
-        return (self.directory / "hf").exists()
 
     @cached_property
     def config_values(self) -> dict[str, Any]:
@@ -127,19 +122,3 @@ def short_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key.path, value) of every value. A table whose keys are no names, such as files with weights, is one value."""
-    for key, value in table.items():
-        if isinstance(value, dict) and all(map(str.isidentifier, value)):
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def told(value: Any) -> str:
-    """A value of a configuration, for people."""
-    if value is None:
-        return "not set"
-    return value if isinstance(value, str) else json.dumps(value, default=str)

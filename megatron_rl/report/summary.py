@@ -1,23 +1,24 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from megatron_rl import __version__
-from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.config.reference import REQUIRED, as_toml, keys_of, told
+from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.evaluation.validations import best_row, read_validations, told_score
 from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json
-from megatron_rl.report.runs import Run, flattened, told
+from megatron_rl.report.runs import Run
+from megatron_rl.report.status import status
+from megatron_rl.train.run.starts import differences, read_starts
 
-_ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
 # What may be true of a response at once: one that is cut off has no answer.
 _FAILURES = {
     "wrong answer": "wrong_share",
@@ -26,7 +27,7 @@ _FAILURES = {
     "too slow": "too_slow_share",
     "not judged": "reward_error_share",
 }
-_KINDS: dict[str, type[BaseModel]] = {"rl": RlConfig, "sft": SftConfig}
+_KINDS: dict[str, type[RunConfig]] = {"rl": RlConfig, "sft": SftConfig}
 
 
 def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
@@ -65,7 +66,20 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
     return [
         (key, told(value), _told_default(key, defaults))
         for key, value in run.config_values.items()
-        if key not in defaults or (value != defaults[key] and value != _as_toml(defaults[key]))
+        if key not in defaults or (value != defaults[key] and value != as_toml(defaults[key]))
+    ]
+
+
+def starts(run: Run) -> list[tuple[str, str, str]]:
+    """(start, steps before it, what it changed) of every start but the first."""
+    known = read_starts(run.directory)
+    return [
+        (
+            f"start {now.number}",
+            f"{now.step:,}",
+            "; ".join(map(str, differences(before.values, now.values, _KINDS[run.kind]))) or "nothing",
+        )
+        for before, now in pairwise(known)
     ]
 
 
@@ -106,40 +120,17 @@ def written_by() -> str:
     return f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, by megatron_rl {__version__}"
 
 
-def _defaults(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, field in kind.model_fields.items():
-        section = _section(field)
-        if section is not None:
-            found += _defaults(section, f"{prefix}{name}.")
-        elif field.is_required():
-            found.append((prefix + name, "required"))
-        else:
-            found += flattened({prefix + name: field.default}) if field.default != {} else []
-            found.append((prefix + name, field.default))
-    return found
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """That a field is, where it is one, or may be one."""
-    kinds = [field.annotation, *get_args(field.annotation)] if get_origin(field.annotation) is not tuple else []
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _as_toml(value: Any) -> Any:
-    """As it is read back from the file."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+def _defaults(kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    for key in keys_of(kind):
+        yield key.path, "required" if key.default is REQUIRED else key.default
 
 
 def _state(run: Run) -> str:
-    if run.has_ended:
-        return "ended"
-    try:
-        beat = read_json(run.directory / "heartbeat.json")
-        age, phase = time.time() - float(beat["time"]), str(beat["phase"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "not ended"
-    return f"running ({phase})" if age < _ALIVE_SECONDS else f"not ended, last seen in {phase}"
+    found = status(run.directory)
+    told = "not ended" if found["state"] == "unknown" else found["state"]
+    if found["state"] in ("running", "silent", "killed"):
+        return f"{told} ({found['phase']})"
+    return f"{told}: {found['message']}" if found["message"] else told
 
 
 def _model(run: Run) -> str:

@@ -76,7 +76,7 @@ def command(inputs: Path, folder: Path, name: str, *options: str) -> list[str]:
 def finish(arguments: list[str], code: int = 0, seconds: float = 200) -> str:
     done = forked.run(arguments, timeout=seconds)
     assert done.returncode == code, done.stderr[-4000:]
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -240,6 +240,9 @@ def test_a_mixture_of_domains_trains_each_with_its_reward_and_budget_and_resumes
         assert sorted(positions) == [i for i, prompt in enumerate(order) if prompt.domain == domain][: len(positions)]
     said = finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "seed=2"), code=2)
     assert "are not those that this run began with" in said
+    assert "seed is 2 and was 1" in said
+    # What was refused has left no trace.
+    assert load_config(RlConfig, tmp_path / "run/config.toml").seed == 1
 
 
 def test_router_replay_trains_on_the_servers_experts(inputs: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +19,11 @@ from statistics import fmean
 import forked
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import megatron_rl.evaluation.evaluate as evaluate_module
+from megatron_rl.cli import main
 from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import load_config
@@ -281,7 +288,7 @@ def test_other_mistakes_are_named_before_a_server_starts(inputs: Path, whole: Pa
     short = load_config(EvaluateConfig, inputs / "evaluate.toml", ["rollout.max_prompt_tokens=1"])
     with pytest.raises(ValueError, match=r"have more tokens than rollout.max_prompt_tokens = 1: "):
         run_evaluation(short, tmp_path / "new", [], resume=False)
-    assert not any((tmp_path / "new").iterdir()), "the corrected command needs it"
+    assert not (tmp_path / "new").exists(), "a failed try leaves nothing"
     with sole_writer(whole, "wait"), pytest.raises(ValueError, match="another process is writing to .*whole; wait for"):
         run_evaluation(config, whole, [], resume=True)
     with pytest.raises(ValueError, match=r"pass_at 8 is more than samples 5; raise samples"):
@@ -356,3 +363,59 @@ def test_responses_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_a_benchmark_has_powers_of_two_by_itself_and_the_reward_of_its_domain(tmp_path: Path) -> None:
     assert [BenchmarkSection(path="x", samples=k).at for k in (1, 6, 8)] == [(1,), (1, 2, 4, 6), (1, 2, 4, 8)]
     assert RewardSection(kind="math", domains={"code": "code"}).kind_of("code") == "code"
+
+
+def test_a_try_that_fails_before_its_first_response_leaves_only_the_logs_of_its_servers(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(EvaluateConfig, inputs / "evaluate.toml")
+
+    @asynccontextmanager
+    async def broken(*_: object) -> AsyncIterator[None]:
+        (tmp_path / "out/evaluate_server_0.log").write_text("no GPU")
+        raise ValueError("the generation server ended with code 1")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "serving", broken)
+        with pytest.raises(ValueError, match="ended with code 1"):
+            run_evaluation(config, tmp_path / "out", [], resume=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluate_server_0.log"]
+
+
+def test_a_checkpoint_of_a_run_is_converted_for_as_long_as_it_is_served(inputs: Path, tmp_path: Path) -> None:
+    """As `model.path` of a training run, which opens either kind."""
+    from megatron_rl.evaluation.weights import served_model
+
+    model = tmp_path / "model"
+    (step,) = (inputs / "sft/checkpoints").glob("step_*")
+    with served_model(step, tmp_path) as weights:
+        assert weights.parent == tmp_path
+        shutil.copytree(weights, model)
+    assert not weights.exists()
+    with served_model(model, tmp_path) as weights:
+        assert weights == model
+    tensors = [
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (model, inputs / "sft/hf")
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_file_for_another_command_is_told_in_one_sentence(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(inputs / "sft.toml"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "sft.toml is for `megatron-rl sft`, and this is `megatron-rl evaluate`; run that command" in said
+    assert len(said) < 300
+    assert not (tmp_path / "out").exists()
+    assert main(["train", str(inputs / "evaluate.toml")]) == 2
+    assert "is for `megatron-rl evaluate`, and this is `megatron-rl train`" in capsys.readouterr().err
+    # What is wrong in other ways is told as it is, and not at any length.
+    (tmp_path / "many.toml").write_text("".join(f"key{i} = 1\n" for i in range(100)) + "[benchmarks]\n")
+    assert main(["evaluate", str(tmp_path / "many.toml"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "unknown key key0" in said
+    assert re.search(r"; and \d\d more$", said.strip())

@@ -81,7 +81,7 @@ def test_servers_serve_until_they_are_told_to_stop_and_come_back_at_their_port(t
     config = tmp_path / "config.toml"
     config.write_text(
         f'run_dir = "{tmp_path}/run"\nmodel.path = "{model}"\ndata.train = "none"\nbudget.tokens = 64\n'
-        "rollout = {prompts_per_step = 1, samples_per_prompt = 2, servers = 1}\n"
+        "rollout = {prompts_per_step = 1, samples_per_prompt = 2, max_response_tokens = 64, servers = 1}\n"
         "train = {steps = 1, micro_batch_tokens = 128}\n"
     )
     folder = tmp_path / "servers"

@@ -37,10 +37,14 @@ from megatron_rl.train.orchestrator.advantages import advantages_of
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.orchestrator.node_servers import NodeServers
 from megatron_rl.train.run.signals import StopSignals, disk_fault
+from megatron_rl.train.run.starts import what_differs
 
 log = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
+
+# Keys that say which prompts there are and in which order.
+_OF_THE_ORDER = ("seed", "data", "model.path", "rollout.max_prompt_tokens", "reward")
 
 T = TypeVar("T")
 Keep = Callable[[Group], bool]
@@ -119,7 +123,7 @@ class RecordedGroups:
         return {"cursor": self._cursors, "from_rollouts": True, "data": self._digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._cursors = _restored_cursors(state, self._shares, self._digest, from_rollouts=True)
+        self._cursors = _restored_cursors(self._config, state, self._shares, self._digest, from_rollouts=True)
 
     def metrics(self) -> dict[str, Any]:
         return {}
@@ -204,7 +208,7 @@ class ServerGroups:
         if self._turns is not None:
             self._turns.open(policy_version, {group.prompt_id for group in unfinished})
         if num_recalled:
-            log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
+            log.info("step %d: %d groups of this phase were completed before", policy_version, num_recalled)
         try:
             found = self.run(self._sample(needs, policy_version, unfinished, keep))
         except BaseException:
@@ -223,7 +227,7 @@ class ServerGroups:
         return {"cursor": self._cursors, "from_rollouts": False, "data": self._stream.digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._cursors = _restored_cursors(state, self._shares, self._stream.digest, from_rollouts=False)
+        self._cursors = _restored_cursors(self._config, state, self._shares, self._stream.digest, from_rollouts=False)
 
     def metrics(self) -> dict[str, Any]:
         counts, self.pool.counts = self.pool.counts, Counts()
@@ -359,7 +363,9 @@ def _load_prompts(config: RlConfig, tokenizer: Any) -> tuple[PromptStream, Promp
     return stream, input_ids
 
 
-def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool) -> Any:
+def _restored_cursors(
+    config: RlConfig, state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool
+) -> Any:
     if state.get("from_rollouts", False) != from_rollouts:
         raise ValueError(
             "a run that samples and one that trains from --rollouts cannot continue each other: their cursors "
@@ -367,9 +373,9 @@ def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest
         )
     if state["data"] != digest:
         raise ValueError(
-            "the seed, or the prompts, weights or stages under data, are not those that this run began with, so "
-            "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
-            "model.path set to the checkpoint"
+            "the prompts and their order are not those that this run began with, so its cursor and its unfinished "
+            f"responses mean other prompts: {what_differs(config, _OF_THE_ORDER, 'a file of data.train')}; put that "
+            "back, or start a new run with model.path set to the checkpoint"
         )
     return saved_by_domain(state["cursor"], shares)
 

@@ -17,6 +17,7 @@ from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import Receivers, Transport
+from megatron_rl.terminal import Eta, fitted, say
 from megatron_rl.train.orchestrator.collector import Collector
 from megatron_rl.train.orchestrator.commands import (
     Checksums,
@@ -83,6 +84,7 @@ class Orchestrator:
         self._metrics: MetricsLog | None = None
         self._validation: Validation | None = None
         self._alarms = Alarms(config.train)
+        self._eta = Eta(config.train.steps)
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
         self._validated: tuple[int, dict[str, float]] = (-1, {})  # completed steps of the last weights, and metrics
@@ -106,6 +108,7 @@ class Orchestrator:
             self.collector = Collector(config, context.layout, cost_model(context.architecture), self.source)
             if restored:
                 self.collector.restore(*restored)
+            context.accept(first)
             trackers = Trackers(config, first, context.resume)
             self._metrics = MetricsLog(config.run_dir, first, self._alarms.check, trackers)
         except StopRequested:
@@ -120,12 +123,13 @@ class Orchestrator:
         self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
-            covered = step if self._config.train.save_every == 0 else self._context.checkpoints.latest or 0
+            latest = self._context.checkpoints.latest or 0
+            covered = latest if self._config.train.has_checkpoints else step
             self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
             self.collector.files.check()
-            with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
+            with console.status(f"step {step} of {self._config.train.steps}: rollout"):
                 schedule, self._row = self._with_weights(lambda: self._collect(step))
             if self._updates is not None:
                 self._row |= self._updates.release()
@@ -184,14 +188,18 @@ class Orchestrator:
 
     def _print(self, step: int, row: Mapping[str, Any]) -> None:
         """The line of a step for the person at the terminal."""
-        console.print(
-            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  "
-            f"no answer {row['no_answer_share']:.0%}  uniform {row['uniform_group_share']:.0%}  "
-            f"entropy {row['entropy']:.3f}  "
-            f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
-            f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
-            f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
-            soft_wrap=True,
+        say(
+            fitted(
+                [
+                    f"step {step} of {self._config.train.steps}",
+                    f"reward {row['reward']:.3f}",
+                    f"no answer {row['no_answer_share']:.0%}",
+                    f"entropy {row['entropy']:.2f}",
+                    f"{row['step_seconds']:.3g} s",
+                    f"uniform {row['uniform_group_share']:.0%}",
+                    self._eta.after(step, row["step_seconds"]) or "last step",
+                ]
+            )
         )
 
     def _write_traces(self, step: int, results: list[StepResult]) -> None:
@@ -213,7 +221,7 @@ class Orchestrator:
         (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)), encoding="utf-8")
         log.warning(
             "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
-            *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),
+            *(step, results[-1].metrics["loss"], results[-1].grad_norm, folder),
         )
 
     def finish(self) -> Stop:
@@ -227,7 +235,7 @@ class Orchestrator:
                     self._with_weights(lambda: self._update(last))
                     self._updates.release()
                 if told := self._validation.told_best():
-                    console.print(told, soft_wrap=True)
+                    say(told)
         except StopRequested:
             return self._command(Stop(exit_code=None))
         except SharedFault:
@@ -235,6 +243,8 @@ class Orchestrator:
         except Exception as error:
             self._tell(error)
             raise
+        covered = self._context.checkpoints.latest or 0
+        self.source.forget(lambda past: past < covered)
         stop = Stop(exit_code=EXIT_DONE)
         self._command(stop)
         return stop

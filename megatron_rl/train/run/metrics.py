@@ -17,7 +17,7 @@ from megatron_rl.train.run.trackers import Trackers
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+console = Console(highlight=False)
 
 
 def bar(items: Sequence[T], what: str) -> Iterable[T]:
