@@ -52,7 +52,7 @@ class Bench:
         self.gateway = Gateway("model", architecture.vocab_size, CONTEXT, 1.0)
         self.number = 0
 
-    def open(self) -> Opened:
+    def begin(self) -> Opened:
         """A trajectory of its own for each request."""
         self.number += 1
         limits = Limits(sequence_tokens=CONTEXT, policy_tokens=CONTEXT, turns=1000)
@@ -67,7 +67,7 @@ class Bench:
 
     async def asked(self, number: int) -> int:
         """The same by way of the gateway."""
-        opened = self.open()
+        opened = self.begin()
         await Model(opened.base_url, opened.key).chat(f"{number} + {number}?", max_tokens=self.tokens)
         self.gateway.shut(opened)
         return opened.trajectory.recording.num_policy_tokens
@@ -86,7 +86,7 @@ class Bench:
 
     async def held(self, count: int) -> int:
         """Bytes that so many open trajectories of many turns take."""
-        opened = [self.open() for _ in range(count)]
+        opened = [self.begin() for _ in range(count)]
         before = psutil.Process().memory_info().rss
 
         async def play(one: Opened) -> None:
