@@ -81,8 +81,8 @@ class Agents:
         """Run one agent to its end. Cancelling it ends the agent. Lost where its process was lost meanwhile."""
         await self.start()
         assert self._process is not None and self._process.stdin is not None
-        process, ended = self._process, asyncio.get_running_loop().create_future()
-        stdin = self._process.stdin
+        process, stdin = self._process, self._process.stdin
+        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._running[order.id] = _Running(process, ended)
         try:
             with contextlib.suppress(ConnectionError):  # the reader tells of it

@@ -153,7 +153,7 @@ class Gateway:
         self._tell_of_sampling(body)
         make = answers.text_events if asked.options.stream else None
         return await self._answered(
-            opened, request, opened.trajectory.complete(asked), make, asked.options.usage, is_text=True
+            opened, request, opened.trajectory.complete(asked), make, asked.options.usage, is_chat=False
         )
 
     async def _models(self, opened: Opened, request: Request) -> Response:
@@ -175,7 +175,7 @@ class Gateway:
         events: Events | None,
         usage: bool,
         *,
-        is_text: bool = False,
+        is_chat: bool = True,
     ) -> Response:
         """Answer when the turn is sampled; give it up when the client is gone. events: makes a stream."""
         task = asyncio.create_task(work)
@@ -192,13 +192,13 @@ class Gateway:
                 task.cancel()
         media_type = "text/event-stream" if events is not None else "application/json"
         if streams:
-            return StreamingResponse(self._slowly(opened, task, events, usage, is_text), media_type=media_type)
+            return StreamingResponse(self._slowly(opened, task, events, usage, is_chat), media_type=media_type)
         if events is not None:
             return Response(b"".join(events(task.result(), self._model, usage)), media_type=media_type)
-        return _json(self._whole(task.result(), is_text))
+        return _json(self._whole(task.result(), is_chat))
 
     async def _slowly(
-        self, opened: Opened, task: "asyncio.Task[Answer]", events: Events | None, usage: bool, is_text: bool
+        self, opened: Opened, task: "asyncio.Task[Answer]", events: Events | None, usage: bool, is_chat: bool
     ) -> AsyncIterator[bytes]:
         """Signs of life until the turn is sampled, and then the answer. An error comes in its place."""
         opened.num_requests += 1
@@ -214,7 +214,7 @@ class Gateway:
                 yield answers.event(body) + answers.DONE if events is not None else json.dumps(body).encode()
                 return
             if events is None:
-                yield json.dumps(self._whole(answer, is_text)).encode()
+                yield json.dumps(self._whole(answer, is_chat)).encode()
                 return
             for line in events(answer, self._model, usage):
                 yield line
@@ -222,8 +222,8 @@ class Gateway:
             opened.num_requests -= 1
             task.cancel()  # the client is gone
 
-    def _whole(self, answer: Answer, is_text: bool) -> dict[str, Any]:
-        return answers.text_answer(answer, self._model) if is_text else answers.chat_answer(answer, self._model)
+    def _whole(self, answer: Answer, is_chat: bool) -> dict[str, Any]:
+        return answers.chat_answer(answer, self._model) if is_chat else answers.text_answer(answer, self._model)
 
     def _tell_of_sampling(self, body: dict[str, Any]) -> None:
         """Once for each field: black-box programs ask for what they were written for."""
