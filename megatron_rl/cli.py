@@ -49,6 +49,9 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+Commands = Any  # argparse has no public name for it
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
     parser.add_argument("--version", action="version", version=__version__)
@@ -66,45 +69,61 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="TOML file")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
         command.set_defaults(run=run)
-        if name in ("evaluate", "rollout"):
-            command.add_argument("--model", type=Path, help="as model.path, which it replaces")
-        if name == "evaluate":
-            command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
-            command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
-            command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
-        elif name == "rollout":
-            command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
-            command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
-            command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
-        elif name == "select":
-            command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
-        elif name == "serve":
-            command.add_argument(
-                "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
-            )
-            command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
-        elif name == "plan":
-            command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
-            command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
-            command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
-            command.add_argument(
-                "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
-            )
-            command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
-            command.add_argument(
-                "--suggest", action="store_true", help="search the fastest layout that fits, with the keys to set"
-            )
-            command.add_argument("--json", action="store_true")
-        else:
-            command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
-            command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
-        if name == "train":
-            command.add_argument(
-                "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
-            )
-            command.add_argument(
-                "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
-            )
+        _add_options(name, command)
+    _add_checkpoints(commands)
+    _add_reports(commands)
+    _add_looks(commands)
+    return parser
+
+
+def _add_options(name: str, command: argparse.ArgumentParser) -> None:
+    """Those of a command that takes a configuration file."""
+    if name in ("evaluate", "rollout"):
+        command.add_argument("--model", type=Path, help="as model.path, which it replaces")
+    if name == "evaluate":
+        command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
+        command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
+        command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    elif name == "rollout":
+        command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
+        command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
+        command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+    elif name == "select":
+        command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
+    elif name == "serve":
+        command.add_argument(
+            "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
+        )
+        command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
+    elif name == "plan":
+        _add_plan(command)
+    else:
+        command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+        command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
+    if name == "train":
+        command.add_argument(
+            "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
+        )
+        command.add_argument(
+            "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
+        )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
+    command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
+    command.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
+    )
+    command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
+    command.add_argument(
+        "--suggest", action="store_true", help="search the fastest layout that fits, with the keys to set"
+    )
+    command.add_argument("--json", action="store_true")
+
+
+def _add_checkpoints(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="Hugging Face directory <-> Megatron checkpoint",
@@ -136,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none")
     verify.add_argument("--text", help="compare the log-probs of this text under both models too, in fp32")
     verify.set_defaults(run=_compare)
+
+
+def _add_reports(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
         help="curves and responses of runs as one HTML page",
@@ -165,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
     status.add_argument("--json", action="store_true")
     status.set_defaults(run=_status)
+
+
+def _add_looks(commands: Commands) -> None:
+    """What is looked at before a run: data, a configuration, the keys."""
     inspect = commands.add_parser(
         "inspect",
         help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
@@ -195,7 +221,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     keys.add_argument("pattern", nargs="?", default="", metavar="PATTERN")
     keys.set_defaults(run=_keys)
-    return parser
 
 
 def _check(arguments: argparse.Namespace) -> int:

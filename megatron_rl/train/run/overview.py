@@ -51,9 +51,7 @@ def ending(config: RunConfig, command: str, code: int, checkpoint: Path | None, 
         model = config.run_dir / "hf"
         evaluate = f"megatron-rl evaluate BENCHMARKS.toml --model {model} --output {config.run_dir}/evaluation"
         lines = [f"done: {num_done} steps; the model is in {model}", "next:"]
-        return "\n".join(
-            [*lines, f"  megatron-rl report {config.run_dir}", f"  {evaluate}"]
-        )  # to be copied as they are
+        return "\n".join([*lines, f"  megatron-rl report {config.run_dir}", f"  {evaluate}"])
     if checkpoint is None:
         return "stopped before the first checkpoint, so there is nothing to resume"
     return f"stopped; the checkpoint is {checkpoint}\nnext: the same `megatron-rl {command}` with --resume"
