@@ -53,7 +53,9 @@ class Served:
         (folder / "model/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
         self.seeds, self.server = seeds, start(folder / "model", folder / "server.log")
         self.server.wait_ready(300)
-        rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_running_requests=32)
+        rollout = RolloutSection(
+            prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64, max_running_requests=32
+        )
         self.loop = BackgroundLoop()
         self.pool = ServerPool([self.server.url], rollout, key_of=lambda url: self.server.key)
         self.loop.run(self.pool.connect())

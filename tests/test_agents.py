@@ -250,17 +250,23 @@ def test_agents_end_with_the_run(tmp_path) -> None:
 )
 def test_an_agent_that_cannot_run_is_told_of_at_the_start(tmp_path, source, message) -> None:
     (tmp_path / "agent.py").write_text(source)
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=1, agent=f"{tmp_path}/agent.py:run")
+    rollout = RolloutSection(
+        prompts_per_step=1, samples_per_prompt=1, max_response_tokens=8, agent=f"{tmp_path}/agent.py:run"
+    )
     with pytest.raises(ValueError, match=message):
         asyncio.run(check_agent(setup_of(rollout, tmp_path, 1.0)))
 
 
 def test_a_program_that_is_not_there_is_told_of_and_so_are_two_agents(tmp_path) -> None:
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=1, agent_command=("no-such-program", "x"))
+    rollout = RolloutSection(
+        prompts_per_step=1, samples_per_prompt=1, max_response_tokens=8, agent_command=("no-such-program", "x")
+    )
     with pytest.raises(ValueError, match="names the program 'no-such-program', which is not found; give its path"):
         asyncio.run(check_agent(setup_of(rollout, tmp_path, 1.0)))
     with pytest.raises(ValueError, match="either agent or agent_command"):
-        RolloutSection(prompts_per_step=1, samples_per_prompt=1, agent="a.py:run", agent_command=("x",))
+        RolloutSection(
+            prompts_per_step=1, samples_per_prompt=1, max_response_tokens=8, agent="a.py:run", agent_command=("x",)
+        )
 
 
 # Over phases and kills -----------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_weights_are_validated_between_push_and_rollout_every_other_step_and_at_
     assert transport.pushed == [0, 1, 2, 3, 4]
     assert best == [0, 0, 2, 2]
     assert orchestrator._context.checkpoints.best == 2
-    assert "best: step 2" in capsys.readouterr().err
+    assert "best: step 2" in capsys.readouterr().out
     assert told == [(0, 0.3), (1, None), (2, 0.7), (3, None), (4, 0.4)]
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row.get("validation/toys") for row in rows] == [0.3, None, 0.7, None]
@@ -358,7 +358,7 @@ def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(orchestr
     source = FakeGroups()
     orchestrate(source, None, "train.save_every=1", latest=2, first=3).begin(3)
     assert source.forgotten == [[0, 1]]
-    orchestrate(source, None, "train.save_every=0").begin(3)
+    orchestrate(source, None, "train.save_every=0", "train.save_minutes=0").begin(3)
     assert source.forgotten[-1] == [0, 1, 2]
 
 

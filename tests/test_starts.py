@@ -85,7 +85,13 @@ def test_what_is_accepted_is_what_could_not_be_refused(tmp_path: Path, monkeypat
 
     accepted: list[int] = []
     context = SimpleNamespace(
-        accept=accepted.append, layout=None, architecture=None, control=None, checkpoints=None, watchdog=None
+        accept=accepted.append,
+        layout=None,
+        architecture=None,
+        control=None,
+        checkpoints=None,
+        watchdog=None,
+        resume=True,
     )
 
     class Refusing:

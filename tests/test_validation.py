@@ -281,7 +281,7 @@ def command(inputs: Path, folder: Path, *options: str, text: str = RL + VALIDATI
 def finish(arguments: list[str], code: int = 0) -> str:
     done = forked.run(arguments, timeout=200)
     assert done.returncode == code, done.stderr[-4000:]
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -100,7 +100,7 @@ class Bench:
 
 
 async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float]:
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_running_requests=64)
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64, max_running_requests=64)
     pool = ServerPool([url], rollout)
     await pool.connect()
     pool.assume(None, "0")

@@ -58,7 +58,7 @@ class ValidationSection(Section):
         description="steps between validations; the weights of the start and those of the end are validated too"
     )
     samples: Positive = Field(default=1, description="how often each prompt is sampled, of benchmarks that say nothing")
-    temperature: Temperature = 1.0
+    temperature: Temperature = Field(default=1.0, description="of sampling; 0 is greedy")
     top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
     benchmarks: Benchmarks
 

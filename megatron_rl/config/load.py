@@ -124,12 +124,12 @@ def _meant(where: str, value: Any, known: Sequence[str]) -> str:
         here = [f"{name} is {keys[0]} here" for name, keys in inner.items() if keys]
         if here:
             return ", ".join(here[:_NAMED])
-    same = [key for key in known if key.rpartition(".")[2] == where.rpartition(".")[2]]
-    meant = keys_called(where, known) or same
-    if meant:
+    if meant := keys_called(where, known):
         return f"did you mean {' or '.join(meant[:_NAMED])}?"
     if why := why_none(where):
         return why
+    if same := [key for key in known if key.rpartition(".")[2] == where.rpartition(".")[2]]:
+        return f"did you mean {' or '.join(same[:_NAMED])}?"
     section, _, leaf = where.rpartition(".")
     beside = [key for key in known if key.startswith(f"{section}.")] if section else []
     near = difflib.get_close_matches(where, known, n=1, cutoff=0.85) or [

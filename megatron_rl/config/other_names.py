@@ -95,7 +95,7 @@ _NAMES = {
 # What has no key here, and why.
 _NONE = {
     "top_p": "training samples from the whole distribution, since it needs the log-prob of every token; `evaluate` "
-    "has rollout.top_p",
+    "has rollout.top_p, and [validation] has top_p",
     "top_k": "responses are sampled from the whole distribution",
     "min_p": "responses are sampled from the whole distribution",
     "logging_steps": "every step is in metrics.jsonl",

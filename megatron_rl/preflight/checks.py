@@ -263,7 +263,7 @@ def _memory(start: Start) -> Iterator[str]:
         yield from _memory_problems(needed, config.model.dtype, architecture, largest)
 
 
-check("agent", "the agent can be started, and the model's answers can be read")(agent_problems)
+check("agent", "the agent starts, and the model's answers can be read")(agent_problems)
 check("limits", "sockets, files and threads within a process's limits", of_machine=True)(limit_problems)
 check("rewards", "own rewards and services give the first row a score")(reward_problems)
 

@@ -14,7 +14,7 @@ from gateway_conformance import CONTEXT, ROOT, Served  # noqa: E402
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     python = ROOT / ".venv-sglang/bin/python"
-    section = RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=python)
+    section = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64, sglang_python=python)
 
     def start(model, log):
         return SglangServer(
