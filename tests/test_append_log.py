@@ -114,7 +114,7 @@ class FakeSampler(Sampler):
         await asyncio.sleep(0)
         samples = tuple(make_sample(question.prompt_id, index, 4) for index in range(2))
         held = np.zeros(1).view(Tracked)
-        object.__setattr__(samples[0].response, "output_ids", held)
+        object.__setattr__(samples[0].response.segments[0], "rollout_logprobs", held)
         self.num_alive += 1
         self.most_alive = max(self.most_alive, self.num_alive)
         weakref.finalize(held, self._died)
