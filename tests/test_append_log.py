@@ -114,7 +114,7 @@ class FakeSampler(Sampler):
         await asyncio.sleep(0)
         samples = tuple(make_sample(question.prompt_id, index, 4) for index in range(2))
         held = np.zeros(1).view(Tracked)
-        object.__setattr__(samples[0].response.segments[0], "output_ids", held)
+        object.__setattr__(samples[0].response.segments[0], "rollout_logprobs", held)
         self.num_alive += 1
         self.most_alive = max(self.most_alive, self.num_alive)
         weakref.finalize(held, self._died)
@@ -136,7 +136,7 @@ def test_memory_is_that_of_the_groups_under_way_and_lines_are_made_off_the_loop(
         tokens = asyncio.run(sample_into(tmp_path / "rows", sampler, [question(i) for i in range(300)], lines, "rows"))
     finally:
         gc.enable()
-    assert tokens == 300 * 2 * 4
+    assert tokens == 300 * (1 + 4)
     assert sampler.most_alive <= 16 + 2  # 4 * 8 slots / 2 responses, and one or two that are being written down
     assert find_groups(tmp_path / "rows", 1, "")[0] == set(range(300))
     assert threading.main_thread() not in threads
