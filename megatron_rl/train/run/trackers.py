@@ -9,7 +9,9 @@ import logging
 import os
 import queue
 import threading
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ Numbers = Mapping[str, float]
 
 _MOST_WAITING = 1000  # steps that a tracker may lag behind; a step is about a hundred numbers
 _CLOSE_SECONDS = 60.0
+_WRITTEN_SECONDS = 30.0  # after which what a tracker was told is on the disk: wandb's own process writes every 15
 _SEND_SECONDS = 30.0  # in which wandb, at the end of a run, sends what its host has not taken yet
 
 
@@ -143,7 +146,7 @@ TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
 class _Told:
     """One tracker and its thread. `log` never waits.
 
-    last_step: that it has been told for certain, in this start of the run or one before; -1: none.
+    last_step: the last that it had written down for certain when the run was started; -1: none.
     """
 
     def __init__(self, name: str, config: RunConfig, run_id: str, first_step: int, resume: bool) -> None:
@@ -151,6 +154,7 @@ class _Told:
         self._path = _folder(config) / name
         self.last_step = _number(self._path) if resume else -1
         self._run = TrackedRun(config=config, id=run_id, first_step=min(first_step, self.last_step + 1))
+        self._lately: deque[tuple[float, int]] = deque()  # when it was told which steps, that may not be written yet
         self._queue: queue.Queue[tuple[int, Numbers] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._tell, name=f"tracker-{name}", daemon=True)
         # Whatever these packages raise, it must not end a run: they only draw. Imported here, since two threads that
@@ -194,13 +198,23 @@ class _Told:
         while (told := self._queue.get()) is not None:
             try:
                 tracker.log(*told)
-                self._path.write_text(str(told[0]), encoding="utf-8")
+                self._lately.append((time.monotonic(), told[0]))
+                self._keep(time.monotonic() - _WRITTEN_SECONDS)
             except Exception as error:
                 self._lose(error)
         try:
             tracker.close()
+            self._keep(time.monotonic())
         except Exception as error:
             self._lose(error)
+
+    def _keep(self, until: float) -> None:
+        """Keep for a resume the last step that was told up to a moment of the monotonic clock."""
+        step = None
+        while self._lately and self._lately[0][0] <= until:
+            _, step = self._lately.popleft()
+        if step is not None:
+            self._path.write_text(str(step), encoding="utf-8")
 
 
 class Trackers:
