@@ -169,8 +169,8 @@ class ServerGroups:
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
-        replace = self._supervisor.replace if self._supervisor else None
-        self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
+        replaced = None if config.rollout.urls else servers.replace
+        self.pool = ServerPool(servers.urls, config.rollout, replaced, routed, servers.key_of)
         self._loop = BackgroundLoop()
         try:
             self.run(self.pool.connect())
