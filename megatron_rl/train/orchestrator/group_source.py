@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 _CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
 
 # Keys that say which prompts there are and in which order.
-_OF_THE_ORDER = ("seed", "data", "model.path", "rollout.max_prompt_tokens", "reward")
+_OF_THE_ORDER = (
+    *("seed", "data", "model.path", "rollout.max_prompt_tokens"),
+    *("reward.kind", "reward.domains", "reward.parts"),  # which rows need an answer
+)
 
 T = TypeVar("T")
 Keep = Callable[[Group], bool]
