@@ -56,7 +56,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-runs test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -150,8 +150,8 @@ test: install install-sandbox  ## the fast tests
 test-ranks: install  ## training on real gloo ranks: every layout against one process and against written formulas
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/ranks
 
-test-runs: install install-sandbox  ## whole commands as users start them: runs, stops, faults, servers
-	$(BIN)/python -m pytest -n 2 --dist loadscope tests/runs
+test-commands: install install-sandbox  ## whole commands as users start them: runs, stops, faults, servers
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/commands
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
 	$(BIN)/python -m pytest tests/real_sglang

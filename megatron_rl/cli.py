@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
-    if arguments.command in _LONG and not lifeline.has_launcher():
+    if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
         say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
     lifeline.watch_parent()
     raise_open_files()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,15 @@ def test_what_depends_on_a_fault_is_not_known_and_told_once(here: Path, capsys: 
     states = {one["check"]: one["state"] for one in found}
     assert (states["layout"], states["disk"], states["memory"]) == ("problem", "unknown", "unknown")
     assert sum("model directory nowhere does not exist" in text for one in found for text in one["told"]) == 1
+
+
+def test_a_model_whose_weights_are_missing_is_told_before_it_is_loaded(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(here / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    said = check(capsys, "rl.toml", "--set", f"model.path={tmp_path}/model", code=2)
+    assert re.search("^problem  weights ", said, re.MULTILINE)
+    assert "holds neither *.safetensors nor a megatron/ folder" in re.sub(r"\s+", " ", said)
 
 
 def test_a_reward_that_does_not_know_a_rows_own_answer_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -358,6 +358,8 @@ def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(orchestr
     source = FakeGroups()
     orchestrate(source, None, "train.save_every=1", latest=2, first=3).begin(3)
     assert source.forgotten == [[0, 1]]
+    orchestrate(source, None, "train.save_every=0").begin(3)  # there will be one by train.save_minutes
+    assert source.forgotten[-1] == []
     orchestrate(source, None, "train.save_every=0", "train.save_minutes=0").begin(3)
     assert source.forgotten[-1] == [0, 1, 2]
 

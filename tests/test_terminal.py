@@ -27,7 +27,7 @@ def test_a_line_that_is_too_long_loses_its_least_important_parts_and_keeps_the_l
 
 def test_a_step_line_of_a_long_run_fits() -> None:
     """As the orchestrator makes it, at its longest."""
-    parts = ["step 99999 of 100000", "reward -0.500", "no answer 100%", "entropy 12.34", "1.23e+03 s", "uniform 100%"]
+    parts = ["step 99999 of 100000", "reward -0.500", "no answer 100%", "entropy 12.34", "1.23e+03 s"]
     assert len(fitted([*parts, "ETA 1234.5 h"])) <= COLUMNS
 
 

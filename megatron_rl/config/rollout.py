@@ -78,7 +78,10 @@ class GenerationSection(Section):
         "it is ours",
     )
     max_restarts: int = Field(
-        default=3, ge=0, description="times that each of our servers is started again before the run stops"
+        default=3,
+        ge=0,
+        description="times that each of our servers is started again before the run stops, from the second on after "
+        "longer and longer pauses; of one that has served for ten minutes since, earlier ends are forgiven",
     )
 
     def servers_on(self, num_gpus: int) -> int:

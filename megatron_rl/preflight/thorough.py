@@ -61,6 +61,16 @@ def _versions(start: Start) -> Iterator[str]:
             )
 
 
+@check("weights", "the tensors of the model, by name, shape and type", after="layout", among=THOROUGH)
+def _weights(start: Start) -> Iterator[str]:
+    from megatron_rl.checkpoint.read import open_checkpoint  # torch
+
+    for path in _models(start):
+        with open_checkpoint(path):
+            pass
+    yield from ()
+
+
 @check(
     "data",
     "every row through the chat template, and its length",

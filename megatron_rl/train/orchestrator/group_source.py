@@ -44,7 +44,10 @@ log = logging.getLogger(__name__)
 _CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
 
 # Keys that say which prompts there are and in which order.
-_OF_THE_ORDER = ("seed", "data", "model.path", "rollout.max_prompt_tokens", "reward")
+_OF_THE_ORDER = (
+    *("seed", "data", "model.path", "rollout.max_prompt_tokens"),
+    *("reward.kind", "reward.domains", "reward.parts"),  # which rows need an answer
+)
 
 T = TypeVar("T")
 Keep = Callable[[Group], bool]
@@ -173,8 +176,8 @@ class ServerGroups:
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
-        replace = self._supervisor.replace if self._supervisor else None
-        self.pool = ServerPool(servers.urls, config.rollout, replace, routed, servers.key_of)
+        replaced = None if config.rollout.urls else servers.replace
+        self.pool = ServerPool(servers.urls, config.rollout, replaced, routed, servers.key_of)
         self._loop = BackgroundLoop()
         self._turns: TurnJournal | None = None
         self._agents: AgentSampler | None = None

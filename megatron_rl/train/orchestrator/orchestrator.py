@@ -196,7 +196,6 @@ class Orchestrator:
                     f"no answer {row['no_answer_share']:.0%}",
                     f"entropy {row['entropy']:.2f}",
                     f"{row['step_seconds']:.3g} s",
-                    f"uniform {row['uniform_group_share']:.0%}",
                     self._eta.after(step, row["step_seconds"]) or "last step",
                 ]
             )

@@ -26,8 +26,10 @@ from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.metric_names import unknown
 from megatron_rl.report.sections import SECTIONS
+from megatron_rl.report.status import status
 from megatron_rl.simulation.calibrate import replay
 from megatron_rl.simulation.rates import Rates
+from megatron_rl.train.run.starts import read_starts
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
@@ -108,17 +110,27 @@ def test_a_run_trains_exactly_the_budget_and_leaves_everything_a_reader_expects(
     assert {*(v for s in samples if s["position"] >= rows[0]["num_prompts"] for v in s["policy_versions"])} == {"1"}
 
 
+def test_a_run_that_has_ended_says_so_and_where_its_model_is(whole: Path) -> None:
+    found = status(whole / "run")
+    assert (found["state"], found["num_done"], found["num_steps"]) == ("ended", 4, 4)
+    assert found["checkpoint"] == str(whole / "run/checkpoints/step_4")
+    (start,) = read_starts(whole / "run")
+    assert (start.number, start.step) == (1, 0)
+    said = (whole / "said").read_text(encoding="utf-8")
+    assert said.startswith("megatron-rl train ")
+    assert f"done: 4 steps; the model is in {whole}/run/hf" in said
+
+
 def test_a_run_that_learns_nothing_says_so_in_its_third_step(whole: Path) -> None:
     """The model has random weights, so no response is right, and few end."""
     assert [row["uniform_group_share"] for row in rows_of(whole)] == [1.0] * 4
     said = (whole / "said").read_text(encoding="utf-8")
-    before, *_ = said.partition("step 4/4 ")
-    for step in (1, 2, 3):
-        assert f"step {step}/4  reward 0.000  no answer " in before
-    assert before.count("  uniform 100%  ") == 3
-    assert before.count("step 3: all responses of a prompt have the same reward") == 1
-    assert "step 3: for example prompt " in before
-    (expected,) = [line for line in before.splitlines() if "step 3: for example" in line]
+    for step in range(4):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"step {step} of 4  reward 0.000  no answer ")]
+        assert len(line) <= 80
+        assert ("ETA " in line) == (step < 3)
+    assert said.count("step 2: all responses of a prompt have the same reward") == 1
+    (expected,) = [line for line in said.splitlines() if "step 2: for example prompt " in line]
     rows = [json.loads(line) for line in (whole / "run/rollouts/step_000002.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["prompt_id"] in expected and row["sample_index"] == 0][:1]
     assert f"expected {row['expected']!r}" in expected

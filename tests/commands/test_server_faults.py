@@ -25,6 +25,7 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import without_expandable_segments
 from megatron_rl.keys import bearer
 from megatron_rl.rollout import pool as pool_module
+from megatron_rl.rollout import supervisor as supervisor_module
 from megatron_rl.rollout.client import Completion, RequestRefused, SampleRequest, ServerLost, gather_all
 from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, Place, ServerPool, WeightsNeeded
 from megatron_rl.rollout.ports import close_port, hold_port
@@ -57,6 +58,14 @@ def make_model(path: Path, seed: int) -> Path:
     tensors["lm_head.weight"][1] = 0.0  # the token that ends a response
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_pauses() -> Iterator[None]:
+    """Each test ends a server or two; tests/test_restarts.py has the pauses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor_module, "FIRST_PAUSE_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
