@@ -31,7 +31,7 @@ def main() -> None:
     tool = Path(__file__).parents[3] / "tools/make_tiny_model.py"
     shape = ["--hidden-size", "64", "--layers", "3", "--experts", "4", "--moe-intermediate-size", "64", "--force"]
     subprocess.run([sys.executable, tool, OUT / "model", *shape], check=True)
-    chats = [{"messages": game(source)} for _ in range(GAMES)]
+    chats = [{"id": str(number), "messages": game(source)} for number in range(GAMES)]
     rows = [{"id": str(secret), "prompt": QUESTION, "answer": str(secret)} for secret in range(10)]
     for name, found in (("games.jsonl", chats), ("numbers.jsonl", rows)):
         (OUT / name).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
