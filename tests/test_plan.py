@@ -490,7 +490,7 @@ def test_a_plan_of_fine_tuning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"megatron-rl sft {config} --nproc 8" in done.stdout
-    assert "3 epoch(s); how many optimizer steps follows from the data" in done.stdout
+    assert "3 epochs; the number of optimizer steps follows from the data" in done.stdout
     assert "warm-up over 1.00% of them" in done.stdout
     assert "65,536 tokens at most per optimizer step" in done.stdout
     assert "each data-parallel rank trains 8,192 of them, in at least 2 micro-batches" in done.stdout
