@@ -187,7 +187,14 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
     of_others |= {"offload_seconds", "reload_seconds", "release_seconds", "resume_seconds"}
-    of_others |= {"turns_mean", "segments_mean", "masked_token_share", "no_token_share"}
+    of_others |= {"turns_mean", "segments_mean", "masked_token_share", "no_token_share", "validation_seconds"}
+    of_others |= {
+        "num_tool_calls",
+        "num_broken_tool_calls",
+        "num_new_segments",
+        "num_failed_agents",
+        "num_ended_by_limit",
+    }
     assert {metric for metric in known - present if not metric.endswith("/*")} == of_others
     assert present - known == {
         "response_tokens_std",

@@ -263,7 +263,7 @@ def test_a_signal_behind_a_step_saves_and_ends_with_75_as_often_as_it_is_resumed
     for resume, number in (((), signal.SIGUSR1), (("--resume",), signal.SIGINT)):
         run = Run(inputs, tmp_path, "--nproc", "2", *resume)
         with running(run):
-            run.until("sft [0-9]+/400")
+            run.until("step [0-9]+ of 400")
             run.process.send_signal(number)
             run.finish(75, 30)
         assert (tmp_path / "run/checkpoints/latest").exists()
@@ -347,8 +347,8 @@ def test_a_machine_whose_own_name_does_not_resolve_trains(inputs: Path, tmp_path
         (OSError(errno.ENOSPC, "full"), 1, True),
         (KeyError("a bug"), 1, True),
         (Stopped(), 75, False),
-        (StopRequested(), 130, False),
-        (KeyboardInterrupt(), 130, False),
+        (StopRequested(), 130, True),
+        (KeyboardInterrupt(), 130, True),
     ],
 )
 def test_every_end_has_its_code(error: BaseException | None, code: int, told: bool, capsys: Any) -> None:
