@@ -56,7 +56,8 @@ def same(one: Group, other: Group) -> bool:
         (a.id, a.reward, a.reason, a.details, a.response.finish_reason)
         == (b.id, b.reward, b.reason, b.details, b.response.finish_reason)
         and all(
-            np.array_equal(getattr(a.response, name), getattr(b.response, name))
+            np.array_equal(getattr(mine, name), getattr(theirs, name))
+            for mine, theirs in zip(a.response.segments, b.response.segments, strict=True)
             for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions")
         )
         for a, b in pairs
