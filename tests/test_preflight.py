@@ -68,6 +68,7 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
             "domains": (start_of('reward.domains={mathe="math"}'), "rename it"),
             "rollouts": (start_of(rollouts=tmp_path / "none.jsonl"), "megatron-rl rollout writes one"),
             "run_dir": (start_of(f"run_dir={tmp_path}/file"), "set it to another folder"),
+            "agent": (start_of('rollout.agent_command=["no-such-program"]'), "which is not found; give its path"),
             "servers": (start_of(f"rollout.port={port}"), "set another or 0"),
         }
         for name, (start, remedy) in cases.items():

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -127,7 +127,8 @@ class Trajectory:
                 turn = begun.turn("")
                 self._keep(digest, turn)
                 recording.add(turn)
-        return recording.segments()
+        # All of it goes through the weights of the next phase again, and has their experts then.
+        return tuple(replace(segment, routed_experts=None) for segment in recording.segments())
 
     async def chat(self, request: ChatRequest) -> Answer:
         """Answer a conversation."""

@@ -25,5 +25,5 @@ def agent_problems(start: Start) -> Iterator[str]:
         return
     path = start.model or (config.model.path if config.model is not None else None)
     assert path is not None
-    parser_for(load_tokenizer(Path(path)), config.rollout.tool_parser)
     asyncio.run(check_agent(setup_of(config.rollout, config.run_dir, config.reward.passing_score)))
+    parser_for(load_tokenizer(Path(path)), config.rollout.tool_parser)
