@@ -173,7 +173,7 @@ def test_a_group_in_the_journal_is_not_sampled_again(tmp_path: Path) -> None:
     write(tmp_path, [group(7)])
     journal = Journal(tmp_path, "a", refuse)
     journal.open(4)
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2)
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64)
 
     class NoServers:
         num_slots = 4

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import forked
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
 from rank_zero import config_of
@@ -108,6 +108,7 @@ def test_a_line_that_is_no_validation_is_named(tmp_path: Path, line: str) -> Non
         read_validations(tmp_path)
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=12, unique=True), st.integers(1, 4), st.integers(0, 5), st.data()
 )

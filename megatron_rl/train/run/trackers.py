@@ -210,7 +210,7 @@ class _Told:
 
     def _keep(self, until: float) -> None:
         """Keep for a resume the last step that was told up to a moment of the monotonic clock."""
-        step = None
+        step: int | None = None
         while self._lately and self._lately[0][0] <= until:
             _, step = self._lately.popleft()
         if step is not None:
