@@ -201,7 +201,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_run(
 def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> str:
     """Twenty steps, killed behind the twelfth and resumed from the tenth. Returns what was said."""
     monkeypatch.chdir(tmp_path)
-    text = PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    text = PROGRAM.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     command = [sys.executable, "-c", text]
     changes = [f"tracking.to=['{name}']", "tracking.project=p", "tracking.group=g", "tracking.tags=['a', 'b']"]
     assert forked.run([*command, 0, 12, "killed", *changes]).returncode == -9

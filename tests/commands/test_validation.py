@@ -35,7 +35,7 @@ from megatron_rl.report.curves import curves
 from megatron_rl.report.runs import read_run, read_runs
 from megatron_rl.report.summary import facts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "megatron_rl.cli"]
 
 
