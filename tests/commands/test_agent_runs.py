@@ -2,17 +2,14 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import example_runs
 import forked
 import pytest
+from example_runs import finish, numbers
 from inputs import ROOT, make_inputs
-
-from megatron_rl.metric_names import unknown
-from megatron_rl.train.run.metrics import read_metrics
 
 SMALL = [
     *("rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=8"),
@@ -20,7 +17,6 @@ SMALL = [
     *("threads=1", "budget.tokens=60", "train.steps=3", "train.micro_batch_tokens=256", "train.save_every=1"),
     *("reward.workers=1", "optimizer.warmup_steps=0", f"rollout.agent={ROOT}/tests/agent_of_parity.py:run"),
 ]
-_NOT_COMPARED = ("seconds", "num_starts", "per_second")
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(inputs: Path, run: Path, *options: str) -> list[str]:
-    settings = [f"run_dir={run}", f"model.path={inputs}/model", f"data.train={inputs}/data/train.jsonl", *SMALL]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    config = str(ROOT / "examples/agents/guess/rl.toml")
-    return [sys.executable, "-m", "megatron_rl.cli", "train", config, *flags, *options]
-
-
-def finish(arguments: list[str]) -> str:
-    done = forked.run(arguments, timeout=250)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
-
-
-def numbers(run: Path) -> list[dict[str, Any]]:
-    rows = read_metrics(run / "metrics.jsonl")
-    assert unknown(name for row in rows for name in row) == []
-    return [{k: v for k, v in row.items() if not any(part in k for part in _NOT_COMPARED)} for row in rows]
+    return example_runs.command("agents/guess", inputs, run, SMALL, *options)
 
 
 @pytest.fixture(scope="module")
