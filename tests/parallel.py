@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import forked
 import pytest
+from ports import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -99,14 +99,11 @@ def run_ranks(
         on_cpu = not on_one_gpu
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         # Without a visible GPU a CUDA build of torch is what it is on a machine without one.
         **({"MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
     }

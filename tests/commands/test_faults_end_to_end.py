@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from inputs import make_inputs
 from liar import Exchange, liar
+from ports import free_port
 from safetensors.torch import save_file
 from tiny_model import tensors_of
 
@@ -238,10 +238,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
 
 def two_ranks() -> dict[str, str]:
     """What each of them finds in its environment beside its number."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
 
 
 def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(

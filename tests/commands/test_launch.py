@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from inputs import make_inputs
+from ports import free_port
 
 from megatron_rl import launch
 from megatron_rl.errors import Fault, SharedFault, Stopped, StopRequested, exit_code
@@ -114,12 +115,6 @@ LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 def left_by_another(port: int, rank: int = 0) -> dict[str, str]:
     values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # -- what the launcher makes of its ranks' ends --------------------------------------------------------------------
