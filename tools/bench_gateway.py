@@ -1,12 +1,12 @@
 """The gateway of agents beside the bare pool of servers, on the same single-turn requests; and what it holds in memory.
 
-    python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 3] [--trajectories 500]
+    python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 5] [--trajectories 500]
 
 MODEL: a directory as of tools/make_tiny_model.py; an embedded server serves it. Both ask for the same prompts with the
-same limits; they take turns, since others use the machine too. `ratio` is the gateway's tokens/s over the bare pool's,
-the median of the rounds. The client is the one that agents get, in this process too, so that its time counts as the
-gateway's. `trajectory_bytes`: resident memory that so many trajectories of 20 turns add while all of them are open,
-less what one has.
+same limits, spread from a quarter of TOKENS to seven quarters, as responses of a real policy are. They take turns,
+since others use the machine too. `ratio` is the gateway's tokens/s over the bare pool's, the median of the rounds. The
+client is the one that agents get, in this process too, so that its time counts as the gateway's. `trajectory_bytes`:
+resident memory that so many trajectories of 20 turns add while all of them are open, less what one has.
 """
 
 import argparse
@@ -59,16 +59,21 @@ class Bench:
         seat = Seat(seed=1, prompt_id=self.number, sample_index=0)
         return self.gateway.open(Trajectory(seat, limits, self.policy, self.chat))
 
+    def limit(self, number: int) -> int:
+        """Tokens that a request may have: every length in the range comes equally often, in a scattered order."""
+        least, most = self.tokens // 4, 7 * self.tokens // 4
+        return least + number * 37 % (most - least + 1)
+
     async def bare(self, number: int) -> int:
         """One request to the pool, rendered as the gateway renders it; the tokens that came."""
         ids = render_prompt(self.tokenizer, f"{number} + {number}?")
-        wanted = SampleRequest(input_ids=ids, seed=number, max_new_tokens=self.tokens)
+        wanted = SampleRequest(input_ids=ids, seed=number, max_new_tokens=self.limit(number))
         return len((await self.pool.generate(wanted, 1.0)).output_ids)
 
     async def asked(self, number: int) -> int:
         """The same by way of the gateway."""
         opened = self.begin()
-        await Model(opened.base_url, opened.key).chat(f"{number} + {number}?", max_tokens=self.tokens)
+        await Model(opened.base_url, opened.key).chat(f"{number} + {number}?", max_tokens=self.limit(number))
         self.gateway.shut(opened)
         return opened.trajectory.recording.num_policy_tokens
 
@@ -99,7 +104,7 @@ class Bench:
         return psutil.Process().memory_info().rss - before
 
 
-async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float]:
+async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float | list[float]]:
     rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64, max_running_requests=64)
     pool = ServerPool([url], rollout)
     await pool.connect()
@@ -120,6 +125,7 @@ async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float]:
         "bare_tokens_per_second": statistics.median(rates["bare"]),
         "gateway_tokens_per_second": statistics.median(rates["gateway"]),
         "ratio": statistics.median(ratios),
+        "ratios": ratios,
         "trajectories": arguments.trajectories,
         "trajectory_bytes": held,
         "resident_bytes": psutil.Process().memory_info().rss,
@@ -129,7 +135,7 @@ async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    for name, default in (("requests", 400), ("tokens", 64), ("at-once", 64), ("rounds", 3), ("trajectories", 500)):
+    for name, default in (("requests", 400), ("tokens", 64), ("at-once", 64), ("rounds", 5), ("trajectories", 500)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
