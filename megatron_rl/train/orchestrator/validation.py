@@ -146,7 +146,7 @@ class Validation:
                 self._end_ids,
                 section.top_p,
             )
-            servers.run(sample_benchmark(benchmark, questions, path, sampler))
+            servers.run_generating(sample_benchmark(benchmark, questions, path, sampler))
         return result_of(path, benchmark.section)
 
     def _tell(self, row: Row, results: Mapping[str, BenchmarkResult]) -> None:
