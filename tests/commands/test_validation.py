@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import forked
 import pytest
@@ -20,11 +21,13 @@ from made_runs import make_run
 from rank_zero import config_of
 
 from megatron_rl.checkpoint.steps import forget_old
+from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluation.evaluate import run_evaluation
 from megatron_rl.evaluation.results import BenchmarkResult
+from megatron_rl.evaluation.settings import benchmark_settings
 from megatron_rl.evaluation.statistics import Estimate
 from megatron_rl.evaluation.validations import Validations, best_row, read_validations, validation_metrics
 from megatron_rl.metric_names import unknown
@@ -34,6 +37,8 @@ from megatron_rl.report.build import page_data
 from megatron_rl.report.curves import curves
 from megatron_rl.report.runs import read_run, read_runs
 from megatron_rl.report.summary import facts
+from megatron_rl.rollout.provenance import write_settings
+from megatron_rl.train.orchestrator.validation import _check_unchanged
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "megatron_rl.cli"]
@@ -124,6 +129,53 @@ def test_the_best_checkpoint_stays_however_old_it_gets(
     left = {int(path.name.removeprefix("step_")) for path in folder.iterdir()}
     stays = {step for step in steps if step == best or (keep_every and step % keep_every == 0)}
     assert left == stays | set(sorted(steps)[-keep_last:])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": 1}, "its key prompts changed"),
+        ({"reward": "exact"}, "its key reward changed"),
+        ({"suffix": " Think."}, "its key suffix changed"),
+        ({"samples": 8}, None),  # more of the same
+    ],
+)
+def test_a_resume_with_another_benchmark_under_the_same_name_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str | None
+) -> None:
+    questions = tmp_path / "toys.jsonl"
+    questions.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    validations = validated(tmp_path, {0: 0.5, 2: 0.6})
+    rest = {"model": {"path": "m"}, "sampling": {"max_response_tokens": 16}, "reward": {"kind": "math"}}
+
+    def settings(**changes: Any) -> dict[str, Any]:
+        return rest | {"benchmark": benchmark_settings(BenchmarkSection(path=questions, **changes))}
+
+    for step in (0, 2):
+        write_settings(tmp_path / f"validation/step_{step:06d}/toys.settings.json", settings())
+    _check_unchanged(validations, "toys", settings())
+    _check_unchanged(validations, "others", settings(**change))
+    if said is None:
+        _check_unchanged(validations, "toys", settings(**change))
+    else:
+        with pytest.raises(ValueError, match=f"toys is not what the scores of this run up to step 2 are of: {said}; "):
+            _check_unchanged(validations, "toys", settings(**change))
+    questions.write_text('{"prompt": "1 + 1", "answer": "3"}\n')
+    with pytest.raises(ValueError, match="the text of its file changed; put it back, or give the new one another name"):
+        _check_unchanged(validations, "toys", settings())
+
+
+def test_a_resume_that_samples_validation_otherwise_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    validations = validated(tmp_path, {4: 0.5})
+    before = {"model": {"path": "m"}, "sampling": {"top_p": 0.9}, "reward": {"kind": "math"}, "benchmark": {}}
+    write_settings(tmp_path / "validation/step_000004/toys.settings.json", before)
+    _check_unchanged(validations, "toys", before | {"model": {"path": "moved"}})
+    assert caplog.messages == []
+    _check_unchanged(validations, "toys", before | {"sampling": {"top_p": 0.5}})
+    (told,) = caplog.messages
+    assert "toys: its scores up to step 4 were made with other settings (sampling.top_p was 0.9, now 0.5)" in told
+    (tmp_path / "validation/step_000004/toys.settings.json").unlink()
+    _check_unchanged(validations, "toys", before | {"benchmark": {"prompts": 1}})
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
