@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
+from ports import free_port
 from rank_zero import config_of
 
 from megatron_rl.checkpoint.steps import forget_old
@@ -444,6 +445,40 @@ def test_a_run_that_is_killed_in_a_validation_goes_on_to_the_same_numbers_under_
     assert (tmp_path / "run/tracking/id").read_text() == run_id
     if "wandb" in to:
         assert len(list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))) == 2
+
+
+def test_two_ranks_validate_between_phases_on_servers_that_lend_their_memory(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Also the last weights, behind which nothing is trained."""
+    changes = ("rollout.release_memory=true", "train.offload_while_generating=true", "train.steps=3")
+    arguments = command(inputs, tmp_path, *BEST, *(word for change in changes for word in ("--set", change)))
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        forked.Program(arguments, tmp_path / f"log{rank}", os.environ | place | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    try:
+        codes = [rank.wait(200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], (tmp_path / "log0").read_text()[-4000:]
+    found, rows = scores(tmp_path), rows_of(tmp_path)
+    assert list(found) == [0, 2, 3]
+    assert found[0] == scores(whole)[0]  # later weights differ by the rounding of two ranks
+    assert scores(tmp_path, "ones")[0] == scores(whole, "ones")[0]
+    for name in ("reward", "num_generated_tokens"):
+        assert rows[0][name] == rows_of(whole)[0][name]
+    assert [("release_seconds" in row, "validation_seconds" in row) for row in rows] == [
+        (True, True),
+        (True, False),
+        (True, True),
+    ]
+    best = max(found, key=found.__getitem__)
+    kept = {"latest", "step_3"} | ({f"step_{best}"} if best else set())
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == kept
 
 
 def test_mistakes_in_benchmarks_are_told_before_a_model_is_built(inputs: Path, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Validation:
     def __init__(
         self, config: RlConfig, section: ValidationSection, servers: ServerGroups, validations: Validations
     ) -> None:
-        """ValueError for benchmarks that cannot be used, or are not those of the run's earlier scores; Fault when their answers cannot be judged here."""
+        """ValueError for benchmarks that cannot be used, or are not those of the run's earlier scores; Fault when their
+        answers cannot be judged here."""
         self._config, self._section, self._servers, self._validations = config, section, servers, validations
         self._end_ids = load_architecture(config.model.path).eos_token_ids
         tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
