@@ -334,7 +334,7 @@ class ServerPool:
 
     def assume(self, directory: Path | None, version: str) -> None:
         """The serving members have these weights and answer as `version`. directory: where one that comes back finds
-        them; None for weights that were sent over a process group, then it waits for the next push."""
+        them; None for weights that were sent to it, then it waits for a push."""
         self._weights, self._version = directory, version
 
     # Memory --------------------------------------------------------------------------------------------------------
