@@ -140,7 +140,7 @@ _NONE = {
     "hub_model_id": "a run uploads nothing; run_dir/hf is a model directory",
     "use_dynamic_bsz": "micro-batches are always filled by tokens, up to train.micro_batch_tokens",
     "use_dynamic_batch_size": "micro-batches are always filled by tokens, up to train.micro_batch_tokens",
-    "use_remove_padding": "sequences are always packed without padding",
+    "use_remove_padding": "sequences are always packed one behind the other",
     "balance_batch": "ranks always get work of about equal cost",
     "critic_warmup": "a response is one action with one reward, so there is no value function",
     "max_async_level": "every step trains on responses to the newest weights, or with rollout.partial on those under "

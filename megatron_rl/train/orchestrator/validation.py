@@ -23,7 +23,13 @@ from megatron_rl.evaluation.validations import Row, Validations, best_row, told_
 from megatron_rl.families import load_architecture
 from megatron_rl.parsing import read_json
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.provenance import model_settings, reward_settings, told_differences, write_settings
+from megatron_rl.rollout.provenance import (
+    model_settings,
+    read_settings,
+    reward_settings,
+    told_differences,
+    write_settings,
+)
 from megatron_rl.train.orchestrator.group_source import ServerGroups
 
 log = logging.getLogger(__name__)
@@ -174,11 +180,11 @@ def _check_unchanged(validations: Validations, name: str, settings: Mapping[str,
     if not steps:
         return
     try:
-        before = read_json(_beside(validations.folder(steps[-1]) / f"{name}.jsonl"))
-        then = before["benchmark"]
-    except (OSError, ValueError, KeyError, TypeError):  # somebody has tidied up
+        path = _beside(validations.folder(steps[-1]) / f"{name}.jsonl")
+        before = read_settings(path, ["sampling", "reward", "benchmark"])
+    except (OSError, ValueError):  # somebody has tidied up
         return
-    now = settings["benchmark"]
+    then, now = before["benchmark"], settings["benchmark"]
     if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
         what = " and ".join("the text of its file" if key == "sha256" else f"its key {key}" for key in changed)
         raise ValueError(
