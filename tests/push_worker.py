@@ -146,14 +146,15 @@ class Servers:
         pool, url, found = self.pool, self.urls[number], list[str]()
         (member,) = [member for member in pool.serving if member.client.url == url]
         os.kill(self.pids()[number], signal.SIGKILL)
-        mark_up = pool.mark_up
+        mark_up = ServerPool.mark_up
 
-        def noted(member: Member) -> None:
+        def noted(pool: ServerPool, member: Member) -> None:
             found.append(self.versions()[number])
-            mark_up(member)
+            ServerPool.mark_up = mark_up  # type: ignore[method-assign]
+            pool.mark_up(member)
 
         async def lose() -> None:
-            pool.mark_up = noted  # type: ignore[method-assign]
+            ServerPool.mark_up = noted  # type: ignore[method-assign]
             pool.mark_down(member, "killed by the test")
 
         self.loop.run(lose())
