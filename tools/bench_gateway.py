@@ -1,6 +1,7 @@
 """The gateway of agents beside the bare pool of servers, on the same single-turn requests; and what it holds in memory.
 
-    python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 5] [--trajectories 500] [--equal]
+    python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 5] [--trajectories 500]
+        [--equal]
 
 MODEL: a directory as of tools/make_tiny_model.py; an embedded server serves it. Both ask for the same prompts with the
 same limits, spread from a quarter of TOKENS to seven quarters, as responses of a real policy are (--equal: all of
