@@ -23,6 +23,7 @@ from starlette.routing import Route
 from megatron_rl.gateway import answers
 from megatron_rl.gateway.requests import asks_for_other_sampling, parse_chat, parse_text
 from megatron_rl.gateway.trajectory import Answer, Trajectory
+from megatron_rl.open_files import possible_open_files
 from megatron_rl.rollout.embedded.bodies import Bodies, client_gone
 from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight
 from megatron_rl.rollout.embedded.guard import Guard
@@ -36,6 +37,8 @@ _MAX_REQUESTS = 64
 # Beyond this a client is shown that it is still waited for: many give up on a silent line.
 _SILENT_SECONDS = 15.0
 _END_SECONDS = 5.0
+# An agent that only opens connections must not take this process's files from the run: a quarter of them at most.
+_SHARE_OF_OPEN_FILES = 4
 # A body may have so many bytes, and so many for each token that its trajectory may have.
 _LEAST_BODY_BYTES, _BYTES_PER_TOKEN = 2**20, 64
 
@@ -56,9 +59,11 @@ class Opened:
 class Gateway:
     """Serves in the event loop that calls `start`. `close()` ends it."""
 
-    def __init__(self, model: str, vocab_size: int, sequence_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, model: str, vocab_size: int, sequence_tokens: int, temperature: float, top_p: float = 1.0
+    ) -> None:
         """model: its name, for clients. sequence_tokens: the longest that one reads and writes."""
-        self._model, self._vocab_size, self._temperature = model, vocab_size, temperature
+        self._model, self._vocab_size, self._temperature, self._top_p = model, vocab_size, temperature, top_p
         self._max_body_bytes = _LEAST_BODY_BYTES + _BYTES_PER_TOKEN * sequence_tokens
         self._open: dict[str, Opened] = {}
         self._told: set[str] = set()
@@ -68,7 +73,8 @@ class Gateway:
     async def start(self) -> None:
         """Return when it takes requests."""
         self._socket = bind(_HOST, 0, False, "")
-        self._server = http_server(self.starlette(), "agents find the policy", self._socket)
+        most = possible_open_files() // _SHARE_OF_OPEN_FILES
+        self._server = http_server(self.starlette(), "agents find the policy", self._socket, most)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._serving.done():
@@ -227,14 +233,14 @@ class Gateway:
 
     def _tell_of_sampling(self, body: dict[str, Any]) -> None:
         """Once for each field: black-box programs ask for what they were written for."""
-        other = asks_for_other_sampling(body, self._temperature)
+        other = asks_for_other_sampling(body, self._temperature, self._top_p)
         name = other.partition(" ")[0]
         if other and name not in self._told:
             self._told.add(name)
             log.warning(
-                "an agent asks for %s; a run samples as its training needs it, with rollout.temperature %g and top_p "
-                "1, and that is what it gets",
-                *(other, self._temperature),
+                "an agent asks for %s; the configuration decides how all is sampled, with temperature %g and top_p %g, "
+                "and that is what it gets",
+                *(other, self._temperature, self._top_p),
             )
 
 
