@@ -476,9 +476,11 @@ def test_two_ranks_validate_between_phases_on_servers_that_lend_their_memory(
         (True, False),
         (True, True),
     ]
-    best = max(found, key=found.__getitem__)
-    kept = {"latest", "step_3"} | ({f"step_{best}"} if best else set())
-    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == kept
+    # The last weights are validated behind their checkpoint, so the best one of before may still be there.
+    best, before = (max(steps, key=found.__getitem__) for steps in ([0, 2, 3], [0, 2]))
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    needed = {"latest", "step_3"} | ({f"step_{best}"} if best else set())
+    assert needed <= names <= needed | {f"step_{before}"}
 
 
 def test_mistakes_in_benchmarks_are_told_before_a_model_is_built(inputs: Path, tmp_path: Path) -> None:
