@@ -19,7 +19,7 @@ from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, spea
 from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
-from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
+from megatron_rl.model.build import build_model, initialize_adapters, initialize_parallel, load_weights, mpu
 from megatron_rl.place import own_place
 from megatron_rl.stores import join
 from megatron_rl.sync.all_ranks import on_all_ranks
@@ -87,8 +87,10 @@ class TrainContext:
             distributed_optimizer,
             overlap,
             config.train.overlap_bucket_parameters,
+            config.lora,
         )
         load_weights(self.model, config.model.path)
+        initialize_adapters(self.model, config.seed)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
         self._resume, self._has_resumed = resume, False

@@ -1,0 +1,72 @@
+"""The section `lora`: small trained factors beside frozen weights, and what does not go with them."""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.model import ModelSection
+from megatron_rl.config.section import Section
+from megatron_rl.families import Architecture
+
+# Parts of a layer whose projections get adapters, as model.recompute_modules names them; experts are the routed ones.
+LoraTarget = Literal["attention", "mlp", "shared_experts", "experts"]
+TARGETS: tuple[LoraTarget, ...] = ("attention", "mlp", "shared_experts", "experts")
+
+
+class LoraSection(Section):
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=32, description="width of the two factors of every adapter; grouped experts in bfloat16 need a multiple of 8"
+    )
+    alpha: float = Field(
+        default=16.0, gt=0, description="the product of the two factors is multiplied by alpha / sqrt(rank) (rsLoRA)"
+    )
+    targets: tuple[LoraTarget, ...] = Field(
+        default=TARGETS,
+        min_length=1,
+        description="which projections get an adapter, of those that the model has: attention, its two (queries, keys "
+        "and values are one); mlp, of dense layers (gate and up are one); shared_experts; experts, the routed ones, "
+        "each with adapters of its own. Router, norms, embedding and head stay as they are",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _in_order(cls, targets: tuple[LoraTarget, ...]) -> tuple[LoraTarget, ...]:
+        return tuple(target for target in TARGETS if target in targets)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / math.sqrt(self.rank)
+
+    def targets_of_layer(self, architecture: Architecture, layer: int) -> set[LoraTarget]:
+        """Which of the targets a layer has."""
+        present: set[LoraTarget] = {"attention"}
+        if architecture.is_moe_layer(layer):
+            present |= {"experts", "shared_experts"} if architecture.shared_intermediate_size else {"experts"}
+        else:
+            present.add("mlp")
+        return present & set(self.targets)
+
+
+def lora_problems(
+    lora: LoraSection, model: ModelSection, architecture: Architecture, layout: Layout
+) -> Iterator[str]:
+    """Tell what adapters cannot do with this model and these settings, each with its remedy."""
+    if model.layers == "transformer_engine" or model.fp8 != "none":
+        yield "[lora] works with local layers only; set model.layers = 'local' and model.fp8 = 'none'"
+    if model.expert_weight_gradient != "torch":
+        yield (
+            f"model.expert_weight_gradient = '{model.expert_weight_gradient}' is about gradients that frozen experts do "
+            "not have; leave it out, or take [lora] out"
+        )
+    first = 0
+    for stage, size in enumerate(layout.layers_per_stage(architecture.num_hidden_layers)):
+        if not any(lora.targets_of_layer(architecture, layer) for layer in range(first, first + size)):
+            yield (
+                f"lora.targets {list(lora.targets)} names nothing that layers {first} to {first + size - 1} (pipeline "
+                f"stage {stage}) have, so nothing would be trained there; add 'attention'"
+            )
+        first += size
