@@ -375,7 +375,8 @@ def main(folder: Path) -> None:
     if calls:
         out[f"times/{context.rank}"] = torch.tensor(calls.check(mine, sequences, context))
     if "save_to" in spec:
-        checkpoints = Checkpoints(Path(spec["save_to"]), config.train, Path(spec["model"]), context.control)
+        target = Path(spec["save_to"])
+        checkpoints = Checkpoints(target, config.train, Path(spec["model"]), context.control, context.adapter_note)
         checkpoints.save(1, context.trainer, {"step": 1}, b"")
         checkpoints.settle(wait=True)
     if context.rank == 0:

@@ -155,7 +155,7 @@ def _mlp(names: TensorNames, mcore: str, hf: str) -> Iterator[_Entry]:
     yield _entry(mcore + "linear_fc2.weight", hf + names.down, Chunked(dim=1))
 
 
-# The two factors of an adapter: what a weight [out, in] becomes is weight + scale * lora_b [out, rank] lora_a [rank, in].
+# The two factors of an adapter: a weight [out, in] becomes weight + scale * lora_b [out, rank] lora_a [rank, in].
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 _WEIGHT = ".weight"
 # peft's wrappers around a model of transformers, in the names of what it saves.
@@ -169,7 +169,8 @@ _TARGETS: tuple[tuple[LoraTarget, re.Pattern[str]], ...] = (
 
 
 def lora_target(name: str) -> LoraTarget | None:
-    """Tell which of `lora.targets` a parameter with this canonical name belongs to; None for one that has no adapter."""
+    """Tell to which of `lora.targets` a parameter with this canonical name belongs, None for one that cannot have an
+    adapter."""
     return next((target for target, pattern in _TARGETS if pattern.search(name)), None)
 
 
@@ -212,27 +213,30 @@ def adapter_table(model: Architecture, lora: LoraSection) -> dict[str, TensorMap
 
 
 def _adapter(weight: TensorMapping, rank: int) -> Adapter:
-    rows, columns = weight.shape
-    by_rows = weight.layout != Chunked(dim=1)
+    columns = weight.shape[1]
     peft_b = tuple(_peft_name(name, "B") for name in weight.hf)
-    common = {"expert_index": weight.expert_index}
-
-    def factor(suffix: str, hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], layout: TensorLayout) -> Any:
-        names = {"megatron": weight.megatron, "stored": weight.stored}
-        ours = {key: name.removesuffix(_WEIGHT) + suffix for key, name in names.items()}
-        return TensorMapping(hf=hf, hf_shapes=shapes, layout=layout, **ours, **common)
-
+    if weight.layout == Chunked(dim=1):
+        a_layout: TensorLayout = weight.layout
+        b_layout: TensorLayout = Replicated()
+    else:
+        a_layout, b_layout = Replicated(), weight.layout
     return Adapter(
         weight=weight,
-        a=factor(
-            LORA_A, (_peft_name(weight.hf[0], "A"),), ((rank, columns),), Replicated() if by_rows else Chunked(dim=1)
-        ),
-        b=factor(
-            LORA_B,
-            peft_b,
-            tuple((shape[0], rank) for shape in weight.hf_shapes) if by_rows else ((rows, rank),),
-            weight.layout if by_rows else Replicated(),
-        ),
+        a=_factor(weight, LORA_A, (_peft_name(weight.hf[0], "A"),), ((rank, columns),), a_layout),
+        b=_factor(weight, LORA_B, peft_b, tuple((shape[0], rank) for shape in weight.hf_shapes), b_layout),
+    )
+
+
+def _factor(
+    weight: TensorMapping, suffix: str, hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], layout: TensorLayout
+) -> TensorMapping:
+    return TensorMapping(
+        megatron=weight.megatron.removesuffix(_WEIGHT) + suffix,
+        hf=hf,
+        hf_shapes=shapes,
+        layout=layout,
+        stored=weight.stored.removesuffix(_WEIGHT) + suffix,
+        expert_index=weight.expert_index,
     )
 
 

@@ -18,7 +18,8 @@ TARGETS: tuple[LoraTarget, ...] = ("attention", "mlp", "shared_experts", "expert
 
 class LoraSection(Section):
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=32, description="width of the two factors of every adapter; grouped experts in bfloat16 need a multiple of 8"
+        default=32,
+        description="width of the two factors of every adapter; grouped experts in bfloat16 need a multiple of 8",
     )
     alpha: float = Field(
         default=16.0, gt=0, description="the product of the two factors is multiplied by alpha / sqrt(rank) (rsLoRA)"
@@ -51,16 +52,14 @@ class LoraSection(Section):
         return present & set(self.targets)
 
 
-def lora_problems(
-    lora: LoraSection, model: ModelSection, architecture: Architecture, layout: Layout
-) -> Iterator[str]:
+def lora_problems(lora: LoraSection, model: ModelSection, architecture: Architecture, layout: Layout) -> Iterator[str]:
     """Tell what adapters cannot do with this model and these settings, each with its remedy."""
     if model.layers == "transformer_engine" or model.fp8 != "none":
         yield "[lora] works with local layers only; set model.layers = 'local' and model.fp8 = 'none'"
     if model.expert_weight_gradient != "torch":
         yield (
-            f"model.expert_weight_gradient = '{model.expert_weight_gradient}' is about gradients that frozen experts do "
-            "not have; leave it out, or take [lora] out"
+            f"model.expert_weight_gradient = '{model.expert_weight_gradient}' is about gradients that frozen experts "
+            "do not have; leave it out, or take [lora] out"
         )
     first = 0
     for stage, size in enumerate(layout.layers_per_stage(architecture.num_hidden_layers)):

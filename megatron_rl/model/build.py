@@ -281,7 +281,8 @@ def build_model(
             if isinstance(module, GroupedExperts):
                 if lora is not None:
                     module.lay_frozen_weights_together()
-                module.ready = partial(_gradient_is_there, chunk)
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    module.ready = partial(_gradient_is_there, chunk)
         if backends.weight_gradient == "transformer_engine":
             fuse_weight_gradients(chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list

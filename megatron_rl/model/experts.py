@@ -80,7 +80,7 @@ class GroupedExperts(SequentialMLP):
             weights = [linear.weight for linear in linears]
             together = weights[0].new_empty(len(weights), *weights[0].shape)
             for weight, place in zip(reversed(weights), together, strict=True):
-                weight.data = place
+                weight.data = place.copy_(weight.data)
 
     def _weights(self) -> tuple["Product", "Product"]:
         """Both products, of weights as they lie in megatron's buffers once these are there; waits for them (see
@@ -88,36 +88,28 @@ class GroupedExperts(SequentialMLP):
         for linear in self.linears:
             run_pre_hooks(linear)
         if self.weights is None:
-            self.weights = self._find_weights()
+            self.weights = self._products()
         return self.weights
 
-    def _find_weights(self) -> tuple["Product", "Product"]:
-        products = [self.linears[i::2] for i in range(2)]
-        adapted = getattr(self.linears[0], "lora_a", None) is not None
-        weights = [[linear.weight for linear in linears] for linears in products]
-        factors = [[getattr(x, name) for x in linears] for linears in products for name in ("lora_a", "lora_b") if adapted]
-        trained = factors if adapted else weights if weights[0][0].requires_grad else []
-        sums = [[weight.main_grad for weight in list_] for list_ in trained] if self.ready else []
-        is_reversed = min(map(distance, [*weights, *factors, *sums])) < 0
-        if not trained:
-            ups, downs = (Weights(list_, is_reversed) for list_ in weights)
-            return ups, downs
-        common = is_reversed, self.ready, self.add_product
-        if adapted:
-            bases = [Weights(list_, is_reversed) for list_ in weights]
-            up_a, up_b, down_a, down_b = (Weights(list_, *common) for list_ in factors)
-            ups_linear, downs_linear = (linears[0] for linears in products)
-            return (
-                AdaptedWeights(bases[0], up_a, up_b, ups_linear),
-                AdaptedWeights(bases[1], down_a, down_b, downs_linear),
-            )
-        found = Weights(weights[0], *common), Weights(weights[1], *common)
-        if self.add_product and not all(one.adds_products for one in found):
+    def _products(self) -> tuple["Product", "Product"]:
+        pairs = self.linears[::2], self.linears[1::2]
+        is_adapted = getattr(self.linears[0], "lora_a", None) is not None
+        kinds = ("lora_a", "lora_b") if is_adapted else ("weight",)
+        trained = [[getattr(linear, kind) for linear in linears] for linears in pairs for kind in kinds]
+        weights = [[linear.weight for linear in linears] for linears in pairs]
+        sums = [[parameter.main_grad for parameter in same] for same in trained] if self.ready else []
+        is_reversed = min(map(distance, [*weights, *trained, *sums])) < 0
+        found = [Weights(same, is_reversed, self.ready, self.add_product) for same in trained]
+        if is_adapted:
+            ups, downs = (Weights(same, is_reversed) for same in weights)
+            up_a, up_b, down_a, down_b = found
+            return AdaptedWeights(ups, up_a, up_b, pairs[0][0]), AdaptedWeights(downs, down_a, down_b, pairs[1][0])
+        if self.add_product and not all(weights.adds_products for weights in found):
             log.warning(
                 "model.expert_weight_gradient = 'quack' leaves a layer to torch: its experts do not lie evenly in "
                 "megatron's buffer of gradients"
             )
-        return found
+        return found[0], found[1]
 
 
 class GroupedLayer(MoELayer):

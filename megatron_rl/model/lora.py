@@ -17,18 +17,18 @@ which megatron's DDP sums whatever has a gradient. What is left is the group of 
 
 1. The divided factor needs nothing. Row r of B meets row r of g alone, and this rank has it for all tokens; column r of
    A meets column r of x alone, and B^T g, of which B and g are whole on every rank.
-2. The whole A of a column-parallel weight: B^T g = sum_r B_r^T g_r. Each rank has one addend, so dL/dA is the sum over the
-   group. In attention and dense MLPs, under sequence parallelism, a rank takes A x of its own tokens and gathers that
-   (rank numbers a token, not hidden_size); the gather's backward pass adds up the addends and hands each rank those of
-   its tokens, and the sum over the group is one over tokens. Either way it is the sum over the group.
-3. The whole B of a row-parallel weight: u = sum_r A_r x_r, of which each rank has one addend, as it has of W x, and both
-   go into the same sum over ranks behind the product. g is whole there, so dL/dB is the sum over the group.
+2. The whole A of a column-parallel weight: B^T g = sum_r B_r^T g_r. Each rank has one addend, so dL/dA is the sum over
+   the group. In attention and dense MLPs, under sequence parallelism, a rank takes A x of its own tokens and gathers
+   that (rank numbers a token, not hidden_size); the gather's backward pass adds up the addends and hands each rank
+   those of its tokens, and the sum over the group is one over tokens. Either way it is the sum over the group.
+3. The whole B of a row-parallel weight: u = sum_r A_r x_r, of which each rank has one addend, as it has of W x, and
+   both go into the same sum over ranks behind the product. g is whole there, so dL/dB is the sum over the group.
 4. So the whole factor of either kind is summed over the group that divides its weight: tensor-parallel, which megatron
    does for parameters marked `sequence_parallel`; of routed experts expert-tensor-parallel, which `finish_gradients`
    does. dL/dx takes the way of the frozen product: both are this rank's addends.
 
-A begins as peft has it, uniform within 1 / sqrt(in), from the run's seed and the name of the weight, whatever the layout;
-B begins as zeros.
+A begins as peft has it, uniform within 1 / sqrt(in), from the run's seed and the name of the weight, whatever the
+layout; B begins as zeros.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.checkpoint.adapters import merge
@@ -89,15 +90,15 @@ class AdaptedLinear(torch.nn.Module):
         self.adapts, self.scale, self._is_gated = True, scale, is_gated
         name, axis = self.divided
         for factor in (self.lora_a, self.lora_b):
-            factor.allreduce = self.weight.allreduce  # type: ignore[attr-defined]
+            factor.allreduce = self.weight.allreduce
             if factor is getattr(self, name):
                 set_tensor_model_parallel_attributes(factor, is_parallel=True, dim=axis, stride=1)
                 continue
             # Of what all ranks have, the norm of gradients counts the first's.
-            factor.tensor_model_parallel = self.tp_group.rank() == 0  # type: ignore[attr-defined]
-            factor.sequence_parallel = not self.is_expert  # type: ignore[attr-defined]
-            factor.sum_over_experts_group = self.is_expert and self.tp_group.size() > 1  # type: ignore[attr-defined]
-        self.weight.merged = self.merged  # type: ignore[attr-defined]
+            factor.tensor_model_parallel = self.tp_group.rank() == 0
+            factor.sequence_parallel = not self.is_expert
+            factor.sum_over_experts_group = self.is_expert and self.tp_group.size() > 1
+        self.weight.merged = self.merged
 
     def merged(self) -> Tensor:
         """This rank's part of the weight that servers get: merged in fp32 and rounded once."""
@@ -126,27 +127,27 @@ class AdaptedLinear(torch.nn.Module):
 class AdaptedColumnLinear(AdaptedLinear, ColumnParallelLinear):
     divided = ("lora_b", 0)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        """input: this rank's tokens, or all of its group where they have come together already."""
-        output: Tensor = super()._forward_impl(input, weight, **options)
+    def _forward_impl(self, **options: Any) -> Tensor:
+        """options["input"]: this rank's tokens, or all of its group where they have come together already."""
+        output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
-        down = torch.nn.functional.linear(input, self.lora_a)
+        down = F.linear(options["input"], self.lora_a)
         if options["sequence_parallel"]:
             down = gather_from_sequence_parallel_region(down, tensor_parallel_output_grad=True, group=self.tp_group)
-        return torch.add(output, torch.nn.functional.linear(down, self.lora_b), alpha=self.scale)
+        return torch.add(output, F.linear(down, self.lora_b), alpha=self.scale)
 
 
 class AdaptedRowLinear(AdaptedLinear, RowParallelLinear):
     divided = ("lora_a", 1)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    def _forward_impl(self, **options: Any) -> Tensor:
         """This rank's addend of the product, which the caller adds up over the ranks."""
-        output: Tensor = super()._forward_impl(input, weight, **options)
+        output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
-        down = torch.nn.functional.linear(input, self.lora_a)
-        return torch.add(output, torch.nn.functional.linear(down, self.lora_b), alpha=self.scale)
+        down = F.linear(options["input"], self.lora_a)
+        return torch.add(output, F.linear(down, self.lora_b), alpha=self.scale)
 
 
 class AdaptedProvider(LocalSpecProvider):
@@ -219,11 +220,11 @@ def base_only(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def finish_gradients(chunks: Sequence[torch.nn.Module]) -> None:
-    """Collective, behind megatron's own reductions: sum over expert-tensor-parallel ranks what each has an addend of."""
+    """Collective, behind megatron's own reductions: sum over expert-tensor-parallel ranks what each has addends of."""
     factors = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_experts_group", False)]
     if not factors:
         return
-    gradients: list[Tensor] = [p.main_grad for p in factors]  # type: ignore[attr-defined]
+    gradients: list[Tensor] = [p.main_grad for p in factors]
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together, group=mpu.get_expert_tensor_parallel_group())
     for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):

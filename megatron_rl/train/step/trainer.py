@@ -140,8 +140,8 @@ class Trainer:
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
-        """Remember the present weights, off the device, as the reference policy of the KL term. Of a model with adapters
-        it is the frozen weights, which are there."""
+        """Remember the present weights, off the device, as the reference policy of the KL term. Of a model with
+        adapters it is the frozen weights, which are there."""
         self._has_reference = True
         if self.model.lora is not None:
             return
