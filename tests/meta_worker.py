@@ -210,19 +210,20 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     batches of one sequence each (`passes`).
 
     shape: `path`, of a config.json, and what is other than in it. case: `num_tokens` of a micro-batch, and keys of the
-    configuration's model section.
+    configuration's model section, and `lora`, that section.
     """
-    num_tokens = case.pop("num_tokens")
+    num_tokens, lora = case.pop("num_tokens"), case.pop("lora", None)
     config = SftConfig.model_validate(
         {
             "run_dir": "unused",
             "model": {"path": "unused", "dtype": "bfloat16", **case},
             "train": {"steps": 1, "micro_batch_tokens": num_tokens},
             "data": {"train": "unused", "batch_tokens": 1},
+            "lora": lora,
         }
     )
     architecture = read_architecture(Path(shape.pop("path"))).model_copy(update=shape)
-    model = build.build_model(architecture, config.model, config.moe, ALONE)
+    model = build.build_model(architecture, config.model, config.moe, ALONE, lora=config.lora)
     trainer = Trainer(model, config.optimizer, 10, dist.new_group(backend="gloo"))
     sequence = TrainSequence(
         token_ids=np.arange(num_tokens, dtype=np.int32) % architecture.vocab_size,
@@ -238,7 +239,8 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     adam_of = {p: adam for adam in adams for group in adam.param_groups for p in group["params"]}
     for p in model.parameters():
         memory.add(p)
-        memory.add(p.main_grad)
+        if p.requires_grad:
+            memory.add(p.main_grad)
     for p in adam_of:
         memory.add(p)
     weights = memory.now

@@ -145,7 +145,7 @@ def fill_factors(context: TrainContext) -> None:
         for name, p in context.model.parameters_by_canonical_name().items():
             if name in table:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                p.copy_(local_shard(table[name], 0.2 * torch.randn(table[name].shape, generator=generator)))
+                p.copy_(local_shard(table[name], 0.05 * torch.randn(table[name].shape, generator=generator)))
     context.trainer.optimizer.reload_model_params()
 
 

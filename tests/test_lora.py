@@ -1,7 +1,8 @@
-"""Adapters: every layout has the gradient of one process, peft's on transformers' class is the same, and checkpoints."""
+"""Adapters: every layout has the gradient of one process, as has peft on transformers' class; and checkpoints."""
 
 import json
 import random
+import shutil
 import sys
 import zlib
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from megatron_rl.model.logprobs import logprobs_and_entropy
 
 ROOT = Path(__file__).parents[1]
 LORA = {"rank": 4, "alpha": 8.0}
+# An epsilon far above gradients: Adam's step is then about linear in them, and does not blow up their rounding.
+STEADY = {"lora": LORA, "whole_gradients": False, "optimizer": {"epsilon": 1.0}}
 # In the last but one four ranks divide experts twice: into groups, and each expert over two ranks.
 OF_ADAPTERS = {name: LAYOUTS[name] for name in ("DP2", "TP2", "TP2-ETP2", "TP2-EP2", "PP2", "CP2-EP2")} | {
     "TP2xDP2-EP2xETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
@@ -89,7 +92,7 @@ def given_factors(model: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name, entry in adapter_table(load_architecture(model), LoraSection(**LORA)).items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        whole = 0.2 * torch.randn(entry.shape, generator=generator)
+        whole = 0.05 * torch.randn(entry.shape, generator=generator)
         found |= dict(zip(entry.hf, entry.layout.split(whole), strict=True))
     return found
 
@@ -135,16 +138,14 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_peft_on_transformers(case
 
 @pytest.fixture(scope="module")
 def alone_in_fp32(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    spec = make_spec(model, lora=LORA, whole_gradients=False, steps=2)
+    spec = make_spec(model, **STEADY, steps=2)
     return run_ranks(1, spec, tmp_path_factory.mktemp("alone") / "run")
 
 
 def test_grouped_experts_with_recomputation_train_what_sequential_ones_do(
     model: Path, alone_in_fp32: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    spec = make_spec(
-        model, lora=LORA, whole_gradients=False, steps=2, experts="grouped", recompute="full", parallel={"pipeline": 2}
-    )
+    spec = make_spec(model, **STEADY, steps=2, experts="grouped", recompute="full", parallel={"pipeline": 2})
     found = run_ranks(2, spec, tmp_path / "run")
     for prefix in ("logprobs/", "factor/", "weight/"):
         assert worst(found, alone_in_fp32, prefix) < (1e-4, ""), prefix
@@ -183,7 +184,7 @@ def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A checkpoint of two ranks that divide every weight, after a step; and what they had then."""
     folder = tmp_path_factory.mktemp("saved")
     parallel = {"tensor": 2, "expert_tensor": 2}
-    spec = make_spec(model, lora=LORA, whole_gradients=False, parallel=parallel, save_to=str(folder / "checkpoints"))
+    spec = make_spec(model, **STEADY, parallel=parallel, save_to=str(folder / "checkpoints"))
     return folder / "checkpoints/step_1", run_ranks(2, spec, folder / "run")
 
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     num_bytes = sum(file.stat().st_size for file in (checkpoint / "megatron").glob("*.distcp"))
     assert 16 * numbers < num_bytes < 16 * numbers + 1e6  # each with fp32 weights and Adam's two moments
     assert num_bytes < 16 * architecture.num_parameters() / 2
-    spec = make_spec(model, lora=LORA, whole_gradients=False, parallel={"expert": 2}, resume_from=str(checkpoint))
+    spec = make_spec(model, **STEADY, parallel={"expert": 2}, resume_from=str(checkpoint))
     found = run_ranks(2, spec, tmp_path / "run")
     assert worst(found, alone_in_fp32, "factor/") < (1e-4, "")
     assert worst(found, alone_in_fp32, "weight/") < (1e-4, "")
@@ -227,10 +228,7 @@ def test_frozen_weights_that_are_gone_or_others_are_told(
     assert note is not None
     assert (note.base, note.lora) == (model, LoraSection(**LORA))
     other = write_tiny_model(tmp_path / "other", seed=1, **SHAPE)
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("config.json", "megatron"):
-        (copy / name).symlink_to(checkpoint / name)
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
     for base, message in ((tmp_path / "gone", "which is no folder here"), (other, "other weights than those at")):
         (copy / "lora.json").write_text(note.model_copy(update={"base": base}).text())
         with pytest.raises(ValueError, match=message):
@@ -278,8 +276,8 @@ def test_peft_loads_the_exported_adapters_with_the_logits_of_the_merged_model(tm
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
         found = transformers_logprobs(adapted, ids)
         expected = transformers_logprobs(transformers_model(tmp_path / "hf"), ids)
-    assert (found - expected).abs().max() < 1e-5
-    assert (found - before).abs().max() > 0.1
+    assert (found - expected).abs().max() < 5e-5
+    assert (found - before).abs().max() > 0.01
     with pytest.raises(ValueError, match="holds weights and no adapters"):
         write_peft(folder, tmp_path / "none")
 

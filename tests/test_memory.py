@@ -145,6 +145,23 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
         assert found["passes"] == pytest.approx(found["planned_passes"], rel=0.05), case
 
 
+def test_the_memory_of_a_gpu_with_adapters_is_planned_within_a_twentieth() -> None:
+    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": [0]}
+    lora = {"rank": 32}
+    cases = [
+        {"num_tokens": 8192, "lora": lora},
+        {"num_tokens": 8192, "lora": lora, "recompute": "full"},
+        {"num_tokens": 4096, "lora": lora, "recompute": "selective"},
+        {"num_tokens": 8192, "lora": lora | {"targets": ["attention"]}},
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *cases])]
+    done = forked.run(command, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, found in zip(cases, json.loads(done.stdout), strict=True):
+        assert found["state"] == found["planned_state"]
+        assert found["passes"] == pytest.approx(found["planned_passes"], rel=0.05), case
+
+
 def test_attention_without_the_flash_kernel_keeps_its_output_twice(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, **SHAPE)
     architecture = load_architecture(tmp_path)

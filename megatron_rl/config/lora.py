@@ -51,6 +51,43 @@ class LoraSection(Section):
             present.add("mlp")
         return present & set(self.targets)
 
+    def layer_parameters(self, architecture: Architecture, layout: Layout, layer: int) -> tuple[int, int]:
+        """Count what one rank has of a layer's adapters: outside of routed experts, and in them.
+
+        Of a weight [out, in], cut into n parts, it has rank (in + out / n) where its rows are cut, else
+        rank (in / n + out).
+        """
+        h, t, e = architecture.hidden_size, layout.tensor, layout.expert_tensor
+        q = architecture.num_attention_heads * architecture.head_dim
+        k = architecture.num_key_value_heads * architecture.head_dim
+        moe = architecture.moe_intermediate_size // e
+        experts = architecture.num_experts // layout.expert
+        numbers = {
+            "attention": h + (q + 2 * k) // t + q // t + h,
+            "mlp": 2 * h + 3 * architecture.intermediate_size // t,
+            "shared_experts": 2 * h + 3 * architecture.shared_intermediate_size // t,
+            "experts": experts * (2 * h + 3 * moe),
+        }
+        found = {target: self.rank * numbers[target] for target in self.targets_of_layer(architecture, layer)}
+        routed = found.pop("experts", 0)
+        return sum(found.values()), routed
+
+    def num_parameters(self, architecture: Architecture) -> int:
+        """Count the parameters of all adapters of a model."""
+        alone = Layout(world_size=1)
+        return sum(
+            sum(self.layer_parameters(architecture, alone, layer)) for layer in range(architecture.num_hidden_layers)
+        )
+
+    def num_active_parameters(self, architecture: Architecture) -> int:
+        """Count the parameters of the adapters that a token passes through."""
+        alone, active = Layout(world_size=1), 0.0
+        for layer in range(architecture.num_hidden_layers):
+            dense, routed = self.layer_parameters(architecture, alone, layer)
+            share = architecture.num_experts_per_tok / architecture.num_experts if routed else 0.0
+            active += dense + routed * share
+        return round(active)
+
 
 def lora_problems(lora: LoraSection, model: ModelSection, architecture: Architecture, layout: Layout) -> Iterator[str]:
     """Tell what adapters cannot do with this model and these settings, each with its remedy."""

@@ -217,7 +217,8 @@ class Cluster:
 
 
 def forward_passes(config: RlConfig) -> float:
-    """What training a token costs, in forward passes, over all passes over its rollout: a backward pass is two,
+    """What training a token costs, in forward passes, over all passes over its rollout: a backward pass is two, of
+    frozen weights one (adapters are too few to count),
     recomputation is one more, and so is each of the reference's log-probs and the trainer's own old ones (of all but
     the first optimizer step). Of selective recomputation only that of the experts counts, as a whole forward pass, of
     which they are the most."""
@@ -225,4 +226,5 @@ def forward_passes(config: RlConfig) -> float:
     later = 1.0 - 1.0 / algorithm.optimizer_steps_of_phase if algorithm.trains_on_own_old_logprobs else 0.0
     model = config.model
     recomputes = model.recompute == "full" or (model.recompute == "selective" and "moe" in model.recompute_modules)
-    return algorithm.passes_per_rollout * (3.0 + recomputes + bool(algorithm.kl_coefficient) + later)
+    trained = 3.0 if config.lora is None else 2.0
+    return algorithm.passes_per_rollout * (trained + recomputes + bool(algorithm.kl_coefficient) + later)
