@@ -141,12 +141,12 @@ def own_routing(context: TrainContext, sequences: list[TrainSequence], calls: Ro
 def fill_factors(context: TrainContext) -> None:
     """With what says which factor it is, whatever the layout: B begins as zeros, and A would have no gradient."""
     table = adapter_table(context.architecture, context.config.lora)
-    with torch.no_grad():
+    with torch.no_grad(), context.trainer.offloader.for_loading():
         for name, p in context.model.parameters_by_canonical_name().items():
             if name in table:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 p.copy_(local_shard(table[name], 0.05 * torch.randn(table[name].shape, generator=generator)))
-    context.trainer.optimizer.reload_model_params()
+        context.trainer.optimizer.reload_model_params()
 
 
 def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

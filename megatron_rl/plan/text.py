@@ -34,6 +34,9 @@ def _model(plan: dict[str, Any]) -> Iterator[str]:
     yield f"{model['parameters']:,} parameters, {model['active_parameters']:,} of them active"
     if "shape" in plan:
         yield f"by {plan['shape']}, since the model is not there yet"
+    if "lora" in plan:
+        lora = plan["lora"]
+        yield f"all of them frozen, beside {lora['parameters']:,} in adapters of rank {lora['rank']} ({', '.join(lora['targets'])})"
 
 
 def _topology(plan: dict[str, Any]) -> Iterator[str]:
