@@ -98,6 +98,8 @@ def lora_problems(lora: LoraSection, model: ModelSection, architecture: Architec
             f"model.expert_weight_gradient = '{model.expert_weight_gradient}' is about gradients that frozen experts "
             "do not have; leave it out, or take [lora] out"
         )
+    if not 0 < layout.pipeline * layout.virtual_pipeline <= architecture.num_hidden_layers:
+        return  # which is refused by itself
     first = 0
     for stage, size in enumerate(layout.layers_per_stage(architecture.num_hidden_layers)):
         if not any(lora.targets_of_layer(architecture, layer) for layer in range(first, first + size)):

@@ -36,7 +36,8 @@ def _model(plan: dict[str, Any]) -> Iterator[str]:
         yield f"by {plan['shape']}, since the model is not there yet"
     if "lora" in plan:
         lora = plan["lora"]
-        yield f"all of them frozen, beside {lora['parameters']:,} in adapters of rank {lora['rank']} ({', '.join(lora['targets'])})"
+        where = ", ".join(lora["targets"])
+        yield f"all of them frozen, beside {lora['parameters']:,} in adapters of rank {lora['rank']} ({where})"
 
 
 def _topology(plan: dict[str, Any]) -> Iterator[str]:
