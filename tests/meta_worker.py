@@ -39,7 +39,7 @@ from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.families import read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
-from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
+from megatron_rl.model import build, experts, kernels, layers, logprobs, megatron_config  # noqa: E402
 from megatron_rl.model.backends import Installed  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
@@ -106,7 +106,7 @@ def stand_in() -> None:
     build.installed = lambda: Installed(compute_capability=(9, 0), flash_attn_4=True, quack=True)
     kernels.flash_attention_4 = lambda: _flash_attention_4
     kernels.quack_add_product = lambda: _add_product
-    build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
+    build.device = megatron_config.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
     logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
     logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
     layers._rotate_both = lambda q, k, cos, sin: (_Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin))

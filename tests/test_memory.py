@@ -19,7 +19,7 @@ from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.families import Rotary, load_architecture
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
-from megatron_rl.model import build
+from megatron_rl.model import build, megatron_config
 from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.rotary import frequencies
@@ -110,7 +110,9 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
 def test_what_a_layer_keeps_without_flash_attention(
     dense: bool, model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "device", SimpleNamespace(**vars(device) | {"on_cuda": lambda: True}))  # fused SwiGLU
+    on_cuda = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})  # fused SwiGLU
+    for module in (build, megatron_config):
+        monkeypatch.setattr(module, "device", on_cuda)
     model |= {"experts": "grouped"}
     one, two = (kept_and_planned(tmp_path / str(n), 2 + n, 1 + n * dense, model) for n in (0, 1))
     kept, planned = (b - a for a, b in zip(one, two, strict=True))
