@@ -376,8 +376,8 @@ class AdaptedWeights:
         output = self._base.product(x, ends)
         if not self._linear.adapts:
             return output
-        up = self._b.product(self._a.product(x, ends), ends)
-        return torch.add(output, up, alpha=self._linear.scale)
+        down = self._a.product(x, ends) * self._linear.scale
+        return output + self._b.product(down, ends)
 
 
 class _Product(torch.autograd.Function):

@@ -100,6 +100,10 @@ class AdaptedLinear(torch.nn.Module):
             factor.sum_over_experts_group = self.is_expert and self.tp_group.size() > 1
         self.weight.merged = self.merged
 
+    def _down(self, x: Tensor) -> Tensor:
+        """scale * A x. The factor counts where tensors are narrow: behind B its backward pass would copy a wide one."""
+        return F.linear(x, self.lora_a) * self.scale
+
     def merged(self) -> Tensor:
         """This rank's part of the weight that servers get: merged in fp32 and rounded once."""
         return merge(self.weight.detach(), self.lora_a.detach(), self.lora_b.detach(), self.scale)
@@ -132,10 +136,10 @@ class AdaptedColumnLinear(AdaptedLinear, ColumnParallelLinear):
         output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
-        down = F.linear(options["input"], self.lora_a)
+        down = self._down(options["input"])
         if options["sequence_parallel"]:
             down = gather_from_sequence_parallel_region(down, tensor_parallel_output_grad=True, group=self.tp_group)
-        return torch.add(output, F.linear(down, self.lora_b), alpha=self.scale)
+        return output + F.linear(down, self.lora_b)
 
 
 class AdaptedRowLinear(AdaptedLinear, RowParallelLinear):
@@ -146,8 +150,8 @@ class AdaptedRowLinear(AdaptedLinear, RowParallelLinear):
         output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
-        down = F.linear(options["input"], self.lora_a)
-        return torch.add(output, F.linear(down, self.lora_b), alpha=self.scale)
+        down = self._down(options["input"])
+        return output + F.linear(down, self.lora_b)
 
 
 class AdaptedProvider(LocalSpecProvider):
