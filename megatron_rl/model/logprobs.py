@@ -108,7 +108,9 @@ class _FusedHead(torch.autograd.Function):
         chunks = _chunks(len(hidden), ctx.limit, ctx.size)
         logits = _buffer(chunks, hidden, ctx.size, wide)
         per_token = [local, log_sum_exp, entropy, grad_logprob, grad_entropy]
+        dz: Tensor | None
         for part in chunks:
+            dz = None  # that of the chunk before need not be there beside this one's
             h = _operand(hidden[part])
             z = _logits(h, rows, ctx.logit_dtype, out=logits[: len(h)])
             of_chunk = [None if x is None else x[part] for x in per_token]
