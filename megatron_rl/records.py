@@ -1,9 +1,9 @@
 """The records that cross the boundaries of the package: frozen, keyword-only, without torch.
 
 Vocabulary: a *prompt* is sampled K times into a *group* of *responses*; a scored response becomes a *sample* once it
-has a reward and an advantage. A response may be sampled in parts, over several phases; until it ends it is
-*unfinished*. A *plan* says which samples a train phase uses, how many of each response's tokens carry loss, and where
-they run.
+has a reward and an advantage. An agent's response is a *trajectory*: many turns, in one *segment* or several. A
+response may be sampled in parts, over several phases; until it ends it is *unfinished*. A *plan* says which samples a
+train phase uses, how many of each response's tokens carry loss, and where they run (docs/agents.md, "What is trained").
 """
 
 from collections.abc import Mapping
@@ -13,47 +13,122 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
-    """One sampled continuation of a prompt.
+class Segment:
+    """One sequence of a response: a prompt and what follows it, some of which the policy may not have sampled.
 
-    prompt_id: the prompt's position in the data, unique in a run.
-    sample_index: 0..K-1 within the group.
-    prompt_ids: int32 [prompt_tokens].
+    Policy tokens are those that the policy sampled. Others of an agent's turns are a tool's results, the user's next
+    message, and what the chat template writes around them.
+
+    prompt_ids: int32 [prompt_tokens], at least one.
     output_ids: int32 [output_tokens], the end-of-sequence token included when it was generated.
-    rollout_logprobs: float32 [output_tokens], log-probabilities under the sampling policy at the sampling temperature.
-    policy_versions: int32 [output_tokens], the weights that sampled each token; never decreasing.
-    finish_reason: "stop" or "length"; "" while it is unfinished.
+    rollout_logprobs: float32 [policy_tokens], log-probabilities under the sampling policy at the sampling temperature.
+    policy_versions: int32 [policy_tokens], the weights that sampled each token; never decreasing.
+    turns: int32 [turns, 2], where in `output_ids` the policy tokens of each request begin and end, in order; None where
+        all of them were sampled in one.
     routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
-        position but the last, 0 in dense layers; None where it was not asked for them, and while it is unfinished. A
-        response that went on under new weights has those of the new ones throughout: its tokens so far were put through
-        them again.
-    text: what rewards judge and files of responses show; None where nobody has decoded it. Journals and checkpoints do
-        not keep it.
+        position but the last, 0 in dense layers; None where it was not asked for them, and while the response is
+        unfinished. What went on under new weights has those of the new ones throughout: its tokens so far were put
+        through them again.
     """
 
-    prompt_id: int
-    sample_index: int
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     rollout_logprobs: np.ndarray
     policy_versions: np.ndarray
-    finish_reason: str
+    turns: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.output_ids)
+        if self.turns is not None:
+            bounds = np.concatenate([[0], self.turns.ravel(), [count]])
+            assert (np.diff(bounds) >= 0).all() and (self.turns[:, 0] < self.turns[:, 1]).all(), self.turns.tolist()
+            count = int((self.turns[:, 1] - self.turns[:, 0]).sum())
+        found = len(self.rollout_logprobs), len(self.policy_versions)
+        assert found == (count, count), f"{count} policy tokens have {found} log-probs and versions"
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return len(self.rollout_logprobs)
+
+    @property
+    def num_turns(self) -> int:
+        return 1 if self.turns is None else len(self.turns)
+
+    @property
+    def policy_mask(self) -> np.ndarray:
+        """bool [output_tokens], True at policy tokens."""
+        mask = np.full(len(self.output_ids), self.turns is None)
+        for start, stop in () if self.turns is None else self.turns.tolist():
+            mask[start:stop] = True
+        return mask
+
+    def num_output_tokens_up_to(self, num_policy_tokens: int) -> int:
+        """Count the output tokens up to and with the policy token of that number, from 1; 0 for 0."""
+        if self.turns is None or not num_policy_tokens:
+            return num_policy_tokens
+        ends = np.cumsum(self.turns[:, 1] - self.turns[:, 0])
+        turn = int(np.searchsorted(ends, num_policy_tokens))
+        return int(self.turns[turn, 1] - (ends[turn] - num_policy_tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One answer to a prompt: a continuation, or the trajectory of an agent over many turns.
+
+    prompt_id: the prompt's position in the data, unique in a run.
+    sample_index: 0..K-1 within the group.
+    segments: its sequences, in order. A trajectory has several where its history did not go on as it was sampled (a
+        chat template that strips thinking, an agent that changes what was said), and none where the agent asked the
+        policy nothing. A policy token is in the output of one of them, and may come again in later prompts.
+    finish_reason: "stop" or "length"; an agent's may end otherwise. "" while it is unfinished.
+    text: what rewards judge and files of responses show; None where nobody has decoded it. Journals and checkpoints
+        keep that of trajectories alone.
+    """
+
+    prompt_id: int
+    sample_index: int
+    segments: tuple[Segment, ...]
+    finish_reason: str
     text: str | None = None
 
     @property
-    def num_output_tokens(self) -> int:
-        return len(self.output_ids)
+    def is_plain(self) -> bool:
+        """Whether it is one continuation of one prompt, and no trajectory."""
+        return len(self.segments) == 1 and self.segments[0].turns is None
 
     @property
-    def policy_version(self) -> int:
-        """The weights that sampled its last token."""
-        return int(self.policy_versions[-1])
+    def num_policy_tokens(self) -> int:
+        """What budgets count."""
+        return sum(segment.num_policy_tokens for segment in self.segments)
+
+    @property
+    def num_masked_tokens(self) -> int:
+        """Output tokens that the policy did not sample."""
+        return sum(len(segment.output_ids) - segment.num_policy_tokens for segment in self.segments)
+
+    @property
+    def num_turns(self) -> int:
+        return sum(segment.num_turns for segment in self.segments)
+
+    @property
+    def rollout_logprobs(self) -> np.ndarray:
+        """float32 [policy_tokens], of all segments."""
+        return _joined([segment.rollout_logprobs for segment in self.segments], np.float32)
+
+    @property
+    def policy_versions(self) -> np.ndarray:
+        """int32 [policy_tokens], of all segments."""
+        return _joined([segment.policy_versions for segment in self.segments], np.int32)
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, dtype), *parts])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A response with its verdict.
+    """A response with its verdict. A trajectory of several segments has one reward and one advantage.
 
     reward: in the task's units (0 or 1 for verifiable tasks). reason, details, parts: see reward/verdict.py.
     """
@@ -91,32 +166,40 @@ class UnfinishedGroup:
     retention: int
 
     @property
-    def num_output_tokens(self) -> int:
-        return sum(response.num_output_tokens for response in self.responses)
+    def num_policy_tokens(self) -> int:
+        return sum(response.num_policy_tokens for response in self.responses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
-    """One sample's part in an optimizer step.
+    """One sequence's part in an optimizer step: a segment of a sample.
 
-    index: position in the step's sample list (the store on rank 0).
-    num_prompt_tokens, num_loss_tokens: the sequence that is forwarded is the prompt and the first `num_loss_tokens`
-        tokens of the response; what was cut behind them influences nothing before it.
-    loss_scale: multiplies every loss token of this sample: 1 for C3PO, 1 / output_tokens for GRPO's per-sequence mean,
-        0 where it is masked.
+    index: the sample's position in the step's sample list (the store on rank 0). segment: which one of its segments.
+    num_prompt_tokens, num_output_tokens: the sequence that is forwarded is the prompt and the first `num_output_tokens`
+        tokens of the output, the last of which carries loss; what was cut behind it influences nothing before it.
+    num_loss_tokens: so many of these output tokens carry loss: the policy's.
+    loss_scale: multiplies every loss token of this sequence: 1 for C3PO, 1 / policy tokens for GRPO's mean, 0 where it
+        is masked; see c3po/algorithms.py.
     num_stale_tokens: so many of its first loss tokens were sampled by weights older than those that this optimizer step
         starts from; the others by these.
     """
 
     index: int
+    segment: int = 0
     num_prompt_tokens: int
+    num_output_tokens: int
     num_loss_tokens: int
     loss_scale: float
     num_stale_tokens: int
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_loss_tokens
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether output tokens without loss lie between those with loss."""
+        return self.num_loss_tokens < self.num_output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from host_waits import host_waits
+from reference import loss_positions, rows_by_sample
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,16 +47,19 @@ TRACED_AS = 100  # the first sequence, and so on
 
 
 def sequences_from(spec: dict) -> list[TrainSequence]:
+    samples = {row: rows for rows in rows_by_sample(spec).values() for row in rows}
+    counts = [len(loss_positions(row)) for row in spec["sequences"]]
     return [
         TrainSequence(
             token_ids=np.array(row["token_ids"], np.int32),
-            loss_positions=np.arange(row["num_prompt_tokens"], len(row["token_ids"]), dtype=np.int32),
+            loss_positions=np.array(loss_positions(row), np.int32),
             weight=1.0,
             advantage=row["advantage"],
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
             num_stale_tokens=row["num_stale_tokens"],
             routed_experts=np.array(row["routed_experts"], np.uint8) if "routed_experts" in row else None,
-            traced_as=TRACED_AS + i if i in spec.get("traced", ()) else None,
+            traced_as=TRACED_AS + samples[i][0] if samples[i][0] in spec.get("traced", ()) else None,
+            traced_from=sum(counts[other] for other in samples[i] if other < i),
         )
         for i, row in enumerate(spec["sequences"])
     ]
@@ -328,12 +332,13 @@ def main(folder: Path) -> None:
     for number, options in enumerate(spec["algorithms"]):
         section = AlgorithmSection(**options)
         objective = PolicyObjective(section, context.context_parallel_group)
-        weights, denominator = normalise(
+        by_sample, denominator = normalise(
             chosen_algorithm(section).normalisation,
-            [len(s.loss_positions) for s in sequences],
+            [[len(sequences[i].loss_positions) for i in rows] for rows in rows_by_sample(spec).values()],
             budget=spec["budget"],
             max_response_tokens=64,
         )
+        weights = [weight for of_sample in by_sample for weight in of_sample]  # a sample's sequences are neighbours
         batches = context.trainer.prefetch(
             [[dataclasses.replace(sequences[i], weight=weights[i]) for i in bin_] for bin_ in mine]
         )

@@ -1,18 +1,19 @@
 """Rank 0 without servers and without a model: a source of groups that a test fills, and a context of one process."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+from samples import make_segment, make_trajectory
 
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
+from megatron_rl.records import Group, UnfinishedGroup
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.step.trainer import StepResult
 
@@ -44,21 +45,10 @@ def config_of(folder: Path, *changes: str) -> RlConfig:
 
 def group(position: int, lengths: Sequence[int], version: int = 0, rewards: Sequence[float] = (1.0, 0.0)) -> Group:
     """A scored group whose responses have these numbers of tokens."""
-    responses = [
-        Response(
-            prompt_id=position,
-            sample_index=index,
-            prompt_ids=np.arange(3, dtype=np.int32),
-            output_ids=np.arange(length, dtype=np.int32),
-            rollout_logprobs=np.zeros(length, np.float32),
-            policy_versions=np.full(length, version, np.int32),
-            finish_reason="stop",
-        )
-        for index, length in enumerate(lengths)
-    ]
+    segments = [make_segment(length, version, num_prompt_tokens=3) for length in lengths]
     samples = (
-        Sample(response=response, reward=reward, reason="correct" if reward else "wrong", advantage=reward - 0.5)
-        for response, reward in zip(responses, rewards, strict=True)
+        replace(make_trajectory(position, index, [segment], reward), advantage=reward - 0.5)
+        for index, (segment, reward) in enumerate(zip(segments, rewards, strict=True))
     )
     return Group(prompt_id=position, samples=tuple(samples))
 
@@ -114,11 +104,13 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
     """What the orchestrator uses of a context."""
     return SimpleNamespace(
         control=control,
+        resume=True,
         layout=Layout(world_size=1),
         architecture=None,
         watchdog=SimpleNamespace(enter=lambda phase, step: None),
         checkpoints=SimpleNamespace(latest=latest, num_failed_saves=0),
         memory_metrics=dict,
+        accept=lambda step: None,
         model=SimpleNamespace(gather_weights=lambda: None),
         trainer=None,
     )

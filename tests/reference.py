@@ -155,11 +155,24 @@ def _choose(config: dict[str, Any], scores: Tensor, bias: Tensor | None) -> list
 
 
 def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of the tokens behind the prompt, [m] each."""
-    ids, start = row["token_ids"], row["num_prompt_tokens"]
+    """Of the tokens behind the prompt, or of those at "loss_positions", [m] each."""
+    ids = row["token_ids"]
+    at = loss_positions(row)
     logits = forward(config, w, ids, routed=row.get("routed_experts"))
-    logp = logits.log_softmax(-1)[start - 1 : len(ids) - 1]
-    return logp[range(len(logp)), ids[start:]], -(logp.exp() * logp).sum(-1)
+    logp = logits.log_softmax(-1)[[position - 1 for position in at]]
+    return logp[range(len(at)), [ids[position] for position in at]], -(logp.exp() * logp).sum(-1)
+
+
+def loss_positions(row: dict[str, Any]) -> list[int]:
+    return list(row.get("loss_positions", range(row["num_prompt_tokens"], len(row["token_ids"]))))
+
+
+def rows_by_sample(spec: dict[str, Any]) -> dict[int, list[int]]:
+    """Which sequences are segments of one sample, by the first of them; others are samples of their own."""
+    found: dict[int, list[int]] = {}
+    for i, row in enumerate(spec["sequences"]):
+        found.setdefault(row.get("sample", i), []).append(i)
+    return found
 
 
 def policy_loss(
@@ -168,7 +181,8 @@ def policy_loss(
     """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself.
 
     The present weights are `reference_scale` times `w`. The old log-probs of a response's stale tokens are those
-    that were recorded, of the others the present ones.
+    that were recorded, of the others the present ones. A sample of several sequences has the mean over them of each
+    one's mean (GRPO) or ratio's term (GSPO).
     """
     present = {name: t * spec.get("reference_scale", 1.0) for name, t in w.items()}
     responses = []
@@ -185,7 +199,8 @@ def policy_loss(
         responses.append(-torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage) + extra)
     if algorithm["name"] == "c3po":
         return torch.stack([r.sum() for r in responses]).sum() / spec["budget"]
-    return torch.stack([r.mean() for r in responses]).mean()
+    means = [torch.stack([responses[i].mean() for i in rows]).mean() for rows in rows_by_sample(spec).values()]
+    return torch.stack(means).mean()
 
 
 def router_losses(

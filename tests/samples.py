@@ -1,24 +1,37 @@
 """Scored samples, and plans over them, for tests of what plans and of what uses a plan."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.c3po.plan import PlanRules, Schedule, schedule
-from megatron_rl.records import Group, Response, Sample
+from megatron_rl.records import Group, Response, Sample, Segment
 
 
 def make_sample(prompt_id: int, index: int, length: int, version: int = 3, reward: float = 1.0) -> Sample:
-    response = Response(
-        prompt_id=prompt_id,
-        sample_index=index,
-        prompt_ids=np.arange(4, dtype=np.int32),
-        output_ids=np.arange(length, dtype=np.int32),
-        rollout_logprobs=np.zeros(length, np.float32),
-        policy_versions=np.full(length, version, np.int32),
-        finish_reason="stop",
-    )
+    """A continuation of `length` tokens."""
+    return make_trajectory(prompt_id, index, [make_segment(length, version)], reward)
+
+
+def make_trajectory(prompt_id: int, index: int, segments: Sequence[Segment], reward: float = 1.0) -> Sample:
+    response = Response(prompt_id=prompt_id, sample_index=index, segments=tuple(segments), finish_reason="stop")
     return Sample(response=response, reward=reward, reason="correct" if reward else "wrong", advantage=0.5)
+
+
+def make_segment(
+    length: int, version: int = 3, turns: Sequence[tuple[int, int]] | None = None, num_prompt_tokens: int = 4
+) -> Segment:
+    """`length` output tokens, of which the policy sampled those of `turns`, or all."""
+    count = length if turns is None else sum(stop - start for start, stop in turns)
+    return Segment(
+        prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),
+        output_ids=np.arange(length, dtype=np.int32),
+        rollout_logprobs=np.zeros(count, np.float32),
+        policy_versions=np.full(count, version, np.int32),
+        turns=None if turns is None else np.array(turns, np.int32).reshape(-1, 2),
+    )
 
 
 def make_schedule(

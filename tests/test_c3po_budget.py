@@ -291,7 +291,7 @@ def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
                 ]
 
             found = asyncio.run(fill_in_waves(wave, 4, need, lambda _: dice.random() >= filtered, 1000))
-            fresh += [(need.domain, s.response.num_output_tokens) for group in found.kept for s in group.samples]
+            fresh += [(need.domain, s.response.num_policy_tokens) for group in found.kept for s in group.samples]
         per_prompt = {need.domain: need.per_prompt for need in needs}
         candidates = [*carried, *fresh]
         order = selection_order(len(carried), [2] * (len(fresh) // 2), seed)

@@ -48,19 +48,22 @@ def test_the_overlong_penalty_grows_over_the_buffer(length: int, penalty: float)
 
 
 def test_each_normalisation_divides_as_its_paper_does() -> None:
-    lengths = [10, 30]
+    lengths = [[10], [4, 26]]  # the second is a trajectory of two segments
     sizes = {"budget": 25, "max_response_tokens": 64}
-    losses = {i: [float(i + 1)] * n for i, n in enumerate(lengths)}  # every token of response i loses i + 1
+    losses = {10: 1.0, 4: 2.0, 26: 5.0}  # of every token of the segment of that length
 
     def total(kind: str) -> float:
-        weights, denominator = normalise(kind, lengths, budget=25, max_response_tokens=64)
-        return sum(w * sum(losses[i]) for i, w in enumerate(weights)) / denominator
+        weights, denominator = normalise(kind, lengths, **sizes)
+        segments = [pair for of_sample in zip(weights, lengths, strict=True) for pair in zip(*of_sample, strict=True)]
+        return sum(w * n * losses[n] for w, n in segments) / denominator
 
-    assert total("budget") == (10 * 1 + 30 * 2) / sizes["budget"]
-    assert total("sequence") == pytest.approx((1 + 2) / 2)  # mean of the responses' token means
-    assert total("token") == (10 * 1 + 30 * 2) / 40
-    assert total("constant") == (10 * 1 + 30 * 2) / (2 * sizes["max_response_tokens"])
-    assert total("sample") == (10 * 1 + 30 * 2) / 2
+    whole = 10 * 1 + 4 * 2 + 26 * 5
+    assert total("budget") == whole / sizes["budget"]
+    assert total("sequence") == pytest.approx((1 + (2 + 5) / 2) / 2)  # mean of the responses' means of segments' means
+    assert total("token") == whole / 40
+    assert total("constant") == whole / (2 * sizes["max_response_tokens"])
+    assert total("sample") == whole / 2
+    assert normalise("sequence", [[10], [30]], **sizes) == ([[1 / 10], [1 / 30]], 2.0)
     assert normalise("token", [], budget=1, max_response_tokens=1) == ([], 1.0)
 
 

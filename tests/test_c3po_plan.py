@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import make_sample, make_schedule
+from samples import make_sample, make_schedule, make_segment, make_trajectory
 
 from megatron_rl.c3po.algorithms import ALGORITHMS
 from megatron_rl.records import Group
@@ -35,7 +35,7 @@ def test_samples_are_conserved_and_the_budget_is_exact(lengths: list[list[int]],
     placed = sorted(i for rank in step.micro_batches for bin_ in rank for i in bin_)
     assert placed == list(range(len(step.selected)))
     for selected in step.selected:
-        is_old = result.samples[selected.index].response.policy_version < 3
+        is_old = result.samples[selected.index].response.policy_versions[-1] < 3
         assert selected.num_stale_tokens == (selected.num_loss_tokens if is_old else 0)
     # the plan does not depend on the order in which groups arrived
     assert make_schedule(groups[::-1], old, seed=seed).plan == result.plan
@@ -60,9 +60,8 @@ def test_the_samples_of_a_second_optimizer_step_are_not_fresh() -> None:
 def test_the_tokens_of_a_resumed_response_are_stale_up_to_where_these_weights_took_over(
     budget: int, expected: tuple[int, int]
 ) -> None:
-    sample = make_sample(0, 0, 20)
     versions = np.repeat(np.array([1, 2, 3], np.int32), [3, 4, 13])
-    resumed = replace(sample, response=replace(sample.response, policy_versions=versions))
+    resumed = make_trajectory(0, 0, [replace(make_segment(20), policy_versions=versions)])
     (step,) = make_schedule([Group(prompt_id=0, samples=(resumed,))], budgets=(budget,)).plan.steps
     assert (step.selected[0].num_stale_tokens, step.selected[0].num_loss_tokens) == expected
 

@@ -189,6 +189,7 @@ def test_the_tool_writes_a_file_for_each_domain_and_a_summary(model: str, tmp_pa
             row(response=f"one{make_tiny_model.EOS}and", policy_version=0),
             row(response="<role>HUMAN</role>"),
             row(response="a long one"),
+            row(response="6", segments=[]),
             row(domain="code", prompt="f?", response="def", reasoning="f is easy"),
         ],
     )
@@ -212,11 +213,11 @@ def test_the_tool_writes_a_file_for_each_domain_and_a_summary(model: str, tmp_pa
     told = capsys.readouterr().out
     assert texts(read_chats(tmp_path / "sft_math.jsonl")) == [("math", "1+1?", "two"), ("math", "2+2?", "4")]
     assert not (tmp_path / "sft_code.jsonl").exists()
-    assert "math: 2 of 7 responses kept, to 2 of 2 prompts, 2 characters in the mean\n" in told
+    assert "math: 2 of 8 responses kept, to 2 of 2 prompts, 2 characters in the mean\n" in told
     summary = json.loads((tmp_path / "sft.jsonl.summary.json").read_text())
     assert summary["domains"]["math"] == {
-        "prompts": 2, "kept_prompts": 2, "responses": 7, "kept": 2, "validation": 0, "mean_characters": 2.0,
-        "dropped": {"special_token": 2, "repeat": 1, "too_long": 1, "no_verdict": 1},
+        "prompts": 2, "kept_prompts": 2, "responses": 8, "kept": 2, "validation": 0, "mean_characters": 2.0,
+        "dropped": {"special_token": 2, "repeat": 1, "too_long": 1, "many_turns": 1, "no_verdict": 1},
     }  # fmt: skip
     assert summary["domains"]["code"]["dropped"] == {"too_long": 1}
     assert summary["files"] == {str(tmp_path / "sft_math.jsonl"): 2}

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from samples import make_segment
 from tiny_model import write_tiny_model
 
 from megatron_rl.c3po.budget import PromptYield, Shortfall
@@ -93,23 +95,18 @@ async def phase(
 
 def test_an_unfinished_response_keeps_no_routed_experts_and_one_that_has_ended_does() -> None:
     def aborted(*ids: int) -> Response:
-        return Response(
-            prompt_id=0,
-            sample_index=0,
-            prompt_ids=np.array([5, 6], np.int32),
-            output_ids=np.array(ids, np.int32),
-            rollout_logprobs=np.zeros(len(ids), np.float32),
-            policy_versions=np.zeros(len(ids), np.int32),
-            finish_reason="",
-            routed_experts=np.zeros((1 + len(ids), 3, 2), np.uint8),
+        experts = np.zeros((1 + len(ids), 3, 2), np.uint8)
+        segment = replace(
+            make_segment(len(ids), num_prompt_tokens=2), output_ids=np.array(ids, np.int32), routed_experts=experts
         )
+        return Response(prompt_id=0, sample_index=0, segments=(segment,), finish_reason="")
 
     ends = sampler(SimpleNamespace(num_slots=SLOTS), ROLLOUT)._ended
-    assert ends(aborted(7, 8)).routed_experts is None
+    assert ends(aborted(7, 8)).segments[0].routed_experts is None
     stopped, whole = ends(aborted(7, 1)), ends(aborted(*[7] * LENGTH))
     assert (stopped.finish_reason, whole.finish_reason) == ("stop", "length")
-    assert stopped.routed_experts is not None
-    assert whole.routed_experts is not None
+    assert stopped.segments[0].routed_experts is not None
+    assert whole.segments[0].routed_experts is not None
 
 
 # With a server ------------------------------------------------------------------------------------------------------
@@ -141,6 +138,11 @@ async def connected(server: EmbeddedServer, weights: Path, version: str = "0") -
     return pool
 
 
+def output_ids(response: Response) -> list[int]:
+    (segment,) = response.segments
+    return segment.output_ids.tolist()
+
+
 def by_place(found: Collected) -> dict[tuple[int, int], Response]:
     """Every response, by prompt and sample."""
     done = [sample.response for group in [*found.kept, *found.filtered] for sample in group.samples]
@@ -162,7 +164,7 @@ def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
             phases.append(await phase(pool, 900, first=100 * number, resumed=carry.unfinished))
         wanted = [
             SampleRequest(
-                input_ids=response.prompt_ids.tolist(),
+                input_ids=response.segments[0].prompt_ids.tolist(),
                 seed=sampling_seed(3, response.prompt_id, response.sample_index),
                 max_new_tokens=LENGTH,
             )
@@ -175,17 +177,17 @@ def test_a_resumed_response_has_the_tokens_of_one_that_never_stopped(
 
     first, phases, whole = asyncio.run(run())
     cut = [response for group in first.unfinished for response in group.responses]
-    assert any(0 < response.num_output_tokens < LENGTH and not response.finish_reason for response in cut)
+    assert any(0 < response.num_policy_tokens < LENGTH and not response.finish_reason for response in cut)
     found: dict[tuple[int, int], Response] = {}
     for one in phases[1:]:
         found |= {place: response for place, response in by_place(one).items() if response.finish_reason}
     num_resumed = 0
     for before, expected in zip(cut, whole, strict=True):
         after = found[before.prompt_id, before.sample_index]
-        assert after.output_ids.tolist() == expected.output_ids.tolist()
+        assert output_ids(after) == expected.output_ids.tolist()
         np.testing.assert_allclose(after.rollout_logprobs, expected.logprobs, atol=2e-5)
         assert after.finish_reason == expected.finish_reason
-        num_resumed += 0 < before.num_output_tokens < after.num_output_tokens
+        num_resumed += 0 < before.num_policy_tokens < after.num_policy_tokens
     assert num_resumed > 0
 
 
@@ -199,10 +201,10 @@ def test_tokens_of_a_response_that_goes_on_under_new_weights_say_which_drew_them
         after = await phase(pool, 3000, 1, first=100, resumed=before.unfinished)
         scored = {}
         for place, response in by_place(after).items():
-            if response.prompt_id < 100 and response.num_output_tokens:
-                ids = [*response.prompt_ids.tolist(), *response.output_ids.tolist()]
-                (found,) = (await pool.input_logprobs(ids)).values()
-                scored[place] = found[len(response.prompt_ids) - 1 :]
+            if response.prompt_id < 100 and response.num_policy_tokens:
+                prompt_ids = response.segments[0].prompt_ids.tolist()
+                (found,) = (await pool.input_logprobs([*prompt_ids, *output_ids(response)])).values()
+                scored[place] = found[len(prompt_ids) - 1 :]
         await pool.close()
         return before, after, scored
 
@@ -210,10 +212,10 @@ def test_tokens_of_a_response_that_goes_on_under_new_weights_say_which_drew_them
     cut, found = by_place(before), by_place(after)
     num_mixed = 0
     for place, logprobs in under_new.items():
-        num_old, response = cut[place].num_output_tokens, found[place]
-        num_new = response.num_output_tokens - num_old
+        num_old, response = cut[place].num_policy_tokens, found[place]
+        num_new = response.num_policy_tokens - num_old
         assert response.policy_versions.tolist() == [0] * num_old + [1] * num_new
-        assert response.output_ids[:num_old].tolist() == cut[place].output_ids.tolist()
+        assert output_ids(response)[:num_old] == output_ids(cut[place])
         assert response.rollout_logprobs[:num_old].tolist() == cut[place].rollout_logprobs.tolist()
         np.testing.assert_allclose(response.rollout_logprobs[num_old:], logprobs[num_old:], atol=2e-5)
         if num_old > 20:
@@ -294,13 +296,13 @@ def test_every_response_that_is_started_ends_in_one_place(
             assert new == list(range(started, started + len(new)))
             started += len(new)
             # The phase ends as soon as completed groups fill the budget, and not before.
-            lengths = [sum(s.response.num_output_tokens for s in group.samples) for group in found.kept]
+            lengths = [sum(s.response.num_policy_tokens for s in group.samples) for group in found.kept]
             assert sum(lengths) >= tokens
             for group in [*found.kept, *found.filtered]:
                 for sample in group.samples:
                     assert sample.response.finish_reason == "stop"
-                    count = sample.response.num_output_tokens
-                    assert sample.response.output_ids.tolist() == list(range(count)), "nothing lost, nothing twice"
+                    count = sample.response.num_policy_tokens
+                    assert output_ids(sample.response) == list(range(count)), "nothing lost, nothing twice"
                     assert (np.diff(sample.response.policy_versions) >= 0).all()
             for group in [*found.unfinished, *found.purged]:
                 kept_before = before[group.prompt_id].retention if group.prompt_id in before else 0
@@ -309,8 +311,8 @@ def test_every_response_that_is_started_ends_in_one_place(
                 assert any(not response.finish_reason for response in group.responses)
                 assert len(group.responses) == SIZE
             if not lose_at_the_end:
-                old = sum(group.num_output_tokens for group in carried)
-                assert sum(r.num_output_tokens for r in by_place(found).values()) == old + pool.num_given
+                old = sum(group.num_policy_tokens for group in carried)
+                assert sum(r.num_policy_tokens for r in by_place(found).values()) == old + pool.num_given
                 assert found.num_generated_tokens == pool.num_given
             ended.update(group.prompt_id for group in [*found.kept, *found.filtered, *found.purged])
             carried = found.unfinished
@@ -347,10 +349,10 @@ def test_the_text_of_a_response_is_decoded_once_off_the_event_loop_and_kept() ->
     rows = "".join(group_rows(group, question(group.prompt_id).prompt, "math", decode) for group in groups)
     ended = [s.response for group in groups for s in group.samples]
     ended += [r for group in second.unfinished for r in group.responses if r.finish_reason]
-    assert Counter(tuple(ids) for ids, _ in decoded) == Counter(tuple(r.output_ids.tolist()) for r in ended)
+    assert Counter(tuple(ids) for ids, _ in decoded) == Counter(tuple(output_ids(r)) for r in ended)
     assert loop_thread not in {thread for _, thread in decoded}
     assert [json.loads(row)["response"] for row in rows.splitlines()] == [
-        f"{s.response.num_output_tokens} tokens" for group in groups for s in group.samples
+        f"{s.response.num_policy_tokens} tokens" for group in groups for s in group.samples
     ]
 
 
@@ -391,7 +393,7 @@ def test_a_phase_goes_on_until_every_domain_has_enough_and_takes_prompts_of_thos
             brought = dict.fromkeys(tokens, 0)
             for group in found.kept:
                 brought[order[group.prompt_id].prompt.domain] += sum(
-                    s.response.num_output_tokens for s in group.samples
+                    s.response.num_policy_tokens for s in group.samples
                 )
             assert all(brought[d] >= tokens[d] for d in tokens)
             carried = found.unfinished
@@ -405,7 +407,7 @@ def test_a_phase_stops_with_the_group_that_fills_the_budget() -> None:
         return await phase(FakePool(1, slots=1), 60, rollout=alone)
 
     found = asyncio.run(run())
-    lengths = [sum(sample.response.num_output_tokens for sample in group.samples) for group in found.kept]
+    lengths = [sum(sample.response.num_policy_tokens for sample in group.samples) for group in found.kept]
     assert sum(lengths) >= 60 > sum(lengths[:-1])
 
 
@@ -471,7 +473,7 @@ def test_a_response_that_a_lower_limit_leaves_no_room_is_finished_as_it_is() -> 
         return await phase(pool, 30, 1, first=50, resumed=before.unfinished, rollout=lower)
 
     found = asyncio.run(run())
-    assert all(r.finish_reason or not r.num_output_tokens for r in by_place(found).values())
+    assert all(r.finish_reason or not r.num_policy_tokens for r in by_place(found).values())
 
 
 def test_a_phase_that_never_fills_says_so() -> None:

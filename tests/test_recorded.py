@@ -40,7 +40,7 @@ def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
             replace(make_sample(position, i, 5 + i, version=4, reward=float(i == 0)), details="why") for i in range(3)
         ]
         for sample in samples:
-            sample.response.rollout_logprobs[:] = -abs(rng.normal(size=len(sample.response.output_ids))) * 1e-3
+            sample.response.rollout_logprobs[:] = -abs(rng.normal(size=sample.response.num_policy_tokens)) * 1e-3
         groups.append(Group(prompt_id=position, samples=tuple(samples)))
     write(tmp_path / "file", *groups)
     found, prompts = read_groups(tmp_path / "file", rank_of_reward)
@@ -56,7 +56,7 @@ def test_groups_come_back_with_this_runs_advantages(tmp_path: Path) -> None:
                 "why",
             )
             for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions"):
-                ours, theirs = getattr(sample.response, name), getattr(other.response, name)
+                ours, theirs = (getattr(one.response.segments[0], name) for one in (sample, other))
                 assert ours.dtype == theirs.dtype
                 assert np.array_equal(ours, theirs), name
 

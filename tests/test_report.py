@@ -199,7 +199,8 @@ def test_a_configuration_of_defaults_alone_lists_required_keys_alone(tmp_path: P
     (folder / "config.toml").write_text(dump_config(config))
     listed = changes(read_run(folder, "run"))
     required = {"run_dir", "model.path", "data.train", "train.steps", "train.micro_batch_tokens", "budget.tokens"}
-    required |= {"rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_prompt_tokens"}
+    required |= {"rollout.prompts_per_step", "rollout.samples_per_prompt"}
+    required |= {"rollout.max_prompt_tokens", "rollout.max_response_tokens"}
     assert {key for key, _, usual in listed if usual == "required"} <= required
     assert {key for key, _, _ in listed} <= required
 
@@ -271,6 +272,31 @@ def test_long_responses_keep_beginning_and_end_and_say_what_is_missing(tmp_path:
     assert "".join(trace["tokens"][:first]) == text[: 4 * first]
     assert "".join(trace["tokens"][first:]) == text[4 * (first + number) :]
     assert len(trace["train"]) == len(trace["rollout"]) == len(trace["tokens"]) <= 100
+
+
+def trajectory_row() -> dict:
+    """A row of two segments, whose text is 20 characters."""
+    first = {"spans": [["aaaa", True], ["bb", False], ["cccc", True]]}
+    second = {"shared_tokens": 7, "prompt": "ddd", "spans": [["eeeeeee", True]]}
+    return response_row(4, 0, "eeeeeee") | {"num_turns": 3, "num_masked_tokens": 2, "segments": [first, second]}
+
+
+def test_trajectories_tell_who_wrote_what_and_where_a_segment_begins(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1)
+    row = trajectory_row()
+    write_rows(folder / "rollouts/step_000000.jsonl", [row, row | {"sample_index": 1, "segments": [3]}])
+
+    def shown(characters: int) -> list:
+        (group,) = read_step(read_run(folder, "run"), 0, characters)["groups"]
+        assert "text" in group["responses"][1]  # where the segments are none
+        assert (group["responses"][0]["num_turns"], group["responses"][0]["num_masked_tokens"]) == (3, 2)
+        return group["responses"][0]["spans"]
+
+    whole = [["aaaa", "policy"], ["bb", "others"], ["cccc", "policy"], ["\n", "segment", 7], ["ddd", "others"]]
+    assert shown(21) == [*whole, ["eeeeeee", "policy"]]
+    # Of 21 characters the first six and the last four.
+    assert shown(10) == [["aaaa", "policy"], ["bb", "others"], [11, "gap"], ["eeee", "policy"]]
+    assert shown(5) == [["aaa", "policy"], [16, "gap"], ["ee", "policy"]]
 
 
 def test_a_line_that_is_still_being_written_and_broken_traces_are_left_out(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_zero import config_of
+from samples import make_segment, make_trajectory
 from tiny_model import write_tiny_model
 
 from megatron_rl.families import load_architecture
-from megatron_rl.records import Response
 from megatron_rl.rollout.client import (
     Completion,
     GenerationClient,
@@ -233,17 +233,7 @@ def test_bytes_of_a_step_by_hand_and_what_is_too_much(tmp_path: Path) -> None:
 
 
 def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_brought_tokens() -> None:
-    prompt = np.array([7, 8], np.int32)
-    nothing = np.zeros(0, np.int32)
-    blank = Response(
-        prompt_id=0,
-        sample_index=0,
-        prompt_ids=prompt,
-        output_ids=nothing,
-        rollout_logprobs=np.zeros(0, np.float32),
-        policy_versions=nothing,
-        finish_reason="",
-    )
+    blank = make_trajectory(0, 0, [make_segment(0, num_prompt_tokens=2)]).response
     record = np.arange(8, dtype=np.uint8).reshape(4, 1, 2)
 
     def part(count: int, reason: str, routed: np.ndarray | None) -> Completion:
@@ -257,10 +247,10 @@ def test_a_resumed_response_has_the_routed_experts_of_the_last_answer_that_broug
 
     response = _extended(blank, part(1, "abort", record[:2]), 0)
     waiting = _extended(response, part(0, "abort", None), 1)
-    assert waiting.routed_experts is response.routed_experts
+    assert waiting.segments[0].routed_experts is response.segments[0].routed_experts
     whole = _extended(waiting, part(2, "stop", record), 1)
-    assert whole.routed_experts is record
-    assert len(record) == len(prompt) + whole.num_output_tokens - 1
+    assert whole.segments[0].routed_experts is record
+    assert len(record) == 2 + whole.num_policy_tokens - 1
 
 
 def test_a_model_with_more_experts_than_a_byte_can_name_is_refused(tmp_path) -> None:

@@ -283,8 +283,14 @@ def test_calibration_finds_the_rates_that_a_run_was_made_with(config: Path, tmp_
     assert found.step_seconds == pytest.approx(
         RATES.step_seconds + RATES.switch_seconds
     )  # a run does not tell them apart
+    last = tmp_path / "run/rollouts/step_000039.jsonl"
+    last.write_text('{"segments": []}\n')
+    with pytest.raises(
+        ValueError, match="step_000039.jsonl has trajectories of agents; calibrate with a run of single"
+    ):
+        calibrate(tmp_path / "run", loaded, cluster, COST)
+    last.unlink()
     with pytest.raises(ValueError, match="step_000039.jsonl is missing"):
-        (tmp_path / "run/rollouts/step_000039.jsonl").unlink()
         calibrate(tmp_path / "run", loaded, cluster, COST)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import make_sample, make_schedule
+from samples import make_sample, make_schedule, make_segment, make_trajectory
 from test_tokenizers import KINDS, byte_level
 
 from megatron_rl.data.chat import load_tokenizer, response_decoder
-from megatron_rl.records import Group, Response, Sample
+from megatron_rl.records import Group, Sample
 from megatron_rl.train.step.token_traces import chosen, lines, pieces
 
 WORDS = "the sum of x and y is prime "
@@ -99,12 +100,8 @@ def test_the_first_groups_with_a_trained_token_are_traced_whole() -> None:
 
 def test_a_row_says_of_each_token_what_both_sides_made_of_it() -> None:
     def sample(index: int, logprobs: list[float], versions: list[int]) -> Sample:
-        response = Response(
-            prompt_id=4, sample_index=index, prompt_ids=np.arange(2, dtype=np.int32), finish_reason="stop",
-            output_ids=np.arange(len(versions), dtype=np.int32), rollout_logprobs=np.array(logprobs, np.float32),
-            policy_versions=np.array(versions, np.int32),
-        )  # fmt: skip
-        return Sample(response=response, reward=1.0, reason="correct", advantage=0.5)
+        sampled = {"rollout_logprobs": np.array(logprobs, np.float32), "policy_versions": np.array(versions, np.int32)}
+        return make_trajectory(4, index, [replace(make_segment(len(versions)), **sampled)])
 
     samples = (sample(0, [-0.12345, -1.0, -math.inf], [1, 1, 3]), sample(1, [-2.0, -0.5], [3, 3]))
     plan = make_schedule([Group(prompt_id=4, samples=samples)], budgets=(2, 2), cut="token")

@@ -82,7 +82,7 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     assert metrics["off_policy_token_share"] == 6 / 20
     assert metrics["num_trained_samples"] + metrics["num_carried"] == 5
     outcomes = list(phase.outcomes())
-    trained = sum(sample.response.num_output_tokens for sample, kind, _ in outcomes if kind == "trained")
+    trained = sum(sample.response.num_policy_tokens for sample, kind, _ in outcomes if kind == "trained")
     assert metrics["num_cut_tokens"] == trained - 20
 
 

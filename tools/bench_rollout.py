@@ -153,7 +153,7 @@ async def bench_sampler(pool: ServerPool, url: str, key: str, num_groups: int, r
         started = time.perf_counter()
         groups = await sampler.sample(questions, 0)
         seconds = time.perf_counter() - started
-        ours.append(sum(s.response.num_output_tokens for g in groups for s in g.samples) / seconds)
+        ours.append(sum(s.response.num_policy_tokens for g in groups for s in g.samples) / seconds)
     ours, theirs = ours[1:], theirs[1:]  # the first round warms up
     return {
         "sampler_tokens_per_second": round(statistics.median(ours)),
@@ -193,7 +193,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
         seconds.append(time.perf_counter() - started)
         unfinished, per_prompt = found.unfinished, shortfall.per_prompt
         purged += len(found.purged)
-        brought = [s.response.num_output_tokens for group in found.kept for s in group.samples]
+        brought = [s.response.num_policy_tokens for group in found.kept for s in group.samples]
         lengths += brought
         surplus += sum(brought) - budget
     return seconds, {"mean_completed_tokens": round(float(np.mean(lengths)), 1), "purged_groups": purged}

@@ -65,25 +65,28 @@ def chosen_algorithm(section: AlgorithmSection) -> Algorithm:
 
 
 def normalise(
-    kind: str, loss_tokens: Sequence[int], *, budget: int, max_response_tokens: int
-) -> tuple[list[float], float]:
+    kind: str, loss_tokens: Sequence[Sequence[int]], *, budget: int, max_response_tokens: int
+) -> tuple[list[list[float]], float]:
     """Weights of the samples' tokens and the denominator D of an optimizer step: it minimises
-    (1/D) * sum_i w_i * sum_t loss_it over its samples i.
+    (1/D) * sum_i sum_s w_is * sum_t loss_ist over its samples i and their segments s.
 
-        budget    w = 1          D = Phi                            Eq. 2 of C3PO
-        sequence  w = 1 / |y_i|  D = number of samples              GRPO, GSPO: mean over samples of the token mean
-        token     w = 1          D = sum of |y_i|                   DAPO, CISPO: token mean
-        constant  w = 1          D = samples * longest response     Dr.GRPO: a constant instead of |y_i|
-        sample    w = 1          D = number of samples              RLOO: log-probability of whole responses
+        budget    w = 1                  D = Phi                            Eq. 2 of C3PO
+        sequence  w = 1 / (S_i |y_is|)   D = number of samples              GRPO, GSPO: mean over samples of token means
+        token     w = 1                  D = sum of |y_is|                  DAPO, CISPO: token mean
+        constant  w = 1                  D = samples * longest response     Dr.GRPO: a constant instead of |y_i|
+        sample    w = 1                  D = number of samples              RLOO: log-probability of whole responses
 
-    loss_tokens: |y_i|, tokens of each sample that carry loss. Without samples D is 1.
+    A response of S_i segments has the mean of their means for its mean, so it counts as much as any other.
+
+    loss_tokens: |y_is|, tokens that carry loss, of each sample by segment; segments without any are left out. Without
+    samples D is 1.
     """
-    count = len(loss_tokens)
-    weights = [1.0 / n for n in loss_tokens] if kind == "sequence" else [1.0] * count
+    count, is_mean = len(loss_tokens), kind == "sequence"
+    weights = [[1.0 / (len(segments) * n) if is_mean else 1.0 for n in segments] for segments in loss_tokens]
     denominators = {
         "budget": budget,
         "sequence": count,
-        "token": sum(loss_tokens),
+        "token": sum(map(sum, loss_tokens)),
         "constant": count * max_response_tokens,
         "sample": count,
     }

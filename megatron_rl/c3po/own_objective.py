@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 OF_ADVANTAGE = {
     "rewards": "float64 [K], of the responses to one prompt, with the over-long punishment; with `groups` [N]",
-    "response_tokens": "int64 [K], tokens of each response",
+    "response_tokens": "int64 [K], tokens that the policy sampled for each response",
     "is_truncated": "bool [K], responses that ended at rollout.max_response_tokens",
     "groups": "int64 [N], the prompt of each response; who takes it gets all responses of a phase at once",
 }
@@ -37,8 +37,8 @@ OF_SURROGATE = {
 OF_CORRECTION = {
     "old": "[T], log-probabilities of the trainer under the weights that sampled",
     "rollout": "[T], those that the sampler recorded",
-    "mean_log_ratio": "[T], the mean of old - rollout over the tokens of each token's response",
-    "response_tokens": "[T], how many loss tokens each token's response has",
+    "mean_log_ratio": "[T], the mean of old - rollout over the tokens of each token's response, or its segment",
+    "response_tokens": "[T], how many loss tokens each token's response has, or its segment",
 }
 _TRIED = ((0.0, 1.0, 1.0, 0.25), (0.5, 0.5, 0.5, 0.5), (-3.0, 40.0))
 

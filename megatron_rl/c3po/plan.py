@@ -10,19 +10,19 @@ import numpy as np
 from megatron_rl.c3po.algorithms import Algorithm, normalise
 from megatron_rl.c3po.budget import ANY, Pick, Selection, select_by_domain, selection_order
 from megatron_rl.c3po.packing import CostModel, pack_micro_batches
-from megatron_rl.records import Group, Plan, Sample, Selected, StepPlan
+from megatron_rl.records import Group, Plan, Response, Sample, Selected, StepPlan
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A plan over `samples`, and where the samples that it does not use go.
+    """A plan over `samples`, and where the samples that it does not use go. One without a policy token goes nowhere.
 
     samples: carried first, then group by group; `Selected.index` points here.
     carried: surplus for the next step, in order.
     num_dropped: surplus that the algorithm throws away.
-    num_cut_tokens: tokens of trained responses that carry no loss.
+    num_cut_tokens: policy tokens of trained responses that carry no loss.
     num_passes: over the same responses; the optimizer steps of the first one come first.
     """
 
@@ -77,12 +77,17 @@ def schedule(
     """
     groups = sorted(groups, key=lambda group: group.prompt_id)
     samples = (*carried, *(sample for group in groups for sample in group.samples))
-    order = selection_order(len(carried), [len(group.samples) for group in groups], seed)
+    # An agent's response may have no policy token.
+    order = [
+        index
+        for index in selection_order(len(carried), [len(group.samples) for group in groups], seed)
+        if samples[index].response.num_policy_tokens
+    ]
     selection = _selection(samples, order, rules)
     of_pass = list(zip(selection.steps, rules.budgets, strict=True))
     steps = tuple(
-        _step_plan(samples, picks, _num_stale(samples, picks, step, policy_version), budget, rules)
-        for step, (picks, budget) in enumerate(of_pass * rules.num_passes)
+        _step_plan(samples, picks, policy_version if number == 0 else None, budget, rules)
+        for number, (picks, budget) in enumerate(of_pass * rules.num_passes)
     )
     surplus = tuple(samples[i] for i in selection.left_over)
     return Schedule(
@@ -97,7 +102,7 @@ def schedule(
 
 def _selection(samples: Sequence[Sample], order: Sequence[int], rules: PlanRules) -> Selection:
     """Choose the samples of each optimizer step: by the budgets, or all of them in equal parts."""
-    lengths = [sample.response.num_output_tokens for sample in samples]
+    lengths = [sample.response.num_policy_tokens for sample in samples]
     if rules.algorithm.uses_budget:
         domains = [rules.domain_of(sample.response.prompt_id) for sample in samples]
         return select_by_domain(lengths, domains, order, rules.budgets, rules.shares, rules.cut)
@@ -105,36 +110,27 @@ def _selection(samples: Sequence[Sample], order: Sequence[int], rules: PlanRules
     return Selection(steps=split_evenly(picks, len(rules.budgets)), left_over=(), num_cut_tokens=0)
 
 
-def _num_stale(samples: Sequence[Sample], picks: Sequence[Pick], step: int, policy_version: int) -> list[int]:
-    """Count the loss tokens of each pick that other weights sampled than those which the optimizer step changes."""
-    if step > 0:  # from the second step of a phase on they are no longer the weights that sampled
-        return [pick.num_loss_tokens for pick in picks]
-    versions = (samples[pick.index].response.policy_versions[: pick.num_loss_tokens] for pick in picks)
-    return [int(np.searchsorted(of_tokens, policy_version)) for of_tokens in versions]
-
-
 def _step_plan(
-    samples: Sequence[Sample], picks: Sequence[Pick], num_stale: Sequence[int], budget: int, rules: PlanRules
+    samples: Sequence[Sample], picks: Sequence[Pick], policy_version: int | None, budget: int, rules: PlanRules
 ) -> StepPlan:
-    """Weigh the picks of one optimizer step and pack them into micro-batches."""
+    """Weigh the picks of one optimizer step and pack their segments into micro-batches.
+
+    policy_version: of the weights that the step changes; None where they are no longer those that sampled.
+    """
+    parts = [_loss_tokens(samples[pick.index].response, pick.num_loss_tokens) for pick in picks]
     is_masked = [rules.mask_truncated and samples[p.index].response.finish_reason == "length" for p in picks]
     weights, denominator = normalise(
         rules.algorithm.normalisation,
-        [pick.num_loss_tokens for pick, masked in zip(picks, is_masked, strict=True) if not masked],
+        [list(part.values()) for part, masked in zip(parts, is_masked, strict=True) if not masked],
         budget=budget,
         max_response_tokens=rules.max_response_tokens,
     )
     of_others = iter(weights)
-    scales = [0.0 if masked else next(of_others) for masked in is_masked]
+    scales = [[0.0] * len(part) if masked else next(of_others) for part, masked in zip(parts, is_masked, strict=True)]
     selected = tuple(
-        Selected(
-            index=pick.index,
-            num_prompt_tokens=len(samples[pick.index].response.prompt_ids),
-            num_loss_tokens=pick.num_loss_tokens,
-            loss_scale=scale,
-            num_stale_tokens=stale,
-        )
-        for pick, scale, stale in zip(picks, scales, num_stale, strict=True)
+        _selected(samples, pick.index, number, count, scale, policy_version)
+        for pick, part, of_part in zip(picks, parts, scales, strict=True)
+        for (number, count), scale in zip(part.items(), of_part, strict=True)
     )
     micro_batches = pack_micro_batches(
         [one.num_tokens for one in selected],
@@ -144,6 +140,37 @@ def _step_plan(
         multiple_of=rules.micro_batch_multiple,
     )
     return StepPlan(denominator=denominator, selected=selected, micro_batches=micro_batches)
+
+
+def _loss_tokens(response: Response, num_loss_tokens: int) -> dict[int, int]:
+    """Divide the first policy tokens of a response over its segments, by their numbers; those that have none of them
+    are left out."""
+    found, left = {}, num_loss_tokens
+    for number, segment in enumerate(response.segments):
+        count = min(left, segment.num_policy_tokens)
+        if count:
+            found[number] = count
+        left -= count
+    return found
+
+
+def _selected(
+    samples: Sequence[Sample], index: int, number: int, num_loss_tokens: int, scale: float, policy_version: int | None
+) -> Selected:
+    """Describe the part of one segment. policy_version: see `_step_plan`."""
+    segment = samples[index].response.segments[number]
+    num_stale = num_loss_tokens
+    if policy_version is not None:
+        num_stale = int(np.searchsorted(segment.policy_versions[:num_loss_tokens], policy_version))
+    return Selected(
+        index=index,
+        segment=number,
+        num_prompt_tokens=len(segment.prompt_ids),
+        num_output_tokens=segment.num_output_tokens_up_to(num_loss_tokens),
+        num_loss_tokens=num_loss_tokens,
+        loss_scale=scale,
+        num_stale_tokens=num_stale,
+    )
 
 
 def split_evenly(picks: Sequence[T], num_steps: int) -> tuple[tuple[T, ...], ...]:

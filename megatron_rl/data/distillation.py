@@ -158,6 +158,8 @@ class Distillation:
             return "no_verdict"
         if row.reward < selection.min_reward:
             return "low_reward"
+        if row.is_trajectory:
+            return "many_turns"
         if row.finish_reason != "stop":
             return "unfinished"
         if not row.response.strip():

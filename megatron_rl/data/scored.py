@@ -15,7 +15,7 @@ from megatron_rl.parsing import bounded_lines, parse_json
 class Scored:
     """asked: the whole conversation, where the prompt is more than a text. reasoning: what an endpoint's model thought
     before the response, where it keeps that apart; else "". reward: None of a response that was never finished. reason,
-    finish_reason: as recorded."""
+    finish_reason: as recorded. is_trajectory: an agent's, of which prompt and response are the ends."""
 
     prompt_id: str
     domain: str
@@ -26,6 +26,7 @@ class Scored:
     reward: float | None
     reason: str
     finish_reason: str
+    is_trajectory: bool
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -64,6 +65,7 @@ def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Score
             reward=None if unjudged else float(row["reward"]),
             reason="" if unjudged else str(row["reason"]),
             finish_reason=str(row["finish_reason"]),
+            is_trajectory="segments" in row,
         )
         for text in (found.domain, found.prompt, found.response, found.reasoning):
             text.encode()  # half a surrogate pair is no text

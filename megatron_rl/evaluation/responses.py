@@ -52,7 +52,7 @@ def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, tex
         score=sample.reward,
         reason=sample.reason,
         details=sample.details,
-        num_tokens=sample.response.num_output_tokens,
+        num_tokens=sample.response.num_policy_tokens,
         finish_reason=sample.response.finish_reason,
         parts=dict(sample.parts),
     )

@@ -17,13 +17,27 @@ function outcomeOf(response) {
   return { sign: "✕", text: label(outcome || "not trained"), kind: "dropped" };
 }
 
+const gap = (number, noun, where) => make("span", { className: "gap", textContent: `${Number(number).toLocaleString("en")} ${noun} left out; the whole is in ${where}` });
+const segmentMark = (text) => make("span", { className: "gap segment", textContent: text });
+
 /** A text that may have had its middle taken out. */
 function prose(parts, where, kind = "") {
   const box = make("div", { className: `prose ${kind}`, dir: "auto" });
   write(box, parts[0]);
   if (parts.length > 1) {
-    box.append(make("span", { className: "gap", textContent: `${parts[1].toLocaleString("en")} characters left out; the whole is in ${where}` }));
+    box.append(gap(parts[1], "characters", where));
     write(box, parts[2]);
+  }
+  return box;
+}
+
+/** A trajectory: what the policy sampled, and shaded what others wrote. */
+function turns(spans, where, kind) {
+  const box = make("div", { className: `prose ${kind}`, dir: "auto" });
+  for (const [text, who, shared] of spans) {
+    if (who === "gap") box.append(gap(text, "characters", where));
+    else if (who === "segment") box.append(segmentMark(`a new segment: the first ${shared} tokens of its prompt are those before, then it goes on`));
+    else box.append(write(make("span", { className: who }), text));
   }
   return box;
 }
@@ -32,24 +46,30 @@ function prose(parts, where, kind = "") {
 function traced(trace, where, kind, said) {
   const box = make("div", { className: `prose ${kind}`, dir: "auto" });
   const [head, left] = trace.gap ?? [Infinity, 0];
+  const starts = new Set(trace.segments ?? []);
   const ends = [];
   trace.versions.reduce((sum, [version, count]) => (ends.push([sum + count, version]), sum + count), 0);
   const versionAt = (index) => (ends.find(([end]) => index < end) ?? [0, null])[1];
-  let version = trace.versions.length > 1 ? null : versionAt(0);
+  const known = new Set(trace.versions.map(([version]) => version).filter((version) => version !== null));
+  let version = known.size > 1 ? null : [...known][0] ?? null;
   trace.tokens.forEach((token, i) => {
     const index = i < head ? i : i + left;
-    if (i === head) box.append(make("span", { className: "gap", textContent: `${left.toLocaleString("en")} tokens left out; the whole is in ${where}` }));
-    if (versionAt(index) !== version) {
+    if (i === head) box.append(gap(left, "tokens", where));
+    if (starts.has(index)) box.append(segmentMark("a new segment, with a prompt of its own"));
+    const others = versionAt(index) === null;
+    if (!others && versionAt(index) !== version) {
       version = versionAt(index);
       box.append(make("span", { className: "version", textContent: `v${version}` }));
     }
     const [train, rollout] = [trace.train[i], trace.rollout[i]];
     const both = train !== null && rollout !== null;
-    const piece = write(make("span", { className: `token ${train === null ? "untrained" : both ? `d${level(train, rollout)}` : ""}` }), token);
+    const shade = others ? "others" : train === null ? "untrained" : both ? `d${level(train, rollout)}` : "";
+    const piece = write(make("span", { className: `token ${shade}` }), token);
     const numbers = both
       ? `server ${short(rollout)}, trainer ${short(train)}, ratio ${short(Math.exp(train - rollout))}`
       : `server ${short(rollout)}, not trained in this step`;
-    piece.told = `token ${index + 1} “${label(token)}”: log-prob ${numbers}; policy version ${versionAt(index) ?? "–"}`;
+    const told = others ? "not sampled by the policy, so never trained" : `log-prob ${numbers}; policy version ${versionAt(index)}`;
+    piece.told = `token ${index + 1} “${label(token)}”: ${told}`;
     box.append(piece);
   });
   const tell = (event) => {
@@ -63,11 +83,12 @@ function traced(trace, where, kind, said) {
   return box;
 }
 
-function shadingLegend() {
+function shadingLegend(trace) {
   const key = (name, text) => make("span", { className: "key" }, make("span", { className: `token ${name}`, textContent: "token" }), ` ${text}`);
   const words = ["below 0.001", "from 0.001", "from 0.01", "from 0.1", "from 1 nat"];
   return make("p", { className: "note" }, "Difference of the two log-probs, trainer and server: ",
-    ...words.map((text, i) => key(`d${i}`, text)), key("untrained", "not trained in this step"));
+    ...words.map((text, i) => key(`d${i}`, text)), key("untrained", "not trained in this step"),
+    ...(trace.versions.some(([version]) => version === null) ? [key("others", "not sampled by the policy")] : []));
 }
 
 function responseCard(step, response) {
@@ -80,6 +101,7 @@ function responseCard(step, response) {
   for (const [name, part] of Object.entries(response.parts ?? {})) badges.push(badge(`${name} ${short(part)}`));
   if (response.advantage !== undefined) badges.push(badge(`advantage ${short(response.advantage)}`));
   badges.push(badge(`${response.num_tokens ?? "?"} tokens`));
+  if (response.num_turns !== undefined) badges.push(badge(`${response.num_turns} turns, ${response.num_masked_tokens ?? "?"} tokens of others`));
   if (response.finish_reason) badges.push(badge(`ended by ${response.finish_reason}`));
   const versions = Object.entries(response.policy_versions ?? {}).map(([version, count]) => `v${version}: ${count}`);
   if (versions.length) badges.push(badge(`sampled by policy ${versions.join(", ")} tokens`));
@@ -91,7 +113,8 @@ function responseCard(step, response) {
   if (response.expected) card.append(answer("expected answer", response.expected));
   if (response.expected) card.append(answer("extracted answer", response.extracted ?? "none"));
   if (response.details) card.append(make("p", { className: "note" }, write(make("span", {}), response.details)));
-  if (response.trace) card.append(traced(response.trace, where, kind, said), said, shadingLegend());
+  if (response.trace) card.append(traced(response.trace, where, kind, said), said, shadingLegend(response.trace));
+  else if (response.spans) card.append(turns(response.spans, where, kind), make("p", { className: "note" }, make("span", { className: "others", textContent: "shaded" }), ": not sampled by the policy, so never trained"));
   else card.append(prose(response.text, where, kind));
   return card;
 }

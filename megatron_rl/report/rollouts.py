@@ -19,7 +19,7 @@ _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
 _KEPT = (
     *("sample_index", "reward", "reason", "details", "parts", "advantage", "outcome", "num_tokens", "num_loss_tokens"),
-    *("finish_reason", "policy_versions", "expected", "extracted"),
+    *("finish_reason", "policy_versions", "expected", "extracted", "num_masked_tokens", "num_turns"),
 )
 
 
@@ -97,9 +97,49 @@ def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, char
     for name in ("expected", "extracted"):
         if name in found:
             found[name] = _text(found[name])[:_ANSWER_CHARACTERS]
-    if trace is None:
-        return found | {"text": _cut(_text(row.get("response")), characters)}
-    return found | {"trace": _cut_trace(trace, characters)}
+    if trace is not None:
+        return found | {"trace": _cut_trace(trace, characters)}
+    if spans := _spans(row.get("segments")):
+        return found | {"spans": _cut_spans(spans, characters)}
+    return found | {"text": _cut(_text(row.get("response")), characters)}
+
+
+def _spans(segments: object) -> list[list[Any]]:
+    """[text, "policy" or "others"] of a trajectory in order, and [newline, "segment", n] where a segment begins whose
+    prompt goes on as the one before for n tokens."""
+    found: list[list[Any]] = []
+    for number, segment in enumerate(segments if isinstance(segments, list) else ()):
+        if not isinstance(segment, dict):
+            return []
+        if number:
+            shared = segment.get("shared_tokens")
+            found.append(["\n", "segment", shared if isinstance(shared, int) else 0])
+            found.append([_text(segment.get("prompt")), "others"])
+        spans = segment.get("spans")
+        for span in spans if isinstance(spans, list) else ():
+            if isinstance(span, list) and len(span) == 2:
+                found.append([_text(span[0]), "policy" if span[1] else "others"])
+    return [span for span in found if span[0]]
+
+
+def _cut_spans(spans: list[list[Any]], characters: int) -> list[list[Any]]:
+    """The same, or their head, [number of characters left out, "gap"], and their tail."""
+    total = sum(len(text) for text, *_ in spans)
+    if total <= characters:
+        return spans
+    tail = int(characters * _TAIL_SHARE)
+    first, last = characters - tail, total - tail
+    found: list[list[Any]] = []
+    start = 0
+    for text, *kind in spans:
+        if head := text[: max(0, first - start)]:
+            found.append([head, *kind])
+        if start <= first < start + len(text):
+            found.append([last - first, "gap"])
+        if rest := text[max(0, last - start) :]:
+            found.append([rest, *kind])
+        start += len(text)
+    return found
 
 
 def _cut(text: str, characters: int) -> list[Any]:
@@ -113,7 +153,8 @@ def _cut(text: str, characters: int) -> list[Any]:
 def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
     """Columns of equal length, one entry for each token that is shown.
 
-    gap: [first, number] of the tokens left out, or None. versions: [version, number of tokens] in order, of all tokens.
+    gap: [first, number] of the tokens left out, or None. versions: [version, number of tokens] in order, of all tokens;
+    None is of tokens that the policy did not sample. segments: where those behind the first one begin.
     """
     tokens = [_text(token) for token in trace["tokens"]]
     head, tail, gap = len(tokens), 0, None
@@ -122,6 +163,7 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
         tail = _fitting(tokens[:head:-1], characters * _TAIL_SHARE)
         gap = [head, len(tokens) - head - tail]
     keep = [*range(head), *range(len(tokens) - tail, len(tokens))]
+    segments = trace.get("segments")
     return {
         "tokens": [tokens[i] for i in keep],
         "rollout": [trace["rollout_logprobs"][i] for i in keep],
@@ -129,6 +171,7 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
         "versions": trace["policy_versions"],
         "optimizer_step": trace.get("optimizer_step"),
         "gap": gap,
+        **({"segments": segments[1:]} if isinstance(segments, list) else {}),
     }
 
 

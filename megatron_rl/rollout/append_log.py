@@ -129,7 +129,7 @@ async def sample_into(
                 yield Finished(
                     # Where responses are long they take a while to write down, and the event loop has others to read.
                     lines=await asyncio.to_thread(lines, question, group),
-                    num_tokens=sum(sample.response.num_output_tokens for sample in group.samples),
+                    num_tokens=sum(sample.response.num_policy_tokens for sample in group.samples),
                     reward=sum(sample.reward for sample in group.samples) / len(group.samples),
                 )
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.records import Response, Sample, UnfinishedGroup
+from megatron_rl.records import Response, Sample, Segment, UnfinishedGroup
 
-# Per response: prompt_id, sample_index, and how many prompt tokens, output tokens and routed positions it has.
+# Per segment: prompt_id, sample_index, and how many prompt tokens, output tokens and routed positions it has.
 _NUM_COLUMNS = 5
+# Per response: prompt_id, sample_index and how many segments it has.
+_NUM_RESPONSE_COLUMNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,47 +76,96 @@ def unpack_carry(data: bytes) -> Carry:
 
 
 def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
-    routed = [r.routed_experts for r in responses if r.routed_experts is not None]
+    rows = [(response, segment) for response in responses for segment in response.segments]
+    segments = [segment for _, segment in rows]
+    routed = [s.routed_experts for s in segments if s.routed_experts is not None]
     table = [
         (
             r.prompt_id,
             r.sample_index,
-            len(r.prompt_ids),
-            len(r.output_ids),
-            -1 if r.routed_experts is None else len(r.routed_experts),
+            len(s.prompt_ids),
+            len(s.output_ids),
+            -1 if s.routed_experts is None else len(s.routed_experts),
         )
-        for r in responses
+        for r, s in rows
     ]
     return {
         "table": np.array(table, np.int64).reshape(-1, _NUM_COLUMNS),
-        "prompt_ids": _joined((r.prompt_ids for r in responses), np.int32),
-        "output_ids": _joined((r.output_ids for r in responses), np.int32),
-        "rollout_logprobs": _joined((r.rollout_logprobs for r in responses), np.float32),
-        "policy_versions": _joined((r.policy_versions for r in responses), np.int32),
+        "prompt_ids": _joined((s.prompt_ids for s in segments), np.int32),
+        "output_ids": _joined((s.output_ids for s in segments), np.int32),
+        "rollout_logprobs": _joined((s.rollout_logprobs for s in segments), np.float32),
+        "policy_versions": _joined((s.policy_versions for s in segments), np.int32),
         "finish_reasons": np.array([r.finish_reason for r in responses], np.str_),
         "routed_experts": np.concatenate(routed) if routed else np.zeros((0, 0, 0), np.uint8),
+        **({} if all(r.is_plain for r in responses) else _trajectories(responses, segments)),
+    }
+
+
+def _trajectories(responses: Sequence[Response], segments: Sequence[Segment]) -> dict[str, Any]:
+    """What the others leave open where a response is more than a continuation of its prompt: num_turns is -1 of a
+    segment that has only one and nothing else."""
+    described = [(r.prompt_id, r.sample_index, len(r.segments)) for r in responses]
+    turns = [segment.turns for segment in segments if segment.turns is not None]
+    texts = [None if response.is_plain else response.text for response in responses]
+    return {
+        "responses": np.array(described, np.int64).reshape(-1, _NUM_RESPONSE_COLUMNS),
+        "num_turns": np.array([-1 if s.turns is None else len(s.turns) for s in segments], np.int64),
+        "turns": np.concatenate([np.zeros((0, 2), np.int32), *turns]),
+        "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
     }
 
 
 def _responses(arrays: dict[str, np.ndarray]) -> list[Response]:
-    table = arrays["table"]
-    prompts = np.split(arrays["prompt_ids"], np.cumsum(table[:, 2]))
-    outputs = np.cumsum(table[:, 3])
-    logprobs, versions = np.split(arrays["rollout_logprobs"], outputs), np.split(arrays["policy_versions"], outputs)
-    routed = np.split(arrays["routed_experts"], np.cumsum(np.maximum(table[:, 4], 0)))
+    segments = _segments(arrays)
+    if "responses" in arrays:
+        described, texts = arrays["responses"].tolist(), json.loads(arrays["texts"].tobytes())
+    else:
+        described = [(prompt_id, sample_index, 1) for prompt_id, sample_index, *_ in arrays["table"].tolist()]
+        texts = [None] * len(described)
+    ends = accumulate((count for *_, count in described), initial=0)
     return [
         Response(
-            prompt_id=int(row[0]),
-            sample_index=int(row[1]),
+            prompt_id=prompt_id,
+            sample_index=sample_index,
+            segments=tuple(segments[first:stop]),
+            finish_reason=str(reason),
+            text=text,
+        )
+        for (prompt_id, sample_index, _), (first, stop), reason, text in zip(
+            described, pairwise(ends), arrays["finish_reasons"], texts, strict=True
+        )
+    ]
+
+
+def _segments(arrays: dict[str, np.ndarray]) -> list[Segment]:
+    table = arrays["table"]
+    prompts, outputs = _divided(arrays["prompt_ids"], table[:, 2]), _divided(arrays["output_ids"], table[:, 3])
+    turns: list[np.ndarray | None] = [None] * len(table)
+    num_policy_tokens = table[:, 3]
+    if "num_turns" in arrays:
+        parts = _divided(arrays["turns"], np.maximum(arrays["num_turns"], 0))
+        turns = [part if count >= 0 else None for part, count in zip(parts, arrays["num_turns"], strict=True)]
+        counts = [len(o) if t is None else int((t[:, 1] - t[:, 0]).sum()) for o, t in zip(outputs, turns, strict=True)]
+        num_policy_tokens = np.array(counts, np.int64)
+    logprobs = _divided(arrays["rollout_logprobs"], num_policy_tokens)
+    versions = _divided(arrays["policy_versions"], num_policy_tokens)
+    routed = _divided(arrays["routed_experts"], np.maximum(table[:, 4], 0))
+    return [
+        Segment(
             prompt_ids=prompts[i],
-            output_ids=output,
+            output_ids=outputs[i],
             rollout_logprobs=logprobs[i],
             policy_versions=versions[i],
-            finish_reason=str(arrays["finish_reasons"][i]),
+            turns=turns[i],
             routed_experts=routed[i] if row[4] >= 0 else None,
         )
-        for i, (row, output) in enumerate(zip(table, np.split(arrays["output_ids"], outputs)[:-1], strict=True))
+        for i, row in enumerate(table)
     ]
+
+
+def _divided(array: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """The parts of these lengths; nothing is left behind them."""
+    return np.split(array, np.cumsum(counts))[:-1]
 
 
 def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:

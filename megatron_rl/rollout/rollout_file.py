@@ -2,6 +2,8 @@
 
 JSONL, one row per response, the rows of a group one after the other. Text for people, token ids and log-probs for
 training; a float32 comes back from its decimal digits as it was. The rows of rollout/teacher.py have text alone.
+
+A trajectory's row has both for each of its segments, under "segments" (docs/agents.md).
 """
 
 import json
@@ -18,7 +20,7 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import Architecture
 from megatron_rl.parsing import bounded_lines, parse_json, shown
-from megatron_rl.records import Group, Response, Sample
+from megatron_rl.records import Group, Response, Sample, Segment
 from megatron_rl.reward.answers import extracted_answer
 
 # The tests of a program have megabytes.
@@ -27,6 +29,7 @@ _ANSWER_CHARACTERS = 2000
 _HIGHEST_LOGPROB = 1e-3
 
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
+Decode = Callable[[list[int]], str]
 
 
 def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str | None]:
@@ -54,12 +57,53 @@ def parts_column(sample: Sample) -> dict[str, dict[str, float]]:
     return {"parts": dict(sample.parts)} if sample.parts else {}
 
 
-def text_of(response: Response, decode: Callable[[list[int]], str]) -> str:
-    """The text of a response: the one that it was judged by, or decoded now where that was not kept."""
-    return decode(response.output_ids.tolist()) if response.text is None else response.text
+def text_of(response: Response, decode: Decode) -> str:
+    """The text of a response: the one that it was judged by, or decoded now where that was not kept; of a trajectory
+    that is its last turn."""
+    if response.text is not None:
+        return response.text
+    if response.is_plain:
+        return decode(response.segments[0].output_ids.tolist())
+    last = next((segment for segment in reversed(response.segments) if segment.num_policy_tokens), None)
+    if last is None:
+        return ""
+    start, stop = (0, None) if last.turns is None else last.turns[-1].tolist()
+    return decode(last.output_ids[start:stop].tolist())
 
 
-def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[list[int]], str]) -> str:
+def trajectory_columns(response: Response, decode: Decode) -> dict[str, Any]:
+    """Make the columns of a trajectory: its turns, and the text of its segments; none for other responses.
+
+    A segment's "spans" are [text, whether the policy sampled it], in order. Of the prompts of later segments only what
+    differs from the segment before is there ("prompt"), behind so many tokens that do not ("shared_tokens").
+    """
+    if response.is_plain:
+        return {}
+    rows: list[dict[str, Any]] = []
+    before = np.zeros(0, np.int32)
+    for segment in response.segments:
+        same = _num_common(before, segment.prompt_ids)
+        changed = {"shared_tokens": same, "prompt": decode(segment.prompt_ids[same:].tolist())} if rows else {}
+        mask = segment.policy_mask
+        ends = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+        spans = [
+            [decode(segment.output_ids[start:stop].tolist()), bool(mask[start])]
+            for start, stop in pairwise(ends)
+            if start < stop
+        ]
+        rows.append({**changed, "spans": spans})
+        before = np.concatenate([segment.prompt_ids, segment.output_ids])
+    return {"num_masked_tokens": response.num_masked_tokens, "num_turns": response.num_turns, "segments": rows}
+
+
+def _num_common(one: np.ndarray, other: np.ndarray) -> int:
+    """Count the tokens that both begin with."""
+    shorter = min(len(one), len(other))
+    differ = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differ[0]) if len(differ) else shorter
+
+
+def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Decode) -> str:
     """The lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in data/chat.py."""
     texts = [text_of(sample.response, decode) for sample in group.samples]
     rows = [
@@ -77,14 +121,29 @@ def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Callable[[l
             "details": sample.details,
             **parts_column(sample),
             "finish_reason": sample.response.finish_reason,
-            "prompt_token_ids": sample.response.prompt_ids.tolist(),
-            "output_ids": sample.response.output_ids.tolist(),
-            "rollout_logprobs": [float(x) for x in sample.response.rollout_logprobs],
-            "policy_version": sample.response.policy_version,
+            **_token_columns(sample.response, decode),
+            "policy_version": max(sample.response.policy_versions.tolist(), default=0),
         }
         for sample, text in zip(group.samples, texts, strict=True)
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _token_columns(response: Response, decode: Decode) -> dict[str, Any]:
+    """Make the columns that training needs; a trajectory has them for each segment, beside its text."""
+    columns = [
+        {
+            "prompt_token_ids": segment.prompt_ids.tolist(),
+            "output_ids": segment.output_ids.tolist(),
+            "rollout_logprobs": [float(x) for x in segment.rollout_logprobs],
+            **({} if segment.turns is None else {"turns": segment.turns.tolist()}),
+        }
+        for segment in response.segments
+    ]
+    if response.is_plain:
+        return columns[0]
+    texts = trajectory_columns(response, decode)
+    return texts | {"segments": [text | ids for text, ids in zip(texts["segments"], columns, strict=True)]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +153,7 @@ class RowLimits:
     vocab_size: int = 2**31
     max_prompt_tokens: int = 2**31
     max_response_tokens: int = 2**31
+    max_sequence_tokens: int = 2**31
     smallest_group: int = 1
 
 
@@ -106,6 +166,7 @@ def limits_of(rollout: RolloutSection, architecture: Architecture) -> RowLimits:
         vocab_size=architecture.vocab_size,
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_response_tokens=rollout.max_response_tokens,
+        max_sequence_tokens=rollout.max_sequence_tokens,
         smallest_group=2,
     )
 
@@ -165,15 +226,10 @@ def _row(line: bytes, where: str, limits: RowLimits) -> tuple[Sample, Prompt]:
     """The sample, without its advantage, and its prompt, whose answer is what the row has of it."""
     try:
         row: dict[str, Any] = parse_json(line)
-        output_ids = _ids(row, "output_ids", limits.vocab_size, limits.max_response_tokens)
-        logprobs = _logprobs(row["rollout_logprobs"], len(output_ids))
         response = Response(
             prompt_id=_whole(row, "position"),
             sample_index=_whole(row, "sample_index"),
-            prompt_ids=_ids(row, "prompt_token_ids", limits.vocab_size, limits.max_prompt_tokens),
-            output_ids=output_ids,
-            rollout_logprobs=logprobs,
-            policy_versions=np.full(len(output_ids), _whole(row, "policy_version"), np.int32),
+            segments=_trajectory(row, limits) if "segments" in row else (_segment(row, row, limits),),
             finish_reason=str(row["finish_reason"]),
         )
         sample = Sample(
@@ -207,6 +263,57 @@ class _WrongValue(ValueError):
     """A value of a row that training would take, and come to nothing or to nonsense with."""
 
 
+def _trajectory(row: Mapping[str, Any], limits: RowLimits) -> tuple[Segment, ...]:
+    """The segments of a trajectory, whose lengths are limited together."""
+    wide = replace(limits, max_prompt_tokens=limits.max_sequence_tokens, max_response_tokens=limits.max_sequence_tokens)
+    found = []
+    for number, part in enumerate(row["segments"]):
+        try:
+            found.append(_segment(part, row, wide))
+            if (count := len(found[-1].prompt_ids) + len(found[-1].output_ids)) > limits.max_sequence_tokens:
+                raise _WrongValue(
+                    f"it has {count} tokens, more than rollout.max_prompt_tokens + max_response_tokens "
+                    f"{limits.max_sequence_tokens}; raise one of them"
+                )
+        except _WrongValue as error:
+            raise _WrongValue(f"segments[{number}]: {error}") from None
+    if (count := sum(segment.num_policy_tokens for segment in found)) > limits.max_response_tokens:
+        raise _WrongValue(
+            f"the policy sampled {count} tokens of it, more than rollout.max_response_tokens "
+            f"{limits.max_response_tokens}; raise that"
+        )
+    return tuple(found)
+
+
+def _segment(part: Mapping[str, Any], row: Mapping[str, Any], limits: RowLimits) -> Segment:
+    """One sequence. part: what has its token ids: the row, or one of its segments."""
+    output_ids = _ids(part, "output_ids", limits.vocab_size, limits.max_response_tokens)
+    turns = _turns(part["turns"], len(output_ids)) if "turns" in part else None
+    count = len(output_ids) if turns is None else int((turns[:, 1] - turns[:, 0]).sum())
+    return Segment(
+        prompt_ids=_ids(part, "prompt_token_ids", limits.vocab_size, limits.max_prompt_tokens),
+        output_ids=output_ids,
+        rollout_logprobs=_logprobs(part["rollout_logprobs"], count, "output_ids" if turns is None else "policy tokens"),
+        policy_versions=np.full(count, _whole(row, "policy_version"), np.int32),
+        turns=turns,
+    )
+
+
+def _turns(values: Any, count: int) -> np.ndarray:
+    """int32 [turns, 2]: where the policy's tokens begin and end among so many."""
+    end = 0
+    for at, pair in enumerate(values if isinstance(values, list) else ()):
+        is_pair = isinstance(pair, list) and list(map(type, pair)) == [int, int]
+        if not (is_pair and end <= pair[0] < pair[1] <= count):
+            raise _WrongValue(
+                f"turns[{at}] must be [start, stop] with {end} <= start < stop <= {count}, got {shown(pair)}"
+            )
+        end = pair[1]
+    if not isinstance(values, list) or not values:
+        raise _WrongValue(f"turns must be a list of [start, stop] and not empty, got {shown(values)}")
+    return np.array(values, np.int32)
+
+
 def _ids(row: Mapping[str, Any], name: str, vocab_size: int, longest: int) -> np.ndarray:
     """Token ids int32 [n]. numpy alone would cut 1.5 to 1, and None is a number to it where others are floats."""
     ids = row[name]
@@ -224,11 +331,11 @@ def _ids(row: Mapping[str, Any], name: str, vocab_size: int, longest: int) -> np
     return np.array(ids, np.int32)
 
 
-def _logprobs(values: Any, count: int) -> np.ndarray:
-    """Log-probs float32 [count]."""
+def _logprobs(values: Any, count: int, noun: str) -> np.ndarray:
+    """Log-probs float32 [count]. noun: what is counted."""
     if not isinstance(values, list) or len(values) != count:
         number = len(values) if isinstance(values, list) else shown(values)
-        raise _WrongValue(f"it has {count} output_ids and {number} rollout_logprobs; they must be equally many")
+        raise _WrongValue(f"it has {count} {noun} and {number} rollout_logprobs; they must be equally many")
     if set(map(type, values)) <= {float, int}:
         found = np.array(values, np.float64)
         if (np.isfinite(found) & (found <= _HIGHEST_LOGPROB)).all():

@@ -19,9 +19,10 @@ import numpy as np
 from megatron_rl.c3po.budget import ANY, Shortfall, most_lacking
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
+from megatron_rl.records import Group, Response, Sample, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
+from megatron_rl.reward.verdict import Verdict
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
@@ -165,11 +166,11 @@ class Sampler:
                         if not (lacking := [need for need in needs if need.missing > 0]):
                             break  # what has come meanwhile is enough
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
-                        phase.start(question, _blank(question, size), 0)
+                        phase.start(question, self._blank(question), 0)
                         await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
                 if lacking and not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
-            await phase.stop(self._servers.abort_all)
+            await phase.stop(self._abort_all)
         finally:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
@@ -184,25 +185,34 @@ class Sampler:
 
         async def in_turn(response: Response) -> Response:
             async with self._in_flight:
-                whole = await self._continue(response, policy_version, place)
+                whole = await self._continue(question, response, policy_version, place)
             return await self._with_text(whole)
 
-        blank = _blank(question, self._rollout.samples_per_prompt)
-        return await self._score(question, await gather_all(map(in_turn, blank)))
+        return await self._score(question, await gather_all(map(in_turn, self._blank(question))))
+
+    def _blank(self, question: Question) -> list[Response]:
+        """The responses of a group before anything is sampled."""
+        return _blank(question, self._rollout.samples_per_prompt)
+
+    async def _abort_all(self) -> None:
+        """Have what runs come back now, as it is."""
+        await self._servers.abort_all()
 
     async def _continue(
         self,
+        question: Question,
         response: Response,
         policy_version: int,
         place: Place,
         may_abort: Callable[[], bool] = lambda: False,
     ) -> Response:
         """The same response, sampled on from where it is. place, may_abort: see `ServerPool.generate`."""
+        (segment,) = response.segments
         generated = await self._servers.generate(
             SampleRequest(
-                input_ids=[*response.prompt_ids.tolist(), *response.output_ids.tolist()],
+                input_ids=[*segment.prompt_ids.tolist(), *segment.output_ids.tolist()],
                 seed=sampling_seed(self._seed, response.prompt_id, response.sample_index),
-                max_new_tokens=self._rollout.max_response_tokens - response.num_output_tokens,
+                max_new_tokens=self._rollout.max_response_tokens - response.num_policy_tokens,
                 top_p=self._top_p,
             ),
             self._rollout.temperature,
@@ -216,12 +226,13 @@ class Sampler:
         Otherwise as it waits for the next phase."""
         if response.finish_reason:
             return response
-        if response.num_output_tokens >= self._rollout.max_response_tokens:
+        (segment,) = response.segments
+        if segment.num_policy_tokens >= self._rollout.max_response_tokens:
             return replace(response, finish_reason="length")
-        if response.num_output_tokens and int(response.output_ids[-1]) in self._end_ids:
+        if segment.num_policy_tokens and int(segment.output_ids[-1]) in self._end_ids:
             return replace(response, finish_reason="stop")
         # All of an unfinished one goes through the weights of the next phase again, and has their experts then.
-        return replace(response, routed_experts=None)
+        return replace(response, segments=(replace(segment, routed_experts=None),))
 
     async def _with_text(self, response: Response) -> Response:
         """The same, decoded once it has ended, and in a thread: tokenizers let others run meanwhile."""
@@ -232,10 +243,7 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        attempts = [
-            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_output_tokens) for r in responses
-        ]
-        verdicts = await self._rewards.verdicts(question.prompt, attempts)
+        verdicts = await self._verdicts(question, responses)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
             prompt_id=question.prompt_id,
@@ -254,6 +262,12 @@ class Sampler:
         if self._journal is not None:
             await self._journal.append(group)
         return group
+
+    async def _verdicts(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
+        attempts = [
+            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
+        ]
+        return await self._rewards.verdicts(question.prompt, attempts)
 
     def _recall(self, question: Question) -> Group | None:
         """The group of this phase that was completed before the run was killed."""
@@ -280,7 +294,7 @@ async def fill_in_waves(
         found.kept += good
         found.filtered += [group for group, is_kept in zip(wave, kept, strict=True) if not is_kept]
         found.num_generated_tokens += sum(map(_num_tokens, wave))
-        shortfall.add(count, [[s.response.num_output_tokens for s in group.samples] for group in good])
+        shortfall.add(count, [[s.response.num_policy_tokens for s in group.samples] for group in good])
     if shortfall.missing > 0:
         raise _never_filled(shortfall, found, f"{max_waves} waves")
     return found
@@ -377,14 +391,15 @@ class _PartialPhase:
 
     async def _run(self, response: Response, place: Place) -> None:
         try:
-            longer = await self._sampler._continue(response, self._version, place, lambda: self._stopping)
+            question = self._open[response.prompt_id].question
+            longer = await self._sampler._continue(question, response, self._version, place, lambda: self._stopping)
         except ServerError:
             if not self._stopping:
                 raise
             return  # what its server had sampled is lost; it goes on in the next phase from where it was
         finally:
             self.num_running -= 1
-        self.found.num_generated_tokens += longer.num_output_tokens - response.num_output_tokens
+        self.found.num_generated_tokens += longer.num_policy_tokens - response.num_policy_tokens
         longer = await self._sampler._with_text(longer)
         group = self._open[response.prompt_id]
         group.responses[response.sample_index] = longer
@@ -402,44 +417,43 @@ class _PartialPhase:
         (self.found.kept if good else self.found.filtered).append(scored)
         need = self._need(question)
         self.num_open[need.domain] -= 1
-        need.add(1, [[s.response.num_output_tokens for s in scored.samples]] if good else [])
+        need.add(1, [[s.response.num_policy_tokens for s in scored.samples]] if good else [])
 
     def _need(self, question: Question) -> Shortfall:
         return next(need for need in self._needs if need.domain in (ANY, question.prompt.domain))
 
 
 def _blank(question: Question, size: int) -> list[Response]:
-    prompt_ids = np.array(question.input_ids, np.int32)
+    nothing = Segment(
+        prompt_ids=np.array(question.input_ids, np.int32),
+        output_ids=np.zeros(0, np.int32),
+        rollout_logprobs=np.zeros(0, np.float32),
+        policy_versions=np.zeros(0, np.int32),
+    )
     return [
-        Response(
-            prompt_id=question.prompt_id,
-            sample_index=index,
-            prompt_ids=prompt_ids,
-            output_ids=np.zeros(0, np.int32),
-            rollout_logprobs=np.zeros(0, np.float32),
-            policy_versions=np.zeros(0, np.int32),
-            finish_reason="",
-        )
+        Response(prompt_id=question.prompt_id, sample_index=index, segments=(nothing,), finish_reason="")
         for index in range(size)
     ]
 
 
 def _extended(response: Response, more: Completion, policy_version: int) -> Response:
-    return replace(
-        response,
-        output_ids=np.concatenate([response.output_ids, more.output_ids]),
-        rollout_logprobs=np.concatenate([response.rollout_logprobs, more.logprobs]),
+    (segment,) = response.segments
+    longer = replace(
+        segment,
+        output_ids=np.concatenate([segment.output_ids, more.output_ids]),
+        rollout_logprobs=np.concatenate([segment.rollout_logprobs, more.logprobs]),
         policy_versions=np.concatenate(
-            [response.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
+            [segment.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
         ),
-        finish_reason="" if more.finish_reason == "abort" else more.finish_reason,
         # Those of the whole sequence: what was there before went through the present weights too.
-        routed_experts=more.routed_experts if len(more.output_ids) else response.routed_experts,
+        routed_experts=more.routed_experts if len(more.output_ids) else segment.routed_experts,
     )
+    finish_reason = "" if more.finish_reason == "abort" else more.finish_reason
+    return replace(response, segments=(longer,), finish_reason=finish_reason)
 
 
 def _num_tokens(group: Group) -> int:
-    return sum(sample.response.num_output_tokens for sample in group.samples)
+    return sum(sample.response.num_policy_tokens for sample in group.samples)
 
 
 def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueError:

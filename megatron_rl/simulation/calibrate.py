@@ -44,6 +44,8 @@ class Replay:
                 raise ValueError(f"{path} is missing; calibrate with a run whose rollouts are all there")
             with path.open("rb") as file:
                 for sample in map(parse_json, bounded_lines(file, path)):
+                    if "segments" in sample:
+                        raise ValueError(f"{path} has trajectories of agents; calibrate with a run of single turns")
                     if set(sample["policy_versions"]) == {str(row["step"])}:  # others were carried into this step
                         lengths[sample["position"]].append(sample["num_tokens"])
                         rewards[sample["position"]].append(sample["reward"])

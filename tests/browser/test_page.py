@@ -145,6 +145,46 @@ def test_tokens_are_shaded_by_their_difference_and_tell_their_numbers(browser: C
     assert "cut: 5 of 6 tokens trained" in browser.value("document.querySelector('.badges').textContent")
 
 
+def test_what_the_policy_did_not_sample_is_shaded(browser: Chromium, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    segments = [
+        {"spans": [["call <b>", True], ["\u202e391", False]]},
+        {"shared_tokens": 9, "prompt": "again", "spans": [["so", True]]},
+    ]
+    columns = {"num_turns": 2, "num_masked_tokens": 3, "segments": segments}
+    rows = [response_row(i, 0, "so") | columns for i in (0, 4)]
+    write_rows(run / "rollouts/step_000000.jsonl", rows)
+    trace = {
+        "position": 0,
+        "sample_index": 0,
+        "tokens": list("abcd"),
+        "rollout_logprobs": [-1.0, None, -1.0, -1.0],
+        "train_logprobs": [-1.0, None, None, -1.0],
+        "policy_versions": [[3, 1], [None, 1], [3, 2]],
+        "segments": [0, 2],
+        "optimizer_step": 0,
+    }
+    write_rows(run / "tokens/step_000000.jsonl", [trace])
+    open_report(browser, [run], tmp_path / "report.html", DESKTOP)
+    parts = "[...document.querySelectorAll('#browser .prose')].at(-1).children"
+    names = browser.value(f"[...{parts}].map(part => part.className)")
+    assert names == ["token d0", "token others", "gap segment", "token untrained", "token d0"]
+    assert browser.value("document.querySelectorAll('.version').length") == 0  # one version, whatever lies between
+    browser.value("document.querySelectorAll('#browser .prose .token')[1].click()")
+    said = browser.value("document.querySelector('.said').textContent")
+    assert said == "token 2 “b”: not sampled by the policy, so never trained"
+    assert "2 turns, 3 tokens of others" in browser.value("document.querySelector('.badges').textContent")
+    browser.value("Object.assign(place, {group: 1}); drawBrowser()")
+    assert browser.value(f"[...{parts}].map(part => [part.className, part.textContent])") == [
+        ["policy", "call <b>"],
+        ["others", "U+202E391"],
+        ["gap segment", "a new segment: the first 9 tokens of its prompt are those before, then it goes on"],
+        ["others", "again"],
+        ["policy", "so"],
+    ]
+    check(browser, tmp_path / "report.html", DESKTOP)
+
+
 def test_plots_are_drawn_when_they_come_into_view(browser: Chromium, tmp_path: Path) -> None:
     open_report(browser, [make_run(tmp_path / "run", 5)], tmp_path / "report.html", PHONE)
     browser.wait_for("document.querySelector('.canvas[data-drawn]')")

@@ -46,9 +46,9 @@ def _values(config: RlConfig, responses: Sequence[Response], rewards: np.ndarray
     """What an advantage is worked out from: c3po/own_objective.py, `OF_ADVANTAGE`."""
     longest, reward = config.rollout.max_response_tokens, config.reward
     buffer, most = reward.overlong_buffer_tokens, reward.overlong_penalty
-    penalties = [overlong_penalty(response.num_output_tokens, longest, buffer, most) for response in responses]
+    penalties = [overlong_penalty(response.num_policy_tokens, longest, buffer, most) for response in responses]
     return {
         "rewards": rewards + penalties,
-        "response_tokens": np.array([response.num_output_tokens for response in responses]),
+        "response_tokens": np.array([response.num_policy_tokens for response in responses]),
         "is_truncated": np.array([response.finish_reason == "length" for response in responses]),
     }

@@ -130,7 +130,7 @@ class Collector:
             return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step)]
         tokens: Counter[str] = Counter()
         for sample in carried:
-            tokens[self._domain_of(sample.response.prompt_id)] += sample.response.num_output_tokens
+            tokens[self._domain_of(sample.response.prompt_id)] += sample.response.num_policy_tokens
         longest = self._config.rollout.max_response_tokens
         return shortfalls(self._budgets, self._shares, tokens, self._per_prompt, longest, self._config.budget.margin)
 

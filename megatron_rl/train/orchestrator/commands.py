@@ -6,7 +6,7 @@ rollout to end, and never for ever.
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.records import Plan, Sample, Selected, StepPlan
+from megatron_rl.records import Plan, Sample, Segment, Selected, StepPlan
 from megatron_rl.train.step.batch import TrainSequence
 
 
@@ -55,21 +55,26 @@ class Checksums:
     dtypes: dict[str, str]
 
 
-Command = Stop | Push | Probe | Checksums
-_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextPhase:
+    """Rank 0's word that it goes from one long phase to another, so that the others wait for the second one anew."""
+
+
+Command = Stop | Push | Probe | Checksums | NextPhase
+_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums, NextPhase)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """shape: [layers, topk], of the experts at one position. missing: samples of the plan that have no record of them,
-    because an earlier run sampled them without."""
+    """shape: [layers, topk], of the experts at one position. missing: (sample, segment) of those of the plan without a
+    record of them, because an earlier run sampled them without."""
 
     shape: tuple[int, int]
-    missing: frozenset[int]
+    missing: frozenset[tuple[int, int]]
 
     def num_positions(self, selected: Selected) -> int:
         """Whose experts travel: all but the last, which predicts nothing."""
-        return 0 if selected.index in self.missing else selected.num_tokens - 1
+        return 0 if (selected.index, selected.segment) in self.missing else selected.num_tokens - 1
 
 
 Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence], of one data-parallel rank
@@ -115,12 +120,14 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Comm
     routing = None
     if content["routing"] is not None:
         layers, topk = content["routing"]["shape"]
-        routing = Routing(shape=(layers, topk), missing=frozenset(content["routing"]["missing"]))
+        missing = frozenset((index, segment) for index, segment in content["routing"]["missing"])
+        routing = Routing(shape=(layers, topk), missing=missing)
     mine = list(_placed(plan, data_rank))
     arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),
         np.empty(sum(s.num_loss_tokens for s in mine), np.float32),
         np.empty(len(mine), np.float64),
+        np.empty(sum(s.num_output_tokens for s in mine if s.has_gaps), bool),
     ]
     if routing is not None:
         arrays.append(np.empty((sum(map(routing.num_positions, mine)), *routing.shape), np.uint8))
@@ -141,30 +148,37 @@ def _placed(plan: Plan, data_rank: int) -> list[Selected]:
 
 def _routing(plan: Plan, samples: Sequence[Sample]) -> Routing | None:
     """None when no sample of the plan has routed experts."""
-    records = {s.index: samples[s.index].response.routed_experts for step in plan.steps for s in step.selected}
+    records = {(s.index, s.segment): _segment(samples, s).routed_experts for step in plan.steps for s in step.selected}
     shapes = {record.shape[1:] for record in records.values() if record is not None}
     if not shapes:
         return None
     ((layers, topk),) = shapes
-    missing = frozenset(index for index, record in records.items() if record is None)
+    missing = frozenset(place for place, record in records.items() if record is None)
     return Routing(shape=(layers, topk), missing=missing)
 
 
+def _segment(samples: Sequence[Sample], selected: Selected) -> Segment:
+    return samples[selected.index].response.segments[selected.segment]
+
+
 def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Routing | None) -> list[np.ndarray]:
-    """Tokens int32, rollout log-probs float32, advantages float64 and, where there are any, routed experts uint8
-    [positions, layers, topk] of a rank's samples, end to end."""
+    """Tokens int32, rollout log-probs float32, advantages float64, where sequences have gaps which output tokens are
+    the policy's, bool, and, where there are any, routed experts uint8 [positions, layers, topk] of a rank's sequences,
+    end to end."""
     mine = _placed(plan, data_rank)
-    tokens, logprobs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    tokens, logprobs, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, bool)]
     for selected in mine:
-        response = samples[selected.index].response
-        tokens += [response.prompt_ids, response.output_ids[: selected.num_loss_tokens]]
-        logprobs.append(response.rollout_logprobs[: selected.num_loss_tokens])
+        segment = _segment(samples, selected)
+        tokens += [segment.prompt_ids, segment.output_ids[: selected.num_output_tokens]]
+        logprobs.append(segment.rollout_logprobs[: selected.num_loss_tokens])
+        if selected.has_gaps:
+            masks.append(segment.policy_mask[: selected.num_output_tokens])
     advantages = np.array([samples[selected.index].advantage for selected in mine], np.float64)
-    arrays: list[np.ndarray] = [np.concatenate(tokens), np.concatenate(logprobs), advantages]
+    arrays: list[np.ndarray] = [np.concatenate(tokens), np.concatenate(logprobs), advantages, np.concatenate(masks)]
     if routing is not None:
         routed = [np.zeros((0, *routing.shape), np.uint8)]
         for selected in mine:
-            record = samples[selected.index].response.routed_experts
+            record = _segment(samples, selected).routed_experts
             if record is not None:
                 routed.append(record[: routing.num_positions(selected)])
         arrays.append(np.concatenate(routed))
@@ -173,32 +187,54 @@ def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Rout
 
 def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequence[np.ndarray]) -> Work:
     """Inverse of `_gather`."""
-    tokens, logprobs, advantages, *rest = arrays
+    tokens, logprobs, advantages, masks, *rest = map(_Parts, arrays)
+
+    def sequence(selected: Selected, traced_from: int) -> TrainSequence:
+        mask = masks.take(selected.num_output_tokens) if selected.has_gaps else np.ones(selected.num_loss_tokens, bool)
+        known = routing.num_positions(selected) if routing else 0
+        return TrainSequence(
+            token_ids=tokens.take(selected.num_tokens),
+            loss_positions=selected.num_prompt_tokens + np.flatnonzero(mask).astype(np.int32),
+            weight=selected.loss_scale,
+            advantage=float(advantages.take(1)[0]),
+            rollout_logprobs=logprobs.take(selected.num_loss_tokens),
+            num_stale_tokens=selected.num_stale_tokens,
+            routed_experts=rest[0].take(known) if known else None,
+            traced_as=selected.index if selected.index in plan.traced else None,
+            traced_from=traced_from,
+        )
+
     work: Work = []
-    token, logprob, sample, routed = 0, 0, 0, 0
     for step in plan.steps:
-        work.append([])
-        for micro_batch in step.micro_batches[data_rank]:
-            work[-1].append([])
-            for position in micro_batch:
-                selected = step.selected[position]
-                count = selected.num_loss_tokens
-                known = routing.num_positions(selected) if routing else 0
-                work[-1][-1].append(
-                    TrainSequence(
-                        token_ids=tokens[token : token + selected.num_tokens],
-                        loss_positions=np.arange(selected.num_prompt_tokens, selected.num_tokens, dtype=np.int32),
-                        weight=selected.loss_scale,
-                        advantage=float(advantages[sample]),
-                        rollout_logprobs=logprobs[logprob : logprob + count],
-                        num_stale_tokens=selected.num_stale_tokens,
-                        routed_experts=rest[0][routed : routed + known] if known else None,
-                        traced_as=selected.index if selected.index in plan.traced else None,
-                    )
-                )
-                token, logprob, sample = token + selected.num_tokens, logprob + count, sample + 1
-                routed += known
+        starts = _first_loss_tokens(step)
+        work.append(
+            [
+                [sequence(step.selected[position], starts[position]) for position in micro_batch]
+                for micro_batch in step.micro_batches[data_rank]
+            ]
+        )
     return work
+
+
+class _Parts:
+    """Gives an array away part by part."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array, self._taken = array, 0
+
+    def take(self, count: int) -> np.ndarray:
+        self._taken += count
+        return self._array[self._taken - count : self._taken]
+
+
+def _first_loss_tokens(step: StepPlan) -> list[int]:
+    """Count, for each sequence of a step, the loss tokens that its sample has in earlier ones."""
+    so_far: Counter[int] = Counter()
+    found = []
+    for selected in step.selected:
+        found.append(so_far[selected.index])
+        so_far[selected.index] += selected.num_loss_tokens
+    return found
 
 
 def _plan_from_json(plan: dict[str, Any]) -> Plan:

@@ -15,11 +15,10 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
-from megatron_rl.rollout.rollout_file import answer_columns, parts_column, text_of
+from megatron_rl.rollout.rollout_file import Decode, answer_columns, parts_column, text_of, trajectory_columns
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.train.run import learning
 
-Decode = Callable[[list[int]], str]
 PromptOf = Callable[[int], Prompt]  # by its position in the stream
 KindOf = Callable[[str], str]  # of reward, by the prompt's domain
 
@@ -50,10 +49,16 @@ class Phase:
     def outcomes(self) -> Iterator[tuple[Sample, str, int]]:
         """Every scored sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a later
         phase."""
-        trained = {s.index: s.num_loss_tokens for step in self.schedule.plan.steps for s in step.selected}
+        trained: Counter[int] = Counter()
+        for step in self.schedule.first_pass:
+            for selected in step.selected:
+                trained[selected.index] += selected.num_loss_tokens
         left_over = "carried" if self.schedule.num_dropped == 0 else "dropped: over the budget"
         for index, sample in enumerate(self.schedule.samples):
-            yield (sample, "trained", trained[index]) if index in trained else (sample, left_over, 0)
+            if index in trained:
+                yield sample, "trained", trained[index]
+            else:
+                yield sample, left_over if sample.response.num_policy_tokens else "dropped: no tokens", 0
         for group in self.collected.filtered:
             yield from ((sample, "dropped: equal rewards", 0) for sample in group.samples)
         for group in self.unneeded:
@@ -127,15 +132,17 @@ class Phase:
         found = self.collected
         own = [sample for group in self.generated for sample in group.samples]
         seen = own or list(samples)
-        lengths = np.array([sample.response.num_output_tokens for sample in seen])
+        lengths = np.array([sample.response.num_policy_tokens for sample in seen])
         selected = [s for step in self.schedule.first_pass for s in step.selected]
-        advantages = np.array([samples[s.index].advantage for s in selected])
+        trained = dict.fromkeys(s.index for s in selected)
+        advantages = np.array([samples[index].advantage for index in trained])
         uniform = sum(all_equal([sample.reward for sample in group.samples]) for group in self.generated)
         num_loss_tokens = sum(s.num_loss_tokens for s in selected)
         return {
             "reward": float(np.mean([sample.reward for sample in seen])),
             **_by_part(seen),
             **self._by_domain(seen, prompt_of),
+            **_of_trajectories(seen),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
             "num_generated_tokens": found.num_generated_tokens,
@@ -153,15 +160,15 @@ class Phase:
             "too_slow_share": _share(seen, lambda sample: sample.reason == "too_slow"),
             "reward_error_share": _share(seen, lambda sample: sample.reason in GAVE_UP),
             "uniform_group_share": uniform / max(1, len(self.generated)),
-            "num_trained_samples": len(selected),
+            "num_trained_samples": len(trained),
             "budget_use": num_loss_tokens / budget_tokens if budget_tokens else None,
             "num_cut_tokens": self.schedule.num_cut_tokens,
             "num_carried": len(self.schedule.carried),
             "num_dropped_over_budget": self.schedule.num_dropped,
             "num_unfinished": sum(len(group.responses) for group in found.unfinished),
-            "num_unfinished_tokens": sum(group.num_output_tokens for group in found.unfinished),
+            "num_unfinished_tokens": sum(group.num_policy_tokens for group in found.unfinished),
             "num_dropped_unfinished": sum(len(group.responses) for group in found.purged),
-            "num_dropped_unfinished_tokens": sum(group.num_output_tokens for group in found.purged),
+            "num_dropped_unfinished_tokens": sum(group.num_policy_tokens for group in found.purged),
             "off_policy_token_share": sum(s.num_stale_tokens for s in plan.steps[0].selected)
             / max(1, plan.steps[0].num_loss_tokens),
             "num_dropped_equal_rewards": sum(len(group.samples) for group in found.filtered),
@@ -184,7 +191,7 @@ class Phase:
             if members := [sample for sample in seen if domain_of[sample.id] == domain]:
                 found[f"reward/{domain}"] = float(np.mean([sample.reward for sample in members]))
                 found[f"response_tokens_mean/{domain}"] = float(
-                    np.mean([s.response.num_output_tokens for s in members])
+                    np.mean([s.response.num_policy_tokens for s in members])
                 )
                 found[f"num_samples/{domain}"] = len(members)
             found[f"num_loss_tokens/{domain}"] = sum(
@@ -211,13 +218,29 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "prompt_id": prompt.id,
         "position": response.prompt_id,
         "sample_index": response.sample_index,
-        "prompt": decode(response.prompt_ids.tolist()),
+        "prompt": decode(response.segments[0].prompt_ids.tolist()) if response.segments else prompt.prompt,
         "response": text,
         **answer_columns(prompt, kind_of(prompt.domain), text),
         # Which weights sampled how many of its tokens, in order.
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
-        "num_tokens": response.num_output_tokens,
+        "num_tokens": response.num_policy_tokens,
+        **trajectory_columns(response, decode),
+    }
+
+
+def _of_trajectories(seen: Sequence[Sample]) -> dict[str, float]:
+    """What there is to say of many turns; nothing where no response is a trajectory."""
+    responses = [sample.response for sample in seen]
+    if all(response.is_plain for response in responses):
+        return {}
+    masked = sum(response.num_masked_tokens for response in responses)
+    sampled = sum(response.num_policy_tokens for response in responses)
+    return {
+        "turns_mean": float(np.mean([response.num_turns for response in responses])),
+        "segments_mean": float(np.mean([len(response.segments) for response in responses])),
+        "masked_token_share": masked / max(1, masked + sampled),
+        "no_token_share": _share(seen, lambda sample: sample.response.num_policy_tokens == 0),
     }
 
 

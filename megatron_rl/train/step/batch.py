@@ -21,12 +21,13 @@ class TrainSequence:
     token_ids: int32 [n].
     loss_positions: int32 [m], positions (at least 1) of the tokens that carry loss.
     weight: multiplies every loss token.
-    advantage: of the whole response; unused by cross-entropy.
+    advantage: of its response; unused by cross-entropy.
     rollout_logprobs: float32 [m], as the server reported them; NaN where there are none.
     num_stale_tokens: of so many first loss tokens the sampler had other weights than the optimizer step starts from.
     routed_experts: uint8 [n - 1, layers, topk], the experts to use at every position but the last, which predicts
         nothing; None leaves them to the routers.
     traced_as: the sample (`Plan.traced`) under which the log-probs of its loss tokens are kept; None keeps none.
+    traced_from: loss tokens that this sample has in sequences before it.
     """
 
     token_ids: np.ndarray
@@ -37,6 +38,7 @@ class TrainSequence:
     num_stale_tokens: int
     routed_experts: np.ndarray | None = None
     traced_as: int | None = None
+    traced_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +202,9 @@ def _traced(
     """mine: bool [m] of each sequence, which of its loss tokens this rank has."""
     held = [np.flatnonzero(kept) for kept in mine]
     first = np.cumsum([0, *map(len, held)])
-    traced = [(s.traced_as, first[i], held[i]) for i, s in enumerate(sequences) if s.traced_as is not None]
+    traced = [
+        (s.traced_as, first[i], held[i] + s.traced_from) for i, s in enumerate(sequences) if s.traced_as is not None
+    ]
     if not any(len(tokens) for *_, tokens in traced):
         return None
     return TracedTokens(

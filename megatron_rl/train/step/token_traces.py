@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class TracedTokens:
     """R of the M loss tokens of a micro-batch that are traced.
 
     index: int64 [R], among the M, on their device. samples: int64 [R], each one's sample (`Plan.traced`). tokens: int64
-    [R], its place among the loss tokens of its whole sequence, from 0.
+    [R], its place among the loss tokens of its sample, from 0.
     """
 
     index: Tensor
@@ -46,8 +46,8 @@ def chosen(schedule: Schedule, num_groups: int) -> tuple[int, ...]:
     trained = {samples[s.index].response.prompt_id for step in schedule.plan.steps for s in step.selected}
     oldest: dict[int, int] = {}
     for sample in samples:
-        prompt, version = sample.response.prompt_id, int(sample.response.policy_versions[0])
-        oldest[prompt] = min(version, oldest.get(prompt, version))
+        for version in sample.response.policy_versions[:1].tolist():
+            oldest[sample.response.prompt_id] = min(version, oldest.get(sample.response.prompt_id, version))
     groups = set(sorted(trained, key=lambda prompt: (-oldest[prompt], prompt))[:num_groups])
     found = [i for i, sample in enumerate(samples) if sample.response.prompt_id in groups]
     return tuple(sorted(found, key=lambda i: samples[i].id))
@@ -87,18 +87,28 @@ def lines(
 def _row(
     schedule: Schedule, index: int, found: Sequence[Mapping[int, np.ndarray]], decode: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
+    """A token that the policy did not sample has no log-probs and no version. segments: where each of them begins, of a
+    response that has several."""
     response = schedule.samples[index].response
     step = next((number for number, logprobs in enumerate(found) if index in logprobs), None)
     trained = [] if step is None else found[step][index].tolist()
-    versions = response.policy_versions.tolist()
+    trained += [math.nan] * (response.num_policy_tokens - len(trained))
+    masks = [segment.policy_mask for segment in response.segments]
+    is_policy = np.concatenate([np.zeros(0, bool), *masks]).tolist()
+    sampled = iter(zip(response.rollout_logprobs.tolist(), trained, response.policy_versions.tolist(), strict=True))
+    columns = [next(sampled) if own else (math.nan, math.nan, None) for own in is_policy]
+    starts = [0, *accumulate(map(len, masks[:-1]))]
     return {
         "position": response.prompt_id,
         "sample_index": response.sample_index,
-        "tokens": pieces(response.output_ids.tolist(), decode),
-        "rollout_logprobs": [_rounded(x) for x in response.rollout_logprobs.tolist()],
-        "train_logprobs": [*map(_rounded, trained), *[None] * (response.num_output_tokens - len(trained))],
-        "policy_versions": [[version, len(list(run))] for version, run in groupby(versions)],
+        "tokens": [piece for segment in response.segments for piece in pieces(segment.output_ids.tolist(), decode)],
+        "rollout_logprobs": [_rounded(logprob) for logprob, _, _ in columns],
+        "train_logprobs": [_rounded(logprob) for _, logprob, _ in columns],
+        "policy_versions": [
+            [version, len(list(run))] for version, run in groupby(version for _, _, version in columns)
+        ],
         "optimizer_step": step,
+        **({"segments": starts} if len(starts) > 1 else {}),
     }
 
 
