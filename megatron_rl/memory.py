@@ -91,6 +91,12 @@ def trained_parameters(lora: LoraSection | None, architecture: Architecture, lay
     return [(dense, routed) for dense, routed in found]
 
 
+def num_trained_parameters(lora: LoraSection | None, architecture: Architecture) -> int:
+    """Count the parameters of a whole model that have a gradient, and so optimizer states and a place in a
+    checkpoint."""
+    return architecture.num_parameters() if lora is None else lora.num_parameters(architecture)
+
+
 def _attention_widths(architecture: Architecture) -> tuple[int, int]:
     """Of queries, and of keys, which is that of values."""
     return (
@@ -261,7 +267,7 @@ def host_bytes(config: RunConfig, architecture: Architecture, layout: Layout, nu
     item, share = ITEM_BYTES[config.model.dtype], num_ranks / layout.world_size
     stages = rank_bytes(config, architecture, layout)
     ranks_per_stage = layout.world_size // layout.pipeline
-    trained = architecture.num_parameters() if config.lora is None else config.lora.num_parameters(architecture)
+    trained = num_trained_parameters(config.lora, architecture)
     found = {"checkpoint": round(share * trained * SAVED_BYTES[config.model.dtype])}
     offload = config.optimizer.offload_fraction
     if isinstance(config, RlConfig) and config.train.offload_while_generating:

@@ -30,10 +30,11 @@ from megatron_rl.families import load_architecture
 LORA = {"rank": 4, "alpha": 8.0}
 # An epsilon far above gradients: Adam's step is then about linear in them, and does not blow up their rounding.
 STEADY = {"lora": LORA, "whole_gradients": False, "optimizer": {"epsilon": 1.0, "learning_rate": 0.1}}
-# In the last but one four ranks divide experts twice: into groups, and each expert over two ranks.
-OF_ADAPTERS = {name: LAYOUTS[name] for name in ("DP2", "TP2", "TP2-ETP2", "TP2-EP2", "PP2", "CP2-EP2")} | {
+# In the last two four ranks divide experts twice, into groups and each expert over two ranks; and two of them share
+# each of the two key-value heads.
+OF_ADAPTERS = {name: LAYOUTS[name] for name in ("DP2", "TP2", "TP2-ETP2", "TP2-EP2", "PP2", "CP2-EP2", "CP2xTP2")} | {
     "TP2xDP2-EP2xETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
-    "CP2xTP2": LAYOUTS["CP2xTP2"],
+    "TP4": (4, {"tensor": 4}),
 }
 
 
