@@ -78,7 +78,7 @@ def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[i
 
 
 def trained_parameters(lora: LoraSection | None, architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """Of every pipeline rank, as `stage_parameters`: those that have a gradient, all of them or the adapters."""
+    """Count what has a gradient on each pipeline rank, as `stage_parameters` does: all parameters, or the adapters."""
     if lora is None:
         return stage_parameters(architecture, layout)
     found = [[0, 0] for _ in range(layout.pipeline)]

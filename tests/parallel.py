@@ -193,7 +193,8 @@ def exact_spec(model: Path, **changes: object) -> dict:
 
 
 def moe(layout: Layout) -> dict[str, float]:
-    """The z-loss is linear in tokens. The balance loss is not: it stays the same where micro-batches do."""
+    """Choose auxiliary losses that a layout can be compared with. The z-loss is linear in tokens. The balance loss is
+    not: it stays the same where micro-batches do."""
     return {"load_balance_coefficient": 0.05 if layout.data == 1 else 0.0, "z_loss_coefficient": 0.02}
 
 

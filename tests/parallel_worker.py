@@ -143,7 +143,8 @@ def own_routing(context: TrainContext, sequences: list[TrainSequence], calls: Ro
 
 
 def fill_factors(context: TrainContext) -> None:
-    """With what says which factor it is, whatever the layout: B begins as zeros, and A would have no gradient."""
+    """Fill each factor by its name, so that it is the same in every layout: B begins as zeros, and A would have no
+    gradient."""
     table = adapter_table(context.architecture, context.config.lora)
     with torch.no_grad(), context.trainer.offloader.for_loading():
         for name, p in context.model.parameters_by_canonical_name().items():
@@ -154,7 +155,7 @@ def fill_factors(context: TrainContext) -> None:
 
 
 def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of this rank's share of the adapters, by the names that peft has."""
+    """Yield this rank's share of the adapters by the names that peft has."""
     parameters = context.model.parameters_by_canonical_name()
     for entry, tensors in gathered(adapter_table(context.architecture, context.config.lora).values(), parameters, read):
         yield from zip(entry.hf, tensors, strict=True)

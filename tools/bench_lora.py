@@ -54,7 +54,7 @@ STATUS = Path("/proc/self/status")
 
 
 class Bench:
-    """A model of this process and its trainer, with adapters of a rank or, for 0, without."""
+    """Holds a model and its trainer, with adapters of a rank or, for 0, without."""
 
     def __init__(self, arguments: argparse.Namespace, rank: int, learning_rate: float) -> None:
         architecture = load_architecture(arguments.model)

@@ -24,13 +24,19 @@ NOTE = "lora.json"
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight [out, in] + scale * b [out, rank] a [rank, in], in fp32 (fp64 for fp64), rounded to the weight's type."""
+    """Add an adapter to its weight: weight [out, in] + scale * b [out, rank] a [rank, in].
+
+    It is computed in fp32 (fp64 for fp64) and rounded once, to the weight's type.
+    """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.to(wide).addmm(b.to(wide), a.to(wide), alpha=scale).to(weight.dtype)
 
 
 class AdapterNote(Section):
-    """`lora.json`. base: the checkpoint with the frozen weights. digest: of these weights, see `weights_digest`."""
+    """Says whose adapters a checkpoint holds; it is `lora.json` there.
+
+    base: the checkpoint with the frozen weights. digest: of these weights, see `weights_digest`.
+    """
 
     base: Path
     digest: str
@@ -52,7 +58,7 @@ def read_note(directory: Path) -> AdapterNote | None:
 
 
 def refuse_other_adapters(directory: Path, expected: AdapterNote | None) -> None:
-    """ValueError when a checkpoint cannot go on with a configuration's adapters, or without any (None)."""
+    """Raise ValueError when a checkpoint cannot go on with a configuration's adapters, or without any (None)."""
     found = read_note(directory)
     if found is None and expected is not None:
         raise ValueError(
@@ -82,13 +88,13 @@ def _told(lora: LoraSection) -> str:
 
 
 def tensor_digests(checkpoint: "Checkpoint", share: int = 0, num_shares: int = 1) -> dict[str, str]:
-    """xxh3_128 of the bytes of every tensor by its Hugging Face name, of one share of them, so that several ranks read
-    together."""
+    """Read one share of a checkpoint's tensors, and give the xxh3_128 of the bytes of each by its Hugging Face name.
+    Several ranks with a share each read them together."""
     names = sorted(checkpoint.dtypes)[share::num_shares]
     return {name: xxhash.xxh3_128(as_bytes(checkpoint.read(name))).hexdigest() for name in names}
 
 
 def weights_digest(digests: Mapping[str, str]) -> str:
-    """One digest of all tensors' names and values, whatever files they are in."""
+    """Make one digest of all tensors' names and values, whatever files they are in."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]

@@ -176,7 +176,7 @@ def lora_target(name: str) -> LoraTarget | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One adapted weight and its factors, each as a TensorMapping of its own.
+    """Holds an adapted weight and its two factors, each as a TensorMapping of its own.
 
     A fused weight has one adapter. queries, keys and values share one `lora_a`, as do gate and up, and the rows of
     `lora_b` are divided as those of the weight are: so a column-parallel weight's `lora_b` has the weight's layout and
@@ -199,7 +199,7 @@ def _peft_name(weight: str, factor: str) -> str:
 
 
 def adapters(model: Architecture, lora: LoraSection) -> dict[str, Adapter]:
-    """Every adapter by the canonical name of its weight."""
+    """List every adapter by the canonical name of its weight."""
     return {
         name: _adapter(entry, lora.rank)
         for name, entry in name_table(model).items()
@@ -208,7 +208,7 @@ def adapters(model: Architecture, lora: LoraSection) -> dict[str, Adapter]:
 
 
 def adapter_table(model: Architecture, lora: LoraSection) -> dict[str, TensorMapping]:
-    """Every factor of every adapter by its canonical name."""
+    """List every factor of every adapter by its canonical name."""
     return {entry.megatron: entry for found in adapters(model, lora).values() for entry in (found.a, found.b)}
 
 

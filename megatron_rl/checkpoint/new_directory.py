@@ -11,7 +11,7 @@ from megatron_rl.files import replace_directory
 
 @contextmanager
 def new_directory(source: Path, destination: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder beside the destination that takes its name when the block ends well, and goes when it does not.
+    """Make a folder beside the destination that takes its name when the block ends well, and goes when it does not.
 
     source: what its content is made of. ValueError for a destination that is taken, inside of it or too small.
     """

@@ -42,7 +42,7 @@ def write_peft(source: Path, destination: Path) -> int:
 
 
 def _places(adapter: Adapter) -> list[tuple[str, tuple[int, ...], str]]:
-    """Of every tensor of the result: its name, its shape, and the name by which its values are read."""
+    """List the tensors of the result, each with its name, its shape, and the name by which its values are read."""
     found = []
     for (_, a, b), b_shape in zip(adapter.peft_names(), adapter.b.hf_shapes, strict=True):
         found += [(a, adapter.a.hf_shapes[0], adapter.a.hf[0]), (b, b_shape, b)]
@@ -65,8 +65,8 @@ def _config(note: AdapterNote, target_modules: list[str]) -> dict[str, Any]:
 
 
 def _target_modules(names: list[str], others: set[str]) -> list[str]:
-    """The last parts of the modules' names, which servers want, where no module without an adapter has one of them;
-    else whole names."""
+    """Give the last parts of the modules' names, which servers want, where no module without an adapter has one of
+    them; else whole names."""
     modules = [name.removesuffix(_WEIGHT) for name in names]
     last = {module.rsplit(".", 1)[-1] for module in modules}
     if any(name.removesuffix(_WEIGHT).rsplit(".", 1)[-1] in last for name in others):

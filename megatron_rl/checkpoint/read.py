@@ -43,12 +43,14 @@ class Checkpoint(Protocol):
 
 
 class AdapterCheckpoint:
-    """A `Checkpoint` of adapters, read as the model of merged weights: merged in fp32 and rounded once, to the type of
-    the frozen weight, which is read from where the note says."""
+    """Reads a checkpoint of adapters as the model of merged weights (`merge`). The frozen weights are read from where
+    the note says. It is a `Checkpoint`."""
 
     def __init__(self, directory: Path, model: Architecture, note: AdapterNote) -> None:
-        """ValueError, beside those of the two checkpoints, when the frozen weights are gone or are others; all of them
-        are read once for that."""
+        """Open both and read all frozen weights once for their digest.
+
+        ValueError, beside those of the two checkpoints, when the frozen weights are gone or are others.
+        """
         self.directory, self._scale = directory, note.lora.scale
         if not note.base.is_dir():
             raise ValueError(

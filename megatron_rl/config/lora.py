@@ -39,11 +39,11 @@ class LoraSection(Section):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """Give the number by which the product of the factors is multiplied."""
         return self.alpha / math.sqrt(self.rank)
 
     def targets_of_layer(self, architecture: Architecture, layer: int) -> set[LoraTarget]:
-        """Which of the targets a layer has."""
+        """Tell which of the targets a layer has."""
         present: set[LoraTarget] = {"attention"}
         if architecture.is_moe_layer(layer):
             present |= {"experts", "shared_experts"} if architecture.shared_intermediate_size else {"experts"}

@@ -294,7 +294,7 @@ def _grouped_got(model: ModelSection, architecture: Architecture, layout: Layout
 
 
 def _row_multiple(model: ModelSection) -> int:
-    """What rows of operands of grouped products must be a multiple of, in numbers."""
+    """Tell of how many numbers rows of a grouped product's operands must be a multiple."""
     return GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
 
 

@@ -370,8 +370,8 @@ def _gpt_model(
 
 
 def load_weights(model: Model, model_dir: Path) -> None:
-    """Fill every parameter of this rank but adapters from a checkpoint of either kind; ValueError when names or shapes
-    differ."""
+    """Fill every parameter of this rank, but for adapters, from a checkpoint of either kind; ValueError when names or
+    shapes differ."""
     table = name_table(model.architecture)
     with open_checkpoint(model_dir, model.architecture) as checkpoint, torch.no_grad():
         for name, parameter in model.parameters_by_canonical_name().items():
@@ -398,8 +398,8 @@ def initialize_adapters(model: Model, seed: int) -> None:
 
 
 def sharded_state(model: Model) -> dict[str, dict[str, Any]]:
-    """This rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load into; of
-    a model with adapters these alone.
+    """Describe this rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load
+    into. Of a model with adapters it is these alone.
 
     Every layer under its own name, whether all layers are alike or not. Extra states are left out: only fp8 has any.
     """

@@ -83,7 +83,7 @@ class GroupedExperts(SequentialMLP):
                 weight.data = place.copy_(weight.data)
 
     def _weights(self) -> tuple["Product", "Product"]:
-        """Both products, of weights as they lie in megatron's buffers once these are there; waits for them (see
+        """Give both products, of weights as they lie in megatron's buffers once these are there. It waits for them (see
         `hooks`)."""
         for linear in self.linears:
             run_pre_hooks(linear)
@@ -92,6 +92,7 @@ class GroupedExperts(SequentialMLP):
         return self.weights
 
     def _products(self) -> tuple["Product", "Product"]:
+        """Make the products of gate and up and of down, of trained weights or of frozen ones and their adapters."""
         pairs = self.linears[::2], self.linears[1::2]
         is_adapted = getattr(self.linears[0], "lora_a", None) is not None
         kinds = ("lora_a", "lora_b") if is_adapted else ("weight",)

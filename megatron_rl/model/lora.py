@@ -63,7 +63,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 
 class AdaptedLinear(torch.nn.Module):
-    """What a column- and a row-parallel linear layer with an adapter share; without one they are megatron's.
+    """Has what column- and row-parallel linear layers with an adapter share; without one they are megatron's.
 
     adapts: the adapter counts. scale: multiplies its product. divided: which factor is cut as the weight is, and along
     which axis.
@@ -101,17 +101,18 @@ class AdaptedLinear(torch.nn.Module):
         self.weight.merged = self.merged
 
     def _down(self, x: Tensor) -> Tensor:
-        """scale * A x. The factor counts where tensors are narrow: behind B its backward pass would copy a wide one."""
+        """Compute scale * A x. The scale counts where tensors are narrow: behind B its backward pass would copy a wide
+        one."""
         return F.linear(x, self.lora_a) * self.scale
 
     def merged(self) -> Tensor:
-        """This rank's part of the weight that servers get: merged in fp32 and rounded once."""
+        """Compute this rank's part of the weight that servers get, merged in fp32 and rounded once."""
         return merge(self.weight.detach(), self.lora_a.detach(), self.lora_b.detach(), self.scale)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """As megatron's, with the factors divided as they are."""
+        """Describe weight and factors for megatron's checkpoints, each divided as it is."""
         axes = {"weight": 0 if self.divided[0] == "lora_b" else 1, "bias": 0, self.divided[0]: self.divided[1]}
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -132,7 +133,10 @@ class AdaptedColumnLinear(AdaptedLinear, ColumnParallelLinear):
     divided = ("lora_b", 0)
 
     def _forward_impl(self, **options: Any) -> Tensor:
-        """options["input"]: this rank's tokens, or all of its group where they have come together already."""
+        """Compute this rank's rows of the product for all tokens.
+
+        options["input"]: this rank's tokens, or all of its group where they have come together already.
+        """
         output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
@@ -146,7 +150,7 @@ class AdaptedRowLinear(AdaptedLinear, RowParallelLinear):
     divided = ("lora_a", 1)
 
     def _forward_impl(self, **options: Any) -> Tensor:
-        """This rank's addend of the product, which the caller adds up over the ranks."""
+        """Compute this rank's addend of the product, which the caller adds up over the ranks."""
         output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
             return output
@@ -155,7 +159,7 @@ class AdaptedRowLinear(AdaptedLinear, RowParallelLinear):
 
 
 class AdaptedProvider(LocalSpecProvider):
-    """Megatron's local layers, whose linear ones can have adapters."""
+    """Builds megatron's local layers with linear ones that can have adapters."""
 
     def column_parallel_linear(self) -> type:
         return AdaptedColumnLinear
@@ -195,7 +199,7 @@ def is_factor(name: str) -> bool:
 
 
 def initial_factor(entry: TensorMapping, seed: int) -> Tensor:
-    """Make a whole factor as it begins, fp32: zeros, or of A what peft takes (kaiming_uniform_ with a = sqrt(5))."""
+    """Make a whole factor as it begins, in fp32: zeros, or of A what peft takes (kaiming_uniform_ with a = sqrt(5))."""
     if not entry.megatron.endswith(LORA_A):
         return torch.zeros(entry.shape)
     digest = hashlib.sha256(f"{seed} {entry.megatron}".encode()).digest()
@@ -224,7 +228,8 @@ def base_only(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def finish_gradients(chunks: Sequence[torch.nn.Module]) -> None:
-    """Collective, behind megatron's own reductions: sum over expert-tensor-parallel ranks what each has addends of."""
+    """Sum over expert-tensor-parallel ranks the gradients of which each has an addend. Collective, behind megatron's
+    own reductions."""
     factors = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_experts_group", False)]
     if not factors:
         return

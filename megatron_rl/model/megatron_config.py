@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def transformer_config(
     architecture: Architecture, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
 ) -> TransformerConfig:
-    """An architecture as megatron-core's TransformerConfig."""
+    """Write an architecture and a configuration as megatron-core's TransformerConfig."""
     dtype = DTYPES[model.dtype]
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,

@@ -223,17 +223,17 @@ def pipeline_bubble(work: float, layout: Layout, num_rows: float) -> float:
 
 
 def passes_of_training(config: RunConfig) -> float:
-    """What a token costs in one pass of training, in forward passes: a backward pass is two, of frozen weights one
-    (adapters are too few to count), and recomputation is one more. Of selective recomputation only that of the experts
-    counts, as a whole forward pass, of which they are the most."""
+    """Count what a token costs in one pass of training, in forward passes: a backward pass is two, of frozen weights
+    one (adapters are too few to count), and recomputation is one more. Of selective recomputation only that of the
+    experts counts, as a whole forward pass, of which they are the most."""
     model = config.model
     recomputes = model.recompute == "full" or (model.recompute == "selective" and "moe" in model.recompute_modules)
     return (3.0 if config.lora is None else 2.0) + recomputes
 
 
 def forward_passes(config: RlConfig) -> float:
-    """What training a token costs, in forward passes, over all passes over its rollout: beside those of training, one
-    for the reference's log-probs and one for the trainer's own old ones (of all but the first optimizer step)."""
+    """Count what training a token costs, in forward passes, over all passes over its rollout: beside those of training,
+    one for the reference's log-probs and one for the trainer's own old ones (of all but the first optimizer step)."""
     algorithm = config.algorithm
     later = 1.0 - 1.0 / algorithm.optimizer_steps_of_phase if algorithm.trains_on_own_old_logprobs else 0.0
     return algorithm.passes_per_rollout * (passes_of_training(config) + bool(algorithm.kl_coefficient) + later)

@@ -19,7 +19,7 @@ from megatron_rl.sync.buckets import Bucket
 
 
 def value(parameter: Tensor) -> Tensor:
-    """What is exported of a parameter: it as it is, or merged with its adapter."""
+    """Give what is exported of a parameter: it as it is, or merged with its adapter."""
     merged: Callable[[], Tensor] = getattr(parameter, "merged", parameter.detach)
     return merged()
 

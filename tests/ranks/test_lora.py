@@ -52,7 +52,7 @@ def spec_of(model: Path, layout: Layout = ALONE, **changes: object) -> dict:
 def exact(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[dict[str, float]], dict[str, torch.Tensor]]:
-    """One process in fp64, by the auxiliary losses."""
+    """Runs one process in fp64, once for each choice of auxiliary losses."""
     runs: dict[str, dict[str, torch.Tensor]] = {}
 
     def run(losses: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def test_every_layout_gives_the_adapters_the_gradient_of_one_process_to_rounding
 
 
 def given_factors(model: Path) -> dict[str, torch.Tensor]:
-    """What tests/parallel_worker.py fills each factor with, by the name that peft has."""
+    """Make what tests/parallel_worker.py fills each factor with, by the name that peft has."""
     found = {}
     for name, entry in adapter_table(load_architecture(model), LoraSection(**LORA)).items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -93,7 +93,7 @@ def given_factors(model: Path) -> dict[str, torch.Tensor]:
 
 
 def peft_model(folder: Path, factors: dict[str, torch.Tensor]) -> tuple[Any, dict[str, list[str]]]:
-    """transformers' class with peft's adapters, and of each of our factors the names that it has there: of a fused
+    """Make transformers' class with peft's adapters, and list the names that each of our factors has there: of a fused
     weight's `lora_a` every projection has a copy."""
     peft = pytest.importorskip("peft", reason="peft is not installed; `make install` brings it")
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -176,7 +176,7 @@ def test_what_saves_memory_and_what_overlaps_changes_no_bit_in_bfloat16_and_roun
 
 @pytest.fixture(scope="module")
 def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint of two ranks that divide every weight, after a step; and what they had then."""
+    """Saves a checkpoint of two ranks that divide every weight, after a step; and what they had then."""
     folder = tmp_path_factory.mktemp("saved")
     parallel = {"tensor": 2, "expert_tensor": 2}
     spec = make_spec(model, **STEADY, parallel=parallel, save_to=str(folder / "checkpoints"))

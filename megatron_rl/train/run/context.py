@@ -121,7 +121,8 @@ class TrainContext:
             log.debug("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _adapter_note(self) -> AdapterNote | None:
-        """Collective: what checkpoints say of the adapters and the frozen weights, which all ranks read together."""
+        """Write what checkpoints say of the adapters and the frozen weights. Collective: all ranks read these
+        together."""
         if self.config.lora is None:
             return None
         path = self.config.model.path.absolute()

@@ -361,7 +361,8 @@ class Trainer:
 
 
 def _finalize_gradients(chunks: Sequence[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron's, which is not told the number of tokens (step 4), and what adapters need besides."""
+    """Reduce gradients as megatron does, which is not told the number of tokens (step 4), and as adapters need
+    besides."""
     finalize_model_grads(chunks, None, **options)
     finish_gradients(chunks)
 
