@@ -275,14 +275,7 @@ def build_model(
         for gpt in gpts
     )
     for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, Router):
-                module.keep_bias_in_float32()
-            if isinstance(module, GroupedExperts):
-                if lora is not None:
-                    module.lay_frozen_weights_together()
-                if any(parameter.requires_grad for parameter in module.parameters()):
-                    module.ready = partial(_gradient_is_there, chunk)
+        _prepare_modules(chunk, is_frozen=lora is not None)
         if backends.weight_gradient == "transformer_engine":
             fuse_weight_gradients(chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
@@ -304,6 +297,18 @@ def build_model(
         token_multiple=layout.tensor * align,
         lora=lora,
     )
+
+
+def _prepare_modules(chunk: DistributedDataParallel, is_frozen: bool) -> None:
+    """Give routers and grouped experts what they can only have inside of megatron's DDP. is_frozen: the weights are."""
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            module.keep_bias_in_float32()
+        if isinstance(module, GroupedExperts):
+            if is_frozen:
+                module.lay_frozen_weights_together()
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                module.ready = partial(_gradient_is_there, chunk)
 
 
 def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
