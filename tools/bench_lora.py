@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,6 @@ def resident_bytes(what: str) -> int:
 
 def training_row(arguments: argparse.Namespace, rank: int) -> dict[str, Any]:
     """Measure one way to train; the process has done nothing else."""
-    start(arguments)
     before = resident_bytes("VmRSS")
     row: dict[str, Any] = {"rank": rank or None}
     try:
@@ -168,7 +167,6 @@ def training_row(arguments: argparse.Namespace, rank: int) -> dict[str, Any]:
 
 def rounding_rows(arguments: argparse.Namespace, rank: int, learning_rate: float) -> list[dict[str, Any]]:
     """Measure the gap that rounding leaves after some of the first steps."""
-    start(arguments)
     bench, rows = Bench(arguments, rank, learning_rate), []
     begin = bench.logprobs()
     for step in range(1, max(arguments.steps) + 1):
@@ -190,10 +188,15 @@ def significant(number: float | Tensor) -> float:
     return float(f"{float(number):.4g}")
 
 
-def start(arguments: argparse.Namespace) -> None:
+def alone(measured: Callable[..., Any], arguments: argparse.Namespace, *case: float) -> Any:
+    """Measure a case in a training world of this process alone."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     initialize_parallel(ALONE, deadline_seconds=600, seed=0)
+    try:
+        return measured(arguments, *case)
+    finally:
+        dist.destroy_process_group()
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -201,10 +204,10 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for rank in (0, *arguments.ranks):
-            yield "training", [pool.submit(training_row, arguments, rank).result()]
+            yield "training", [pool.submit(alone, training_row, arguments, rank).result()]
         for rank in arguments.ranks:
             for rate in arguments.rates:
-                yield "rounding", pool.submit(rounding_rows, arguments, rank, rate).result()
+                yield "rounding", pool.submit(alone, rounding_rows, arguments, rank, rate).result()
 
 
 def main() -> int:
