@@ -66,9 +66,9 @@ def test_what_runs_where_is_a_short_table(architecture: Architecture, tmp_path: 
     assert len(lines) <= 6 + 2
     assert "none; responses come from a file" in overview(config, architecture, layout, Place(), "the CPU", (0, 4))
     assert "adapters" not in said
-    adapted = config.model_copy(update={"lora": LoraSection(rank=4, targets=["attention"])})
+    adapted = config.model_copy(update={"lora": LoraSection(rank=4, targets=["attention", "experts"])})
     said = overview(adapted, architecture, layout, Place(), "the CPU", (0, 4))
-    assert "M parameters beside frozen weights, rank 4, attention" in re.sub(r"\s+", " ", said)
+    assert "M parameters beside frozen weights, rank 4, attention, experts" in re.sub(r"\s+", " ", said)
 
 
 def test_the_end_says_where_the_model_is_and_what_comes_next(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class LoraSection(Section):
             present.add("mlp")
         return present & set(self.targets)
 
+    def targets_of(self, architecture: Architecture) -> list[LoraTarget]:
+        """List the targets that any layer has, in their order."""
+        layers = range(architecture.num_hidden_layers)
+        present = {target for layer in layers for target in self.targets_of_layer(architecture, layer)}
+        return [target for target in self.targets if target in present]
+
     def layer_parameters(self, architecture: Architecture, layout: Layout, layer: int) -> tuple[int, int]:
         """Count what one rank has of a layer's adapters: outside of routed experts, and in them.
 

@@ -38,7 +38,7 @@ def overview(
     ]
     if (lora := config.lora) is not None:
         trained = f"{_count(lora.num_parameters(architecture))} parameters beside frozen weights"
-        rows.append(("adapters", f"{trained}, rank {lora.rank}, {', '.join(lora.targets)}"))
+        rows.append(("adapters", f"{trained}, rank {lora.rank}, {', '.join(lora.targets_of(architecture))}"))
     if isinstance(config, RlConfig):
         rows.append(("servers", _servers(config, urls)))
         if urls is not None:
