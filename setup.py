@@ -51,6 +51,7 @@ setup(
             "pytest-timeout~=2.4",
             "pytest-xdist~=3.8",
             "hypothesis~=6.170",
+            "peft~=0.21",  # what adapters are compared with
             "openai~=3.57",  # the client that talks to the gateway of agents
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -128,11 +128,12 @@ def _add_checkpoints(commands: Commands) -> None:
         "convert",
         help="Hugging Face directory <-> Megatron checkpoint",
         description="Convert a Hugging Face directory to a Megatron distributed checkpoint that the trainer opens in "
-        "any parallel layout, or such a checkpoint, a run's step_N or a run (its newest) to a Hugging Face directory.",
+        "any parallel layout, or such a checkpoint, a run's step_N or a run (its newest) to a Hugging Face directory, "
+        "with adapters merged; or the adapters of such a one to a directory for peft.",
     )
     convert.add_argument("source", type=Path)
     convert.add_argument("destination", type=Path, help="a new directory")
-    convert.add_argument("--to", choices=("megatron", "hf"), required=True, help="the kind of the destination")
+    convert.add_argument("--to", choices=("megatron", "hf", "peft"), required=True, help="the kind of the destination")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of each tensor")
     convert.add_argument("--max-shard-size", default="5GB", help="of one file: bytes, or a number of MB or GB")
     convert.add_argument("--dry-run", action="store_true", help="print what would be done; write nothing")

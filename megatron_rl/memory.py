@@ -9,6 +9,7 @@ Transformer Engine's layers keep less.
 from dataclasses import asdict, dataclass
 
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.lora import TARGETS, LoraSection
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.rollout import GenerationSection
 from megatron_rl.config.schema import RlConfig, RunConfig
@@ -76,6 +77,26 @@ def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[i
     return [(dense, routed) for dense, routed in found]
 
 
+def trained_parameters(lora: LoraSection | None, architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
+    """Count what has a gradient on each pipeline rank, as `stage_parameters` does: all parameters, or the adapters."""
+    if lora is None:
+        return stage_parameters(architecture, layout)
+    found = [[0, 0] for _ in range(layout.pipeline)]
+    first = 0
+    for stage, size in enumerate(layout.layers_per_stage(architecture.num_hidden_layers)):
+        for layer in range(first, first + size):
+            for i, number in enumerate(lora.layer_parameters(architecture, layout, layer)):
+                found[stage % layout.pipeline][i] += number
+        first += size
+    return [(dense, routed) for dense, routed in found]
+
+
+def num_trained_parameters(lora: LoraSection | None, architecture: Architecture) -> int:
+    """Count the parameters of a whole model that have a gradient, and so optimizer states and a place in a
+    checkpoint."""
+    return architecture.num_parameters() if lora is None else lora.num_parameters(architecture)
+
+
 def _attention_widths(architecture: Architecture) -> tuple[int, int]:
     """Of queries, and of keys, which is that of values."""
     return (
@@ -85,7 +106,12 @@ def _attention_widths(architecture: Architecture) -> tuple[int, int]:
 
 
 def layer_activation_bytes(
-    architecture: Architecture, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+    architecture: Architecture,
+    model: ModelSection,
+    layout: Layout,
+    num_tokens: int,
+    moe: bool,
+    lora: LoraSection | None = None,
 ) -> dict[str, int]:
     """What one local layer keeps for its backward pass of `num_tokens` tokens of a context-parallel rank, by part.
 
@@ -100,7 +126,10 @@ def layer_activation_bytes(
         moe         K (he + 3m)  of every choice the input, which all e ranks of a group see, gate and up, and
                                  silu(gate) up times the probability
 
-    and of the router 33 bytes per expert, and 32 per choice. All is divided by the tensor-parallel size: by sequence
+    With adapters of rank r each of the two products of a part keeps r more. A part without keeps nothing for its
+    weights, which are frozen: of mlp and shared_experts 2w, of moe 2Km.
+
+    And of the router 33 bytes per expert, and 32 per choice. All is divided by the tensor-parallel size: by sequence
     parallelism, or as the weights are. Experts are equally loaded. Norms and SwiGLU are fused, as on a GPU.
     """
     h, c, e = architecture.hidden_size, layout.context, layout.expert_tensor
@@ -110,11 +139,19 @@ def layer_activation_bytes(
     elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
     if layout.tensor > architecture.num_key_value_heads:
         elements["attention"] += (q + 2 * k) * layout.tensor
+    targets = TARGETS if lora is None else lora.targets
+    widths = (
+        {"shared_experts": architecture.shared_intermediate_size} if moe else {"mlp": architecture.intermediate_size}
+    )
+    elements |= {part: (3 if part in targets else 2) * width for part, width in widths.items()}
     if moe:
-        elements["shared_experts"] = 3 * architecture.shared_intermediate_size
-        elements["moe"] = architecture.num_experts_per_tok * (h * e + 3 * architecture.moe_intermediate_size)
-    else:
-        elements["mlp"] = 3 * architecture.intermediate_size
+        width = architecture.moe_intermediate_size
+        of_choice = h * e + 3 * width if "experts" in targets else 2 * width
+        elements["moe"] = architecture.num_experts_per_tok * of_choice
+    if lora is not None:
+        choices = {"moe": architecture.num_experts_per_tok if "experts" in targets else 0}
+        for part in elements.keys() & {"attention", "mlp", "shared_experts", "moe"}:
+            elements[part] += 2 * lora.rank * choices.get(part, int(part in targets)) * layout.tensor
     router = {"moe": 33 * architecture.num_experts + 32 * architecture.num_experts_per_tok}
     return {
         part: num_tokens * (number * item + router.get(part, 0)) // layout.tensor for part, number in elements.items()
@@ -122,7 +159,12 @@ def layer_activation_bytes(
 
 
 def _layer_gradient_bytes(
-    architecture: Architecture, model: ModelSection, layout: Layout, num_tokens: int, moe: bool
+    architecture: Architecture,
+    model: ModelSection,
+    layout: Layout,
+    num_tokens: int,
+    moe: bool,
+    lora: LoraSection | None = None,
 ) -> int:
     """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
     product, of its input and of its weight, or at its first one that of a weight twice as large, when what the last one
@@ -132,14 +174,14 @@ def _layer_gradient_bytes(
         width = architecture.moe_intermediate_size
         weight = architecture.num_experts // layout.expert * h * width // e
         weight = 0 if model.expert_weight_gradient == "quack" else weight
-        last, first = (
-            architecture.num_experts_per_tok * (h * e + width),
-            architecture.num_experts_per_tok * (h * e - width),
-        )
+        choices, of_adapter = architecture.num_experts_per_tok, lora is not None and "experts" in lora.targets
+        last = choices * (h * e + (2 if of_adapter else 1) * width)
+        first = choices * ((2 if of_adapter else 1) * h * e - width)
     else:
         width = architecture.intermediate_size
         weight = h * width // t
         last, first = width, 0
+    weight = 0 if lora is not None else weight
     elements = max(num_tokens * last // t + weight, num_tokens * first // t + 2 * weight) + 3 * num_tokens * h // t
     return elements * ITEM_BYTES[model.dtype]
 
@@ -172,20 +214,23 @@ def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) ->
     (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
     keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has a chunk
     of logits and of their gradient, the gradient of its weight in fp32 and as it is added to the others', and two
-    hidden states.
+    hidden states. With [lora] gradients and states are of the adapters alone.
     """
     model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
     num_tokens = config.train.micro_batch_tokens
     kinds = {}
     for moe in (False, True):
-        shape = architecture, model, layout, num_tokens, moe
+        shape = architecture, model, layout, num_tokens, moe, config.lora
         kept, again = _kept_bytes(layer_activation_bytes(*shape), architecture, model, num_tokens // layout.tensor)
         kinds[moe] = kept, again + _layer_gradient_bytes(*shape)
     sizes = layout.layers_per_stage(architecture.num_hidden_layers)
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     found = []
+    trained = trained_parameters(config.lora, architecture, layout)
     for stage, (dense, routed) in enumerate(stage_parameters(architecture, layout)):
+        trained_dense, trained_routed = trained[stage]
+        frozen = 0 if config.lora is None else dense + routed
         mine = range(stage, len(sizes), layout.pipeline)
         layers = [kinds[architecture.is_moe_layer(firsts[i] + j)] for i in mine for j in range(sizes[i])]
         temporary = max((layer for _, layer in layers), default=0)
@@ -193,13 +238,14 @@ def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) ->
             rows = -(-architecture.vocab_size // layout.tensor)
             logits = min(4 * num_tokens * rows, _LOGITS_BYTES)
             head = logits + logits * item // 4 + 2 * num_tokens * architecture.hidden_size * item
-            temporary = max(temporary, head + rows * architecture.hidden_size * (4 if item == 4 else 4 + item))
-        shards = dense / (layout.data * layout.context) + routed / expert_replicas
+            of_weight = 0 if frozen else rows * architecture.hidden_size * (4 if item == 4 else 4 + item)
+            temporary = max(temporary, head + of_weight)
+        shards = trained_dense / (layout.data * layout.context) + trained_routed / expert_replicas
         states = shards * OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
         found.append(
             RankBytes(
-                weights=(dense + routed) * item,
-                gradients=(dense + routed) * _GRADIENT_BYTES,
+                weights=(frozen + trained_dense + trained_routed) * item,
+                gradients=(trained_dense + trained_routed) * _GRADIENT_BYTES,
                 optimizer=round(states),
                 activations=sum(kept for kept, _ in layers) * (layout.pipeline - stage),
                 temporary=temporary,
@@ -214,23 +260,24 @@ def host_bytes(config: RunConfig, architecture: Architecture, layout: Layout, nu
 
         checkpoint  the copy that becomes one
         optimizer   states that live in host memory, or are there while servers generate
-        reference   weights of the KL term, and the present ones while those take their place
+        reference   weights of the KL term, and the present ones while those take their place; with [lora] none
         exports     on one machine: two in the folder that servers read
         buckets     of weights on their way by gloo, two on the first rank and one on each other
     """
     item, share = ITEM_BYTES[config.model.dtype], num_ranks / layout.world_size
     stages = rank_bytes(config, architecture, layout)
     ranks_per_stage = layout.world_size // layout.pipeline
-    found = {"checkpoint": round(share * architecture.num_parameters() * SAVED_BYTES[config.model.dtype])}
+    trained = num_trained_parameters(config.lora, architecture)
+    found = {"checkpoint": round(share * trained * SAVED_BYTES[config.model.dtype])}
     offload = config.optimizer.offload_fraction
     if isinstance(config, RlConfig) and config.train.offload_while_generating:
         offload = 1.0
     if offload:
-        states = architecture.num_parameters() * OPTIMIZER_BYTES[config.model.dtype]
+        states = trained * OPTIMIZER_BYTES[config.model.dtype]
         found["optimizer"] = round(share * offload * states)
     if not isinstance(config, RlConfig):
         return found
-    if config.algorithm.kl_coefficient:
+    if config.algorithm.kl_coefficient and config.lora is None:
         found["reference"] = round(share * 2 * ranks_per_stage * sum(rank.weights for rank in stages))
     if share == 1.0:
         found["exports"] = 2 * architecture.num_parameters() * item

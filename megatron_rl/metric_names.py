@@ -107,6 +107,8 @@ logprob_difference_mean | nats | first optimizer step, fresh tokens | distance o
 logprob_difference_p999 | nats | first optimizer step, fresh tokens | the 99.9th percentile
 logprob_difference_max | nats | first optimizer step, fresh tokens | the largest
 router_replay_changed_share | share | step | choices of experts that replay changed
+lora_update_kept | | last optimizer step | of the adapters' update, what bfloat16 weights keep: 1 is all, 0 nothing
+lora_rounding_noise | | last optimizer step | what rounding to bfloat16 adds to the update, over it (norms)
 
 # Seconds of a step
 rollout_seconds | s | rank 0 | sampling and scoring

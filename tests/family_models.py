@@ -1,5 +1,6 @@
 """Tiny models of every family, made by transformers' own classes, in odd shapes and with random weights."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,34 @@ def transformers_logprobs(model: Any, ids: list[int]) -> Tensor:
     logits = model(torch.tensor([ids])).logits[0]
     logp = logits.log_softmax(-1)[:-1]
     return logp[range(len(logp)), ids[1:]]
+
+
+def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
+    """Of the C3PO loss, by transformers' forward pass and torch's autograd."""
+    total = 0.0
+    algorithm = spec["algorithms"][0]
+    low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
+    for row in spec["sequences"]:
+        start, ids = row["num_prompt_tokens"], row["token_ids"]
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)[start - 1 : -1]
+        logp = logits[range(len(logits)), ids[start:]]
+        entropy = -(logits.exp() * logits).sum(-1)
+        stale = torch.arange(len(logp)) < row["num_stale_tokens"]
+        old = torch.where(stale, torch.tensor(row["rollout_logprobs"]), logp.detach())
+        ratio, advantage = (logp - old).exp(), row["advantage"]
+        gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
+    (total / spec["budget"]).backward()
+    return dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
+
+
+def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
+    for name, tensor in tensors:
+        before, fused, which = name.partition("experts.")
+        for i, of_expert in enumerate(tensor if fused else ()):
+            parts = of_expert.chunk(2) if which == "gate_up_proj" else (of_expert,)
+            for part, kind in zip(parts, ("gate_proj", "up_proj") if len(parts) > 1 else (which,), strict=True):
+                yield f"{before}experts.{i}.{kind}.weight", part
+        if not fused:
+            yield name, tensor

@@ -39,7 +39,7 @@ from megatron_rl.config.layout import Layout  # noqa: E402
 from megatron_rl.config.schema import SftConfig  # noqa: E402
 from megatron_rl.families import read_architecture  # noqa: E402
 from megatron_rl.memory import rank_bytes  # noqa: E402
-from megatron_rl.model import build, experts, kernels, layers, logprobs  # noqa: E402
+from megatron_rl.model import build, experts, kernels, layers, logprobs, megatron_config  # noqa: E402
 from megatron_rl.model.backends import Installed  # noqa: E402
 from megatron_rl.train.step.batch import TrainSequence  # noqa: E402
 from megatron_rl.train.step.objective import PolicyObjective  # noqa: E402
@@ -106,7 +106,7 @@ def stand_in() -> None:
     build.installed = lambda: Installed(compute_capability=(9, 0), flash_attn_4=True, quack=True)
     kernels.flash_attention_4 = lambda: _flash_attention_4
     kernels.quack_add_product = lambda: _add_product
-    build.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
+    build.device = megatron_config.device = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})
     logprobs.chunk_sums = lambda z, *_, **__: z.new_empty(len(z), 4)
     logprobs.logit_gradient = lambda z, *_, dtype, **__: z.new_empty(z.shape, dtype=dtype)
     layers._rotate_both = lambda q, k, cos, sin: (_Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin))
@@ -210,19 +210,20 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     batches of one sequence each (`passes`).
 
     shape: `path`, of a config.json, and what is other than in it. case: `num_tokens` of a micro-batch, and keys of the
-    configuration's model section.
+    configuration's model section, and `lora`, that section.
     """
-    num_tokens = case.pop("num_tokens")
+    num_tokens, lora = case.pop("num_tokens"), case.pop("lora", None)
     config = SftConfig.model_validate(
         {
             "run_dir": "unused",
             "model": {"path": "unused", "dtype": "bfloat16", **case},
             "train": {"steps": 1, "micro_batch_tokens": num_tokens},
             "data": {"train": "unused", "batch_tokens": 1},
+            "lora": lora,
         }
     )
     architecture = read_architecture(Path(shape.pop("path"))).model_copy(update=shape)
-    model = build.build_model(architecture, config.model, config.moe, ALONE)
+    model = build.build_model(architecture, config.model, config.moe, ALONE, lora=config.lora)
     trainer = Trainer(model, config.optimizer, 10, dist.new_group(backend="gloo"))
     sequence = TrainSequence(
         token_ids=np.arange(num_tokens, dtype=np.int32) % architecture.vocab_size,
@@ -238,7 +239,8 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
     adam_of = {p: adam for adam in adams for group in adam.param_groups for p in group["params"]}
     for p in model.parameters():
         memory.add(p)
-        memory.add(p.main_grad)
+        if p.requires_grad:
+            memory.add(p.main_grad)
     for p in adam_of:
         memory.add(p)
     weights = memory.now

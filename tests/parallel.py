@@ -18,6 +18,8 @@ from ports import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_rl.config.layout import Layout
+
 ROOT = Path(__file__).parents[1]
 # 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
 # three of one, two and one.
@@ -52,6 +54,12 @@ ALGORITHMS = [
 ]
 # Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
 EXACT = 1e-8
+# Buckets that end within layers; three quarters of the states in host memory, and all off the device at times.
+EVERYTHING = {
+    "train": {"overlap": "on", "overlap_bucket_parameters": 5000},
+    "optimizer": {"offload_fraction": 0.75},
+    "offload_before": [0, 2],  # and the step between runs with weights that come as they are needed
+}
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
@@ -182,6 +190,12 @@ def exact_spec(model: Path, **changes: object) -> dict:
     """In fp64, with trajectories of agents among the sequences, and a reference policy of other weights."""
     options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
     return with_trajectories(make_spec(model, **options | changes))
+
+
+def moe(layout: Layout) -> dict[str, float]:
+    """Choose auxiliary losses that a layout can be compared with. The z-loss is linear in tokens. The balance loss is
+    not: it stays the same where micro-batches do."""
+    return {"load_balance_coefficient": 0.05 if layout.data == 1 else 0.0, "z_loss_coefficient": 0.02}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

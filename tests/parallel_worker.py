@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ from torch import Tensor
 from megatron_rl.c3po.algorithms import chosen_algorithm, normalise
 from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.distributed import MEGATRON
+from megatron_rl.checkpoint.names import adapter_table
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.model import build, zigzag
 from megatron_rl.model.backends import Installed
-from megatron_rl.model.build import load_sharded_state, load_weights, mpu, sharded_state
+from megatron_rl.model.build import load_sharded_state, load_weights, local_shard, mpu, sharded_state
 from megatron_rl.model.layers import FlashAttention
-from megatron_rl.sync.export import export_tensors
+from megatron_rl.sync.export import export_tensors, gathered
 from megatron_rl.train.checkpointing import state
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
 from megatron_rl.train.run.context import TrainContext
@@ -140,9 +142,28 @@ def own_routing(context: TrainContext, sequences: list[TrainSequence], calls: Ro
     return out
 
 
+def fill_factors(context: TrainContext) -> None:
+    """Fill each factor by its name, so that it is the same in every layout: B begins as zeros, and A would have no
+    gradient."""
+    table = adapter_table(context.architecture, context.config.lora)
+    with torch.no_grad(), context.trainer.offloader.for_loading():
+        for name, p in context.model.parameters_by_canonical_name().items():
+            if name in table:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                p.copy_(local_shard(table[name], 0.05 * torch.randn(table[name].shape, generator=generator)))
+        context.trainer.optimizer.reload_model_params()
+
+
+def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's share of the adapters by the names that peft has."""
+    parameters = context.model.parameters_by_canonical_name()
+    for entry, tensors in gathered(adapter_table(context.architecture, context.config.lora).values(), parameters, read):
+        yield from zip(entry.hf, tensors, strict=True)
+
+
 def poison_next_gradient(context: TrainContext) -> None:
     """Of one parameter of this rank, once."""
-    parameter = context.model.parameters()[-1]
+    parameter = trained(context)[-1]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         hook.remove()
@@ -153,7 +174,7 @@ def poison_next_gradient(context: TrainContext) -> None:
 
 def die_in_the_backward_pass(context: TrainContext, folder: Path) -> None:
     """By SIGKILL, while the others are in it too, or in a collective behind it."""
-    parameter = context.model.parameters()[-1]
+    parameter = trained(context)[-1]
 
     def die(gradient: torch.Tensor) -> torch.Tensor:
         (folder / "killed_at").write_text(str(time.time()))
@@ -161,6 +182,10 @@ def die_in_the_backward_pass(context: TrainContext, folder: Path) -> None:
         return gradient
 
     parameter.register_hook(die)
+
+
+def trained(context: TrainContext) -> list[torch.nn.Parameter]:
+    return [p for p in context.model.parameters() if p.requires_grad]
 
 
 def masters(context: TrainContext) -> dict[str, torch.Tensor]:
@@ -175,7 +200,7 @@ def masters(context: TrainContext) -> dict[str, torch.Tensor]:
     ]
     weights, kept = (torch.cat([tensor.detach().flatten() for tensor in side]) for side in zip(*pairs, strict=True))
     assert kept.dtype == torch.float32
-    assert {p.main_grad.dtype for p in context.model.parameters()} == {torch.float32}
+    assert {p.main_grad.dtype for p in trained(context)} == {torch.float32}
     return {
         f"share_of_exact_masters/{context.rank}": (kept.bfloat16() == weights).double().mean(),
         f"share_of_masters_in_bf16/{context.rank}": (kept.bfloat16() == kept).double().mean(),
@@ -185,14 +210,13 @@ def masters(context: TrainContext) -> dict[str, torch.Tensor]:
 def leave_and_come_back(context: TrainContext) -> None:
     """Gradients and states are off the device for a while, and then in the same tensors again, but for what lives in
     host memory: fp32 weights are looked at, which bf16 ones have beside them."""
-    parameters = context.model.parameters()
     parts = context.trainer.optimizer.chained_optimizers
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
-    leaving = [p.main_grad for p in parameters] + (mains if context.model.dtype == torch.bfloat16 else [])
+    leaving = [p.main_grad for p in trained(context)] + (mains if context.model.dtype == torch.bfloat16 else [])
     context.trainer.offloader.offload()
     assert not any(x.untyped_storage().nbytes() for x in leaving), "something stayed"
     context.trainer.offloader.reload()
-    assert all(p.main_grad.count_nonzero() == 0 for p in parameters)
+    assert all(p.main_grad.count_nonzero() == 0 for p in trained(context))
     away = sum(p.numel() for p in mains if not p.untyped_storage().nbytes())
     if context.model.dtype == torch.bfloat16:
         fraction = context.config.optimizer.offload_fraction
@@ -251,6 +275,7 @@ def main(folder: Path) -> None:
             "train": {"steps": 10, "micro_batch_tokens": spec["token_cap"], "phase_deadline_seconds": 120}
             | spec.get("train", {}),
             "data": {"train": "unused", "batch_tokens": 1},
+            **({"lora": spec["lora"]} if "lora" in spec else {}),
         }
     )
     if spec.get("dtype") == "float64":  # users have none; here it tells rounding from mistakes
@@ -267,6 +292,8 @@ def main(folder: Path) -> None:
 
         load_sharded_state(context.model, dist_checkpointing.load(template, str(folder_of_weights)))
         context.trainer.optimizer.reload_model_params()
+    if config.lora is not None and "resume_from" not in spec:
+        fill_factors(context)
     if "resume_from" in spec:
         state.load(Path(spec["resume_from"]) / MEGATRON, context.trainer)
     sequences = sequences_from(spec)
@@ -284,7 +311,7 @@ def main(folder: Path) -> None:
     if "reference_scale" in spec:  # the reference policy is that of the directory, the present weights are others
         context.trainer.keep_reference()
         with torch.no_grad():
-            for p in context.model.parameters():
+            for p in context.model.parameters() if config.lora is None else ():
                 p.mul_(spec["reference_scale"])
 
     calls = RouterCalls(context) if sequences[0].routed_experts is not None else None
@@ -333,10 +360,16 @@ def main(folder: Path) -> None:
         if context.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(context, batches)
         if whole_gradients:
-            gradients = export_tensors(context.model, lambda p: getattr(p, "main_grad", p))
+            gradients = (
+                export_tensors(context.model, lambda p: getattr(p, "main_grad", p))
+                if config.lora is None
+                else factors(context, lambda p: p.main_grad)
+            )
             out |= {f"grad/{section.name}/{n}": t.clone() for n, t in gradients if not n.endswith("expert_bias")}
         if number == 0:
             out |= {f"weight/{n}": t.clone() for n, t in export_tensors(context.model)}
+            if config.lora is not None:
+                out |= {f"factor/{n}": t.clone() for n, t in factors(context, torch.Tensor.detach)}
             out |= {f"traced/{i - TRACED_AS}": torch.from_numpy(x) for i, x in result.traced_logprobs.items()}
             metrics = dataclasses.replace(result, traced_logprobs={})
         if number + 1 < len(spec["algorithms"]):
@@ -348,7 +381,8 @@ def main(folder: Path) -> None:
     if calls:
         out[f"times/{context.rank}"] = torch.tensor(calls.check(mine, sequences, context))
     if "save_to" in spec:
-        checkpoints = Checkpoints(Path(spec["save_to"]), config.train, Path(spec["model"]), context.control)
+        target = Path(spec["save_to"])
+        checkpoints = Checkpoints(target, config.train, Path(spec["model"]), context.control, context.adapter_note)
         checkpoints.save(1, context.trainer, {"step": 1}, b"")
         checkpoints.settle(wait=True)
     if context.rank == 0:

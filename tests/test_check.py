@@ -12,6 +12,7 @@ from inputs import make_inputs
 
 from megatron_rl.cli import main
 from megatron_rl.config.load import load_config
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.families import load_architecture
 from megatron_rl.preflight import thorough
@@ -154,6 +155,13 @@ def test_the_room_that_a_run_needs_is_counted_by_parts(here: Path) -> None:
         "responses": 4 * 200 * 10,
         "journal": 2 * 200 * 26,
     }
+    # Of adapters, a checkpoint holds these alone; what is exported is the whole model.
+    adapters = start.config.model_copy(update={"lora": LoraSection(rank=4, targets=["attention"])})
+    with_adapters = thorough.disk_bytes(Start(config=adapters, world_size=1))
+    one = load_architecture("model")
+    q, k = (heads * one.head_dim for heads in (one.num_attention_heads, one.num_key_value_heads))
+    factors = one.num_hidden_layers * 4 * (one.hidden_size + q + 2 * k + q + one.hidden_size)
+    assert with_adapters == thorough.disk_bytes(start) | {"checkpoints": 4 * factors * 16}
 
 
 def test_a_package_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_the_list_has_exactly_what_a_resolved_configuration_has(tmp_path) -> Non
     known = {key.path for key in keys_of(RlConfig)}
     tables = {key.path for key in keys_of(RlConfig) if key.type.startswith("table")}
     found = set(leaves(config_of(tmp_path).model_dump()))
-    absent = {"cluster", "validation"}  # sections that are None here
+    absent = {"cluster", "validation", "lora"}  # sections that are None here
     assert found - absent <= known | {"teacher"}  # which training refuses
     left = {path for path in known - found if ".NAME." not in path and not path.startswith("data.stages.")}
     assert {path.partition(".")[0] for path in left} == absent
@@ -52,6 +52,9 @@ def test_other_names_are_of_keys_that_exist_and_of_no_other_key() -> None:
 
 # From the documentation of each: TRL's GRPOConfig, verl's ppo_trainer.yaml, slime's arguments, prime-rl's rl.toml.
 MEANT = {
+    "model.lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_target_modules": "lora.targets",
     "optimizer.lr": "optimizer.learning_rate",
     "train.lr": "optimizer.learning_rate",
     "algorithm.beta": "algorithm.kl_coefficient",

@@ -102,6 +102,7 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
         add_product=None,
     )
     module._weights = partial(GroupedExperts._weights, module)
+    module._products = partial(GroupedExperts._products, module)
     output, bias = GroupedExperts.forward(module, hidden, counts, probs)
     assert bias is None
     found = [output, *torch.autograd.grad(output, leaves, gradient)]
@@ -125,6 +126,7 @@ def grouped(parameters: list[torch.nn.Parameter], ready: Any, add_product: Any) 
     module = SimpleNamespace(num_local_experts=len(parameters) // 2, linears=[*map(holding, parameters)])
     module.weights, module.ready, module.add_product = None, ready, add_product
     module._weights = partial(GroupedExperts._weights, module)
+    module._products = partial(GroupedExperts._products, module)
     return module
 
 

@@ -19,7 +19,7 @@ from megatron_rl.config.model import ModelSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.families import Rotary, load_architecture
 from megatron_rl.memory import layer_activation_bytes, rank_bytes
-from megatron_rl.model import build
+from megatron_rl.model import build, megatron_config
 from megatron_rl.model.build import build_model, load_weights
 from megatron_rl.model.head import HeadRequest
 from megatron_rl.rotary import frequencies
@@ -110,7 +110,9 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
 def test_what_a_layer_keeps_without_flash_attention(
     dense: bool, model: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "device", SimpleNamespace(**vars(device) | {"on_cuda": lambda: True}))  # fused SwiGLU
+    on_cuda = SimpleNamespace(**vars(device) | {"on_cuda": lambda: True})  # fused SwiGLU
+    for module in (build, megatron_config):
+        monkeypatch.setattr(module, "device", on_cuda)
     model |= {"experts": "grouped"}
     one, two = (kept_and_planned(tmp_path / str(n), 2 + n, 1 + n * dense, model) for n in (0, 1))
     kept, planned = (b - a for a, b in zip(one, two, strict=True))
@@ -141,6 +143,23 @@ def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> No
     done = forked.run(command, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
+        assert found["state"] == found["planned_state"]
+        assert found["passes"] == pytest.approx(found["planned_passes"], rel=0.05), case
+
+
+def test_the_memory_of_a_gpu_with_adapters_is_planned_within_a_twentieth() -> None:
+    shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": [0]}
+    lora = {"rank": 32}
+    cases = [
+        {"num_tokens": 8192, "lora": lora},
+        {"num_tokens": 8192, "lora": lora, "recompute": "full"},
+        {"num_tokens": 4096, "lora": lora, "recompute": "selective"},
+        {"num_tokens": 8192, "lora": lora | {"targets": ["attention"]}},
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *cases])]
+    done = forked.run(command, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, found in zip(cases, json.loads(done.stdout), strict=True):
         assert found["state"] == found["planned_state"]
         assert found["passes"] == pytest.approx(found["planned_passes"], rel=0.05), case
 

@@ -110,6 +110,19 @@ def test_fine_tuning_is_searched_too() -> None:
         assert 64 % parallel.expert == 0
 
 
+def test_adapters_are_searched_on_one_gpu_where_all_weights_do_not_fit() -> None:
+    """Frozen weights take 34 GB of the 80, and all states of 16.8 B parameters 302 GB."""
+    loose = ["parallel.expert=1", "parallel.tensor=1", *SERVERS[1:]]
+    config, architecture = loaded(*loose)
+    assert suggest(config, architecture, cluster(1, 80)) == []
+    adapted, _ = loaded(*loose, "lora={rank=32}")
+    found = suggest(adapted, architecture, cluster(1, 80))
+    assert found
+    assert max(found[0].memory.values()) <= 80 * 2**30
+    engine = loaded("model.layers=transformer_engine", "lora={rank=32}")[0]
+    assert suggest(engine, architecture, cluster(1, 80)) == []  # which adapters do not go with
+
+
 def test_remedies_name_what_is_not_set_yet_and_do_not_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     tight = {"suggest": False, "gpu_memory_gb": 24.0}
     _, said = plan(capsys, "rollout.release_memory=false", code=2, **tight)

@@ -11,6 +11,7 @@ from rank_zero import config_of
 from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, StopRequested, exit_code
 from megatron_rl.families import Architecture, architecture_of
 from megatron_rl.place import Place
@@ -64,6 +65,10 @@ def test_what_runs_where_is_a_short_table(architecture: Architecture, tmp_path: 
     assert f"{config.run_dir}, steps 0 to 3" in re.sub(r"\s+", " ", said)
     assert len(lines) <= 6 + 2
     assert "none; responses come from a file" in overview(config, architecture, layout, Place(), "the CPU", (0, 4))
+    assert "adapters" not in said
+    adapted = config.model_copy(update={"lora": LoraSection(rank=4, targets=["attention", "experts"])})
+    said = overview(adapted, architecture, layout, Place(), "the CPU", (0, 4))
+    assert "M parameters beside frozen weights, rank 4, attention, experts" in re.sub(r"\s+", " ", said)
 
 
 def test_the_end_says_where_the_model_is_and_what_comes_next(tmp_path: Path) -> None:

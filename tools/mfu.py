@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from megatron_rl.c3po.packing import cost_model
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.families import Architecture
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendor's datasheets; the first part of a name that fits decides.
@@ -17,7 +18,9 @@ NOMINAL_PEAKS = {
 }
 
 
-def model_flops(architecture: Architecture, lengths: Sequence[int], num_loss_tokens: int) -> float:
+def model_flops(
+    architecture: Architecture, lengths: Sequence[int], num_loss_tokens: int, lora: LoraSection | None = None
+) -> float:
     """Useful FLOPs of forward and backward of sequences of `lengths` tokens, the head at `num_loss_tokens` of them.
 
         3 * ( sum over sequences (2 A n + 2 L W n^2)  +  2 V H M )
@@ -26,11 +29,18 @@ def model_flops(architecture: Architecture, lengths: Sequence[int], num_loss_tok
     n: tokens of a sequence; L layers; W = heads * head_dim; V vocabulary; H hidden size; M loss tokens. Causal
     attention is half of its two products of 2 W n^2 each. Backward counts twice forward. What is computed once more
     (activation recomputation, the fused head's logits in backward) is not useful and not counted. M = 0 leaves the
-    head out.
+    head out. With adapters of P weights that a token meets frozen products have one product in backward, and attention
+    two:
+
+        2 * ( sum over sequences 2 A n  +  2 V H M )  +  3 * sum over sequences (2 L W n^2 + 2 P n)
     """
     cost, head = cost_model(architecture), 2.0 * architecture.vocab_size * architecture.hidden_size
     layers = sum((cost.linear - head) * n + cost.quadratic * n * n for n in lengths)
-    return 3.0 * (layers + head * num_loss_tokens)
+    if lora is None:
+        return 3.0 * (layers + head * num_loss_tokens)
+    attention = sum(cost.quadratic * n * n for n in lengths)
+    factors = 2.0 * lora.num_active_parameters(architecture) * sum(lengths)
+    return 2.0 * (layers - attention + head * num_loss_tokens) + 3.0 * (attention + factors)
 
 
 def nominal_peak(device_name: str) -> float:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint, write_distributed
+from megatron_rl.checkpoint.distributed import MEGATRON, write_distributed
 from megatron_rl.checkpoint.hf import (
+    HfCheckpoint,
     SafetensorsWriter,
     TensorInfo,
     copy_companions,
@@ -27,10 +27,10 @@ from megatron_rl.checkpoint.hf import (
     write_index,
 )
 from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.new_directory import new_directory
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
 from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS
 from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
-from megatron_rl.files import replace_directory
 from megatron_rl.tensor_bytes import checksum
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
     with opened(job) as (source, model), signals_between_tensors() as check:
         infos = result_tensors(job, source, model)
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
-        with _new_directory(job, total) as partial, progress(total * (2 if job.verify else 1)) as advance:
+        with (
+            new_directory(job.source, job.destination, total) as partial,
+            progress(total * (2 if job.verify else 1)) as advance,
+        ):
             started = time.perf_counter()
             reading = _Reading(job, source, infos, family_of(model).tensors.head, advance, check)
             try:
@@ -131,7 +134,7 @@ def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
     directory = resolve(job.source)
     model = load_architecture(directory)
     with open_checkpoint(directory, model) as source:
-        is_megatron = isinstance(source, DistributedCheckpoint)
+        is_megatron = not isinstance(source, HfCheckpoint)
         if is_megatron == job.to_megatron:
             kind = "a Megatron checkpoint" if is_megatron else "a Hugging Face directory"
             raise ValueError(f"{job.source} is {kind} already; convert in the other direction")
@@ -258,33 +261,3 @@ def forget_cached(file: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _new_directory(job: Job, num_bytes: int) -> Iterator[Path]:
-    """A folder beside the destination that takes its name when the block ends well, and goes when it does not."""
-    destination = job.destination
-    source = resolve(job.source).resolve()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} exists already; remove it or choose another destination")
-    if source == destination.resolve() or source in destination.resolve().parents:
-        raise ValueError(f"destination {destination} is inside the source {job.source}; choose another")
-    partial = destination.with_name(f".{destination.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{destination.parent} cannot be written to ({error.strerror}); choose another") from None
-    try:
-        free = shutil.disk_usage(partial).free
-        if free < num_bytes:
-            raise ValueError(
-                f"{destination} needs {num_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make room or "
-                "choose another disk"
-            )
-        yield partial
-        replace_directory(partial, destination)
-    except OSError as error:
-        raise ValueError(f"writing {destination} failed: {error.strerror or error}; nothing was kept") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -52,14 +52,15 @@ class DistributedCheckpoint:
     """A `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
-    def __init__(self, directory: Path, model: Architecture) -> None:
-        """ValueError for files that are missing, too short or outside of the directory, and for tensors that are
-        missing, left over or of another shape than config.json says."""
+    def __init__(self, directory: Path, model: Architecture, table: dict[str, TensorMapping] | None = None) -> None:
+        """table: of what it holds; None for the weights of the model. ValueError for files that are missing, too short
+        or outside of the directory, and for tensors that are missing, left over or of another shape than config.json
+        says."""
         self.directory = directory
         self._folder = directory / MEGATRON
         model_files(directory, MEGATRON)  # none of them leads out of it
         self._metadata = read_metadata(self._folder)
-        self._names = hf_names(name_table(model))
+        self._names = hf_names(name_table(model) if table is None else table)
         self._files: dict[str, Any] = {}
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: found

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_rl.checkpoint.adapters import NOTE
 from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import TensorMapping
@@ -209,7 +210,7 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
     """config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of `source`.
     With `dtype`, config.json's torch_dtype (transformers 5: dtype) becomes it, and with `changes` other fields; without
     a difference it stays byte for byte. ValueError, before any is copied, for a file that leads out of `source`."""
-    of_weights = ("driver.json", CHECKSUMS, SFT_NOTE)
+    of_weights = ("driver.json", CHECKSUMS, SFT_NOTE, NOTE)
     for file in model_files(source):
         if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:
             with open_model_file(source, file.name) as content, (destination / file.name).open("wb") as copy:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
+from megatron_rl.config.lora import LoraSection, LoraTarget
 from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.families.tensors import TensorNames
 
@@ -152,6 +153,91 @@ def _attention(model: Architecture, names: TensorNames, mcore: str, hf: str) -> 
 def _mlp(names: TensorNames, mcore: str, hf: str) -> Iterator[_Entry]:
     yield _entry(mcore + "linear_fc1.weight", (hf + names.gate, hf + names.up), GateUp())
     yield _entry(mcore + "linear_fc2.weight", hf + names.down, Chunked(dim=1))
+
+
+# The two factors of an adapter: a weight [out, in] becomes weight + scale * lora_b [out, rank] lora_a [rank, in].
+LORA_A, LORA_B = ".lora_a", ".lora_b"
+_WEIGHT = ".weight"
+# peft's wrappers around a model of transformers, in the names of what it saves.
+_PEFT = "base_model.model."
+_TARGETS: tuple[tuple[LoraTarget, re.Pattern[str]], ...] = (
+    ("attention", re.compile(r"\.self_attention\.linear_(qkv|proj)\.weight$")),
+    ("mlp", re.compile(r"\.\d+\.mlp\.linear_fc[12]\.weight$")),
+    ("shared_experts", re.compile(r"\.mlp\.shared_experts\.linear_fc[12]\.weight$")),
+    ("experts", re.compile(r"\.mlp\.experts\.\d+\.linear_fc[12]\.weight$")),
+)
+
+
+def lora_target(name: str) -> LoraTarget | None:
+    """Tell to which of `lora.targets` a parameter with this canonical name belongs, None for one that cannot have an
+    adapter."""
+    return next((target for target, pattern in _TARGETS if pattern.search(name)), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """Holds an adapted weight and its two factors, each as a TensorMapping of its own.
+
+    A fused weight has one adapter. queries, keys and values share one `lora_a`, as do gate and up, and the rows of
+    `lora_b` are divided as those of the weight are: so a column-parallel weight's `lora_b` has the weight's layout and
+    every rank has all of `lora_a`, and a row-parallel weight's `lora_a` is cut as the weight and every rank has all of
+    `lora_b`. In Hugging Face names the shared `lora_a` has that of the first tensor; `peft_names` has all of them.
+    """
+
+    weight: TensorMapping
+    a: TensorMapping
+    b: TensorMapping
+
+    def peft_names(self) -> Iterator[tuple[str, str, str]]:
+        """Yield, of each Hugging Face tensor of the weight, its name and those of its factors as peft calls them."""
+        for name, b in zip(self.weight.hf, self.b.hf, strict=True):
+            yield name, _peft_name(name, "A"), b
+
+
+def _peft_name(weight: str, factor: str) -> str:
+    return f"{_PEFT}{weight.removesuffix(_WEIGHT)}.lora_{factor}.weight"
+
+
+def adapters(model: Architecture, lora: LoraSection) -> dict[str, Adapter]:
+    """List every adapter by the canonical name of its weight."""
+    return {
+        name: _adapter(entry, lora.rank)
+        for name, entry in name_table(model).items()
+        if lora_target(name) in lora.targets
+    }
+
+
+def adapter_table(model: Architecture, lora: LoraSection) -> dict[str, TensorMapping]:
+    """List every factor of every adapter by its canonical name."""
+    return {entry.megatron: entry for found in adapters(model, lora).values() for entry in (found.a, found.b)}
+
+
+def _adapter(weight: TensorMapping, rank: int) -> Adapter:
+    columns = weight.shape[1]
+    peft_b = tuple(_peft_name(name, "B") for name in weight.hf)
+    if weight.layout == Chunked(dim=1):
+        a_layout: TensorLayout = weight.layout
+        b_layout: TensorLayout = Replicated()
+    else:
+        a_layout, b_layout = Replicated(), weight.layout
+    return Adapter(
+        weight=weight,
+        a=_factor(weight, LORA_A, (_peft_name(weight.hf[0], "A"),), ((rank, columns),), a_layout),
+        b=_factor(weight, LORA_B, peft_b, tuple((shape[0], rank) for shape in weight.hf_shapes), b_layout),
+    )
+
+
+def _factor(
+    weight: TensorMapping, suffix: str, hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], layout: TensorLayout
+) -> TensorMapping:
+    return TensorMapping(
+        megatron=weight.megatron.removesuffix(_WEIGHT) + suffix,
+        hf=hf,
+        hf_shapes=shapes,
+        layout=layout,
+        stored=weight.stored.removesuffix(_WEIGHT) + suffix,
+        expert_index=weight.expert_index,
+    )
 
 
 # How Transformer Engine's fused modules call what the local modules call otherwise.

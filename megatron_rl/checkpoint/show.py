@@ -16,6 +16,7 @@ from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert, opened, result_tensors
 from megatron_rl.checkpoint.hf import TensorInfo, num_bytes
 from megatron_rl.checkpoint.names import hf_names, name_table
+from megatron_rl.checkpoint.peft import write_peft
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,6 +26,8 @@ _GUESSED_BYTES_PER_SECOND = 5e8
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
+    if arguments.to == "peft":
+        return _run_peft(arguments)
     to_megatron = arguments.to == "megatron"
     job = Job(
         source=arguments.source,
@@ -48,6 +51,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
         f"{job.destination}: {report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB in {report.seconds:.1f} s "
         f"({report.num_bytes / 1e9 / report.seconds:.2f} GB/s){checked}{spoiled}\n"
     )
+    return 0
+
+
+def _run_peft(arguments: argparse.Namespace) -> int:
+    for option in ("dtype", "dry_run", "fold_norm_head", "verify"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option.replace('_', '-')} is not for --to peft, which copies adapters as they are")
+    num_tensors = write_peft(arguments.source, arguments.destination)
+    sys.stdout.write(f"{arguments.destination}: {num_tensors} tensors of adapters, for peft\n")
     return 0
 
 

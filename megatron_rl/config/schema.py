@@ -16,6 +16,7 @@ from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
 from megatron_rl.config.endpoints import TeacherSection
 from megatron_rl.config.limits import impossible, with_first_phase
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.model import ModelSection, MoeSection, ServedModelSection, ServingSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
@@ -42,6 +43,9 @@ class RunConfig(CommandConfig):
     seed: int = Field(default=1, ge=0, description=SEED)
     threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
     model: ModelSection
+    lora: LoraSection | None = Field(
+        default=None, description="train adapters beside frozen weights; without this section all weights are trained"
+    )
     parallel: ParallelSection = ParallelSection()
     moe: MoeSection = MoeSection()
     optimizer: OptimizerSection = OptimizerSection()

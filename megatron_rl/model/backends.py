@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.lora import LoraSection, lora_problems
 from megatron_rl.config.model import ModelSection
 from megatron_rl.families import Architecture
 
@@ -88,8 +89,12 @@ COSTS = {
 }
 
 
-def problems(model: ModelSection, architecture: Architecture, layout: Layout) -> Iterator[str]:
+def problems(
+    model: ModelSection, architecture: Architecture, layout: Layout, lora: LoraSection | None = None
+) -> Iterator[str]:
     """What the configuration alone contradicts, whatever the machine, each with its remedy."""
+    if lora is not None:
+        yield from lora_problems(lora, model, architecture, layout)
     local, wanted = _reasons_for_local(model, layout), _asks_for_engine(model)
     if local and wanted:
         yield (
@@ -112,6 +117,12 @@ def problems(model: ModelSection, architecture: Architecture, layout: Layout) ->
             f"is a multiple of {FLASH_HEAD_DIM_MULTIPLE} up to {MAX_FLASH_HEAD_DIM}, got {model.dtype}, "
             f"{layout.context} and {architecture.head_dim}; set model.attention = 'sdpa'"
         )
+    if model.experts == "grouped" and not _factors_fit(model, lora):
+        assert lora is not None
+        yield (
+            f"model.experts = 'grouped' needs a lora.rank in multiples of {_row_multiple(model)} in {model.dtype}, got "
+            f"{lora.rank}; change it, or set model.experts = 'sequential'"
+        )
     if model.experts == "grouped" and not _grouped_fits(model, architecture, layout):
         yield (
             f"model.experts = 'grouped' needs {_GROUPED_NEEDS}, got {_grouped_got(model, architecture, layout)}; set "
@@ -130,17 +141,25 @@ def problems(model: ModelSection, architecture: Architecture, layout: Layout) ->
             )
 
 
-def choose(model: ModelSection, architecture: Architecture, layout: Layout, installed: Installed) -> Backends:
+def choose(
+    model: ModelSection,
+    architecture: Architecture,
+    layout: Layout,
+    installed: Installed,
+    lora: LoraSection | None = None,
+) -> Backends:
     """The best that has been measured of what the configuration leaves open. ValueError when it asks for what cannot be
     had.
 
     What is installed alone changes nothing but apex's extension: Transformer Engine, FlashAttention 4 and quack are
     asked for.
     """
-    for problem in problems(model, architecture, layout):
+    for problem in problems(model, architecture, layout, lora):
         raise ValueError(problem)
     _refuse_what_is_missing(model, architecture, installed)
     found = _best(model, architecture, layout, installed)
+    if found.experts == "grouped" and not _factors_fit(model, lora):
+        found = replace(found, experts="sequential", expert_weight_gradient="separate")
     if architecture.num_experts:
         return found
     return replace(found, experts=_NOT_THERE, permutation=_NOT_THERE, expert_weight_gradient=_NOT_THERE)
@@ -274,8 +293,18 @@ def _grouped_got(model: ModelSection, architecture: Architecture, layout: Layout
     )
 
 
+def _row_multiple(model: ModelSection) -> int:
+    """Tell of how many numbers rows of a grouped product's operands must be a multiple."""
+    return GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
+
+
+def _factors_fit(model: ModelSection, lora: LoraSection | None) -> bool:
+    """Tell whether the routed experts' adapters, if they have any, can be grouped."""
+    return lora is None or "experts" not in lora.targets or lora.rank % _row_multiple(model) == 0
+
+
 def _grouped_fits(model: ModelSection, architecture: Architecture, layout: Layout) -> bool:
-    multiple = GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
+    multiple = _row_multiple(model)
     widths = architecture.hidden_size, architecture.moe_intermediate_size // layout.expert_tensor
     even = all(width % multiple == 0 for width in widths)
     return model.dtype != "float64" and architecture.num_experts > layout.expert and even

@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl import device
-from megatron_rl.checkpoint.names import EMBEDDING, EXPERT_BIAS, STORED_NORMS, TensorMapping, canonical_name, name_table
+from megatron_rl.checkpoint.names import (
+    EMBEDDING,
+    EXPERT_BIAS,
+    STORED_NORMS,
+    TensorMapping,
+    adapter_table,
+    canonical_name,
+    name_table,
+)
 from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.model import ModelSection, MoeSection
 from megatron_rl.families import Architecture
 from megatron_rl.place import Place
@@ -56,13 +64,11 @@ from megatron_rl.model.backends import Backends, Installed, choose  # noqa: E402
 from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
 from megatron_rl.model.layers import FlashAttention, FlashAttention4, PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.lora import AdaptedProvider, add_adapters, initial_factor, is_factor  # noqa: E402
+from megatron_rl.model.megatron_config import DTYPES, transformer_config  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
 
 log = logging.getLogger(__name__)
-
-_ROUTER_DTYPES = {"float32": "fp32", "bfloat16": None}  # as megatron names them; None is that of the hidden states
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 _ALONE = Place()
 
@@ -95,103 +101,6 @@ def initialize_parallel(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def transformer_config(
-    architecture: Architecture, model: ModelSection, moe: MoeSection, layout: Layout, backends: Backends
-) -> TransformerConfig:
-    """An architecture as megatron-core's TransformerConfig."""
-    dtype = DTYPES[model.dtype]
-    return TransformerConfig(
-        num_layers=architecture.num_hidden_layers,
-        hidden_size=architecture.hidden_size,
-        # Megatron wants one though every layer has experts.
-        ffn_hidden_size=architecture.intermediate_size or architecture.moe_intermediate_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_key_value_heads,
-        kv_channels=architecture.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=architecture.initializer_range,
-        moe_token_dispatcher_type="alltoall",  # megatron asks for it without experts too
-        **(_expert_fields(architecture, model, moe, backends) if architecture.num_experts else {}),
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        pipeline_model_parallel_layout=_stages(architecture, layout) if layout.pipeline > 1 else None,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=layout.pipeline > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not device.on_cuda(),
-        perform_initialization=False,
-        fp8=None if model.fp8 == "none" else model.fp8,
-        fp8_recipe=model.fp8_recipe,
-        gradient_accumulation_fusion=backends.weight_gradient == "apex",
-        # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
-        apply_rope_fusion=backends.transformer_engine,
-        # By torch.compile: one pass, and only its input is kept for the backward pass.
-        bias_activation_fusion=device.on_cuda(),
-        bias_dropout_fusion=False,
-        batch_p2p_comm=device.on_cuda(),
-        # The loss returned to the schedule is already the sum over tokens divided by the constant budget: the schedule
-        # and DDP must only add up (see train/step/trainer.py).
-        calculate_per_token_loss=True,
-        recompute_granularity=None if model.recompute == "none" else model.recompute,
-        recompute_method="uniform" if model.recompute == "full" else None,
-        recompute_num_layers=1 if model.recompute == "full" else None,
-        recompute_modules=list(model.recompute_modules) if model.recompute == "selective" else None,
-    )
-
-
-def _expert_fields(
-    architecture: Architecture, model: ModelSection, moe: MoeSection, backends: Backends
-) -> dict[str, Any]:
-    """The fields of a TransformerConfig that say how experts are chosen and run."""
-    router_dtype = "fp64" if model.dtype == "float64" else _ROUTER_DTYPES[model.router_dtype]
-    layers = [int(architecture.is_moe_layer(i)) for i in range(architecture.num_hidden_layers)]
-    return {
-        "num_moe_experts": architecture.num_experts,
-        "moe_ffn_hidden_size": architecture.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": architecture.shared_intermediate_size or None,
-        "moe_layer_freq": 1 if all(layers) else layers,
-        "moe_router_topk": architecture.num_experts_per_tok,
-        "moe_router_score_function": architecture.score_function,
-        # Softmax over all experts, then top-k, then renormalise equals softmax over the top-k logits. Megatron
-        # renormalises sigmoids whenever there are several.
-        "moe_router_pre_softmax": architecture.score_function == "softmax" and not architecture.norm_topk_prob,
-        "moe_router_enable_expert_bias": architecture.expert_bias,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_num_groups": architecture.n_group if architecture.n_group > 1 else None,
-        "moe_router_group_topk": architecture.topk_group if architecture.n_group > 1 else None,
-        "moe_router_topk_scaling_factor": None
-        if architecture.routed_scaling_factor == 1
-        else architecture.routed_scaling_factor,
-        "moe_router_dtype": router_dtype,
-        "moe_router_load_balancing_type": "aux_loss" if moe.load_balance_coefficient else "none",
-        "moe_aux_loss_coeff": moe.load_balance_coefficient,
-        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
-        "moe_grouped_gemm": backends.experts == "transformer_engine",
-        "moe_permute_fusion": backends.transformer_engine,
-    }
-
-
-def _stages(architecture: Architecture, layout: Layout) -> list[list[str]]:
-    """What each stage holds, in megatron's words."""
-    stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(architecture.num_hidden_layers)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
-
-
 def installed() -> Installed:
     """What this process can use. Nothing is imported: Transformer Engine without a GPU would take megatron down."""
     return Installed(
@@ -215,7 +124,9 @@ def _is_installed(distribution: str) -> bool:
 _ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAttention}
 
 
-def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backends) -> TransformerLayerSubmodules:
+def _layer_submodules(
+    config: TransformerConfig, is_moe: bool, backends: Backends, lora: LoraSection | None
+) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if backends.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_submodules(
@@ -223,7 +134,7 @@ def _layer_submodules(config: TransformerConfig, is_moe: bool, backends: Backend
         )
         layer.mlp = _with_router(layer.mlp, backends) if is_moe else layer.mlp
         return layer
-    backend = LocalSpecProvider()
+    backend = LocalSpecProvider() if lora is None else AdaptedProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
     qk_norm = RMSNorm if config.qk_layernorm else None
     return TransformerLayerSubmodules(
@@ -275,6 +186,7 @@ class Model:
     chunks: what megatron's schedules run, one for each virtual pipeline stage: a GPTModel inside megatron's DDP.
     head: what a chunk gets as `output_processor`, so that the last stage returns log-probs and not logits.
     token_multiple: what a micro-batch's tokens on a context-parallel rank must be a multiple of.
+    lora: of the adapters, which alone are trained; None where all weights are.
     """
 
     chunks: tuple[DistributedDataParallel, ...]
@@ -284,9 +196,11 @@ class Model:
     layout: Layout
     dtype: torch.dtype
     token_multiple: int
+    lora: LoraSection | None = None
 
     def parameters_by_canonical_name(self) -> dict[str, Tensor]:
-        """Find this rank's parameters, and the biases of its routers, under the names of checkpoint/names.py.
+        """Find this rank's parameters, frozen ones too, and the biases of its routers, under the names of
+        checkpoint/names.py.
 
         Where the head is tied to the embedding, the last of several pipeline stages has a copy of it,
         `output_layer.weight`, which the table does not know.
@@ -333,12 +247,14 @@ def build_model(
     distributed_optimizer: bool = True,
     overlap: bool = False,
     bucket_parameters: int | None = None,
+    lora: LoraSection | None = None,
 ) -> Model:
     """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`).
 
-    overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once.
+    overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once. lora: its
+    adapters are trained, and the weights are frozen.
     """
-    backends = choose(model, architecture, layout, installed())
+    backends = choose(model, architecture, layout, installed(), lora)
     config = transformer_config(architecture, model, moe, layout, backends)
     if dist.get_rank() == 0:
         for line in backends.lines():
@@ -353,17 +269,13 @@ def build_model(
         bucket_size=bucket_parameters,
     )
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    gpts = [_gpt_model(config, architecture, backends, stage) for stage in stages]
+    gpts = [_gpt_model(config, architecture, backends, stage, lora) for stage in stages]
     chunks = tuple(
         DistributedDataParallel(config, ddp_config, Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt)
         for gpt in gpts
     )
     for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, Router):
-                module.keep_bias_in_float32()
-            if isinstance(module, GroupedExperts):
-                module.ready = partial(_gradient_is_there, chunk)
+        _prepare_modules(chunk, is_frozen=lora is not None)
         if backends.weight_gradient == "transformer_engine":
             fuse_weight_gradients(chunk)
     if overlap:  # gradients travel with the last micro-batch alone; one chunk's function, or all chunks' as a list
@@ -383,7 +295,20 @@ def build_model(
         layout=layout,
         dtype=dtype,
         token_multiple=layout.tensor * align,
+        lora=lora,
     )
+
+
+def _prepare_modules(chunk: DistributedDataParallel, is_frozen: bool) -> None:
+    """Give routers and grouped experts what they can only have inside of megatron's DDP. is_frozen: the weights are."""
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            module.keep_bias_in_float32()
+        if isinstance(module, GroupedExperts):
+            if is_frozen:
+                module.lay_frozen_weights_together()
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                module.ready = partial(_gradient_is_there, chunk)
 
 
 def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
@@ -417,13 +342,14 @@ def _gpt_model(
     architecture: Architecture,
     backends: Backends,
     virtual_stage: int | None,
+    lora: LoraSection | None,
 ) -> GPTModel:
     """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
     offset = get_transformer_layer_offset(config, virtual_stage)
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, architecture.is_moe_layer(offset + i), backends),
+            submodules=_layer_submodules(config, architecture.is_moe_layer(offset + i), backends, lora),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]
@@ -443,14 +369,19 @@ def _gpt_model(
         rotary_percent=architecture.rotary.fraction,
         vp_stage=virtual_stage,
     )
+    if lora is not None:
+        add_adapters(gpt, lora, recomputes=config.recompute_granularity is not None)
     return gpt.to(device.torch_device())
 
 
 def load_weights(model: Model, model_dir: Path) -> None:
-    """Fill every parameter of this rank from a checkpoint of either kind; ValueError when names or shapes differ."""
+    """Fill every parameter of this rank, but for adapters, from a checkpoint of either kind; ValueError when names or
+    shapes differ."""
     table = name_table(model.architecture)
     with open_checkpoint(model_dir, model.architecture) as checkpoint, torch.no_grad():
         for name, parameter in model.parameters_by_canonical_name().items():
+            if is_factor(name):
+                continue
             entry = table.get(name, table[EMBEDDING])
             shard = local_shard(entry, entry.layout.merge([checkpoint.read(hf) for hf in entry.hf]))
             if shard.shape != parameter.shape:
@@ -460,24 +391,40 @@ def load_weights(model: Model, model_dir: Path) -> None:
             parameter.copy_(shard)
 
 
+def initialize_adapters(model: Model, seed: int) -> None:
+    """Set this rank's adapters to what they begin with; nothing without any."""
+    if model.lora is None:
+        return
+    table = adapter_table(model.architecture, model.lora)
+    with torch.no_grad():
+        for name, parameter in model.parameters_by_canonical_name().items():
+            if is_factor(name):
+                parameter.copy_(local_shard(table[name], initial_factor(table[name], seed)))
+
+
 def sharded_state(model: Model) -> dict[str, dict[str, Any]]:
-    """This rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load into.
+    """Describe this rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load
+    into. Of a model with adapters it is these alone.
 
     Every layer under its own name, whether all layers are alike or not. Extra states are left out: only fp8 has any.
     """
     model.gather_weights()
     states = [gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}) for gpt in model.gpts]
     return {
-        f"chunk{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+        f"chunk{i}": {name: tensor for name, tensor in state.items() if _is_saved(name, model)}
         for i, state in enumerate(states)
     }
+
+
+def _is_saved(name: str, model: Model) -> bool:
+    return not name.endswith("_extra_state") and (model.lora is None or is_factor(name))
 
 
 def load_sharded_state(model: Model, state: dict[str, dict[str, Any]]) -> None:
     """Fill the model from what megatron loaded into such a template."""
     for i, gpt in enumerate(model.gpts):
         problems = gpt.load_state_dict(state[f"chunk{i}"], strict=False)
-        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        missing = [name for name in problems.missing_keys if _is_saved(name, model)]
         if missing or problems.unexpected_keys:
             raise ValueError(f"checkpoint lacks {missing} and has {problems.unexpected_keys} besides")
 

@@ -11,7 +11,7 @@ another's; H hidden size.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +37,16 @@ class GroupedExperts(SequentialMLP):
     """SwiGLU experts without bias: the sum over choices of down(silu(gate x) * up x * p), p being the router's
     probability.
 
+    With adapters (model/lora.py) the weights are frozen, and each product is the sum of theirs and of two narrow ones
+    of all adapters.
+
     ready: called with each parameter whose gradient is there, but with the first of each kind, for which megatron's DDP
     is called by itself; None where there is no DDP.
     add_product: quack's `gemm_add_inplace`; None leaves gradients to torch.
     """
 
     ready: Callable[[Tensor], None] | None = None
-    weights: "tuple[Weights, Weights] | None" = None
+    weights: "tuple[Product, Product] | None" = None
 
     def __init__(self, *args: Any, add_product: Callable[..., None] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,22 +73,44 @@ class GroupedExperts(SequentialMLP):
         output = downs.product(activated, rows.ends)
         return _Collect.apply(output, *rows[:2]), None
 
-    def _weights(self) -> tuple["Weights", "Weights"]:
-        """Of both products, as they lie in megatron's buffers once these are there; waits for them (see `hooks`)."""
+    def lay_frozen_weights_together(self) -> None:
+        """Give frozen weights places side by side, so that their stack is a view and no copy. The last expert is first,
+        as in megatron's buffers, in which adapters are."""
+        for linears in (self.linears[::2], self.linears[1::2]):
+            weights = [linear.weight for linear in linears]
+            together = weights[0].new_empty(len(weights), *weights[0].shape)
+            for weight, place in zip(reversed(weights), together, strict=True):
+                weight.data = place.copy_(weight.data)
+
+    def _weights(self) -> tuple["Product", "Product"]:
+        """Give both products, of weights as they lie in megatron's buffers once these are there. It waits for them (see
+        `hooks`)."""
         for linear in self.linears:
             run_pre_hooks(linear)
         if self.weights is None:
-            ups, downs = ([linear.weight for linear in self.linears[i::2]] for i in range(2))
-            sums = [[weight.main_grad for weight in weights] for weights in (ups, downs)] if self.ready else []
-            is_reversed = min(map(distance, [ups, downs, *sums])) < 0
-            common = is_reversed, self.ready, self.add_product
-            self.weights = Weights(ups, *common), Weights(downs, *common)
-            if self.add_product and not all(weights.adds_products for weights in self.weights):
-                log.warning(
-                    "model.expert_weight_gradient = 'quack' leaves a layer to torch: its experts do not lie evenly in "
-                    "megatron's buffer of gradients"
-                )
+            self.weights = self._products()
         return self.weights
+
+    def _products(self) -> tuple["Product", "Product"]:
+        """Make the products of gate and up and of down, of trained weights or of frozen ones and their adapters."""
+        pairs = self.linears[::2], self.linears[1::2]
+        is_adapted = getattr(self.linears[0], "lora_a", None) is not None
+        kinds = ("lora_a", "lora_b") if is_adapted else ("weight",)
+        trained = [[getattr(linear, kind) for linear in linears] for linears in pairs for kind in kinds]
+        weights = [[linear.weight for linear in linears] for linears in pairs]
+        sums = [[parameter.main_grad for parameter in same] for same in trained] if self.ready else []
+        is_reversed = min(map(distance, [*weights, *trained, *sums])) < 0
+        found = [Weights(same, is_reversed, self.ready, self.add_product) for same in trained]
+        if is_adapted:
+            ups, downs = (Weights(same, is_reversed) for same in weights)
+            up_a, up_b, down_a, down_b = found
+            return AdaptedWeights(ups, up_a, up_b, pairs[0][0]), AdaptedWeights(downs, down_a, down_b, pairs[1][0])
+        if self.add_product and not all(weights.adds_products for weights in found):
+            log.warning(
+                "model.expert_weight_gradient = 'quack' leaves a layer to torch: its experts do not lie evenly in "
+                "megatron's buffer of gradients"
+            )
+        return found[0], found[1]
 
 
 class GroupedLayer(MoELayer):
@@ -330,6 +355,30 @@ class Weights:
         assert self._ready is not None
         for weight in self._ordered[1:]:
             self._ready(weight)
+
+
+class Product(Protocol):
+    """Multiplies rows by the weights of their experts, see `Weights.product`."""
+
+    is_reversed: bool
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor: ...
+
+
+class AdaptedWeights:
+    """Multiplies rows by frozen weights and by their adapters: x W^T + scale * (x A^T) B^T, each expert's."""
+
+    def __init__(self, base: Weights, a: Weights, b: Weights, linear: Any) -> None:
+        """linear: the AdaptedLinear of one of the experts, which says whether adapters count, and their scale."""
+        self.is_reversed = base.is_reversed
+        self._base, self._a, self._b, self._linear = base, a, b, linear
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        output = self._base.product(x, ends)
+        if not self._linear.adapts:
+            return output
+        down = self._a.product(x, ends) * self._linear.scale
+        return output + self._b.product(down, ends)
 
 
 class _Product(torch.autograd.Function):

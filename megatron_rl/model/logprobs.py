@@ -103,18 +103,23 @@ class _FusedHead(torch.autograd.Function):
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(entropy)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=rows.dtype)
-        grad_weight = weight.new_zeros(weight.shape, dtype=wide)
+        # A frozen head has none, nor the memory and the product for it.
+        grad_weight = weight.new_zeros(weight.shape, dtype=wide) if ctx.needs_input_grad[1] else None
         chunks = _chunks(len(hidden), ctx.limit, ctx.size)
         logits = _buffer(chunks, hidden, ctx.size, wide)
         per_token = [local, log_sum_exp, entropy, grad_logprob, grad_entropy]
+        dz: Tensor | None
         for part in chunks:
+            dz = None  # that of the chunk before need not be there beside this one's
             h = _operand(hidden[part])
             z = _logits(h, rows, ctx.logit_dtype, out=logits[: len(h)])
             of_chunk = [None if x is None else x[part] for x in per_token]
             dz = _over_rows(logit_gradient, z, of_chunk, out=z, scale=ctx.scale, dtype=h.dtype)
             _multiply(dz, rows, out=grad_hidden[part])
-            _multiply(dz.T, h, out=grad_weight[: ctx.size], add=True)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None, None
+            if grad_weight is not None:
+                _multiply(dz.T, h, out=grad_weight[: ctx.size], add=True)
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden.to(hidden.dtype), of_weight, None, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, rows: Tensor, dtype: torch.dtype | None, out: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.families import Architecture
-from megatron_rl.memory import ITEM_BYTES, OPTIMIZER_BYTES, stage_parameters
-from megatron_rl.simulation.cluster import forward_passes, pipeline_bubble
+from megatron_rl.memory import ITEM_BYTES, OPTIMIZER_BYTES, trained_parameters
+from megatron_rl.simulation.cluster import forward_passes, passes_of_training, pipeline_bubble
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, roll_out
 from megatron_rl.simulation.workload import Workload, assumed
@@ -67,7 +67,7 @@ class SpeedModel:
         """Of the optimizer steps of a step, were its tokens divided evenly. config: with its recomputation."""
         rates = self.rates
         flops = rates.train_flops if rates else _TRAIN_FLOPS
-        passes = forward_passes(config) if isinstance(config, RlConfig) else 3.0 + (config.model.recompute == "full")
+        passes = forward_passes(config) if isinstance(config, RlConfig) else passes_of_training(config)
         per_rank = self._tokens / layout.data
         rows = max(1.0, np.ceil(per_rank / config.micro_batch_cap))
         work = passes * self._forward_flops / (flops * layout.world_size)
@@ -145,7 +145,7 @@ class SpeedModel:
     def _state_bytes(self, config: RunConfig, layout: Layout) -> tuple[float, float]:
         """Of the fullest rank: gradients, and its share of the optimizer's states."""
         replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
-        dense, routed = max(stage_parameters(self.architecture, layout), key=sum)
+        dense, routed = max(trained_parameters(config.lora, self.architecture, layout), key=sum)
         states = (dense / (layout.data * layout.context) + routed / replicas) * OPTIMIZER_BYTES[config.model.dtype]
         return (dense + routed) * 4.0, states
 

@@ -135,7 +135,8 @@ class Search:
             more["virtual_pipeline"] = own.virtual_pipeline if pipeline == own.pipeline else 1
             parallel = own.model_copy(update=more)
             layout: Layout = parallel.layout(ranks)
-            if [*layout.problems(self._architecture), *backends.problems(config.model, self._architecture, layout)]:
+            against = backends.problems(config.model, self._architecture, layout, config.lora)
+            if [*layout.problems(self._architecture), *against]:
                 continue
             recomputes = dict.fromkeys(("none", "selective", "full", config.model.recompute))
             for recompute, fraction in itertools.product(recomputes, {*_OFFLOADED, config.optimizer.offload_fraction}):

@@ -36,6 +36,10 @@ def _model(plan: dict[str, Any]) -> Iterator[str]:
     yield f"{model['parameters']:,} parameters, {model['active_parameters']:,} of them active"
     if "shape" in plan:
         yield f"by {plan['shape']}, since the model is not there yet"
+    if "lora" in plan:
+        lora = plan["lora"]
+        where = ", ".join(lora["targets"])
+        yield f"all of them frozen, beside {lora['parameters']:,} in adapters of rank {lora['rank']} ({where})"
 
 
 def _topology(plan: dict[str, Any]) -> Iterator[str]:

@@ -34,6 +34,11 @@ def plan_training(
     serves = isinstance(config, RlConfig) and not config.rollout.urls
     found = list(problems(config, architecture, layout.world_size, serves))
     plan: dict[str, Any] = {"layout": asdict(layout)}
+    if config.lora is not None:
+        plan["lora"] = config.lora.model_dump() | {
+            "targets": config.lora.targets_of(architecture),
+            "parameters": config.lora.num_parameters(architecture),
+        }
     if isinstance(config, RlConfig) and config.rollout.router_replay and architecture.num_experts <= MAX_EXPERTS:
         plan["router_replay"] = asdict(step_routing(config, routed_shape(architecture), layout.world_size))
     if not found:

@@ -363,7 +363,7 @@ def problems(config: RunConfig, architecture: Architecture, world_size: int, ser
     """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
     it starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(architecture)
-    yield from backends.problems(config.model, architecture, config.parallel.layout(world_size))
+    yield from backends.problems(config.model, architecture, config.parallel.layout(world_size), config.lora)
     if isinstance(config, RlConfig):
         yield from serving_problems(config.rollout, config.model, architecture, serves)
         if config.rollout.router_replay:

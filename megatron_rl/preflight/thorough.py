@@ -23,7 +23,7 @@ from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.errors import Fault
 from megatron_rl.families import load_architecture
 from megatron_rl.keys import key_in_environment
-from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES
+from megatron_rl.memory import ITEM_BYTES, SAVED_BYTES, num_trained_parameters
 from megatron_rl.preflight.registry import THOROUGH, Start, check
 from megatron_rl.preflight.rewards import first_verdicts, given_up
 from megatron_rl.reward.verdict import GAVE_UP
@@ -178,11 +178,11 @@ def disk_bytes(start: Start) -> dict[str, int]:
     """
     config, architecture = start.config, start.architecture
     assert isinstance(config, RunConfig)
-    dtype, num_parameters = config.model.dtype, architecture.num_parameters()
+    dtype, trained = config.model.dtype, num_trained_parameters(config.lora, architecture)
     num_steps = getattr(config.train, "steps", None) or 0
     kept = num_steps // config.train.keep_every if config.train.keep_every else 0
     exported = 1
-    found = {"checkpoints": (config.train.keep_last + 1 + kept) * num_parameters * SAVED_BYTES[dtype]}
+    found = {"checkpoints": (config.train.keep_last + 1 + kept) * trained * SAVED_BYTES[dtype]}
     if isinstance(config, RlConfig):
         rollout = config.rollout
         exported += 2 * (config.cluster is not None and config.cluster.nodes > 1)
@@ -194,7 +194,7 @@ def disk_bytes(start: Start) -> dict[str, int]:
         if rollout.router_replay:
             shape = routed_shape(architecture)
             found["journal"] += unsaved * step_routing(config, shape, start.world_size).kept_bytes
-    return found | {"models": exported * num_parameters * ITEM_BYTES[dtype]}
+    return found | {"models": exported * architecture.num_parameters() * ITEM_BYTES[dtype]}
 
 
 @check("attached", "servers at rollout.urls answer and can do what is asked", among=THOROUGH)

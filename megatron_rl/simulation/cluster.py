@@ -11,7 +11,7 @@ from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.c3po.plan import split_evenly
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import RlConfig
+from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out, roll_out_partially
@@ -222,13 +222,18 @@ def pipeline_bubble(work: float, layout: Layout, num_rows: float) -> float:
     return work * (layout.pipeline - 1) / (layout.virtual_pipeline * max(1.0, num_rows))
 
 
-def forward_passes(config: RlConfig) -> float:
-    """What training a token costs, in forward passes, over all passes over its rollout: a backward pass is two,
-    recomputation is one more, and so is each of the reference's log-probs and the trainer's own old ones (of all but
-    the first optimizer step). Of selective recomputation only that of the experts counts, as a whole forward pass, of
-    which they are the most."""
-    algorithm = config.algorithm
-    later = 1.0 - 1.0 / algorithm.optimizer_steps_of_phase if algorithm.trains_on_own_old_logprobs else 0.0
+def passes_of_training(config: RunConfig) -> float:
+    """Count what a token costs in one pass of training, in forward passes: a backward pass is two, of frozen weights
+    one (adapters are too few to count), and recomputation is one more. Of selective recomputation only that of the
+    experts counts, as a whole forward pass, of which they are the most."""
     model = config.model
     recomputes = model.recompute == "full" or (model.recompute == "selective" and "moe" in model.recompute_modules)
-    return algorithm.passes_per_rollout * (3.0 + recomputes + bool(algorithm.kl_coefficient) + later)
+    return (3.0 if config.lora is None else 2.0) + recomputes
+
+
+def forward_passes(config: RlConfig) -> float:
+    """Count what training a token costs, in forward passes, over all passes over its rollout: beside those of training,
+    one for the reference's log-probs and one for the trainer's own old ones (of all but the first optimizer step)."""
+    algorithm = config.algorithm
+    later = 1.0 - 1.0 / algorithm.optimizer_steps_of_phase if algorithm.trains_on_own_old_logprobs else 0.0
+    return algorithm.passes_per_rollout * (passes_of_training(config) + bool(algorithm.kl_coefficient) + later)

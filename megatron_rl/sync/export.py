@@ -18,10 +18,16 @@ from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.buckets import Bucket
 
 
-def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+def value(parameter: Tensor) -> Tensor:
+    """Give what is exported of a parameter: it as it is, or merged with its adapter."""
+    merged: Callable[[], Tensor] = getattr(parameter, "merged", parameter.detach)
+    return merged()
+
+
+def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = value) -> Iterator[tuple[str, Tensor]]:
     """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
 
-    read: what is exported of each parameter; its value, or something of the same shape such as its gradient.
+    read: what is exported of each parameter; its `value`, or something of the same shape such as its gradient.
 
     The tensor-parallel shards of a parameter are gathered inside their group; pipeline stages and expert-parallel ranks
     export what they hold. Every rank must run this to its end: it is collective.
@@ -34,7 +40,7 @@ def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = Tensor.detac
 def gathered(
     entries: Iterable[TensorMapping],
     parameters: Mapping[str, Tensor],
-    read: Callable[[Tensor], Tensor] = Tensor.detach,
+    read: Callable[[Tensor], Tensor] = value,
     takes_part: Callable[[TensorMapping], bool] = owns_export,
 ) -> Iterator[tuple[TensorMapping, tuple[Tensor, ...]]]:
     """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.

@@ -4,13 +4,12 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import forked
 import pytest
 import torch
-from family_models import CASES, make, transformers_logprobs, transformers_model
+from family_models import CASES, make, transformers_gradient, transformers_logprobs, transformers_model
 from parallel import make_spec, relative, run_ranks
 from reference import load_reference, policy_loss
 from safetensors.torch import save_file
@@ -87,37 +86,6 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_transformers(
             assert (found[f"logprobs/{i}"] - own).abs().max() < 2e-5, (layout, i)
         for name, expected in gradient.items():
             assert relative(found[f"grad/c3po/{name}"], expected) < 1e-5, (layout, name)
-
-
-def transformers_gradient(model, spec: dict) -> dict[str, torch.Tensor]:
-    """Of the C3PO loss, by transformers' forward pass and torch's autograd."""
-    total = 0.0
-    algorithm = spec["algorithms"][0]
-    low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
-    for row in spec["sequences"]:
-        start, ids = row["num_prompt_tokens"], row["token_ids"]
-        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)[start - 1 : -1]
-        logp = logits[range(len(logits)), ids[start:]]
-        entropy = -(logits.exp() * logits).sum(-1)
-        stale = torch.arange(len(logp)) < row["num_stale_tokens"]
-        old = torch.where(stale, torch.tensor(row["rollout_logprobs"]), logp.detach())
-        ratio, advantage = (logp - old).exp(), row["advantage"]
-        gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-        total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
-    (total / spec["budget"]).backward()
-    return dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
-
-
-def as_in_files(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
-    for name, tensor in tensors:
-        before, fused, which = name.partition("experts.")
-        for i, of_expert in enumerate(tensor if fused else ()):
-            parts = of_expert.chunk(2) if which == "gate_up_proj" else (of_expert,)
-            for part, kind in zip(parts, ("gate_proj", "up_proj") if len(parts) > 1 else (which,), strict=True):
-                yield f"{before}experts.{i}.{kind}.weight", part
-        if not fused:
-            yield name, tensor
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])

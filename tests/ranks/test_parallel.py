@@ -8,12 +8,14 @@ import pytest
 import torch
 from parallel import (
     ALGORITHMS,
+    EVERYTHING,
     EXACT,
     LAYOUTS,
     SHAPE,
     TRACED,
     exact_spec,
     make_spec,
+    moe,
     relative,
     run_ranks,
     worst,
@@ -30,12 +32,6 @@ from megatron_rl.families import load_architecture
 INTERLEAVED: dict[str, tuple[int, dict[str, int]]] = {
     "PP3-VPP2": (3, {"pipeline": 3, "virtual_pipeline": 2}),
     "TP2xPP3-VPP2": (6, {"tensor": 2, "pipeline": 3, "virtual_pipeline": 2}),
-}
-# Buckets that end within layers; three quarters of the states in host memory, and all off the device at times.
-EVERYTHING = {
-    "train": {"overlap": "on", "overlap_bucket_parameters": 5000},
-    "optimizer": {"offload_fraction": 0.75},
-    "offload_before": [0, 2],  # and the step between runs with weights that come as they are needed
 }
 WHOLE_LAYERS = EVERYTHING | {"train": {"overlap": "on", "overlap_bucket_parameters": 10**7}}
 NEW_KERNELS = {"attention": "fa4", "expert_weight_gradient": "quack"}
@@ -125,11 +121,6 @@ def test_two_ranks_give_the_gradient_and_the_step_of_one(
     for prefix in ("logprobs/", "grad/", "weight/"):
         assert worst(found, alone, prefix) < (1e-4, ""), prefix
     assert float(found["grad_norm"]) == pytest.approx(float(alone["grad_norm"]), rel=1e-4)
-
-
-def moe(layout: Layout) -> dict[str, float]:
-    """The z-loss is linear in tokens. The balance loss is not: it stays the same where micro-batches do."""
-    return {"load_balance_coefficient": 0.05 if layout.data == 1 else 0.0, "z_loss_coefficient": 0.02}
 
 
 @pytest.fixture(scope="module")

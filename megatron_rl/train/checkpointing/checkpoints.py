@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.checkpoint import steps
+from megatron_rl.checkpoint.adapters import NOTE, AdapterNote, refuse_other_adapters
 from megatron_rl.checkpoint.checksums import checksum_on_disk, damage, sync, write_checksums
 from megatron_rl.checkpoint.distributed import MEGATRON
 from megatron_rl.checkpoint.hf import copy_companions
@@ -43,8 +44,12 @@ class Checkpoints:
     rank 0, the step of one that stays, however old it gets.
     """
 
-    def __init__(self, directory: Path, config: TrainSection, model_dir: Path, control: Any) -> None:
-        """model_dir: where config.json and the tokenizer come from. control: a gloo group of all ranks."""
+    def __init__(
+        self, directory: Path, config: TrainSection, model_dir: Path, control: Any, note: AdapterNote | None = None
+    ) -> None:
+        """model_dir: where config.json and the tokenizer come from. control: a gloo group of all ranks. note: of the
+        adapters that are trained; None where all weights are."""
+        self._note = note
         self._directory, self._config, self._model_dir, self._control = directory, config, model_dir, control
         deadline = datetime.timedelta(seconds=config.phase_deadline_seconds)
         self._group: Any = dist.new_group(backend="gloo", timeout=deadline)  # of the threads that write
@@ -71,6 +76,8 @@ class Checkpoints:
             return
         part.to_host(copy=asynchronous)
         contents = {"driver.json": json.dumps(driver, indent=1).encode(), "carried.npz": carried}
+        if self._note is not None:
+            contents[NOTE] = self._note.text().encode()
         finish = partial(self._finish, step, part, contents, trainer.model.dtype)
         self._under_way = Save(step, part, finish, self._group)
         self._under_way.start(beside=asynchronous)
@@ -97,13 +104,14 @@ class Checkpoints:
 
     def restore(self, trainer: Any) -> tuple[dict[str, Any], bytes] | None:
         """Load the newest checkpoint that is as it was written: the driver's state and the carried responses; None when
-        there is none at all. ValueError when all are damaged."""
+        there is none at all. ValueError when all are damaged, or hold other adapters."""
         damaged: dict[str, list[str]] = {}
         for path in on_all_ranks(lambda: steps.candidates(self._directory), self._control)[0]:
             shares = on_all_ranks(partial(damage, path, dist.get_rank(), dist.get_world_size()), self._control)
             if found := [line for share in shares for line in share]:
                 damaged[path.name] = found
                 continue
+            refuse_other_adapters(path, self._note)
             log.info("resuming from %s", path)
             state.load(path / MEGATRON, trainer)
             on_all_ranks(partial(_use_instead, path, damaged) if damaged and self._leads else None, self._control)

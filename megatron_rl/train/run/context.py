@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
+from megatron_rl.checkpoint.adapters import AdapterNote, tensor_digests, weights_digest
 from megatron_rl.checkpoint.newest import newest
+from megatron_rl.checkpoint.read import open_checkpoint
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, StopRequested, speak_as
 from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
-from megatron_rl.model.build import build_model, initialize_parallel, load_weights, mpu
+from megatron_rl.model.build import build_model, initialize_adapters, initialize_parallel, load_weights, mpu
 from megatron_rl.place import own_place
 from megatron_rl.stores import join
 from megatron_rl.sync.all_ranks import on_all_ranks
@@ -106,14 +108,32 @@ class TrainContext:
             distributed_optimizer,
             overlap,
             config.train.overlap_bucket_parameters,
+            config.lora,
         )
         load_weights(self.model, config.model.path)
+        initialize_adapters(self.model, config.seed)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
-        self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
+        self.adapter_note = self._adapter_note()
+        self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control, self.adapter_note)
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.architecture, self.layout)[stage].total
             log.debug("planned memory of this rank: %.1f GiB", planned / 2**30)
+
+    def _adapter_note(self) -> AdapterNote | None:
+        """Write what checkpoints say of the adapters and the frozen weights. Collective: all ranks read these
+        together."""
+        if self.config.lora is None:
+            return None
+        path = self.config.model.path.absolute()
+
+        def digests() -> dict[str, str]:
+            with open_checkpoint(path, self.architecture) as checkpoint:
+                return tensor_digests(checkpoint, self.rank, dist.get_world_size())
+
+        parts = on_all_ranks(digests, self.control)
+        together = {name: digest for part in parts for name, digest in part.items()}
+        return AdapterNote(base=path, digest=weights_digest(together), lora=self.config.lora)
 
     def _claim(self) -> str | None:
         """Rank 0: keep other processes from training in the run directory until `close`, however this one ends. Returns

@@ -36,6 +36,9 @@ def overview(
         ),
         ("training", f"{ranks}{machines}{f': {sizes}' if sizes else ''}; {config.model.dtype}"),
     ]
+    if (lora := config.lora) is not None:
+        trained = f"{_count(lora.num_parameters(architecture))} parameters beside frozen weights"
+        rows.append(("adapters", f"{trained}, rank {lora.rank}, {', '.join(lora.targets_of(architecture))}"))
     if isinstance(config, RlConfig):
         rows.append(("servers", _servers(config, urls)))
         if urls is not None:

@@ -156,7 +156,7 @@ class Offloader:
         return [p.data for gpt in self._model.gpts for p in gpt.parameters()]
 
     def _gradients(self) -> list[Tensor]:
-        return [p.main_grad for gpt in self._model.gpts for p in gpt.parameters()]
+        return [p.main_grad for gpt in self._model.gpts for p in gpt.parameters() if p.requires_grad]
 
     def _states(self, parameters: Iterable[Tensor] | None = None) -> list[Tensor]:
         """Moments, and fp32 weights beside bf16 ones, of these or all of the optimizer's parameters. Where the weights

@@ -35,6 +35,7 @@ from megatron_rl import device
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.model.build import Model
 from megatron_rl.model.head import HeadRequest
+from megatron_rl.model.lora import base_only, finish_gradients, rounding_of_merged
 from megatron_rl.rotary import frequencies
 from megatron_rl.train.step import multi_tensor as clipping
 from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_batch, size_of
@@ -127,20 +128,23 @@ class Trainer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
-        model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
-            chunks, None, **kwargs
-        )
+        model.config.finalize_model_grads_func = _finalize_gradients
         self._where = device.torch_device()
         self._moe_grad_scale = torch.ones([], device=self._where)
         model.config.moe_grad_scale_func = lambda: self._moe_grad_scale
-        self._reference: list[Tensor] | None = None
+        self._has_reference = False
+        self._reference: list[Tensor] = []
         self._present: list[Tensor] = []  # room for the weights while the reference takes their place
         self._routers = model.routers
         self.offloader = Offloader(model, self.optimizer, optimizer.offload_fraction)
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
-        """Remember the present weights, off the device, as the reference policy of the KL term."""
+        """Remember the present weights, off the device, as the reference policy of the KL term. Of a model with
+        adapters it is the frozen weights, which are there."""
+        self._has_reference = True
+        if self.model.lora is not None:
+            return
         self._reference = [_on_host(p) for p in self.model.parameters()]
         self._present = [_host_like(p) for p in self.model.parameters()]
 
@@ -177,7 +181,7 @@ class Trainer:
         copies = dist.get_world_size() // mpu.get_data_parallel_world_size(with_context_parallel=True)
         num_tokens, num_places, num_traced = (counts // copies).tolist()
         self._moe_grad_scale = torch.full([], 1.0 / max(1, num_tokens), device=self._where)
-        if self._reference is not None:
+        if self._has_reference:
             batches = self._with_ref_logprobs(batches, temperature)
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
@@ -192,6 +196,9 @@ class Trainer:
         metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
+        if self.model.lora is not None and self.model.dtype == torch.bfloat16:
+            self.model.gather_weights()
+            metrics |= rounding_of_merged(self.model.chunks, self._control)
         return StepResult(
             skipped=not updated,
             grad_norm=grad_norm,
@@ -281,8 +288,11 @@ class Trainer:
         return with_field(batches, "old_logprobs", self.logprobs(batches, temperature))
 
     def _with_ref_logprobs(self, batches: Batches, temperature: float) -> Batches:
-        """The reference weights take the place of the present ones for one pass; these wait in host memory."""
-        assert self._reference is not None
+        """The reference weights take the place of the present ones for one pass; these wait in host memory. Adapters
+        only have to be left out."""
+        if self.model.lora is not None:
+            with base_only(self.model.chunks):
+                return with_field(batches, "ref_logprobs", self.logprobs(batches, temperature))
         parameters = self.model.parameters()
         with torch.no_grad():
             for p, kept in zip(parameters, self._present, strict=True):
@@ -348,6 +358,13 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
+
+
+def _finalize_gradients(chunks: Sequence[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Reduce gradients as megatron does, which is not told the number of tokens (step 4), and as adapters need
+    besides."""
+    finalize_model_grads(chunks, None, **options)
+    finish_gradients(chunks)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""A whole run with adapters, as a user starts it."""
+
+import json
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from tiny_model import tensors_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_run(folder: Path, model: Path, name: str, steps: int) -> Path:
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "domain": "math"} for i in range(8)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / f"{name}.toml"
+    path.write_text(f"""
+run_dir = "{folder}/{name}"
+threads = 1
+model.path = "{model}"
+data.train = "{folder}/train.jsonl"
+rollout = {{prompts_per_step = 4, samples_per_prompt = 4, max_prompt_tokens = 48, max_response_tokens = 24}}
+algorithm = {{entropy_coefficient = 0.01, kl_coefficient = 0.1}}
+budget.tokens = 300
+optimizer.learning_rate = 1e-2
+train = {{steps = {steps}, save_every = 2, micro_batch_tokens = 256}}
+sync.probe_every = 1
+lora = {{rank = 4}}
+""")
+    return path
+
+
+def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    flags = ["--family", "qwen3", "--layers", "2", "--hidden-size", "64", "--init-std", "0.1"]
+    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", model, *flags]).check_returncode()
+    config = write_run(tmp_path, model, "run", steps=4)
+    command = [sys.executable, "-m", "megatron_rl.cli", "train", config]
+    done = forked.run(command, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["logprob_difference_p999"] for row in metrics) < 1e-4  # servers have each step's merged weights
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)  # B is zero: the policy is the base
+    assert metrics[-1]["kl"] > 0
+    whole = tensors_of(tmp_path / "run/hf")
+    changed = {name for name, tensor in tensors_of(model).items() if not torch.equal(tensor, whole[name])}
+    assert changed == {name for name in whole if "proj" in name}
+    # What a kill after the second step leaves.
+    (tmp_path / "run/checkpoints/latest").write_text("step_2")
+    done = forked.run([*command, "--resume"], timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = tensors_of(tmp_path / "run/hf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
