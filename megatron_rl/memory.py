@@ -94,7 +94,8 @@ def layer_activation_bytes(
 
         norms       4h           the residual stream before attention and before the MLP, and both after their norms
         attention   2q + 2k      q and k after rotary, v, the output. Without flash attention (fp32, c above 1, or
-                                 "sdpa" asked for) the output once more, and keys and values of all c ranks
+                                 "sdpa" asked for) the output once more, and keys and values of all c ranks. Where
+                                 ranks share a key-value head, the queries, keys and values of all of them
         mlp         3w           gate and up, silu(gate) up; likewise shared_experts
         moe         K (he + 3m)  of every choice the input, which all e ranks of a group see, gate and up, and
                                  silu(gate) up times the probability
@@ -107,6 +108,8 @@ def layer_activation_bytes(
     item = ITEM_BYTES[model.dtype]
     flash = model.dtype == "bfloat16" and c == 1 and model.attention != "sdpa"
     elements = {"norms": 4 * h, "attention": 2 * q + 2 * k if flash else 3 * q + 2 * k * c}
+    if layout.tensor > architecture.num_key_value_heads:
+        elements["attention"] += (q + 2 * k) * layout.tensor
     if moe:
         elements["shared_experts"] = 3 * architecture.shared_intermediate_size
         elements["moe"] = architecture.num_experts_per_tok * (h * e + 3 * architecture.moe_intermediate_size)

@@ -243,7 +243,10 @@ def small_model(**changes: object) -> Architecture:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"world_size": 4, "tensor": 4}, r"parallel.tensor must divide num_key_value_heads 2, got 4; .*\[1, 2\]"),
+        (
+            {"world_size": 3, "tensor": 3},
+            r"parallel.tensor 3 does not divide num_attention_heads 4 and num_key_value_heads 2 .*\[1, 2, 4\]",
+        ),
         ({"world_size": 4, "expert": 4}, r"parallel.expert must divide num_experts 6, got 4; .*\[1, 2, 3, 6\]"),
         ({"world_size": 5, "pipeline": 5}, r"parallel.pipeline 5 .* = 5 must be at most num_hidden_layers 4"),
         ({"world_size": 3, "tensor": 2}, r"3 training process\(es\) cannot be divided by tensor 2"),

@@ -446,7 +446,7 @@ def test_a_damaged_checkpoint_and_a_full_disk_stop_a_run_or_cost_it_a_checkpoint
     ("options", "message"),
     [
         (["--set", "model.path=/nowhere"], "model directory /nowhere does not exist"),
-        (["--set", "parallel.tensor=3", "--nproc", "3"], "parallel.tensor must divide num_attention_heads 4, got 3"),
+        (["--set", "parallel.tensor=3", "--nproc", "3"], "parallel.tensor 3 does not divide num_attention_heads 4"),
         (["--set", "budgt.tokens=3"], "unknown key budgt; did you mean"),
         (
             ["--set", "reward.domains.taskz=math"],

@@ -25,9 +25,10 @@ from megatron_rl.rollout.embedded.load import load_weights
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
+OF_HEADS = {"TP4": (4, {"tensor": 4})}
 OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
-DIVIDED = ["llama", "qwen2, tied, yarn", "qwen3", "qwen3-moe, not renormalised, some layers dense"]
+DIVIDED = ["llama", "llama, tied, one key-value head, llama3", "qwen2, tied, yarn", "qwen3", "qwen3-moe, not renormalised, some layers dense"]
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,9 @@ def test_the_gradient_is_that_of_a_plain_fp64_reference_over_layouts(
     spec = make_spec(models[case], dtype="float64", traced=[])
     config, weights = load_reference(models[case])
     policy_loss(config, weights, spec, spec["algorithms"][0]).backward()
-    for layout in ("alone", "TP2", "CP2"):
-        num_ranks, parallel = LAYOUTS[layout]
+    # In the last one two ranks share each key-value head, also under the norms of queries and keys.
+    for layout in ("alone", "TP2", "CP2", *(["TP4"] if case == "qwen3" else [])):
+        num_ranks, parallel = (LAYOUTS | OF_HEADS)[layout]
         found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
         for name, tensor in weights.items():
             assert relative(found[f"grad/c3po/{name}"], tensor.grad) < 1e-8, (layout, name)

@@ -73,8 +73,7 @@ class Layout:
                 f"{self.world_size} training process(es) cannot be divided by expert {self.expert} x expert_tensor "
                 f"{self.expert_tensor} x pipeline {self.pipeline} = {expert_product}; change [parallel]"
             )
-        yield from _undivided("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
-        yield from _undivided("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads)
+        yield from self._undivided_heads(model)
         yield from self._undivided_experts(model)
         if model.num_dense_layers:
             yield from _undivided("tensor", self.tensor, "intermediate_size", model.intermediate_size)
@@ -90,6 +89,22 @@ class Layout:
             yield (
                 f"parallel.pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {num_stages} must be "
                 f"at most num_hidden_layers {model.num_hidden_layers}"
+            )
+
+    def _undivided_heads(self, model: Architecture) -> Iterator[str]:
+        """Tell when ranks would not have equal heads. Several ranks may share a key-value head: then each of them has the
+        keys and values of one, and its own part of the queries that look at it."""
+        queries, pairs = model.num_attention_heads, model.num_key_value_heads
+
+        def divides(size: int) -> bool:
+            rows = (queries + 2 * pairs) * model.head_dim
+            return queries % size == 0 and rows % size == 0 and (pairs % size == 0 or size % pairs == 0)
+
+        if not divides(self.tensor):
+            sizes = [size for size in range(1, queries + 1) if divides(size)]
+            yield (
+                f"parallel.tensor {self.tensor} does not divide num_attention_heads {queries} and "
+                f"num_key_value_heads {pairs} evenly; it can be one of {sizes}"
             )
 
     def _undivided_experts(self, model: Architecture) -> Iterator[str]:
