@@ -52,7 +52,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
             token_ids=np.array(row["token_ids"], np.int32),
             loss_positions=np.array(loss_positions(row), np.int32),
             weight=1.0,
-            advantage=row["advantage"],
+            advantages=np.broadcast_to(np.array(row["advantage"], np.float64), counts[i]),
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
             num_stale_tokens=row["num_stale_tokens"],
             routed_experts=np.array(row["routed_experts"], np.uint8) if "routed_experts" in row else None,

@@ -28,7 +28,13 @@ LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 
 OF_HEADS = {"TP4": (4, {"tensor": 4})}
 OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
-DIVIDED = ["llama", "llama, tied, one key-value head, llama3", "qwen2, tied, yarn", "qwen3", "qwen3-moe, not renormalised, some layers dense"]
+DIVIDED = [
+    "llama",
+    "llama, tied, one key-value head, llama3",
+    "qwen2, tied, yarn",
+    "qwen3",
+    "qwen3-moe, not renormalised, some layers dense",
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.endpoints import TeacherSection
 from megatron_rl.config.limits import impossible
 from megatron_rl.config.model import ModelSection, MoeSection, ServedModelSection, ServingSection
@@ -133,6 +134,9 @@ class RlConfig(RunConfig, SamplingConfig):
     budget: BudgetSection
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
+    distillation: DistillationSection | None = Field(
+        default=None, description="a teacher policy that scores what is sampled; none by default"
+    )
 
     @property
     def probe_tolerance(self) -> float:
@@ -144,8 +148,9 @@ class RlConfig(RunConfig, SamplingConfig):
         if isinstance(values, dict) and values.get("teacher") is not None:
             raise ValueError(
                 "teacher is for `megatron-rl rollout` with a configuration without budget, train, optimizer and "
-                "algorithm; training needs responses of its own policy, with their log-probs: remove teacher, or make "
-                "SFT rows of what the teacher answers (docs/distillation.md)"
+                "algorithm; training needs responses of its own policy, with their log-probs: make SFT rows of what "
+                "the teacher answers (docs/distillation.md), or name a checkpoint with the same tokenizer in "
+                "[distillation], which scores what the policy samples (docs/joint.md)"
             )
         return values
 

@@ -16,7 +16,7 @@ from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
-from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.domains import check_named_domains, check_reward_domains
 from megatron_rl.data.fitting import prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
@@ -30,6 +30,7 @@ from megatron_rl.own_functions import is_own
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.preflight.rewards import reward_problems
+from megatron_rl.preflight.teacher import teacher_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
@@ -110,9 +111,11 @@ def _domains(start: Start) -> Iterator[str]:
     config = start.config
     if not (start.trains and isinstance(config, RlConfig)):
         return
-    if config.reward.domains or config.reward.judge.domains or config.budget.domains:
+    of_teacher = config.distillation.domains if config.distillation is not None else {}
+    if config.reward.domains or config.reward.judge.domains or config.budget.domains or of_teacher:
         stream = load_stream(config.data, config.seed, remarks=False, needs_answer=config.reward.needs_answers)
         check_reward_domains(stream.rows, config.reward, "data.train")
+        check_named_domains(stream.rows, "distillation.domains", of_teacher, "data.train")
         if config.budget.domains:
             stream.check_shares(config.budget.domains, warns=False)
     yield from ()
@@ -194,11 +197,19 @@ def _sequences(start: Start) -> Iterator[str]:
     elif start.model is not None and isinstance(config, EvaluateConfig | SamplingConfig):
         model = config.model if isinstance(config, EvaluateConfig) else config.serving
         yield from serving_problems(config.rollout, model, start.architecture)
+    elif start.trains and isinstance(config, RlConfig) and (teacher := config.distillation) is not None:
+        longest = {"max_response_tokens": config.rollout.max_response_tokens}  # SGLang's spare token is no position
+        rollout = teacher.as_rollout(config.rollout).model_copy(update=longest)
+        for problem in serving_problems(rollout, teacher, load_architecture(teacher.path), not teacher.urls):
+            yield f"distillation.path {teacher.path}: {problem}"
 
 
 @check("servers", "the generation servers of this machine can be started")
 def _servers(start: Start) -> Iterator[str]:
     config = start.config
+    if isinstance(config, RlConfig) and start.trains and start.rollouts is None and (teacher := config.distillation):
+        if not teacher.urls:
+            yield from _server_problems(teacher.as_rollout(config.rollout))
     if start.trains and not start.serves:
         return
     if isinstance(config, EvaluateConfig):
@@ -234,6 +245,7 @@ def _memory(start: Start) -> Iterator[str]:
 
 
 check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
+check("teacher", "the teacher policy reads the policy's tokens as it does")(teacher_problems)
 check("rewards", "own reward functions and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
@@ -354,6 +366,9 @@ def required_bytes(config: RunConfig, architecture: Architecture, world_size: in
     if serves:
         assert isinstance(config, RlConfig)
         total += serving_host_bytes(config.rollout, config.model.dtype, architecture, num_gpus)
+        if (teacher := config.distillation) is not None and not teacher.urls:
+            rollout = teacher.as_rollout(config.rollout)
+            total += serving_host_bytes(rollout, teacher.dtype, load_architecture(teacher.path), num_gpus, False)
     return total
 
 
