@@ -207,9 +207,10 @@ def _sequences(start: Start) -> Iterator[str]:
 @check("servers", "the generation servers of this machine can be started")
 def _servers(start: Start) -> Iterator[str]:
     config = start.config
-    if isinstance(config, RlConfig) and start.trains and start.rollouts is None and (teacher := config.distillation):
-        if not teacher.urls:
-            yield from _server_problems(teacher.as_rollout(config.rollout))
+    teacher = config.distillation if isinstance(config, RlConfig) and start.trains else None
+    if teacher is not None and not teacher.urls:
+        assert isinstance(config, RlConfig)
+        yield from _server_problems(teacher.as_rollout(config.rollout))
     if start.trains and not start.serves:
         return
     if isinstance(config, EvaluateConfig):
@@ -366,9 +367,9 @@ def required_bytes(config: RunConfig, architecture: Architecture, world_size: in
     if serves:
         assert isinstance(config, RlConfig)
         total += serving_host_bytes(config.rollout, config.model.dtype, architecture, num_gpus)
-        if (teacher := config.distillation) is not None and not teacher.urls:
-            rollout = teacher.as_rollout(config.rollout)
-            total += serving_host_bytes(rollout, teacher.dtype, load_architecture(teacher.path), num_gpus, False)
+    if isinstance(config, RlConfig) and (teacher := config.distillation) is not None and not teacher.urls:
+        rollout = teacher.as_rollout(config.rollout)
+        total += serving_host_bytes(rollout, teacher.dtype, load_architecture(teacher.path), num_gpus, updates=False)
     return total
 
 

@@ -45,8 +45,8 @@ class _Address:
 
 class NodeServers:
     """rollout: their settings. urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside:
-    one of them is on rank 0's machine. Both are known where weights go over a process group. supervisor: of this node's servers, on its first
-    rank. node: its number. `close()` ends these."""
+    one of them is on rank 0's machine. Both are known where weights go over a process group. supervisor: of this node's
+    servers, on its first rank. node: its number. `close()` ends these."""
 
     def __init__(
         self,
