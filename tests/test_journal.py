@@ -56,7 +56,7 @@ def same(one: Group, other: Group) -> bool:
         (a.id, a.reward, a.reason, a.details, a.response.finish_reason)
         == (b.id, b.reward, b.reason, b.details, b.response.finish_reason)
         and all(
-            np.array_equal(getattr(a.response, name), getattr(b.response, name))
+            np.array_equal(getattr(a.response.segments[0], name), getattr(b.response.segments[0], name))
             for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions")
         )
         for a, b in pairs

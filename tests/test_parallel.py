@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel import run_ranks, with_trajectories
+from parallel import run_ranks, with_teacher, with_trajectories
 from reference import load_reference, logprobs_and_entropy, policy_loss, router_losses, rows_by_sample
 from safetensors.torch import load_file
 from tiny_model import tensors_of, write_tiny_model
@@ -93,9 +93,9 @@ def make_spec(model: Path, **changes: object) -> dict:
 
 
 def exact_spec(model: Path, **changes: object) -> dict:
-    """In fp64, with trajectories of agents among the sequences, and a reference policy of other weights."""
+    """In fp64, with trajectories of agents among the sequences, a reference policy of other weights, and a teacher."""
     options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
-    return with_trajectories(make_spec(model, **options | changes))
+    return with_teacher(with_trajectories(make_spec(model, **options | changes)))
 
 
 @pytest.fixture(scope="module")

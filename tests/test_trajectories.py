@@ -162,7 +162,9 @@ def test_without_a_budget_all_policy_tokens_are_trained_and_a_trajectory_counts_
         lengths = [segment.num_policy_tokens for segment in sample.response.segments]
         assert [s.num_loss_tokens for s in parts] == [n for n in lengths if n]
         if name in ("grpo", "gspo"):  # each segment's mean has its share of the trajectory's one
-            assert [s.loss_scale * s.num_loss_tokens for s in parts] == pytest.approx([1 / len(parts)] * len(parts))
+            assert [s.loss_scale * s.num_loss_tokens for s in parts] == pytest.approx(
+                [1 / max(1, len(parts))] * len(parts)
+            )
         else:
             assert {s.loss_scale for s in parts} <= {1.0}
 
