@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.model import ServedModelSection, ServingSection
 from megatron_rl.config.schema import RolloutPhase, RunConfig
@@ -12,9 +13,17 @@ from megatron_rl.families import Architecture, load_architecture, read_architect
 def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Architecture, Path | None]:
     """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
     ValueError when there is none of them."""
-    here = _models(config)
+    return _shape(_models(config), _served(config).shape)
+
+
+def teacher_shape(section: DistillationSection) -> Architecture:
+    """The same of a teacher policy."""
+    return _shape([section.path], section.shape)[0]
+
+
+def _shape(here: list[Path], shape: Path | None) -> tuple[Architecture, Path | None]:
+    """The first of these models that has a config.json; while none has, `shape`, which then comes second."""
     found = [path for path in here if (path / "config.json").is_file()]
-    shape = _served(config).shape
     if found or shape is None:
         return load_architecture((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape

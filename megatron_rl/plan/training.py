@@ -14,6 +14,7 @@ from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.families import Architecture
 from megatron_rl.memory import host_bytes, rank_bytes
 from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
+from megatron_rl.plan.shape import teacher_shape
 from megatron_rl.preflight.checks import problems
 from megatron_rl.rollout.routing import MAX_EXPERTS, routed_shape, step_routing
 from megatron_rl.simulation.cluster import CannotSimulate
@@ -137,6 +138,12 @@ def _memory(
             memory["serving_gpu"] = state | parts
         servers = {"servers": numbers}
         found += against
+    if isinstance(config, RlConfig) and (teacher := config.distillation) is not None and not teacher.urls:
+        rollout = teacher.as_rollout(config.rollout)
+        parts, numbers, against = plan_servers(rollout, teacher.dtype, teacher_shape(teacher), cluster, updates=False)
+        of_teacher = {f"teacher_{name}": size for name, size in parts.items()}
+        (training if numbers["gpus_each"] else host).update(of_teacher)
+        found += [f"distillation: {problem}" for problem in against]
     memory["host"] = host
     return {"memory": {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}, **servers}
 
