@@ -1,7 +1,7 @@
 """Distillation and reinforcement learning, apart and in one loss, from one checkpoint and with equal trained tokens.
 
-    .venv/bin/python examples/ring_lite/joint.py             SFT on a teacher's answers, on-policy distillation, RL, both
-    .venv/bin/python examples/ring_lite/joint.py --seeds 1   one seed instead of three
+    .venv/bin/python examples/ring_lite/joint.py            SFT on a teacher's answers, on-policy distillation, RL, both
+    .venv/bin/python examples/ring_lite/joint.py --seeds 1  one seed instead of three
 
 Needs what pipeline.py leaves up to its stage `stage1_math`: the student starts from the distilled checkpoint, the
 teacher is what stage 1 made of it. Writes runs/ring_lite/compare/joint.{md,json,png}. Runs that are there already are

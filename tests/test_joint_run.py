@@ -1,0 +1,139 @@
+"""A whole run with a teacher: killed and resumed, and with its teacher's server killed, it is the same to the bit."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from inputs import make_inputs
+from tiny_model import tensors_of
+
+from megatron_rl.metric_names import unknown
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+run_dir = "{run}"
+threads = 1
+[model]
+path = "{folder}/model"
+[data]
+train = "{folder}/data/train.jsonl"
+[rollout]
+prompts_per_step = 4
+samples_per_prompt = 4
+max_prompt_tokens = 32
+max_response_tokens = 40
+max_running_requests = 8
+servers = 1
+[distillation]
+path = "{folder}/teacher"
+coefficient = 0.5
+servers = 1
+[budget]
+tokens = 500
+[optimizer]
+learning_rate = 1e-3
+[train]
+steps = 3
+save_every = 1
+micro_batch_tokens = 512
+"""
+# What clocks and kills change.
+OF_TIME = ("seconds", "per_second", "num_starts", "num_lost", "num_resent", "num_teacher_tokens")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    shape = ("--hidden-size", "32", "--layers", "2", "--experts", "4", "--moe-intermediate-size", "32")
+    command = [sys.executable, ROOT / "tools/make_tiny_model.py", folder / "teacher", *shape, "--init-std", "0.1"]
+    forked.run([*command, "--seed", "9"]).check_returncode()
+    return make_inputs(folder, 1, 100, 1, "--init-std", "0.1")
+
+
+class Run:
+    """`megatron-rl train` as a fork, which `resume` goes on with."""
+
+    def __init__(self, inputs: Path, folder: Path) -> None:
+        folder.mkdir()
+        self.run_dir, self.log = folder / "run", folder / "log"
+        self._config = folder / "config.toml"
+        self._config.write_text(CONFIG.format(folder=inputs, run=self.run_dir))
+        self.process = self._start()
+
+    def _start(self, *options: str) -> forked.Program:
+        command = [sys.executable, "-m", "megatron_rl.cli", "train", str(self._config), *options]
+        return forked.Program(command, self.log, os.environ)
+
+    def resume(self) -> None:
+        self.process = self._start("--resume")
+
+    def finish(self) -> None:
+        try:
+            assert self.process.wait(600) == 0, self.log.read_text()[-4000:]
+        finally:
+            self.process.kill()
+
+    def until(self, condition: Callable[[], object], seconds: float = 300) -> None:
+        give_up = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < give_up, self.log.read_text()[-4000:]
+            time.sleep(0.005)
+
+    def teacher_pid(self) -> int:
+        return int((self.run_dir / "teacher_server_0.pid").read_text())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if not any(word in k for word in OF_TIME)} for row in self.rows]
+
+    def file_texts(self) -> dict[str, str]:
+        names = ("rollouts", "tokens")
+        return {f"{p.parent.name}/{p.name}": p.read_text() for name in names for p in (self.run_dir / name).iterdir()}
+
+
+@pytest.mark.timeout(1200)
+def test_kills_change_no_number_of_a_run_with_a_teacher(inputs: Path, tmp_path: Path) -> None:
+    whole = Run(inputs, tmp_path / "whole")
+    whole.finish()
+    rows = whole.rows
+    assert unknown(name for row in rows for name in row) == []
+    assert [row["num_loss_tokens"] for row in rows] == [500] * 3
+    for row in rows:
+        assert row["teacher_kl"] > 0
+        assert row["teacher_seconds"] > 0
+        assert row["teacher_coefficient"] == 0.5
+        assert row["num_lost_teachers"] == 0
+    first = [json.loads(line) for line in (whole.run_dir / "tokens/step_000000.jsonl").open()]
+    assert all(len(row["teacher_logprobs"]) == len(row["tokens"]) for row in first)
+
+    killed = Run(inputs, tmp_path / "killed")
+    try:
+        killed.until(lambda: len(killed.rows) == 1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(killed.teacher_pid(), signal.SIGKILL)
+        journal = killed.run_dir / "journal/step_000001.journal"
+        killed.until(lambda: journal.exists() and journal.stat().st_size > 1000)
+    finally:
+        killed.process.kill()
+    killed.process.wait(60)
+    killed.resume()
+    killed.finish()
+    assert "groups of this phase were completed before" in killed.log.read_text()
+    assert killed.numbers() == whole.numbers()
+    assert killed.file_texts() == whole.file_texts()
+    ours, theirs = (tensors_of(run.run_dir / "hf") for run in (killed, whole))
+    assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
