@@ -311,6 +311,7 @@ def test_the_teacher_scores_the_policys_tokens_alone_and_a_server_that_ends_come
     for response in first:
         for segment in response.segments:
             row = {
+                "num_prompt_tokens": 8,
                 "token_ids": [*segment.prompt_ids.tolist(), *segment.output_ids.tolist()],
                 "loss_positions": [8 + int(place) for place in np.flatnonzero(segment.policy_mask)],
             }
