@@ -382,9 +382,17 @@ def test_what_was_scored_is_in_the_journal_and_no_teacher_is_asked_again(tmp_pat
 def test_a_server_that_gives_no_numbers_is_lost() -> None:
     client = GenerationClient("http://127.0.0.1:9")
 
-    async def answer(*_: object) -> Any:
-        return {"meta_info": {"input_token_logprobs": [[None, 5, None], [float("-inf"), 6, None]]}}
+    def scores(*logprobs: object) -> np.ndarray:
+        async def answer(*_: object) -> bytes:
+            entries = [[logprob, 5, None] for logprob in logprobs]
+            return json.dumps({"meta_info": {"input_token_logprobs": entries, "other": 1}, "text": ""}).encode()
 
-    client._ask = answer  # type: ignore[method-assign]
-    with pytest.raises(ServerLost, match="gave 0 finite log-probs for the 1 tokens behind the first 1"):
-        asyncio.run(client.input_logprobs([5, 6]))
+        client._answered = answer  # type: ignore[method-assign]
+        return asyncio.run(client.input_logprobs([5, 6, 7], 2))
+
+    assert scores(None, -0.5).tolist() == [-0.5]
+    for logprobs in ((None, None), (None, 1e300), (None, -0.5, -0.5), (None,)):
+        with pytest.raises(ServerLost, match="finite log-probs for the 1 tokens behind the first 2"):
+            scores(*logprobs)
+    with pytest.raises(ServerLost, match="gave no input log-probs"):
+        scores(None, "x")

@@ -22,7 +22,7 @@ from megatron_rl.errors import Fault
 from megatron_rl.keys import KeyOf, bearer, hidden, no_key
 from megatron_rl.rollout.connection import Connection, ConnectionFailed
 from megatron_rl.rollout.loop_lag import LoopLag
-from megatron_rl.rollout.replies import READABLE, Reply, read_reply
+from megatron_rl.rollout.replies import READABLE, Reply, read_input_logprobs, read_reply
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
@@ -170,12 +170,13 @@ class GenerationClient:
             "return_logprob": True,
             "logprob_start_len": start - 1,  # the first one asked for comes without
         }
-        answer = await self._ask("POST", "/generate", body, timeout_seconds or self._control_timeout)
+        content = await self._answered("POST", "/generate", body, timeout_seconds or self._control_timeout)
         try:
-            found = answer["meta_info"]["input_token_logprobs"]
-            logprobs = np.array([entry[0] for entry in found[1:]], np.float32)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
+            logprobs = read_input_logprobs(content)
+        except READABLE as error:
+            raise ServerLost(
+                f"{self.url}/generate gave no input log-probs ({error}): {self._shown(_text(content))!r}"
+            ) from None
         if len(logprobs) != len(input_ids) - start or not np.isfinite(logprobs).all():
             raise ServerLost(
                 f"{self.url}/generate gave {np.isfinite(logprobs).sum()} finite log-probs for the "
