@@ -21,6 +21,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.preflight import teacher as checks
 from megatron_rl.preflight.teacher import template_problems, vocabulary_problems
 from megatron_rl.records import Group, Response, Sample, Segment
 from megatron_rl.reward.rewards import Rewards
@@ -248,6 +249,34 @@ def test_a_teacher_with_another_vocabulary_or_template_is_refused() -> None:
     (problem,) = template_problems(own, other, "it", {})
     assert "it has another chat template" in problem
     assert "distillation.other_template = true" in problem
+
+
+def test_what_speaks_against_a_teacher_is_told_before_a_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def found(*changes: str, vocab_size: int = 96, rollouts: Path | None = None) -> list[str]:
+        start = SimpleNamespace(
+            trains=True,
+            config=config_of(tmp_path, TEACHER, *changes),
+            rollouts=rollouts,
+            architecture=SimpleNamespace(vocab_size=96),
+        )
+        monkeypatch.setattr(checks, "load_architecture", lambda path: SimpleNamespace(vocab_size=vocab_size))
+        return list(checks.teacher_problems(start))  # type: ignore[arg-type]
+
+    own = tokenizer_of(["U", "A", "What", "is"])
+    monkeypatch.setattr(checks, "load_tokenizer", lambda path: own)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: ["0"])
+    assert found() == []
+    (problem,) = found(vocab_size=90)
+    assert "has 90 token ids and the policy 96" in problem
+    (problem,) = found(rollouts=tmp_path)
+    assert "--rollouts has no log-probs of a teacher" in problem
+    (problem,) = found("distillation.advantage=alone", "algorithm.name=dapo")
+    assert "set algorithm.dynamic_sampling = false" in problem
+    one, other = found("rollout.engine=sglang")
+    assert one.startswith("rollout.sglang_arguments names no --mem-fraction-static")
+    assert other.startswith("distillation.sglang_arguments names no --mem-fraction-static")
+    elsewhere = 'distillation.urls=["http://a:1"]'
+    assert found("rollout.engine=sglang", elsewhere) == []
 
 
 # Servers of a teacher ------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ samples_per_prompt = 4
 max_prompt_tokens = 32
 max_response_tokens = 40
 max_running_requests = 8
+ready_deadline_seconds = 600
+token_deadline_seconds = 20
+silence_seconds = 300
 servers = 1
 [distillation]
 path = "{folder}/teacher"
