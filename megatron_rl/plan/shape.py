@@ -13,22 +13,23 @@ from megatron_rl.families import Architecture, load_architecture, read_architect
 def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Architecture, Path | None]:
     """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
     ValueError when there is none of them."""
-    return _shape(_models(config), _served(config).shape)
+    return _shape(_models(config), _served(config).shape, "model")
 
 
 def teacher_shape(section: DistillationSection) -> Architecture:
     """The same of a teacher policy."""
-    return _shape([section.path], section.shape)[0]
+    return _shape([section.path], section.shape, "distillation")[0]
 
 
-def _shape(here: list[Path], shape: Path | None) -> tuple[Architecture, Path | None]:
-    """The first of these models that has a config.json; while none has, `shape`, which then comes second."""
+def _shape(here: list[Path], shape: Path | None, name: str) -> tuple[Architecture, Path | None]:
+    """The first of these models that has a config.json; while none has, `shape`, which then comes second. name: of the
+    section."""
     found = [path for path in here if (path / "config.json").is_file()]
     if found or shape is None:
         return load_architecture((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape
     if not path.is_file():
-        raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
+        raise ValueError(f"{name}.shape {shape} is neither a config.json nor a folder that has one")
     return read_architecture(path), path
 
 
