@@ -240,8 +240,9 @@ class Sampler:
         attempts = [
             Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
         ]
-        work: list[Coroutine[Any, Any, Any]] = [self._rewards.verdicts(question.prompt, attempts)]
-        verdicts, responses = await gather_all([*work, self._taught(responses)])
+        judged, taught = self._rewards.verdicts(question.prompt, attempts), self._taught(responses)
+        work: list[Coroutine[Any, Any, Any]] = [judged, taught]
+        verdicts, responses = await gather_all(work)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
             prompt_id=question.prompt_id,
