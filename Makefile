@@ -56,7 +56,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -147,6 +147,12 @@ demo: install $(if $(filter sglang,$(ENGINE)),install-sglang)  ## warm-start and
 test: install install-sandbox  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
+test-ranks: install  ## training on real gloo ranks: every layout against one process and against written formulas
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/ranks
+
+test-commands: install install-sandbox  ## whole commands as users start them: runs, stops, faults, servers
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/commands
+
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
 	$(BIN)/python -m pytest tests/real_sglang
 
@@ -228,6 +234,10 @@ bench-rewards: install  ## the math and stem rewards beside math-verify on PAIRS
 
 bench-own-rewards: install  ## reward functions of one's own beside a bare process pool, responses/s, as JSON
 	$(BIN)/python tools/bench_own_rewards.py
+
+bench-gateway: install  ## the gateway of agents beside the bare pool of servers, tokens/s, and its memory with 500 trajectories, as JSON
+	$(BIN)/python tools/make_tiny_model.py runs/bench_gateway/model --force
+	$(BIN)/python tools/bench_gateway.py runs/bench_gateway/model
 
 bench-sandbox: install install-sandbox  ## code rewards: latency of a run, items/s on every core, verdicts on the tasks in TASKS, as JSON
 	$(BIN)/python tools/bench_sandbox.py $(TASKS)

@@ -19,7 +19,7 @@ INSTALL = [
     "tokenizers~=0.22",
     "sentencepiece~=0.2",
     "safetensors~=0.8",
-    "tensorboard~=2.21",
+    "tensorboard~=2.21",  # the tracker that runs have unless told otherwise; the others are extras
     "rich~=15.0",
     "matplotlib~=3.11",
     "plotly~=7.1",  # for plotly.js in it, which reports embed
@@ -51,13 +51,16 @@ setup(
             "pytest-timeout~=2.4",
             "pytest-xdist~=3.8",
             "hypothesis~=6.170",
+            "openai~=3.57",  # the client that talks to the gateway of agents
             "ruff==0.17.6",
             "mypy==2.4.1",
             "pre-commit",
         ],
         # One set, for CUDA 13; docs/gpu.md says how it was found and how to install it. SGLang pins torch.
         "gpu": ["torch==2.14.1", "sglang==0.5.23", "transformer-engine[core-cu13,pytorch]==2.20.2"],
-        "logging": ["wandb"],
+        # What `tracking.to` may name besides.
+        "wandb": ["wandb~=0.31"],
+        "trackio": ["trackio~=0.43"],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
 )

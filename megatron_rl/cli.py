@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import __version__, lifeline
-from megatron_rl.errors import end_rank, exit_code, interrupt_on_signals, speak_as
+from megatron_rl.errors import EXIT_INTERRUPTED, end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
 from megatron_rl.open_files import raise_open_files
 from megatron_rl.place import has_rank, own_place, remedy
+from megatron_rl.terminal import configure_logging, say
+
+_LONG = ("train", "sft", "evaluate", "rollout", "select", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         use_utf8()
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("megatron_rl").setLevel(logging.INFO)
+    configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
+    if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
+        say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
     lifeline.watch_parent()
     raise_open_files()
 
@@ -33,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
 
     code = exit_code(f"megatron-rl {arguments.command}", run)
+    if code == EXIT_INTERRUPTED and argv is None:
+        end_rank(code)  # threads of torch that are cut off in the middle would abort the process
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code
@@ -42,6 +47,9 @@ def quieten_libraries() -> None:
     """Deprecations inside torch, megatron-core and transformers are for their authors; ours still show."""
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|transformers)(\.|$)")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+Commands = Any  # argparse has no public name for it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,42 +69,61 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="TOML file")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
         command.set_defaults(run=run)
-        if name in ("evaluate", "rollout"):
-            command.add_argument("--model", type=Path, help="Hugging Face directory, default model.path of the config")
-        if name == "evaluate":
-            command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
-            command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
-            command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
-        elif name == "rollout":
-            command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
-            command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
-            command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
-        elif name == "select":
-            command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
-        elif name == "serve":
-            command.add_argument(
-                "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
-            )
-            command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
-        elif name == "plan":
-            command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
-            command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
-            command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
-            command.add_argument(
-                "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
-            )
-            command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
-            command.add_argument("--json", action="store_true")
-        else:
-            command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
-            command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
-        if name == "train":
-            command.add_argument(
-                "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
-            )
-            command.add_argument(
-                "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
-            )
+        _add_options(name, command)
+    _add_checkpoints(commands)
+    _add_reports(commands)
+    _add_looks(commands)
+    return parser
+
+
+def _add_options(name: str, command: argparse.ArgumentParser) -> None:
+    """Those of a command that takes a configuration file."""
+    if name in ("evaluate", "rollout"):
+        command.add_argument("--model", type=Path, help="as model.path, which it replaces")
+    if name == "evaluate":
+        command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
+        command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
+        command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    elif name == "rollout":
+        command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
+        command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
+        command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+    elif name == "select":
+        command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
+    elif name == "serve":
+        command.add_argument(
+            "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
+        )
+        command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
+    elif name == "plan":
+        _add_plan(command)
+    else:
+        command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+        command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
+    if name == "train":
+        command.add_argument(
+            "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
+        )
+        command.add_argument(
+            "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
+        )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
+    command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
+    command.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
+    )
+    command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
+    command.add_argument(
+        "--suggest", action="store_true", help="search the fastest layout that fits, with the keys to set"
+    )
+    command.add_argument("--json", action="store_true")
+
+
+def _add_checkpoints(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="Hugging Face directory <-> Megatron checkpoint",
@@ -128,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none")
     verify.add_argument("--text", help="compare the log-probs of this text under both models too, in fp32")
     verify.set_defaults(run=_compare)
+
+
+def _add_reports(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
         help="curves and responses of runs as one HTML page",
@@ -144,7 +174,23 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
     )
+    report.add_argument(
+        "--follow", action="store_true", help="serve the page on this machine alone, renewed after each step"
+    )
+    report.add_argument("--port", type=int, default=0, metavar="N", help="of --follow; default: any that is free")
     report.set_defaults(run=_report)
+    status = commands.add_parser(
+        "status",
+        help="where runs are: state, step, time left, last metrics and alarms",
+        description="Say where runs are, from their files alone: while they run, when they have ended, after a kill.",
+    )
+    status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(run=_status)
+
+
+def _add_looks(commands: Commands) -> None:
+    """What is looked at before a run: data, a configuration, the keys."""
     inspect = commands.add_parser(
         "inspect",
         help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
@@ -155,7 +201,38 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
     inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
     inspect.set_defaults(run=_inspect)
-    return parser
+    check = commands.add_parser(
+        "check",
+        help="all that can be known of a start beforehand, with remedies; exit code 2 where something is wrong",
+        description="Check a configuration file of any kind: files, rows and their lengths, layout, memory, ports, "
+        "disk, limits, versions, the reward on a row, servers. What is of another machine than this is not looked at.",
+    )
+    check.add_argument("config", type=Path, help="TOML file")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    check.add_argument("--nproc", type=int, metavar="N", help="training ranks on this machine; else as [cluster] says")
+    check.add_argument("--resume", action="store_true", help="of a start that continues what run_dir holds")
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(run=_check)
+    keys = commands.add_parser(
+        "keys",
+        help="every key of the configuration files, with type, default and description",
+        description="Print the keys whose name matches PATTERN (a part of it, or a regular expression), here or in "
+        "TRL, slime, verl and prime-rl; else those whose description does.",
+    )
+    keys.add_argument("pattern", nargs="?", default="", metavar="PATTERN")
+    keys.set_defaults(run=_keys)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_rl.preflight.show import run_check
+
+    return run_check(arguments)
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from megatron_rl.config.show import run_keys
+
+    return run_keys(arguments.pattern)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -168,7 +245,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from megatron_rl.report.build import run_report
 
-    return run_report(arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation)
+    if arguments.follow and arguments.output:
+        raise ValueError("--follow serves the page and --output writes it; leave one out")
+    return run_report(
+        arguments.runs, arguments.output, arguments.steps_shown, arguments.evaluation, arguments.follow, arguments.port
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_rl.report.status import run_status
+
+    return run_status(arguments.runs, arguments.json)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -207,7 +294,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.schema import RlConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
@@ -219,13 +306,13 @@ def _run_training(arguments: argparse.Namespace, kind: Any) -> int:
     place = own_place()
     if lifeline.has_launcher():
         speak_as(place.rank)
-    config = load_config(kind, arguments.config, arguments.set)
+    config = load_for(arguments.command, kind, arguments.config, arguments.set)
     keys = None
     if getattr(arguments, "servers", None):
         from megatron_rl.rollout.serve import check_registered_torch, registered_keys
 
         keys = registered_keys(arguments.servers, config.rollout.ready_deadline_seconds)
-        config = load_config(kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
+        config = load_for(arguments.command, kind, arguments.config, [*arguments.set, f"rollout.urls={list(keys)!r}"])
         check_registered_torch(arguments.servers, config)
     rollouts = getattr(arguments, "rollouts", None)
     if place.world_size == 1:
@@ -251,11 +338,11 @@ def _same_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.schema import RlConfig
     from megatron_rl.rollout.serve import run_serve
 
-    return run_serve(load_config(RlConfig, arguments.config, arguments.set), arguments.register, arguments.of)
+    return run_serve(load_for("train", RlConfig, arguments.config, arguments.set), arguments.register, arguments.of)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -266,39 +353,41 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_rl.config.evaluation import EvaluateConfig
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.evaluation.evaluate import run_evaluation
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
 
     model = [f"model.path={json.dumps(str(arguments.model))}"] if arguments.model else []
-    config = load_config(EvaluateConfig, arguments.config, [*arguments.set, *model])
+    config = load_for("evaluate", EvaluateConfig, arguments.config, [*arguments.set, *model])
     check_start(Start(config=config, model=config.model.path))
     return run_evaluation(config, arguments.output, arguments.benchmark, arguments.resume)
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.load import load_config
+    from megatron_rl.config.kinds import load_for
     from megatron_rl.config.selection import SelectConfig
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
     from megatron_rl.selection.select import run_selection
 
-    config = load_config(SelectConfig, arguments.config, arguments.set)
+    config = load_for("select", SelectConfig, arguments.config, arguments.set)
     check_start(Start(config=config))
     return run_selection(config, arguments.resume)
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
-    from megatron_rl.config.kinds import kind_of
-    from megatron_rl.config.load import load_config, read_values
+    from megatron_rl.config.kinds import kind_of, load_for
+    from megatron_rl.config.load import read_values
     from megatron_rl.config.schema import RlConfig, SamplingConfig
+    from megatron_rl.gateway.sampler import agent_sampling
     from megatron_rl.preflight.checks import check_start
     from megatron_rl.preflight.registry import Start
     from megatron_rl.rollout.sample import run_rollout
+    from megatron_rl.rollout.standalone import sampling
 
     kind = RlConfig if kind_of(read_values(arguments.config, arguments.set)) is RlConfig else SamplingConfig
-    config = load_config(kind, arguments.config, arguments.set)
+    config = load_for("rollout", kind, arguments.config, arguments.set)
     if arguments.prompts is not None and arguments.prompts < 1:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     if config.teacher is not None and arguments.model:
@@ -311,6 +400,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
         arguments.prompts or config.rollout.prompts_per_step,
         arguments.output or config.run_dir / "rollouts.jsonl",
         arguments.resume,
+        agent_sampling if config.rollout.has_agent else sampling,
     )
 
 

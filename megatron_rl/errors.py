@@ -68,7 +68,9 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
         return EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT
     except Stopped:
         return EXIT_STOPPED
-    except (KeyboardInterrupt, StopRequested):
+    except (KeyboardInterrupt, StopRequested) as error:
+        if _rank == 0:
+            sys.stderr.write(f"{program}: {str(error) or 'interrupted'}\n")
         return EXIT_INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK:

@@ -20,7 +20,12 @@ PARENT_VARIABLE = "MEGATRON_RL_PARENT"
 
 def has_launcher() -> bool:
     """True when the process that started this one is the launcher of its rank, and lives."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(PARENT_VARIABLE) == str(os.getppid())
+    return "TORCHELASTIC_RUN_ID" in os.environ or is_own_rank()
+
+
+def is_own_rank() -> bool:
+    """True when it is `megatron-rl` itself that started this process as a rank."""
+    return os.environ.get(PARENT_VARIABLE) == str(os.getppid())
 
 
 def watch_parent(interval_seconds: float = 0.5) -> None:

@@ -17,7 +17,7 @@ from megatron_rl.families import Architecture
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.
 _GRADIENT_BYTES = 4
-_OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
+OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 # What a checkpoint holds of each parameter.
 SAVED_BYTES = {"float32": 16, "bfloat16": 14}
 # Of a chunk of tokens, as in model/logprobs.py, which imports torch.
@@ -195,7 +195,7 @@ def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) ->
             head = logits + logits * item // 4 + 2 * num_tokens * architecture.hidden_size * item
             temporary = max(temporary, head + rows * architecture.hidden_size * (4 if item == 4 else 4 + item))
         shards = dense / (layout.data * layout.context) + routed / expert_replicas
-        states = shards * _OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
+        states = shards * OPTIMIZER_BYTES[model.dtype] * (1.0 - config.optimizer.offload_fraction)
         found.append(
             RankBytes(
                 weights=(dense + routed) * item,
@@ -226,7 +226,7 @@ def host_bytes(config: RunConfig, architecture: Architecture, layout: Layout, nu
     if isinstance(config, RlConfig) and config.train.offload_while_generating:
         offload = 1.0
     if offload:
-        states = architecture.num_parameters() * _OPTIMIZER_BYTES[config.model.dtype]
+        states = architecture.num_parameters() * OPTIMIZER_BYTES[config.model.dtype]
         found["optimizer"] = round(share * offload * states)
     if not isinstance(config, RlConfig):
         return found

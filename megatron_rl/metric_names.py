@@ -21,7 +21,7 @@ num_loss_tokens* | tokens | last optimizer step | tokens that carried loss
 num_skipped_steps | optimizer steps | step | skipped ones: loss or gradient was not finite, weights stay
 load_balance_loss | | last optimizer step | the router's balance loss before its coefficient; 1 is perfect balance
 z_loss | | last optimizer step | the router's z loss before its coefficient
-step_seconds | s | rank 0 | the whole step
+step_seconds | s | rank 0 | the whole step, but for validation
 trained_tokens_per_second | tokens/s | all ranks | tokens of forward passes over the seconds of training
 num_failed_saves | checkpoints | run | those that could not be written so far
 num_alarms | | step | warnings about this step
@@ -30,6 +30,12 @@ peak_memory_gb | GiB | rank 0 | the most that this rank's GPU held in the step; 
 # Fine-tuning
 validation_loss | nats | all of data.validation | loss per target token
 validation_entropy | nats per token | all of data.validation | entropy per target token
+
+# Validation
+validation/* | | responses to the benchmark of the name, mean | score of the weights that the step starts from
+validation_low/* | | prompts of the benchmark | lower end of the 95 % interval of that
+validation_high/* | | prompts of the benchmark | upper end of it
+validation_seconds | s | rank 0 | sampling and judging benchmarks; no part of step_seconds
 
 # Reward
 reward* | | responses of the phase, mean | the reward; of carried responses where a phase sampled none
@@ -57,6 +63,11 @@ turns_mean | | responses of the phase | turns of a response; this and the next t
 segments_mean | | responses of the phase | sequences that a response is trained as
 masked_token_share | share | output tokens of the phase | tokens that the policy did not sample, which carry no loss
 no_token_share | share | responses of the phase | responses of agents that asked the policy nothing
+num_tool_calls | | phase, where agents run | calls of tools that were found in what the policy wrote
+num_broken_tool_calls | | phase, where agents run | beginnings of calls that are no whole calls
+num_new_segments | | phase, where agents run | turns that did not go on with what was sampled before: a changed history
+num_ended_by_limit | responses | phase, where agents run | trajectories that a limit of tokens, turns or time ended
+num_failed_agents | responses | phase, where agents run | agents that raised, crashed, or took too much of something
 num_unfinished | responses | phase | responses that go on in the next phase (C3PO++)
 num_unfinished_tokens | tokens | phase | tokens that those have so far
 num_dropped_unfinished | responses | phase | unfinished ones that were kept over too many phases
@@ -166,9 +177,10 @@ def markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "`metrics.jsonl` has a row for each step, TensorBoard the same numbers. A number that is not finite is `null`.",
-        "Names with `/domain` are written for each domain where there are several. Fresh tokens are those of",
-        "the weights that the step starts from. This page is made by `python -m megatron_rl.metric_names`.",
+        "`metrics.jsonl` has a row for each step, trackers the same numbers. A number that is not finite is `null`.",
+        "Names with `/domain` are written for each domain where there are several, those with `/*` for each benchmark",
+        "or part of a reward. Fresh tokens are those of the weights that the step starts from. This page is made by",
+        "`python -m megatron_rl.metric_names`.",
     ]
     for heading, metrics in sections().items():
         lines += ["", f"## {heading}", "", "| metric | unit | over | meaning |", "|---|---|---|---|"]

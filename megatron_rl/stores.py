@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -139,8 +140,13 @@ def _reached(place: Place, waiting: _Waiting) -> dist.TCPStore:
 
     while True:
         try:
-            socket.create_connection((place.address, place.port), timeout=1).close()
-            break
+            with socket.create_connection((place.address, place.port), timeout=1) as tried:
+                if tried.getsockname() != tried.getpeername():
+                    break
+                # The kernel chose this very port for our end, and TCP connected the socket to itself. Closed as usual
+                # it would keep rank 0 from the port for a minute.
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            problem = "nobody listens"
         except OSError as error:
             problem = str(error)
         waiting.pause(missing)

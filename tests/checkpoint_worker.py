@@ -1,4 +1,4 @@
-"""One rank of tests/test_run_checkpoints.py: saves, loses and finds checkpoints of a tiny model, and reports of it."""
+"""One rank of ranks/test_run_checkpoints.py: saves, loses and finds checkpoints of a tiny model, and reports of it."""
 
 import json
 import logging

@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference_forward import reference_logprobs
 from subject import CONTEXT, ENDLESS_TOKENS, PROMPT, SLOTS, sender
+from tokenizers import Tokenizer
 
 TEXT = [5, 6, 7, 8, 30, 31, 90]
 
@@ -159,6 +160,24 @@ def test_a_sampling_seed_repeats_a_response_where_the_server_supports_it(server)
     # SGLang without --enable-deterministic-inference takes a seed and draws as if there were none.
     assert (ids(sampling_seed=1) == ids(sampling_seed=1)) is server.kind.seeds
     assert ids(sampling_seed=1) != ids(sampling_seed=2)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_stop_string_ends_a_response_as_soon_as_it_is_whole_and_its_text_before_it(server, trims):
+    tokenizer = Tokenizer.from_file(str(server.first.path / "tokenizer.json"))
+    params = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False}
+    whole = server.generate(PROMPT, **params)
+    stop = whole["text"][9:13]
+    text = whole["text"][: whole["text"].index(stop)]
+    ids = whole["output_ids"]
+    count = next(n for n in range(41) if stop in tokenizer.decode(ids[:n], skip_special_tokens=False))
+    for stops in (stop, ["never there", stop]):
+        stopped = server.generate(PROMPT, **params, stop=stops, no_stop_trim=not trims)
+        assert stopped["output_ids"] == ids[:count]
+        assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+        assert stopped["text"] == text + ("" if trims else stop)
+    (first, second) = server.generate([PROMPT, PROMPT], **params, stop="never there")
+    assert first["output_ids"] == second["output_ids"] == ids
 
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it(server):

@@ -16,6 +16,7 @@ train = "data/train.jsonl"
 [rollout]
 prompts_per_step = 3
 samples_per_prompt = 4
+max_response_tokens = 64
 [train]
 steps = {steps}
 micro_batch_tokens = 4096

@@ -6,7 +6,7 @@ They are gloo's on a CPU. With MEGATRON_RL_RANKS_ON_ONE_GPU=1 they are NCCL's, a
 import json
 import multiprocessing
 import os
-import socket
+import random
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,10 +14,44 @@ from typing import Any
 
 import forked
 import pytest
+from ports import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+# 97 rows of vocabulary: padded under tensor parallelism. Four layers, the first dense: two pipeline stages of two,
+# three of one, two and one.
+SHAPE = {"vocab_size": 97, "num_hidden_layers": 4, "norm_head": True}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "DP2": (2, {}),
+    "DP4": (4, {}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "TP2-EP2": (2, {"tensor": 2, "expert": 2}),
+    "EP2": (2, {"expert": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP2-EP2": (2, {"context": 2, "expert": 2}),
+    "CP4": (4, {"context": 4}),
+    "CP2xTP2": (4, {"context": 2, "tensor": 2}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2xDP2-EP2": (4, {"context": 2, "expert": 2}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2xDP2": (4, {"tensor": 2}),
+    "TP2xDP2-EP2": (4, {"tensor": 2, "expert": 2}),
+    "PP2xDP2-EP2": (4, {"pipeline": 2, "expert": 2}),
+    "PP3": (3, {"pipeline": 3}),
+}
+TRACED = [0, 3, 4, 8]
+COMMON = {"entropy_coefficient": 0.01, "kl_coefficient": 0.1}
+# The three kinds of denominator and both levels of the ratio.
+ALGORITHMS = [
+    {"name": "c3po", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
+    {"name": "grpo", "clip_low": 0.2, "clip_high": 0.3, **COMMON},
+    {"name": "gspo", "clip_low": 0.01, "clip_high": 0.6, **COMMON},
+]
+# Rounding in fp64 is about 1e-15. What remains in fp32 (the router's softmax) may round to the other side.
+EXACT = 1e-8
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
@@ -65,14 +99,11 @@ def run_ranks(
         on_cpu = not on_one_gpu
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         # Without a visible GPU a CUDA build of torch is what it is on a machine without one.
         **({"MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
     }
@@ -127,3 +158,49 @@ def with_teacher(spec: dict) -> dict:
             row["teacher_logprobs"] = [own + gap for own, gap in zip(row["rollout_logprobs"], gaps, strict=True)]
             row["teacher_coefficient"] = 0.75
     return spec
+
+
+def make_spec(model: Path, **changes: object) -> dict:
+    rng = random.Random(0)
+    rows = []
+    for _ in range(9):
+        length = rng.randint(9, 40)
+        num_prompt_tokens = rng.randint(1, 8)
+        rows.append(
+            {
+                "token_ids": [rng.randrange(97) for _ in range(length)],
+                "num_prompt_tokens": num_prompt_tokens,
+                "advantage": rng.uniform(-2, 2),
+                # About what a model that knows nothing gives: some ratios are clipped, others are not.
+                "rollout_logprobs": [rng.randint(-1200, -800) / 256 for _ in range(length - num_prompt_tokens)],
+                # None, all, or the first half: a response that was resumed under new weights.
+                "num_stale_tokens": (0, length, (length - num_prompt_tokens) // 2)[len(rows) % 3],
+            }
+        )
+    return {
+        "model": str(model),
+        "sequences": rows,
+        "token_cap": 80,
+        "budget": 150,
+        "algorithms": ALGORITHMS[:1],
+        "traced": TRACED,
+        **changes,
+    }
+
+
+def exact_spec(model: Path, **changes: object) -> dict:
+    """In fp64, with trajectories of agents among the sequences, a reference policy of other weights, and a teacher."""
+    options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
+    return with_teacher(with_trajectories(make_spec(model, **options | changes)))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str) -> tuple[float, str]:
+    names = [name for name in expected if name.startswith(prefix)]
+    assert names
+    assert {name for name in found if name.startswith(prefix)} == set(names)
+    return max((relative(found[name], expected[name]), name) for name in names)

@@ -123,8 +123,12 @@ class Servers:
 
     def kill_and_wait(self, number: int) -> None:
         """It is there again before the pool knows that it was gone."""
-        os.kill(self.pids()[number], signal.SIGKILL)
-        time.sleep(0.5)
+        gone = self.pids()[number]
+        os.kill(gone, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while self.pids()[number] == gone:  # the supervisor pauses longer each time
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert self.supervisor is not None
         self.supervisor._kept[number].server.wait_ready(30)
 

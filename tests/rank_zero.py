@@ -104,11 +104,13 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
     """What the orchestrator uses of a context."""
     return SimpleNamespace(
         control=control,
+        resume=True,
         layout=Layout(world_size=1),
         architecture=None,
         watchdog=SimpleNamespace(enter=lambda phase, step: None),
         checkpoints=SimpleNamespace(latest=latest, num_failed_saves=0),
         memory_metrics=dict,
+        accept=lambda step: None,
         model=SimpleNamespace(gather_weights=lambda: None),
         trainer=None,
     )

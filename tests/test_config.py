@@ -31,6 +31,7 @@ train = "train.jsonl"
 [rollout]
 prompts_per_step = 4
 samples_per_prompt = 4
+max_response_tokens = 64
 [budget]
 tokens = 200
 [train]
@@ -63,7 +64,7 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
     overrides = [] if with_shape else [f"model.shape={tmp_path}"]
     overrides += [f"distillation.shape={tmp_path}"] if "distillation" in values else []
     options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates"))
-    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, **options))
+    code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, suggest=False, **options))
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")
     assert re.search(r"^launch    (megatron-rl|torchrun) .*" + re.escape(str(path)), said.out, re.MULTILINE)
@@ -145,7 +146,8 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
         ("sync.transport=ipc", r"sync.transport 'ipc' is for SGLang servers that this run starts; .* 'distributed'"),
         ("sync.backend=nccl", r"sync.backend 'nccl' is for SGLang servers on GPUs, rollout.engine is 'embedded'"),
         (
-            "rollout={prompts_per_step = 4, samples_per_prompt = 2, release_memory = true, urls = ['http://a:1']}",
+            "rollout={prompts_per_step=4, samples_per_prompt=2, max_response_tokens=64, release_memory=true, "
+            "urls=['http://a:1']}",
             r"release_memory is for servers that this run starts.*leave rollout.urls empty",
         ),
         (
@@ -218,7 +220,7 @@ def test_a_correction_cannot_compare_the_sampler_with_itself(tmp_path: Path) -> 
 
 
 def test_a_missing_section_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="budget is required"):
+    with pytest.raises(ValueError, match="budget.tokens is required: .* 4 prompts x 4 responses of half the longest"):
         load_config(RlConfig, write(tmp_path, RL.replace("[budget]\ntokens = 200\n", "")))
     with pytest.raises(ValueError, match="config file nowhere.toml does not exist"):
         load_config(RlConfig, "nowhere.toml")
@@ -389,5 +391,39 @@ def test_sampling_needs_no_word_about_training(tmp_path: Path) -> None:
     path = write(tmp_path, text)
     assert kind_of(read_values(path)) is SamplingConfig
     assert load_config(SamplingConfig, path).rollout.samples_per_prompt == 4
-    with pytest.raises(ValueError, match="budget is required"):
+    with pytest.raises(ValueError, match="train is required"):
         load_config(RlConfig, path)
+
+
+def test_an_algorithm_without_a_budget_is_not_asked_for_one(tmp_path: Path) -> None:
+    path = write(tmp_path, RL.replace("[budget]\ntokens = 200\n", '[algorithm]\nname = "grpo"\n'))
+    config = load_config(RlConfig, path)
+    assert config.phase_budgets(2) == (0,)  # their number is that of the optimizer steps
+    assert load_config(RlConfig, write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts"),
+    [
+        ([], 2),  # 200 tokens, 4 responses of 32 each: 1.6 prompts
+        (["algorithm.optimizer_steps_per_rollout=3"], 5),  # 4.7
+        (["rollout.prompts_per_step=9"], 9),
+    ],
+)
+def test_the_first_phase_is_sized_by_the_budget_where_that_decides(
+    tmp_path: Path, changes: list[str], prompts: int
+) -> None:
+    path = write(tmp_path, RL.replace("prompts_per_step = 4\n", ""))
+    assert load_config(RlConfig, path, changes).rollout.prompts_per_step == prompts
+
+
+@pytest.mark.parametrize("change", ["algorithm.name=grpo", "budget.under_full=short", "budget.scope=per_gpu"])
+def test_where_the_budget_does_not_decide_prompts_are_asked_for(tmp_path: Path, change: str) -> None:
+    path = write(tmp_path, RL.replace("prompts_per_step = 4\n", ""))
+    with pytest.raises(ValueError, match="rollout.prompts_per_step is required"):
+        load_config(RlConfig, path, [change])
+
+
+def test_the_longest_response_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rollout.max_response_tokens is required"):
+        load_config(RlConfig, write(tmp_path, RL.replace("max_response_tokens = 64\n", "")))

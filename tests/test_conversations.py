@@ -213,7 +213,7 @@ def test_what_the_template_has_no_place_for_is_refused_and_not_left_out() -> Non
     for chat, tools, told in (
         (CHAT, "", "'tool_calls', which the model's chat template never mentions"),
         ([ASK, REPLY], "", "'reasoning_content', and the model's chat template mentions none of"),
-        ([ASK, {"role": "assistant", "content": "2"}], json.dumps(TOOLS), "has 'tools', and the model's chat template"),
+        ([ASK, {"role": "assistant", "content": "2"}], json.dumps(TOOLS), "are 'tools', and the model's chat template"),
     ):
         with pytest.raises(ValueError, match=told):
             render_chat(tokenizer, messages_of(chat), tools=tools)

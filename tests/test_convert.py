@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parallel import run_ranks
+from parallel import make_spec, run_ranks
 from safetensors.torch import load_file, save_file
-from test_parallel import make_spec
 from tiny_model import TINY_CONFIG, tensors_of, write_tiny_model
 
+import megatron_rl.checkpoint.convert as module
 from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.read import open_checkpoint
@@ -445,3 +447,25 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size; write it like 5GB"):
         parse_size(text)
+
+
+def test_ctrl_c_ends_a_conversion_between_two_tensors_and_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in the middle of a file that torch writes, it aborted the process."""
+    before = signal.getsignal(signal.SIGINT)
+    original, given = module._Reading.__call__, []
+
+    def read(self: Any, name: str) -> torch.Tensor:
+        given.append(name)
+        if len(given) == 3:
+            signal.raise_signal(signal.SIGINT)  # so that the third tensor is not given out
+        return original(self, name)
+
+    monkeypatch.setattr(module._Reading, "__call__", read)
+    source = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        convert(Job(source=model, destination=tmp_path / "out", to_megatron=True))
+    assert len(given) == 3
+    assert set(tmp_path.iterdir()) == source
+    assert signal.getsignal(signal.SIGINT) is before

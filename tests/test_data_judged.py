@@ -131,7 +131,7 @@ def start_of(tmp_path: Path, *data: Path, **reward: Any) -> None:
         "run_dir": tmp_path / "run",
         "model": {"path": tmp_path / "model"},
         "data": {"train": {str(path): 1 for path in data}},
-        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2},
+        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_response_tokens": 8},
         "budget": {"tokens": 100},
         "train": {"steps": 1, "micro_batch_tokens": 256},
         "reward": reward,

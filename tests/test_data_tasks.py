@@ -1,8 +1,12 @@
 """Completion tasks: every answer and every step is solved again here from the question alone."""
 
+import json
 import random
 import re
+import sys
+from pathlib import Path
 
+import forked
 import pytest
 
 from megatron_rl.data.tasks import TASK_KINDS, as_chat, as_prompt, generate, make_dataset
@@ -162,3 +166,15 @@ def test_problems_become_prompts_and_chats_with_the_same_id():
         ("assistant", problem.steps + "\\boxed{" + problem.answer + "}"),
     ]
     assert chat.id == prompt.id
+
+
+def test_files_have_the_columns_that_rows_of_this_kind_have_and_no_others(tmp_path):
+    tool = Path(__file__).parents[1] / "tools/make_task_data.py"
+    sizes = ["--num-sft", "4", "--num-train", "4", "--num-test", "4"]
+    forked.run([sys.executable, tool, tmp_path, *sizes]).check_returncode()
+    for name, columns in (("sft", {"messages"}), ("train", {"domain", "prompt", "answer"})):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert {frozenset(row) for row in rows} == {frozenset({"id", "meta"} | columns)}
+        assert {frozenset(message) for row in rows for message in row.get("messages", ())} <= {
+            frozenset({"role", "content"})
+        }

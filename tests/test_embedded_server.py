@@ -201,7 +201,9 @@ BAD_SAMPLING = [
     ({"sampling_seed": 0.5}, "sampling_seed.*0.5"),
     ({"ignore_eos": 1}, "ignore_eos.*1"),
     ({"min_p": 0.1}, "min_p.*0.1"),
-    ({"stop": "x"}, "stop.*'x'"),
+    ({"stop": 5}, "stop must be a string or a list of strings, got 5"),
+    ({"stop": ["a", ""]}, "a string in stop must be a string, not empty"),
+    ({"stop": ["a"] * 33}, "at most 32 strings, got 33"),
     ({"max_tokens": 5}, "max_tokens is unknown"),
 ]
 

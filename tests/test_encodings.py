@@ -26,6 +26,7 @@ train = "{folder}/提示.jsonl"
 [rollout]
 prompts_per_step = 1
 samples_per_prompt = 1
+max_response_tokens = 64
 """
 
 

@@ -125,7 +125,7 @@ def test_shares_are_whole_equal_and_apart_and_each_rank_finds_the_trainer_on_its
     ],
 )
 def test_sglang_servers_cover_a_machine_by_default(arguments: tuple[str, ...], gpus_each: int, servers: int) -> None:
-    rollout = GenerationSection(engine="sglang", sglang_arguments=arguments)
+    rollout = GenerationSection(engine="sglang", sglang_arguments=arguments, max_response_tokens=64)
     assert (rollout.sglang_gpus, rollout.servers_on(8), rollout.servers_on(0)) == (gpus_each, servers, 1)
     assert rollout.model_copy(update={"servers": 3}).servers_on(8) == 3, "what is asked for stays"
 
@@ -274,7 +274,8 @@ def test_a_run_has_a_gpu_for_every_rank_and_host_memory_whatever_the_environment
     file = tmp_path / "config.toml"
     file.write_text(
         f'run_dir = "{tmp_path}/run"\nmodel.path = "{tmp_path}/model"\ndata.train = "{tmp_path}/train.jsonl"\n'
-        "budget.tokens = 64\nrollout = {prompts_per_step = 1, samples_per_prompt = 2, servers = 1}\n"
+        "budget.tokens = 64\n"
+        "rollout = {prompts_per_step = 1, samples_per_prompt = 2, max_response_tokens = 64, servers = 1}\n"
         "train = {steps = 1, micro_batch_tokens = 128}\n"
     )
     config = load_config(RlConfig, file)
@@ -353,7 +354,7 @@ def test_servers_open_the_memory_of_a_trainer_with_the_same_torch_only(tmp_path:
     [(8, (), 0), (3, (), 5), (3, ("--tp-size", "2"), 2), (1, ("--tp-size", "8"), 0), (0, (), 0)],
 )
 def test_gpus_that_do_not_generate_are_counted(servers: int, arguments: tuple[str, ...], idle: int) -> None:
-    rollout = GenerationSection(engine="sglang", servers=servers, sglang_arguments=arguments)
+    rollout = GenerationSection(engine="sglang", servers=servers, sglang_arguments=arguments, max_response_tokens=64)
     with machine(EIGHT):
         assert server.idle_gpus(rollout) == idle
         assert server.idle_gpus(rollout.model_copy(update={"engine": "embedded"})) <= 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import make_sample
+from samples import make_sample, make_segment, make_trajectory
 
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
@@ -22,7 +22,10 @@ from megatron_rl.rollout.sampler import Question, Sampler
 
 
 def group(prompt_id: int) -> Group:
+    """Two responses; of every third prompt also a trajectory of an agent."""
     samples = [make_sample(prompt_id, i, 3 + prompt_id % 4 + i, reward=float(i == 0)) for i in range(2)]
+    if prompt_id % 3 == 2:
+        samples.append(make_trajectory(prompt_id, 2, [make_segment(9, turns=[(1, 3), (5, 8)]), make_segment(2)]))
     return Group(prompt_id=prompt_id, samples=tuple(replace(s, details=f"é {prompt_id}") for s in samples))
 
 
@@ -55,9 +58,11 @@ def same(one: Group, other: Group) -> bool:
     return one.prompt_id == other.prompt_id and all(
         (a.id, a.reward, a.reason, a.details, a.response.finish_reason)
         == (b.id, b.reward, b.reason, b.details, b.response.finish_reason)
+        and len(a.response.segments) == len(b.response.segments)
         and all(
-            np.array_equal(getattr(a.response.segments[0], name), getattr(b.response.segments[0], name))
-            for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions")
+            np.array_equal(getattr(x, name), getattr(y, name))
+            for x, y in zip(a.response.segments, b.response.segments, strict=True)
+            for name in ("prompt_ids", "output_ids", "rollout_logprobs", "policy_versions", "policy_mask")
         )
         for a, b in pairs
     )
@@ -168,7 +173,7 @@ def test_a_group_in_the_journal_is_not_sampled_again(tmp_path: Path) -> None:
     write(tmp_path, [group(7)])
     journal = Journal(tmp_path, "a", refuse)
     journal.open(4)
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2)
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64)
 
     class NoServers:
         num_slots = 4

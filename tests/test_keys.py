@@ -162,7 +162,9 @@ def test_secrets_are_known_by_their_names_and_urls_by_their_passwords() -> None:
     environment = dict.fromkeys(f"{secret} {kept} TEACHER".split(), "x")
     environment |= {"HTTPS_PROXY": "http://user:word@proxy:1", "PROXY": "http://proxy:1/a@b"}
     assert set(without_secrets(environment, {"TEACHER"})) == {*kept.split(), "PROXY"}
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=1, api_key_variable="ATTACHED")
+    rollout = RolloutSection(
+        prompts_per_step=1, samples_per_prompt=1, api_key_variable="ATTACHED", max_response_tokens=64
+    )
     assert secret_variables(rollout) == {"ATTACHED"}
     judged = RewardSection.model_validate({"judge": {"api_key_variable": "JUDGE"}})
     assert secret_variables(judged) == {"JUDGE"}

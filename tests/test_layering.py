@@ -15,6 +15,7 @@ LAYERS = {
     "launch": 4,
     "train": 4,
     "evaluation": 3,
+    "gateway": 3,
     "selection": 3,
     "sync": 3,
     "model": 2,
@@ -47,6 +48,7 @@ LAYERS = {
     "parsing": 0,
     "proxies": 0,
     "tensor_bytes": 0,
+    "terminal": 0,
     "": 0,
 }
 

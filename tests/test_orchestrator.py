@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import time
 from concurrent.futures import wait
 from types import SimpleNamespace
 
@@ -46,6 +47,36 @@ class FakeServers(FakeGroups):
 
     def run(self, work):
         return work
+
+
+VALIDATION = ("validation.every=2", 'validation.benchmarks={toys = {path = "x"}}', "train.keep_best=toys")
+
+
+class FakeValidation:
+    """Finds the scores that it is given by step; raises what it is told to."""
+
+    def __init__(self, scores):
+        self.scores, self.validated, self.raises, self.closed = scores, [], [], False
+
+    def run(self, step):
+        if self.raises and (error := self.raises.pop(0)):
+            raise error
+        self.validated.append(step)
+        score = self.scores[step]
+        return {"benchmarks": {"toys": {"average": {"value": score, "low": score - 0.1, "high": score + 0.1}}}}
+
+    @property
+    def best_step(self):
+        return max(self.validated, key=self.scores.__getitem__, default=None)
+
+    def has(self, step):
+        return step in self.validated
+
+    def told_best(self):
+        return f"best: step {self.best_step}"
+
+    def close(self):
+        self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +174,97 @@ def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, di
     assert (warned in caplog.text) == (difference == 0.11 and not fault)
 
 
+def test_weights_are_validated_between_push_and_rollout_every_other_step_and_at_the_end(
+    orchestrate, tmp_path, monkeypatch, capsys
+):
+    """Overfitting in four steps: the score rises up to step 2, whose checkpoint is the one to keep, and falls."""
+    fake, told = FakeValidation({0: 0.3, 2: 0.7, 4: 0.4}), []
+    monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
+    monkeypatch.setattr(orchestrator_module, "Trackers", lambda *_: SimpleNamespace(
+        log=lambda step, numbers: told.append((step, numbers.get("validation/toys"))), close=lambda: None,
+    ))  # fmt: skip
+    source, transport = FakeServers(), FakeTransport()
+    orchestrator = orchestrate(source, transport, *VALIDATION)
+    best = []
+    for step in range(4):
+        orchestrator.begin(step)
+        orchestrator.end(step, [result()])
+        best.append(orchestrator._context.checkpoints.best)
+    assert orchestrator.finish() == Stop(exit_code=EXIT_DONE)
+    assert fake.validated == [0, 2, 4]
+    assert transport.pushed == [0, 1, 2, 3, 4]
+    assert best == [0, 0, 2, 2]
+    assert orchestrator._context.checkpoints.best == 2
+    assert "best: step 2" in capsys.readouterr().out
+    assert told == [(0, 0.3), (1, None), (2, 0.7), (3, None), (4, 0.4)]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row.get("validation/toys") for row in rows] == [0.3, None, 0.7, None]
+    assert (rows[2]["validation_low/toys"], rows[2]["validation_high/toys"]) == (0.6, pytest.approx(0.8))
+    assert ["validation_seconds" in row for row in rows] == [True, False, True, False]
+
+
+def test_the_seconds_of_a_validation_are_no_part_of_a_step(orchestrate, tmp_path, monkeypatch):
+    fake = FakeValidation({0: 0.5})
+    fake.run = lambda step: time.sleep(0.3) or FakeValidation.run(fake, step)
+    monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
+    orchestrator = orchestrate(FakeServers(), FakeTransport(), *VALIDATION)
+    orchestrator.begin(0)
+    orchestrator.end(0, [result()])
+    (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["validation_seconds"] >= 0.3
+    assert row["step_seconds"] < row["validation_seconds"]
+
+
+def test_servers_that_are_lost_in_or_behind_a_validation_get_weights_and_it_is_made_once(orchestrate, monkeypatch):
+    fake = FakeValidation({0: 0.5})
+    fake.raises = [WeightsNeeded("new")]
+    monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
+    source, transport = FakeServers(), FakeTransport()
+    source.raises = [WeightsNeeded("new"), None]
+    orchestrate(source, transport, *VALIDATION).begin(0)
+    assert transport.pushed == [0, 0, 0]
+    assert fake.validated == [0]
+
+
+def test_a_stop_in_a_validation_stops_all_ranks_also_in_the_last_one(orchestrate, monkeypatch):
+    fake = FakeValidation({0: 0.5, 4: 0.5})
+    fake.raises = [StopRequested(), StopRequested()]
+    monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
+    orchestrator = orchestrate(FakeServers(), FakeTransport(), *VALIDATION)
+    assert orchestrator.begin(0) == Stop(exit_code=None)
+    assert orchestrator.finish() == Stop(exit_code=None)
+    assert fake.validated == []
+    orchestrator.close()
+    assert fake.closed
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_full_disk_in_a_validation_ends_the_run_or_costs_the_validation(orchestrate, monkeypatch, on_error):
+    fake = FakeValidation({})
+    fake.raises = [OSError(errno.ENOSPC, "No space left on device")]
+    monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
+    orchestrator = orchestrate(FakeServers(), FakeTransport(), *VALIDATION, f"train.on_save_error={on_error}")
+    with pytest.raises(Fault, match="No space left") if on_error == "stop" else contextlib.nullcontext():
+        orchestrator.begin(0)
+        assert "validation/toys" not in orchestrator._row
+
+
 def test_a_signal_between_or_in_a_phase_stops_all_ranks(orchestrate):
     source = FakeServers()
     source.raises = [StopRequested()]
     assert orchestrate(source, FakeTransport()).begin(0) == Stop(exit_code=None)
 
 
-def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orchestrate):
+def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orchestrate, tmp_path):
     source = FakeGroups()
+    for step in (1, 2):
+        (tmp_path / f"run/validation/step_{step:06d}").mkdir(parents=True)
     orchestrator = orchestrate(source, None, "rollout.logprob_tolerance=0.1", first=2)
     orchestrator.begin(2)
     orchestrator.end(2, [result(difference=0.5)])
     assert source.forgotten[-1] == [2, 3, 4, 5, 6, 7, 8, 9]  # what wrong weights sampled is not for a resume
+    assert not (tmp_path / "run/validation/step_000002").exists()
+    assert (tmp_path / "run/validation/step_000001").exists()
     with pytest.raises(Fault, match="differ by 0.5"):
         orchestrator.begin(3)
 
@@ -248,7 +358,9 @@ def test_the_journal_of_steps_before_the_newest_checkpoint_is_forgotten(orchestr
     source = FakeGroups()
     orchestrate(source, None, "train.save_every=1", latest=2, first=3).begin(3)
     assert source.forgotten == [[0, 1]]
-    orchestrate(source, None, "train.save_every=0").begin(3)
+    orchestrate(source, None, "train.save_every=0").begin(3)  # there will be one by train.save_minutes
+    assert source.forgotten[-1] == []
+    orchestrate(source, None, "train.save_every=0", "train.save_minutes=0").begin(3)
     assert source.forgotten[-1] == [0, 1, 2]
 
 

@@ -111,7 +111,7 @@ def test_the_papers_run_on_256_gpus(tmp_path: Path) -> None:
 
 def text_in_process(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str, **options: Any) -> str:
     names = ("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates")
-    values = {"json": False} | dict.fromkeys(names) | options
+    values = {"json": False, "suggest": False} | dict.fromkeys(names) | options
     run_plan(argparse.Namespace(config=config, set=list(overrides), **values))
     return capsys.readouterr().out
 
@@ -193,7 +193,7 @@ def test_a_predicted_step_says_what_gpus_wait_for_rank_0_by_part() -> None:
     }
     lines = list(_step({"step": step}))
     assert "rollout 300, train 50, sync 15, switch 20, host 70, other 1" in lines[0]
-    assert lines[2] == "of host, which is rank 0's processor: rollouts file 69.8, schedule 0.25"
+    assert lines[2] == "GPUs wait for rank 0's processor: rollouts file 69.8, schedule 0.25"
     assert "host 15%" in lines[3]
     assert len(list(_step({"step": step | {"host": {}}}))) == len(lines) - 1
 
@@ -489,8 +489,8 @@ def test_a_plan_of_fine_tuning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"megatron-rl sft {config} --nproc 8" in done.stdout
-    assert "3 epoch(s); how many optimizer steps follows from the data" in done.stdout
+    assert "3 epochs; the number of optimizer steps follows from the data" in done.stdout
     assert "warm-up over 1.00% of them" in done.stdout
     assert "65,536 tokens at most per optimizer step" in done.stdout
-    assert "8,192 per data-parallel rank, in 2 micro-batches or more" in done.stdout
+    assert "each data-parallel rank trains 8,192 of them, in at least 2 micro-batches" in done.stdout
     assert "data x 75.0%, y 25.0%" in done.stdout

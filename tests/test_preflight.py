@@ -68,6 +68,7 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
             "domains": (start_of('reward.domains={mathe="math"}'), "rename it"),
             "rollouts": (start_of(rollouts=tmp_path / "none.jsonl"), "megatron-rl rollout writes one"),
             "run_dir": (start_of(f"run_dir={tmp_path}/file"), "set it to another folder"),
+            "agent": (start_of('rollout.agent_command=["no-such-program"]'), "which is not found; give its path"),
             "servers": (start_of(f"rollout.port={port}"), "set another or 0"),
         }
         for name, (start, remedy) in cases.items():
@@ -129,7 +130,8 @@ def test_more_threads_than_are_left_are_refused_with_the_name_of_the_limit(
 
 
 def test_code_of_a_model_directory_needs_leave_where_a_server_would_run_it(tmp_path: Path) -> None:
-    rollout, allowed = RolloutSection(prompts_per_step=1, samples_per_prompt=2, engine="sglang"), {"dtype": "float32"}
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, engine="sglang", max_response_tokens=64)
+    allowed = {"dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 2**20}))
     ling = load_architecture(tmp_path)
     (problem,) = serving_problems(rollout, ServingSection(**allowed), ling)
@@ -142,7 +144,7 @@ def test_code_of_a_model_directory_needs_leave_where_a_server_would_run_it(tmp_p
 
 
 def test_end_tokens_that_no_response_can_have_are_refused(tmp_path: Path) -> None:
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2)
+    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64)
     size, found = TINY_CONFIG["vocab_size"], {}
     for ids in ([size], [size, size - 1], size - 1):
         config = TINY_CONFIG | {"max_position_embeddings": 2**20, "eos_token_id": ids}
@@ -156,7 +158,10 @@ def test_what_sglang_does_not_read_of_config_json_is_refused_there(tmp_path: Pat
     yarn = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2**19, "attention_factor": 1.0}
     shape = {"max_position_embeddings": 2**20, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape | {"rope_scaling": yarn}))
-    llama, rollout = load_architecture(tmp_path), {"prompts_per_step": 1, "samples_per_prompt": 2}
+    llama, rollout = (
+        load_architecture(tmp_path),
+        {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 64},
+    )
     found = [
         list(serving_problems(RolloutSection(**rollout, engine=engine), ServingSection(), llama))
         for engine in ("embedded", "sglang")

@@ -6,16 +6,12 @@ import time
 
 import pytest
 from liar import Exchange, liar
+from ports import free_port
 
 from megatron_rl.keys import no_key
 from megatron_rl.rollout.client import RequestRefused, ServerLost
 from megatron_rl.sync.requests import ServerRequests, Waits
 from megatron_rl.sync.server_group import GroupFailed, ServerGroup
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_each_server_that_fails_is_remembered_with_the_reason() -> None:

@@ -199,7 +199,8 @@ def test_a_configuration_of_defaults_alone_lists_required_keys_alone(tmp_path: P
     (folder / "config.toml").write_text(dump_config(config))
     listed = changes(read_run(folder, "run"))
     required = {"run_dir", "model.path", "data.train", "train.steps", "train.micro_batch_tokens", "budget.tokens"}
-    required |= {"rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_prompt_tokens"}
+    required |= {"rollout.prompts_per_step", "rollout.samples_per_prompt"}
+    required |= {"rollout.max_prompt_tokens", "rollout.max_response_tokens"}
     assert {key for key, _, usual in listed if usual == "required"} <= required
     assert {key for key, _, _ in listed} <= required
 

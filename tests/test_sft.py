@@ -28,6 +28,7 @@ from megatron_rl.files import link_directory, replace_directory
 from megatron_rl.metric_names import unknown
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import Start
+from megatron_rl.train.run.starts import record_start
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochLoss
 from megatron_rl.train.step.trainer import StepResult
@@ -179,17 +180,23 @@ def test_a_run_of_epochs_sees_as_many_chats_as_its_files_hold_and_ends(here: Pat
     assert (few.num_steps, list(few.epochs_ended(0))) == (1, [1, 2, 3])
 
 
-def test_a_run_goes_on_with_the_data_and_the_batches_that_it_began_with(here: Path) -> None:
+def test_a_run_goes_on_with_the_data_and_the_batches_that_it_began_with(here: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("model")
     batches = ChatBatches(config_of(), tokenizer)
     middle, end = batches.state(4), batches.state(batches.num_steps)
     batches.check(middle)
     ChatBatches(config_of("train.epochs=4"), tokenizer).check(middle)
-    for change in ("seed=4", 'data.train={"a.jsonl"=1,"b.jsonl"=1}', "data.train=a.jsonl"):
-        with pytest.raises(ValueError, match=r"the seed, or the chats or weights of data.train, are not those"):
-            ChatBatches(config_of(change), tokenizer).check(middle)
-    with pytest.raises(ValueError, match=r"after step 4 this run had seen \d+ chats; .*put data.batch_tokens"):
-        ChatBatches(config_of("data.batch_tokens=300"), tokenizer).check(middle)
+    run = f"run_dir={tmp_path}"
+    record_start(config_of(run), 0, resume=False)
+    for change, said in (
+        ("seed=4", "seed is 4 and was 3"),
+        ('data.train={"a.jsonl"=1,"b.jsonl"=1}', r"data.train is .*\"a.jsonl\": 1.* and was .*\"a.jsonl\": 2"),
+        ("data.train=a.jsonl", 'data.train is {"a.jsonl": 1.0} and was'),
+    ):
+        with pytest.raises(ValueError, match=rf"not those that this run began with: {said}"):
+            ChatBatches(config_of(run, change), tokenizer).check(middle)
+    with pytest.raises(ValueError, match=r"had seen \d+ chats; .* \(data.batch_tokens is 300 and was 400\): put"):
+        ChatBatches(config_of(run, "data.batch_tokens=300"), tokenizer).check(middle)
     with pytest.raises(ValueError, match=r"had seen 120 chats; .*the last batch of an ended run cannot be filled up"):
         ChatBatches(config_of("train.epochs=4"), tokenizer).check(end)
     with pytest.raises(

@@ -20,7 +20,12 @@ def test_a_stream_that_comes_when_the_engine_has_ended_says_so_and_is_forgotten(
     options = EngineOptions(
         model_path=str(tmp_path), dtype=torch.float32, max_running_requests=2, context_length=64, weight_version="0"
     )
-    body = {"input_ids": [[5], [6]], "rid": ["a", "b"], "stream": True, "sampling_params": {"max_new_tokens": 2}}
+    body = {
+        "input_ids": [[5], [6]],
+        "rid": ["a", "b"],
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 2, "ignore_eos": True},
+    }
     asked = parse_generate(body, Limits(vocab_size=config.vocab_size, context_length=64))
 
     async def lines(app: App) -> list[str]:

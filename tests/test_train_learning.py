@@ -111,10 +111,10 @@ def test_two_responses_are_told_beside_it_and_only_then(caplog: pytest.LogCaptur
     assert row["num_alarms"] == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 2
-    assert said[0].startswith("step 3: all responses of a prompt have the same reward")
+    assert said[0].startswith("step 2: all responses of a prompt have the same reward")
     assert (
         said[1]
-        == "step 3: for example prompt a: expected 7, extracted 8\n  and prompt b: expected 1, extracted nothing"
+        == "step 2: for example prompt a: expected 7, extracted 8\n  and prompt b: expected 1, extracted nothing"
     )
     caplog.clear()
     jumps = alarms_after([HEALTHY] * 20)

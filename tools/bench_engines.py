@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    python = find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2))
+    python = find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tiny_model([str(folder / "model")])

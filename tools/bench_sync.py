@@ -172,7 +172,12 @@ def main() -> None:
     # take the cores.
     torch.set_num_threads(1)
     rollout = RolloutSection(
-        prompts_per_step=1, samples_per_prompt=2, max_running_requests=4, servers=1, ready_deadline_seconds=300
+        prompts_per_step=1,
+        samples_per_prompt=2,
+        max_running_requests=4,
+        servers=1,
+        ready_deadline_seconds=300,
+        max_response_tokens=64,
     )
     with tempfile.TemporaryDirectory() as name, one_rank() as control, asyncio.Runner() as runner:
         folder = Path(name)

@@ -97,6 +97,7 @@ def generate(source: random.Random, world: World) -> dict[str, Any]:
         "top_p": source.choice([1, 1.0, 0.9, 1e-9]),
         "top_k": source.choice([-1, 1, 5, world.vocab, 2**31 - 1]),
         "n": source.choice([1, 1, 1, 2, 8]),
+        "stop": source.choice([[], "a", ["never there", "zz"]]),
         "stop_token_ids": [source.randrange(2 * world.vocab) for _ in range(source.choice([0, 1, 15]))],
         "ignore_eos": source.random() < 0.5,
         "sampling_seed": source.choice([0, 1, -(2**63), 2**64 - 1, source.getrandbits(63)]),

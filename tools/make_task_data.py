@@ -10,13 +10,19 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.data.prompts import Chat, Prompt
 from megatron_rl.data.tasks import TASK_KINDS, as_chat, as_prompt, make_dataset
 
 
 def as_line(row: Prompt | Chat) -> str:
-    return json.dumps({name: value for name, value in asdict(row).items() if value != ""}) + "\n"
+    return json.dumps(asdict(row, dict_factory=_said)) + "\n"
+
+
+def _said(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a row, or a message of it, says; what it leaves open has no column."""
+    return {name: value for name, value in fields if value not in ("", None)}
 
 
 def main(argv: list[str]) -> int:

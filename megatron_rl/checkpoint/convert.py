@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from megatron_rl.checkpoint.hf import (
 )
 from megatron_rl.checkpoint.names import hf_names, name_table
 from megatron_rl.checkpoint.read import Checkpoint, Progress, no_progress, open_checkpoint, resolve
+from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS
 from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
 from megatron_rl.files import replace_directory
 from megatron_rl.tensor_bytes import checksum
@@ -65,12 +68,12 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
 
     ValueError names what cannot be converted.
     """
-    with opened(job) as (source, model):
+    with opened(job) as (source, model), signals_between_tensors() as check:
         infos = result_tensors(job, source, model)
         total = sum(num_bytes(shape, dtype) for _, shape, dtype in infos)
         with _new_directory(job, total) as partial, progress(total * (2 if job.verify else 1)) as advance:
             started = time.perf_counter()
-            reading = _Reading(job, source, infos, family_of(model).tensors.head, advance)
+            reading = _Reading(job, source, infos, family_of(model).tensors.head, advance, check)
             try:
                 if job.to_megatron:
                     dtypes = {name: dtype for name, _, dtype in infos}
@@ -85,7 +88,7 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
             seconds = time.perf_counter() - started
             started = time.perf_counter()
             if job.verify:
-                _verify(partial, checksums, advance)
+                _verify(partial, checksums, advance, check)
             verify_seconds = time.perf_counter() - started
         return Report(
             num_tensors=len(infos),
@@ -94,6 +97,32 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
             verify_seconds=verify_seconds,
             num_not_finite=reading.num_not_finite,
         )
+
+
+@contextmanager
+def signals_between_tensors() -> Iterator[Callable[[], None]]:
+    """Have a signal that stops a run wait until the function that this gives is called, which raises KeyboardInterrupt
+    then: raised in the middle of a file that torch writes, it would abort the process. A second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield lambda: None
+        return
+    came: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if came:
+            os._exit(EXIT_INTERRUPTED)
+        came.append(number)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -133,9 +162,16 @@ class _Reading:
     """
 
     def __init__(
-        self, job: Job, source: Checkpoint, infos: Sequence[TensorInfo], head: str, progress: Callable[[int], None]
+        self,
+        job: Job,
+        source: Checkpoint,
+        infos: Sequence[TensorInfo],
+        head: str,
+        progress: Callable[[int], None],
+        check: Callable[[], None],
     ) -> None:
-        """infos: of the result. head: the name of the LM head."""
+        """infos: of the result. head: the name of the LM head. check: called before each tensor is given out."""
+        self._check = check
         self.num_not_finite = 0
         self._job, self._source, self._head, self._progress = job, source, head, progress
         self._checksums: dict[str, str] = {}
@@ -145,6 +181,7 @@ class _Reading:
         self._next = self._read_ahead()
 
     def __call__(self, name: str) -> Tensor:
+        self._check()
         assert self._next is not None, name
         found, tensor = self._next.result()
         assert found == name, (found, name)
@@ -198,12 +235,15 @@ def _write_hf(
     write_index(directory, [[name for name, _, _ in shard] for shard in shards], name_table(model))
 
 
-def _verify(directory: Path, checksums: dict[str, str], progress: Callable[[int], None]) -> None:
+def _verify(
+    directory: Path, checksums: dict[str, str], progress: Callable[[int], None], check: Callable[[], None]
+) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
             forget_cached(file)
     with open_checkpoint(directory) as written:
         for name, expected in checksums.items():
+            check()
             tensor = written.read(name)
             if checksum(tensor) != expected:
                 raise ValueError(f"{directory}: {name} reads back otherwise than it was written; the disk may be bad")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_rl.checkpoint.distributed import MEGATRON, DistributedCheckpoint
 from megatron_rl.checkpoint.hf import HfCheckpoint, has_weights
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.families import Architecture, load_architecture
 
 # Shows the progress of a job of so many bytes: what the block gets is told the bytes of every tensor as it passes.
@@ -59,15 +60,3 @@ def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint
 def resolve(path: Path) -> Path:
     """The newest checkpoint of a run directory; other directories are themselves."""
     return newest(path / "checkpoints") or path
-
-
-def newest(checkpoints: Path) -> Path | None:
-    """Read which checkpoint the file `latest` of a run names; None where there is no such file. ValueError where it
-    names nothing beside itself."""
-    marker = checkpoints / "latest"
-    if not marker.is_file():
-        return None
-    name = marker.read_bytes()[:256].decode(errors="replace").strip()
-    if name in ("", "..") or Path(name).name != name:
-        raise ValueError(f"{marker} must hold the name of a checkpoint beside it, such as step_8")
-    return checkpoints / name

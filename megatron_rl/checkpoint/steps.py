@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from megatron_rl.checkpoint.checksums import sync
-from megatron_rl.checkpoint.read import newest
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.files import whole_file
 
 _STEP = re.compile(r"step_\d+")
@@ -68,12 +68,13 @@ def set_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def forget_old(latest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but `latest`, the `keep_last` - 1 most recent before it, and those of every `keep_every`th step."""
+def forget_old(latest: Path, keep_last: int, keep_every: int, best: int | None = None) -> None:
+    """Delete all but `latest`, the `keep_last` - 1 most recent before it, those of every `keep_every`th step, and that
+    of step `best`."""
     saved = [path for path in _step_directories(latest.parent) if path != latest]
     saved.sort(key=lambda path: path.stat().st_mtime)
     for path in saved[: max(0, len(saved) - (keep_last - 1))]:
-        if not keep_every or _step(path) % keep_every:
+        if _step(path) != best and (not keep_every or _step(path) % keep_every):
             shutil.rmtree(path, ignore_errors=True)
 
 

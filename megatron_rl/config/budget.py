@@ -10,7 +10,12 @@ from megatron_rl.config.section import Fraction, Positive, Section
 class BudgetSection(Section):
     """The token budget Phi of one optimizer step (Eq. 2)."""
 
-    tokens: Positive = Field(description="Phi: response tokens that carry loss in one optimizer step")
+    tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Phi: response tokens that carry loss in one optimizer step. Required for c3po; the other "
+        "algorithms have no budget",
+    )
     domains: dict[str, Fraction] = Field(
         default={},
         description="shares of Phi by the domain of the prompt, such as {code = 0.6, science = 0.4}, that sum to 1: so "

@@ -10,7 +10,7 @@ from megatron_rl.config.section import Positive, Section
 class ClusterSection(Section):
     """The machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no more."""
 
-    nodes: Positive = 1
+    nodes: Positive = Field(default=1, description="machines, those that serve only among them")
     gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")
     serving_nodes: int = Field(default=0, ge=0, description="of the nodes, which serve only; 0: all do both")
     gpu_memory_gb: float = Field(default=80.0, ge=0, description="of 2^30 bytes; 0 asks for no verdict")

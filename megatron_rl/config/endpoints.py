@@ -35,7 +35,7 @@ class TeacherSection(EndpointSection):
         description="the run stops when a greater share of prompts failed; --resume asks them again. 1 is off",
     )
     system: str = Field(default="", description="system message before every prompt; empty: none")
-    top_p: Fraction = 1.0
+    top_p: Fraction = Field(default=1.0, description="share of the most probable tokens that it samples from")
     send_seed: bool = Field(
         default=True,
         description="send a seed, another for each response; false for servers that refuse the key `seed`",

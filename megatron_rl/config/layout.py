@@ -92,8 +92,8 @@ class Layout:
             )
 
     def _undivided_heads(self, model: Architecture) -> Iterator[str]:
-        """Tell when ranks would not have equal heads. Several ranks may share a key-value head: then each of them has the
-        keys and values of one, and its own part of the queries that look at it."""
+        """Tell when ranks would not have equal heads. Several ranks may share a key-value head: then each of them has
+        the keys and values of one, and its own part of the queries that look at it."""
         queries, pairs = model.num_attention_heads, model.num_key_value_heads
 
         def divides(size: int) -> bool:

@@ -2,13 +2,35 @@
 the file says. `RlConfig` refuses what is impossible; a start warns of what is hardly meant."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import RlConfig
 
 # A step whose budget is below this share of one group of longest responses trains little else than parts of groups.
 _SMALL_SHARE = 0.5
+
+
+def with_first_phase(values: Any) -> Any:
+    """The values of a file, with rollout.prompts_per_step where it may be left out: as many as fill the budget of a
+    phase with responses of half the longest length. What else is wrong with them is for others to say."""
+    if not isinstance(values, dict):
+        return values
+    rollout, budget, algorithm = (values.get(name) or {} for name in ("rollout", "budget", "algorithm"))
+    if not all(isinstance(section, dict) for section in (rollout, budget, algorithm)) or "prompts_per_step" in rollout:
+        return values
+    numbers = [
+        budget.get("tokens"),
+        algorithm.get("optimizer_steps_per_rollout", 1),
+        rollout.get("samples_per_prompt"),
+        rollout.get("max_response_tokens"),
+    ]
+    sized = algorithm.get("name", "c3po") == "c3po" and budget.get("under_full", "refill") == "refill"
+    if not sized or budget.get("scope", "global") != "global" or not all(type(n) is int and n > 0 for n in numbers):
+        return values
+    tokens, steps, samples, longest = numbers
+    count = -(-tokens * steps // (samples * max(1, longest // 2)))
+    return values | {"rollout": rollout | {"prompts_per_step": count}}
 
 
 def impossible(config: "RlConfig") -> Iterator[str]:
@@ -86,7 +108,7 @@ def _distillation(config: "RlConfig") -> Iterator[str]:
 def _budgets(config: "RlConfig") -> Iterator[str]:
     budget, rollout = config.budget, config.rollout
     longest, size = rollout.max_response_tokens, rollout.samples_per_prompt
-    if budget.tokens < longest:
+    if config.has_budget and budget.tokens < longest:
         yield (
             f"budget.tokens {budget.tokens} is smaller than one response can be "
             f"(rollout.max_response_tokens {longest}); set budget.tokens to at least {longest}"
@@ -96,7 +118,7 @@ def _budgets(config: "RlConfig") -> Iterator[str]:
             f"budget.tokens {budget.tokens} is below one group: its {size} responses (rollout.samples_per_prompt) have "
             "a token each at least, so no step could train a whole one; raise the budget or lower samples_per_prompt"
         )
-    for domain, share in budget.domains.items():
+    for domain, share in budget.domains.items() if config.has_budget else ():
         if share * budget.tokens < max(longest, size):
             least = f"response can be (rollout.max_response_tokens {longest})"
             if longest < size:

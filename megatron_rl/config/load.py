@@ -2,17 +2,20 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text
+from megatron_rl.config.other_names import keys_called, why_none
+from megatron_rl.config.reference import keys_of
+from megatron_rl.parsing import MAX_NESTING, parse_toml, read_text, shown
 
 C = TypeVar("C", bound=BaseModel)
+
+_NAMED, _TOLD = 5, 8  # in a message: keys, and problems
 
 
 def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), *, without_weights: bool = False) -> C:
@@ -26,7 +29,8 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), 
         return kind.model_validate(values, context={"folders": folders, "without_weights": without_weights})
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
-        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+        more = f"; and {len(lines) - _TOLD} more" if len(lines) > _TOLD else ""
+        raise ValueError(f"{path}: " + "; ".join(lines[:_TOLD]) + more) from None
 
 
 def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] | None = None) -> dict[str, Any]:
@@ -106,27 +110,35 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _keys(kind)
-        leaf = str(problem["loc"][-1])
-        near = difflib.get_close_matches(where, known, n=1) or [
-            k for k in known if k.split(".")[-1] in difflib.get_close_matches(leaf, [k.split(".")[-1] for k in known])
-        ]
-        hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
-        return f"unknown key {where}{hint}"
+        return f"unknown key {where}; {_meant(where, problem['input'], [key.path for key in keys_of(kind)])}"
     if problem["type"] == "missing":
         return f"{where} is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {problem['input']!r}" if where else message
+    return f"{where}: {message}, got {shown(problem['input'])}" if where else message
 
 
-def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in kind.model_fields.items():
-        nested = field.annotation
-        if get_origin(nested) in (tuple, UnionType):  # an array of tables; a section that may be missing
-            nested = get_args(nested)[0]
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            keys += _keys(nested, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
+def _meant(where: str, value: Any, known: Sequence[str]) -> str:
+    """What an unknown key or section probably means: by what others call it, then by its name, then by its spelling."""
+    if isinstance(value, dict):
+        inner = {f"{where}.{name}": keys_called(f"{where}.{name}", known) for name in value}
+        here = [f"{name} is {keys[0]} here" for name, keys in inner.items() if keys]
+        if here:
+            return ", ".join(here[:_NAMED])
+    if meant := keys_called(where, known):
+        return f"did you mean {' or '.join(meant[:_NAMED])}?"
+    if why := why_none(where):
+        return why
+    if same := [key for key in known if key.rpartition(".")[2] == where.rpartition(".")[2]]:
+        return f"did you mean {' or '.join(same[:_NAMED])}?"
+    section, _, leaf = where.rpartition(".")
+    beside = [key for key in known if key.startswith(f"{section}.")] if section else []
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.85) or [
+        key for key in (*beside, *known) if difflib.get_close_matches(leaf, [key.rpartition(".")[2]], cutoff=0.8)
+    ]
+    if near:
+        return f"did you mean {near[0]}?"
+    if beside:
+        return f"{section} has {', '.join(key.removeprefix(f'{section}.') for key in beside)}"
+    sections = dict.fromkeys(key.partition(".")[0] for key in known)
+    close = difflib.get_close_matches(where.partition(".")[0], sections, n=1)
+    return f"did you mean {close[0]}?" if close else f"the sections are {', '.join(sections)} (`megatron-rl keys`)"

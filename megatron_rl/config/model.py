@@ -13,7 +13,10 @@ from megatron_rl.hub import local_model
 class ServingSection(Section):
     """How servers run a model, whichever it is."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of weights and activations; with bfloat16 the optimizer keeps weights in float32 too",
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py, or "

@@ -8,8 +8,12 @@ from megatron_rl.config.section import Section
 
 
 class OptimizerSection(Section):
-    learning_rate: float = Field(default=3e-6, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    learning_rate: float = Field(default=3e-6, gt=0, description="of AdamW, the highest of its schedule")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="the learning rate after the warm-up: the same to the end, or a half wave of a cosine down to "
+        "min_learning_rate",
+    )
     min_learning_rate: float = Field(default=0.0, ge=0, description="where the cosine ends")
     warmup_steps: int = Field(
         default=0, ge=0, description="optimizer steps over which the learning rate rises linearly; the first has 0"
@@ -17,10 +21,10 @@ class OptimizerSection(Section):
     warmup_share: float | None = Field(
         default=None, ge=0, lt=1, description="instead of warmup_steps: their share of all optimizer steps, rounded"
     )
-    weight_decay: float = Field(default=0.0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, apart from the gradient")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of AdamW's mean of squared gradients")
+    epsilon: float = Field(default=1e-8, gt=0, description="what AdamW adds to the root that it divides by")
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
     offload_fraction: float = Field(
         default=0.0,

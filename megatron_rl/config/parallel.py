@@ -8,15 +8,19 @@ from megatron_rl.config.section import Positive, Section
 
 class ParallelSection(Section):
     tensor: Positive = Field(default=1, description="tensor parallel size; above 1 sequence parallelism is on")
-    pipeline: Positive = 1
+    pipeline: Positive = Field(
+        default=1, description="pipeline parallel size: so many ranks hold a part of the layers each"
+    )
     virtual_pipeline: Positive = Field(
         default=1,
         description="parts of the model on each pipeline stage (Megatron's interleaved schedule): more parts, less "
         "idling, more communication. Above 1 it needs parallel.pipeline of at least 3, and a rank runs a multiple of "
         "parallel.pipeline micro-batches, empty ones if need be",
     )
-    expert: Positive = 1
-    expert_tensor: Positive = 1
+    expert: Positive = Field(
+        default=1, description="expert parallel size: so many ranks hold a part of the experts of a layer each"
+    )
+    expert_tensor: Positive = Field(default=1, description="tensor parallel size within an expert")
     context: Positive = Field(
         default=1,
         description="context parallel size: so many ranks share every sequence, each holds its part of it. Needs local "

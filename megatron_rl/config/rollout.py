@@ -3,15 +3,13 @@
 import itertools
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from megatron_rl.config.section import Positive, Section
+from megatron_rl.config.agents import AgentKeys
+from megatron_rl.config.section import Positive, Section, Temperature
 from megatron_rl.gpus import visible_gpus
-
-# What servers take besides 0.
-_LEAST_TEMPERATURE = 1e-6
 
 
 class GenerationSection(Section):
@@ -46,12 +44,13 @@ class GenerationSection(Section):
         le=65535,
         description="port of the first server that is started, the next count up; 0 picks",
     )
-    max_response_tokens: Positive = 64
+    max_response_tokens: Positive = Field(
+        description="longer responses are cut off there; what the model needs to reach its answers, since a response "
+        "that is cut off has none"
+    )
     max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
-    temperature: float = Field(
+    temperature: Temperature = Field(
         default=1.0,
-        ge=0,
-        le=1e6,
         description="0 takes the most probable token each time (greedy), for evaluate, and where a prompt has one "
         "response",
     )
@@ -64,7 +63,9 @@ class GenerationSection(Section):
         "beats one with many threads, since the operations of a small model are too short to share",
     )
     threads: Positive = Field(default=1, description="torch threads of each embedded server")
-    ready_deadline_seconds: float = Field(default=120.0, gt=0)
+    ready_deadline_seconds: float = Field(
+        default=120.0, gt=0, description="how long a server may take from its start until it answers"
+    )
     token_deadline_seconds: float = Field(
         default=1.0,
         gt=0,
@@ -77,17 +78,11 @@ class GenerationSection(Section):
         "it is ours",
     )
     max_restarts: int = Field(
-        default=3, ge=0, description="times that each of our servers is started again before the run stops"
+        default=3,
+        ge=0,
+        description="times that each of our servers is started again before the run stops, from the second on after "
+        "longer and longer pauses; of one that has served for ten minutes since, earlier ends are forgiven",
     )
-
-    @model_validator(mode="after")
-    def _check_temperature(self) -> Self:
-        if 0 < self.temperature < _LEAST_TEMPERATURE:
-            raise ValueError(
-                f"temperature {self.temperature:g} is too near to 0 to divide by; set 0, which is greedy, or at least "
-                f"{_LEAST_TEMPERATURE:g}"
-            )
-        return self
 
     def servers_on(self, num_gpus: int) -> int:
         """Count the servers to start on one machine. num_gpus: that it has, 0 on a CPU."""
@@ -136,10 +131,11 @@ class GenerationSection(Section):
         return self.max_prompt_tokens + self.max_response_tokens
 
 
-class RolloutSection(GenerationSection):
+class RolloutSection(GenerationSection, AgentKeys):
     prompts_per_step: Positive = Field(
         description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
-        "then the budget decides how many prompts a phase needs"
+        "then the budget decides how many prompts a phase needs. It may be left out there: then it is as many as fill "
+        "the budget with responses of half the longest length"
     )
     samples_per_prompt: Positive = Field(description="K of the paper: the group size")
     router_replay: bool = Field(

@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.benchmarks import ValidationSection
 from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
 from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.endpoints import TeacherSection
-from megatron_rl.config.limits import impossible
+from megatron_rl.config.limits import impossible, with_first_phase
 from megatron_rl.config.model import ModelSection, MoeSection, ServedModelSection, ServingSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
@@ -23,7 +24,10 @@ from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection, check_servers
 from megatron_rl.config.section import Section
 from megatron_rl.config.sync import SyncSection
+from megatron_rl.config.tracking import TrackingSection
 from megatron_rl.config.train import RlTrainSection, SftTrainSection, TrainSection
+
+SEED = "of the order of the data, of what is sampled, and of the new parameters of a model"
 
 
 class CommandConfig(Section):
@@ -36,12 +40,13 @@ class RunConfig(CommandConfig):
     """What SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     moe: MoeSection = MoeSection()
     optimizer: OptimizerSection = OptimizerSection()
+    tracking: TrackingSection = TrackingSection()
     train: TrainSection
 
     @property
@@ -77,7 +82,7 @@ class RolloutPhase(CommandConfig):
     """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description=SEED)
     model: ServingSection | None = None
     data: RlData
     rollout: RolloutSection
@@ -130,12 +135,16 @@ class RlConfig(RunConfig, SamplingConfig):
     """`megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
+    teacher: None = None  # training needs responses of its own policy
     train: RlTrainSection
-    budget: BudgetSection
+    budget: BudgetSection = BudgetSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
     distillation: DistillationSection | None = Field(
         default=None, description="a teacher policy that scores what is sampled; none by default"
+    )
+    validation: ValidationSection | None = Field(
+        default=None, description="benchmarks that the run answers every so many steps, besides its training"
     )
 
     @property
@@ -153,6 +162,28 @@ class RlConfig(RunConfig, SamplingConfig):
                 "[distillation], which scores what the policy samples (docs/joint.md)"
             )
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_first_phase(cls, values: Any) -> Any:
+        """rollout.prompts_per_step, where the budget decides how many prompts a phase takes and the file names none."""
+        return with_first_phase(values)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> "RlConfig":
+        if self.has_budget and not self.budget.tokens:
+            raise ValueError(
+                "budget.tokens is required: the response tokens that an optimizer step trains; "
+                f"{self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} responses of half the "
+                f"longest length have {self.half_length_tokens:,}"
+            )
+        return self
+
+    @property
+    def half_length_tokens(self) -> int:
+        """Tokens of the responses of a phase, if each has half of the longest length."""
+        rollout = self.rollout
+        return rollout.prompts_per_step * rollout.samples_per_prompt * max(1, rollout.max_response_tokens // 2)
 
     @model_validator(mode="after")
     def _check_sync(self) -> "RlConfig":
@@ -175,6 +206,18 @@ class RlConfig(RunConfig, SamplingConfig):
                 "rollout.release_memory = true too, or this one to false"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_keep_best(self) -> "RlConfig":
+        best, known = self.train.keep_best, self.validation.benchmarks if self.validation else {}
+        if best and best not in known:
+            remedy = f"take one of {', '.join(known)}" if known else f"write [validation.benchmarks.{best}]"
+            raise ValueError(f"train.keep_best {best!r} is no benchmark of validation; {remedy}")
+        return self
+
+    def is_validated(self, num_steps: int) -> bool:
+        """Tell whether the weights of so many completed steps answer the benchmarks of validation."""
+        return self.validation is not None and self.validation.is_due(num_steps, self.train.steps)
 
     def sharing_problems(self, attached: bool) -> Iterator[str]:
         """Tell which settings do not go together with the place of the servers. attached: they are at rollout.urls or

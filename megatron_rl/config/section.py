@@ -2,12 +2,27 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# What servers take besides 0.
+_LEAST_TEMPERATURE = 1e-6
 
 Positive = Annotated[int, Field(gt=0)]
 
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _far_from_0(temperature: float) -> float:
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature {temperature:g} is too near to 0 to divide by; set 0, which is greedy, or at least "
+            f"{_LEAST_TEMPERATURE:g}"
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_far_from_0)]
 
 
 class Section(BaseModel):

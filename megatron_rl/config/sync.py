@@ -32,7 +32,9 @@ class SyncSection(Section):
         description="steps between proofs that the weights arrived: log-probs of a few tokens through every server "
         "against the trainer's; 0 is never",
     )
-    probe_tokens: Annotated[int, Field(ge=2)] = 64
+    probe_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=64, description="of a response, or before the first phase of prompts"
+    )
     probe_tolerance: float | None = Field(
         default=None,
         gt=0,

@@ -36,7 +36,22 @@ class TrainSection(Section):
         "sequence may be as long as what they hold together. Padding to multiples of 2 x context and of tensor comes "
         "on top"
     )
-    save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    save_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between checkpoints; 0: those of save_minutes alone, and one at the end",
+    )
+    save_minutes: float = Field(
+        default=30.0,
+        ge=0,
+        description="a checkpoint also where the last one, or the start, is so long ago; 0: only as save_every says",
+    )
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there are any before the end."""
+        return self.save_every > 0 or self.save_minutes > 0
+
     keep_last: Positive = Field(default=2, description="newest checkpoints that are kept")
     keep_every: int = Field(
         default=0, ge=0, description="checkpoints whose step is a multiple of this are kept for ever; 0 keeps none"
@@ -86,6 +101,11 @@ class RlTrainSection(TrainSection):
     )
     free_memory_deadline_seconds: float = Field(
         default=60.0, gt=0, description="how long training may wait for memory that servers have released"
+    )
+    keep_best: str = Field(
+        default="",
+        description="a benchmark of validation: every validated step has a checkpoint, and the one with the best mean "
+        "score so far is kept beside the newest; empty: none",
     )
     traced_groups: int = Field(
         default=1,

@@ -68,6 +68,61 @@ def render_prompt(
     return _render(tokenizer, Conversation(messages=messages), special_tokens, {}, add_generation_prompt=True)
 
 
+def render_conversation(
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: Conversation,
+    special_tokens: str = "text",
+    arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of any conversation that the model is to go on with, generation prompt included. ValueError where the
+    template refuses it or has no place for a part of it."""
+    return _render(tokenizer, chat, special_tokens, arguments or {}, add_generation_prompt=True)
+
+
+def render_behind(
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: Conversation,
+    index: int,
+    special_tokens: str = "text",
+    arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of what the template writes behind what the assistant says in the message at `index`: the end of its
+    turn, all messages after it, and the generation prompt.
+
+    ValueError where the template does not write the message, or writes it differently once others follow.
+    """
+    arguments = arguments or {}
+    _check_place(tokenizer, chat)
+    hidden, texts = _hidden(chat, _special(tokenizer) if special_tokens == "text" else None)
+    mark = _unused_character(hidden)
+    before, said, after = hidden.messages[:index], hidden.messages[index], hidden.messages[index + 1 :]
+
+    def written(answer: Message, goes_on: bool) -> str:
+        part = replace(hidden, messages=(*before, answer, *(after if goes_on else ())))
+        (text,) = _applied(tokenizer, [part], False, arguments, add_generation_prompt=goes_on)
+        return str(text)
+
+    plain = Message(role="assistant", content=mark)
+    if '"tool_calls"' not in said.more:
+        return _ids_with_texts(tokenizer, _behind(written(plain, True), mark), texts)
+    # Calls stand behind the text, or in its place: what follows them is what the whole has more than its beginning.
+    for answer in (replace(said, content=mark), said):
+        whole, beginning = written(answer, True), written(answer, False)
+        if answer is not said and mark in beginning:
+            whole, beginning = _behind(whole, mark), _behind(beginning, mark)
+        if whole.startswith(beginning):
+            rest = _behind(written(plain, False), mark) + whole[len(beginning) :]
+            return _ids_with_texts(tokenizer, rest, texts)
+    raise ValueError("the chat template writes an assistant's calls of tools differently once other messages follow")
+
+
+def _behind(text: str, mark: str) -> str:
+    """What is behind the mark; ValueError where it does not come once."""
+    if text.count(mark) != 1:
+        raise ValueError("the chat template does not write what an assistant says once, as it is")
+    return text.rpartition(mark)[2]
+
+
 def render_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Conversation],
@@ -98,35 +153,36 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str
     """ValueError for an argument that the chat template never reads, or sets itself: it would change nothing, and
     nobody would see."""
     for name in arguments:
-        if not _mentions(tokenizer, name):
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise ValueError(
                 f"data.template_arguments sets {name!r}, which the model's chat template never mentions; take it out, "
                 "or write what it should do into the prompts"
             )
-        if re.search(rf"\{{%[-+]?\s*set\s+{name}\b", str(tokenizer.chat_template)):
+        if re.search(rf"\{{%[-+]?\s*set\s+{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise ValueError(
                 f"data.template_arguments sets {name!r}, which the model's chat template sets itself; take it out, or "
                 "change the template"
             )
 
 
-def _mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+def mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
+    """Whether the chat template has one of these names in it."""
     template = str(tokenizer.chat_template)
     return any(re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9_])", template) for name in names)
 
 
 def _check_place(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> None:
     """ValueError where the chat template would leave out tools, calls of them, or reasoning without a word."""
-    if chat.tools and not _mentions(tokenizer, "tools"):
-        raise ValueError("a row has 'tools', and the model's chat template never mentions tools; drop the column")
+    if chat.tools and not mentions(tokenizer, "tools"):
+        raise ValueError("there are 'tools', and the model's chat template never mentions tools; drop them")
     for message in chat.messages:
         more = json.loads(message.more) if message.more else {}
-        if "tool_calls" in more and not _mentions(tokenizer, "tool_calls"):
+        if "tool_calls" in more and not mentions(tokenizer, "tool_calls"):
             raise ValueError(
                 "a message has 'tool_calls', which the model's chat template never mentions; write the calls into the "
                 "content as the model is to write them"
             )
-        if (reasoning := {*REASONING} & more.keys()) and not _mentions(tokenizer, *REASONING):
+        if (reasoning := {*REASONING} & more.keys()) and not mentions(tokenizer, *REASONING):
             raise ValueError(
                 f"a message has {min(reasoning)!r}, and the model's chat template mentions none of "
                 f"{', '.join(REASONING)}; write the reasoning into the content, as in <think>...</think>"
@@ -294,9 +350,7 @@ def _hidden(chat: Conversation, special: re.Pattern[str] | None) -> tuple[Conver
     texts: dict[str, str] = {}
     if special is None or not any(m.role in _OTHERS and special.search(m.content) for m in chat.messages):
         return chat, texts
-    # Of the private-use characters one that nobody has written.
-    whole = json.dumps(chat.parts(), ensure_ascii=False)
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
+    mark = _unused_character(chat)
 
     def hide(found: re.Match[str]) -> str:
         name = f"{mark}{len(texts)}{mark}"
@@ -305,6 +359,12 @@ def _hidden(chat: Conversation, special: re.Pattern[str] | None) -> tuple[Conver
 
     hidden = [replace(m, content=special.sub(hide, m.content)) if m.role in _OTHERS else m for m in chat.messages]
     return replace(chat, messages=tuple(hidden)), texts
+
+
+def _unused_character(chat: Conversation) -> str:
+    """Of the private-use characters one that nobody has written."""
+    whole = json.dumps(chat.parts(), ensure_ascii=False)
+    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
 
 
 def _ids_with_texts(tokenizer: "PreTrainedTokenizerBase", rendered: str, texts: Mapping[str, str]) -> list[int]:

@@ -156,7 +156,7 @@ def _message(item: object, name: str) -> Message:
             f"role {role} may have {known}; leave out other keys"
         )
     if "tool_calls" in more:
-        more["tool_calls"] = _tool_calls(more["tool_calls"], name)
+        more["tool_calls"] = tool_calls_of(more["tool_calls"], name)
     for key in (*REASONING, *_MORE["tool"]):
         if key in more:
             more[key] = _content({key: more[key]}, key)
@@ -175,8 +175,8 @@ def _content(item: Mapping[str, Any], key: str) -> str:
         raise _OfContent(str(wrong)) from None
 
 
-def _tool_calls(value: object, name: str) -> list[dict[str, Any]]:
-    """With arguments as objects, which every template can write."""
+def tool_calls_of(value: object, name: str) -> list[dict[str, Any]]:
+    """The calls of a message, with arguments as objects, which every template can write; raises Wrong."""
     remedy = 'write [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise Wrong(f"field '{name}.tool_calls' must be a list of objects, got {shown(value)}; {remedy}")

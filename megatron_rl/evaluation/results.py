@@ -1,10 +1,12 @@
 """The numbers of a benchmark, computed from its judged responses alone."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
+from typing import Any
 
 from megatron_rl.evaluation.responses import Judged
 from megatron_rl.evaluation.statistics import Estimate, estimate, majority_at, pass_at
@@ -61,6 +63,14 @@ def summarise(rows: Sequence[Judged], at: Sequence[int]) -> BenchmarkResult:
         no_answer_share=fmean(row.reason == "no_answer" for row in rows),
         error_share=fmean(row.reason in GAVE_UP for row in rows),
     )
+
+
+def finite(value: Any) -> Any:
+    """Give a record without what JSON has no number for: the ends of the interval of a single prompt's scores are
+    nowhere."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _prompt(row: Judged) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.evaluation import BenchmarkSection, EvaluateConfig
+from megatron_rl.config.benchmarks import BenchmarkSection
+from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.rollout.provenance import model_settings, read_settings, refuse_differences, reward_settings
 
 _OF_PROMPTS = {"domain", "suffix", "system", "special_tokens", "template_arguments"}
@@ -25,7 +26,7 @@ def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSectio
             "seed": config.seed,
         },
         "reward": reward_settings(config.reward),
-        "benchmarks": {name: _benchmark(section) for name, section in benchmarks.items()},
+        "benchmarks": {name: benchmark_settings(section) for name, section in benchmarks.items()},
     }
 
 
@@ -49,7 +50,8 @@ def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> di
     return settings
 
 
-def _benchmark(section: BenchmarkSection) -> dict[str, Any]:
+def benchmark_settings(section: BenchmarkSection) -> dict[str, Any]:
+    """What the responses to a benchmark depend on. ValueError when its file does not exist."""
     if not section.path.is_file():
         raise ValueError(f"data file {section.path} does not exist")
     return {

@@ -53,7 +53,9 @@ def load_architecture(model_dir: str | Path) -> Architecture:
         raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
     found = model_files(directory)
     if directory / _CONFIG not in found:
-        raise ValueError(f"{model_dir} holds no {_CONFIG}; it must be a Hugging Face model directory")
+        run = directory / "checkpoints"
+        hint = f"; of a run name {directory}/hf or a step_N in {run}" if run.is_dir() else ""
+        raise ValueError(f"{model_dir} holds no {_CONFIG}; it must be a Hugging Face model directory{hint}")
     generation = directory / _GENERATION
     return _read(directory / _CONFIG, _table(generation) if generation in found else {})
 

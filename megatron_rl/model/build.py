@@ -342,7 +342,7 @@ def build_model(
     config = transformer_config(architecture, model, moe, layout, backends)
     if dist.get_rank() == 0:
         for line in backends.lines():
-            log.info("%s", line)
+            log.debug("%s", line)
     dtype = DTYPES[model.dtype]
     shards = distributed_optimizer and dtype != torch.float64
     ddp_config = DistributedDataParallelConfig(

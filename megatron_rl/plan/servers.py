@@ -60,7 +60,7 @@ def plan_servers(
     if share is not None and numbers["full_length_responses"] < 1:
         found.append(
             f"--mem-fraction-static {share:g} leaves no cache for one response of {rollout.max_sequence_tokens} tokens "
-            "beside the weights; raise it, or divide a server over GPUs (--tp-size in rollout.sglang_arguments)"
+            "beside the weights; raise it, or divide a server over more GPUs (--tp-size in rollout.sglang_arguments)"
         )
     return {"server_weights": weights, "server_cache": cache}, numbers, found
 
@@ -70,12 +70,16 @@ def over_limit(memory: dict[str, dict[str, int]], cluster: ClusterSection, remed
     limit = round(cluster.gpu_memory_gb * GIB)
     return [
         f"a {name.replace('_', ' ')} needs about {memory[name]['total'] / GIB:.1f} GiB and has "
-        f"{cluster.gpu_memory_gb:g} (--gpu-memory-gb): {remedy}"
+        f"{cluster.gpu_memory_gb:g} (--gpu-memory-gb); {remedy}"
         for name, remedy in remedies.items()
         if limit and name in memory and memory[name]["total"] > limit
     ]
 
 
-SERVING_REMEDY = (
-    "lower rollout.max_running_requests, or divide a server over GPUs (--tp-size in rollout.sglang_arguments)"
-)
+def serving_remedy(rollout: GenerationSection, may_offload: bool = False) -> str:
+    """What to do where a server does not fit. may_offload: the trainer's states are still there beside it."""
+    steps = ["set train.offload_while_generating = true"] if may_offload else []
+    if rollout.sglang_memory_share is None:  # else it says how much is taken, whatever may run
+        steps.append("lower rollout.max_running_requests")
+    steps.append("divide a server over more GPUs (--tp-size in rollout.sglang_arguments)")
+    return ", or ".join(steps)

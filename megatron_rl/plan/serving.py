@@ -9,7 +9,7 @@ from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import CommandConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.families import Architecture
-from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
+from megatron_rl.plan.servers import over_limit, plan_servers, serving_remedy
 from megatron_rl.preflight.checks import serving_problems
 
 
@@ -24,7 +24,7 @@ def plan_serving(
     found = list(serving_problems(config.rollout, model, architecture))
     parts, servers, against = plan_servers(config.rollout, model.dtype, architecture, cluster, updates=False)
     memory = {"serving_gpu" if servers["gpus_each"] else "host": parts | {"total": sum(parts.values())}}
-    found += against + over_limit(memory, cluster, {"serving_gpu": SERVING_REMEDY})
+    found += against + over_limit(memory, cluster, {"serving_gpu": serving_remedy(config.rollout)})
     return {
         "responses": _responses(config),
         "servers": servers,

@@ -27,10 +27,37 @@ def run_plan(arguments: argparse.Namespace) -> int:
     cluster = _cluster(config.cluster or ClusterSection(), arguments)
     plan: dict[str, Any] = {"run_dir": str(config.run_dir)} if hasattr(config, "run_dir") else {}
     plan |= {"cluster": cluster.model_dump(mode="json")} | _plan(config, cluster, arguments.config, arguments.set)
+    if arguments.suggest:
+        _suggest(plan, config, cluster)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if arguments.json else as_text(plan))
     for problem in plan["problems"]:
         sys.stderr.write(f"megatron-rl plan: {problem}\n")
     return 2 if plan["problems"] else 0
+
+
+def _suggest(plan: dict[str, Any], config: CommandConfig, cluster: ClusterSection) -> None:
+    """Add the fastest layouts that fit to a plan, whose problems are those of the first of them then."""
+    from megatron_rl.plan.suggest import suggest
+
+    if not isinstance(config, RunConfig):
+        raise ValueError("--suggest is for what trains; this file is for another command")
+    architecture, _ = shape_of(config)
+    found = suggest(config, architecture, cluster)
+    plan["suggestions"] = [one.as_dict() for one in found]
+    if found:
+        plan["problems"] = problems_of(found[0].config, cluster)
+    else:
+        plan["problems"].append(
+            f"no layout fits on {cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory_gb:g} GiB, with "
+            "recomputation and the optimizer's states in host memory; take more GPUs, or lower "
+            "train.micro_batch_tokens and rollout.max_running_requests"
+        )
+
+
+def problems_of(config: CommandConfig, cluster: ClusterSection) -> list[str]:
+    """List what speaks against a configuration on such machines."""
+    problems: list[str] = _plan(config, cluster, Path("CONFIG"), ())["problems"]
+    return problems
 
 
 def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> dict[str, Any]:

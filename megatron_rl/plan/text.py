@@ -1,5 +1,6 @@
 """A plan in words."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ def as_text(plan: dict[str, Any]) -> str:
         *(("memory", _memory(name, parts, plan)) for name, parts in plan.get("memory", {}).items()),
         ("step", _step(plan)),
         ("launch", iter(plan["launch"])),
+        *(("suggested" if i == 0 else "or", _suggestion(one)) for i, one in enumerate(plan.get("suggestions", ()))),
     ):
         lines += [f"{title if number == 0 else '':<10}{line}" for number, line in enumerate(part)]
     return "\n".join(lines) + "\n"
@@ -39,17 +41,17 @@ def _model(plan: dict[str, Any]) -> Iterator[str]:
 def _topology(plan: dict[str, Any]) -> Iterator[str]:
     cluster = plan["cluster"]
     nodes, gpus, serving = cluster["nodes"], cluster["gpus_per_node"], cluster["serving_nodes"]
-    told = f"{nodes} node{'s' if nodes > 1 else ''} x {gpus} GPUs = {nodes * gpus}"
+    several = f"{nodes} nodes of {gpus} GPUs" if nodes > 1 else f"1 node of {gpus} GPU{'' if gpus == 1 else 's'}"
     if "model" not in plan:
         yield "one machine without a GPU"
     elif "layout" not in plan:
-        yield f"{told}, all of them to serve"
+        yield f"{several}, which serve"
     elif serving:
-        yield f"{told}, of which {serving} x {gpus} = {serving * gpus} serve and {(nodes - serving) * gpus} train"
+        yield f"{several}: {serving * gpus} GPUs serve, {(nodes - serving) * gpus} train"
     elif "servers" in plan:
-        yield f"{told}, each to train and to serve"
+        yield f"{several}, which train and serve in turn"
     else:
-        yield f"{told}, all of them to train"
+        yield f"{several}, which train"
 
 
 def _layout(plan: dict[str, Any]) -> Iterator[str]:
@@ -69,7 +71,8 @@ def _training(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{training['optimizer_steps']:,} optimizer steps"
         yield f"{training['warmup_steps']:,} of them warm-up"
     else:
-        yield f"{training['epochs']} epoch(s); how many optimizer steps follows from the data, when the run reads them"
+        epochs = training["epochs"]
+        yield f"{epochs} epoch{'' if epochs == 1 else 's'}; the number of optimizer steps follows from the data"
         share = training["warmup_share"]
         yield f"warm-up over {share:.2%} of them" if share is not None else "warm-up as optimizer.warmup_steps says"
     yield f"{training['step_tokens']:,} tokens at most per optimizer step"
@@ -88,18 +91,18 @@ def _budget(plan: dict[str, Any]) -> Iterator[str]:
     product = f" x {world} = {budget['step_tokens']:,}" if budget["scope"] == "per_gpu" else ""
     yield f"{budget['tokens']:,}{product} tokens per optimizer step"
     yield from (f"of them {count:,} of {domain}" for domain, count in budget.get("domain_tokens", {}).items())
-    yield f"{budget['optimizer_steps']} optimizer step(s) per phase"
+    steps = budget["optimizer_steps"]
+    yield f"{steps} optimizer step{'' if steps == 1 else 's'} in each rollout phase"
     yield _per_rank(budget)
-    yield (
-        f"filled by the first phase's {budget['responses_of_first_phase']:,} responses at a mean of "
-        f"{budget['filling_mean_tokens']:,.1f} tokens; by {budget['min_responses']:,} of the longest"
-    )
+    yield f"the first phase samples {budget['responses_of_first_phase']:,} responses"
+    yield f"they fill the budget if they have {budget['filling_mean_tokens']:,.1f} tokens in the mean"
+    yield f"{budget['min_responses']:,} responses of the longest length allowed would fill it"
 
 
 def _per_rank(numbers: dict[str, int]) -> str:
     count = numbers["min_micro_batches"]
     batches = f"{count} micro-batch{'' if count == 1 else 'es'}"
-    return f"{numbers['tokens_per_data_rank']:,} per data-parallel rank, in {batches} or more"
+    return f"each data-parallel rank trains {numbers['tokens_per_data_rank']:,} of them, in at least {batches}"
 
 
 def _replay(plan: dict[str, Any]) -> Iterator[str]:
@@ -142,9 +145,10 @@ def _servers(plan: dict[str, Any]) -> Iterator[str]:
     if servers["idle_gpus"]:
         told = f"{servers['idle_gpus']} of a node's {plan['cluster']['gpus_per_node']} GPUs do not generate"
         yield f"{told}: raise rollout.servers, or --tp-size in rollout.sglang_arguments"
+    yield f"each answers up to {servers['slots']} requests at a time"
     yield (
-        f"each answers up to {servers['slots']} at a time, and has cache for {servers['full_length_responses']:,} "
-        f"of full length ({servers['max_sequence_tokens']:,} tokens)"
+        f"its cache holds {servers['full_length_responses']:,} responses of full length "
+        f"({servers['max_sequence_tokens']:,} tokens with the prompt)"
     )
 
 
@@ -175,11 +179,21 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
     if step["host"]:
         waits = sorted(step["host"].items(), key=lambda item: -item[1])
         told = ", ".join(f"{part.replace('_', ' ')} {_short(value)}" for part, value in waits if value >= 0.005)
-        yield f"of host, which is rank 0's processor: {told or 'nothing'}"
+        yield f"GPUs wait for rank 0's processor: {told or 'not at all'}"
     causes = sorted(step["idle"].items(), key=lambda item: -item[1])
     idle = ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for cause, share in causes if share >= 0.005)
     yield f"GPUs idle {1 - step['busy']:.0%} of the time: {idle}"
     yield f"by the rates of {step['rates']}; lengths {step['lengths']}"
+
+
+def _suggestion(found: dict[str, Any]) -> Iterator[str]:
+    parts = ", ".join(f"{name} {_short(value)}" for name, value in found["seconds"].items() if value)
+    yield f"{_short(found['step_seconds'])} s a step predicted: {parts}"
+    yield ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f} GiB" for name, size in found["memory"].items())
+    if not found["set"]:
+        yield "the configuration as it is"
+    for key, value in found["set"].items():
+        yield f"--set '{key}={json.dumps(value)}'"
 
 
 def _short(seconds: float) -> str:

@@ -13,8 +13,8 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
 from megatron_rl.families import Architecture
 from megatron_rl.memory import host_bytes, rank_bytes
-from megatron_rl.plan.servers import SERVING_REMEDY, over_limit, plan_servers
-from megatron_rl.plan.shape import teacher_shape
+from megatron_rl.plan.gpus import gpu_bytes
+from megatron_rl.plan.servers import over_limit, serving_remedy
 from megatron_rl.preflight.checks import problems
 from megatron_rl.rollout.routing import MAX_EXPERTS, routed_shape, step_routing
 from megatron_rl.simulation.cluster import CannotSimulate
@@ -46,9 +46,7 @@ def plan_training(
         elif isinstance(config, SftConfig):
             plan["training"] = _training(config, layout)
         plan |= _memory(config, architecture, layout, cluster, found)
-        found += over_limit(
-            plan["memory"], cluster, {"training_gpu": _remedy(config, cluster), "serving_gpu": SERVING_REMEDY}
-        )
+        found += over_limit(plan["memory"], cluster, _remedies(config, cluster))
         if isinstance(config, RlConfig) and cluster.rates is not None:
             plan["step"] = _step(config, architecture, cluster, cluster.rates)
     if isinstance(config, RlConfig):
@@ -114,48 +112,29 @@ def _per_rank(step_tokens: int, config: RunConfig, layout: Layout) -> dict[str, 
 def _memory(
     config: RunConfig, architecture: Architecture, layout: Layout, cluster: ClusterSection, found: list[str]
 ) -> dict[str, Any]:
-    """Estimated bytes of the fullest training GPU, and of a GPU with a server where these are others, or the same while
-    servers generate where these give their memory back to the trainer, and of a training node's host memory; the
-    servers in numbers. found: gets what speaks against these."""
-    colocated = not cluster.serving_nodes
-    training = asdict(max(rank_bytes(config, architecture, layout), key=lambda rank: rank.total))
-    host = host_bytes(config, architecture, layout, cluster.gpus_per_node)
-    memory, servers = {"training_gpu": training}, {}
-    if isinstance(config, RlConfig) and (not colocated or not config.rollout.urls):
-        # Servers start when the trainer has its state, and before it has seen a token.
-        stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
-        state = {part: training[part] for part in stays} if colocated else {}
-        # On nodes of their own job.sh starts as many as there are GPUs for.
-        rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
-        parts, numbers, against = plan_servers(
-            rollout, config.model.dtype, architecture, cluster, taken_bytes=sum(state.values())
-        )
-        if colocated and not numbers["gpus_each"]:
-            host |= parts
-        elif colocated and not config.rollout.release_memory:
-            training |= parts
-        elif numbers["gpus_each"]:
-            memory["serving_gpu"] = state | parts
-        servers = {"servers": numbers}
-        found += against
-    if isinstance(config, RlConfig) and (teacher := config.distillation) is not None and not teacher.urls:
-        rollout = teacher.as_rollout(config.rollout)
-        parts, numbers, against = plan_servers(rollout, teacher.dtype, teacher_shape(teacher), cluster, updates=False)
-        of_teacher = {f"teacher_{name}": size for name, size in parts.items()}
-        (training if numbers["gpus_each"] else host).update(of_teacher)
-        found += [f"distillation: {problem}" for problem in against]
-    memory["host"] = host
-    return {"memory": {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}, **servers}
+    """Estimated bytes of the GPUs (`gpu_bytes`) and of a training node's host memory; the servers in numbers. found:
+    gets what speaks against these."""
+    fullest = max(rank_bytes(config, architecture, layout), key=lambda rank: rank.total)
+    memory, servers, against = gpu_bytes(asdict(fullest), config, architecture, cluster)
+    memory["host"] = host_bytes(config, architecture, layout, cluster.gpus_per_node) | memory["host"]
+    found += against
+    told = {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}
+    return {"memory": told} | ({"servers": servers} if servers else {})
 
 
-def _remedy(config: RunConfig, cluster: ClusterSection) -> str:
-    recompute = "" if config.model.recompute == "full" else "model.recompute = 'full', "
-    offload = "" if config.optimizer.offload_fraction else "optimizer.offload_fraction, "
-    servers = ""
-    shares = isinstance(config, RlConfig) and not config.rollout.urls and not config.rollout.release_memory
-    if shares and not cluster.serving_nodes:
-        servers = "rollout.release_memory = true, a smaller --mem-fraction-static or max_running_requests, "
-    return f"set {recompute}{offload}more [parallel], a smaller train.micro_batch_tokens, {servers}or more GPUs"
+def _remedies(config: RunConfig, cluster: ClusterSection) -> dict[str, str]:
+    """What to do by kind of GPU where something does not fit. Only what is not set yet."""
+    steps = ["model.recompute = 'full'"] if config.model.recompute != "full" else []
+    steps += ["optimizer.offload_fraction = 1"] if config.optimizer.offload_fraction < 1 else []
+    remedies = {}
+    if isinstance(config, RlConfig):
+        colocated = not config.rollout.urls and not cluster.serving_nodes
+        if colocated and not config.rollout.release_memory:
+            steps.append("rollout.release_memory = true")
+        may_offload = colocated and config.rollout.release_memory and not config.train.offload_while_generating
+        remedies["serving_gpu"] = serving_remedy(config.rollout, may_offload)
+    steps += ["a larger parallel.tensor or parallel.expert", "a smaller train.micro_batch_tokens"]
+    return remedies | {"training_gpu": f"set {', '.join(steps)}, or take more GPUs (`plan --suggest` searches)"}
 
 
 def _launch(kind: str, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> list[str]:

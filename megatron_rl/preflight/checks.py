@@ -1,23 +1,27 @@
 """The checks of every command: layout, data, directories, servers, memory, in the order in which they are made."""
 
+import importlib.util
 import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import psutil
 
 from megatron_rl.c3po.own_objective import check_advantage, check_correction, check_surrogate
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
+from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.model import ServingSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_named_domains, check_reward_domains
-from megatron_rl.data.fitting import prompt_limit, rendered_prompts
+from megatron_rl.data.fitting import Limit, prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
 from megatron_rl.data.prompts import Prompt, read_chats, read_prompts
@@ -27,6 +31,7 @@ from megatron_rl.gpus import chosen_backend, expandable_segments, visible_gpus
 from megatron_rl.memory import host_bytes, rank_bytes, serving_host_bytes
 from megatron_rl.model import backends as backends
 from megatron_rl.own_functions import is_own
+from megatron_rl.preflight.agents import agent_problems
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.preflight.rewards import reward_problems
@@ -54,7 +59,7 @@ def _layout(start: Start) -> Iterator[str]:
         yield from problems(start.config, start.architecture, start.world_size, start.serves)
 
 
-@check("gpus", "a GPU for each training rank")
+@check("gpus", "a GPU for each training rank", of_machine=True)
 def _gpus(start: Start) -> Iterator[str]:
     num_gpus = len(visible_gpus())
     if start.trains and 0 < num_gpus < start.world_size:
@@ -71,37 +76,62 @@ def _rows(start: Start) -> Iterator[str]:
     if isinstance(config, SftConfig):
         for path in config.data.files:
             read_chats(path, found, most=LOOKED_AT)
-    elif isinstance(config, EvaluateConfig):
-        for section in config.benchmarks.values():
-            needs_answer = section.reward_of(config.reward).needs_answers
-            read_prompts(section.path, section.domain, problems=found, most=LOOKED_AT, needs_answer=needs_answer)
-    elif isinstance(config, SamplingConfig | SelectConfig):
-        data = config.data
-        prompts = [
-            prompt
-            for path in data.train_files
-            for prompt in read_prompts(
-                path, data.domain, data.suffix, found, LOOKED_AT, True, data.system, config.reward.needs_answers
-            )
-        ]
         found.tell()
-        refuse_misjudged(prompts, config.reward)
-        if start.trains:
-            assert isinstance(config, RlConfig)
-            _check_lengths(prompts, config)
+        return
+    prompts: list[Prompt] = []
+    if isinstance(config, SamplingConfig | SelectConfig):
+        for path in config.data.train_files:
+            prompts += _first_rows(path, config.data, config.reward, found)
+    rows = {
+        name: _first_rows(section.path, section, section.reward_of(config.reward), found)[: section.prompts]
+        for name, section in start.benchmarks.items()
+        if isinstance(config, EvaluateConfig | RlConfig)
+    }
     found.tell()
+    if isinstance(config, SamplingConfig | SelectConfig):
+        refuse_misjudged(prompts, config.reward)
+    if start.trains:
+        assert isinstance(config, RlConfig)
+        if config.data.too_long == "stop":
+            _check_lengths(prompts, config.data, prompt_limit(config), config)
+        for name, section in start.benchmarks.items():
+            refuse_misjudged(rows[name], section.reward_of(config.reward))
+            limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
+            _check_lengths(rows[name], section, limit, config)
     yield from ()
 
 
-def _check_lengths(prompts: Sequence[Prompt], config: RlConfig) -> None:
+def _first_rows(path: Path, how: PromptSection, reward: RewardSection, found: Problems) -> list[Prompt]:
+    """Read the first rows of a file of prompts; what is wrong with them is noted."""
+    return read_prompts(path, how.domain, how.suffix, found, LOOKED_AT, True, how.system, reward.needs_answers)
+
+
+def _check_lengths(prompts: Sequence[Prompt], how: PromptSection, limit: Limit, config: RlConfig) -> None:
     """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
     prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
-    limit = prompt_limit(config)
-    data = config.data
     may_be_long = [p for p in prompts if len(p.text.encode()) > limit.tokens]
-    if may_be_long and data.too_long == "stop":
+    if may_be_long:
         tokenizer = load_tokenizer(config.model.path)
-        rendered_prompts(may_be_long, tokenizer, limit, data.special_tokens, arguments=data.template_arguments)
+        rendered_prompts(may_be_long, tokenizer, limit, how.special_tokens, arguments=how.template_arguments)
+
+
+@check("trackers", "the packages of tracking.to are installed")
+def _trackers(start: Start) -> Iterator[str]:
+    if not isinstance(start.config, RunConfig):
+        return
+    for name in start.config.tracking.to:
+        if importlib.util.find_spec(name) is None:
+            yield (
+                f"tracking.to names {name}, which is not installed here; pip install 'megatron_rl[{name}]', or take it "
+                "out"
+            )
+
+
+@check("validation", "the benchmarks of a run have servers that answer them")
+def _validation(start: Start) -> Iterator[str]:
+    config = start.config
+    if start.rollouts is not None and isinstance(config, RlConfig) and config.validation is not None:
+        yield "validation samples from servers, and with --rollouts there are none; take [validation] out of the file"
 
 
 @check("domains", "tables by domain name domains that rows have")
@@ -167,7 +197,7 @@ def _run_dir(start: Start) -> Iterator[str]:
         refuse_other_epochs(config.run_dir, config.train.epochs or 0, start.resume)
 
 
-@check("router_replay", "servers can record routed experts")
+@check("router_replay", "servers can record routed experts", of_machine=True)
 def _router_replay(start: Start) -> Iterator[str]:
     config = start.config
     if not (start.serves and isinstance(config, RlConfig) and config.rollout.router_replay):
@@ -179,7 +209,7 @@ def _router_replay(start: Start) -> Iterator[str]:
         )
 
 
-@check("sharing", "servers and trainer can share this machine's GPUs")
+@check("sharing", "servers and trainer can share this machine's GPUs", of_machine=True)
 def _sharing(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains and isinstance(config, RlConfig) and start.rollouts is None:
@@ -187,7 +217,7 @@ def _sharing(start: Start) -> Iterator[str]:
     yield from ()
 
 
-@check("sequences", "sequences are not longer than the model can read, and the model is not too large for its server")
+@check("sequences", "sequences that the model can read, and its server can run")
 def _sequences(start: Start) -> Iterator[str]:
     config = start.config
     if isinstance(config, SelectConfig):
@@ -204,7 +234,7 @@ def _sequences(start: Start) -> Iterator[str]:
             yield f"distillation.path {teacher.path}: {problem}"
 
 
-@check("servers", "the generation servers of this machine can be started")
+@check("servers", "the generation servers of this machine, and their ports", of_machine=True)
 def _servers(start: Start) -> Iterator[str]:
     config = start.config
     teacher = config.distillation if isinstance(config, RlConfig) and start.trains else None
@@ -221,7 +251,7 @@ def _servers(start: Start) -> Iterator[str]:
         check_same_torch(config.rollout)
 
 
-@check("memory", "the host memory of this machine")
+@check("memory", "the host memory of this machine", of_machine=True, after="layout")
 def _memory(start: Start) -> Iterator[str]:
     config = start.config
     if start.trains:
@@ -245,9 +275,10 @@ def _memory(start: Start) -> Iterator[str]:
         yield from _memory_problems(needed, config.model.dtype, architecture, largest)
 
 
-check("limits", "sockets, files and threads within the limits of a process")(limit_problems)
+check("agent", "the agent starts, and the model's answers can be read")(agent_problems)
+check("limits", "sockets, files and threads within a process's limits", of_machine=True)(limit_problems)
 check("teacher", "the teacher policy reads the policy's tokens as it does")(teacher_problems)
-check("rewards", "own reward functions and services give the first row a score")(reward_problems)
+check("rewards", "own rewards and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
 _EMBEDDED_FLOPS = 60e9

@@ -28,10 +28,13 @@ def limit_problems(start: Start) -> Iterator[str]:
     config = start.config
     workers = 0
     if isinstance(config, RolloutPhase | EvaluateConfig):
-        workers = max(2, len(config.reward.kinds)) * config.reward.workers  # of each kind that needs some
+        kinds = {*config.reward.kinds, *(one.reward for one in start.benchmarks.values() if one.reward)}
+        workers = max(2, len(kinds)) * config.reward.workers  # of each kind that needs some
     if rollout is not None:
         # Two more of a server: its health is looked at beside a push of weights.
         sockets = requests_in_flight(rollout, num_servers) + 2 * num_servers
+        if rollout.has_agent:
+            sockets *= 2  # as many agents ask
         if isinstance(config, RlConfig) and start.trains and (teacher := config.distillation) is not None:
             of_teacher = teacher.as_rollout(rollout)
             count = len(teacher.urls) or len(server_gpus(of_teacher))
@@ -65,6 +68,8 @@ def _served(start: Start) -> tuple[RolloutSection | None, int]:
         return None, 0
     if start.rollouts is not None:
         return None, 0
+    if start.benchmarks:  # which are not sampled partially
+        rollout = rollout.model_copy(update={"partial": False})
     return rollout, len(rollout.urls) or len(server_gpus(rollout))
 
 

@@ -1,10 +1,11 @@
 """Checks by name: each finds problems of a command that is about to start, and every problem says its remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
@@ -37,6 +38,14 @@ class Start:
         config = self.config
         return self.trains and isinstance(config, RlConfig) and not config.rollout.urls and self.rollouts is None
 
+    @property
+    def benchmarks(self) -> Mapping[str, BenchmarkSection]:
+        """The benchmarks that it answers, by name."""
+        config = self.config
+        if isinstance(config, RlConfig) and self.trains and config.validation is not None:
+            return config.validation.benchmarks
+        return config.benchmarks if isinstance(config, EvaluateConfig) else {}
+
     @cached_property
     def architecture(self) -> Architecture:
         """The shape of the one model."""
@@ -47,25 +56,35 @@ class Start:
         return load_architecture(self.model)
 
 
+Find = Callable[[Start], Iterator[str]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """name: for the table of all checks. about: what it looks at. find: messages, each with its remedy behind the last
-    semicolon; it may raise ValueError in place of the first."""
+    semicolon; it may raise ValueError in place of the first. of_machine: it looks at this machine, which may be another
+    one than the run's. after: the check that has to find nothing before this one makes sense."""
 
     name: str
     about: str
-    find: Callable[[Start], Iterator[str]]
+    find: Find
+    of_machine: bool = False
+    after: str = ""
 
 
+# What every start is asked, and what only `megatron-rl check` asks beside: it takes longer, or the run asks it later.
 CHECKS: dict[str, Check] = {}
+THOROUGH: dict[str, Check] = {}
 
 
-def check(name: str, about: str) -> Callable[[Callable[[Start], Iterator[str]]], Callable[[Start], Iterator[str]]]:
+def check(
+    name: str, about: str, *, of_machine: bool = False, after: str = "", among: dict[str, Check] = CHECKS
+) -> Callable[[Find], Find]:
     """Register a function as a check, behind those before it. One that does not concern a command finds nothing."""
 
-    def register(find: Callable[[Start], Iterator[str]]) -> Callable[[Start], Iterator[str]]:
-        assert name not in CHECKS, f"two checks are called {name}"
-        CHECKS[name] = Check(name=name, about=about, find=find)
+    def register(find: Find) -> Find:
+        assert name not in CHECKS | THOROUGH, f"two checks are called {name}"
+        among[name] = Check(name=name, about=about, find=find, of_machine=of_machine, after=after)
         return find
 
     return register

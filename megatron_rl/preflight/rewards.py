@@ -7,17 +7,18 @@ from pathlib import Path
 from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.reward import OF_BENCHMARKS, RewardSection
-from megatron_rl.config.schema import SamplingConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.data.rows import LOOKED_AT, Problems
 from megatron_rl.preflight.registry import Start
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
-from megatron_rl.reward.verdict import GAVE_UP
+from megatron_rl.reward.verdict import GAVE_UP, Verdict
 
 # The reference answer, which may be right, and nothing, which a model may well answer.
 _TRIED = ("\\boxed{%s}", "")
+_PROGRAMS = ("```python\nprint()\n```", "")
 _ANSWER_CHARACTERS = 2000
 
 
@@ -26,12 +27,12 @@ def reward_problems(start: Start) -> Iterator[str]:
     config = start.config
     if start.rollouts is not None:
         return
-    if isinstance(config, EvaluateConfig):
-        for section in config.benchmarks.values():
+    if isinstance(config, EvaluateConfig | RlConfig):
+        for section in start.benchmarks.values():
             reward = section.reward_of(config.reward)
             if _is_own(reward):
                 yield from _tried(reward, _first_rows([section.path], section, reward), None)
-    elif isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
+    if isinstance(config, SamplingConfig | SelectConfig) and _is_own(config.reward):
         yield from _tried(
             config.reward, _first_rows(config.data.train_files, config.data, config.reward), config.run_dir
         )
@@ -54,15 +55,30 @@ def _is_own(reward: RewardSection) -> bool:
 
 def _tried(reward: RewardSection, rows: Sequence[Prompt], folder: Path | None) -> Iterator[str]:
     """Judge two responses to the first row of each domain that has a function or service."""
+    own = [row for row in rows if any(kind not in OF_BENCHMARKS for kind in reward.kinds_of(row.domain))]
+    for row, text, verdict in first_verdicts(reward, own, folder):
+        yield from given_up(reward, row, text, verdict)
+
+
+def first_verdicts(
+    reward: RewardSection, rows: Sequence[Prompt], folder: Path | None
+) -> Iterator[tuple[Prompt, str, Verdict]]:
+    """Judge two responses to the first row of each domain: the reference answer, or for programs one that does nothing
+    of what is asked; and an empty one. Gives row, response and verdict."""
     firsts = {row.domain: row for row in reversed(rows)}
-    own = [row for row in firsts.values() if any(kind not in OF_BENCHMARKS for kind in reward.kinds_of(row.domain))]
     with Rewards(reward, folder) as rewards:
-        for row in own:
-            texts = [form.replace("%s", row.answer[:_ANSWER_CHARACTERS]) for form in _TRIED]
+        for row in firsts.values():
+            forms = _PROGRAMS if "code" in reward.kinds_of(row.domain) else _TRIED
+            texts = [form.replace("%s", row.answer[:_ANSWER_CHARACTERS]) for form in forms]
             attempts = [Attempt(text=text, num_tokens=len(text) + 1) for text in texts]
             for text, verdict in zip(texts, asyncio.run(rewards.verdicts(row, attempts)), strict=True):
-                if verdict.reason in GAVE_UP:
-                    yield (
-                        f"the reward {' + '.join(reward.kinds_of(row.domain))} gives no score to the response "
-                        f"{text!r:.80} to the row {row.where or row.id}: {verdict.details}; mend it, or the row"
-                    )
+                yield row, text, verdict
+
+
+def given_up(reward: RewardSection, row: Prompt, text: str, verdict: Verdict) -> Iterator[str]:
+    """Tell that a response got no score, where it got none."""
+    if verdict.reason in GAVE_UP:
+        yield (
+            f"the reward {' + '.join(reward.kinds_of(row.domain))} gives no score to the response {text!r:.80} to the "
+            f"row {row.where or row.id}: {verdict.details}; mend it, or the row"
+        )

@@ -9,11 +9,13 @@ import numpy as np
 
 from megatron_rl.report.curves import bin_width, curves
 from megatron_rl.report.families import groups, offsets, parents
+from megatron_rl.report.follow import run_follow
 from megatron_rl.report.page import render
 from megatron_rl.report.rollouts import evenly, read_step, steps_with_rollouts
 from megatron_rl.report.runs import Run, read_runs
 from megatron_rl.report.sections import sections_for
-from megatron_rl.report.summary import changes, evaluations, facts, written_by
+from megatron_rl.report.status import status
+from megatron_rl.report.summary import changes, evaluations, facts, starts, written_by
 from megatron_rl.train.run.metrics import bar
 
 log = logging.getLogger(__name__)
@@ -29,11 +31,24 @@ _NAMES = 4  # in the title
 
 
 def run_report(
-    directories: Sequence[Path], output: Path | None, steps_shown: int | None, evaluation: Sequence[Path]
+    directories: Sequence[Path],
+    output: Path | None,
+    steps_shown: int | None,
+    evaluation: Sequence[Path],
+    follow: bool = False,
+    port: int = 0,
 ) -> int:
-    """Write the page. Returns the exit code."""
+    """Write the page, or serve it. Returns the exit code."""
     if steps_shown is not None and steps_shown < 0:
         raise ValueError(f"--steps-shown must be at least 0, got {steps_shown}; 0 shows no responses")
+    if follow:
+        for directory in directories:
+            status(directory)  # which refuses what is no run
+        return run_follow(
+            directories,
+            lambda version: render(page_data(read_runs(directories), steps_shown, evaluation) | {"version": version}),
+            port,
+        )
     runs = read_runs(directories)
     output = output or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
     if output.is_dir() or not output.parent.is_dir():
@@ -65,6 +80,7 @@ def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence
                 "directory": str(run.directory),
                 "facts": facts(run, runs[parent].name if parent is not None else None),
                 "changes": changes(run),
+                "starts": starts(run),
                 "config": run.config_text,
                 "curves": curves(run, width),
                 "parent": parent,

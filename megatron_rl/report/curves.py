@@ -11,6 +11,7 @@ from megatron_rl.report.runs import Run
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_VALIDATION, _LOW, _HIGH = "validation/", "validation_low/", "validation_high/"
 _DIGITS = 5  # significant ones in the page
 _PHASES = tuple(f"{phase}_seconds" for phase in ("rollout", "plan", "update_weights", "train", "offload", "reload"))
 
@@ -40,25 +41,32 @@ def curves(run: Run, width: int) -> dict[str, Any]:
     """What the page draws of a run.
 
     bins, x, tokens, hours: [m], the number of each bin, and its mean step, and loss tokens and hours up to its end.
-    metrics: name: [means] where a bin is a step, else [means, lowest, highest]. A value that is not there is None.
+    metrics: name: [means] where a bin is a step, else [means, lowest, highest]; of a validation always with the ends of
+    its interval. A value that is not there is None.
     """
-    steps = np.array([row["step"] for row in run.rows], dtype=np.int64)
-    columns = metric_columns(run.rows)
+    rows = [*run.rows, *run.last_validation]
+    steps = np.array([row["step"] for row in rows], dtype=np.int64)
+    columns = metric_columns(rows)
+    validated = [name.removeprefix(_VALIDATION) for name in columns if name.startswith(_VALIDATION)]
+    intervals = {name: [columns.pop(end + name, None) for end in (_LOW, _HIGH)] for name in validated}
     starts = np.flatnonzero(np.diff(steps // width, prepend=-1))
     ends = np.append(starts[1:], len(steps)) - 1
 
-    def up_to(name: str) -> list[float | None]:
-        return _rounded(np.nancumsum(columns.get(name, np.full(len(steps), np.nan)))[ends])
+    def up_to(name: str) -> Floats:
+        return np.nancumsum(columns.get(name, np.full(len(steps), np.nan)))[ends]
 
     found = {}
     for name, values in columns.items():
         mean, low, high = binned(steps, values, width)
         found[name] = [_rounded(mean)] if width == 1 else [_rounded(mean), _rounded(low), _rounded(high)]
+    for name, interval in intervals.items():
+        drawn = [columns[_VALIDATION + name], *(end for end in interval if end is not None)]
+        found[_VALIDATION + name] = [_rounded(binned(steps, values, width)[0]) for values in drawn]
     return {
         "bins": (steps[starts] // width).tolist(),
         "x": _rounded(binned(steps, steps.astype(np.float64), width)[0], digits=9),
-        "tokens": up_to("num_loss_tokens"),
-        "hours": [None if s is None else s / 3600 for s in up_to("step_seconds")],
+        "tokens": _rounded(up_to("num_loss_tokens")),
+        "hours": _rounded((up_to("step_seconds") + up_to("validation_seconds")) / 3600),
         "metrics": found,
     }
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.report.runs import Run, told
+from megatron_rl.config.reference import told
+from megatron_rl.config.tracking import TrackingSection
+from megatron_rl.report.runs import Run
 
 # What says where and how fast a run went, but not what it trained.
 _PLACES = {"run_dir", "seed", "threads", "rollout.port", "rollout.urls", "rollout.sglang_python"}
+_PLACES |= {f"tracking.{name}" for name in TrackingSection.model_fields}
 _MOST_NAMED = 3
 _PARTS = re.compile(r"([-_/])")
 

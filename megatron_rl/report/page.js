@@ -88,6 +88,7 @@ function drawFacts() {
     place.append(make("details", {},
       make("summary", { textContent: data.runs.length > 1 ? `Configuration of ${label(run.name)}` : "Configuration" }),
       table(["not the default", "value", "default"], rows),
+      ...(run.starts.length ? [table(["started again", "after steps", "changed"], run.starts)] : []),
       make("details", {}, make("summary", { textContent: "all of config.toml" }), write(make("pre", { className: "prose" }), run.config))));
   }
 }

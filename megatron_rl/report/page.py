@@ -19,13 +19,14 @@ _IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page of what the scripts read: `report/build.py` makes it."""
+    """The page of what the scripts read: `report/build.py` makes it. With a version it asks for a newer one."""
     from plotly.offline import get_plotlyjs
 
     script = "\n".join(_part(name) for name in _SCRIPTS)
     plotly = get_plotlyjs()
     parts = {
-        "POLICY": _POLICY.format(" ".join(_digest(text) for text in (plotly, script))),
+        "POLICY": _POLICY.format(" ".join(_digest(text) for text in (plotly, script)))
+        + ("; connect-src 'self'" if "version" in data else ""),
         "TITLE": html.escape(data["title"]),
         "STYLE": _part("page.css"),
         "DATA": embedded(data),

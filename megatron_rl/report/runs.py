@@ -1,7 +1,6 @@
 """A run directory as a record: its configuration, its metrics, and when it was started."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.kinds import kind_of
+from megatron_rl.config.reference import flattened
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.evaluation.validations import read_validations, validation_metrics
 from megatron_rl.parsing import parse_toml, read_text
 from megatron_rl.train.run.metrics import read_metrics
 
@@ -21,7 +22,8 @@ class Run:
     """name: of its folder, or more of its path where that is needed to tell runs apart. kind: "rl" or "sft".
 
     config: the resolved configuration as nested tables; config_text: as it stands in the file. rows: of metrics.jsonl,
-    by rising step. resumed_at: the steps from which the run went on after it had stopped.
+    by rising step. resumed_at: the steps from which the run went on after it had stopped. last_validation: none, or the
+    metrics of the weights behind the last step, which have no row of their own.
     """
 
     directory: Path
@@ -31,6 +33,7 @@ class Run:
     config_text: str
     rows: Sequence[Mapping[str, Any]]
     resumed_at: tuple[int, ...]
+    last_validation: Sequence[Mapping[str, Any]] = ()
 
     @property
     def num_steps(self) -> int:
@@ -42,11 +45,6 @@ class Run:
         """None for a run in epochs."""
         steps = self.config_values.get("train.steps")
         return steps if isinstance(steps, int) else None
-
-    @property
-    def has_ended(self) -> bool:
-        """The directory of the result is the last thing that a run makes."""
-        return (self.directory / "hf").exists()
 
     @cached_property
     def config_values(self) -> dict[str, Any]:
@@ -108,6 +106,11 @@ def read_run(directory: Path, name: str) -> Run:
         config=config,
         config_text=text,
         rows=rows,
+        last_validation=[
+            {"step": row["step"], "validation_seconds": row["seconds"], **validation_metrics(row)}
+            for row in read_validations(directory)
+            if row["step"] > rows[-1]["step"]
+        ][-1:],
         resumed_at=tuple(b["step"] for a, b in pairwise(rows) if b.get("num_starts", 1) != a.get("num_starts", 1)),
     )
 
@@ -119,19 +122,3 @@ def short_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key.path, value) of every value. A table whose keys are no names, such as files with weights, is one value."""
-    for key, value in table.items():
-        if isinstance(value, dict) and all(map(str.isidentifier, value)):
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def told(value: Any) -> str:
-    """A value of a configuration, for people."""
-    if value is None:
-        return "not set"
-    return value if isinstance(value, str) else json.dumps(value, default=str)

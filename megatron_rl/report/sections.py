@@ -42,6 +42,13 @@ SECTIONS = (
             ),
             Plot(title="Reward by domain", unit="mean of the step", curves={"*": "reward/*"}, always=True),
             Plot(
+                title="Validation",
+                unit="mean score, with 95 % intervals",
+                curves={"*": "validation/*"},
+                note="Of prompts that are not trained on: where it falls while the reward climbs, the run overfits.",
+                always=True,
+            ),
+            Plot(
                 title="Judged correct",
                 unit="share of responses",
                 curves={"correct": "correct_share"},
@@ -116,6 +123,18 @@ SECTIONS = (
                 unit="share",
                 kind="zero",
                 curves={"of output tokens": "masked_token_share", "responses without a turn": "no_token_share"},
+            ),
+            Plot(
+                title="What agents do",
+                unit="per phase",
+                kind="zero",
+                curves={
+                    "calls of tools": "num_tool_calls",
+                    "broken calls": "num_broken_tool_calls",
+                    "changed histories": "num_new_segments",
+                    "ended by a limit": "num_ended_by_limit",
+                    "failed": "num_failed_agents",
+                },
             ),
             Plot(title="Length by domain", unit="tokens, mean", kind="zero", curves={"*": "response_tokens_mean/*"}),
             Plot(
@@ -240,6 +259,7 @@ SECTIONS = (
                     "offload": "offload_seconds",
                     "reload": "reload_seconds",
                     "plan": "plan_seconds",
+                    "validation": "validation_seconds",
                     "rest": "rest_seconds",
                 },
             ),

@@ -1,22 +1,24 @@
 """What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from megatron_rl import __version__
-from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.config.reference import REQUIRED, as_toml, keys_of, told
+from megatron_rl.config.schema import RlConfig, RunConfig, SftConfig
+from megatron_rl.evaluation.validations import best_row, read_validations, told_score
 from megatron_rl.families import read_architecture
 from megatron_rl.parsing import read_json
-from megatron_rl.report.runs import Run, flattened, told
+from megatron_rl.report.runs import Run
+from megatron_rl.report.status import status
+from megatron_rl.train.run.starts import differences, read_starts
 
-_ALIVE_SECONDS = 120  # a heartbeat that is older is of a run that has stopped, or of one in a very long phase
 # What may be true of a response at once: one that is cut off has no answer.
 _FAILURES = {
     "wrong answer": "wrong_share",
@@ -25,7 +27,7 @@ _FAILURES = {
     "too slow": "too_slow_share",
     "not judged": "reward_error_share",
 }
-_KINDS: dict[str, type[BaseModel]] = {"rl": RlConfig, "sft": SftConfig}
+_KINDS: dict[str, type[RunConfig]] = {"rl": RlConfig, "sft": SftConfig}
 
 
 def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
@@ -41,6 +43,7 @@ def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
         ("failed responses, last tenth", _failures(run)),
         ("loss, first → last tenth", _ends(run, "loss") if run.kind == "sft" else ""),
         ("last validation loss", _last(run, "validation_loss")),
+        *_validated(run),
         ("seed", str(run.config_values.get("seed", 1))),
         ("tokens trained", _count(sum(tokens))),
         ("tokens sampled", _count(sum(_column(run, "num_generated_tokens")))),
@@ -61,10 +64,30 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
     """
     defaults = dict(_defaults(_KINDS[run.kind]))
     return [
-        (key, told(value), told(defaults[key]) if key in defaults else "unknown")
+        (key, told(value), _told_default(key, defaults))
         for key, value in run.config_values.items()
-        if key not in defaults or (value != defaults[key] and value != _as_toml(defaults[key]))
+        if key not in defaults or (value != defaults[key] and value != as_toml(defaults[key]))
     ]
+
+
+def starts(run: Run) -> list[tuple[str, str, str]]:
+    """(start, steps before it, what it changed) of every start but the first."""
+    known = read_starts(run.directory)
+    return [
+        (
+            f"start {now.number}",
+            f"{now.step:,}",
+            "; ".join(map(str, differences(before.values, now.values, _KINDS[run.kind]))) or "nothing",
+        )
+        for before, now in pairwise(known)
+    ]
+
+
+def _told_default(key: str, defaults: Mapping[str, Any]) -> str:
+    """Say the default of a key, or of the table that it is in where that may have any keys."""
+    parts = key.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((told(defaults[name]) for name in names if name in defaults), "unknown")
 
 
 def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -97,40 +120,17 @@ def written_by() -> str:
     return f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, by megatron_rl {__version__}"
 
 
-def _defaults(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, field in kind.model_fields.items():
-        section = _section(field)
-        if section is not None:
-            found += _defaults(section, f"{prefix}{name}.")
-        elif field.is_required():
-            found.append((prefix + name, "required"))
-        else:
-            found += flattened({prefix + name: field.default}) if field.default != {} else []
-            found.append((prefix + name, field.default))
-    return found
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """That a field is, where it is one, or may be one."""
-    kinds = [field.annotation, *get_args(field.annotation)] if get_origin(field.annotation) is not tuple else []
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _as_toml(value: Any) -> Any:
-    """As it is read back from the file."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+def _defaults(kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    for key in keys_of(kind):
+        yield key.path, "required" if key.default is REQUIRED else key.default
 
 
 def _state(run: Run) -> str:
-    if run.has_ended:
-        return "ended"
-    try:
-        beat = read_json(run.directory / "heartbeat.json")
-        age, phase = time.time() - float(beat["time"]), str(beat["phase"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "not ended"
-    return f"running ({phase})" if age < _ALIVE_SECONDS else f"not ended, last seen in {phase}"
+    found = status(run.directory)
+    told = "not ended" if found["state"] == "unknown" else found["state"]
+    if found["state"] in ("running", "silent", "killed"):
+        return f"{told} ({found['phase']})"
+    return f"{told}: {found['message']}" if found["message"] else told
 
 
 def _model(run: Run) -> str:
@@ -171,6 +171,16 @@ def _failures(run: Run) -> str:
         if values:
             found.append((fmean(values[-max(1, len(values) // 10) :]), name))
     return ", ".join(f"{name} {share:.0%}" for share, name in sorted(found, reverse=True) if share >= 0.005)
+
+
+def _validated(run: Run) -> Iterator[tuple[str, str]]:
+    """The best and the last score of each benchmark of validation."""
+    rows = read_validations(run.directory)
+    for name in dict.fromkeys(name for row in rows for name in row["benchmarks"]):
+        best, last = best_row(rows, name), [row for row in rows if name in row["benchmarks"]][-1]
+        shown = [last] if best is None or best["step"] == last["step"] else [best, last]
+        told = (f"{told_score(row, name)} after {row['step']} steps" for row in shown)
+        yield f"validation of {name}, best and last", ", ".join(told)
 
 
 def _last(run: Run, name: str) -> str:

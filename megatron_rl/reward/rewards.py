@@ -60,10 +60,10 @@ class Rewards:
         if task.domain not in self._section.domains and self._section.parts:
             found = await asyncio.gather(*(self._judges[kind].verdicts(task, attempts) for kind in kinds))
             parts, decides = self._section.parts, self._section.correct_part
-            return _neutral([_added_up(parts, decides, of_parts) for of_parts in zip(*found, strict=True)])
+            return neutral([_added_up(parts, decides, of_parts) for of_parts in zip(*found, strict=True)])
         verdicts = await self._judges[kinds[0]].verdicts(task, attempts)
         if kinds[0] not in OF_BENCHMARKS:
-            return _neutral(verdicts)
+            return neutral(verdicts)
         return list(
             await asyncio.gather(
                 *(self._second_opinion(task, one, verdict) for one, verdict in zip(attempts, verdicts, strict=True))
@@ -137,7 +137,7 @@ def _added_up(parts: Mapping[str, PartSection], decides: str, verdicts: Sequence
     )
 
 
-def _neutral(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def neutral(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """With the mean of the others as score where there is no verdict; 0 where there is none at all."""
     judged = [verdict.score for verdict in verdicts if verdict.reason not in GAVE_UP]
     if len(judged) == len(verdicts):

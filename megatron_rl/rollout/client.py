@@ -55,12 +55,14 @@ class SampleRequest:
     """One response to sample: the tokens before it, its seed, and how many tokens it may have.
 
     top_p: below 1 for evaluation only. Log-probs are those of the whole distribution, from which it then does not come.
+    stop: texts that end it, the first of them that comes up.
     """
 
     input_ids: Sequence[int]
     seed: int
     max_new_tokens: int
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +130,16 @@ class GenerationClient:
         routed: RoutedShape | None = None,
     ) -> Completion:
         """Ask for one sample. routed: ask for routed experts too, which must look like this."""
-        body = {
-            "input_ids": list(wanted.input_ids),
-            "sampling_params": {
-                "temperature": temperature,
-                "top_k": -1,
-                "max_new_tokens": wanted.max_new_tokens,
-                "sampling_seed": wanted.seed,
-                "top_p": wanted.top_p,
-            },
-            "return_logprob": True,
+        params: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": -1,
+            "max_new_tokens": wanted.max_new_tokens,
+            "sampling_seed": wanted.seed,
+            "top_p": wanted.top_p,
         }
+        if wanted.stop:
+            params["stop"] = list(wanted.stop)
+        body = {"input_ids": list(wanted.input_ids), "sampling_params": params, "return_logprob": True}
         if routed is not None:
             body["return_routed_experts"] = True
         async with contextlib.AsyncExitStack() as held:

@@ -52,7 +52,7 @@ class Journal:
             self._file.truncate(whole)
             self._file.seek(whole)
             if not whole:
-                self._write(_framed(header))
+                self._write(framed(header))
         except OSError as error:
             self._give_up(error)
         return len(self._found)
@@ -72,7 +72,7 @@ class Journal:
             self.forget(lambda step: step > self._step)
         if self._file is None or any(sample.reason in GAVE_UP for sample in group.samples):
             return
-        self._queue.append(_framed(pack_carry(Carry(samples=group.samples, since=(0,) * len(group.samples)))))
+        self._queue.append(framed(pack_carry(Carry(samples=group.samples, since=(0,) * len(group.samples)))))
         async with self._lock:
             # Whoever had the lock before may have written this group too.
             if self._queue and self._file is not None:
@@ -103,13 +103,13 @@ class Journal:
 
     def _read(self, path: Path, header: bytes) -> int:
         """Fills what was found; the bytes of whole records, 0 if the file is of another run."""
-        records = _records(path)
-        first, whole = next(records, (b"", 0))
+        found = records(path)
+        first, whole = next(found, (b"", 0))
         if first != header:
             if first:
                 log.warning("%s was written under other settings; its phase is sampled anew", path)
             return 0
-        for content, whole in records:  # noqa: B007, the last end is what counts
+        for content, whole in found:  # noqa: B007, the last end is what counts
             samples = unpack_carry(content).samples
             self._found[samples[0].response.prompt_id] = Group(prompt_id=samples[0].response.prompt_id, samples=samples)
         return whole
@@ -123,11 +123,12 @@ class Journal:
             raise fault from error
 
 
-def _framed(content: bytes) -> bytes:
+def framed(content: bytes) -> bytes:
+    """One record of a file."""
     return _HEAD.pack(len(content), hashlib.blake2b(content, digest_size=16).digest()) + content
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, int]]:
+def records(path: Path) -> Iterator[tuple[bytes, int]]:
     """(content, end) of every record up to the first that is not whole."""
     with path.open("rb") as file:
         while len(head := file.read(_HEAD.size)) == _HEAD.size:

@@ -1,5 +1,6 @@
 """What the responses in a file depend on, kept beside it, so that `--resume` never mixes those of two settings."""
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from typing import Any
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.files import whole_file
 from megatron_rl.own_functions import is_own, source_digest
 from megatron_rl.parsing import read_json
@@ -49,6 +51,13 @@ def objective_digests(algorithm: AlgorithmSection) -> dict[str, str]:
     """The same of those that are parts of the objective."""
     parts = (algorithm.advantage, algorithm.surrogate, algorithm.correction)
     return {name: source_digest(name) for name in parts if name is not None and is_own(name)}
+
+
+def agent_digests(rollout: RolloutSection) -> dict[str, str]:
+    """The same of the agent, or of the files that its command names."""
+    named = {rollout.agent: source_digest(rollout.agent)} if rollout.agent else {}
+    files = [word for word in rollout.agent_command if Path(word).is_file()]
+    return named | {word: hashlib.sha256(Path(word).read_bytes()).hexdigest()[:16] for word in files}
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.agents import AGENT_KEYS
 from megatron_rl.config.schema import RolloutPhase, SamplingConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
@@ -18,6 +20,7 @@ from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.append_log import has_responses, sample_into, told_of_resume, whole_groups, write_groups
 from megatron_rl.rollout.provenance import (
     ANOTHER_OUTPUT,
+    agent_digests,
     model_settings,
     read_settings,
     refuse_differences,
@@ -25,14 +28,25 @@ from megatron_rl.rollout.provenance import (
     write_settings,
 )
 from megatron_rl.rollout.rollout_file import group_rows
-from megatron_rl.rollout.sampler import Question
+from megatron_rl.rollout.sampler import Question, Sampler
 from megatron_rl.rollout.standalone import sampling
 from megatron_rl.rollout.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
 
-def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, path: Path, resume: bool) -> int:
+# Gives a sampler over servers of its own, of a configuration, a model, its tokenizer, the servers' name and a seed.
+Sampling = Callable[[RolloutPhase, Path, Any, str, int], AbstractAsyncContextManager[Sampler]]
+
+
+def run_rollout(
+    config: SamplingConfig,
+    model: Path | None,
+    num_prompts: int,
+    path: Path,
+    resume: bool,
+    sampling: Sampling = sampling,
+) -> int:
     """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`, or
     by the configuration's teacher without one. Returns the exit code."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,21 +57,27 @@ def run_rollout(config: SamplingConfig, model: Path | None, num_prompts: int, pa
             if model is None:
                 asyncio.run(_ask_teacher(config, num_prompts, path))
             else:
-                asyncio.run(_sample(config, model, num_prompts, path))
+                asyncio.run(_sample(config, model, num_prompts, path, sampling))
     return 0
 
 
-async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path) -> None:
+async def _sample(config: SamplingConfig, model: Path, num_prompts: int, path: Path, sampling: Sampling) -> None:
     tokenizer = load_tokenizer(model)
     stream, input_ids = load_prompts(config, tokenizer)
     left = _left(config, stream, num_prompts, path, sampling_settings(config, model, stream.digest))
     questions = [Question(prompt_id=at, prompt=prompt, input_ids=input_ids[prompt.id]) for at, prompt in left]
-    await sample_questions(config, model, tokenizer, questions, path, "rollout_server")
+    await sample_questions(config, model, tokenizer, questions, path, "rollout_server", sampling)
     log.info("%s: %d groups of %d responses", path, num_prompts, config.rollout.samples_per_prompt)
 
 
 async def sample_questions(
-    config: RolloutPhase, model: Path, tokenizer: Any, questions: Sequence[Question], path: Path, server: str
+    config: RolloutPhase,
+    model: Path,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    path: Path,
+    server: str,
+    sampling: Sampling = sampling,
 ) -> None:
     """Append every question's scored group to `path`. server: what the logs of the servers are called after."""
     async with sampling(config, model, tokenizer, server, config.seed) as sampler:
@@ -74,10 +94,11 @@ async def sample_questions(
 
 def sampling_settings(config: RolloutPhase, model: Path, digest: str) -> dict[str, Any]:
     """What the responses of a model depend on. digest: of the prompts in their order."""
-    return {
-        "model": model_settings(model, config.serving.dtype),
-        **_settings(config, digest, ["engine", "max_prompt_tokens"]),
-    }
+    of_agents = AGENT_KEYS if config.rollout.has_agent else ()
+    settings = _settings(config, digest, ["engine", "max_prompt_tokens", *of_agents])
+    if config.rollout.has_agent:
+        settings["agent"] = agent_digests(config.rollout)
+    return {"model": model_settings(model, config.serving.dtype), **settings}
 
 
 async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_rl.data.prompts import Prompt
 from megatron_rl.records import Group, Response, Sample, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
+from megatron_rl.reward.verdict import Verdict
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, gather_all
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
@@ -168,11 +169,11 @@ class Sampler:
                         if not (lacking := [need for need in needs if need.missing > 0]):
                             break  # what has come meanwhile is enough
                         (question,) = take(most_lacking(lacking, phase.num_open).domain, 1)
-                        phase.start(question, _blank(question, size), 0)
+                        phase.start(question, self._blank(question), 0)
                         await asyncio.sleep(0)  # the event loop reads what has come before it sends what is asked here
                 if lacking and not await phase.advance():
                     raise _never_filled(lacking[0], phase.found, f"{num_started} prompts")
-            await phase.stop(self._servers.abort_all)
+            await phase.stop(self._abort_all)
         finally:
             phase.cancel()
         return phase.ended(self._rollout.max_retention)
@@ -187,14 +188,22 @@ class Sampler:
 
         async def in_turn(response: Response) -> Response:
             async with self._in_flight:
-                whole = await self._continue(response, policy_version, place)
+                whole = await self._continue(question, response, policy_version, place)
             return await self._with_text(whole)
 
-        blank = _blank(question, self._rollout.samples_per_prompt)
-        return await self._score(question, await gather_all(map(in_turn, blank)))
+        return await self._score(question, await gather_all(map(in_turn, self._blank(question))))
+
+    def _blank(self, question: Question) -> list[Response]:
+        """The responses of a group before anything is sampled."""
+        return _blank(question, self._rollout.samples_per_prompt)
+
+    async def _abort_all(self) -> None:
+        """Have what runs come back now, as it is."""
+        await self._servers.abort_all()
 
     async def _continue(
         self,
+        question: Question,
         response: Response,
         policy_version: int,
         place: Place,
@@ -237,11 +246,7 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        attempts = [
-            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
-        ]
-        judged, taught = self._rewards.verdicts(question.prompt, attempts), self._taught(responses)
-        work: list[Coroutine[Any, Any, Any]] = [judged, taught]
+        work: list[Coroutine[Any, Any, Any]] = [self._verdicts(question, responses), self._taught(responses)]
         verdicts, responses = await gather_all(work)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
@@ -261,6 +266,12 @@ class Sampler:
         if self._journal is not None:
             await self._journal.append(group)
         return group
+
+    async def _verdicts(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
+        attempts = [
+            Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
+        ]
+        return await self._rewards.verdicts(question.prompt, attempts)
 
     async def _taught(self, responses: Sequence[Response]) -> Sequence[Response]:
         return responses if self._teacher is None else await self._teacher.scored(responses)
@@ -387,7 +398,8 @@ class _PartialPhase:
 
     async def _run(self, response: Response, place: Place) -> None:
         try:
-            longer = await self._sampler._continue(response, self._version, place, lambda: self._stopping)
+            question = self._open[response.prompt_id].question
+            longer = await self._sampler._continue(question, response, self._version, place, lambda: self._stopping)
         except ServerError:
             if not self._stopping:
                 raise

@@ -61,7 +61,7 @@ class GenerationServer:
         self.log_path = log_path
         self._key, self._is_proven = key, False
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        inherited = {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
+        inherited = inherited_environment()
         # The log of a server that is started again goes on where the last one's ended.
         with log_path.open("ab") as log_file:
             # A session of its own keeps the terminal's Ctrl-C away from it; this process decides when it ends.
@@ -175,6 +175,11 @@ class GenerationServer:
                 "(--tokenizer-worker-num)"
             )
         return True
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's variables, without those that make it a rank of a training run."""
+    return {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
 
 
 class EmbeddedServer(GenerationServer):

@@ -1,6 +1,7 @@
 """The servers of one node, kept running: a thread starts again what ends or is given up."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -11,12 +12,19 @@ from typing import Self
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import Fault
+from megatron_rl.files import whole_file
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import GenerationServer, idle_gpus, server_gpus, server_starter
 
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_SECONDS = 0.2
+# The first time a server that ended is started again at once; then after this, and twice as long each time.
+FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 60.0
+# Who has served for so long has its earlier ends forgiven.
+_FORGIVEN_SECONDS = 600.0
+# On a file system that machines share, where a look takes longer.
+_LOOK_FOR_WISHES_SECONDS = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +34,18 @@ class _Kept:
     num_restarts: int = 0
     started_at: float = 0.0
     is_ready: bool = True
+    again_at: float | None = None  # when it will be started again, once it has ended
+
+
+def wish(folder: Path, url: str, reason: str) -> None:
+    """Ask the node of the server at `url` to start it again, by a file in a folder that both see."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(_wish_path(folder, url)) as file:
+        file.write(reason)
+
+
+def _wish_path(folder: Path, url: str) -> Path:
+    return folder / f"restart_{re.sub(r'[^0-9A-Za-z.]+', '_', url)}"
 
 
 class ServerSupervisor:
@@ -34,9 +54,15 @@ class ServerSupervisor:
     failure: set when a server was given up for good: it ended too often, or did not get ready.
     """
 
-    def __init__(self, starts: Sequence[Callable[[int], GenerationServer]], rollout: RolloutSection) -> None:
-        """Starts all; they get ready at the same time."""
-        self._rollout = rollout
+    def __init__(
+        self,
+        starts: Sequence[Callable[[int], GenerationServer]],
+        rollout: RolloutSection,
+        wishes: Path | None = None,
+    ) -> None:
+        """Starts all; they get ready at the same time. wishes: a folder in which other machines ask by `wish` for a
+        server of this one to be started again."""
+        self._rollout, self._wishes, self._looked_at = rollout, wishes, 0.0
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._is_held = False
@@ -46,6 +72,8 @@ class ServerSupervisor:
         try:
             for start in starts:
                 self._kept.append(_Kept(start=start, server=start(0)))
+                if wishes is not None:  # one that was left over is of another run
+                    _wish_path(wishes, self._kept[-1].server.url).unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise
@@ -107,6 +135,7 @@ class ServerSupervisor:
 
     def _run(self) -> None:
         while not self._closing.wait(_LOOK_EVERY_SECONDS):
+            self._hear_wishes()
             for kept in self._kept:
                 try:
                     is_ready = kept.is_ready or kept.server.is_ready()  # may take seconds, so without the lock
@@ -117,26 +146,52 @@ class ServerSupervisor:
                     if not self._closing.is_set() and self.failure is None:
                         self._look_after(kept, is_ready)
 
+    def _hear_wishes(self) -> None:
+        now = time.monotonic()
+        if self._wishes is None or now - self._looked_at < _LOOK_FOR_WISHES_SECONDS:
+            return
+        self._looked_at = now
+        for kept in self._kept:
+            path = _wish_path(self._wishes, kept.server.url)
+            try:
+                reason = path.read_text(encoding="utf-8", errors="replace")
+                path.unlink()
+            except OSError:  # none, in most cases
+                continue
+            self.replace(kept.server.url, reason)
+
     def _look_after(self, kept: _Kept, is_ready: bool) -> None:
-        server = kept.server
+        server, now = kept.server, time.monotonic()
         if server.exit_code is not None:
-            if self._is_held:
+            if self._is_held or (kept.again_at is not None and now < kept.again_at):
                 return
-            server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
-            if kept.num_restarts >= self._rollout.max_restarts:
-                self._give_up(
-                    f"the generation server ended with code {server.exit_code}, and it had been restarted "
-                    f"{kept.num_restarts} times before (rollout.max_restarts): {server.last_words()}"
-                )
+            if kept.again_at is None:
+                self._note_end(kept, now)
                 return
-            log.warning("a generation server ended with code %s: %s", server.exit_code, server.last_words())
-            kept.num_restarts += 1
-            kept.server, kept.started_at, kept.is_ready = kept.start(server.port), time.monotonic(), False
+            kept.num_restarts, kept.again_at = kept.num_restarts + 1, None
+            kept.server, kept.started_at, kept.is_ready = kept.start(server.port), now, False
         elif is_ready:
             kept.is_ready = True
-        elif time.monotonic() - kept.started_at > self._rollout.ready_deadline_seconds:
+            if now - kept.started_at > _FORGIVEN_SECONDS:
+                kept.num_restarts = 0
+        elif now - kept.started_at > self._rollout.ready_deadline_seconds:
             log.warning("a generation server did not get ready again: %s", server.last_words())
             server.kill()
+
+    def _note_end(self, kept: _Kept, now: float) -> None:
+        """Say that a server has ended, and when it is started again, or give it up."""
+        server, count = kept.server, kept.num_restarts
+        server.kill()  # what is left of its process group would still hold the port, and a GPU's memory
+        if count >= self._rollout.max_restarts:
+            self._give_up(
+                f"the generation server ended with code {server.exit_code}, and it had been restarted {count} times "
+                f"before (rollout.max_restarts): {server.last_words()}"
+            )
+            return
+        pause = min(_LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1)) if count else 0.0
+        again = f"; starting it again in {pause:g} s" if pause else ""
+        log.warning("a generation server ended with code %s%s: %s", server.exit_code, again, server.last_words())
+        kept.again_at = now + pause
 
     def _give_up(self, reason: str) -> None:
         self.failure = Fault(reason)
@@ -153,12 +208,13 @@ def start_servers(
     host: str = "127.0.0.1",
     weights_roots: Sequence[Path] = (),
     secret_variables: Collection[str] = (),
+    wishes: Path | None = None,
 ) -> ServerSupervisor:
     """Start this machine's servers, listening on `host`; their logs are `folder/NAME_I.log`. They divide its GPUs.
 
     They serve who shows a new key, which the supervisor knows. weights_roots: below these embedded servers may load
     weights, beside `model_path`. secret_variables: of the environment, what they must not inherit beside what is called
-    a secret. ValueError when there is no SGLang to start, or too few GPUs.
+    a secret. wishes: as of `ServerSupervisor`. ValueError when there is no SGLang to start, or too few GPUs.
     """
     key = new_key()
     shares = server_gpus(rollout)
@@ -188,4 +244,5 @@ def start_servers(
             for i, gpus in enumerate(shares)
         ],
         rollout,
+        wishes,
     )

@@ -39,7 +39,7 @@ def token_entropy(surprisals: Sequence[float], num_tokens: Sequence[int]) -> Est
     and the interval is S / N times exp(+- t sqrt(variance)), Student's t with m - 1 degrees of freedom: on the scale of
     logarithms, because few long prompts of high entropy make the ratio's distribution skewed, and it is positive. The
     ratio's bias, of order 1 / m, is left in: the noise is of order 1 / sqrt(m). In simulations it holds the truth in 93
-    to 95 % for 8 to 128 prompts whose lengths differ up to tenfold (tests/test_selection.py), but in only 77 to 83 %
+    to 95 % for 8 to 128 prompts whose lengths differ up to tenfold (test_selection.py), but in only 77 to 83 %
     for 16 and 64 prompts where lengths range without limit over two orders of magnitude and entropy goes with them.
     """
     count, total, tokens = len(surprisals), math.fsum(surprisals), sum(num_tokens)

@@ -10,6 +10,7 @@ from megatron_rl.c3po.budget import ANY, PromptYield, Shortfall, fill, selection
 from megatron_rl.c3po.packing import CostModel, barrier_cost, pack_micro_batches
 from megatron_rl.c3po.plan import split_evenly
 from megatron_rl.config.cluster import ClusterSection
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
@@ -187,8 +188,7 @@ class Cluster:
         else:
             flops, rows = np.mean(self._unevenness, 0) * (even_flops, even_rows)
         work = per_flop * flops + rows * rates.micro_batch_seconds
-        # Share (p - 1) / (v m) of the work, for m micro-batches (Narayanan et al. 2021, arXiv 2104.04473, Section 2.2).
-        bubble = work * (layout.pipeline - 1) / (layout.virtual_pipeline * max(1.0, rows))
+        bubble = pipeline_bubble(work, layout, rows)
         return Trained(
             seconds=work + bubble + rates.optimizer_seconds,
             even=per_flop * even_flops,
@@ -214,6 +214,12 @@ class Cluster:
             "other": step.other_seconds,
         }
         return {cause: seconds / step.seconds for cause, seconds in lost.items()}
+
+
+def pipeline_bubble(work: float, layout: Layout, num_rows: float) -> float:
+    """Seconds that filling and draining the pipeline takes beside so many seconds of work, in `num_rows` micro-batches:
+    the share (p - 1) / (v m) of it (Narayanan et al. 2021, arXiv 2104.04473, Section 2.2)."""
+    return work * (layout.pipeline - 1) / (layout.virtual_pipeline * max(1.0, num_rows))
 
 
 def forward_passes(config: RlConfig) -> float:

@@ -90,7 +90,8 @@ def assumed(config: RlConfig, cluster: ClusterSection, mean: float | None = None
     rollout = config.rollout
     responses = rollout.prompts_per_step * rollout.samples_per_prompt
     if mean is None:
-        mean = min(sum(config.phase_budgets(cluster.training_ranks)) / responses, 0.9 * rollout.max_response_tokens)
+        tokens = sum(config.phase_budgets(cluster.training_ranks)) or config.half_length_tokens
+        mean = min(tokens / responses, 0.9 * rollout.max_response_tokens)
     lengths = scaled(lognormal(), mean, rollout.max_response_tokens)
     prompt = min(PROMPT_TOKENS, rollout.max_prompt_tokens)
     return Workload(lengths=lengths, told=f"log-normal, assumed, of a mean of {mean:,.0f}", prompt_tokens=prompt)

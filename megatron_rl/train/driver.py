@@ -29,7 +29,7 @@ from megatron_rl.train.orchestrator.group_source import GroupSource, RecordedGro
 from megatron_rl.train.orchestrator.node_servers import NodeServers, is_one_machine
 from megatron_rl.train.orchestrator.orchestrator import Orchestrator, execute
 from megatron_rl.train.run.alarms import SkipGuard
-from megatron_rl.train.run.context import TrainContext, should_save
+from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.run.signals import StopSignals, told_in_words
 from megatron_rl.train.step.objective import PolicyObjective
 from megatron_rl.train.step.trainer import Batches, StepResult
@@ -53,12 +53,18 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
     signals = StopSignals()
     num_optimizer_steps = config.train.steps * config.algorithm.optimizer_steps_of_phase
     context = TrainContext(config, num_optimizer_steps, resume, check=signals.check)
+    context.watchdog.num_steps = config.train.steps
     # Every part is closed, whatever another one raises.
     with context, ExitStack() as parts, told_in_words(context.watchdog):
         if config.algorithm.kl_coefficient:
             context.trainer.keep_reference()
         restored = context.restore()
         first = restored[0]["step"] if restored else 0
+        if first > config.train.steps:
+            raise ValueError(
+                f"the checkpoint is of step {first}, and this configuration ends after {config.train.steps}; raise "
+                "train.steps, or set run_dir to a new folder"
+            )
         servers: NodeServers | None = None
         teachers: NodeServers | None = None
         transport = None
@@ -85,11 +91,13 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 open_source = partial(_open_source, config, context, signals, servers, teachers, rollouts)
                 orchestrator = Orchestrator(config, context, first, restored, open_source, transport)
                 parts.callback(orchestrator.close)
-                if not resume:
-                    orchestrator.source.forget(lambda step: True)  # of another run in this folder
         except StopRequested:
-            return context.stop_code  # before the first step: there is nothing to save yet
-        return _steps(config, context, first, orchestrator, transport, servers)
+            context.exit_code = context.stop_code  # before the first step: there is nothing to save yet
+        else:
+            context.tell((first, config.train.steps), servers.urls if servers is not None else None)
+            context.exit_code = _steps(config, context, first, orchestrator, transport, servers)
+    context.tell_end("train", config.train.steps)
+    return context.exit_code
 
 
 def _steps(
@@ -121,11 +129,16 @@ def _steps(
             orchestrator.end(step, results, offload_seconds, reload_seconds)
         context.settle()
         skips.check(results)
-        if should_save(step + 1, config.train.steps, config):
+        keeps_best = bool(config.train.keep_best) and config.is_validated(step + 1)
+        if keeps_best or context.save_is_due(step + 1, config.train.steps):
             _save(context, orchestrator, step + 1)
     context.settle(wait=True)
+    if config.validation is not None:
+        _make_room(config, context, servers)
     last = orchestrator.finish() if orchestrator else _follow(context, config.train.steps, transport)
-    assert isinstance(last, Stop) and last.exit_code is not None
+    assert isinstance(last, Stop)
+    if last.exit_code is None:  # in the last validation, before which all is saved
+        return context.stop_code
     if last.exit_code == EXIT_DONE:
         context.export(config.run_dir / "hf")
     return last.exit_code

@@ -1,14 +1,10 @@
 """Skips where there is no Chromium; with MEGATRON_RL_NEED_BROWSER=1 that is a failure."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from chromium import NAMES, Chromium, executable
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,9 @@ right.
 """
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of the other tests
 
 if os.environ.get("MEGATRON_RL_GPU_CHECK_ON_CPU") == "1":
     os.environ["MEGATRON_RL_DEVICE"] = "cpu"

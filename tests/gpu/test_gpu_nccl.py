@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from parallel import ROOT, run_ranks, sharing_a_gpu
+from parallel import LAYOUTS, ROOT, SHAPE, make_spec, run_ranks, sharing_a_gpu
 from test_gpu_training import BFLOAT16, FLOAT32, Tolerance, assert_close, update_difference
-from test_parallel import LAYOUTS, SHAPE, make_spec
 from tiny_model import tensors_of, write_tiny_model
 from training_runs import GIVEN, Run, TrainingRuns
 from weight_receiver import serving

@@ -82,7 +82,7 @@ def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible_gpus()[:1]))
     if engine == "sglang":
         try:
-            find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2))
+            find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64))
         except ValueError as error:
             pytest.skip(str(error))
     config = tmp_path / "config.toml"

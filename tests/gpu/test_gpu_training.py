@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
-from test_parallel import relative, worst
+from parallel import relative, worst
 from torch import Tensor
 from training_runs import TrainingRuns, backends
 
@@ -83,7 +83,7 @@ def test_micro_batches_their_order_and_recomputation_change_rounding_alone(runs:
 
 def test_the_host_waits_for_nothing_in_the_passes_of_a_rank_that_has_the_whole_model(runs: TrainingRuns) -> None:
     if device.compute_capability() is None or device.compute_capability() < GROUPED_CAPABILITY:
-        pytest.skip("grouped experts need a GPU of compute capability 9.0; on a CPU tests/test_parallel.py looks")
+        pytest.skip("grouped experts need a GPU of compute capability 9.0; on a CPU tests/ranks/test_parallel.py looks")
     assert runs.host_waits() == []
 
 

@@ -12,9 +12,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from parallel import run_ranks
+from parallel import LAYOUTS, SHAPE, make_spec, run_ranks
 from reference import routed_by
-from test_parallel import LAYOUTS, SHAPE, make_spec
 from tiny_model import tensors_of, write_tiny_model
 from torch import Tensor
 

@@ -1,6 +1,1 @@
 """Tests against real SGLang servers: `make test-sglang`."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of the other tests

@@ -29,7 +29,9 @@ def _server(tmp_path_factory):
     process = SglangServer(
         models[0].path,
         folder / "server.log",
-        python=find_sglang(RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=python)),
+        python=find_sglang(
+            RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=python, max_response_tokens=64)
+        ),
         max_running_requests=SLOTS,
         context_length=CONTEXT,
         weight_version="0",

@@ -16,7 +16,9 @@ from megatron_rl.rollout.server import SglangServer, find_sglang
 
 ROOT = Path(__file__).parents[2]
 PYTHON = find_sglang(
-    RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=ROOT / ".venv-sglang/bin/python")
+    RolloutSection(
+        prompts_per_step=1, samples_per_prompt=2, sglang_python=ROOT / ".venv-sglang/bin/python", max_response_tokens=64
+    )
 )
 
 

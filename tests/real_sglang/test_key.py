@@ -28,7 +28,9 @@ OPEN = ("/health", "/health_generate", "/ready")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
     folder = tmp_path_factory.mktemp("key")
     subprocess.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model"], check=True)
-    rollout = RolloutSection(prompts_per_step=1, samples_per_prompt=2, sglang_python=ROOT / ".venv-sglang/bin/python")
+    rollout = RolloutSection(
+        prompts_per_step=1, samples_per_prompt=2, sglang_python=ROOT / ".venv-sglang/bin/python", max_response_tokens=64
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", "a secret")
         server = SglangServer(

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from ports import free_port
+
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 
@@ -155,7 +157,7 @@ class Cluster:
 
     def _configure(self, user: str) -> None:
         host = socket.gethostname().split(".")[0]
-        ports = _free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         nodes = [
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4000 Gres=gpu:2"
             for name, port in zip(NODES, ports[1:], strict=True)
@@ -201,14 +203,3 @@ def _ordinary_user() -> tuple[pwd.struct_passwd, dict[str, Any]]:
         print("nobody may not run this interpreter: Slurm runs as root")
         return pwd.getpwuid(0), {}
     return nobody, options
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

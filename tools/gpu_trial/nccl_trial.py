@@ -14,7 +14,7 @@ import sys
 from parts import end, run_tests, trial_of
 
 NCCL = ["tests/gpu/test_gpu_nccl.py"]
-LAYOUTS = ["tests/test_parallel.py"]
+LAYOUTS = ["tests/ranks/test_parallel.py"]
 IN_FP64 = "test_every_layout_gives_the_gradient_of_one_process_to_rounding"
 NAMES = ("DP2", "TP2", "EP2", "PP2", "CP2", "TP2xDP2-EP2", "TP2xPP2", "CP2xDP2-EP2")
 

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -13,8 +12,6 @@ from starlette.responses import Response
 from megatron_rl.rollout.embedded.engine import EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError
 from megatron_rl.rollout.embedded.updates import UpdateError
-
-T = TypeVar("T")
 
 
 def errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -31,21 +28,6 @@ def errors_as_json(endpoint: Callable[[Request], Awaitable[Response]]) -> Callab
             return Response(status_code=499)  # nobody reads it
 
     return guarded
-
-
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run it in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()  # a caller that leaves does not cancel it any more
-        try:
-            future.set_result(function())
-        except BaseException as error:  # the caller's, whatever it is
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="update", daemon=True).start()
-    return await asyncio.wrap_future(future)
 
 
 async def wait(future: "Future[Any]") -> Any:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from megatron_rl.rollout.embedded.answers import in_thread
 from megatron_rl.rollout.embedded.fields import BodyTooLarge, BodyTooSlow, RequestError, cut
+from megatron_rl.rollout.embedded.threads import in_thread
 
 T = TypeVar("T")
 
@@ -66,6 +66,12 @@ class Bodies:
                 raise BodyTooSlow(f"the body did not come within {seconds:.0f} s") from None
             async with self._parsing:
                 return await in_thread(lambda: parse(json_object(content, _YIELDING)))
+
+
+async def client_gone(request: Request) -> None:
+    """Return when whoever asked has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def json_object(content: bytes | bytearray, decoder: json.JSONDecoder) -> dict[str, Any]:

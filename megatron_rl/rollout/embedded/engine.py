@@ -29,6 +29,7 @@ from megatron_rl.rollout.embedded.runner import ModelRunner
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 from megatron_rl.rollout.embedded.slot_memory import SlotMemory
 from megatron_rl.rollout.embedded.slots import SlotTable
+from megatron_rl.rollout.embedded.texts import Detokenizer
 from megatron_rl.rollout.embedded.waiting import SHARE, WaitingQueue
 from megatron_rl.rollout.embedded.weights import ModelWeights
 
@@ -69,6 +70,7 @@ class Engine:
         self.options = options
         self.weight_version = options.weight_version
         self.model_path = options.model_path
+        self.texts = Detokenizer(options.model_path)
         self.failure: BaseException | None = None
         self._deliver = deliver
         self._commands = CommandQueue()
@@ -314,8 +316,15 @@ class Engine:
                 self._finish(int(slot), {"type": "abort", "message": "the model's output is not finite"})
             drawn = drawn.where(finite)
         table = self._slots
-        for slot in table.record(drawn.slots, drawn.tokens, drawn.logprobs):
+        ended = table.record(drawn.slots, drawn.tokens, drawn.logprobs)
+        # First, as in SGLang: a token may end a response and have the end of a stop string in it.
+        strings = self._stop_strings(drawn.slots) if table.num_with_stops else {}
+        for slot, matched in strings.items():
+            self._finish(slot, {"type": "stop", "matched": matched})
+        for slot in ended:
             token = int(table.token[slot])
+            if int(slot) in strings:
+                continue
             if token in table.stop[slot]:
                 self._finish(int(slot), {"type": "stop", "matched": token})
             else:
@@ -325,6 +334,17 @@ class Engine:
                 sequence = table.sequences[slot]
                 if sequence is not None and sequence.stream:
                     self._emit(table.save(slot), None)
+
+    def _stop_strings(self, slots: np.ndarray) -> dict[int, str]:
+        """By slot the stop string that its last token has completed."""
+        found = {}
+        for slot in map(int, slots):
+            sequence = self._slots.sequences[slot]
+            if sequence is not None and sequence.params.stop:
+                tail = self._slots.tail(slot, sequence.tail_tokens)
+                if (matched := self.texts.matched(tail, sequence.params.stop)) is not None:
+                    found[slot] = matched
+        return found
 
     def _compact(self) -> None:
         """Move sequences to lower slots when that lets the step run with fewer rows."""

@@ -18,6 +18,7 @@ MAX_FULL_LENGTH = 1024
 MAX_TOP_K = 2**31 - 1
 MAX_TEMPERATURE = 1e6
 MAX_STOP_TOKEN_IDS = 15  # end tokens of the model have places of their own
+MAX_STOP_STRINGS = 32  # of SGLang
 DEFAULT_MAX_NEW_TOKENS = 128
 
 
@@ -28,6 +29,7 @@ class SamplingParams:
     temperature: float  # 0 = greedy
     top_p: float
     top_k: int  # the vocabulary's size = all
+    stop: tuple[str, ...]  # in what is drawn; the first that comes up ends it
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool  # stop at length only; as in SGLang this covers stop_token_ids too
     skip_special_tokens: bool
@@ -128,15 +130,13 @@ def parse_generate(body: dict[str, Any], limits: Limits) -> GenerateRequest:
 
 
 def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> SamplingParams:
-    known = set(SamplingParams.__slots__) | _OFF_SAMPLING.keys() | {"stop"}
+    known = set(SamplingParams.__slots__) | _OFF_SAMPLING.keys()
     unknown = sorted(body.keys() - known)
     if unknown:
         raise RequestError(f"sampling_params.{_bare(unknown[0])} is unknown; known: {', '.join(sorted(known))}")
     for key, off in _OFF_SAMPLING.items():
         if key in body and body[key] not in off:
             raise RequestError(f"sampling_params.{key} must be {off[0]!r} (not supported), got {cut(body[key])}")
-    if body.get("stop"):
-        raise RequestError(f"sampling_params.stop is not supported, use stop_token_ids, got {cut(body['stop'])}")
 
     room = limits.context_length - prompt_length
     max_new = body.get("max_new_tokens")
@@ -162,6 +162,7 @@ def parse_sampling(body: dict[str, Any], prompt_length: int, limits: Limits) -> 
         temperature=temperature,
         top_p=top_p,
         top_k=limits.vocab_size if top_k == -1 else min(top_k, limits.vocab_size),
+        stop=_stop_strings(body.get("stop") or []),
         stop_token_ids=_stop_ids(body.get("stop_token_ids") or []),
         ignore_eos=boolean("ignore_eos", default(body, "ignore_eos", False)),
         skip_special_tokens=boolean("skip_special_tokens", default(body, "skip_special_tokens", True)),
@@ -265,6 +266,15 @@ def _stop_ids(value: Any) -> tuple[int, ...]:
         raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(value)}")
     # One that is not in the vocabulary is never drawn, and need not be refused.
     return tuple(integer("a token id in stop_token_ids", token, 0, 2**31 - 1) for token in value)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list):
+        raise RequestError(f"stop must be a string or a list of strings, got {cut(value)}")
+    if len(values) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(values)}")
+    return tuple(string("a string in stop", one) for one in values)
 
 
 def _bare(key: str) -> str:

@@ -31,6 +31,11 @@ class Sequence:
     routed_experts: np.ndarray | None = None  # uint8 [prompt + output - 1, layers, topk], when it leaves its slot
 
     @property
+    def tail_tokens(self) -> int:
+        """So many of its last tokens hold a stop string whole: each that is part of one has a byte of it at least."""
+        return max((len(stop.encode()) for stop in self.params.stop), default=0) + 1
+
+    @property
     def tokens(self) -> list[int]:
         """The prompt and what follows it, as of when the sequence last had no slot."""
         return self.prompt + self.output_ids

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,7 +19,7 @@ from starlette.routing import Route
 from megatron_rl import __version__
 from megatron_rl.families import Architecture, family_of
 from megatron_rl.rollout.embedded.answers import errors_as_json, json_answer, wait
-from megatron_rl.rollout.embedded.bodies import Bodies
+from megatron_rl.rollout.embedded.bodies import Bodies, client_gone
 from megatron_rl.rollout.embedded.engine import PAUSE_MODES, Engine, EngineOptions, EngineStopped
 from megatron_rl.rollout.embedded.fields import RequestError, cut, flag, text
 from megatron_rl.rollout.embedded.in_flight import InFlight, Job, Listener
@@ -50,7 +49,6 @@ class App:
         self.config = config
         self.limits = Limits(vocab_size=config.vocab_size, context_length=options.context_length)
         self.engine = Engine(config, options, self._deliver)
-        self.texts = Detokenizer(options.model_path)
         self._on_failure = on_failure
         self._in_flight = InFlight(options.context_length)
         self._update_lock = UpdateLock(options.hold_timeout_seconds, self._end_pause)
@@ -120,7 +118,7 @@ class App:
         if asked.stream:
             return StreamingResponse(self._stream(asked, jobs, started), media_type="text/event-stream")
         self._in_flight.enter(jobs)
-        gone = asyncio.create_task(_client_gone(request))
+        gone = asyncio.create_task(client_gone(request))
         gone.add_done_callback(lambda task: None if task.cancelled() else self._abandon(jobs))
         try:
             async with self._update_lock.generating():
@@ -146,6 +144,7 @@ class App:
         jobs = []
         for prompt in asked.prompts:
             params = prompt.params
+            self.engine.texts.check(params)
             if prompt.return_routed_experts and self.config.num_experts > MAX_EXPERTS:
                 raise RequestError(
                     f"return_routed_experts works for up to {MAX_EXPERTS} experts, the model has "
@@ -224,7 +223,7 @@ class App:
                 for position in range(prompt.logprob_start, len(known))
             ]
         return {
-            "text": self.texts.decode(event.output_ids, prompt, event.finish_reason),
+            "text": self.engine.texts.decode(event.output_ids, prompt.params, event.finish_reason),
             "output_ids": event.output_ids,
             "meta_info": meta_info(
                 rid=sequence.rid,
@@ -350,29 +349,3 @@ class App:
             "max_model_len": self.limits.context_length,
         }
         return json_answer({"object": "list", "data": [card]})
-
-
-class Detokenizer:
-    """Text of output ids when the model directory holds a tokenizer.json, "" otherwise; reads it at the first use."""
-
-    def __init__(self, model_path: str) -> None:
-        self._path = Path(model_path) / "tokenizer.json"
-        self._exists = self._path.is_file()
-        self._tokenizer: Any = None
-
-    def decode(self, ids: list[int], prompt: PromptRequest, finish_reason: dict[str, Any] | None) -> str:
-        if not self._exists:
-            return ""
-        if self._tokenizer is None:
-            from tokenizers import Tokenizer  # 50 ms that a server without a tokenizer saves
-
-            self._tokenizer = Tokenizer.from_file(str(self._path))
-        stopped = finish_reason is not None and finish_reason["type"] == "stop"
-        shown = ids[:-1] if stopped and not prompt.params.no_stop_trim else ids
-        text: str = self._tokenizer.decode(shown, skip_special_tokens=prompt.params.skip_special_tokens)
-        return text
-
-
-async def _client_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

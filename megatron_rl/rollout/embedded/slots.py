@@ -35,6 +35,7 @@ class SlotTable:
         self.num_active = 0
         self.num_streaming = 0
         self.num_routed = 0  # sequences whose experts are wanted
+        self.num_with_stops = 0  # sequences with stop strings
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -69,6 +70,7 @@ class SlotTable:
         self.num_active += 1
         self.num_streaming += sequence.stream
         self.num_routed += sequence.return_routed_experts
+        self.num_with_stops += bool(params.stop)
         return slot
 
     def save(self, slot: int) -> Sequence:
@@ -80,6 +82,11 @@ class SlotTable:
         sequence.output_logprobs = self.logprob[slot, :count].tolist()
         return sequence
 
+    def tail(self, slot: int, count: int) -> list[int]:
+        """The last tokens that were drawn for a slot, at most `count`."""
+        end = int(self.num_output[slot])
+        return list(self.output[slot, max(0, end - count) : end].tolist())
+
     def release(self, slot: int) -> Sequence:
         """Save the sequence and free its slot."""
         sequence = self.save(slot)
@@ -89,6 +96,7 @@ class SlotTable:
         self.num_active -= 1
         self.num_streaming -= sequence.stream
         self.num_routed -= sequence.return_routed_experts
+        self.num_with_stops -= bool(sequence.params.stop)
         heapq.heappush(self._free, slot)
         return sequence
 

@@ -8,13 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_rl.families import Architecture, tensor_shapes
-from megatron_rl.rollout.embedded.answers import in_thread, json_answer, success, wait
+from megatron_rl.rollout.embedded.answers import json_answer, success, wait
 from megatron_rl.rollout.embedded.bodies import Bodies
 from megatron_rl.rollout.embedded.engine import Engine
 from megatron_rl.rollout.embedded.fields import MAX_PATH, RequestError, cut, flag, text
 from megatron_rl.rollout.embedded.hold import Hold
 from megatron_rl.rollout.embedded.occupation import Occupation
 from megatron_rl.rollout.embedded.packing import places
+from megatron_rl.rollout.embedded.threads import in_thread
 from megatron_rl.rollout.embedded.update_lock import UpdateLock
 from megatron_rl.rollout.embedded.updates import UpdateError, WeightUpdates
 from megatron_rl.rollout.embedded.weight_requests import (

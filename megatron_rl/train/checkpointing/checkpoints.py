@@ -39,7 +39,8 @@ class Checkpoints:
     """Owns the directory and the save that is under way. All methods but `close` are collective.
 
     latest: the step of the newest one that is on disk for certain, as far as this process made or loaded it.
-    num_failed_saves: since this process was started; more than 0 only with train.on_save_error = "continue".
+    num_failed_saves: since this process was started; more than 0 only with train.on_save_error = "continue". best: on
+    rank 0, the step of one that stays, however old it gets.
     """
 
     def __init__(self, directory: Path, config: TrainSection, model_dir: Path, control: Any) -> None:
@@ -49,6 +50,7 @@ class Checkpoints:
         self._group: Any = dist.new_group(backend="gloo", timeout=deadline)  # of the threads that write
         self._leads = dist.get_rank() == 0
         self.latest: int | None = None
+        self.best: int | None = None
         self._under_way: Save | None = None
         self._needed_bytes = 0  # for the last one
         self.num_failed_saves = 0
@@ -171,7 +173,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
         steps.point_to(final)
-        steps.forget_old(final, self._config.keep_last, self._config.keep_every)
+        steps.forget_old(final, self._config.keep_last, self._config.keep_every, self.best)
 
     def _fail(self, step: int, failure: str) -> None:
         if self._leads:

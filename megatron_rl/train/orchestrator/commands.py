@@ -55,8 +55,13 @@ class Checksums:
     dtypes: dict[str, str]
 
 
-Command = Stop | Push | Probe | Checksums
-_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextPhase:
+    """Rank 0's word that it goes from one long phase to another, so that the others wait for the second one anew."""
+
+
+Command = Stop | Push | Probe | Checksums | NextPhase
+_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Push, Probe, Checksums, NextPhase)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_rl import __version__
 from megatron_rl.c3po.budget import ANY, Shortfall, apportion
+from megatron_rl.config.agents import AGENT_KEYS
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer, response_decoder
@@ -20,13 +21,21 @@ from megatron_rl.data.mixture import PromptStream, load_prompts
 from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.families import load_architecture
+from megatron_rl.gateway.sampler import AgentSampler, agent_settings
+from megatron_rl.gateway.turn_journal import TurnJournal
 from megatron_rl.records import Group, Segment, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.provenance import function_digests, model_settings, objective_digests, teacher_settings
+from megatron_rl.rollout.provenance import (
+    agent_digests,
+    function_digests,
+    model_settings,
+    objective_digests,
+    teacher_settings,
+)
 from megatron_rl.rollout.rollout_file import NO_TEACHER_IN_FILE, limits_of, read_groups
 from megatron_rl.rollout.routing import RoutedShape, routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
@@ -35,10 +44,17 @@ from megatron_rl.train.orchestrator.advantages import advantages_of
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.orchestrator.node_servers import NodeServers
 from megatron_rl.train.run.signals import StopSignals, disk_fault
+from megatron_rl.train.run.starts import what_differs
 
 log = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
+
+# Keys that say which prompts there are and in which order.
+_OF_THE_ORDER = (
+    *("seed", "data", "model.path", "rollout.max_prompt_tokens"),
+    *("reward.kind", "reward.domains", "reward.parts"),  # which rows need an answer
+)
 
 T = TypeVar("T")
 Keep = Callable[[Group], bool]
@@ -119,7 +135,7 @@ class RecordedGroups:
         return {"cursor": self._cursors, "from_rollouts": True, "data": self._digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._cursors = _restored_cursors(state, self._shares, self._digest, from_rollouts=True)
+        self._cursors = _restored_cursors(self._config, state, self._shares, self._digest, from_rollouts=True)
 
     def metrics(self) -> dict[str, Any]:
         return {}
@@ -149,7 +165,8 @@ class RecordedGroups:
 class ServerGroups:
     """Groups that generation servers sample and the reward workers score.
 
-    Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them.
+    Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them. rewards:
+    judges by the configuration's rewards.
     """
 
     def __init__(
@@ -171,7 +188,7 @@ class ServerGroups:
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Segment | None = None  # of the last phase that kept any
         self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
-        self._rewards = Rewards(config.reward, config.run_dir)
+        self.rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
@@ -179,6 +196,8 @@ class ServerGroups:
         self._teachers = None if teachers is None else _pool_of(teachers, keeps_weights=True)
         self._teacher: TeacherScorer | None = None
         self._loop = BackgroundLoop()
+        self._turns: TurnJournal | None = None
+        self._agents: AgentSampler | None = None
         try:
             self.run(self.pool.connect())
             if self._teachers is not None:
@@ -191,25 +210,30 @@ class ServerGroups:
         # again would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
-        self._sampler = Sampler(
-            self.pool,
-            self._rewards,
-            self.decode,
-            advantages_of(config),
-            config.rollout,
-            config.seed,
-            architecture.eos_token_ids,
-            self._journal,
-            teacher=self._teacher,
+        how = (self.pool, self.rewards, self.decode, advantages_of(config), config.rollout, config.seed)
+        if not config.rollout.has_agent:
+            self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal, teacher=self._teacher)
+            return
+        self._turns = TurnJournal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
+        settings = agent_settings(config, config.model.path, architecture)
+        self._sampler = self._agents = AgentSampler(
+            *how, tokenizer, settings, self._journal, self._turns, teacher=self._teacher
         )
+        try:
+            self.run(self._agents.start())
+        except BaseException:
+            self.close()
+            raise
 
     def groups(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
     ) -> Collected:
         before = dict(self._cursors)
         num_recalled = self._journal.open(policy_version)
+        if self._turns is not None:
+            self._turns.open(policy_version, {group.prompt_id for group in unfinished})
         if num_recalled:
-            log.info("step %d: %d groups of this phase were completed before", policy_version + 1, num_recalled)
+            log.info("step %d: %d groups of this phase were completed before", policy_version, num_recalled)
         try:
             found = self.run(self._sample(needs, policy_version, unfinished, keep))
         except BaseException:
@@ -228,11 +252,12 @@ class ServerGroups:
         return {"cursor": self._cursors, "from_rollouts": False, "data": self._stream.digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._cursors = _restored_cursors(state, self._shares, self._stream.digest, from_rollouts=False)
+        self._cursors = _restored_cursors(self._config, state, self._shares, self._stream.digest, from_rollouts=False)
 
     def metrics(self) -> dict[str, Any]:
         counts, self.pool.counts = self.pool.counts, Counts()
-        return {
+        of_agents = self._agents.take_counts() if self._agents is not None else {}
+        return of_agents | {
             "num_resent_samples": counts.num_resent,
             "num_lost_servers": counts.num_taken_out,
             "event_loop_lag_seconds": self.pool.lag.take_largest(),
@@ -241,14 +266,20 @@ class ServerGroups:
 
     def forget(self, which: Callable[[int], bool]) -> None:
         self._journal.forget(which)
+        if self._turns is not None:
+            self._turns.forget(which)
 
     def close(self) -> None:
+        if self._agents is not None:
+            self._loop.run(self._agents.stop())
         self._loop.run(self.pool.close())
         if self._teachers is not None:
             self._loop.run(self._teachers.close())
-        self._rewards.close()
+        self.rewards.close()
         self._loop.close()
         self._journal.close()
+        if self._turns is not None:
+            self._turns.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
@@ -271,6 +302,10 @@ class ServerGroups:
         found = self.run(self.pool.input_logprobs(tokens))
         logprobs = [one[start - 1 :].tolist() for one in found.values()]
         return list(found), Probe(token_ids=tokens, start=start, logprobs=logprobs)
+
+    def trained_prompts(self) -> set[str]:
+        """Collect the texts of all prompts that training asks."""
+        return {prompt.text for prompt in self._stream.rows}
 
     def _prompt_tokens(self, count: int) -> list[int]:
         """The first tokens of the prompts that come next."""
@@ -320,8 +355,8 @@ class ServerGroups:
 
 
 def _pool_of(servers: NodeServers, routed: RoutedShape | None = None, keeps_weights: bool = False) -> ServerPool:
-    replace = servers.supervisor.replace if servers.supervisor else None
-    return ServerPool(servers.urls, servers.rollout, replace, routed, servers.key_of, keeps_weights)
+    replaced = None if servers.rollout.urls else servers.replace
+    return ServerPool(servers.urls, servers.rollout, replaced, routed, servers.key_of, keeps_weights)
 
 
 def domain_shares(config: RlConfig) -> dict[str, float]:
@@ -361,7 +396,9 @@ def _load_prompts(config: RlConfig, tokenizer: Any) -> tuple[PromptStream, Promp
     return stream, input_ids
 
 
-def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool) -> Any:
+def _restored_cursors(
+    config: RlConfig, state: dict[str, Any], shares: Mapping[str, float], digest: str, *, from_rollouts: bool
+) -> Any:
     if state.get("from_rollouts", False) != from_rollouts:
         raise ValueError(
             "a run that samples and one that trains from --rollouts cannot continue each other: their cursors "
@@ -369,9 +406,9 @@ def _restored_cursors(state: dict[str, Any], shares: Mapping[str, float], digest
         )
     if state["data"] != digest:
         raise ValueError(
-            "the seed, or the prompts, weights or stages under data, are not those that this run began with, so "
-            "its cursor and its unfinished responses mean other prompts; put them back, or start a new run with "
-            "model.path set to the checkpoint"
+            "the prompts and their order are not those that this run began with, so its cursor and its unfinished "
+            f"responses mean other prompts: {what_differs(config, _OF_THE_ORDER, 'a file of data.train')}; put that "
+            "back, or start a new run with model.path set to the checkpoint"
         )
     return saved_by_domain(state["cursor"], shares)
 
@@ -408,6 +445,7 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
             "temperature",
             "partial",
             "router_replay",
+            *(AGENT_KEYS if config.rollout.has_agent else ()),
         },
         "parallel": True,
         "train": {"micro_batch_tokens"},
@@ -417,7 +455,11 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)
-    own: dict[str, Any] = {**function_digests(config.reward), **objective_digests(config.algorithm)}
+    own: dict[str, Any] = {
+        **function_digests(config.reward),
+        **objective_digests(config.algorithm),
+        **agent_digests(config.rollout),
+    }
     if config.distillation is not None:
         pace = {"urls", "api_key_variable", "servers", "threads", "max_running_requests", "sglang_arguments"}
         own["distillation"] = config.distillation.model_dump(mode="json", exclude=pace)

@@ -18,7 +18,7 @@ from megatron_rl.errors import StopRequested
 from megatron_rl.place import own_place
 from megatron_rl.rollout.ports import address_towards, is_here
 from megatron_rl.rollout.server import check_same_torch
-from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
+from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers, wish
 from megatron_rl.sync.all_ranks import broadcast_object, gather_objects
 from megatron_rl.train.run.signals import StopSignals
 
@@ -68,6 +68,8 @@ class NodeServers:
         self.supervisor: ServerSupervisor | None = None
         self._keys = dict(keys)
         self.node = own_place().node
+        # Several nodes share the run directory in any case.
+        self._wishes = config.run_dir / "restarts" if own_place().num_nodes > 1 and not self.rollout.urls else None
         self.urls = list(self.rollout.urls)
         try:
             if not self.urls:
@@ -95,6 +97,7 @@ class NodeServers:
                     name=name,
                     host=node_address(),
                     secret_variables=secret_variables(config),
+                    wishes=self._wishes,
                 )
                 self.supervisor.wait_ready(signals.check)
                 mine.keys = {url: self.supervisor.key_of(url) for url in self.supervisor.urls}
@@ -120,6 +123,17 @@ class NodeServers:
         if self.supervisor is not None and url in self.supervisor.urls:
             return self.supervisor.key_of(url)
         return self._keys[url]
+
+    def replace(self, url: str, reason: str) -> None:
+        """End the server at `url`, which is silent, and have its node start another there. It may take seconds. Nothing
+        happens to one that this run has not started."""
+        if self.supervisor is not None and url in self.supervisor.urls:
+            self.supervisor.replace(url, reason)
+        elif self._wishes is not None:
+            try:
+                wish(self._wishes, url, reason)
+            except OSError as error:
+                log.warning("the node of %s cannot be asked to start it again: %s", url, error)
 
     def close(self) -> None:
         if self.supervisor is not None:

@@ -5,20 +5,33 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_MISTAKE, Fault, SharedFault, StopRequested
+from megatron_rl.evaluation.validations import Validations, validation_metrics
 from megatron_rl.records import Plan
 from megatron_rl.rollout.archive import Carry, pack_carry
 from megatron_rl.rollout.client import ServerError
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import Receivers, Transport
+from megatron_rl.terminal import Eta, fitted, say
 from megatron_rl.train.orchestrator.collector import Collector
-from megatron_rl.train.orchestrator.commands import Checksums, Command, Probe, Push, Stop, Work, send_command, send_work
+from megatron_rl.train.orchestrator.commands import (
+    Checksums,
+    Command,
+    NextPhase,
+    Probe,
+    Push,
+    Stop,
+    Work,
+    send_command,
+    send_work,
+)
 from megatron_rl.train.orchestrator.group_source import GroupSource, ServerGroups
+from megatron_rl.train.orchestrator.validation import Validation
 from megatron_rl.train.orchestrator.weight_check import mean_differences, weight_checksums
 from megatron_rl.train.orchestrator.weight_updates import WeightUpdates
 from megatron_rl.train.run.alarms import Alarms
@@ -26,12 +39,15 @@ from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.run.metrics import MetricsLog, console
 from megatron_rl.train.run.signals import disk_fault
 from megatron_rl.train.run.step_row import step_row, token_counts
+from megatron_rl.train.run.trackers import Trackers
 from megatron_rl.train.step import token_traces as traces
 from megatron_rl.train.step.trainer import StepResult
 
 log = logging.getLogger(__name__)
 
 _PUSHES = 3  # of the same weights, before a run gives up
+
+T = TypeVar("T")
 
 
 def execute(command: Command, context: TrainContext, transport: Transport | None, receivers: Receivers | None) -> Any:
@@ -46,6 +62,8 @@ def execute(command: Command, context: TrainContext, transport: Transport | None
             return mean_differences(context.trainer, command, context.control)
         case Checksums():
             return weight_checksums(context.trainer, command.dtypes, context.control)
+        case NextPhase():
+            return None
 
 
 class Orchestrator:
@@ -64,9 +82,12 @@ class Orchestrator:
         self._config, self._context, self._transport = config, context, transport
         self._first = first
         self._metrics: MetricsLog | None = None
+        self._validation: Validation | None = None
         self._alarms = Alarms(config.train)
+        self._eta = Eta(config.train.steps)
         self._schedule: Schedule | None = None
         self._row: dict[str, Any] = {}
+        self._validated: tuple[int, dict[str, float]] = (-1, {})  # completed steps of the last weights, and metrics
         self._started = self._trained_from = 0.0
         # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
         self._failure: Fault | None = None
@@ -74,13 +95,22 @@ class Orchestrator:
         self._is_alone = False
         try:
             self.source = open_source()
+            if not context.resume:
+                self.source.forget(lambda step: True)  # of another run in this folder
+            self._validations = Validations(config.run_dir)
+            self._validations.forget_behind(first if context.resume else -1)
             # Only servers need weights.
             servers = cast(ServerGroups, self.source)
             self._updates = WeightUpdates(config, servers, self._command) if transport is not None else None
+            if self._updates is not None and config.validation is not None:
+                self._validation = Validation(config, config.validation, servers, self._validations)
+                context.checkpoints.best = self._validation.best_step
             self.collector = Collector(config, context.layout, cost_model(context.architecture), self.source)
             if restored:
                 self.collector.restore(*restored)
-            self._metrics = MetricsLog(config.run_dir, first, self._alarms.check)
+            context.accept(first)
+            trackers = Trackers(config, first, context.resume)
+            self._metrics = MetricsLog(config.run_dir, first, self._alarms.check, trackers)
         except StopRequested:
             self._command(Stop(exit_code=None))
             raise
@@ -93,13 +123,14 @@ class Orchestrator:
         self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
-            covered = step if self._config.train.save_every == 0 else self._context.checkpoints.latest or 0
+            latest = self._context.checkpoints.latest or 0
+            covered = latest if self._config.train.has_checkpoints else step
             self.source.forget(lambda past: past < covered)
             if self._failure is not None:
                 raise self._failure
             self.collector.files.check()
-            with console.status(f"step {step + 1}/{self._config.train.steps}: rollout"):
-                schedule, self._row = self._collect(step)
+            with console.status(f"step {step} of {self._config.train.steps}: rollout"):
+                schedule, self._row = self._with_weights(lambda: self._collect(step))
             if self._updates is not None:
                 self._row |= self._updates.release()
         except StopRequested:
@@ -123,7 +154,8 @@ class Orchestrator:
         """
         assert self._metrics is not None and self._schedule is not None
         now = time.perf_counter()
-        seconds, train_seconds = now - self._started + offload_seconds, now - self._trained_from - reload_seconds
+        seconds = now - self._started + offload_seconds - self._row.get("validation_seconds", 0.0)
+        train_seconds = now - self._trained_from - reload_seconds
         context = self._context
         failed_saves, memory = context.checkpoints.num_failed_saves, context.memory_metrics()
         row = self._row | step_row(step, results, train_seconds, seconds, failed_saves, memory) | token_counts(results)
@@ -151,18 +183,22 @@ class Orchestrator:
             )
             log.error("%s", self._failure)
             self.source.forget(lambda sampled: sampled >= step)
+            self._validations.forget_behind(step - 1)
         self._print(step, row)
 
     def _print(self, step: int, row: Mapping[str, Any]) -> None:
         """The line of a step for the person at the terminal."""
-        console.print(
-            f"step {step + 1}/{self._config.train.steps}  reward {row['reward']:.3f}  "
-            f"no answer {row['no_answer_share']:.0%}  uniform {row['uniform_group_share']:.0%}  "
-            f"entropy {row['entropy']:.3f}  "
-            f"grad norm {row['grad_norm']:.3f}  tokens {row['num_loss_tokens']:,}  "
-            f"rollout {row['rollout_seconds']:.2f} s  train {row['train_seconds']:.2f} s  "
-            f"log-prob diff p99.9 {row['logprob_difference_p999']:.1e}",
-            soft_wrap=True,
+        say(
+            fitted(
+                [
+                    f"step {step} of {self._config.train.steps}",
+                    f"reward {row['reward']:.3f}",
+                    f"no answer {row['no_answer_share']:.0%}",
+                    f"entropy {row['entropy']:.2f}",
+                    f"{row['step_seconds']:.3g} s",
+                    self._eta.after(step, row["step_seconds"]) or "last step",
+                ]
+            )
         )
 
     def _write_traces(self, step: int, results: list[StepResult]) -> None:
@@ -184,14 +220,30 @@ class Orchestrator:
         (folder / f"step_{step:06d}.json").write_text(json.dumps(asdict(self._schedule.plan)), encoding="utf-8")
         log.warning(
             "step %d: skipped, its loss %g or gradient norm %g is not finite; its batch is in %s",
-            *(step + 1, results[-1].metrics["loss"], results[-1].grad_norm, folder),
+            *(step, results[-1].metrics["loss"], results[-1].grad_norm, folder),
         )
 
     def finish(self) -> Stop:
-        """After the last step: the run is over. Raises what the gate has found in it."""
-        if self._failure is not None:
-            self._tell(self._failure)
-            raise self._failure
+        """After the last step: its weights are validated, and the run is over. Raises what the gate has found in it."""
+        last = self._config.train.steps
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._validation is not None:
+                if self._updates is not None and not self._validation.has(last):
+                    self._with_weights(lambda: self._update(last))
+                    self._updates.release()
+                if told := self._validation.told_best():
+                    say(told)
+        except StopRequested:
+            return self._command(Stop(exit_code=None))
+        except SharedFault:
+            raise  # as every rank does
+        except Exception as error:
+            self._tell(error)
+            raise
+        covered = self._context.checkpoints.latest or 0
+        self.source.forget(lambda past: past < covered)
         stop = Stop(exit_code=EXIT_DONE)
         self._command(stop)
         return stop
@@ -205,24 +257,59 @@ class Orchestrator:
     def close(self) -> None:
         self.source.close()
         self.collector.close()
+        if self._validation is not None:
+            self._validation.close()
         if self._metrics is not None:
             self._metrics.close()
 
     def _collect(self, step: int) -> tuple[Schedule, dict[str, Any]]:
-        """Update the servers' weights and roll out; again when all servers that had them were lost. Returns the plan,
-        and metrics beside it."""
+        """Update the servers' weights, validate them where it is time, and roll out. Returns the plan, and metrics
+        beside it."""
+        times = self._update(step)
+        self._context.watchdog.enter("rollout", step)
+        schedule, metrics = self.collector.collect(policy_version=step)
+        return schedule, metrics | times
+
+    def _with_weights(self, work: Callable[[], T]) -> T:
+        """Do what servers need the weights for; again when all servers that had them were lost."""
         attempt = 0
         while True:
             attempt += 1
             try:
-                times = self._updates.update(step) if self._updates is not None else {"update_weights_seconds": 0.0}
-                self._context.watchdog.enter("rollout", step)
-                schedule, metrics = self.collector.collect(policy_version=step)
-                return schedule, metrics | times
+                return work()
             except WeightsNeeded as needed:
                 if attempt == _PUSHES:
                     raise
-                log.warning("%s; pushing the weights again and starting the rollout phase anew", needed)
+                log.warning("%s; pushing the weights again and starting the phase anew", needed)
+
+    def _update(self, num_steps: int) -> dict[str, float]:
+        """Give the servers the weights of so many completed steps, and validate them. Returns metrics."""
+        if self._updates is None:
+            return {"update_weights_seconds": 0.0}
+        times = self._updates.update(num_steps)
+        return times | (self._validate(num_steps) if self._config.is_validated(num_steps) else {})
+
+    def _validate(self, num_steps: int) -> dict[str, float]:
+        """Returns metrics. Trackers are told those of the last weights here, since no step begins with them."""
+        assert self._validation is not None and self._metrics is not None
+        if self._validated[0] == num_steps:  # before the servers were lost
+            return self._validated[1]
+        started = time.perf_counter()
+        self._context.watchdog.enter("validate", num_steps)
+        try:
+            found = validation_metrics(self._validation.run(num_steps))
+        except OSError as error:
+            fault = disk_fault(self._config, "the validation of this step is not complete", error)
+            if fault is not None:
+                raise fault from error
+            found = {}
+        self._command(NextPhase())
+        self._context.checkpoints.best = self._validation.best_step
+        found["validation_seconds"] = time.perf_counter() - started
+        self._validated = num_steps, found
+        if num_steps == self._config.train.steps:
+            self._metrics.track(num_steps, found)
+        return found
 
     def _command(self, command: Command, receivers: Receivers | None = None) -> Any:
         """Say it and do it; a stop is returned."""

@@ -5,12 +5,14 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.train.run.learning import AGAIN_STEPS, STEPS, Signs
-from megatron_rl.train.step.trainer import StepResult
+
+if TYPE_CHECKING:  # `megatron-rl status` looks for alarms without torch
+    from megatron_rl.train.step.trainer import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class SkipGuard:
         self._limit, self._hint = section.max_skipped_steps, hint
         self._in_a_row = 0
 
-    def check(self, results: Sequence[StepResult]) -> None:
+    def check(self, results: "Sequence[StepResult]") -> None:
         """SharedFault after more than `train.max_skipped_steps`."""
         for result in results:
             self._in_a_row = self._in_a_row + 1 if result.skipped else 0
@@ -62,9 +64,9 @@ class Alarms:
         where the run learns nothing."""
         found = self.check(row)
         for message in found:
-            log.warning("step %d: %s", row["step"] + 1, message)
+            log.warning("step %d: %s", row["step"], message)
         if found and examples and self._learns_nothing:
-            log.warning("step %d: for example %s", row["step"] + 1, "\n  and ".join(examples))
+            log.warning("step %d: for example %s", row["step"], "\n  and ".join(examples))
         row["num_alarms"] = len(found)
 
     def check(self, row: Mapping[str, Any]) -> list[str]:

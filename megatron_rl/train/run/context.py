@@ -3,7 +3,8 @@
 import datetime
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl import device
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.checkpoint.steps import refuse_to_overwrite
-from megatron_rl.config.load import dump_config
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.errors import EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, speak_as
+from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, SharedFault, StopRequested, speak_as
 from megatron_rl.families import load_architecture
 from megatron_rl.locks import sole_writer
 from megatron_rl.memory import rank_bytes
@@ -24,7 +25,10 @@ from megatron_rl.place import own_place
 from megatron_rl.stores import join
 from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.export import export_directory
+from megatron_rl.terminal import say
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.run.overview import ending, overview
+from megatron_rl.train.run.starts import record_start
 from megatron_rl.train.run.watchdog import Watchdog
 from megatron_rl.train.step.trainer import Trainer
 
@@ -34,7 +38,10 @@ _GRACE_SECONDS = 60.0
 
 
 class TrainContext:
-    """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block."""
+    """Owns this rank's part in the training world. `close()` leaves it; so does the end of a `with` block.
+
+    exit_code: with which the block will be left, where it ends without an exception.
+    """
 
     def __init__(
         self,
@@ -77,6 +84,18 @@ class TrainContext:
             dist.destroy_process_group()
             raise ValueError(refused)
         self.watchdog = Watchdog(config.run_dir, self.rank, config.train.phase_deadline_seconds)
+        self.resume, self._has_resumed = resume, False
+        self.exit_code = EXIT_DONE
+        self._saved_at = time.monotonic()
+        try:
+            self._build(num_optimizer_steps, distributed_optimizer, directory)
+        except BaseException as error:
+            self.watchdog.close(*_ending(error, EXIT_DONE))
+            raise
+
+    def _build(self, num_optimizer_steps: int, distributed_optimizer: bool, directory: Path) -> None:
+        """Collective: the model with its weights, the trainer, and the directory of the checkpoints."""
+        config = self.config
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
         overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
         self.model = build_model(
@@ -91,21 +110,19 @@ class TrainContext:
         load_weights(self.model, config.model.path)
         self.trainer = Trainer(self.model, config.optimizer, num_optimizer_steps, self.control)
         self.checkpoints = Checkpoints(directory, config.train, config.model.path, self.control)
-        self._resume, self._has_resumed = resume, False
         if device.on_cuda():
             stage = mpu.get_pipeline_model_parallel_rank()
             planned = rank_bytes(config, self.architecture, self.layout)[stage].total
-            log.info("planned memory of this rank: %.1f GiB", planned / 2**30)
+            log.debug("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _claim(self) -> str | None:
-        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends, and say
-        what runs there. Returns why not where another one is at it; nothing is written then."""
+        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends. Returns
+        why not where another one is at it."""
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             self._claimed.enter_context(sole_writer(self.config.run_dir, "set run_dir to a new folder"))
         except ValueError as error:
             return str(error)
-        (self.config.run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         return None
 
     @property
@@ -120,14 +137,41 @@ class TrainContext:
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
         """Collective: load the newest whole checkpoint; the driver's state and carried samples, or None in a new
         run."""
-        found = self.checkpoints.restore(self.trainer) if self._resume else None
+        found = self.checkpoints.restore(self.trainer) if self.resume else None
         self._has_resumed = found is not None
         return found
+
+    def accept(self, step: int) -> None:
+        """Rank 0, when nothing can refuse this start any more, which goes on after `step` steps: say what runs in the
+        run directory."""
+        record_start(self.config, step, self.resume)
+
+    def tell(self, steps: tuple[int, int], urls: Sequence[str] | None = None) -> None:
+        """Rank 0: print what runs where. steps: the first, and how many the run has. urls: of its servers."""
+        if self.is_rank_zero:
+            what = "a GPU each" if device.on_cuda() else "the CPU"
+            say(overview(self.config, self.architecture, self.layout, own_place(), what, steps, urls))
+
+    def tell_end(self, command: str, num_steps: int) -> None:
+        """Rank 0: print where the model or the newest checkpoint is, and what comes next."""
+        if self.is_rank_zero:
+            latest = newest(self.config.run_dir / "checkpoints")
+            say(ending(self.config, command, self.exit_code, latest, num_steps))
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
         """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
         self.watchdog.enter("save", step)
+        self._saved_at = time.monotonic()
         self.checkpoints.save(step, self.trainer, driver, carried)
+
+    def save_is_due(self, step: int, last: int) -> bool:
+        """Collective: true after `step` completed steps of `last` when a checkpoint is due; after the last one it
+        always is. Of the time rank 0's clock says it."""
+        train = self.config.train
+        if step == last or (train.save_every > 0 and step % train.save_every == 0):
+            return True
+        late = self.is_rank_zero and time.monotonic() - self._saved_at > 60 * train.save_minutes
+        return train.save_minutes > 0 and self.any_rank(late)
 
     def settle(self, wait: bool = False) -> None:
         """Collective, at every step boundary, and with `wait` before the run ends (checkpointing/checkpoints.py)."""
@@ -156,7 +200,7 @@ class TrainContext:
         self.watchdog.enter("export", self.watchdog.step)
         export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
-    def close(self) -> None:
+    def close(self, state: str = "ended", message: str = "") -> None:
         """Leave the training world, together with the others: whoever starts ranks ends those that are left when one
         has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
         self.watchdog.enter("close", self.watchdog.step)
@@ -165,29 +209,33 @@ class TrainContext:
             are_all_here = True
         except RuntimeError:
             are_all_here = False
-        self._end()
+        self._end(state, message)
         if are_all_here:
             dist.destroy_process_group()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """After an error of this rank alone the others may be in a collective, so nothing is done that waits for them:
         it stays in its groups, which end with the process (`end_rank`)."""
+        ending = _ending(error, self.exit_code)
         if kind is None or issubclass(kind, SharedFault):
-            self.close()
+            self.close(*ending)
         else:
             self.watchdog.enter("close", self.watchdog.step)
-            self._end()
+            self._end(*ending)
 
-    def _end(self) -> None:
+    def _end(self, state: str, message: str) -> None:
         self.checkpoints.close()
-        self.watchdog.close()
+        self.watchdog.close(state, message)
         self._claimed.close()
 
 
-def should_save(step: int, last: int, config: RunConfig) -> bool:
-    """True after `step` completed steps of `last` when a checkpoint is due; after the last one it always is."""
-    every = config.train.save_every
-    return step == last or (every > 0 and step % every == 0)
+def _ending(error: BaseException | None, exit_code: int) -> tuple[str, str]:
+    """How a run ended, as its heartbeat says it, and why."""
+    if error is None:
+        return ("ended" if exit_code == EXIT_DONE else "stopped"), ""
+    if isinstance(error, StopRequested | KeyboardInterrupt):
+        return "stopped", str(error)
+    return ("refused" if isinstance(error, ValueError) else "failed"), str(error) or type(error).__name__

@@ -1,10 +1,10 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and one line per step for the person at the terminal."""
+"""Metrics of a run: metrics.jsonl, trackers, and one line per step for the person at the terminal."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +13,11 @@ from rich.progress import track
 
 from megatron_rl.files import whole_file
 from megatron_rl.parsing import bounded_lines, parse_json
+from megatron_rl.train.run.trackers import Trackers
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+console = Console(highlight=False)
 
 
 def bar(items: Sequence[T], what: str) -> Iterable[T]:
@@ -26,18 +27,23 @@ def bar(items: Sequence[T], what: str) -> Iterable[T]:
 
 
 class MetricsLog:
-    """Appends one row per step to `run_dir/metrics.jsonl` and to `run_dir/tensorboard/`. `close()` flushes both.
+    """Appends one row per step to `run_dir/metrics.jsonl`, and tells trackers. `close()` ends both.
 
     `num_starts` in a row says how often the run had been started.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, see: Callable[[dict[str, Any]], object]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        see: Callable[[dict[str, Any]], object],
+        trackers: Trackers | None = None,
+    ) -> None:
         """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped.
 
-        see: is given each row of the steps before, in their order. None of them is kept in memory.
+        see: is given each row of the steps before, in their order. None of them is kept in memory. trackers: closed
+        with this.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         self._num_starts = 1
@@ -47,23 +53,33 @@ class MetricsLog:
                     file.write(json.dumps(row) + "\n")
                     self._num_starts = max(self._num_starts, 1 + row.get("num_starts", 1))
                     see(row)
+                    if trackers is not None:
+                        trackers.catch_up(row["step"], _numbers(row))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._trackers = trackers
 
     def write(self, row: dict[str, Any]) -> None:
-        """row["step"] numbers it; numbers go to TensorBoard as well. A number that is not finite becomes null."""
+        """row["step"] numbers it. A number that is not finite becomes null."""
         row = row | {"num_starts": self._num_starts}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        for name, value in finite.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, row["step"])
+        self.track(row["step"], finite)
+
+    def track(self, step: int, row: Mapping[str, Any]) -> None:
+        """Tell the numbers of a row to trackers alone."""
+        if self._trackers is not None:
+            self._trackers.log(step, _numbers(row))
 
     def close(self) -> None:
-        for file in (self._file, self._board):
-            with contextlib.suppress(OSError):  # a full disk was told when it was written to
-                file.close()
+        if self._trackers is not None:
+            self._trackers.close()
+        with contextlib.suppress(OSError):  # a full disk was told when it was written to
+            self._file.close()
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

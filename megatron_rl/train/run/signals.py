@@ -14,6 +14,7 @@ import torch
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import EXIT_INTERRUPTED, STOP_SIGNALS, Fault, StopRequested
+from megatron_rl.place import own_place
 from megatron_rl.train.run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._since = 0.0
+        self._since, self._leads = 0.0, own_place().rank == 0  # all ranks get the same signals
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -47,10 +48,12 @@ class StopSignals:
         if self.name is not None and time.monotonic() - self._since < self.repeat_seconds:
             return
         if self.name is not None:
-            log.error("second signal (%s): stopping now", signal.Signals(number).name)
+            if self._leads:
+                log.error("second signal (%s): stopping now", signal.Signals(number).name)
             os._exit(EXIT_INTERRUPTED)
         self.name, self._since = signal.Signals(number).name, time.monotonic()
-        log.warning("%s: stopping after a checkpoint; once more to stop at once", self.name)
+        if self._leads:
+            log.warning("%s: stopping after a checkpoint; once more to stop at once", self.name)
 
     def check(self) -> None:
         if self.name is not None:

@@ -14,19 +14,24 @@ from megatron_rl.files import whole_file
 log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
-_BEAT_SECONDS = 10.0
+BEAT_SECONDS = 10.0
 # After the deadline: then faulthandler ends a process whose watching thread cannot run (C code has the GIL).
 _STUCK_SECONDS = 30.0
 
 
 class Watchdog:
-    """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it. Every rank that
-    is in one phase for longer than the deadline writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and
-    ends with exit code 1; its launcher then ends the others. `close()` stops watching.
+    """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it, the steps that
+    the run has, and its state: running, or how it ended. Every rank that is in one phase for longer than the deadline
+    writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and ends with exit code 1; its launcher then ends
+    the others. `close()` stops watching.
+
+    num_steps: of the whole run; None while that is not known.
     """
 
     def __init__(self, run_dir: Path, rank: int, deadline_seconds: float) -> None:
         self._run_dir, self._rank, self._deadline = run_dir, rank, deadline_seconds
+        self.num_steps: int | None = None
+        self._state, self._message = "running", ""
         self._end = threading.Event()
         self._lock = threading.Lock()
         self.enter("start", 0)
@@ -45,10 +50,13 @@ class Watchdog:
         """For messages."""
         return f"rank {self._rank}, phase {self.phase} of step {self.step}"
 
-    def close(self) -> None:
+    def close(self, state: str = "ended", message: str = "") -> None:
+        """state: how the run ended, one of ended, stopped, failed and refused. message: why."""
         self._end.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        self._state, self._message = state, message
+        self._beat()
 
     def _run(self) -> None:
         beaten = time.monotonic()
@@ -57,7 +65,7 @@ class Watchdog:
                 now = time.monotonic()
                 if now - self._since > self._deadline:
                     self._give_up()
-                if now - beaten > _BEAT_SECONDS:
+                if now - beaten > BEAT_SECONDS:
                     beaten = now
                     self._beat()
 
@@ -71,6 +79,9 @@ class Watchdog:
             "step": self.step,
             "phase": self.phase,
             "phase_seconds": round(time.monotonic() - self._since, 1),
+            "num_steps": self.num_steps,
+            "state": self._state,
+            "message": self._message,
         }
         path = self._run_dir / HEARTBEAT
         try:
@@ -88,6 +99,8 @@ class Watchdog:
             self._deadline,
             self._run_dir / "stacks",
         )
+        self._state, self._message = "failed", f"{self.phase} took longer than train.phase_deadline_seconds"
+        self._beat()
         try:
             folder = self._run_dir / "stacks"
             folder.mkdir(exist_ok=True)

@@ -14,7 +14,12 @@ from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
 from megatron_rl.families import load_architecture
 from megatron_rl.train.run.metrics import bar
+from megatron_rl.train.run.starts import what_differs
 from megatron_rl.train.step.batch import TrainSequence
+
+# Keys that say which chats there are in which order, and how they are divided into batches.
+_OF_THE_ORDER = ("seed", "data.train", "data.special_tokens", "data.template_arguments", "data.too_long", "model.path")
+_OF_THE_BATCHES = ("data.batch_tokens", "train.epochs", "model.path")
 
 
 class ChatBatches:
@@ -27,6 +32,7 @@ class ChatBatches:
 
     def __init__(self, config: SftConfig, tokenizer: Any) -> None:
         """ValueError for data that cannot be used."""
+        self._config = config
         self._sequences: dict[str, TrainSequence] = {}
 
         def fits(chats: Sequence[Chat]) -> Sequence[Chat]:
@@ -61,8 +67,9 @@ class ChatBatches:
         step = state["step"]
         if state.get("data") != self.digest:
             raise ValueError(
-                "the seed, or the chats or weights of data.train, are not those that this run began with; put them "
-                "back, or start a new run with model.path set to the checkpoint"
+                "the chats and their order are not those that this run began with: "
+                f"{what_differs(self._config, _OF_THE_ORDER, 'a file of data.train')}; put that back, or start a new "
+                "run with model.path set to the checkpoint"
             )
         if step > self.num_steps:
             raise ValueError(
@@ -72,8 +79,9 @@ class ChatBatches:
         if state["chats"] != self.num_seen(step):
             raise ValueError(
                 f"after step {step} this run had seen {state['chats']} chats; with this configuration it would have "
-                f"seen {self.num_seen(step)}: put data.batch_tokens and train.epochs back (the last batch of an ended "
-                "run cannot be filled up), or start a new run with model.path set to the checkpoint"
+                f"seen {self.num_seen(step)} ({what_differs(self._config, _OF_THE_BATCHES)}): put data.batch_tokens "
+                "and train.epochs back (the last batch of an ended run cannot be filled up), or start a new run with "
+                "model.path set to the checkpoint"
             )
 
     def _at(self, start: int, end: int) -> list[TrainSequence]:

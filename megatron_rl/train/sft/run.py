@@ -10,11 +10,13 @@ from megatron_rl.c3po.packing import cost_model, pack_micro_batches
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.terminal import Eta, fitted, say
 from megatron_rl.train.run.alarms import Alarms, SkipGuard
-from megatron_rl.train.run.context import TrainContext, should_save
-from megatron_rl.train.run.metrics import MetricsLog, bar, console
+from megatron_rl.train.run.context import TrainContext
+from megatron_rl.train.run.metrics import MetricsLog, bar
 from megatron_rl.train.run.signals import StopSignals, disk_fault, told_in_words
 from megatron_rl.train.run.step_row import step_row
+from megatron_rl.train.run.trackers import Trackers
 from megatron_rl.train.sft.chats import ChatBatches, validation_parts
 from megatron_rl.train.sft.epochs import EpochDirectories, EpochLoss
 from megatron_rl.train.step.batch import TrainSequence
@@ -32,16 +34,23 @@ def run_sft(config: SftConfig, resume: bool) -> int:
     refuse_other_epochs(config.run_dir, config.train.epochs or 0, resume)
     signals = StopSignals()
     context = TrainContext(config, batches.num_steps, resume, check=signals.check)
+    context.watchdog.num_steps = batches.num_steps
     with context, ExitStack() as parts, told_in_words(context.watchdog):
         restored = context.restore()
+        context.tell((restored[0]["step"] if restored else 0, batches.num_steps))
         driver: dict[str, Any] = restored[0] if restored else batches.state(0)
         batches.check(driver)
         alarms = Alarms(config.train)
-        metrics = MetricsLog(config.run_dir, driver["step"], alarms.check) if context.is_rank_zero else None
-        if metrics is not None:
+        metrics = None
+        if context.is_rank_zero:
+            context.accept(driver["step"])
+            trackers = Trackers(config, driver["step"], resume)
+            metrics = MetricsLog(config.run_dir, driver["step"], alarms.check, trackers)
             parts.callback(metrics.close)
         run = _Run(config, context, batches, validation, metrics, alarms)
-        return run.steps(driver, signals)
+        context.exit_code = run.steps(driver, signals)
+    context.tell_end("sft", batches.num_steps)
+    return context.exit_code
 
 
 class _Run:
@@ -59,6 +68,7 @@ class _Run:
         self._config, self._context, self._metrics = config, context, metrics
         self._batches, self._validation = batches, validation
         self._alarms = alarms
+        self._eta = Eta(batches.num_steps)
         self._num_epochs = config.train.epochs or 0
         self._directories = EpochDirectories(context, self._num_epochs)
 
@@ -95,7 +105,7 @@ class _Run:
             if ends_epoch:
                 for epoch, loss in zip(ended, losses, strict=True):
                     self._end_epoch(epoch, step + 1, loss, validated)
-            if ends_epoch or should_save(step + 1, last, config):
+            if context.save_is_due(step + 1, last) or ends_epoch:
                 save(step + 1)
         context.settle(wait=True)
         if self._num_epochs:
@@ -140,7 +150,7 @@ class _Run:
         self._directories.write(epoch, note)
         if self._context.is_rank_zero:
             told = "none" if train_loss is None else f"{train_loss:.4f}"
-            console.print(f"sft epoch {epoch}/{self._num_epochs} ended with step {num_steps}  train loss {told}")
+            say(f"epoch {epoch} of {self._num_epochs} ended after {num_steps} steps  train loss {told}")
 
     def _report(self, step: int, result: StepResult, seconds: float, validated: dict[str, float]) -> None:
         if self._metrics is None:
@@ -155,10 +165,17 @@ class _Run:
             if fault := disk_fault(self._config, "the metrics of this step are not written", error):
                 raise fault from error
         last = self._batches.num_steps
+        eta = self._eta.after(step, seconds)
         if step % 20 == 0 or step + 1 == last or validated:
-            told = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in validated.items())
-            console.print(
-                f"sft {step + 1}/{last}  loss {row['loss']:.4f}{told}  "
-                f"grad norm {row['grad_norm']:.3f}  {row['trained_tokens_per_second']:,.0f} tokens/s",
-                soft_wrap=True,
+            say(
+                fitted(
+                    [
+                        f"step {step} of {last}",
+                        f"loss {row['loss']:.4f}",
+                        *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in validated.items()),
+                        f"{row['trained_tokens_per_second']:,.0f} tokens/s",
+                        f"gradient norm {row['grad_norm']:.3g}",
+                        eta or "last step",
+                    ]
+                )
             )

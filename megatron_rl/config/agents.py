@@ -1,0 +1,66 @@
+"""The keys of the section `rollout` that are about agents."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+
+from megatron_rl.config.names import among
+from megatron_rl.config.section import Positive, Section
+
+
+def _beside(command: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    """With whole paths of the words that are files beside the configuration."""
+    folders: list[Path] = (info.context or {}).get("folders", [])
+    return tuple(
+        next((str((folder / word).resolve()) for folder in folders if word and (folder / word).is_file()), word)
+        for word in command
+    )
+
+
+# What decides what agents have the policy say.
+AGENT_KEYS = ("agent", "agent_command", "history", "tool_parser", "max_turns")
+
+
+class AgentKeys(Section):
+    """How agents run (docs/agents.md). With none of them a prompt is answered once, and that is all."""
+
+    agent: Annotated[str, among(("",))] = Field(
+        default="",
+        description='"file.py:function" or "package.module:function", an `async def run(task, model)` of your own that '
+        "asks the policy as often as it likes, and returns a score, or None for the reward to judge the last message",
+    )
+    agent_command: Annotated[tuple[str, ...], AfterValidator(_beside)] = Field(
+        default=(),
+        description='in its place a program, such as ["python", "agent.py"], that finds the policy by OPENAI_BASE_URL '
+        "and OPENAI_API_KEY; files are looked for beside the configuration",
+    )
+    history: Literal["as_sampled", "template"] = Field(
+        default="as_sampled",
+        description="what the policy reads of its earlier turns: the tokens that it sampled, thinking included; or "
+        "what the chat template makes of their text: where it leaves thinking out, each turn is a sequence of its own",
+    )
+    tool_parser: str = Field(
+        default="auto",
+        description="how calls of tools are found in what the policy writes: auto, template (the tokenizer's "
+        "response_template), hermes (Qwen's too), llama3, ling or none",
+    )
+    max_turns: Positive = Field(default=64, description="requests of one trajectory")
+    agent_seconds: float = Field(
+        default=600.0, gt=0, description="that one trajectory may take, while rollout phases run"
+    )
+    agent_memory_bytes: int = Field(
+        default=2 * 1024**3, ge=64 * 1024**2, description="resident memory of one agent with all that it starts"
+    )
+
+    @property
+    def has_agent(self) -> bool:
+        return bool(self.agent or self.agent_command)
+
+    @model_validator(mode="after")
+    def _check_agent(self) -> Self:
+        if self.agent and self.agent_command:
+            raise ValueError(
+                f"either agent or agent_command, got {self.agent!r} and {' '.join(self.agent_command)!r}; take one out"
+            )
+        return self

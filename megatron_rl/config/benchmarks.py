@@ -1,0 +1,79 @@
+"""Benchmarks: files of prompts with answers, of `megatron-rl evaluate` and of the validation inside a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from megatron_rl.config.data import PromptSection
+from megatron_rl.config.reward import BenchmarkKindName, JudgeSection, RewardSection
+from megatron_rl.config.section import Fraction, Positive, Section, Temperature
+
+
+class BenchmarkSection(PromptSection):
+    path: Path = Field(description="JSONL of {domain, prompt, answer}")
+    reward: BenchmarkKindName | None = Field(
+        default=None,
+        description="how its answers are judged, by these rules alone; choice: the letter of a multiple choice. "
+        "Default: as in training, by reward.kind, reward.domains, reward.parts and reward.judge",
+    )
+    samples: Positive = Field(default=1, description="k of avg@k: how often each prompt is sampled")
+    prompts: Positive | None = Field(default=None, description="the first so many; default: all")
+    pass_at: tuple[Positive, ...] = Field(
+        default=(), description="k of pass@k and maj@k, at most samples; default: 1, 2, 4, ... and samples"
+    )
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Every k of pass@k and maj@k, in order."""
+        powers = (2**i for i in range(self.samples.bit_length()))
+        return tuple(sorted(set(self.pass_at or (*powers, self.samples))))
+
+    def reward_of(self, reward: RewardSection) -> RewardSection:
+        """How this benchmark is judged, where `reward` is that of all. Not validated again: "choice" is for evaluation
+        alone."""
+        if self.reward is None:
+            return reward
+        alone = {"kind": self.reward, "domains": {}, "parts": {}, "correct_part": "", "judge": JudgeSection()}
+        return reward.model_copy(update=alone)
+
+    @model_validator(mode="after")
+    def _check_pass_at(self) -> "BenchmarkSection":
+        if self.at[-1] > self.samples:
+            raise ValueError(f"pass_at {self.at[-1]} is more than samples {self.samples}; raise samples")
+        return self
+
+
+Benchmarks = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], BenchmarkSection],
+    Field(min_length=1, description="by name, which names the files of the results too"),
+]
+
+
+class ValidationSection(Section):
+    """Benchmarks that a run answers now and then, on its own servers. How they are sampled is by default as in
+    `evaluate`; prompts and responses may be as long as the run's."""
+
+    every: Positive = Field(
+        description="steps between validations; the weights of the start and those of the end are validated too"
+    )
+    samples: Positive = Field(default=1, description="how often each prompt is sampled, of benchmarks that say nothing")
+    temperature: Temperature = Field(default=1.0, description="of sampling; 0 is greedy")
+    top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
+    benchmarks: Benchmarks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_samples(cls, values: Any) -> Any:
+        benchmarks = values.get("benchmarks") if isinstance(values, dict) else None
+        if not isinstance(benchmarks, dict) or "samples" not in values:
+            return values
+        filled = {
+            name: {"samples": values["samples"], **section} if isinstance(section, dict) else section
+            for name, section in benchmarks.items()
+        }
+        return values | {"benchmarks": filled}
+
+    def is_due(self, num_steps: int, last: int) -> bool:
+        """Tell whether the weights of so many completed steps are validated. last: steps of the run."""
+        return num_steps % self.every == 0 or num_steps == last

@@ -1,0 +1,138 @@
+"""What TRL, slime, verl, prime-rl and other trainers call the keys of this one."""
+
+from collections.abc import Collection
+
+# By our key. A name with a dot is told by the section that it stands in.
+_NAMES = {
+    "run_dir": "output_dir default_local_dir save save_dir checkpoint_dir ckpt_dir work_dir log_dir",
+    "seed": "random_seed manual_seed data_seed rollout_seed",
+    "model.path": "model_name_or_path model_name hf_checkpoint ref_load load pretrained pretrain partial_pretrain "
+    "actor_model_path model.name base_model",
+    "model.dtype": "bf16 fp16 torch_dtype precision model_dtype params_dtype",
+    "model.recompute": "gradient_checkpointing enable_gradient_checkpointing recompute_granularity "
+    "activation_checkpointing ac recompute_method recompute_num_layers",
+    "model.attention": "attn attn_implementation flash_attn use_flash_attention attention_backend",
+    "data.train": "train_files prompt_data dataset dataset_name dataset_path train_file train_data data_path",
+    "data.validation": "val_files eval_dataset validation_files eval_prompt_data val_data",
+    "data.system": "system_prompt",
+    "data.template_arguments": "chat_template_kwargs apply_chat_template_kwargs",
+    "data.too_long": "filter_overlong_prompts truncation filter_overlong",
+    "data.batch_tokens": "tokens_per_batch",
+    "rollout.prompts_per_step": "rollout_batch_size train_batch_size gen_batch_size batch_size examples_per_step "
+    "num_prompts prompts_per_rollout over_sampling_batch_size generation_batch_size",
+    "rollout.samples_per_prompt": "num_generations n_samples_per_prompt rollouts_per_example n rollout_n group_size "
+    "num_return_sequences num_samples k",
+    "rollout.max_response_tokens": "max_completion_length max_response_length rollout_max_response_len max_tokens "
+    "max_new_tokens response_length max_completion_tokens generate_max_len max_gen_len",
+    "rollout.max_prompt_tokens": "max_prompt_length rollout_max_prompt_len prompt_max_len max_prompt_len",
+    "rollout.temperature": "rollout_temperature sampling_temperature",
+    "rollout.max_running_requests": "max_num_seqs max_concurrent sglang_server_concurrency max_concurrency "
+    "sglang_max_running_requests",
+    "rollout.sglang_arguments": "gpu_memory_utilization vllm_gpu_memory_utilization sglang_mem_fraction_static "
+    "mem_fraction_static tp_size vllm_tensor_parallel_size rollout_num_gpus_per_engine engine_kwargs",
+    "rollout.servers": "num_engines rollout_num_gpus num_servers vllm_num_engines data_parallel_size dp",
+    "rollout.engine": "backend rollout_backend use_vllm vllm_mode inference_engine",
+    "rollout.urls": "base_url vllm_server_host vllm_server_base_url sglang_router_ip server_url",
+    "rollout.release_memory": "colocate free_cache_engine vllm_enable_sleep_mode offload_rollout enable_sleep_mode",
+    "rollout.partial": "partial_rollout",
+    "rollout.router_replay": "use_rollout_routing_replay routing_replay use_routing_replay",
+    "reward.kind": "rm_type reward_funcs custom_rm_path reward_function reward_fn reward_manager "
+    "custom_reward_function custom_generate_function_path",
+    "reward.overlong_buffer_tokens": "overlong_buffer.len overlong_buffer_len soft_punish_cache",
+    "reward.overlong_penalty": "overlong_buffer.penalty_factor penalty_factor",
+    "optimizer.learning_rate": "lr max_lr actor_lr actor_learning_rate",
+    "optimizer.min_learning_rate": "min_lr lr_min",
+    "optimizer.schedule": "lr_scheduler_type lr_decay_style lr_scheduler scheduler warmup_style lr_schedule",
+    "optimizer.warmup_steps": "lr_warmup_steps lr_warmup_iters num_warmup_steps",
+    "optimizer.warmup_share": "warmup_ratio lr_warmup_steps_ratio lr_warmup_fraction warmup_fraction",
+    "optimizer.weight_decay": "wd",
+    "optimizer.beta1": "adam_beta1 betas1 betas",
+    "optimizer.beta2": "adam_beta2 betas2",
+    "optimizer.epsilon": "adam_epsilon adam_eps optim.eps optimizer.eps optim.epsilon",
+    "optimizer.clip_grad": "max_grad_norm grad_clip max_norm gradient_clipping clip_grad_norm grad_norm_clip",
+    "optimizer.offload_fraction": "optimizer_offload optimizer_cpu_offload optimizer_offload_fraction cpu_offload "
+    "optimizer_cpu_offload_fraction",
+    "parallel.tensor": "tensor_model_parallel_size tensor_parallel_size tensor_parallel tp",
+    "parallel.pipeline": "pipeline_model_parallel_size pipeline_parallel_size pp",
+    "parallel.virtual_pipeline": "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage vpp",
+    "parallel.expert": "expert_model_parallel_size expert_parallel_size ep",
+    "parallel.expert_tensor": "expert_tensor_parallel_size etp",
+    "parallel.context": "context_parallel_size ulysses_sequence_parallel_size cp",
+    "moe.load_balance_coefficient": "moe_aux_loss_coeff aux_loss_coef router_aux_loss_coef load_balance_loss_coeff",
+    "moe.z_loss_coefficient": "moe_z_loss_coeff z_loss_coef router_z_loss_coef",
+    "train.steps": "max_steps num_rollout total_training_steps num_steps num_iterations_total train_iters total_steps "
+    "training_steps",
+    "train.epochs": "num_train_epochs total_epochs num_epoch num_epochs max_epochs",
+    "train.micro_batch_tokens": "max_tokens_per_gpu ppo_max_token_len_per_gpu per_device_train_batch_size seq_len "
+    "micro_batch_size ppo_micro_batch_size_per_gpu max_seq_length max_length seq_length max_token_len_per_gpu",
+    "train.save_every": "save_steps save_interval save_freq ckpt.interval checkpoint.interval checkpoint_interval",
+    "train.keep_last": "save_total_limit max_actor_ckpt_to_keep max_ckpt_to_keep keep_latest_k",
+    "train.validate_every": "test_freq eval_steps eval_interval val_interval eval_every",
+    "train.offload_while_generating": "offload offload_train param_offload grad_offload",
+    "budget.tokens": "gradient_accumulation_steps global_batch_size token_budget token_batch_size",
+    "budget.max_staleness": "off_policy_steps max_off_policy_steps staleness",
+    "algorithm.name": "adv_estimator advantage_estimator loss_type loss.type policy_loss rl_algorithm loss_mode",
+    "algorithm.advantage": "scale_rewards norm_adv_by_std_in_grpo normalize_advantages grpo_std_normalization",
+    "algorithm.ratio": "importance_sampling_level",
+    "algorithm.clip_low": "epsilon clip_ratio clip_ratio_low eps_clip cliprange epsilon_low clip_eps eps_clip_low "
+    "clip_range",
+    "algorithm.clip_high": "epsilon_high clip_ratio_high eps_clip_high cliprange_high clip_range_high",
+    "algorithm.kl_coefficient": "beta kl_coef kl_loss_coef init_kl_coef kl_beta kl_penalty_coef kl_coeff kl_tau",
+    "algorithm.kl_estimator": "kl_loss_type kl_penalty kl_type",
+    "algorithm.entropy_coefficient": "entropy_coef entropy_coeff entropy_loss_coef ent_coef",
+    "algorithm.passes_per_rollout": "num_iterations ppo_epochs num_updates_per_batch",
+    "algorithm.optimizer_steps_per_rollout": "ppo_mini_batch_size steps_per_generation num_steps_per_rollout "
+    "num_mini_batches",
+    "algorithm.dynamic_sampling": "filter_groups dynamic_sampling_filter_path dynamic_filter",
+    "algorithm.mask_truncated": "mask_truncated_completions overlong_filtering mask_overlong",
+    "algorithm.correction": "use_tis tis vllm_importance_sampling_correction rollout_is rollout_correction",
+    "algorithm.tis_cap": "tis_clip tis_imp_ratio_cap vllm_importance_sampling_cap rollout_is_threshold",
+    "sync.bucket_mb": "update_weights_bucket_megabytes update_weight_buffer_size",
+    "sync.transport": "weight_broadcast weight_sync update_weight_mode",
+    "cluster.nodes": "nnodes num_nodes actor_num_nodes",
+    "cluster.gpus_per_node": "n_gpus_per_node num_gpus_per_node actor_num_gpus_per_node",
+}
+# What has no key here, and why.
+_NONE = {
+    "top_p": "training samples from the whole distribution, since it needs the log-prob of every token; `evaluate` "
+    "has rollout.top_p, and [validation] has top_p",
+    "top_k": "responses are sampled from the whole distribution",
+    "min_p": "responses are sampled from the whole distribution",
+    "logging_steps": "every step is in metrics.jsonl",
+    "async_level": "every step trains on responses to the newest weights, or with rollout.partial on those under way",
+    "gamma": "a response is one action with one reward, so nothing is discounted",
+    "lam": "a response is one action with one reward, so there is no value function",
+    "use_kl_loss": "the KL term is there where algorithm.kl_coefficient is above 0",
+    "sequence_parallel": "it is on wherever parallel.tensor is above 1",
+    "pad_token_id": "it is read from the model directory",
+    "eos_token_id": "it is read from the model directory",
+}
+_KEYS: dict[str, list[str]] = {}
+for _key, _names in _NAMES.items():
+    for _name in _names.split():
+        _KEYS.setdefault(_name, []).append(_key)
+
+
+def keys_called(path: str, known: Collection[str]) -> list[str]:
+    """List which of the known keys others call so. path: of an unknown key, with its section."""
+    for name in _ways_to_say(path):
+        found = [key for key in _KEYS.get(name, ()) if key in known]
+        if found:
+            return found
+    return []
+
+
+def why_none(path: str) -> str:
+    """Say why there is no such key; "" where others have none either."""
+    return next((_NONE[name] for name in _ways_to_say(path) if name in _NONE), "")
+
+
+def names_of(key: str) -> list[str]:
+    """List what others call a key of ours."""
+    return _NAMES.get(key, "").split()
+
+
+def _ways_to_say(path: str) -> tuple[str, str]:
+    """The name with its section, and alone, as Python would have them."""
+    parts = path.lower().replace("-", "_").split(".")
+    return ".".join(parts[-2:]), parts[-1]

@@ -1,0 +1,55 @@
+"""What the run and the process of its agents say to each other: JSON, a line each.
+
+Orders: {"start": Order}, {"end": id}. News: {"ready": true} or {"problem": text}, then {"started": {"id", "pid"}} and
+{"ended": Outcome}.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Variables of an agent's environment.
+BASE_URL, API_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
+TASK_FILE, RESULT_FILE, TRAJECTORY = "MEGATRON_RL_TASK", "MEGATRON_RL_RESULT", "MEGATRON_RL_TRAJECTORY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What the process is started for. agent: a function. command: a program instead. folder: where it runs.
+    output: takes what agents print that fail. memory_bytes: of one. passing_score: as reward.passing_score."""
+
+    agent: str
+    command: tuple[str, ...]
+    folder: str
+    output: str
+    memory_bytes: int
+    passing_score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One agent to run. task: what it is to do, as plain data."""
+
+    id: str
+    base_url: str
+    api_key: str
+    task: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an agent ended. score: None where it gave none. reason, details, parts: as of a reward's verdict.
+    error: what went wrong; "" where nothing did."""
+
+    id: str
+    score: float | None = None
+    reason: str = ""
+    details: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+def line(kind: str, content: Any) -> bytes:
+    """One order, or one piece of news."""
+    return json.dumps({kind: content if isinstance(content, str | bool | dict) else asdict(content)}).encode() + b"\n"

@@ -1,0 +1,69 @@
+"""A socket, and an HTTP server on it, in an event loop that is somebody else's."""
+
+import contextlib
+import ipaddress
+import logging
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+
+log = logging.getLogger("megatron_rl.rollout.embedded")
+
+GRACEFUL_SHUTDOWN_SECONDS = 3
+
+
+def bind(host: str, port: int, allow_remote: bool, key: str) -> socket.socket:
+    """A bound socket that does not listen yet, so that a taken port is known before the model is read."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port must be in [0, 65535], got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"--host {host} cannot be resolved: {error}") from None
+    if not ipaddress.ip_address(address[0]).is_loopback and not allow_remote:
+        raise ValueError(f"--host must be a loopback address, got {host}; --allow-remote permits it")
+    if allow_remote and not key:
+        raise ValueError("--allow-remote needs a key, or everybody could change the weights; set --api-key-variable")
+    # The protocol is named because only then does asyncio turn Nagle's algorithm off, which lets the body of an answer
+    # wait 40 ms for the client's delayed acknowledgement of its head.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"port {port} of {host} cannot be bound: {error.strerror}") from None
+    return bound
+
+
+def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.Server":
+    """Make a server for the socket, which logs what it serves once it takes connections."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
+            yield
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # Whoever started the server waits for this line: from here on connections are accepted.
+            host, port = bound.getsockname()[:2]
+            log.info("%s on http://%s:%d", what, f"[{host}]" if ":" in host else host, port)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+            timeout_keep_alive=120,
+            backlog=4096,
+        )
+    )

@@ -1,0 +1,24 @@
+"""Work that an event loop does not do itself."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run it in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()  # a caller that leaves does not cancel it any more
+        try:
+            future.set_result(function())
+        except BaseException as error:  # the caller's, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="update", daemon=True).start()
+    return await asyncio.wrap_future(future)

@@ -1,0 +1,187 @@
+"""Rank 0's part of a validation: the run's own servers answer benchmarks with the weights that they have just got."""
+
+import logging
+import time
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.benchmarks import ValidationSection
+from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.evaluation.benchmarks import (
+    Benchmark,
+    benchmark_sampler,
+    read_benchmark,
+    result_of,
+    sample_benchmark,
+)
+from megatron_rl.evaluation.results import BenchmarkResult
+from megatron_rl.evaluation.settings import benchmark_settings
+from megatron_rl.evaluation.validations import Row, Validations, best_row, told_score
+from megatron_rl.families import load_architecture
+from megatron_rl.parsing import read_json
+from megatron_rl.reward.rewards import Rewards
+from megatron_rl.rollout.provenance import model_settings, reward_settings, write_settings
+from megatron_rl.train.orchestrator.group_source import ServerGroups
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Samples and judges the benchmarks of a run. Owns the judges that training has not. `close()` ends them.
+
+    Nothing of it reaches training: prompts, random numbers and files are its own, and servers answer by seeds.
+    """
+
+    def __init__(
+        self, config: RlConfig, section: ValidationSection, servers: ServerGroups, validations: Validations
+    ) -> None:
+        """ValueError for benchmarks that cannot be used; Fault when their answers cannot be judged here."""
+        self._config, self._section, self._servers, self._validations = config, section, servers, validations
+        self._end_ids = load_architecture(config.model.path).eos_token_ids
+        tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
+        self._benchmarks = [
+            read_benchmark(name, benchmark, config.reward, tokenizer, most, "validation.benchmarks")
+            for name, benchmark in section.benchmarks.items()
+        ]
+        trained = servers.trained_prompts()
+        for benchmark in self._benchmarks:
+            _warn(benchmark, section.temperature, trained)
+        self._settings = {
+            "model": model_settings(config.model.path, config.model.dtype),
+            "sampling": {
+                "temperature": section.temperature,
+                "top_p": section.top_p,
+                "seed": config.seed,
+                **config.rollout.model_dump(include={"engine", "max_prompt_tokens", "max_response_tokens"}),
+            },
+            "reward": reward_settings(config.reward),
+        }
+        self._own: list[Rewards] = []
+        try:
+            self._judges = self._open_judges()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def best_step(self) -> int | None:
+        """Whose weights had the best score of train.keep_best so far, as the number of completed steps."""
+        best = self._best()
+        return None if best is None else int(best["step"])
+
+    def has(self, step: int) -> bool:
+        """Tell whether the weights of so many completed steps have been validated."""
+        return any(row["step"] == step for row in self._validations.rows)
+
+    def run(self, step: int) -> Row:
+        """Validate the weights that the servers have, those of `step` completed steps. What an interrupted validation
+        of the same weights has sampled is kept.
+
+        StopRequested and WeightsNeeded as of `ServerGroups.groups`; OSError when the disk takes no more.
+        """
+        started = time.perf_counter()
+        folder = self._validations.folder(step)
+        results = {
+            benchmark.name: self._result(benchmark, rewards, folder)
+            for benchmark, rewards in zip(self._benchmarks, self._judges, strict=True)
+        }
+        row = self._validations.add(step, time.perf_counter() - started, results)
+        self._tell(row, results)
+        return row
+
+    def told_best(self) -> str:
+        """Say which step was the best by train.keep_best, and where its checkpoint is."""
+        best, config = self._best(), self._config
+        if best is None:
+            return ""
+        score = f"{config.train.keep_best} {told_score(best, config.train.keep_best)}"
+        path = config.run_dir / "checkpoints" / f"step_{best['step']}"
+        if best["step"] == 0:
+            return f"best of validation: {score}, of the weights that the run began with, {config.model.path}"
+        if best["step"] == config.train.steps:
+            return f"best of validation: {score}, of the last weights, {config.run_dir / 'hf'}"
+        where = (
+            f"megatron-rl convert {path} DIRECTORY --to hf makes a model directory of it"
+            if path.exists()
+            else "which is not there: it was not saved, or train.keep_best was not set then"
+        )
+        return f"best of validation: {score}, of step {best['step']}, {path}; {where}"
+
+    def close(self) -> None:
+        for rewards in self._own:
+            rewards.close()
+
+    def _best(self) -> Row | None:
+        name = self._config.train.keep_best
+        return best_row(self._validations.rows, name) if name else None
+
+    def _open_judges(self) -> list[Rewards]:
+        """Open one for each benchmark; the run's own where it judges alike."""
+        known: list[tuple[RewardSection, Rewards]] = [(self._config.reward, self._servers.rewards)]
+        found = []
+        for benchmark in self._benchmarks:
+            rewards = next((rewards for section, rewards in known if section == benchmark.reward), None)
+            if rewards is None:
+                rewards = Rewards(benchmark.reward, self._config.run_dir)
+                self._own.append(rewards)
+                known.append((benchmark.reward, rewards))
+            found.append(rewards)
+        return found
+
+    def _result(self, benchmark: Benchmark, rewards: Rewards, folder: Path) -> BenchmarkResult:
+        path = folder / f"{benchmark.name}.jsonl"
+        _claim(path, self._settings | {"benchmark": benchmark_settings(benchmark.section)})
+        if questions := benchmark.left(path):
+            section, servers = self._section, self._servers
+            alone = {"prompts_per_step": 1, "samples_per_prompt": 1, "temperature": section.temperature}
+            sampler = benchmark_sampler(
+                servers.pool,
+                rewards,
+                servers.decode,
+                self._config.rollout.model_copy(update=alone),
+                self._config.seed,
+                self._end_ids,
+                section.top_p,
+            )
+            servers.run(sample_benchmark(benchmark, questions, path, sampler))
+        return result_of(path, benchmark.section)
+
+    def _tell(self, row: Row, results: Mapping[str, BenchmarkResult]) -> None:
+        scores = ", ".join(f"{name} {told_score(row, name)}" for name in results)
+        log.info("validation after %d steps: %s", row["step"], scores)
+        for name, result in results.items():
+            if result.error_share > self._config.reward.max_error_share:
+                log.warning(
+                    "validation after %d steps: a share of %.2f of the responses to %s could not be judged, more than "
+                    'reward.max_error_share, and counts as wrong; "details" in %s says why',
+                    *(row["step"], result.error_share, name, self._validations.folder(row["step"]) / f"{name}.jsonl"),
+                )
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> None:
+    """Begin the file of a benchmark's responses, or leave it as it is where it was begun with the same settings."""
+    beside = path.with_suffix(".settings.json")
+    try:
+        if read_json(beside) == settings:
+            return
+    except (OSError, ValueError):
+        pass
+    path.unlink(missing_ok=True)
+    write_settings(beside, settings)
+
+
+def _warn(benchmark: Benchmark, temperature: float, trained: Set[str]) -> None:
+    """Warn of what is hardly meant. trained: texts of the prompts of training."""
+    if temperature == 0 and benchmark.section.samples > 1:
+        log.warning(
+            "validation.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 of %s is enough",
+            benchmark.name,
+        )
+    if known := sum(prompt.text in trained for prompt in benchmark.prompts):
+        log.warning(
+            "%d of %d prompts of validation.benchmarks.%s are in data.train too, and say what was learned by heart",
+            *(known, len(benchmark.prompts), benchmark.name),
+        )

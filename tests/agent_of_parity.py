@@ -1,0 +1,12 @@
+"""An agent for runs of a random model: two short turns, and a score that is as often 1 as 0."""
+
+from pathlib import Path
+
+
+async def run(task, model):
+    first = await model.chat(task.messages, max_tokens=4)
+    more = [*task.messages, first.message, {"role": "user", "content": "more"}]
+    second = await model.chat(more, max_tokens=4)
+    if note := task.meta.get("note"):
+        Path(note).touch()
+    return float(sum(map(ord, first.content + second.content)) % 2)

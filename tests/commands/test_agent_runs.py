@@ -1,0 +1,78 @@
+"""Whole runs with an agent: the budget is exact over turns, and one that is killed comes to the same bits."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import example_runs
+import forked
+import pytest
+from example_runs import finish, numbers
+from inputs import ROOT, make_inputs
+
+SMALL = [
+    *("rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=8"),
+    *("rollout.max_prompt_tokens=88", "rollout.max_running_requests=4", "rollout.servers=1", "rollout.threads=1"),
+    *("threads=1", "budget.tokens=60", "train.steps=3", "train.micro_batch_tokens=256", "train.save_every=1"),
+    *("reward.workers=1", "optimizer.warmup_steps=0", f"rollout.agent={ROOT}/tests/agent_of_parity.py:run"),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"), 8, 40, 8, "--init-std", "0.06")
+
+
+def command(inputs: Path, run: Path, *options: str) -> list[str]:
+    return example_runs.command("agents/guess", inputs, run, SMALL, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(inputs, run))
+    return run
+
+
+def test_every_step_trains_exactly_the_budget_of_the_policys_tokens(whole: Path) -> None:
+    rows = numbers(whole)
+    assert [row["num_loss_tokens"] for row in rows] == [60] * 3
+    assert all(row["turns_mean"] == 2 and row["segments_mean"] == 1 for row in rows)
+    assert all(row["num_failed_agents"] == row["num_new_segments"] == 0 for row in rows)
+    # The log-probs of servers are those of the trainer, token by token over both turns.
+    assert all(row["logprob_difference_p999"] < 2e-5 for row in rows)
+    for line in (whole / "rollouts/step_000000.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        spans = [is_policys for _, is_policys in sample["segments"][0]["spans"]]
+        assert spans.count(True) == 2
+        assert sample["num_tokens"] <= 8
+
+
+def test_a_run_that_was_killed_comes_to_the_same_bits(whole: Path, inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = forked.Program(command(inputs, run), tmp_path / "log", os.environ)
+    turns = run / "journal/step_000001.turns"
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if turns.exists() and turns.stat().st_size > 3000:  # in the middle of the second phase
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert turns.exists()
+    finish(command(inputs, run, "--resume"))
+    assert numbers(run) == numbers(whole)
+    for step in range(3):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (run / name).read_text() == (whole / name).read_text()
+
+
+def test_responses_of_agents_are_sampled_into_a_file_that_training_takes(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rollouts.jsonl"
+    arguments = command(inputs, tmp_path / "run", "--prompts", "2", "--output", str(out))
+    arguments[3] = "rollout"
+    finish(arguments)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 8
+    assert {len(row["segments"][0]["turns"]) for row in rows} == {2}

@@ -1,0 +1,117 @@
+"""What a person at the terminal reads: short lines on stdout, warnings on stderr, one line at an interruption."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rank_zero import config_of
+from tiny_model import TINY_CONFIG
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, StopRequested, exit_code
+from megatron_rl.families import Architecture, architecture_of
+from megatron_rl.place import Place
+from megatron_rl.terminal import COLUMNS, Eta, fitted, table
+from megatron_rl.train.run.overview import ending, overview
+
+
+def test_a_line_that_is_too_long_loses_its_least_important_parts_and_keeps_the_last() -> None:
+    assert fitted(["a", "", "b", "c"]) == "a  b  c"
+    line = fitted(["step 12 of 20", "reward 0.500", "x" * 40, "y" * 30, "ETA 5 min"])
+    assert line == f"step 12 of 20  reward 0.500  {'x' * 40}  ETA 5 min"
+    assert len(line) <= COLUMNS
+
+
+def test_a_step_line_of_a_long_run_fits() -> None:
+    """As the orchestrator makes it, at its longest."""
+    parts = ["step 99999 of 100000", "reward -0.500", "no answer 100%", "entropy 12.34", "1.23e+03 s"]
+    assert len(fitted([*parts, "ETA 1234.5 h"])) <= COLUMNS
+
+
+def test_the_time_left_is_that_of_the_last_steps() -> None:
+    eta = Eta(100)
+    assert eta.after(0, 10.0) == "ETA 16 min"  # 99 steps of 10 s
+    for step in range(1, 41):
+        said = eta.after(step, 1.0)
+    assert said == "ETA 59 s"  # of the last 20 steps each took 1 s
+    assert eta.after(99, 1.0) == ""
+
+
+def test_rows_of_a_table_go_on_below_themselves() -> None:
+    lines = table([("a", "word " * 30), ("longer", "x")]).splitlines()
+    assert lines[0].startswith("a       word")
+    assert lines[1].startswith("        word")
+    assert lines[-1] == "longer  x"
+    assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.fixture(scope="module")
+def architecture() -> Architecture:
+    return architecture_of(TINY_CONFIG)
+
+
+def test_what_runs_where_is_a_short_table(architecture: Architecture, tmp_path: Path) -> None:
+    config = config_of(Path(tmp_path))
+    layout = Layout(world_size=4, tensor=2)
+    said = overview(config, architecture, layout, Place(), "the CPU", (0, 4), ["http://a:1", "http://b:2"])
+    lines = said.splitlines()
+    assert lines[0].startswith("model     model, ")
+    assert "training  4 ranks on the CPU: tensor 2, data 2; float32" in said
+    assert "servers   2 embedded at http://a:1, http://b:2" in said
+    assert f"{config.run_dir}, steps 0 to 3" in re.sub(r"\s+", " ", said)
+    assert len(lines) <= 6 + 2
+    assert "none; responses come from a file" in overview(config, architecture, layout, Place(), "the CPU", (0, 4))
+
+
+def test_the_end_says_where_the_model_is_and_what_comes_next(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    done = ending(config, "train", EXIT_DONE, None, 4)
+    assert f"done: 4 steps; the model is in {config.run_dir}/hf\n" in done
+    assert "megatron-rl evaluate BENCHMARKS.toml --model" in done
+    stopped = ending(config, "train", EXIT_STOPPED, tmp_path / "step_2", 4)
+    assert f"the checkpoint is {tmp_path}/step_2\n" in stopped
+    assert "the same `megatron-rl train` with --resume" in stopped
+    assert "nothing to resume" in ending(config, "sft", EXIT_INTERRUPTED, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyboardInterrupt(), "interrupted"), (StopRequested("stopped by X"), "stopped by X")]
+)
+def test_an_interruption_is_one_line(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise error
+
+    assert exit_code("megatron-rl convert", run) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == f"megatron-rl convert: {said}\n"
+
+
+def test_what_goes_well_is_on_stdout_and_warnings_are_on_stderr() -> None:
+    script = (
+        "import logging, sys\nfrom megatron_rl.terminal import configure_logging, say\nconfigure_logging(sys.stdout)\n"
+        "log = logging.getLogger('megatron_rl.x')\nlog.debug('no'); log.info('well'); log.warning('bad')\n"
+        "logging.getLogger('other').info('no'); logging.getLogger('other').warning('theirs')\nsay('line')\n"
+    )
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "dumb"}
+    environment.pop("MEGATRON_RL_LOG", None)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "well\nline\n"
+    assert done.stderr == "warning: bad\nwarning of other: theirs\n"
+    environment["MEGATRON_RL_LOG"] = "debug"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "no\nwell\nline\n"
+
+
+def test_a_command_says_something_before_it_imports_anything_heavy(tmp_path: Path) -> None:
+    """So that a line is there within a second; what follows takes several."""
+    script = (
+        "import sys\nfrom megatron_rl import cli\nwrite = sys.stdout.write\n"
+        "def noted(text):\n    write(f'{sorted({*sys.modules} & {*sys.argv[2:]})} {text}')\n"
+        "sys.stdout.write = noted\ncli.main(['train', sys.argv[1]])\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "no.toml", "torch", "pydantic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == f"[] megatron-rl train {tmp_path}/no.toml\n"
+    assert "no.toml does not exist" in done.stderr
