@@ -60,7 +60,9 @@ def run(seeds: Sequence[int], nproc: int) -> int:
         results[SFT].append(compare.evaluate(model))
     text = "\n\n".join([*compare.accuracy_tables(results, seeds), token_table(steps)]) + "\n"
     (FOLDER / "joint.md").write_text(text, encoding="utf-8")
-    (FOLDER / "joint.json").write_text(json.dumps({"accuracy": results, "tokens": tokens_of(steps)}, indent=1))
+    (FOLDER / "joint.json").write_text(
+        json.dumps({"accuracy": results, "tokens": tokens_of(steps)}, indent=1), encoding="utf-8"
+    )
     compare.plot({arm: steps[arm] for arm in ARMS}, FOLDER / "joint.png")
     print(text)
     print(f"[{stages.seconds():5.0f} s] {FOLDER / 'joint'}.md, .json, .png")

@@ -93,7 +93,9 @@ class AgentSampler(Sampler):
         teacher: TeacherScorer | None = None,
     ) -> None:
         """turns: takes turns, and has those that a killed phase had. ValueError for a parser that is not known."""
-        super().__init__(servers, rewards, decode, advantages, rollout, seed, settings.end_ids, journal, teacher=teacher)
+        super().__init__(
+            servers, rewards, decode, advantages, rollout, seed, settings.end_ids, journal, teacher=teacher
+        )
         self._turns, self._settings = turns, settings
         parser = parser_for(tokenizer, rollout.tool_parser)
         self._chat = ChatTokens(

@@ -24,7 +24,8 @@ def gpu_bytes(
     # Servers start when the trainer has its state, and before it has seen a token.
     stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
     state = {part: training[part] for part in stays}
-    numbers, found = {}, []
+    numbers: dict[str, Any] = {}
+    found: list[str] = []
     if not colocated or not config.rollout.urls:
         # On nodes of their own job.sh starts as many as there are GPUs for.
         rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
@@ -55,7 +56,8 @@ def _add_teacher(
     served = teacher.as_rollout(rollout)
     shape = teacher_shape(teacher)
     parts, numbers, found = plan_servers(served, teacher.dtype, shape, cluster, taken_bytes, updates=False)
-    on_gpus = [name for name in memory if name == "training_gpu" or (name == "serving_gpu" and not cluster.serving_nodes)]
-    for name in on_gpus if numbers["gpus_each"] else ["host"]:
-        memory[name] |= {f"teacher_{part}": size for part, size in parts.items()}
+    places = [name for name in memory if name != "host"] if numbers["gpus_each"] else ["host"]
+    for name in places:
+        if name != "serving_gpu" or not cluster.serving_nodes:  # those are other machines
+            memory[name] |= {f"teacher_{part}": size for part, size in parts.items()}
     return [f"distillation: {problem}" for problem in found]
