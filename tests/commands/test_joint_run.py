@@ -17,7 +17,7 @@ from tiny_model import tensors_of
 
 from megatron_rl.metric_names import unknown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 run_dir = "{run}"
 threads = 1
