@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from megatron_rl.config.agents import AgentKeys
 from megatron_rl.config.benchmarks import Benchmarks
 from megatron_rl.config.model import ServedModelSection
 from megatron_rl.config.reward import RewardSection
@@ -10,7 +11,7 @@ from megatron_rl.config.schema import CommandConfig
 from megatron_rl.config.section import Fraction, Positive
 
 
-class EvaluationSampling(GenerationSection):
+class EvaluationSampling(GenerationSection, AgentKeys):
     """The defaults are those of Ring-lite's evaluation; temperature 1.0 too."""
 
     max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are refused before anything starts")

@@ -1,6 +1,7 @@
 """A benchmark as it is sampled: its prompts as questions, and its responses in a file that grows while they come."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +9,14 @@ from typing import TYPE_CHECKING
 from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.data.chat import response_decoder
 from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.judged import check_judged
 from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.evaluation.responses import as_line, judged, read_verdicts
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
+from megatron_rl.families import load_architecture
+from megatron_rl.gateway.sampler import AgentSampler, AgentSettings, started
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.append_log import sample_into, whole_groups
@@ -46,6 +50,18 @@ class Benchmark:
         """The questions without a response in the file, from which a last one that a kill cut short is taken."""
         done = whole_groups(path, 1, "remove the file")
         return tuple(question for question in self.questions if question.prompt_id not in done)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """How benchmarks are sampled. model: the directory with the shape and the tokenizer. rollout: with groups of one
+    response. seed: of the configuration. folder: takes what agents print."""
+
+    model: Path
+    rollout: RolloutSection
+    seed: int
+    top_p: float
+    folder: Path
 
 
 def result_of(path: Path, section: BenchmarkSection) -> BenchmarkResult:
@@ -87,18 +103,33 @@ def read_benchmark(
     )
 
 
-def benchmark_sampler(
+@asynccontextmanager
+async def benchmark_sampler(
+    benchmark: Benchmark,
     servers: ServerPool,
     rewards: Rewards,
-    decode: Callable[[Sequence[int]], str],
-    rollout: RolloutSection,
-    seed: int,
-    end_ids: Collection[int],
-    top_p: float,
-) -> Sampler:
-    """Make a sampler of single responses. seed: of the configuration."""
-    seed += _SEED_OFFSET
-    return Sampler(servers, rewards, decode, no_advantages, rollout, seed, end_ids, top_p=top_p)
+    tokenizer: "PreTrainedTokenizerBase",
+    sampled: Sampled,
+) -> AsyncIterator[Sampler]:
+    """Give a sampler of single responses, or of single runs of an agent where the section rollout names one."""
+    architecture, rollout, section = load_architecture(sampled.model), sampled.rollout, benchmark.section
+    end_ids, top_p = architecture.eos_token_ids, sampled.top_p
+    decode = response_decoder(tokenizer, end_ids)
+    how = (servers, rewards, decode, no_advantages, rollout, sampled.seed + _SEED_OFFSET)
+    if not rollout.has_agent:
+        yield Sampler(*how, end_ids, top_p=top_p)
+        return
+    settings = AgentSettings(
+        model=str(sampled.model),
+        vocab_size=architecture.vocab_size,
+        end_ids=tuple(end_ids),
+        folder=sampled.folder,
+        passing_score=benchmark.reward.passing_score,
+        special_tokens=section.special_tokens,
+        arguments=section.template_arguments,
+    )
+    async with started(AgentSampler(*how, tokenizer, settings, top_p=top_p)) as sampler:
+        yield sampler
 
 
 async def sample_benchmark(benchmark: Benchmark, questions: Sequence[Question], path: Path, sampler: Sampler) -> int:

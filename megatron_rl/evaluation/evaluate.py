@@ -13,16 +13,22 @@ from typing import Any
 from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import secret_variables
-from megatron_rl.data.chat import load_tokenizer, response_decoder
+from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.data.domains import check_reward_domains
 from megatron_rl.errors import Fault
-from megatron_rl.evaluation.benchmarks import Benchmark, benchmark_sampler, read_benchmark, result_of, sample_benchmark
+from megatron_rl.evaluation.benchmarks import (
+    Benchmark,
+    Sampled,
+    benchmark_sampler,
+    read_benchmark,
+    result_of,
+    sample_benchmark,
+)
 from megatron_rl.evaluation.report import average_of, markdown, show
 from megatron_rl.evaluation.responses import Judged, as_line, judged_rows
 from megatron_rl.evaluation.results import BenchmarkResult, finite
 from megatron_rl.evaluation.settings import checked_settings, settings_of
 from megatron_rl.evaluation.weights import served_model
-from megatron_rl.families import load_architecture
 from megatron_rl.files import whole_file
 from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
@@ -104,7 +110,7 @@ def _evaluate(
         speeds = asyncio.run(_sample(config, sections, folder, claimed))
     results = {name: result_of(_path(folder, name), section) for name, section in sections.items()}
     _write(folder, settings, results, speeds)
-    _check_rewards(config.reward.max_error_share, results, folder)
+    _check_rewards(config, results, folder)
     return 0
 
 
@@ -160,11 +166,16 @@ async def _judge_again(left: _Left, rewards: Rewards) -> None:
 
 async def _run(config: EvaluateConfig, left: _Left, servers: ServerPool, rewards: Rewards, tokenizer: Any) -> Speed:
     log.info("%s: %d responses to %d prompts", left.name, len(left.questions), len(left.benchmark.prompts))
-    end_ids = load_architecture(config.model.path).eos_token_ids
-    decode, rollout = response_decoder(tokenizer, end_ids), config.rollout.as_rollout()
-    sampler = benchmark_sampler(servers, rewards, decode, rollout, config.seed, end_ids, config.rollout.top_p)
-    started = time.perf_counter()
-    num_tokens = await sample_benchmark(left.benchmark, left.questions, left.path, sampler)
+    sampled = Sampled(
+        model=config.model.path,
+        rollout=config.rollout.as_rollout(),
+        seed=config.seed,
+        top_p=config.rollout.top_p,
+        folder=left.path.parent,
+    )
+    async with benchmark_sampler(left.benchmark, servers, rewards, tokenizer, sampled) as sampler:
+        started = time.perf_counter()
+        num_tokens = await sample_benchmark(left.benchmark, left.questions, left.path, sampler)
     seconds = time.perf_counter() - started
     return Speed(num_responses=len(left.questions), seconds=seconds, tokens_per_second=num_tokens / seconds)
 
@@ -180,7 +191,8 @@ def _left(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenize
     benchmark = read_benchmark(name, section, config.reward, tokenizer, config.rollout.max_prompt_tokens)
     path = _path(folder, name)
     questions = benchmark.left(path)
-    is_begun = len(questions) < len(benchmark.questions)
+    # What an agent said of its own run cannot be judged again.
+    is_begun = len(questions) < len(benchmark.questions) and not config.rollout.has_agent
     num_given_up = sum(row.reason in GAVE_UP for row in judged_rows(path)) if is_begun else 0
     return _Left(benchmark=benchmark, questions=questions, num_given_up=num_given_up, path=path)
 
@@ -207,14 +219,16 @@ def _write(
     show(results, model)
 
 
-def _check_rewards(max_error_share: float, results: Mapping[str, BenchmarkResult], folder: Path) -> None:
+def _check_rewards(config: EvaluateConfig, results: Mapping[str, BenchmarkResult], folder: Path) -> None:
+    max_error_share = config.reward.max_error_share
+    remedy = "remove the file to run the agents again" if config.rollout.has_agent else "--resume judges them again"
     for name, result in results.items():
         if result.error_share > max_error_share:
             counts = ", ".join(f"{reason} {count}" for reason, count in result.reasons.items())
             raise Fault(
                 f"{name}: a share of {result.error_share:.2f} of the responses could not be judged ({counts}), more "
                 f"than reward.max_error_share = {max_error_share:g}; they count as wrong, so do not trust the results. "
-                f'"details" in {_path(folder, name)} says why; --resume judges them again'
+                f'"details" in {_path(folder, name)} says why; {remedy}'
             )
 
 

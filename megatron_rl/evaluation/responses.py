@@ -18,7 +18,9 @@ class Judged:
     judged_as: the kind of reward.
     answer: what the response gives in its last box; None without one, and for programs.
     score, reason, details, parts: the verdict's.
-    num_tokens: of the response, the end-of-sequence token included. finish_reason: "stop" or "length".
+    num_tokens: of the response, the end-of-sequence token included. finish_reason: "stop" or "length", or what ended an
+    agent's run.
+    turns: how often an agent asked; `response` is the last answer then.
     """
 
     position: int
@@ -35,6 +37,7 @@ class Judged:
     num_tokens: int
     finish_reason: str
     parts: dict[str, float] = field(default_factory=dict)
+    turns: int = 1
 
 
 def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, text: str) -> Judged:
@@ -55,6 +58,7 @@ def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, tex
         num_tokens=sample.response.num_policy_tokens,
         finish_reason=sample.response.finish_reason,
         parts=dict(sample.parts),
+        turns=sum(segment.num_turns for segment in sample.response.segments),
     )
 
 
@@ -62,6 +66,8 @@ def as_line(row: Judged) -> str:
     values = asdict(row)
     if not row.parts:
         del values["parts"]
+    if row.turns == 1:
+        del values["turns"]
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 

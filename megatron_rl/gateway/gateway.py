@@ -56,9 +56,11 @@ class Opened:
 class Gateway:
     """Serves in the event loop that calls `start`. `close()` ends it."""
 
-    def __init__(self, model: str, vocab_size: int, sequence_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, model: str, vocab_size: int, sequence_tokens: int, temperature: float, top_p: float = 1.0
+    ) -> None:
         """model: its name, for clients. sequence_tokens: the longest that one reads and writes."""
-        self._model, self._vocab_size, self._temperature = model, vocab_size, temperature
+        self._model, self._vocab_size, self._temperature, self._top_p = model, vocab_size, temperature, top_p
         self._max_body_bytes = _LEAST_BODY_BYTES + _BYTES_PER_TOKEN * sequence_tokens
         self._open: dict[str, Opened] = {}
         self._told: set[str] = set()
@@ -227,14 +229,14 @@ class Gateway:
 
     def _tell_of_sampling(self, body: dict[str, Any]) -> None:
         """Once for each field: black-box programs ask for what they were written for."""
-        other = asks_for_other_sampling(body, self._temperature)
+        other = asks_for_other_sampling(body, self._temperature, self._top_p)
         name = other.partition(" ")[0]
         if other and name not in self._told:
             self._told.add(name)
             log.warning(
-                "an agent asks for %s; a run samples as its training needs it, with rollout.temperature %g and top_p "
-                "1, and that is what it gets",
-                *(other, self._temperature),
+                "an agent asks for %s; the configuration decides how all is sampled, with temperature %g and top_p %g, "
+                "and that is what it gets",
+                *(other, self._temperature, self._top_p),
             )
 
 

@@ -90,8 +90,8 @@ class Begun:
 class Policy:
     """Samples turns from a run's servers, as its sampler does: with its temperature, retries and weights."""
 
-    def __init__(self, servers: ServerPool, temperature: float, end_ids: tuple[int, ...]) -> None:
-        self._servers, self.temperature, self.end_ids = servers, temperature, end_ids
+    def __init__(self, servers: ServerPool, temperature: float, end_ids: tuple[int, ...], top_p: float = 1.0) -> None:
+        self._servers, self.temperature, self.end_ids, self._top_p = servers, temperature, end_ids, top_p
         self.clock = PhaseClock()
         # What went wrong with the servers: it is the run's to raise, and no agent's fault.
         self.failure: Exception | None = None
@@ -136,6 +136,7 @@ class Policy:
             wanted,
             input_ids=[*begun.context_ids.tolist(), *begun.output_ids.tolist()],
             max_new_tokens=wanted.max_new_tokens - len(begun.output_ids),
+            top_p=self._top_p,
         )
 
     def _ended(self, begun: Begun, told: str, max_tokens: int) -> str:

@@ -115,9 +115,9 @@ def parse_text(body: dict[str, Any], vocab_size: int) -> TextRequest:
     return TextRequest(prompt=string("prompt", prompt, MAX_TEXT), options=options)
 
 
-def asks_for_other_sampling(body: Mapping[str, Any], temperature: float) -> str:
+def asks_for_other_sampling(body: Mapping[str, Any], temperature: float, top_p: float) -> str:
     """The field by which a request asks to be sampled otherwise than the run samples, with its value; "" for none."""
-    of_run = {"temperature": temperature, "top_p": 1}
+    of_run = {"temperature": temperature, "top_p": top_p}
     return next(
         (f"{name} {cut(body[name])}" for name in OF_THE_RUN if body.get(name) not in (None, of_run[name])),
         "",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.config.agents import AgentKeys
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RolloutPhase
@@ -90,19 +91,21 @@ class AgentSampler(Sampler):
         settings: AgentSettings,
         journal: Journal | None = None,
         turns: TurnJournal | None = None,
+        top_p: float = 1.0,
         teacher: TeacherScorer | None = None,
     ) -> None:
         """turns: takes turns, and has those that a killed phase had. ValueError for a parser that is not known."""
-        super().__init__(
-            servers, rewards, decode, advantages, rollout, seed, settings.end_ids, journal, teacher=teacher
-        )
+        how = (servers, rewards, decode, advantages, rollout, seed)
+        super().__init__(*how, settings.end_ids, journal, top_p, teacher)
         self._turns, self._settings = turns, settings
         parser = parser_for(tokenizer, rollout.tool_parser)
         self._chat = ChatTokens(
             tokenizer, parser, settings.end_ids, settings.special_tokens, arguments=settings.arguments
         )
-        self._policy = Policy(servers, rollout.temperature, settings.end_ids)
-        self._gateway = Gateway(settings.model, settings.vocab_size, rollout.max_sequence_tokens, rollout.temperature)
+        self._policy = Policy(servers, rollout.temperature, settings.end_ids, top_p)
+        self._gateway = Gateway(
+            settings.model, settings.vocab_size, rollout.max_sequence_tokens, rollout.temperature, top_p
+        )
         self._setup = setup_of(rollout, settings.folder, settings.passing_score)
         self._agents = Agents(self._setup)
         self._few = asyncio.Semaphore(_ALONE_AT_ONCE)
@@ -371,15 +374,21 @@ async def agent_sampling(
         async with serving(model, config.serving.dtype, config.rollout, config.run_dir, name, variables) as servers:
             settings = agent_settings(config, model, architecture)
             how = (servers, rewards, decode, no_advantages, config.rollout, seed)
-            sampler = AgentSampler(*how, tokenizer, settings)
-            try:
-                await sampler.start()
+            async with started(AgentSampler(*how, tokenizer, settings)) as sampler:
                 yield sampler
-            finally:
-                await sampler.stop()
 
 
-def setup_of(rollout: RolloutSection, folder: Path, passing_score: float) -> Setup:
+@asynccontextmanager
+async def started(sampler: AgentSampler) -> AsyncIterator[AgentSampler]:
+    """Start a sampler, and stop it at the end."""
+    try:
+        await sampler.start()
+        yield sampler
+    finally:
+        await sampler.stop()
+
+
+def setup_of(rollout: AgentKeys, folder: Path, passing_score: float) -> Setup:
     """How the process of the agents is started. folder: takes the file of their output."""
     return Setup(
         agent=rollout.agent,

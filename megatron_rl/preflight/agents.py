@@ -1,9 +1,12 @@
 """Agents are loaded before anything is built, and what a configuration says of them is held against the model."""
 
 import asyncio
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.schema import SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
@@ -15,15 +18,18 @@ from megatron_rl.preflight.registry import Start
 def agent_problems(start: Start) -> Iterator[str]:
     """What is wrong with the agent of a command that runs one; an agent for a command that runs none."""
     config = start.config
-    if not isinstance(config, SamplingConfig | SelectConfig) or not config.rollout.has_agent:
+    if not isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig) or not config.rollout.has_agent:
         return
-    if isinstance(config, SelectConfig) or start.rollouts is not None or (config.teacher is not None):
+    has_teacher = isinstance(config, SamplingConfig) and config.teacher is not None
+    if isinstance(config, SelectConfig) or start.rollouts is not None or has_teacher:
         yield (
-            "rollout.agent and rollout.agent_command are for `train` and `rollout` with a model that servers run; take "
-            "them out"
+            "rollout.agent and rollout.agent_command are for `train`, `rollout` and `evaluate` with a model that "
+            "servers run; take them out"
         )
         return
     path = start.model or (config.model.path if config.model is not None else None)
     assert path is not None
-    asyncio.run(check_agent(setup_of(config.rollout, config.run_dir, config.reward.passing_score)))
+    folder = Path(tempfile.mkdtemp(prefix="megatron_rl_agent_"))
+    asyncio.run(check_agent(setup_of(config.rollout, folder, config.reward.passing_score)))
+    shutil.rmtree(folder)  # else the message names it, and what the agent has printed is there
     parser_for(load_tokenizer(Path(path)), config.rollout.tool_parser)

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.agents import AGENT_KEYS, AgentKeys
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.reward import RewardSection
-from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.files import whole_file
 from megatron_rl.own_functions import is_own, source_digest
 from megatron_rl.parsing import read_json
@@ -53,11 +53,18 @@ def objective_digests(algorithm: AlgorithmSection) -> dict[str, str]:
     return {name: source_digest(name) for name in parts if name is not None and is_own(name)}
 
 
-def agent_digests(rollout: RolloutSection) -> dict[str, str]:
+def agent_digests(rollout: AgentKeys) -> dict[str, str]:
     """The same of the agent, or of the files that its command names."""
     named = {rollout.agent: source_digest(rollout.agent)} if rollout.agent else {}
     files = [word for word in rollout.agent_command if Path(word).is_file()]
     return named | {word: hashlib.sha256(Path(word).read_bytes()).hexdigest()[:16] for word in files}
+
+
+def agent_settings(rollout: AgentKeys) -> dict[str, Any]:
+    """Name what decides how agents answer; nothing where a prompt is answered once."""
+    if not rollout.has_agent:
+        return {}
+    return rollout.model_dump(mode="json", include=set(AGENT_KEYS)) | {"agent_files": agent_digests(rollout)}
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

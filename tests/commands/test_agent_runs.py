@@ -76,3 +76,31 @@ def test_responses_of_agents_are_sampled_into_a_file_that_training_takes(inputs:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 8
     assert {len(row["segments"][0]["turns"]) for row in rows} == {2}
+
+
+def test_benchmarks_are_answered_by_the_agent_inside_a_run_and_by_evaluate(inputs: Path, tmp_path: Path) -> None:
+    games = f'benchmarks.games]\npath = "{inputs}/data/test.jsonl"\nprompts = 4\nsamples = 2\n'
+    config = tmp_path / "rl.toml"
+    config.write_text(f'base = "{ROOT}/examples/agents/guess/rl.toml"\n[validation]\nevery = 1\n[validation.{games}')
+    arguments = command(inputs, tmp_path / "run", "--set", "train.steps=1", "--set", "optimizer.learning_rate=1e-12")
+    arguments[4] = str(config)
+    finish(arguments)
+    validations = [tmp_path / f"run/validation/step_00000{step}/games.jsonl" for step in (0, 1)]
+
+    settings = [option for option in SMALL if option.startswith(("rollout.max", "rollout.servers", "rollout.agent"))]
+    table = tmp_path / "benchmarks.toml"
+    table.write_text(f"[{games}")
+    out = tmp_path / "evaluation"
+    evaluate = [*arguments[:3], "evaluate", str(table), "--model", f"{inputs}/model", "--output", str(out)]
+    evaluate += [part for setting in settings for part in ("--set", setting)]
+    finish(evaluate)
+
+    # The weights did not change, and seeds are the same: each of the three plays the same games.
+    played = [sorted(path.read_text().splitlines()) for path in (*validations, out / "games.jsonl")]
+    assert played[0] == played[1] == played[2]
+    rows = [json.loads(row) for row in played[0]]
+    assert len(rows) == 8
+    assert {row["turns"] for row in rows} == {2}
+    assert {row["score"] for row in rows} == {0.0, 1.0}
+    assert len({row["response"] for row in rows}) > 1
+    assert "responses to" not in finish([*evaluate, "--resume"])  # nothing was left to do

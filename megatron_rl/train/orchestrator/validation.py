@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.data.chat import load_tokenizer
 from megatron_rl.evaluation.benchmarks import (
     Benchmark,
+    Sampled,
     benchmark_sampler,
     read_benchmark,
     result_of,
@@ -20,10 +21,10 @@ from megatron_rl.evaluation.benchmarks import (
 from megatron_rl.evaluation.results import BenchmarkResult
 from megatron_rl.evaluation.settings import benchmark_settings
 from megatron_rl.evaluation.validations import Row, Validations, best_row, told_score
-from megatron_rl.families import load_architecture
 from megatron_rl.parsing import read_json
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.provenance import model_settings, reward_settings, write_settings
+from megatron_rl.rollout.provenance import agent_settings, model_settings, reward_settings, write_settings
+from megatron_rl.rollout.sampler import Question
 from megatron_rl.train.orchestrator.group_source import ServerGroups
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,9 @@ class Validation:
     ) -> None:
         """ValueError for benchmarks that cannot be used; Fault when their answers cannot be judged here."""
         self._config, self._section, self._servers, self._validations = config, section, servers, validations
-        self._end_ids = load_architecture(config.model.path).eos_token_ids
-        tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
+        self._tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
         self._benchmarks = [
-            read_benchmark(name, benchmark, config.reward, tokenizer, most, "validation.benchmarks")
+            read_benchmark(name, benchmark, config.reward, self._tokenizer, most, "validation.benchmarks")
             for name, benchmark in section.benchmarks.items()
         ]
         trained = servers.trained_prompts()
@@ -56,6 +56,7 @@ class Validation:
                 "top_p": section.top_p,
                 "seed": config.seed,
                 **config.rollout.model_dump(include={"engine", "max_prompt_tokens", "max_response_tokens"}),
+                **agent_settings(config.rollout),
             },
             "reward": reward_settings(config.reward),
         }
@@ -135,19 +136,21 @@ class Validation:
         path = folder / f"{benchmark.name}.jsonl"
         _claim(path, self._settings | {"benchmark": benchmark_settings(benchmark.section)})
         if questions := benchmark.left(path):
-            section, servers = self._section, self._servers
-            alone = {"prompts_per_step": 1, "samples_per_prompt": 1, "temperature": section.temperature}
-            sampler = benchmark_sampler(
-                servers.pool,
-                rewards,
-                servers.decode,
-                self._config.rollout.model_copy(update=alone),
-                self._config.seed,
-                self._end_ids,
-                section.top_p,
-            )
-            servers.run(sample_benchmark(benchmark, questions, path, sampler))
+            self._servers.run(self._sample(benchmark, rewards, questions, path))
         return result_of(path, benchmark.section)
+
+    async def _sample(self, benchmark: Benchmark, rewards: Rewards, questions: Sequence[Question], path: Path) -> None:
+        config, section = self._config, self._section
+        alone = {"prompts_per_step": 1, "samples_per_prompt": 1, "temperature": section.temperature}
+        sampled = Sampled(
+            model=config.model.path,
+            rollout=config.rollout.model_copy(update=alone),
+            seed=config.seed,
+            top_p=section.top_p,
+            folder=path.parent,
+        )
+        async with benchmark_sampler(benchmark, self._servers.pool, rewards, self._tokenizer, sampled) as sampler:
+            await sample_benchmark(benchmark, questions, path, sampler)
 
     def _tell(self, row: Row, results: Mapping[str, BenchmarkResult]) -> None:
         scores = ", ".join(f"{name} {told_score(row, name)}" for name in results)
