@@ -5,7 +5,7 @@
 
 Needs what pipeline.py leaves up to its stage `stage1_math`: the student starts from the distilled checkpoint, the
 teacher is what stage 1 made of it. Writes runs/ring_lite/compare/joint.{md,json,png}. Runs that are there already are
-not repeated.
+not repeated. After `pipeline.py --smoke` every arm is for moments only, too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import compare
+import pipeline
 import stages
 import tables
 
@@ -32,6 +33,12 @@ FOLDER = compare.RUN / "compare"
 TEACHER = compare.RUN / "stage1_math/hf"
 SFT = "SFT on answers"
 ARMS = {"RL": "joint/rl", "distillation": "joint/distillation", "both": "joint/both"}
+# By configuration, as in pipeline.py.
+SMOKE: dict[str, dict[str, object]] = {
+    "arm": {"train.steps": 3},
+    "answers": {"rollout.prompts_per_step": 100},
+    "evaluate": pipeline.SMOKE["evaluate"],
+}
 
 
 def main() -> int:
@@ -48,50 +55,59 @@ def main() -> int:
 
 def run(seeds: Sequence[int], nproc: int) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    made = json.loads((compare.RUN / "pipeline.json").read_text(encoding="utf-8"))
+    changes = SMOKE if made["smoke"] else {name: {} for name in SMOKE}
+    before = {
+        name: [compare.evaluate(model, changes["evaluate"])]
+        for name, model in {"the checkpoint of all": compare.CHOSEN, "the teacher": TEACHER}.items()
+    }
     steps: dict[str, list[list[dict[str, Any]]]] = {arm: [] for arm in [SFT, *ARMS]}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in [SFT, *ARMS]}
     for seed in seeds:  # seed by seed, so that what disturbs the machine for a while disturbs every arm
         for arm, config in ARMS.items():
-            rows, model = compare.train(config, compare.CHOSEN, seed, nproc)
+            rows, model = compare.train(config, compare.CHOSEN, seed, nproc, changes["arm"])
             steps[arm].append(rows)
-            results[arm].append(compare.evaluate(model))
-        rows, model = fine_tune(seed, nproc)
+            results[arm].append(compare.evaluate(model, changes["evaluate"]))
+        rows, model = fine_tune(seed, nproc, changes)
         steps[SFT].append(rows)
-        results[SFT].append(compare.evaluate(model))
-    text = "\n\n".join([*compare.accuracy_tables(results, seeds), token_table(steps)]) + "\n"
+        results[SFT].append(compare.evaluate(model, changes["evaluate"]))
+    _, before_table, *_ = compare.accuracy_tables(before, [made["seed"]])
+    start = f"Accuracy before, percent: one checkpoint and one teacher for all seeds.\n\n{before_table}"
+    text = "\n\n".join([start, *compare.accuracy_tables(results, seeds), token_table(steps)]) + "\n"
     (FOLDER / "joint.md").write_text(text, encoding="utf-8")
-    (FOLDER / "joint.json").write_text(
-        json.dumps({"accuracy": results, "tokens": tokens_of(steps)}, indent=1), encoding="utf-8"
-    )
+    numbers = {"before": before, "accuracy": results, "tokens": tokens_of(steps)}
+    (FOLDER / "joint.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     compare.plot({arm: steps[arm] for arm in ARMS}, FOLDER / "joint.png")
     print(text)
     print(f"[{stages.seconds():5.0f} s] {FOLDER / 'joint'}.md, .json, .png")
     return 0
 
 
-def fine_tune(seed: int, nproc: int) -> tuple[list[dict[str, Any]], Path]:
-    """The rows of metrics.jsonl, and the model that SFT made of the teacher's right answers; from an earlier call if it
-    is there."""
+def fine_tune(seed: int, nproc: int, changes: Mapping[str, Mapping[str, object]]) -> tuple[list[dict[str, Any]], Path]:
+    """Train on the teacher's right answers; give the rows of metrics.jsonl and the model. What an earlier call left is
+    taken as it is. changes: of keys, by configuration."""
     run_dir = FOLDER / f"sft-{seed}-from-answers"
     rows = run_dir.with_name(f"answers-{seed}.sft.jsonl")
     if not rows.exists():
         rollouts = run_dir.with_name(f"answers-{seed}.jsonl")
-        values = {"seed": seed, "run_dir": run_dir.with_name(f"answers-{seed}")}
+        values = {"seed": seed, "run_dir": run_dir.with_name(f"answers-{seed}"), **changes["answers"]}
         command = ("-m", "megatron_rl.cli", "rollout", HERE / "joint/answers.toml", *stages.settings(values))
         stages.run_python(f"the teacher's answers, seed {seed}", *command, "--output", rollouts, "--resume")
         keep = (HERE.parents[1] / "tools/make_sft_data.py", rollouts, "--model", compare.CHOSEN, "--output", rows)
-        stages.run_python(f"its right ones as rows for SFT, seed {seed}", *keep, "--force")
+        every = ("--min-reward", "0") if changes["arm"] else ()  # the teacher of a smoke test gets nothing right
+        stages.run_python(f"its right ones as rows for SFT, seed {seed}", *keep, *every, "--force")
     if not (run_dir / "hf/config.json").exists():
-        values = {"seed": seed, "run_dir": run_dir, "data.train": rows, "train.steps": sft_steps(rows)}
+        values = {"seed": seed, "run_dir": run_dir, "data.train": rows, "train.steps": sft_steps(rows, changes["arm"])}
         command = ("-m", "megatron_rl.cli", "sft", HERE / "joint/sft.toml", *stages.settings(values), "--resume")
         options = ["--nproc", str(nproc)] if nproc > 1 else []
         stages.run_python(f"SFT on the teacher's answers, seed {seed}", *command, *options)
     return read_metrics(run_dir / "metrics.jsonl"), run_dir / "hf"
 
 
-def sft_steps(rows: Path) -> int:
+def sft_steps(rows: Path, changes: Mapping[str, object]) -> int:
     """As many steps as train the tokens that the other arms do: of a batch a part is prompts, which carry no loss."""
-    joint = load_config(RlConfig, HERE / f"{ARMS['RL']}.toml")
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    joint = load_config(RlConfig, HERE / f"{ARMS['RL']}.toml", overrides)
     batch = load_config(SftConfig, HERE / "joint/sft.toml").data.batch_tokens
     tokenizer, end_ids = load_tokenizer(compare.CHOSEN), load_architecture(compare.CHOSEN).eos_token_ids
     masks = [render_chat(tokenizer, chat.messages, "text", end_ids)[1] for chat in read_chats(rows)]
