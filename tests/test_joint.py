@@ -155,14 +155,25 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_what_another_teacher_scored_is_not_carried_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = Source(teacher=False)
-    before = Collector(config_of(tmp_path, "budget.cut=response"), Layout(world_size=1), COST, source)
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((), (TEACHER,)),
+        ((TEACHER,), ('distillation.path="other"',)),
+        ((TEACHER, "distillation.advantage=alone"), (TEACHER,)),
+        ((TEACHER, "distillation.advantage=alone"), ()),
+    ],
+)
+def test_what_has_other_advantages_is_not_carried_over(
+    first: Sequence[str], then: Sequence[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source(teacher=bool(first))
+    before = Collector(config_of(tmp_path, "budget.cut=response", *first), Layout(world_size=1), COST, source)
     before.collect(0)
     state, carried = before.state()
-    config = config_of(tmp_path, "budget.cut=response", TEACHER)
-    after = Collector(config, Layout(world_size=1), COST, Source())
-    after.restore(state, carried)
+    config = config_of(tmp_path, "budget.cut=response", *then)
+    after = Collector(config, Layout(world_size=1), COST, Source(teacher=bool(then)))
+    after.restore(json.loads(json.dumps(state)), carried)
     assert "1 responses that the checkpoint carries are dropped" in caplog.text
     plan, _ = after.collect(1)
     assert plan.plan.steps[0].num_loss_tokens == 210

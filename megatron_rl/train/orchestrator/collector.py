@@ -44,19 +44,18 @@ class Collector:
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
-        teacher = teacher_settings(self._config.distillation)
-        return {**self._source.state(), "per_prompt": self._per_prompt, "teacher": teacher}, pack_carry(self._carry)
+        state = {"per_prompt": self._per_prompt, "teacher": _teaching(self._config)}
+        return {**self._source.state(), **state}, pack_carry(self._carry)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
         self._source.restore(state)
         known = saved_by_domain(state["per_prompt"], self._shares)
         self._per_prompt = {domain: PromptYield(*sums) for domain, sums in known.items()}
         self._carry = unpack_carry(carried)
-        teacher = teacher_settings(self._config.distillation)
-        if teacher is not None and state.get("teacher") != teacher and self._carry.samples:
+        if state.get("teacher") != _teaching(self._config) and self._carry.samples:
             log.warning(
-                "%d responses that the checkpoint carries are dropped: they were sampled without this teacher "
-                "(distillation), and have no log-probs of it",
+                "%d responses that the checkpoint carries are dropped: they have the advantages of a run with another "
+                "teacher or another distillation.advantage, or one of both runs has no teacher",
                 len(self._carry.samples),
             )
             self._carry = Carry(unfinished=self._carry.unfinished)
@@ -160,3 +159,9 @@ class Collector:
     def _is_wanted(self, group: Group) -> bool:
         """Dynamic sampling drops groups that teach nothing: all right, all wrong, or all with the same score."""
         return not self._algorithm.dynamic_sampling or not all_equal([s.reward for s in group.samples])
+
+
+def _teaching(config: RlConfig) -> dict[str, Any] | None:
+    """What the advantages of a carried response depend on, beside its reward; None without a teacher."""
+    section = config.distillation
+    return None if section is None else {"advantage": section.advantage, "model": teacher_settings(section)}
