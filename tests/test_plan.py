@@ -322,7 +322,7 @@ def test_servers_of_a_teacher_are_where_training_is(tmp_path: Path, capsys: pyte
     host = run_in_process(capsys, config, *teacher, "rollout.engine=embedded", "distillation.servers=3")["memory"][
         "host"
     ]
-    assert host["teacher_server_weights"] == 3 * parts["teacher_server_weights"]
+    assert embedded["memory"]["host"]["teacher_server_weights"] == 3 * parts["teacher_server_weights"]
 
 
 def test_the_shape_of_a_model_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
