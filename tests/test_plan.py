@@ -319,9 +319,7 @@ def test_servers_of_a_teacher_are_where_training_is(tmp_path: Path, capsys: pyte
     assert places("rollout.release_memory=true") == ["training_gpu", "serving_gpu"]
     assert places(nodes=2, serving_nodes=1) == ["training_gpu"]
     assert places('distillation.urls=["http://elsewhere:1"]') == []
-    host = run_in_process(capsys, config, *teacher, "rollout.engine=embedded", "distillation.servers=3")["memory"][
-        "host"
-    ]
+    embedded = run_in_process(capsys, config, *teacher, "rollout.engine=embedded", "distillation.servers=3")
     assert embedded["memory"]["host"]["teacher_server_weights"] == 3 * parts["teacher_server_weights"]
 
 
