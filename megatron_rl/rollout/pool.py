@@ -347,7 +347,7 @@ class ServerPool:
         RequestRefused when a server will not have these weights; ServerLost when no server is left.
         """
         self._weights, self._version = directory, version
-        await self._look_again()
+        await self.look_again()
         seconds = self.rollout.ready_deadline_seconds
         await self._each(
             lambda client: client.update_weights_from_disk(directory, version, seconds),
@@ -444,7 +444,7 @@ class ServerPool:
         member.out = f"{member.out}; it did not come back within {seconds:g} s{trouble}"
         log.error("%s", member.out)
 
-    async def _look_again(self) -> None:
+    async def look_again(self) -> None:
         """Whoever was given up and is there after all gets another chance."""
         for member in self._members:
             given_up = member.out is not None and not member.needs_weights and not _is_running(member.recovery)
@@ -458,7 +458,7 @@ class ServerPool:
 
     async def recovered(self) -> list[Member]:
         """Members that are ready but for the current weights, once all recoveries have ended."""
-        await self._look_again()
+        await self.look_again()
         if coming := self._recoveries:
             await asyncio.wait(coming)
         return [member for member in self._members if member.needs_weights]

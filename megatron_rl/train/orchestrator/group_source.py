@@ -319,6 +319,8 @@ class ServerGroups:
     async def _sample(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
     ) -> Collected:
+        if self._teachers is not None:
+            await self._teachers.look_again()
         if self._config.rollout.partial:
             resumed = [(self._question(group.prompt_id), group) for group in unfinished]
             max_waves = self._config.budget.max_waves
