@@ -122,7 +122,7 @@ class Response:
 
     @property
     def teacher_logprobs(self) -> np.ndarray | None:
-        """float32 [policy_tokens], of all segments; None without a teacher."""
+        """Join the teacher's log-probs of all segments, float32 [policy_tokens]; None without a teacher."""
         parts = [s.teacher_logprobs for s in self.segments if s.teacher_logprobs is not None]
         return _joined(parts, np.float32) if parts and len(parts) == len(self.segments) else None
 
@@ -154,8 +154,8 @@ class Sample:
     teacher_coefficient: float = 0.0
 
     def token_advantages(self, segment: int) -> np.ndarray:
-        """float64 [policy_tokens] of a segment: A + beta * (log p_teacher - log p_student), where the student's
-        log-prob is that of the weights that sampled."""
+        """Work out the advantage of each token of a segment, float64 [policy_tokens]: A + beta * (log p_teacher -
+        log p_student), where the student's log-prob is that of the weights that sampled."""
         own = self.response.segments[segment]
         advantages = np.full(own.num_policy_tokens, self.advantage, np.float64)
         if self.teacher_coefficient:

@@ -105,7 +105,8 @@ def fine_tune(seed: int, nproc: int, changes: Mapping[str, Mapping[str, object]]
 
 
 def sft_steps(rows: Path, changes: Mapping[str, object]) -> int:
-    """As many steps as train the tokens that the other arms do: of a batch a part is prompts, which carry no loss."""
+    """Give the number of steps in which SFT trains as many tokens as the other arms: a part of a batch is prompts,
+    which carry no loss."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     joint = load_config(RlConfig, HERE / f"{ARMS['RL']}.toml", overrides)
     batch = load_config(SftConfig, HERE / "joint/sft.toml").data.batch_tokens
@@ -116,12 +117,13 @@ def sft_steps(rows: Path, changes: Mapping[str, object]) -> int:
 
 
 def tokens_of(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, list[int]]:
-    """Tokens with loss by arm, one number for each seed."""
+    """Count the tokens with loss by arm, one number for each seed."""
     return {arm: [sum(row["num_loss_tokens"] for row in rows) for rows in of_seeds] for arm, of_seeds in steps.items()}
 
 
 def token_table(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
-    """Tokens with loss and seconds of each arm, rollout and scoring included; sampling answers for SFT is not."""
+    """Write a table of each arm's tokens with loss and seconds, rollout and scoring included; sampling answers for SFT
+    is not."""
     rows = [
         [arm, compare.cell(counts), compare.cell([sum(row["step_seconds"] for row in one) for one in steps[arm]])]
         for arm, counts in tokens_of(steps).items()

@@ -1,4 +1,4 @@
-"""The section `distillation`: a teacher policy whose opinion of the sampled tokens is trained on (docs/joint.md)."""
+"""The section `distillation` names a teacher policy whose opinion of sampled tokens is trained on (docs/joint.md)."""
 
 from typing import Annotated, Literal
 
@@ -12,8 +12,8 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 
 
 class DistillationSection(ServedModelSection):
-    """A checkpoint that is served beside the policy by `rollout.engine`, or by servers that run already. It has the
-    policy's tokenizer. Distillation out of texts that a teacher wrote is SFT (docs/distillation.md)."""
+    """The teacher is a checkpoint with the policy's tokenizer that is served beside it by `rollout.engine`, or by
+    servers that run already. Distillation out of texts that a teacher wrote is SFT (docs/distillation.md)."""
 
     advantage: Literal["added", "alone"] = Field(
         default="added",
@@ -62,14 +62,14 @@ class DistillationSection(ServedModelSection):
         return self
 
     def coefficient_at(self, step: int, domain: str | None = None) -> float:
-        """Beta in a step, from 0, for prompts of a domain; None leaves its factor out."""
+        """Give beta in a step, from 0, for prompts of a domain; None leaves its factor out."""
         found = self.coefficient
         if self.final_coefficient is not None and self.final_step is not None:
             found += (self.final_coefficient - found) * min(1.0, step / self.final_step)
         return found * (1.0 if domain is None else self.domains.get(domain, 1.0))
 
     def as_rollout(self, rollout: RolloutSection) -> RolloutSection:
-        """The settings of the teacher's servers: the engine and its patience are the policy's. They read whole
+        """Give the settings of the teacher's servers; the engine and its patience are the policy's. They read whole
         sequences, and SGLang takes none that fills its context."""
         return rollout.model_copy(
             update={

@@ -18,7 +18,7 @@ def check_reward_domains(prompts: Iterable[Prompt], reward: RewardSection, where
 
 
 def check_named_domains(prompts: Iterable[Prompt], table: str, named: Iterable[str], where: str) -> None:
-    """ValueError for a domain that a table of the configuration names and no prompt has."""
+    """Refuse a table of the configuration that names a domain which no prompt has, by a ValueError."""
     found = {prompt.domain for prompt in prompts}
     for domain in sorted(set(named) - found):
         raise ValueError(

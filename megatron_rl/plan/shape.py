@@ -17,13 +17,13 @@ def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Archite
 
 
 def teacher_shape(section: DistillationSection) -> Architecture:
-    """The same of a teacher policy."""
+    """Give the shape of a teacher policy, found as by `shape_of`."""
     return _shape([section.path], section.shape, "distillation")[0]
 
 
 def _shape(here: list[Path], shape: Path | None, name: str) -> tuple[Architecture, Path | None]:
-    """The first of these models that has a config.json; while none has, `shape`, which then comes second. name: of the
-    section."""
+    """Give the shape of the first of these models that has a config.json; while none has, that of `shape`, which then
+    comes second. name: of the section."""
     found = [path for path in here if (path / "config.json").is_file()]
     if found or shape is None:
         return load_architecture((found or here)[0]), None

@@ -1,4 +1,4 @@
-"""A teacher policy can say something of the policy's tokens: the same vocabulary, the same text around prompts."""
+"""A teacher policy must read the policy's tokens as it does: by the same vocabulary, in the same chat template."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ def teacher_problems(start: Start) -> Iterator[str]:
 
 
 def _model_problems(config: RlConfig, section: DistillationSection, vocab_size: int) -> Iterator[str]:
-    """vocab_size: of the policy."""
+    """Tell where the teacher's model or tokenizer does not go with the policy's. vocab_size: of the policy."""
     where = f"distillation.path {section.path}"
     architecture = load_architecture(section.path)
     if architecture.vocab_size < vocab_size:
@@ -101,7 +101,7 @@ def template_problems(
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerBase", chat: Conversation, arguments: Mapping[str, Any]) -> str | None:
-    """The text of a prompt; None where the template refuses it, or has no place for an argument."""
+    """Give the text of a prompt; None where the template refuses it, or has no place for an argument."""
     try:
         (ids,) = render_prompts(tokenizer, [chat], arguments=arguments)
     except ValueError:

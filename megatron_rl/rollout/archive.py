@@ -103,7 +103,7 @@ def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
 
 
 def _of_teacher(segments: Sequence[Segment]) -> dict[str, Any]:
-    """What a teacher gave the policy tokens, NaN in segments that it has not scored."""
+    """Make the arrays of what a teacher gave the policy tokens, NaN in segments that it has not scored."""
     nothing = [np.full(s.num_policy_tokens, np.nan, np.float32) for s in segments]
     found = [s.teacher_logprobs for s in segments]
     return {

@@ -164,7 +164,8 @@ class GenerationClient:
     async def input_logprobs(
         self, input_ids: Sequence[int], start: int = 1, timeout_seconds: float | None = None
     ) -> np.ndarray:
-        """Log-probs float32 [n - start] of the tokens from `start` on, at least 1, whatever the temperature."""
+        """Ask for the log-probs float32 [n - start] of the tokens from `start` on, at least 1, whatever the
+        temperature."""
         body = {
             "input_ids": list(input_ids),
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},

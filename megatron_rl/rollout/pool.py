@@ -205,7 +205,7 @@ class ServerPool:
         return await self._ask_one(ask, wanted.max_new_tokens, may_abort, place or Place())
 
     async def score(self, input_ids: Sequence[int], start: int) -> np.ndarray:
-        """Log-probs float32 [n - start] of the tokens from `start` on, at temperature 1; sent as by `generate`."""
+        """Ask one server for the log-probs float32 [n - start] of the tokens from `start` on, at temperature 1."""
 
         def ask(member: Member, seconds: float) -> Coroutine[Any, Any, np.ndarray]:
             return member.client.input_logprobs(input_ids, start, seconds)
@@ -219,8 +219,8 @@ class ServerPool:
         may_abort: Callable[[], bool],
         place: Place,
     ) -> T:
-        """What a server answers, which `ask` asks within so many seconds; another one where it is lost. num_tokens: by
-        which work is divided, and its time allowed."""
+        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: divides
+        work, and allows its time."""
         failure: ServerError | None = None
         tried: set[Member] = set()
         for attempt in range(_SENDS):

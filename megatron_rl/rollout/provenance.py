@@ -27,7 +27,7 @@ def model_settings(path: Path, dtype: str) -> dict[str, Any]:
 
 
 def teacher_settings(section: DistillationSection | None) -> dict[str, Any] | None:
-    """What decides a teacher's log-probs; None without one."""
+    """Collect what decides a teacher's log-probs; None without one."""
     return None if section is None else model_settings(section.path, section.dtype)
 
 

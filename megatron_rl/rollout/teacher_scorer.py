@@ -1,4 +1,4 @@
-"""Log-probs of a teacher policy for the tokens that the policy sampled: on-policy distillation (docs/joint.md).
+"""A teacher policy scores the tokens that the policy sampled, for on-policy distillation (docs/joint.md).
 
 A sequence is one request; servers batch those that come together. Whichever server scores it, the numbers are its own.
 """
@@ -21,18 +21,18 @@ class TeacherScorer:
     """Scores responses on the teacher's servers, and counts what that took."""
 
     def __init__(self, servers: ServerPool) -> None:
-        """servers: connected."""
+        """Score on these servers, which are connected."""
         self._servers = servers
         self._in_flight = asyncio.Semaphore(_NUM_PER_SLOT * servers.num_slots)
         self._num_open, self._since = 0, 0.0
         self._seconds, self._num_tokens = 0.0, 0
 
     async def scored(self, responses: Sequence[Response]) -> list[Response]:
-        """The same with `teacher_logprobs` in every segment. Raises what `ServerPool.score` does."""
+        """Give the same responses with `teacher_logprobs` in every segment. Raises what `ServerPool.score` does."""
         return await gather_all(map(self._scored, responses))
 
     def take_metrics(self) -> dict[str, float]:
-        """What it took since the last call."""
+        """Give metrics of what scoring took since the last call."""
         counts, self._servers.counts = self._servers.counts, Counts()
         seconds, num_tokens, self._seconds, self._num_tokens = self._seconds, self._num_tokens, 0.0, 0
         return {

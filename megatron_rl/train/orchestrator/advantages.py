@@ -46,7 +46,7 @@ def with_phase_advantages(
 def with_teacher(
     config: RlConfig, groups: Sequence[Group], carried: Sequence[Sample], step: int, domain_of: Callable[[int], str]
 ) -> tuple[list[Group], list[Sample]]:
-    """The same with what counts in this step of the log-probs that a teacher gave their tokens. domain_of: by the
+    """Give all samples the coefficient by which their teacher's log-probs count in this step. domain_of: by the
     position of a prompt."""
     section = config.distillation
     if section is None:

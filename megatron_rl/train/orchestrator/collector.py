@@ -153,7 +153,7 @@ class Collector:
         return domain_of(self._source.prompt_of(position), self._shares)
 
     def _own_domain_of(self, position: int) -> str:
-        """Whether or not the budget tells domains apart."""
+        """Give the domain of a prompt, whether or not the budget tells domains apart."""
         return self._source.prompt_of(position).domain
 
     def _is_wanted(self, group: Group) -> bool:
@@ -162,6 +162,6 @@ class Collector:
 
 
 def _teaching(config: RlConfig) -> dict[str, Any] | None:
-    """What the advantages of a carried response depend on, beside its reward; None without a teacher."""
+    """Collect what the advantages of a carried response depend on beside its reward; None without a teacher."""
     section = config.distillation
     return None if section is None else {"advantage": section.advantage, "model": teacher_settings(section)}

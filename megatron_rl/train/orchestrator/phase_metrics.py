@@ -244,15 +244,15 @@ def _teacher_column(response: Response) -> dict[str, float]:
 
 
 def teacher_gaps(samples: Sequence[Sample]) -> np.ndarray:
-    """float64, of every token that a teacher has scored the log-prob of the policy that sampled less the teacher's: in
-    the mean over what it samples the reverse KL divergence."""
+    """Give for every token that a teacher has scored the log-prob of the policy that sampled less the teacher's,
+    float64; their mean over what the policy samples is the reverse KL divergence."""
     scored = [(s.response.rollout_logprobs, s.response.teacher_logprobs) for s in samples]
     gaps = [own.astype(np.float64) - teacher for own, teacher in scored if teacher is not None]
     return np.concatenate([np.zeros(0), *gaps])
 
 
 def _of_teacher(seen: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, float]:
-    """What a teacher thinks of the responses of a phase; nothing without one."""
+    """Measure what a teacher thinks of the responses of a phase; nothing without one."""
     gaps = teacher_gaps(seen)
     if not len(gaps):
         return {}

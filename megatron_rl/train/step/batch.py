@@ -215,7 +215,7 @@ def _traced(
 
 
 def _advantages(sequence: TrainSequence) -> np.ndarray:
-    """float64 [m]."""
+    """Give the advantages of a sequence's loss tokens, float64 [m]."""
     return np.zeros(len(sequence.loss_positions)) if sequence.advantages is None else sequence.advantages
 
 
