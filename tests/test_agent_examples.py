@@ -1,14 +1,19 @@
 """The example agents, with a policy that is told what to say."""
 
 import asyncio
+import contextlib
 import importlib.util
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from agent_chat import Scripted, chat_tokenizer
+from ports import free_port
 from test_agents import Question, groups_of
 
 from megatron_rl.data.prompts import Prompt
@@ -63,6 +68,40 @@ def test_the_game_is_won_by_who_listens(tmp_path, say, wins) -> None:
     assert all(len(group.samples[0].response.segments) == 1 for group in groups)
     assert all(group.samples[0].response.num_turns <= game.TURNS for group in groups)
     assert counts["num_failed_agents"] == 0
+
+
+class Halving:
+    """A policy that takes the middle of what the hints have left."""
+
+    async def chat(self, messages, max_tokens):
+        read = "".join(f"<|start|>{one['role']}\n{one['content']}<|end|>" for one in messages)
+        text = halving(read)
+        message = {"role": "assistant", "content": text}
+        return Reply(content=text, reasoning="", tool_calls=(), finish_reason="stop", message=message)
+
+
+def test_an_environment_of_openenv_is_played_in(monkeypatch, tmp_path) -> None:
+    pytest.importorskip("openenv.core", reason="pip install openenv-core")
+    port = free_port()
+    monkeypatch.setenv("OPENENV_URL", f"http://127.0.0.1:{port}")
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "openenv/environment.py"), "--port", str(port)], stderr=log
+        )
+    try:
+        give_up = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                    break
+            assert server.poll() is None and time.monotonic() < give_up, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        agent = module("openenv")
+        scores = [asyncio.run(agent.run(SimpleNamespace(seed=seed), Halving())) for seed in range(5)]
+        assert scores == [1.0] * 5
+    finally:
+        server.kill()
+        server.wait()
 
 
 class Told:

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from megatron_rl.gateway import answers
 from megatron_rl.gateway.requests import asks_for_other_sampling, parse_chat, parse_text
 from megatron_rl.gateway.trajectory import Answer, Trajectory
+from megatron_rl.open_files import possible_open_files
 from megatron_rl.rollout.embedded.bodies import Bodies, client_gone
 from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight
 from megatron_rl.rollout.embedded.guard import Guard
@@ -36,6 +37,8 @@ _MAX_REQUESTS = 64
 # Beyond this a client is shown that it is still waited for: many give up on a silent line.
 _SILENT_SECONDS = 15.0
 _END_SECONDS = 5.0
+# An agent that only opens connections must not take this process's files from the run: a quarter of them at most.
+_SHARE_OF_OPEN_FILES = 4
 # A body may have so many bytes, and so many for each token that its trajectory may have.
 _LEAST_BODY_BYTES, _BYTES_PER_TOKEN = 2**20, 64
 
@@ -70,7 +73,8 @@ class Gateway:
     async def start(self) -> None:
         """Return when it takes requests."""
         self._socket = bind(_HOST, 0, False, "")
-        self._server = http_server(self.starlette(), "agents find the policy", self._socket)
+        most = possible_open_files() // _SHARE_OF_OPEN_FILES
+        self._server = http_server(self.starlette(), "agents find the policy", self._socket, most)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._serving.done():

@@ -3,13 +3,18 @@
 import json
 import os
 import time
+from itertools import islice
 from pathlib import Path
 
 import example_runs
 import forked
+import numpy as np
 import pytest
 from example_runs import finish, numbers
 from inputs import ROOT, make_inputs
+
+from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.rollout.journal import records
 
 SMALL = [
     *("rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=8"),
@@ -104,3 +109,47 @@ def test_benchmarks_are_answered_by_the_agent_inside_a_run_and_by_evaluate(input
     assert {row["score"] for row in rows} == {0.0, 1.0}
     assert len({row["response"] for row in rows}) > 1
     assert "responses to" not in finish([*evaluate, "--resume"])  # nothing was left to do
+
+
+def test_a_run_of_c3po_plus_plus_goes_on_from_the_turns_of_a_phase_that_was_killed(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Trajectories that the phase before has left unfinished among them: what was sampled of them before is trained."""
+    run = tmp_path / "run"
+    options = ("--set", "rollout.partial=true", "--set", "train.steps=4")
+    process = forked.Program(command(inputs, run, *options), tmp_path / "log", os.environ)
+    turns = run / "journal/step_000002.turns"
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if turns.exists() and turns.stat().st_size > 2500:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    kept: dict[tuple[int, int], list[tuple[list[int], set[int]]]] = {}
+    for content, _ in islice(records(turns), 1, None):
+        line, _, data = content.partition(b"\n")
+        head = json.loads(line)
+        if "outcome" not in head:
+            ids, _, versions = np.split(np.frombuffer(data, "<i4"), 3)
+            kept.setdefault(tuple(head["key"]), []).append((ids.tolist(), set(versions.tolist())))
+    assert any(0 in versions or 1 in versions for found in kept.values() for _, versions in found), "nothing is carried"
+    finish(command(inputs, run, *options, "--resume"))
+
+    assert [row["num_loss_tokens"] for row in numbers(run)] == [60] * 4
+    decode = load_tokenizer(inputs / "model").decode
+    seen, num_continued = set(), 0
+    for step in range(4):
+        for line in (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["outcome"] != "trained":
+                continue
+            key = row["position"], row["sample_index"]
+            assert key not in seen
+            seen.add(key)
+            said = [text for text, is_policys in row["segments"][0]["spans"] if is_policys]
+            for ids, _ in kept.get(key, []) if step >= 2 else []:
+                text = decode([token for token in ids if decode([token], skip_special_tokens=True)])
+                num_continued += 1
+                assert any(one.startswith(text) for one in said), (key, text, said)
+    assert num_continued >= 4

@@ -1,5 +1,6 @@
 """A socket, and an HTTP server on it, in an event loop that is somebody else's."""
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import uvicorn
     from starlette.applications import Starlette
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger("megatron_rl.rollout.embedded")
 
@@ -40,9 +42,32 @@ def bind(host: str, port: int, allow_remote: bool, key: str) -> socket.socket:
     return bound
 
 
-def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.Server":
-    """Make a server for the socket, which logs what it serves once it takes connections."""
+def http_server(
+    app: "Starlette", what: str, bound: socket.socket, max_connections: int | None = None
+) -> "uvicorn.Server":
+    """Make a server for the socket, which logs what it serves once it takes connections.
+
+    max_connections: with more, those that have waited longest without a request in progress are closed.
+    """
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    connections: dict[H11Protocol, None] = {}  # the oldest comes first
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections[self] = None
+            if max_connections is not None and len(connections) > max_connections:
+                # The new one is not among them: its request is still on the way.
+                idle = (one for one in connections if one is not self and _is_idle(one))
+                if (oldest := next(idle, None)) is not None:
+                    del connections[oldest]
+                    oldest.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            connections.pop(self, None)
+            super().connection_lost(exc)
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -59,6 +84,7 @@ def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.S
     return Server(
         uvicorn.Config(
             app,
+            http=Protocol,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -67,3 +93,8 @@ def http_server(app: "Starlette", what: str, bound: socket.socket) -> "uvicorn.S
             backlog=4096,
         )
     )
+
+
+def _is_idle(connection: "H11Protocol") -> bool:
+    """True while it has no request that is complete and not answered."""
+    return connection.cycle is None or connection.cycle.response_complete

@@ -1,0 +1,55 @@
+"""Connections that are opened and not used are closed before they use up the files of the process."""
+
+import asyncio
+
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from megatron_rl.rollout.embedded.listening import bind, http_server
+
+MOST = 8
+REQUEST = b"GET /%s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+async def _is_open(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await asyncio.wait_for(reader.read(1), 0.1) != b""
+    except TimeoutError:
+        return True
+
+
+async def _flood() -> None:
+    answers = asyncio.Event()
+
+    async def slow(request):
+        await answers.wait()
+        return PlainTextResponse("done")
+
+    app = Starlette(routes=[Route("/slow", slow), Route("/quick", lambda request: PlainTextResponse("done"))])
+    bound = bind("127.0.0.1", 0, False, "")
+    server = http_server(app, "test", bound, MOST)
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    where = bound.getsockname()
+    first, first_writer = await asyncio.open_connection(*where)
+    first_writer.write(REQUEST % b"slow")
+    await asyncio.sleep(0.1)
+    idle = [await asyncio.open_connection(*where) for _ in range(30)]
+    quick, quick_writer = await asyncio.open_connection(*where)
+    quick_writer.write(REQUEST % b"quick")
+    assert (await asyncio.wait_for(quick.readline(), 5)).startswith(b"HTTP/1.1 200")
+    is_open = await asyncio.gather(*(_is_open(reader) for reader, _ in idle))
+    # The one that is answered and the quick one are among the eight; the newest of the others are left.
+    assert is_open == [False] * 24 + [True] * 6
+    answers.set()
+    assert (await asyncio.wait_for(first.readline(), 5)).startswith(b"HTTP/1.1 200")
+    for writer in (first_writer, quick_writer, *(writer for _, writer in idle)):
+        writer.close()
+    server.should_exit = True
+    await serving
+
+
+def test_unused_connections_make_room_and_requests_are_answered() -> None:
+    asyncio.run(asyncio.wait_for(_flood(), 60))
