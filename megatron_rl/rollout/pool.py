@@ -219,8 +219,8 @@ class ServerPool:
         may_abort: Callable[[], bool],
         place: Place,
     ) -> T:
-        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: divides
-        work, and allows its time."""
+        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: by
+        which work is divided, and its time measured out."""
         failure: ServerError | None = None
         tried: set[Member] = set()
         for attempt in range(_SENDS):
