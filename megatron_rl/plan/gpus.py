@@ -24,23 +24,27 @@ def gpu_bytes(
     # Servers start when the trainer has its state, and before it has seen a token.
     stays = ("weights",) if config.train.offload_while_generating else ("weights", "gradients", "optimizer")
     state = {part: training[part] for part in stays}
+    taken = sum(state.values())  # of a training GPU
     numbers: dict[str, Any] = {}
     found: list[str] = []
     if not colocated or not config.rollout.urls:
         # On nodes of their own job.sh starts as many as there are GPUs for.
         rollout = config.rollout if colocated else config.rollout.model_copy(update={"servers": 0})
-        taken = sum(state.values()) if colocated else 0
-        parts, numbers, found = plan_servers(rollout, config.model.dtype, architecture, cluster, taken_bytes=taken)
-        if colocated and not numbers["gpus_each"]:
-            memory["host"] |= parts
-        elif colocated and not config.rollout.release_memory:
-            memory["training_gpu"] |= parts
-            state |= parts
-        elif numbers["gpus_each"]:
-            memory["serving_gpu"] = (state if colocated else {}) | parts
-            state |= parts if colocated else {}
+        parts, numbers, found = plan_servers(
+            rollout, config.model.dtype, architecture, cluster, taken_bytes=taken if colocated else 0
+        )
+        if not numbers["gpus_each"]:
+            memory["host"] |= parts if colocated else {}
+        elif not colocated:
+            memory["serving_gpu"] = parts
+        else:
+            taken += sum(parts.values())
+            if config.rollout.release_memory:
+                memory["serving_gpu"] = state | parts
+            else:
+                memory["training_gpu"] |= parts
     if config.distillation is not None and not config.distillation.urls:
-        found += _add_teacher(memory, config.distillation, config.rollout, sum(state.values()), cluster)
+        found += _add_teacher(memory, config.distillation, config.rollout, taken, cluster)
     return memory, numbers, found
 
 
