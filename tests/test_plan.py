@@ -319,7 +319,8 @@ def test_servers_of_a_teacher_are_where_training_is(tmp_path: Path, capsys: pyte
     assert places("rollout.release_memory=true") == ["training_gpu", "serving_gpu"]
     assert places(nodes=2, serving_nodes=1) == ["training_gpu"]
     assert places('distillation.urls=["http://elsewhere:1"]') == []
-    embedded = run_in_process(capsys, config, *teacher, "rollout.engine=embedded", "distillation.servers=3")
+    changes = ("rollout.engine=embedded", "rollout.token_deadline_seconds=1000", "distillation.servers=3")
+    embedded = run_in_process(capsys, config, *teacher, *changes, gpus_per_node=8)
     assert embedded["memory"]["host"]["teacher_server_weights"] == 3 * parts["teacher_server_weights"]
 
 
