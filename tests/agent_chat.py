@@ -1,9 +1,13 @@
 """A tokenizer of bytes with a chat template that has tools and thinking, and servers that say what they are told."""
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 
+import forked
 import numpy as np
+from inputs import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_rl.data.chat import load_tokenizer
@@ -39,6 +43,20 @@ def write_chat_tokenizer(folder: Path, template: str = TEMPLATE) -> int:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return tokenizer.get_vocab_size()
+
+
+def write_chat_model(folder: Path, *flags: str) -> int:
+    """Write a tiny model with this tokenizer; returns the size of its vocabulary. flags: of make_tiny_model.py."""
+    with tempfile.TemporaryDirectory() as scratch:
+        count = write_chat_tokenizer(Path(scratch))
+    made = forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder, "--vocab-size", str(count), *flags])
+    made.check_returncode()
+    write_chat_tokenizer(folder)
+    end = load_tokenizer(folder).eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text()) | {"eos_token_id": end, "pad_token_id": end}
+        (folder / name).write_text(json.dumps(values))
+    return count
 
 
 def chat_tokenizer(folder: Path, template: str = TEMPLATE):

@@ -8,18 +8,15 @@ was sampled, and not what its text encodes to.
 import asyncio
 import concurrent.futures
 import contextlib
-import json
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from agent_chat import END, START, write_chat_tokenizer
-from subject import FLAGS, ROOT
+from agent_chat import END, START, write_chat_model
+from subject import FLAGS
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.chat import load_tokenizer
@@ -41,16 +38,10 @@ class Served:
 
     def __init__(self, folder, start, *, seeds=True):
         """start: gives a server of a model directory. seeds: it takes them."""
-        flags = f"{FLAGS} --max-position-embeddings {CONTEXT + 64} --init-std 0.12 --vocab-size {VOCAB}"
-        subprocess.run(
-            [sys.executable, ROOT / "tools/make_tiny_model.py", folder / "model", *flags.split()], check=True
-        )
-        assert write_chat_tokenizer(folder / "model") == VOCAB
+        flags = f"{FLAGS} --max-position-embeddings {CONTEXT + 64} --init-std 0.12"
+        assert write_chat_model(folder / "model", *flags.split()) == VOCAB
         self.tokenizer = load_tokenizer(folder / "model")
         end = self.tokenizer.eos_token_id
-        config = json.loads((folder / "model/config.json").read_text())
-        (folder / "model/config.json").write_text(json.dumps(config | {"eos_token_id": end, "pad_token_id": end}))
-        (folder / "model/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
         self.seeds, self.server = seeds, start(folder / "model", folder / "server.log")
         self.server.wait_ready(300)
         rollout = RolloutSection(

@@ -1,12 +1,14 @@
 """The gateway of agents beside the bare pool of servers, on the same single-turn requests; and what it holds in memory.
 
     python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 5] [--trajectories 500]
+        [--equal]
 
 MODEL: a directory as of tools/make_tiny_model.py; an embedded server serves it. Both ask for the same prompts with the
-same limits, spread from a quarter of TOKENS to seven quarters, as responses of a real policy are. They take turns,
-since others use the machine too. `ratio` is the gateway's tokens/s over the bare pool's, the median of the rounds. The
-client is the one that agents get, in this process too, so that its time counts as the gateway's. `trajectory_bytes`:
-resident memory that so many trajectories of 20 turns add while all of them are open, less what one has.
+same limits, spread from a quarter of TOKENS to seven quarters, as responses of a real policy are (--equal: all of
+TOKENS). They take turns, since others use the machine too. `ratio` is the gateway's tokens/s over the bare pool's, the
+median of the rounds. The client is the one that agents get, in this process too, so that its time counts as the
+gateway's. `trajectory_bytes`: resident memory that so many trajectories of 20 turns add while all of them are open,
+less what one has.
 """
 
 import argparse
@@ -42,7 +44,7 @@ TURNS = 20
 class Bench:
     """A pool, and a gateway on it."""
 
-    def __init__(self, model: Path, pool: ServerPool, tokens: int) -> None:
+    def __init__(self, model: Path, pool: ServerPool, tokens: int, is_equal: bool) -> None:
         architecture = load_architecture(model)
         self.pool, self.tokens, self.ends = pool, tokens, tuple(architecture.eos_token_ids)
         self.tokenizer = load_tokenizer(model)
@@ -50,7 +52,7 @@ class Bench:
         self.policy.open(0)
         self.chat = ChatTokens(self.tokenizer, parser_for(self.tokenizer, "auto"), self.ends)
         self.gateway = Gateway("model", architecture.vocab_size, CONTEXT, 1.0)
-        self.number = 0
+        self.number, self.is_equal = 0, is_equal
 
     def begin(self) -> Opened:
         """A trajectory of its own for each request."""
@@ -61,6 +63,8 @@ class Bench:
 
     def limit(self, number: int) -> int:
         """Tokens that a request may have: every length in the range comes equally often, in a scattered order."""
+        if self.is_equal:
+            return self.tokens
         least, most = self.tokens // 4, 7 * self.tokens // 4
         return least + number * 37 % (most - least + 1)
 
@@ -109,7 +113,7 @@ async def measured(arguments: argparse.Namespace, url: str) -> dict[str, float |
     pool = ServerPool([url], rollout)
     await pool.connect()
     pool.assume(None, "0")
-    bench = Bench(arguments.model, pool, arguments.tokens)
+    bench = Bench(arguments.model, pool, arguments.tokens, arguments.equal)
     await bench.gateway.start()
     rates: dict[str, list[float]] = {"bare": [], "gateway": []}
     for number in range(arguments.rounds + 1):
@@ -137,6 +141,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     for name, default in (("requests", 400), ("tokens", 64), ("at-once", 64), ("rounds", 5), ("trajectories", 500)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--equal", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = EmbeddedServer(
