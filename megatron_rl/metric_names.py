@@ -110,6 +110,17 @@ router_replay_changed_share | share | step | choices of experts that replay chan
 lora_update_kept | | last optimizer step | of the adapters' update, what bfloat16 weights keep: 1 is all, 0 nothing
 lora_rounding_noise | | last optimizer step | what rounding to bfloat16 adds to the update, over it (norms)
 
+# Teacher
+teacher_kl* | nats per token | responses of the phase, mean | log-prob of the sampler less that of the teacher
+teacher_kl_from/* | nats per token | responses of the phase | the same, of tokens from this place on to four times that
+teacher_kl_max | nats | responses of the phase | the largest such difference
+teacher_disagreement_share | share | responses of the phase | tokens where it is 1 or more
+teacher_advantage_std | | trained responses | of what the teacher adds to tokens, standard deviation
+teacher_coefficient | | step | beta, before the factors of domains
+teacher_seconds | s | phase | while the teacher had something to score, beside generation
+num_teacher_tokens | tokens | phase | tokens of the sequences that it read
+num_lost_teachers | | phase | how often a server of the teacher was marked down
+
 # Seconds of a step
 rollout_seconds | s | rank 0 | sampling and scoring
 event_loop_lag_seconds | s | rank 0 | the longest that its event loop was late; what servers said meanwhile had to wait

@@ -29,6 +29,8 @@ class Segment:
         position but the last, 0 in dense layers; None where it was not asked for them, and while the response is
         unfinished. What went on under new weights has those of the new ones throughout: its tokens so far were put
         through them again.
+    teacher_logprobs: float32 [policy_tokens], log-probabilities of the same tokens under a teacher policy at
+        temperature 1; None without a teacher, and while the response is unfinished.
     """
 
     prompt_ids: np.ndarray
@@ -37,6 +39,7 @@ class Segment:
     policy_versions: np.ndarray
     turns: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
+    teacher_logprobs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         count = len(self.output_ids)
@@ -46,6 +49,7 @@ class Segment:
             count = int((self.turns[:, 1] - self.turns[:, 0]).sum())
         found = len(self.rollout_logprobs), len(self.policy_versions)
         assert found == (count, count), f"{count} policy tokens have {found} log-probs and versions"
+        assert self.teacher_logprobs is None or len(self.teacher_logprobs) == count, len(self.teacher_logprobs)
 
     @property
     def num_policy_tokens(self) -> int:
@@ -117,6 +121,12 @@ class Response:
         return _joined([segment.rollout_logprobs for segment in self.segments], np.float32)
 
     @property
+    def teacher_logprobs(self) -> np.ndarray | None:
+        """Join the teacher's log-probs of all segments, float32 [policy_tokens]; None without a teacher."""
+        parts = [s.teacher_logprobs for s in self.segments if s.teacher_logprobs is not None]
+        return _joined(parts, np.float32) if parts and len(parts) == len(self.segments) else None
+
+    @property
     def policy_versions(self) -> np.ndarray:
         """int32 [policy_tokens], of all segments."""
         return _joined([segment.policy_versions for segment in self.segments], np.int32)
@@ -128,9 +138,11 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A response with its verdict. A trajectory of several segments has one reward and one advantage.
+    """A response with its verdict. A trajectory of several segments has one reward.
 
     reward: in the task's units (0 or 1 for verifiable tasks). reason, details, parts: see reward/verdict.py.
+    advantage: what the reward gives every token. teacher_coefficient: beta of what a teacher adds to that, token by
+        token, in the step that is planned.
     """
 
     response: Response
@@ -139,6 +151,18 @@ class Sample:
     advantage: float
     details: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
+    teacher_coefficient: float = 0.0
+
+    def token_advantages(self, segment: int) -> np.ndarray:
+        """Work out the advantage of each token of a segment, float64 [policy_tokens]: A + beta * (log p_teacher -
+        log p_student), where the student's log-prob is that of the weights that sampled."""
+        own = self.response.segments[segment]
+        advantages = np.full(own.num_policy_tokens, self.advantage, np.float64)
+        if self.teacher_coefficient:
+            assert own.teacher_logprobs is not None, f"no teacher has scored {self.id}"
+            wide = own.teacher_logprobs.astype(np.float64)
+            advantages += self.teacher_coefficient * (wide - own.rollout_logprobs)
+        return advantages
 
     @property
     def id(self) -> tuple[int, int]:

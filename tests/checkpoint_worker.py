@@ -68,7 +68,6 @@ class Rank:
             token_ids=tokens,
             loss_positions=np.arange(1, 16, dtype=np.int32),
             weight=1.0,
-            advantage=0.0,
             rollout_logprobs=np.full(15, np.nan, np.float32),
             num_stale_tokens=15,
         )

@@ -229,7 +229,7 @@ def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
         token_ids=np.arange(num_tokens, dtype=np.int32) % architecture.vocab_size,
         loss_positions=np.arange(1, num_tokens, dtype=np.int32),
         weight=1.0,
-        advantage=1.0,
+        advantages=np.ones(num_tokens - 1),
         rollout_logprobs=np.zeros(num_tokens - 1, np.float32),
         num_stale_tokens=0,
     )

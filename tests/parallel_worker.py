@@ -35,6 +35,7 @@ from megatron_rl.model import build, zigzag
 from megatron_rl.model.backends import Installed
 from megatron_rl.model.build import load_sharded_state, load_weights, local_shard, mpu, sharded_state
 from megatron_rl.model.layers import FlashAttention
+from megatron_rl.records import Response, Sample, Segment
 from megatron_rl.sync.export import export_tensors, gathered
 from megatron_rl.train.checkpointing import state
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
@@ -54,7 +55,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
             token_ids=np.array(row["token_ids"], np.int32),
             loss_positions=np.array(loss_positions(row), np.int32),
             weight=1.0,
-            advantage=row["advantage"],
+            advantages=token_advantages(row),
             rollout_logprobs=np.array(row["rollout_logprobs"], np.float32),
             num_stale_tokens=row["num_stale_tokens"],
             routed_experts=np.array(row["routed_experts"], np.uint8) if "routed_experts" in row else None,
@@ -63,6 +64,22 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
         )
         for i, row in enumerate(spec["sequences"])
     ]
+
+
+def token_advantages(row: dict) -> np.ndarray:
+    """As rank 0 works them out."""
+    recorded, teacher = np.array(row["rollout_logprobs"], np.float32), row.get("teacher_logprobs")
+    segment = Segment(
+        prompt_ids=np.zeros(1, np.int32),
+        output_ids=np.zeros(len(recorded), np.int32),
+        rollout_logprobs=recorded,
+        policy_versions=np.zeros(len(recorded), np.int32),
+        teacher_logprobs=None if teacher is None else np.array(teacher, np.float32),
+    )
+    response = Response(prompt_id=0, sample_index=0, segments=(segment,), finish_reason="stop")
+    beta = row.get("teacher_coefficient", 0.0)
+    sample = Sample(response=response, reward=0.0, reason="", advantage=row["advantage"], teacher_coefficient=beta)
+    return sample.token_advantages(0)
 
 
 def whole_logprobs(

@@ -178,7 +178,9 @@ def rows_by_sample(spec: dict[str, Any]) -> dict[int, list[int]]:
 def policy_loss(
     config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], algorithm: dict[str, Any]
 ) -> Tensor:
-    """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself.
+    """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself. A teacher adds
+    beta * (log p_teacher - log p_student) to a token's advantage; for that GSPO's paper has GSPO-token, whose gradient
+    is GSPO's where all tokens have one advantage.
 
     The present weights are `reference_scale` times `w`. The old log-probs of a response's stale tokens are those
     that were recorded, of the others the present ones. A sample of several sequences has the mean over them of each
@@ -194,8 +196,13 @@ def policy_loss(
         kl = (reference - logp).exp() - (reference - logp) - 1
         extra = algorithm.get("kl_coefficient", 0.0) * kl - algorithm["entropy_coefficient"] * entropy
         low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
-        ratio = (logp - old).exp() if algorithm["name"] != "gspo" else (logp - old).mean().exp()
-        advantage = row["advantage"]
+        ratio = (logp - old).exp()
+        if algorithm["name"] == "gspo":
+            ratio = (logp - old).mean().exp().detach() * (logp - logp.detach()).exp()
+        advantage = torch.full_like(recorded, row["advantage"])
+        if "teacher_logprobs" in row:
+            teacher = torch.tensor(row["teacher_logprobs"], dtype=torch.float64)
+            advantage = advantage + row["teacher_coefficient"] * (teacher - recorded)
         responses.append(-torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage) + extra)
     if algorithm["name"] == "c3po":
         return torch.stack([r.sum() for r in responses]).sum() / spec["budget"]

@@ -22,6 +22,7 @@ from megatron_rl.gateway.sampler import FAILED, AgentSampler, AgentSettings, che
 from megatron_rl.gateway.turn_journal import TurnJournal
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.sampler import Question
+from megatron_rl.rollout.teacher_scorer import TeacherScorer
 
 HERE = Path(__file__).parent
 BAD = f"{HERE}/agents_that_fail.py:run"
@@ -37,7 +38,7 @@ def question(number, kind, answer="yes", **meta):
     return Question(prompt_id=number, prompt=prompt, input_ids=(1,))
 
 
-def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None, **rollout):
+def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None, teacher=None, **rollout):
     section = RolloutSection(
         **{
             "agent": BAD,
@@ -55,9 +56,8 @@ def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None,
     )
     rewards = Rewards(RewardSection(kind="exact", workers=1), folder)
     servers = servers or Scripted(tokenizer, say)
-    return AgentSampler(
-        servers, rewards, tokenizer.decode, lambda _, scores: scores, section, 1, tokenizer, settings, None, turns
-    ), rewards
+    how = (servers, rewards, tokenizer.decode, lambda _, scores: scores, section, 1)
+    return AgentSampler(*how, tokenizer, settings, None, turns, teacher=teacher), rewards
 
 
 def groups_of(tokenizer, folder, questions, **more):
@@ -105,6 +105,19 @@ def test_a_score_is_the_reward_and_without_one_the_last_message_is_judged(tokeni
     assert segment.output_ids.tolist() == said + between + said
     assert segment.turns.tolist() == [[0, len(said)], [len(said) + len(between), len(said) * 2 + len(between)]]
     assert counts["num_failed_agents"] == 0
+
+
+def test_a_teacher_scores_what_the_policy_said_in_every_turn_and_nothing_else(tokenizer, tmp_path) -> None:
+    class Teachers:
+        num_slots = 4
+
+        async def score(self, input_ids, start):
+            return np.array(input_ids[start:], np.float32) / -64
+
+    groups, _ = groups_of(tokenizer, tmp_path, [question(0, "good")], teacher=TeacherScorer(Teachers()))
+    (segment,) = groups[0].samples[0].response.segments
+    assert len(segment.turns) == 2
+    assert segment.teacher_logprobs.tolist() == (segment.output_ids[segment.policy_mask] / -64).tolist()
 
 
 def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tmp_path) -> None:

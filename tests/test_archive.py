@@ -30,6 +30,7 @@ def segments(draw: st.DrawFn, is_plain: bool) -> Segment:
         routed_experts=rng.integers(0, 255, (num_prompt + num_output - 1, 2, 3)).astype(np.uint8)
         if draw(st.booleans())
         else None,
+        teacher_logprobs=rng.normal(size=num_policy).astype(np.float32) if draw(st.booleans()) else None,
     )
 
 

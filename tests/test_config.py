@@ -62,6 +62,7 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip_and_plans(
     with_shape = "teacher" in values or "shape" in values.get("model", {})
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 4096}))
     overrides = [] if with_shape else [f"model.shape={tmp_path}"]
+    overrides += [f"distillation.shape={tmp_path}"] if "distillation" in values else []
     options = dict.fromkeys(("nodes", "gpus_per_node", "serving_nodes", "gpu_memory_gb", "rates"))
     code = run_plan(argparse.Namespace(config=path, set=overrides, json=False, suggest=False, **options))
     said = capsys.readouterr()

@@ -66,7 +66,6 @@ def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict)
         token_ids=np.arange(NUM_TOKENS, dtype=np.int32) % 97,
         loss_positions=np.arange(1, 2, dtype=np.int32),
         weight=1.0,
-        advantage=0.0,
         rollout_logprobs=np.zeros(1, np.float32),
         num_stale_tokens=0,
     )

@@ -70,6 +70,7 @@ def run_config(algorithm: dict[str, Any], **reward: Any) -> Any:
         algorithm=AlgorithmSection(**algorithm),
         reward=RewardSection(**reward),
         rollout=SimpleNamespace(max_response_tokens=20),
+        distillation=None,
     )
 
 

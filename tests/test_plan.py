@@ -304,6 +304,26 @@ def test_servers_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert problem.startswith("--mem-fraction-static 0.1 leaves no cache for one response of 16384 tokens")
 
 
+def test_servers_of_a_teacher_are_where_training_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(tmp_path)
+    teacher = (f"distillation.path={tmp_path}/model", "distillation.dtype=bfloat16", "model.recompute=true")
+    # 16 sequences of one token more than the policy's, which SGLang wants spare.
+    parts = {"teacher_server_weights": 2 * 16_801_974_272, "teacher_server_cache": 16 * 16_385 * 57_344}
+
+    def places(*changes: str, **options: int) -> list[str]:
+        memory = run_in_process(capsys, config, *teacher, *changes, **options)["memory"]
+        assert all(held["total"] == sum(held.values()) - held["total"] for held in memory.values())
+        return [name for name, held in memory.items() if parts.items() <= held.items()]
+
+    assert places() == ["training_gpu"]
+    assert places("rollout.release_memory=true") == ["training_gpu", "serving_gpu"]
+    assert places(nodes=2, serving_nodes=1) == ["training_gpu"]
+    assert places('distillation.urls=["http://elsewhere:1"]') == []
+    changes = ("rollout.engine=embedded", "rollout.token_deadline_seconds=1000", "distillation.servers=3")
+    embedded = run_in_process(capsys, config, *teacher, *changes, gpus_per_node=8)
+    assert embedded["memory"]["host"]["teacher_server_weights"] == 3 * parts["teacher_server_weights"]
+
+
 def test_the_shape_of_a_model_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, model = written(tmp_path), tmp_path / "model"
     for shape in (model, model / "config.json"):

@@ -26,7 +26,9 @@ sys.path.insert(0, str(EXAMPLE))
 
 import compare  # noqa: E402
 import domains  # noqa: E402
+import joint  # noqa: E402
 import pipeline  # noqa: E402
+import stages  # noqa: E402
 import tables  # noqa: E402
 
 MISSING = why_not(Sandbox)
@@ -250,6 +252,58 @@ def test_a_comparison_survives_a_skipped_step_and_says_large_numbers_in_full(tmp
     assert "| reward | 23 ± 13 | 24 ± 13 |" in table  # 12.706 x 2 / sqrt(2) / sqrt(2)
     compare.plot(steps, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_arms_of_the_joint_comparison_train_one_after_the_other_and_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model in (compare.CHOSEN, joint.TEACHER):
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    (compare.RUN / "pipeline.json").write_text(json.dumps({"seed": 1, "smoke": True}))
+    monkeypatch.setattr(joint, "sft_steps", lambda rows, changes: 2)
+    asked: list[tuple[str, str]] = []
+
+    def run_python(title: str, *command: object) -> None:
+        words = [str(word) for word in command]
+        values = dict(value.split("=", 1) for word, value in pairwise(words) if word == "--set")
+        out = Path(words[words.index("--output") + 1]) if "--output" in words else Path(values["run_dir"])
+        kind = words[2] if words[0] == "-m" else "keep"
+        asked.append((kind, out.parent.name if kind == "evaluate" else out.name))
+        if kind == "evaluate":
+            out.mkdir(parents=True)
+            found = {"benchmarks": {domain: {"average": {"value": 0.25}} for domain in tables.DOMAINS}}
+            (out / "results.json").write_text(json.dumps(found))
+        elif kind in ("train", "sft"):
+            (out / "hf").mkdir(parents=True)
+            (out / "hf/config.json").write_text("{}")
+            row = dict.fromkeys(compare.QUANTITIES, 2.0) | {"num_generated_tokens": 9, "num_loss_tokens": 12000}
+            lines = [json.dumps(row | {"step": step}) + "\n" for step in range(int(values["train.steps"]))]
+            (out / "metrics.jsonl").write_text("".join(lines))
+        else:
+            assert kind == "rollout" or words[words.index("--min-reward") + 1] == "0"
+            out.write_text("")
+
+    monkeypatch.setattr(stages, "run_python", run_python)
+    assert joint.run([1], 1) == 0
+    runs = [f"{arm}-1-from-select_chosen" for arm in ("rl", "distillation", "both")]
+    assert asked == [
+        *(("evaluate", name) for name in ("select", "stage1_math")),
+        *((kind, run) for run in runs for kind in ("train", "evaluate")),
+        ("rollout", "answers-1.jsonl"),
+        ("keep", "answers-1.sft.jsonl"),
+        *((kind, "sft-1-from-answers") for kind in ("sft", "evaluate")),
+    ]
+    told = (joint.FOLDER / "joint.md").read_text()
+    assert "| the teacher | 25 | 25 | 25 | 25 |" in told
+    assert "| both | +0 | +0 | +0 | +0 |" in told
+    assert "| RL | 36,000 | 6 |" in told
+    assert "| SFT on answers | 24,000 | 4 |" in told
+    assert (joint.FOLDER / "joint.png").stat().st_size > 10_000
+    asked.clear()
+    assert joint.run([1], 1) == 0
+    assert asked == []
 
 
 def test_a_stage_that_is_repeated_moves_the_later_ones_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_over_phases_every_policy_token_is_trained_once_or_accounted_for_and_no_
                 assert len(sequence.token_ids) == sequence.loss_positions[-1] + 1  # nothing behind the last one
                 rest = np.delete(sequence.token_ids, sequence.loss_positions)
                 assert (rest == 0).all(), "a policy token of this segment has no loss"
-                (sample,) = (s for s in here.values() if s.advantage == sequence.advantage)
+                (sample,) = (s for s in here.values() if (sequence.advantages == s.advantage).all())
                 trained[sample.id] += len(own)
                 is_stale = step is not schedule.plan.steps[0] or sample.response.prompt_id % 2 == 0
                 assert sequence.num_stale_tokens == is_stale * len(own)

@@ -52,7 +52,7 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
                 token_ids=(1000 * (number + 1) + np.arange(length)).astype(np.int32),
                 loss_positions=positions,
                 weight=number + 1.0,
-                advantage=-number - 1.0,
+                advantages=-name,
                 rollout_logprobs=name.astype(np.float32),
                 num_stale_tokens=int((positions < STALE_BEFORE).sum()),
             )
@@ -73,7 +73,7 @@ def test_the_ranks_of_a_context_parallel_group_have_every_token_and_loss_token_o
         assert torch.equal(batch.fresh, batch.targets % 1000 >= STALE_BEFORE)
         assert batch.response_tokens.tolist() == [len(s.loss_positions) for s in sequences]
         assert torch.equal(batch.weights, batch.targets.float().div(1000, rounding_mode="floor"))
-        assert torch.equal(batch.advantages, -batch.weights)
+        assert torch.equal(batch.advantages, -batch.targets.float())
         tokens += ids[~padding].tolist()
         loss_tokens += batch.targets.tolist()
     assert sorted(tokens) == [int(i) for s in sequences for i in s.token_ids]

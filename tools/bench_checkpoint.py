@@ -188,7 +188,6 @@ class Bench:
             token_ids=np.arange(SEQUENCE, dtype=np.int32),
             loss_positions=positions,
             weight=1.0,
-            advantage=0.0,
             rollout_logprobs=np.full(len(positions), np.nan, np.float32),
             num_stale_tokens=len(positions),
         )

@@ -121,7 +121,7 @@ class Bench:
                     token_ids=rng.integers(self.architecture.vocab_size, size=n, dtype=np.int32),
                     loss_positions=np.arange(1, n, dtype=np.int32),
                     weight=1.0,
-                    advantage=1.0 if number % 2 else -1.0,
+                    advantages=np.full(n - 1, 1.0 if number % 2 else -1.0),
                     rollout_logprobs=np.full(n - 1, -np.log(self.architecture.vocab_size), np.float32),
                     num_stale_tokens=0,
                 )

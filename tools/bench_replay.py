@@ -98,7 +98,6 @@ def sequence_of(prompt: list[int], one: Completion, replay: bool) -> TrainSequen
         token_ids=ids,
         loss_positions=np.arange(len(prompt), len(ids), dtype=np.int32),
         weight=1.0,
-        advantage=0.0,
         rollout_logprobs=one.logprobs,
         num_stale_tokens=0,
         routed_experts=one.routed_experts if replay else None,

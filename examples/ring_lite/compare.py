@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import figures
@@ -110,11 +111,13 @@ def candidates() -> dict[str, Path]:
     return found
 
 
-def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[str, Any]], Path]:
-    """The rows of metrics.jsonl, and the model that it made; from an earlier call if it is there."""
+def train(
+    config: str, model: Path, seed: int, nproc: int, changes: Mapping[str, object] = MappingProxyType({})
+) -> tuple[list[dict[str, Any]], Path]:
+    """The rows of metrics.jsonl, and the model that it made; from an earlier call if it is there. changes: of keys."""
     source = "_".join(model.relative_to(RUN).parts).removesuffix("_hf").replace("compare_", "")
     run_dir = RUN / "compare" / f"{Path(config).name}-{seed}-from-{source}"
-    values = {"run_dir": run_dir, "model.path": model, "seed": seed}
+    values = {"run_dir": run_dir, "model.path": model, "seed": seed, **changes}
     wanted = load_config(RlConfig, HERE / f"{config}.toml", [f"{key}={value}" for key, value in values.items()])
     # The same path may be another model by now, and `chosen` is a link.
     origin, record = model_settings(model, "float32"), run_dir / "started_from.json"
@@ -145,10 +148,10 @@ def train(config: str, model: Path, seed: int, nproc: int) -> tuple[list[dict[st
     ], run_dir / "hf"
 
 
-def evaluate(model: Path) -> dict[str, Any]:
+def evaluate(model: Path, changes: Mapping[str, object] = MappingProxyType({})) -> dict[str, Any]:
     folder = model.parent / "evaluation"
     if not tables.results(folder):
-        command = ("-m", "megatron_rl.cli", "evaluate", HERE / "cpu_mini/evaluate.toml")
+        command = ("-m", "megatron_rl.cli", "evaluate", HERE / "cpu_mini/evaluate.toml", *stages.settings(changes))
         stages.run_python(f"evaluation of {model}", *command, "--model", model, "--output", folder, "--resume")
     return tables.results(folder)
 

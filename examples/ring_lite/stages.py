@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _started = time.time()
 
@@ -27,7 +27,7 @@ def run_python(title: str, *command: object) -> None:
         raise subprocess.CalledProcessError(code, command)
 
 
-def settings(values: dict[str, object]) -> list[str]:
+def settings(values: Mapping[str, object]) -> list[str]:
     """`--set key=value` for a megatron-rl command."""
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 

@@ -30,7 +30,7 @@ OF_ADVANTAGE = {
 OF_SURROGATE = {
     "logprobs": "[T], log-probabilities under the present weights, differentiable",
     "old": "[T], log-probabilities that the ratio exp(logprobs - old) refers to",
-    "advantages": "[T], the advantage of each token's response",
+    "advantages": "[T], the advantage of each token: its response's, and what a teacher adds (docs/joint.md)",
     "low": "float, algorithm.clip_low",
     "high": "float, algorithm.clip_high",
 }

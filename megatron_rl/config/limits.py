@@ -37,6 +37,7 @@ def impossible(config: "RlConfig") -> Iterator[str]:
     """Tell what no run can do with these numbers."""
     yield from _groups(config)
     yield from _budgets(config)
+    yield from _distillation(config)
     rollout = config.rollout
     if config.micro_batch_cap < rollout.max_sequence_tokens:
         shared = f" x parallel.context {config.parallel.context}" if config.parallel.context > 1 else ""
@@ -75,13 +76,32 @@ def _has_one_budget(config: "RlConfig") -> bool:
 def _groups(config: "RlConfig") -> Iterator[str]:
     rollout, steps = config.rollout, config.algorithm.optimizer_steps_per_rollout
     size = rollout.samples_per_prompt
-    if size < 2:
+    if size < 2 and not (config.distillation and config.distillation.advantage == "alone"):
         yield "rollout.samples_per_prompt must be at least 2: a group of one has no advantage"
     if not config.has_budget and rollout.prompts_per_step * size < steps:
         yield (
             f"algorithm.optimizer_steps_per_rollout {steps} is more than the {rollout.prompts_per_step * size} "
             "responses of a phase (rollout.prompts_per_step x samples_per_prompt), so some would train nothing; lower "
             "it"
+        )
+
+
+def _distillation(config: "RlConfig") -> Iterator[str]:
+    section, temperature = config.distillation, config.rollout.temperature
+    if section is None:
+        return
+    if temperature != 1:
+        yield (
+            f"rollout.temperature {temperature:g} does not go with distillation: the teacher's log-probs are those at "
+            "temperature 1, and the policy's those at which it samples; set rollout.temperature = 1"
+        )
+    twice = {url for url in section.urls if section.urls.count(url) > 1}
+    if twice:
+        yield f"distillation.urls names {sorted(twice)[0]} more than once; each server once"
+    if both := {*section.urls} & {*config.rollout.urls}:
+        yield (
+            f"{sorted(both)[0]} is in rollout.urls and in distillation.urls, and a server of the policy gets new "
+            "weights in every step; give the teacher servers of its own"
         )
 
 

@@ -14,6 +14,7 @@ from megatron_rl.config.benchmarks import ValidationSection
 from megatron_rl.config.budget import BudgetSection
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.data import RlData, SftData
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.endpoints import TeacherSection
 from megatron_rl.config.limits import impossible, with_first_phase
 from megatron_rl.config.lora import LoraSection
@@ -143,6 +144,9 @@ class RlConfig(RunConfig, SamplingConfig):
     budget: BudgetSection = BudgetSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
+    distillation: DistillationSection | None = Field(
+        default=None, description="a teacher policy that scores what is sampled; none by default"
+    )
     validation: ValidationSection | None = Field(
         default=None, description="benchmarks that the run answers every so many steps, besides its training"
     )
@@ -157,8 +161,9 @@ class RlConfig(RunConfig, SamplingConfig):
         if isinstance(values, dict) and values.get("teacher") is not None:
             raise ValueError(
                 "teacher is for `megatron-rl rollout` with a configuration without budget, train, optimizer and "
-                "algorithm; training needs responses of its own policy, with their log-probs: remove teacher, or make "
-                "SFT rows of what the teacher answers (docs/distillation.md)"
+                "algorithm; training needs responses of its own policy, with their log-probs: make SFT rows of what "
+                "the teacher answers (docs/distillation.md), or name a checkpoint with the same tokenizer in "
+                "[distillation], which scores what the policy samples (docs/joint.md)"
             )
         return values
 

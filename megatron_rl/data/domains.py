@@ -12,13 +12,19 @@ _MOST_NAMED = 20
 def check_reward_domains(prompts: Iterable[Prompt], reward: RewardSection, where: str) -> None:
     """ValueError for a domain that reward.domains or reward.judge.domains names and no prompt has: a misspelt one would
     be judged by other rules, and score 0 throughout."""
-    found = {prompt.domain for prompt in prompts}
+    rows = list(prompts)
     for table, named in (("reward.domains", reward.domains), ("reward.judge.domains", reward.judge.domains)):
-        for domain in sorted(set(named) - found):
-            raise ValueError(
-                f"{table} names {domain!r}, but no prompt of {where} has that domain ({_listed(found)}); rename it, "
-                f"or take it out{meant(domain, found)}"
-            )
+        check_named_domains(rows, table, named, where)
+
+
+def check_named_domains(prompts: Iterable[Prompt], table: str, named: Iterable[str], where: str) -> None:
+    """Refuse a table of the configuration that names a domain which no prompt has, by a ValueError."""
+    found = {prompt.domain for prompt in prompts}
+    for domain in sorted(set(named) - found):
+        raise ValueError(
+            f"{table} names {domain!r}, but no prompt of {where} has that domain ({_listed(found)}); rename it, "
+            f"or take it out{meant(domain, found)}"
+        )
 
 
 def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:

@@ -36,6 +36,7 @@ from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
 from megatron_rl.rollout.standalone import no_advantages, serving
+from megatron_rl.rollout.teacher_scorer import TeacherScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,9 +92,11 @@ class AgentSampler(Sampler):
         journal: Journal | None = None,
         turns: TurnJournal | None = None,
         top_p: float = 1.0,
+        teacher: TeacherScorer | None = None,
     ) -> None:
         """turns: takes turns, and has those that a killed phase had. ValueError for a parser that is not known."""
-        super().__init__(servers, rewards, decode, advantages, rollout, seed, settings.end_ids, journal, top_p)
+        how = (servers, rewards, decode, advantages, rollout, seed)
+        super().__init__(*how, settings.end_ids, journal, top_p, teacher)
         self._turns, self._settings = turns, settings
         parser = parser_for(tokenizer, rollout.tool_parser)
         self._chat = ChatTokens(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.model import ServedModelSection, ServingSection
 from megatron_rl.config.schema import RolloutPhase, RunConfig
@@ -12,14 +13,23 @@ from megatron_rl.families import Architecture, load_architecture, read_architect
 def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Architecture, Path | None]:
     """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
     ValueError when there is none of them."""
-    here = _models(config)
+    return _shape(_models(config), _served(config).shape, "model")
+
+
+def teacher_shape(section: DistillationSection) -> Architecture:
+    """Give the shape of a teacher policy, found as by `shape_of`."""
+    return _shape([section.path], section.shape, "distillation")[0]
+
+
+def _shape(here: list[Path], shape: Path | None, name: str) -> tuple[Architecture, Path | None]:
+    """Give the shape of the first of these models that has a config.json; while none has, that of `shape`, which then
+    comes second. name: of the section."""
     found = [path for path in here if (path / "config.json").is_file()]
-    shape = _served(config).shape
     if found or shape is None:
         return load_architecture((found or here)[0]), None
     path = shape / "config.json" if shape.is_dir() else shape
     if not path.is_file():
-        raise ValueError(f"model.shape {shape} is neither a config.json nor a folder that has one")
+        raise ValueError(f"{name}.shape {shape} is neither a config.json nor a folder that has one")
     return read_architecture(path), path
 
 

@@ -121,7 +121,7 @@ def _memory(
     gets what speaks against these."""
     fullest = max(rank_bytes(config, architecture, layout), key=lambda rank: rank.total)
     memory, servers, against = gpu_bytes(asdict(fullest), config, architecture, cluster)
-    memory["host"] = host_bytes(config, architecture, layout, cluster.gpus_per_node) | memory.get("host", {})
+    memory["host"] = host_bytes(config, architecture, layout, cluster.gpus_per_node) | memory["host"]
     found += against
     told = {name: parts | {"total": sum(parts.values())} for name, parts in memory.items()}
     return {"memory": told} | ({"servers": servers} if servers else {})

@@ -20,7 +20,7 @@ from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.config.schema import RlConfig, RunConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.data.chat import load_tokenizer
-from megatron_rl.data.domains import check_reward_domains
+from megatron_rl.data.domains import check_named_domains, check_reward_domains
 from megatron_rl.data.fitting import Limit, prompt_limit, rendered_prompts
 from megatron_rl.data.judged import refuse_misjudged
 from megatron_rl.data.mixture import load_stream
@@ -35,6 +35,7 @@ from megatron_rl.preflight.agents import agent_problems
 from megatron_rl.preflight.process_limits import limit_problems
 from megatron_rl.preflight.registry import Start, check, refuse_problems
 from megatron_rl.preflight.rewards import reward_problems
+from megatron_rl.preflight.teacher import teacher_problems
 from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
@@ -140,9 +141,11 @@ def _domains(start: Start) -> Iterator[str]:
     config = start.config
     if not (start.trains and isinstance(config, RlConfig)):
         return
-    if config.reward.domains or config.reward.judge.domains or config.budget.domains:
+    of_teacher = config.distillation.domains if config.distillation is not None else {}
+    if config.reward.domains or config.reward.judge.domains or config.budget.domains or of_teacher:
         stream = load_stream(config.data, config.seed, remarks=False, needs_answer=config.reward.needs_answers)
         check_reward_domains(stream.rows, config.reward, "data.train")
+        check_named_domains(stream.rows, "distillation.domains", of_teacher, "data.train")
         if config.budget.domains:
             stream.check_shares(config.budget.domains, warns=False)
     yield from ()
@@ -224,11 +227,20 @@ def _sequences(start: Start) -> Iterator[str]:
     elif start.model is not None and isinstance(config, EvaluateConfig | SamplingConfig):
         model = config.model if isinstance(config, EvaluateConfig) else config.serving
         yield from serving_problems(config.rollout, model, start.architecture)
+    elif start.trains and isinstance(config, RlConfig) and (teacher := config.distillation) is not None:
+        longest = {"max_response_tokens": config.rollout.max_response_tokens}  # SGLang's spare token is no position
+        rollout = teacher.as_rollout(config.rollout).model_copy(update=longest)
+        for problem in serving_problems(rollout, teacher, load_architecture(teacher.path), not teacher.urls):
+            yield f"distillation.path {teacher.path}: {problem}"
 
 
 @check("servers", "the generation servers of this machine, and their ports", of_machine=True)
 def _servers(start: Start) -> Iterator[str]:
     config = start.config
+    teacher = config.distillation if isinstance(config, RlConfig) and start.trains else None
+    if teacher is not None and not teacher.urls:
+        assert isinstance(config, RlConfig)
+        yield from _server_problems(teacher.as_rollout(config.rollout))
     if start.trains and not start.serves:
         return
     if isinstance(config, EvaluateConfig):
@@ -265,6 +277,7 @@ def _memory(start: Start) -> Iterator[str]:
 
 check("agent", "the agent starts, and the model's answers can be read")(agent_problems)
 check("limits", "sockets, files and threads within a process's limits", of_machine=True)(limit_problems)
+check("teacher", "the teacher policy reads the policy's tokens as it does")(teacher_problems)
 check("rewards", "own rewards and services give the first row a score")(reward_problems)
 
 # Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
@@ -385,6 +398,9 @@ def required_bytes(config: RunConfig, architecture: Architecture, world_size: in
     if serves:
         assert isinstance(config, RlConfig)
         total += serving_host_bytes(config.rollout, config.model.dtype, architecture, num_gpus)
+    if isinstance(config, RlConfig) and (teacher := config.distillation) is not None and not teacher.urls:
+        rollout = teacher.as_rollout(config.rollout)
+        total += serving_host_bytes(rollout, teacher.dtype, load_architecture(teacher.path), num_gpus, updates=False)
     return total
 
 

@@ -9,7 +9,7 @@ import psutil
 
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.config.schema import RolloutPhase, RunConfig, SamplingConfig
+from megatron_rl.config.schema import RlConfig, RolloutPhase, RunConfig, SamplingConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.open_files import possible_open_files
 from megatron_rl.preflight.registry import Start
@@ -35,6 +35,10 @@ def limit_problems(start: Start) -> Iterator[str]:
         sockets = requests_in_flight(rollout, num_servers) + 2 * num_servers
         if rollout.has_agent:
             sockets *= 2  # as many agents ask
+        if isinstance(config, RlConfig) and start.trains and (teacher := config.distillation) is not None:
+            of_teacher = teacher.as_rollout(rollout)
+            count = len(teacher.urls) or len(server_gpus(of_teacher))
+            sockets += requests_in_flight(of_teacher, count) + 2 * count
         files = _FILES + _FILES_OF_WORKER * workers
         limit = possible_open_files()
         if sockets + files > limit:

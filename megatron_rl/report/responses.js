@@ -1,12 +1,14 @@
 // The browser of responses: run, step, prompt, and the answers to it, token by token. After page.js.
 
-const place = { run: 0, step: 0, group: 0, response: 0 };
-const LIMITS = [0.001, 0.01, 0.1, 1]; // nats from which a difference in log-prob is shaded more darkly
+const place = { run: 0, step: 0, group: 0, response: 0, by: "teacher" };
+// Nats from which a token's log-prob by the trainer, or by a teacher, differs from the server's so much that it is shaded more darkly.
+const LIMITS = { trainer: [0.001, 0.01, 0.1, 1], teacher: [0.1, 0.5, 1, 3] };
+const judge = (trace) => (trace.teacher && place.by === "teacher" ? "teacher" : "trainer");
 
-/** How a trained token is shaded. */
-function level(train, rollout) {
-  const difference = Math.abs(train - rollout);
-  return LIMITS.filter((limit) => difference >= limit).length;
+/** How a token is shaded. */
+function level(by, other, rollout) {
+  const difference = Math.abs(other - rollout);
+  return LIMITS[by].filter((limit) => difference >= limit).length;
 }
 
 function outcomeOf(response) {
@@ -63,12 +65,16 @@ function traced(trace, where, kind, said) {
     }
     const [train, rollout] = [trace.train[i], trace.rollout[i]];
     const both = train !== null && rollout !== null;
-    const shade = others ? "others" : train === null ? "untrained" : both ? `d${level(train, rollout)}` : "";
+    const by = judge(trace);
+    const teacher = trace.teacher?.[i] ?? null;
+    const other = by === "teacher" ? teacher : train;
+    const shade = others ? "others" : other === null ? "untrained" : rollout !== null ? `d${level(by, other, rollout)}` : "";
     const piece = write(make("span", { className: `token ${shade}` }), token);
     const numbers = both
       ? `server ${short(rollout)}, trainer ${short(train)}, ratio ${short(Math.exp(train - rollout))}`
       : `server ${short(rollout)}, not trained in this step`;
-    const told = others ? "not sampled by the policy, so never trained" : `log-prob ${numbers}; policy version ${versionAt(index)}`;
+    const opinion = teacher !== null && rollout !== null ? `; teacher ${short(teacher)}, ${short(teacher - rollout)} for the token` : "";
+    const told = others ? "not sampled by the policy, so never trained" : `log-prob ${numbers}${opinion}; policy version ${versionAt(index)}`;
     piece.told = `token ${index + 1} “${label(token)}”: ${told}`;
     box.append(piece);
   });
@@ -85,9 +91,14 @@ function traced(trace, where, kind, said) {
 
 function shadingLegend(trace) {
   const key = (name, text) => make("span", { className: "key" }, make("span", { className: `token ${name}`, textContent: "token" }), ` ${text}`);
-  const words = ["below 0.001", "from 0.001", "from 0.01", "from 0.1", "from 1 nat"];
-  return make("p", { className: "note" }, "Difference of the two log-probs, trainer and server: ",
-    ...words.map((text, i) => key(`d${i}`, text)), key("untrained", "not trained in this step"),
+  const by = judge(trace);
+  const limits = LIMITS[by];
+  const words = [`below ${limits[0]}`, ...limits.map((limit, i) => `from ${limit}${i === limits.length - 1 ? " nats" : ""}`)];
+  const turn = { teacher: "trainer", trainer: "teacher" }[by];
+  const change = make("button", { type: "button", textContent: `shade by the ${turn}`, onclick: () => { place.by = turn; drawBrowser(); } });
+  return make("p", { className: "note" }, `Difference of the two log-probs, ${by} and server: `,
+    ...words.map((text, i) => key(`d${i}`, text)), ...(by === "teacher" ? [] : [key("untrained", "not trained in this step")]),
+    ...(trace.teacher ? [" ", change] : []),
     ...(trace.versions.some(([version]) => version === null) ? [key("others", "not sampled by the policy")] : []));
 }
 
@@ -100,6 +111,7 @@ function responseCard(step, response) {
   if (response.reason) badges.push(badge(response.reason));
   for (const [name, part] of Object.entries(response.parts ?? {})) badges.push(badge(`${name} ${short(part)}`));
   if (response.advantage !== undefined) badges.push(badge(`advantage ${short(response.advantage)}`));
+  if (response.teacher_kl !== undefined) badges.push(badge(`teacher: ${short(response.teacher_kl)} nats less per token`));
   badges.push(badge(`${response.num_tokens ?? "?"} tokens`));
   if (response.num_turns !== undefined) badges.push(badge(`${response.num_turns} turns, ${response.num_masked_tokens ?? "?"} tokens of others`));
   if (response.finish_reason) badges.push(badge(`ended by ${response.finish_reason}`));

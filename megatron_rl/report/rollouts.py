@@ -19,7 +19,7 @@ _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
 _KEPT = (
     *("sample_index", "reward", "reason", "details", "parts", "advantage", "outcome", "num_tokens", "num_loss_tokens"),
-    *("finish_reason", "policy_versions", "expected", "extracted", "num_masked_tokens", "num_turns"),
+    *("finish_reason", "policy_versions", "expected", "extracted", "num_masked_tokens", "num_turns", "teacher_kl"),
 )
 
 
@@ -80,6 +80,7 @@ def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
 
 def _is_trace(row: dict[str, Any]) -> bool:
     columns = [row.get(name) for name in ("tokens", "rollout_logprobs", "train_logprobs")]
+    columns += [row["teacher_logprobs"]] if "teacher_logprobs" in row else []
     versions = row.get("policy_versions")
     return (
         all(isinstance(column, list) and len(column) == len(columns[0] or ()) for column in columns)
@@ -168,6 +169,7 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
         "tokens": [tokens[i] for i in keep],
         "rollout": [trace["rollout_logprobs"][i] for i in keep],
         "train": [trace["train_logprobs"][i] for i in keep],
+        **({"teacher": [trace["teacher_logprobs"][i] for i in keep]} if "teacher_logprobs" in trace else {}),
         "versions": trace["policy_versions"],
         "optimizer_step": trace.get("optimizer_step"),
         "gap": gap,

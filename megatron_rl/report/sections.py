@@ -92,8 +92,45 @@ SECTIONS = (
                 curves={
                     "standard deviation": "advantage_std",
                     "largest": "advantage_max",
+                    "standard deviation of the teacher's, of tokens": "teacher_advantage_std",
                 },
             ),
+        ),
+    ),
+    Section(
+        title="Teacher",
+        text="What the teacher of [distillation] thinks of the tokens that the policy samples.",
+        plots=(
+            Plot(
+                title="Reverse KL divergence",
+                unit="nats per token",
+                curves={"policy from teacher": "teacher_kl"},
+                note="Log-prob of the policy less that of the teacher. It falls as the policy comes to agree.",
+            ),
+            Plot(title="Reverse KL by domain", unit="nats per token", curves={"*": "teacher_kl/*"}),
+            Plot(
+                title="Reverse KL by place",
+                unit="nats per token",
+                curves={"*": "teacher_kl_from/*"},
+                note="Of tokens from this place in the response on, to four times that.",
+            ),
+            Plot(
+                title="Tokens that the teacher finds unlikely",
+                unit="share of tokens",
+                kind="zero",
+                curves={"1 nat or more": "teacher_disagreement_share"},
+            ),
+            Plot(title="Largest disagreement", unit="nats of a token", curves={"largest": "teacher_kl_max"}),
+            Plot(title="Coefficient", unit="beta", kind="zero", curves={"beta": "teacher_coefficient"}),
+            Plot(
+                title="The teacher's work",
+                unit="seconds per step",
+                kind="zero",
+                curves={"scoring": "teacher_seconds"},
+                note="Beside generation, for the most part.",
+            ),
+            Plot(title="Tokens that it read", unit="per step", kind="zero", curves={"read": "num_teacher_tokens"}),
+            Plot(title="Servers of it lost", unit="per step", kind="zero", curves={"lost": "num_lost_teachers"}),
         ),
     ),
     Section(

@@ -98,6 +98,17 @@ def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
         "finish_reasons": np.array([r.finish_reason for r in responses], np.str_),
         "routed_experts": np.concatenate(routed) if routed else np.zeros((0, 0, 0), np.uint8),
         **({} if all(r.is_plain for r in responses) else _trajectories(responses, segments)),
+        **({} if all(s.teacher_logprobs is None for s in segments) else _of_teacher(segments)),
+    }
+
+
+def _of_teacher(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Make the arrays of what a teacher gave the policy tokens, NaN in segments that it has not scored."""
+    nothing = [np.full(s.num_policy_tokens, np.nan, np.float32) for s in segments]
+    found = [s.teacher_logprobs for s in segments]
+    return {
+        "teacher_logprobs": _joined((n if t is None else t for n, t in zip(nothing, found, strict=True)), np.float32),
+        "has_teacher_logprobs": np.array([s.teacher_logprobs is not None for s in segments]),
     }
 
 
@@ -150,6 +161,12 @@ def _segments(arrays: dict[str, np.ndarray]) -> list[Segment]:
     logprobs = _divided(arrays["rollout_logprobs"], num_policy_tokens)
     versions = _divided(arrays["policy_versions"], num_policy_tokens)
     routed = _divided(arrays["routed_experts"], np.maximum(table[:, 4], 0))
+    teacher: list[np.ndarray | None] = [None] * len(table)
+    if "teacher_logprobs" in arrays:
+        scored = zip(
+            _divided(arrays["teacher_logprobs"], num_policy_tokens), arrays["has_teacher_logprobs"], strict=True
+        )
+        teacher = [part if has else None for part, has in scored]
     return [
         Segment(
             prompt_ids=prompts[i],
@@ -158,6 +175,7 @@ def _segments(arrays: dict[str, np.ndarray]) -> list[Segment]:
             policy_versions=versions[i],
             turns=turns[i],
             routed_experts=routed[i] if row[4] >= 0 else None,
+            teacher_logprobs=teacher[i],
         )
         for i, row in enumerate(table)
     ]

@@ -22,7 +22,7 @@ from megatron_rl.errors import Fault
 from megatron_rl.keys import KeyOf, bearer, hidden, no_key
 from megatron_rl.rollout.connection import Connection, ConnectionFailed
 from megatron_rl.rollout.loop_lag import LoopLag
-from megatron_rl.rollout.replies import READABLE, Reply, read_reply
+from megatron_rl.rollout.replies import READABLE, Reply, read_input_logprobs, read_reply
 from megatron_rl.rollout.routing import RoutedShape, decode_routed_experts
 
 T = TypeVar("T")
@@ -161,22 +161,29 @@ class GenerationClient:
             )
         return found
 
-    async def input_logprobs(self, input_ids: Sequence[int]) -> np.ndarray:
-        """Log-probs float32 [n - 1] of all tokens but the first, whatever the temperature."""
+    async def input_logprobs(
+        self, input_ids: Sequence[int], start: int = 1, timeout_seconds: float | None = None
+    ) -> np.ndarray:
+        """Ask for the log-probs float32 [n - start] of the tokens from `start` on, at least 1, whatever the
+        temperature."""
         body = {
             "input_ids": list(input_ids),
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
-            "logprob_start_len": 0,
+            "logprob_start_len": start - 1,  # the first one asked for comes without
         }
-        answer = await self._ask("POST", "/generate", body, self._control_timeout)
+        content = await self._answered("POST", "/generate", body, timeout_seconds or self._control_timeout)
         try:
-            found = answer["meta_info"]["input_token_logprobs"]
-            logprobs = np.array([entry[0] for entry in found[1:]], np.float32)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise ServerLost(f"{self.url}/generate: answer lacks {error!r}: {self._shown(str(answer))}") from error
-        if len(logprobs) != len(input_ids) - 1:
-            raise ServerLost(f"{self.url}/generate gave {len(logprobs)} log-probs for {len(input_ids)} tokens")
+            logprobs = read_input_logprobs(content)
+        except READABLE as error:
+            raise ServerLost(
+                f"{self.url}/generate gave no input log-probs ({error}): {self._shown(_text(content))!r}"
+            ) from None
+        if len(logprobs) != len(input_ids) - start or not np.isfinite(logprobs).all():
+            raise ServerLost(
+                f"{self.url}/generate gave {np.isfinite(logprobs).sum()} finite log-probs for the "
+                f"{len(input_ids) - start} tokens behind the first {start}"
+            )
         return logprobs
 
     async def abort_all(self) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,6 @@ _START_SECONDS = 30.0  # before a first token, on top of the time for tokens
 _LOOK_EVERY_SECONDS = 5.0
 _ASK_AGAIN_SECONDS = 0.3
 
-
 # What servers hold, by SGLang's names: the weights, which come first again, and what only generating needs.
 WEIGHTS, WORKSPACE = ("weights",), ("kv_cache", "cuda_graph")
 
@@ -48,6 +47,7 @@ class WeightsNeeded(ServerError):
     """No server can serve until weights are pushed again: those that came back have others."""
 
 
+T = TypeVar("T")
 SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
 
 
@@ -98,7 +98,7 @@ class ServerPool:
 
     replace: ends a server's process for good reason and has another started at the same url; None where servers are not
     ours. `load_from_disk` and `assume` say what weights must answer. routed: ask for routed experts of this shape.
-    key_of: tells the key of the server at a url.
+    key_of: tells the key of the server at a url. keeps_weights: servers keep the weights that they start with.
     """
 
     urls: Sequence[str]
@@ -106,6 +106,7 @@ class ServerPool:
     replace: Callable[[str, str], None] | None = None
     routed: RoutedShape | None = None
     key_of: KeyOf = no_key
+    keeps_weights: bool = False
     counts: Counts = field(default_factory=Counts)
     lag: LoopLag = field(default_factory=LoopLag)
     _members: list[Member] = field(default_factory=list)
@@ -193,7 +194,33 @@ class ServerPool:
         work is not sent again. A server that cuts short what nobody aborted is lost: it shuts down, or its model gives
         no numbers. place: of its group.
         """
-        place = place or Place()
+
+        async def ask(member: Member, seconds: float) -> Completion:
+            generated = await member.client.generate(
+                wanted, temperature=temperature, timeout_seconds=seconds, routed=self.routed
+            )
+            self._confirm(member, generated, may_abort())
+            return generated
+
+        return await self._ask_one(ask, wanted.max_new_tokens, may_abort, place or Place())
+
+    async def score(self, input_ids: Sequence[int], start: int) -> np.ndarray:
+        """Ask one server for the log-probs float32 [n - start] of the tokens from `start` on, at temperature 1."""
+
+        def ask(member: Member, seconds: float) -> Coroutine[Any, Any, np.ndarray]:
+            return member.client.input_logprobs(input_ids, start, seconds)
+
+        return await self._ask_one(ask, len(input_ids), lambda: False, Place())
+
+    async def _ask_one(
+        self,
+        ask: Callable[[Member, float], Coroutine[Any, Any, T]],
+        num_tokens: int,
+        may_abort: Callable[[], bool],
+        place: Place,
+    ) -> T:
+        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: by
+        which work is divided, and its time measured out."""
         failure: ServerError | None = None
         tried: set[Member] = set()
         for attempt in range(_SENDS):
@@ -201,15 +228,12 @@ class ServerPool:
             tried.add(member)
             self.counts.num_resent += attempt > 0
             num_losses = member.num_losses
-            with self._busy(member, wanted.max_new_tokens):
+            with self._busy(member, num_tokens):
                 waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
-                seconds = _START_SECONDS + waves * wanted.max_new_tokens * self.rollout.token_deadline_seconds
+                seconds = _START_SECONDS + waves * num_tokens * self.rollout.token_deadline_seconds
                 try:
                     async with _unless_lost(member):
-                        generated = await member.client.generate(
-                            wanted, temperature=temperature, timeout_seconds=seconds, routed=self.routed
-                        )
-                    self._confirm(member, generated, may_abort())
+                        answer = await ask(member, seconds)
                 except ServerLost as error:
                     failure = error
                     if member.num_losses == num_losses:  # else it says nothing of the one that has come back
@@ -217,7 +241,7 @@ class ServerPool:
                     if may_abort():
                         raise
                 else:
-                    return generated
+                    return answer
         assert failure is not None
         raise ServerLost(f"the same request failed {_SENDS} times, the last time so: {failure}")
 
@@ -323,7 +347,7 @@ class ServerPool:
         RequestRefused when a server will not have these weights; ServerLost when no server is left.
         """
         self._weights, self._version = directory, version
-        await self._look_again()
+        await self.look_again()
         seconds = self.rollout.ready_deadline_seconds
         await self._each(
             lambda client: client.update_weights_from_disk(directory, version, seconds),
@@ -400,6 +424,9 @@ class ServerPool:
             if self._asleep:  # nothing is started meanwhile
                 give_up = time.monotonic() + seconds
             elif await member.client.is_ready() and not self._asleep:
+                if self.keeps_weights:
+                    self.mark_up(member)
+                    return
                 if self._weights is None:
                     member.needs_weights = True
                     return
@@ -417,7 +444,7 @@ class ServerPool:
         member.out = f"{member.out}; it did not come back within {seconds:g} s{trouble}"
         log.error("%s", member.out)
 
-    async def _look_again(self) -> None:
+    async def look_again(self) -> None:
         """Whoever was given up and is there after all gets another chance."""
         for member in self._members:
             given_up = member.out is not None and not member.needs_weights and not _is_running(member.recovery)
@@ -438,7 +465,7 @@ class ServerPool:
         """`returned`, for a push. One that is still being restarted gets weights when it is back, and is waited for
         only where nobody else would get any, or with rollout.release_memory: then there is no memory for a push while
         the others generate."""
-        await self._look_again()
+        await self.look_again()
         while (coming := self._recoveries) and (self.rollout.release_memory or not (self.serving or self.returned)):
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         return self.returned

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rl.config.agents import AGENT_KEYS, AgentKeys
 from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.files import whole_file
 from megatron_rl.own_functions import is_own, source_digest
@@ -23,6 +24,11 @@ _NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "rewa
 def model_settings(path: Path, dtype: str) -> dict[str, Any]:
     files = {file.name: _state(file) for file in sorted(path.iterdir()) if file.is_file()}
     return {"path": str(path.resolve()), "dtype": dtype, "files": files}
+
+
+def teacher_settings(section: DistillationSection | None) -> dict[str, Any] | None:
+    """Collect what decides a teacher's log-probs; None without one."""
+    return None if section is None else model_settings(section.path, section.dtype)
 
 
 def reward_settings(reward: RewardSection) -> dict[str, Any]:

@@ -52,6 +52,14 @@ class _Body(msgspec.Struct):
     meta_info: _Meta
 
 
+class _InputMeta(msgspec.Struct):
+    input_token_logprobs: list[_Drawn]
+
+
+class _Scored(msgspec.Struct):
+    meta_info: _InputMeta
+
+
 class Reply(msgspec.Struct):
     """What a server says of one response. output_ids: int32 [n]. logprobs: float32, of as many where all is well."""
 
@@ -60,14 +68,23 @@ class Reply(msgspec.Struct):
     meta: _Meta
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_DECODER, _SCORED = msgspec.json.Decoder(_Body), msgspec.json.Decoder(_Scored)
 _LOGPROB = attrgetter("logprob")
 
 
 def read_reply(content: bytes) -> Reply:
     """Read the JSON of one reply; one of READABLE for what is none."""
     body = _DECODER.decode(content)
-    drawn = body.meta_info.output_token_logprobs or []
-    with np.errstate(over="ignore"):  # what is too large is not finite, and None is no number
-        logprobs = np.array(list(map(_LOGPROB, drawn)), np.float32)
+    logprobs = _logprobs(body.meta_info.output_token_logprobs or [])
     return Reply(output_ids=np.array(body.output_ids, np.int32), logprobs=logprobs, meta=body.meta_info)
+
+
+def read_input_logprobs(content: bytes) -> np.ndarray:
+    """Read the log-probs float32 [n - 1] of a reply about n input tokens, of which the first has none; one of READABLE
+    for what is no such reply."""
+    return _logprobs(_SCORED.decode(content).meta_info.input_token_logprobs[1:])
+
+
+def _logprobs(drawn: list[_Drawn]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large is not finite, and None is no number
+        return np.array(list(map(_LOGPROB, drawn)), np.float32)

@@ -28,6 +28,7 @@ _ANSWER_CHARACTERS = 2000
 # Rounding may lift one a little above 0.
 _HIGHEST_LOGPROB = 1e-3
 
+NO_TEACHER_IN_FILE = "--rollouts has no log-probs of a teacher; take distillation out, or train with servers"
 Advantages = Callable[[Sequence[Response], np.ndarray], np.ndarray]
 Decode = Callable[[list[int]], str]
 

@@ -28,6 +28,7 @@ from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.rollout_file import text_of, with_advantages
+from megatron_rl.rollout.teacher_scorer import TeacherScorer
 
 _ABORT_AGAIN_SECONDS = 0.25
 _LEAST_AT_ONCE = 16  # groups of which some may wait for their rewards
@@ -105,15 +106,17 @@ class Sampler:
         end_ids: Collection[int],
         journal: Journal | None = None,
         top_p: float = 1.0,
+        teacher: TeacherScorer | None = None,
     ) -> None:
         """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
-        has those that a killed phase had completed. top_p: see `SampleRequest`."""
+        has those that a killed phase had completed. top_p: see `SampleRequest`. teacher: scores the tokens of groups
+        while they are judged."""
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, _NUM_PER_SLOT * servers.num_slots))
         self._starting = asyncio.Lock()
         self._rollout, self._seed, self._end_ids, self._journal = rollout, seed, end_ids, journal
-        self._top_p = top_p
+        self._top_p, self._teacher = top_p, teacher
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
         """A scored group for every question, in their order. Each response is a request of its own."""
@@ -243,7 +246,8 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        verdicts = await self._verdicts(question, responses)
+        work: list[Coroutine[Any, Any, Any]] = [self._verdicts(question, responses), self._taught(responses)]
+        verdicts, responses = await gather_all(work)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
             prompt_id=question.prompt_id,
@@ -268,6 +272,9 @@ class Sampler:
             Attempt(text=r.text or "", finish_reason=r.finish_reason, num_tokens=r.num_policy_tokens) for r in responses
         ]
         return await self._rewards.verdicts(question.prompt, attempts)
+
+    async def _taught(self, responses: Sequence[Response]) -> Sequence[Response]:
+        return responses if self._teacher is None else await self._teacher.scored(responses)
 
     def _recall(self, question: Question) -> Group | None:
         """The group of this phase that was completed before the run was killed."""

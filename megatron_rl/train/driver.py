@@ -46,6 +46,8 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
     if keys is None:
         key = key_in_environment(config.rollout.api_key_variable, "rollout.api_key_variable")
         keys = dict.fromkeys(config.rollout.urls, key)
+    teacher = config.distillation
+    teacher_key = key_in_environment(teacher.api_key_variable if teacher else "", "distillation.api_key_variable")
     if rollouts is None:
         check_seats(config, own_place().local_world_size, device.on_cuda())
     signals = StopSignals()
@@ -64,6 +66,7 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 "train.steps, or set run_dir to a new folder"
             )
         servers: NodeServers | None = None
+        teachers: NodeServers | None = None
         transport = None
         try:
             if rollouts is None:
@@ -77,11 +80,15 @@ def run_rl(config: RlConfig, resume: bool, rollouts: Path | None = None, keys: M
                 _make_room(config, context, None)  # servers size their caches by what is free when they start
                 servers = NodeServers(config, folder.path, context.control, signals, keys)
                 parts.callback(servers.close)
+                if teacher is not None:
+                    teacher_keys = dict.fromkeys(teacher.urls, teacher_key)
+                    teachers = NodeServers(config, teacher.path, context.control, signals, teacher_keys, teacher)
+                    parts.callback(teachers.close)
                 transport = _transport(config, context, folder, servers, first)
                 parts.callback(transport.close)
             orchestrator = None
             if context.is_rank_zero:
-                open_source = partial(_open_source, config, context, signals, servers, rollouts)
+                open_source = partial(_open_source, config, context, signals, servers, teachers, rollouts)
                 orchestrator = Orchestrator(config, context, first, restored, open_source, transport)
                 parts.callback(orchestrator.close)
         except StopRequested:
@@ -166,10 +173,15 @@ def _take_room(config: RlConfig, context: TrainContext, servers: NodeServers | N
 
 
 def _open_source(
-    config: RlConfig, context: TrainContext, signals: StopSignals, servers: NodeServers | None, rollouts: Path | None
+    config: RlConfig,
+    context: TrainContext,
+    signals: StopSignals,
+    servers: NodeServers | None,
+    teachers: NodeServers | None,
+    rollouts: Path | None,
 ) -> GroupSource:
     if servers is not None:
-        return ServerGroups(config, context.layout, signals, servers)
+        return ServerGroups(config, context.layout, signals, servers, teachers)
     assert rollouts is not None
     return RecordedGroups(config, rollouts, signals)
 

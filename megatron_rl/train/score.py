@@ -39,7 +39,6 @@ def text_logprobs(path: Path, text: str) -> tuple[list[int], torch.Tensor]:
         token_ids=np.array(ids, np.int32),
         loss_positions=np.arange(1, len(ids), dtype=np.int32),
         weight=1.0,
-        advantage=0.0,
         rollout_logprobs=np.full(len(ids) - 1, np.nan, np.float32),
         num_stale_tokens=len(ids) - 1,
     )

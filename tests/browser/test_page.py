@@ -145,6 +145,35 @@ def test_tokens_are_shaded_by_their_difference_and_tell_their_numbers(browser: C
     assert "cut: 5 of 6 tokens trained" in browser.value("document.querySelector('.badges').textContent")
 
 
+def test_a_teachers_opinion_shades_tokens_until_a_button_is_pressed(browser: Chromium, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    row = response_row(0, 0, "abcdef") | {"num_tokens": 6, "num_loss_tokens": 5, "teacher_kl": 0.775}
+    write_rows(run / "rollouts/step_000000.jsonl", [row])
+    trace = {
+        "position": 0,
+        "sample_index": 0,
+        "tokens": list("abcdef"),
+        "rollout_logprobs": [-1.0] * 6,
+        "train_logprobs": [-1.004, *[-1.0004] * 4, None],
+        "teacher_logprobs": [-1.05, -1.2, -0.4, -2.5, -4.5, -1.0],
+        "policy_versions": [[3, 6]],
+        "optimizer_step": 0,
+    }
+    write_rows(run / "tokens/step_000000.jsonl", [trace])
+    open_report(browser, [run], tmp_path / "report.html", DESKTOP)
+    shades = "[...document.querySelectorAll('#browser .prose .token')].map(t => t.className)"
+    assert browser.value(shades) == [f"token d{level}" for level in (0, 1, 2, 3, 4, 0)]
+    browser.value("document.querySelectorAll('#browser .prose .token')[3].click()")
+    said = browser.value("document.querySelector('.said').textContent")
+    assert said == (
+        "token 4 “d”: log-prob server -1, trainer -1, ratio 0.9996; teacher -2.5, -1.5 for the token; policy version 3"
+    )
+    assert "teacher: 0.775 nats less per token" in browser.value("document.querySelector('.badges').textContent")
+    browser.value("document.querySelector('#browser .note button').click()")
+    assert browser.value(shades) == ["token d1", *["token d0"] * 4, "token untrained"]
+    check(browser, tmp_path / "report.html", DESKTOP)
+
+
 def test_what_the_policy_did_not_sample_is_shaded(browser: Chromium, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1)
     segments = [

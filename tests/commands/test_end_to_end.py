@@ -188,6 +188,8 @@ def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
     of_others |= {"offload_seconds", "reload_seconds", "release_seconds", "resume_seconds"}
     of_others |= {"turns_mean", "segments_mean", "masked_token_share", "no_token_share", "validation_seconds"}
+    of_others |= {f"teacher_{name}" for name in ("kl", "kl_max", "disagreement_share", "advantage_std", "coefficient")}
+    of_others |= {"teacher_seconds", "num_teacher_tokens", "num_lost_teachers"}
     of_others |= {
         "num_tool_calls",
         "num_broken_tool_calls",

@@ -97,8 +97,8 @@ def _supervisor(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def supervisor(_supervisor: ServerSupervisor) -> ServerSupervisor:
     """Two servers that are ready and as they were started."""
-    for url in _supervisor.urls:
-        wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url))  # type: ignore[misc]
+    for url in _supervisor.urls:  # on a busy machine a start takes its time
+        wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url), ROLLOUT.ready_deadline_seconds)  # type: ignore[misc]
     return _supervisor
 
 

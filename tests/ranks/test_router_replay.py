@@ -132,7 +132,6 @@ def test_every_packed_token_has_the_experts_of_its_own_position(
                 token_ids=ids.astype(np.int32),
                 loss_positions=np.arange(1, length, dtype=np.int32),
                 weight=1.0,
-                advantage=0.0,
                 rollout_logprobs=np.zeros(length - 1, np.float32),
                 num_stale_tokens=0,
                 routed_experts=np.array([experts(t) for t in ids[:-1]], np.uint8) if has_record else None,

@@ -1,6 +1,7 @@
-"""The advantages of scored responses: of a group as soon as it is scored, or of a whole phase when it is planned."""
+"""The advantages of scored responses: of a group as soon as it is scored, or of a whole phase when it is planned; and
+what a teacher adds to them, token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from megatron_rl.rollout.rollout_file import Advantages
 
 def advantages_of(config: RlConfig) -> Advantages:
     """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]; zeros where only
-    the whole phase has any."""
+    the whole phase has any, or tokens alone by a teacher."""
     rule = chosen_algorithm(config.algorithm).advantage
-    of_phase = takes_batch(rule)
+    of_phase = takes_batch(rule) or _is_of_teacher_alone(config)
 
     def advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
         return np.zeros(len(rewards)) if of_phase else advantages_by(rule, _values(config, responses, rewards))
@@ -32,7 +33,7 @@ def with_phase_advantages(
     them to groups. Carried responses get new ones, among those that they are trained with."""
     rule = chosen_algorithm(config.algorithm).advantage
     samples = [*carried, *(sample for group in groups for sample in group.samples)]
-    if not samples or not takes_batch(rule):
+    if not samples or not takes_batch(rule) or _is_of_teacher_alone(config):
         return list(groups), list(carried)
     values = _values(config, [s.response for s in samples], np.array([s.reward for s in samples]))
     _, of_prompt = np.unique([sample.response.prompt_id for sample in samples], return_inverse=True)
@@ -40,6 +41,28 @@ def with_phase_advantages(
     new = iter([replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)])
     carried = [next(new) for _ in carried]
     return [replace(group, samples=tuple(next(new) for _ in group.samples)) for group in groups], carried
+
+
+def with_teacher(
+    config: RlConfig, groups: Sequence[Group], carried: Sequence[Sample], step: int, domain_of: Callable[[int], str]
+) -> tuple[list[Group], list[Sample]]:
+    """Give all samples the coefficient by which their teacher's log-probs count in this step. domain_of: by the
+    position of a prompt."""
+    section = config.distillation
+    if section is None:
+        return list(groups), list(carried)
+
+    def taught(samples: Sequence[Sample]) -> list[Sample]:
+        return [
+            replace(s, teacher_coefficient=section.coefficient_at(step, domain_of(s.response.prompt_id)))
+            for s in samples
+        ]
+
+    return [replace(group, samples=tuple(taught(group.samples))) for group in groups], taught(carried)
+
+
+def _is_of_teacher_alone(config: RlConfig) -> bool:
+    return config.distillation is not None and config.distillation.advantage == "alone"
 
 
 def _values(config: RlConfig, responses: Sequence[Response], rewards: np.ndarray) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rank 0's side of a step: the groups of a rollout phase, and the plan of the train phase that they fill."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.train.orchestrator.advantages import with_phase_advantages
+from megatron_rl.rollout.provenance import teacher_settings
+from megatron_rl.train.orchestrator.advantages import with_phase_advantages, with_teacher
 from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
 from megatron_rl.train.orchestrator.phase_metrics import Phase
 from megatron_rl.train.run.step_files import StepFiles
+
+log = logging.getLogger(__name__)
 
 
 class Collector:
@@ -40,13 +44,21 @@ class Collector:
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
-        return {**self._source.state(), "per_prompt": self._per_prompt}, pack_carry(self._carry)
+        state = {"per_prompt": self._per_prompt, "teacher": _teaching(self._config)}
+        return {**self._source.state(), **state}, pack_carry(self._carry)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
         self._source.restore(state)
         known = saved_by_domain(state["per_prompt"], self._shares)
         self._per_prompt = {domain: PromptYield(*sums) for domain, sums in known.items()}
         self._carry = unpack_carry(carried)
+        if state.get("teacher") != _teaching(self._config) and self._carry.samples:
+            log.warning(
+                "%d responses that the checkpoint carries are dropped: they have the advantages of a run with another "
+                "teacher or another distillation.advantage, or one of both runs has no teacher",
+                len(self._carry.samples),
+            )
+            self._carry = Carry(unfinished=self._carry.unfinished)
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
@@ -78,6 +90,8 @@ class Collector:
             "generated_tokens_per_second": metrics["num_generated_tokens"] / rollout_seconds,
             "plan_seconds": time.perf_counter() - started - rollout_seconds,
         }
+        if self._config.distillation is not None:
+            metrics["teacher_coefficient"] = self._config.distillation.coefficient_at(policy_version)
         return plan, metrics | self._source.metrics()
 
     def close(self) -> None:
@@ -93,6 +107,7 @@ class Collector:
         # A different permutation every phase, from the run's seed alone.
         seed = self._config.seed * 1_000_003 + policy_version
         groups, carried = with_phase_advantages(self._config, groups, carried)
+        groups, carried = with_teacher(self._config, groups, carried, policy_version, self._own_domain_of)
         return schedule(groups, carried, self._plan_rules(), policy_version=policy_version, seed=seed)
 
     def _plan_rules(self) -> PlanRules:
@@ -137,6 +152,16 @@ class Collector:
     def _domain_of(self, position: int) -> str:
         return domain_of(self._source.prompt_of(position), self._shares)
 
+    def _own_domain_of(self, position: int) -> str:
+        """Give the domain of a prompt, whether or not the budget tells domains apart."""
+        return self._source.prompt_of(position).domain
+
     def _is_wanted(self, group: Group) -> bool:
         """Dynamic sampling drops groups that teach nothing: all right, all wrong, or all with the same score."""
         return not self._algorithm.dynamic_sampling or not all_equal([s.reward for s in group.samples])
+
+
+def _teaching(config: RlConfig) -> dict[str, Any] | None:
+    """Collect what the advantages of a carried response depend on beside its reward; None without a teacher."""
+    section = config.distillation
+    return None if section is None else {"advantage": section.advantage, "model": teacher_settings(section)}

@@ -126,7 +126,7 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Comm
     arrays: list[np.ndarray] = [
         np.empty(sum(s.num_tokens for s in mine), np.int32),
         np.empty(sum(s.num_loss_tokens for s in mine), np.float32),
-        np.empty(len(mine), np.float64),
+        np.empty(sum(s.num_loss_tokens for s in mine), np.float64),
         np.empty(sum(s.num_output_tokens for s in mine if s.has_gaps), bool),
     ]
     if routing is not None:
@@ -162,19 +162,20 @@ def _segment(samples: Sequence[Sample], selected: Selected) -> Segment:
 
 
 def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Routing | None) -> list[np.ndarray]:
-    """Tokens int32, rollout log-probs float32, advantages float64, where sequences have gaps which output tokens are
-    the policy's, bool, and, where there are any, routed experts uint8 [positions, layers, topk] of a rank's sequences,
-    end to end."""
+    """Tokens int32, rollout log-probs float32 and advantages float64 of loss tokens, where sequences have gaps which
+    output tokens are the policy's, bool, and, where there are any, routed experts uint8 [positions, layers, topk] of a
+    rank's sequences, end to end."""
     mine = _placed(plan, data_rank)
     tokens, logprobs, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, bool)]
+    advantages = [np.zeros(0, np.float64)]
     for selected in mine:
         segment = _segment(samples, selected)
         tokens += [segment.prompt_ids, segment.output_ids[: selected.num_output_tokens]]
         logprobs.append(segment.rollout_logprobs[: selected.num_loss_tokens])
+        advantages.append(samples[selected.index].token_advantages(selected.segment)[: selected.num_loss_tokens])
         if selected.has_gaps:
             masks.append(segment.policy_mask[: selected.num_output_tokens])
-    advantages = np.array([samples[selected.index].advantage for selected in mine], np.float64)
-    arrays: list[np.ndarray] = [np.concatenate(tokens), np.concatenate(logprobs), advantages, np.concatenate(masks)]
+    arrays: list[np.ndarray] = [np.concatenate(parts) for parts in (tokens, logprobs, advantages, masks)]
     if routing is not None:
         routed = [np.zeros((0, *routing.shape), np.uint8)]
         for selected in mine:
@@ -196,7 +197,7 @@ def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequ
             token_ids=tokens.take(selected.num_tokens),
             loss_positions=selected.num_prompt_tokens + np.flatnonzero(mask).astype(np.int32),
             weight=selected.loss_scale,
-            advantage=float(advantages.take(1)[0]),
+            advantages=advantages.take(selected.num_loss_tokens),
             rollout_logprobs=logprobs.take(selected.num_loss_tokens),
             num_stale_tokens=selected.num_stale_tokens,
             routed_experts=rest[0].take(known) if known else None,

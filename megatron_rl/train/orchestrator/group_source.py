@@ -30,10 +30,17 @@ from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Counts, ServerPool
-from megatron_rl.rollout.provenance import agent_digests, function_digests, model_settings, objective_digests
-from megatron_rl.rollout.rollout_file import limits_of, read_groups
-from megatron_rl.rollout.routing import routed_shape
+from megatron_rl.rollout.provenance import (
+    agent_digests,
+    function_digests,
+    model_settings,
+    objective_digests,
+    teacher_settings,
+)
+from megatron_rl.rollout.rollout_file import NO_TEACHER_IN_FILE, limits_of, read_groups
+from megatron_rl.rollout.routing import RoutedShape, routed_shape
 from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, joined
+from megatron_rl.rollout.teacher_scorer import TeacherScorer
 from megatron_rl.train.orchestrator.advantages import advantages_of
 from megatron_rl.train.orchestrator.commands import Probe
 from megatron_rl.train.orchestrator.node_servers import NodeServers
@@ -98,6 +105,8 @@ class RecordedGroups:
         """ValueError for a file that cannot be used."""
         if config.rollout.router_replay:
             raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
+        if config.distillation is not None:
+            raise ValueError(NO_TEACHER_IN_FILE)
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer = load_tokenizer(config.model.path)
@@ -163,8 +172,15 @@ class ServerGroups:
     None where they find them on a disk.
     """
 
-    def __init__(self, config: RlConfig, layout: Layout, signals: StopSignals, servers: NodeServers) -> None:
-        """ValueError for prompts that cannot be used."""
+    def __init__(
+        self,
+        config: RlConfig,
+        layout: Layout,
+        signals: StopSignals,
+        servers: NodeServers,
+        teachers: NodeServers | None = None,
+    ) -> None:
+        """teachers: what serves the teacher of distillation. ValueError for prompts that cannot be used."""
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer = load_tokenizer(config.model.path)
@@ -174,13 +190,14 @@ class ServerGroups:
         # By domain: where it is in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Segment | None = None  # of the last phase that kept any
-        self._supervisor = servers.supervisor
+        self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
         self.rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
         self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
-        replaced = None if config.rollout.urls else servers.replace
-        self.pool = ServerPool(servers.urls, config.rollout, replaced, routed, servers.key_of)
+        self.pool = _pool_of(servers, routed)
+        self._teachers = None if teachers is None else _pool_of(teachers, keeps_weights=True)
+        self._teacher: TeacherScorer | None = None
         self.refill: Callable[[], None] | None = None
         self._trouble: Exception | None = None  # of `refill`
         self._loop = BackgroundLoop()
@@ -188,6 +205,9 @@ class ServerGroups:
         self._agents: AgentSampler | None = None
         try:
             self.run(self.pool.connect())
+            if self._teachers is not None:
+                self.run(self._teachers.connect())
+                self._teacher = TeacherScorer(self._teachers)
         except BaseException:
             self.close()
             raise
@@ -197,11 +217,13 @@ class ServerGroups:
         gc.freeze()
         how = (self.pool, self.rewards, self.decode, advantages_of(config), config.rollout, config.seed)
         if not config.rollout.has_agent:
-            self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal)
+            self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal, teacher=self._teacher)
             return
         self._turns = TurnJournal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
         settings = agent_settings(config, config.model.path, architecture)
-        self._sampler = self._agents = AgentSampler(*how, tokenizer, settings, self._journal, self._turns)
+        self._sampler = self._agents = AgentSampler(
+            *how, tokenizer, settings, self._journal, self._turns, teacher=self._teacher
+        )
         try:
             self.run(self._agents.start())
         except BaseException:
@@ -244,6 +266,7 @@ class ServerGroups:
             "num_resent_samples": counts.num_resent,
             "num_lost_servers": counts.num_taken_out,
             "event_loop_lag_seconds": self.pool.lag.take_largest(),
+            **({} if self._teacher is None else self._teacher.take_metrics()),
         }
 
     def forget(self, which: Callable[[int], bool]) -> None:
@@ -255,6 +278,8 @@ class ServerGroups:
         if self._agents is not None:
             self._loop.run(self._agents.stop())
         self._loop.run(self.pool.close())
+        if self._teachers is not None:
+            self._loop.run(self._teachers.close())
         self.rewards.close()
         self._loop.close()
         self._journal.close()
@@ -314,6 +339,8 @@ class ServerGroups:
     async def _sample(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
     ) -> Collected:
+        if self._teachers is not None:
+            await self._teachers.look_again()
         if self._config.rollout.partial:
             resumed = [(self._question(group.prompt_id), group) for group in unfinished]
             max_waves = self._config.budget.max_waves
@@ -335,8 +362,8 @@ class ServerGroups:
                 self._signals.check()
                 if self._trouble is not None:
                     raise self._trouble
-                if self._supervisor is not None:
-                    self._supervisor.check()
+                for supervisor in self._supervisors:
+                    supervisor.check()
         finally:
             task.cancel()
             await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
@@ -349,6 +376,11 @@ class ServerGroups:
     def _question(self, position: int) -> Question:
         prompt = self.prompt_of(position)
         return Question(prompt_id=position, prompt=prompt, input_ids=self._input_ids[prompt.id])
+
+
+def _pool_of(servers: NodeServers, routed: RoutedShape | None = None, keeps_weights: bool = False) -> ServerPool:
+    replaced = None if servers.rollout.urls else servers.replace
+    return ServerPool(servers.urls, servers.rollout, replaced, routed, servers.key_of, keeps_weights)
 
 
 def domain_shares(config: RlConfig) -> dict[str, float]:
@@ -447,6 +479,14 @@ def _identity(config: RlConfig, layout: Layout, data: str) -> str:
         values["steps"] = config.train.steps
     # The same path may hold another model by now.
     model = model_settings(config.model.path, config.model.dtype)
-    own = {**function_digests(config.reward), **objective_digests(config.algorithm), **agent_digests(config.rollout)}
+    own: dict[str, Any] = {
+        **function_digests(config.reward),
+        **objective_digests(config.algorithm),
+        **agent_digests(config.rollout),
+    }
+    if config.distillation is not None:
+        pace = {"urls", "api_key_variable", "servers", "threads", "max_running_requests", "sglang_arguments"}
+        own["distillation"] = config.distillation.model_dump(mode="json", exclude=pace)
+        own["teacher"] = teacher_settings(config.distillation)
     everything = [__version__, data, layout.world_size, model, values, own]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import StopRequested
@@ -43,30 +44,38 @@ class _Address:
 
 
 class NodeServers:
-    """urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside: one of them is on rank
-    0's machine. Both are known where weights go over a process group. supervisor: of this node's servers, on its first
-    rank. node: its number. `close()` ends these."""
+    """rollout: their settings. urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside:
+    one of them is on rank 0's machine. Both are known where weights go over a process group. supervisor: of this node's
+    servers, on its first rank. node: its number. `close()` ends these."""
 
     def __init__(
-        self, config: RlConfig, weights: Path, control: Any, signals: StopSignals, keys: Mapping[str, str]
+        self,
+        config: RlConfig,
+        weights: Path,
+        control: Any,
+        signals: StopSignals,
+        keys: Mapping[str, str],
+        teacher: DistillationSection | None = None,
     ) -> None:
         """Collective over the gloo group `control`: start the servers on the model directory `weights` and wait until
         they serve, or take those of rollout.urls.
 
-        keys: of the latter, by their url. On every rank ValueError when one did not start, and StopRequested when a
-        signal came first.
+        keys: of the latter, by their url. teacher: they are its servers and not the policy's, or those of
+        distillation.urls. On every rank ValueError when one did not start, and StopRequested when a signal came first.
         """
+        self.rollout = config.rollout if teacher is None else teacher.as_rollout(config.rollout)
+        self._dtype, self._name = (config.model.dtype, "") if teacher is None else (teacher.dtype, "teacher_")
         self.supervisor: ServerSupervisor | None = None
         self._keys = dict(keys)
         self.node = own_place().node
         # Several nodes share the run directory in any case.
-        self._wishes = config.run_dir / "restarts" if own_place().num_nodes > 1 and not config.rollout.urls else None
-        self.urls = list(config.rollout.urls)
+        self._wishes = config.run_dir / "restarts" if own_place().num_nodes > 1 and not self.rollout.urls else None
+        self.urls = list(self.rollout.urls)
         try:
             if not self.urls:
                 self._start(config, weights, control, signals)
             self.address, self.beside = "", False
-            if config.sync.transport == "distributed":
+            if config.sync.transport == "distributed" and teacher is None:
                 self.address, self.beside = _agreed_address(self.urls, control)
         except BaseException:
             self.close()
@@ -76,15 +85,15 @@ class NodeServers:
         mine = _Started()
         if own_place().local_rank == 0:
             node = self.node
-            name = "server" if node == 0 else f"node{node}_server"
+            name = self._name + ("server" if node == 0 else f"node{node}_server")
             try:
                 if config.sync.transport == "ipc":
-                    check_same_torch(config.rollout)
+                    check_same_torch(self.rollout)
                 self.supervisor = start_servers(
                     weights,
                     config.run_dir,
-                    config.rollout,
-                    config.model.dtype,
+                    self.rollout,
+                    self._dtype,
                     name=name,
                     host=node_address(),
                     secret_variables=secret_variables(config),

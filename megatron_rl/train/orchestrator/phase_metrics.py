@@ -26,6 +26,8 @@ KindOf = Callable[[str], str]  # of reward, by the prompt's domain
 _MIN_GAVE_UP = 8
 _NUM_EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 80
+_DISAGREES = 1.0  # nats
+_FIRST_PLACES = 16  # tokens of the first part of a response that has a reverse KL of its own; the next ends at 4 times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,7 @@ class Phase:
             **_by_part(seen),
             **self._by_domain(seen, prompt_of),
             **_of_trajectories(seen),
+            **_of_teacher(seen, [samples[index] for index in trained]),
             "num_prompts": len(self.generated),
             "num_samples": len(own),
             "num_generated_tokens": found.num_generated_tokens,
@@ -194,6 +197,8 @@ class Phase:
                     np.mean([s.response.num_policy_tokens for s in members])
                 )
                 found[f"num_samples/{domain}"] = len(members)
+                if len(gaps := teacher_gaps(members)):
+                    found[f"teacher_kl/{domain}"] = float(gaps.mean())
             found[f"num_loss_tokens/{domain}"] = sum(
                 selected.num_loss_tokens
                 for selected in self.schedule.plan.steps[-1].selected
@@ -225,8 +230,45 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_policy_tokens,
+        **_teacher_column(response),
         **trajectory_columns(response, decode),
     }
+
+
+def _teacher_column(response: Response) -> dict[str, float]:
+    """Make the column of what a teacher thinks of a response: the mean over its tokens of policy less teacher."""
+    teacher = response.teacher_logprobs
+    if teacher is None or not len(teacher):
+        return {}
+    return {"teacher_kl": float((response.rollout_logprobs.astype(np.float64) - teacher).mean())}
+
+
+def teacher_gaps(samples: Sequence[Sample]) -> np.ndarray:
+    """Give for every token that a teacher has scored the log-prob of the policy that sampled less the teacher's,
+    float64; their mean over what the policy samples is the reverse KL divergence."""
+    scored = [(s.response.rollout_logprobs, s.response.teacher_logprobs) for s in samples]
+    gaps = [own.astype(np.float64) - teacher for own, teacher in scored if teacher is not None]
+    return np.concatenate([np.zeros(0), *gaps])
+
+
+def _of_teacher(seen: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, float]:
+    """Measure what a teacher thinks of the responses of a phase; nothing without one."""
+    gaps = teacher_gaps(seen)
+    if not len(gaps):
+        return {}
+    places = np.concatenate([np.arange(len(teacher_gaps([s]))) for s in seen])
+    added = np.concatenate([np.zeros(0), *(-s.teacher_coefficient * teacher_gaps([s]) for s in trained)])
+    found = {
+        "teacher_kl": float(gaps.mean()),
+        "teacher_kl_max": float(gaps.max()),
+        "teacher_disagreement_share": float((gaps >= _DISAGREES).mean()),
+        "teacher_advantage_std": float(added.std()) if len(added) else 0.0,
+    }
+    first, end = 0, _FIRST_PLACES
+    while (chosen := (places >= first) & (places < end)).any():
+        found[f"teacher_kl_from/{first}"] = float(gaps[chosen].mean())
+        first, end = end, 4 * end
+    return found
 
 
 def _of_trajectories(seen: Sequence[Sample]) -> dict[str, float]:

@@ -25,7 +25,6 @@ def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float
             token_ids=tokens,
             loss_positions=np.arange(probe.start, len(tokens), dtype=np.int32),
             weight=1.0,
-            advantage=0.0,
             rollout_logprobs=np.array(logprobs, np.float32),
             num_stale_tokens=0,
         )

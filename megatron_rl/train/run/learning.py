@@ -85,7 +85,10 @@ def _uniform(row: Row) -> str:
 
 
 _SIGNS = (
-    Sign(seen=lambda row: row.get("uniform_group_share", 0.0) >= 1, said=_uniform),
+    # A teacher teaches where rewards do not.
+    Sign(
+        seen=lambda row: row.get("uniform_group_share", 0.0) >= 1 and not row.get("teacher_coefficient"), said=_uniform
+    ),
     Sign(
         seen=lambda row: row.get("no_answer_share", 0.0) > _NO_ANSWER_SHARE,
         said=lambda row: (

@@ -131,7 +131,6 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
             token_ids=np.array(ids, np.int32),
             loss_positions=positions,
             weight=1.0,
-            advantage=0.0,
             rollout_logprobs=np.full(len(positions), np.nan, np.float32),
             num_stale_tokens=len(positions),
         )

@@ -21,11 +21,11 @@ class TrainSequence:
     token_ids: int32 [n].
     loss_positions: int32 [m], positions (at least 1) of the tokens that carry loss.
     weight: multiplies every loss token.
-    advantage: of its response; unused by cross-entropy.
     rollout_logprobs: float32 [m], as the server reported them; NaN where there are none.
     num_stale_tokens: of so many first loss tokens the sampler had other weights than the optimizer step starts from.
     routed_experts: uint8 [n - 1, layers, topk], the experts to use at every position but the last, which predicts
         nothing; None leaves them to the routers.
+    advantages: float64 [m]; None is 0, for cross-entropy and where log-probs alone are asked for.
     traced_as: the sample (`Plan.traced`) under which the log-probs of its loss tokens are kept; None keeps none.
     traced_from: loss tokens that this sample has in sequences before it.
     """
@@ -33,9 +33,9 @@ class TrainSequence:
     token_ids: np.ndarray
     loss_positions: np.ndarray
     weight: float
-    advantage: float
     rollout_logprobs: np.ndarray
     num_stale_tokens: int
+    advantages: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
     traced_as: int | None = None
     traced_from: int = 0
@@ -126,7 +126,7 @@ def make_micro_batch(
         loss_index=send(torch.from_numpy(part.loss_index), device),
         targets=per_token((s.token_ids[s.loss_positions] for s in sequences), torch.int64),
         weights=per_token((np.full(n, s.weight) for n, s in zip(counts, sequences, strict=True)), wide),
-        advantages=per_token((np.full(n, s.advantage) for n, s in zip(counts, sequences, strict=True)), wide),
+        advantages=per_token((_advantages(s) for s in sequences), wide),
         rollout_logprobs=per_token((s.rollout_logprobs for s in sequences), wide),
         fresh=per_token(
             (np.arange(n) >= s.num_stale_tokens for n, s in zip(counts, sequences, strict=True)), torch.bool
@@ -212,6 +212,11 @@ def _traced(
         samples=np.concatenate([np.full(len(tokens), sample) for sample, _, tokens in traced]),
         tokens=np.concatenate([tokens for *_, tokens in traced]),
     )
+
+
+def _advantages(sequence: TrainSequence) -> np.ndarray:
+    """Give the advantages of a sequence's loss tokens, float64 [m]."""
+    return np.zeros(len(sequence.loss_positions)) if sequence.advantages is None else sequence.advantages
 
 
 def _no_routed_experts(sequences: Sequence[TrainSequence], num_tokens: int) -> np.ndarray | None:

@@ -95,17 +95,22 @@ def _row(
     trained += [math.nan] * (response.num_policy_tokens - len(trained))
     masks = [segment.policy_mask for segment in response.segments]
     is_policy = np.concatenate([np.zeros(0, bool), *masks]).tolist()
-    sampled = iter(zip(response.rollout_logprobs.tolist(), trained, response.policy_versions.tolist(), strict=True))
-    columns = [next(sampled) if own else (math.nan, math.nan, None) for own in is_policy]
+    given = response.teacher_logprobs
+    teacher = [math.nan] * response.num_policy_tokens if given is None else given.tolist()
+    sampled = iter(
+        zip(response.rollout_logprobs.tolist(), trained, response.policy_versions.tolist(), teacher, strict=True)
+    )
+    columns = [next(sampled) if own else (math.nan, math.nan, None, math.nan) for own in is_policy]
     starts = [0, *accumulate(map(len, masks[:-1]))]
     return {
         "position": response.prompt_id,
         "sample_index": response.sample_index,
         "tokens": [piece for segment in response.segments for piece in pieces(segment.output_ids.tolist(), decode)],
-        "rollout_logprobs": [_rounded(logprob) for logprob, _, _ in columns],
-        "train_logprobs": [_rounded(logprob) for _, logprob, _ in columns],
+        "rollout_logprobs": [_rounded(logprob) for logprob, _, _, _ in columns],
+        "train_logprobs": [_rounded(logprob) for _, logprob, _, _ in columns],
+        **({} if given is None else {"teacher_logprobs": [_rounded(logprob) for _, _, _, logprob in columns]}),
         "policy_versions": [
-            [version, len(list(run))] for version, run in groupby(version for _, _, version in columns)
+            [version, len(list(run))] for version, run in groupby(version for _, _, version, _ in columns)
         ],
         "optimizer_step": step,
         **({"segments": starts} if len(starts) > 1 else {}),
