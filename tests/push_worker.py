@@ -29,7 +29,8 @@ from megatron_rl.rollout import supervisor as supervisor_module
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
-from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, Member, ServerPool
+from megatron_rl.rollout.member import Member
+from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
 from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from megatron_rl.rollout.client import (
     gather_all,
 )
 from megatron_rl.rollout.loop_lag import LoopLag
+from megatron_rl.rollout.member import Member, SignOfLife, is_running, unless_lost
 from megatron_rl.rollout.routing import RoutedShape
 from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS
 from megatron_rl.rollout.versions import capabilities
@@ -48,29 +49,6 @@ class WeightsNeeded(ServerError):
 
 
 T = TypeVar("T")
-SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """A server of the pool. out: why it gets no work, None while it does. needs_weights: it is out for want of nothing
-    but the weights of the next push. in_flight: what waits for its answers, each ended when it is taken out.
-
-    num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
-    released: parts of its memory that it has given back.
-    """
-
-    client: GenerationClient
-    in_flight: set[asyncio.Timeout] = field(default_factory=set)
-    out: str | None = None
-    needs_weights: bool = False
-    num_losses: int = 0
-    outstanding_tokens: int = 0
-    outstanding_requests: int = 0
-    released: frozenset[str] = frozenset()
-    sign_of_life: SignOfLife = GenerationClient.is_healthy
-    watch: "asyncio.Task[None] | None" = None
-    recovery: "asyncio.Task[None] | None" = None
 
 
 @dataclass(slots=True, eq=False)
@@ -161,7 +139,7 @@ class ServerPool:
     @property
     def num_slots(self) -> int:
         """Responses that can run at once, of the servers that are not out for good."""
-        able = sum(m.out is None or _is_running(m.recovery) for m in self._members)
+        able = sum(m.out is None or is_running(m.recovery) for m in self._members)
         return max(1, able) * self.rollout.max_running_requests
 
     @property
@@ -232,7 +210,7 @@ class ServerPool:
                 waves = math.ceil(member.outstanding_requests / self.rollout.max_running_requests)
                 seconds = _START_SECONDS + waves * num_tokens * self.rollout.token_deadline_seconds
                 try:
-                    async with _unless_lost(member):
+                    async with unless_lost(member):
                         answer = await ask(member, seconds)
                 except ServerLost as error:
                     failure = error
@@ -279,7 +257,7 @@ class ServerPool:
             num_losses = member.num_losses
             try:
                 with self._busy(member, 0, sign_of_life):
-                    async with _unless_lost(member):
+                    async with unless_lost(member):
                         return [(member.client.url, await ask(member.client))]
             except failures as error:
                 if member.num_losses == num_losses:
@@ -300,7 +278,7 @@ class ServerPool:
         member.sign_of_life = sign_of_life
         member.outstanding_tokens += num_tokens
         member.outstanding_requests += 1
-        if not _is_running(member.watch):
+        if not is_running(member.watch):
             member.watch = asyncio.create_task(self._watch(member))
         try:
             yield
@@ -368,7 +346,7 @@ class ServerPool:
 
         Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its supervisor.
         """
-        while coming := [m.recovery for m in self._members if _is_running(m.recovery) and await m.client.is_ready()]:
+        while coming := [m.recovery for m in self._members if is_running(m.recovery) and await m.client.is_ready()]:
             await asyncio.wait([task for task in coming if task is not None])
         self._asleep = True  # not before: who is asleep gets no weights, and would be waited for in vain
         awake = [m for m in self._members if (m.out is None or m.needs_weights) and not m.released]
@@ -447,7 +425,7 @@ class ServerPool:
     async def look_again(self) -> None:
         """Whoever was given up and is there after all gets another chance."""
         for member in self._members:
-            given_up = member.out is not None and not member.needs_weights and not _is_running(member.recovery)
+            given_up = member.out is not None and not member.needs_weights and not is_running(member.recovery)
             if given_up and await member.client.is_ready():
                 member.recovery = asyncio.create_task(self._recover(member))
 
@@ -485,23 +463,3 @@ class ServerPool:
                     f"{member.client.url} has given no sign of life for {self.rollout.silence_seconds:g} s "
                     "(rollout.silence_seconds)",
                 )
-
-
-def _is_running(task: "asyncio.Task[Any] | None") -> bool:
-    return task is not None and not task.done()
-
-
-@contextlib.asynccontextmanager
-async def _unless_lost(member: Member) -> AsyncIterator[None]:
-    """Wait for an answer of a member; ServerLost as soon as it is taken out."""
-    try:
-        async with asyncio.timeout(None) as waiting:
-            member.in_flight.add(waiting)
-            try:
-                yield
-            finally:
-                member.in_flight.discard(waiting)
-    except TimeoutError:
-        if not waiting.expired():
-            raise
-        raise ServerLost(f"{member.client.url} was taken out while it was asked") from None

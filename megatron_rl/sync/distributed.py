@@ -19,7 +19,7 @@ from megatron_rl.device import torch_device
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model
 from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
-from megatron_rl.rollout.pool import Member
+from megatron_rl.rollout.member import Member
 from megatron_rl.sync.all_ranks import gather_objects
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered

@@ -22,7 +22,7 @@ from megatron_rl.gpus import opened_rank
 from megatron_rl.keys import KeyOf, no_key
 from megatron_rl.model.build import Model, tensor_group
 from megatron_rl.rollout.client import ServerError, ServerLost
-from megatron_rl.rollout.pool import Member
+from megatron_rl.rollout.member import Member
 from megatron_rl.sync.all_ranks import broadcast_object, gather_objects, on_all_ranks
 from megatron_rl.sync.buckets import Bucket, divide
 from megatron_rl.sync.export import exported_names, fill, gathered

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from megatron_rl.rollout.client import RequestRefused, ServerError, ServerLost
-from megatron_rl.rollout.pool import Member, ServerPool
+from megatron_rl.rollout.member import Member
+from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.sync.folder import WeightFolder
 
 log = logging.getLogger(__name__)
