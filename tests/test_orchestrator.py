@@ -152,7 +152,7 @@ def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_las
 def test_work_for_which_servers_generate_ends_with_what_goes_wrong_in_a_push_meanwhile():
     """The push is ordered by the thread that waits for the work, and comes again while a server lacks its weights."""
     servers = ServerGroups.__new__(ServerGroups)
-    servers._loop, servers._supervisor, servers._trouble = BackgroundLoop(), None, None
+    servers._loop, servers._supervisors, servers._trouble = BackgroundLoop(), (), None
     servers._signals = SimpleNamespace(check=lambda: None)
     servers.pool, pushes = SimpleNamespace(returned=["one"]), []
 
