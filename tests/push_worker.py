@@ -25,10 +25,11 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.errors import StopRequested
 from megatron_rl.keys import bearer, no_key
+from megatron_rl.rollout import supervisor as supervisor_module
 from megatron_rl.rollout import update_group
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import ServerError
-from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, ServerPool
+from megatron_rl.rollout.pool import WEIGHTS, WORKSPACE, Member, ServerPool
 from megatron_rl.rollout.supervisor import ServerSupervisor, start_servers
 from megatron_rl.sync.distributed import DistributedTransport
 from megatron_rl.sync.folder import WeightFolder
@@ -76,6 +77,7 @@ class Servers:
         )
         rollout = rollout.model_copy(update=spec.get("rollout", {}))
         self.supervisor: ServerSupervisor | None = None
+        supervisor_module.FIRST_PAUSE_SECONDS = 0.05  # the pauses are tests/test_restarts.py's
         self.urls = [spec["url"]] if "url" in spec else []
         if not self.urls:
             self.supervisor = start_servers(Path(spec["other"]), folder, rollout, spec.get("dtype", "float32"))
@@ -92,6 +94,10 @@ class Servers:
     @property
     def receivers(self) -> Receivers:
         return Receivers(pool=self.pool, run=self._run)
+
+    @property
+    def late(self) -> Receivers:
+        return dataclasses.replace(self.receivers, late=True)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """As the collector's, which gives up when a signal came."""
@@ -131,6 +137,34 @@ class Servers:
             time.sleep(0.1)
         assert self.supervisor is not None
         self.supervisor._kept[number].server.wait_ready(30)
+
+    def keep_down(self, number: int) -> list[str]:
+        """The server of this number is killed, and not started again before `supervisor.let_go`. Returns a list: what
+        version it has when the pool gives it work again."""
+        assert self.supervisor is not None
+        self.supervisor.hold()
+        pool, url, found = self.pool, self.urls[number], list[str]()
+        (member,) = [member for member in pool.serving if member.client.url == url]
+        os.kill(self.pids()[number], signal.SIGKILL)
+        mark_up = ServerPool.mark_up
+
+        def noted(pool: ServerPool, member: Member) -> None:
+            found.append(self.versions()[number])
+            ServerPool.mark_up = mark_up  # type: ignore[method-assign]
+            pool.mark_up(member)
+
+        async def lose() -> None:
+            ServerPool.mark_up = noted  # type: ignore[method-assign]
+            pool.mark_down(member, "killed by the test")
+
+        self.loop.run(lose())
+        return found
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
         """The signal comes when a part of the weights has been sent."""
@@ -226,11 +260,11 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
     transport = DistributedTransport(*where, key_of=key_of)
     report: dict[str, Any] = {}
 
-    def push(version: int, transport: Transport = transport) -> str:
+    def push(version: int, transport: Transport = transport, late: bool = False) -> str:
         """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
         said = ""
         try:
-            transport.push(version, servers.receivers if servers else None)
+            transport.push(version, (servers.late if late else servers.receivers) if servers else None)
         except (ServerError, StopRequested) as error:
             said = f"{type(error).__name__}: {error}"
         return str(shared(said, context.control))
@@ -250,6 +284,10 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
         between = servers.survivor() if servers else {}
         while said[-1] and len(said) < 3:
             said.append(push(1))
+        if servers:
+            servers.wait_for(lambda: len(servers.pool.serving) + len(servers.pool.returned) == 2)
+        if shared(bool(servers and servers.pool.returned), context.control):  # it was not waited for
+            assert push(1, late=True) == ""
         if servers:
             report[name] = {
                 "said": said,
@@ -283,12 +321,42 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
         if servers:
             servers.stop_requested = False
         report["handles"] += [push(3, ipc)]
+        num_bytes = context.architecture.num_parameters() * context.model.dtype.itemsize
+        folder_of_weights = WeightFolder(context.control, num_bytes, shared=None)
+        for name, way in {"distributed": transport, "disk": DiskTransport(folder_of_weights, context.export)}.items():
+            report[f"restarting, {name}"] = while_restarting(servers, way, push)
+        folder_of_weights.close()
         ipc.close()
     finally:
         transport.close()
         if servers:
             servers.close()
     return report
+
+
+def while_restarting(servers: Servers | None, transport: Transport, push: Callable[..., str]) -> dict[str, Any]:
+    """Push to both servers, and again while one of them is kept from starting again; then it may."""
+    found: dict[str, Any] = {"said": [], "seconds": []}
+    if servers:
+        servers.loop.run(settled(servers.pool))
+    for version in (7, 8):
+        if servers and version == 8:
+            found["first"] = servers.keep_down(1)
+        started = time.monotonic()
+        found["said"].append(push(version, transport))
+        found["seconds"].append(time.monotonic() - started)
+    if servers:
+        assert servers.supervisor is not None
+        found["serving"] = [servers.urls.index(member.client.url) for member in servers.pool.serving]
+        servers.supervisor.let_go()
+        servers.wait_for(lambda: servers.pool.returned or len(servers.pool.serving) == 2)
+    if not isinstance(transport, DiskTransport):
+        found["said"].append(push(8, transport, late=True))
+        found["said"].append(push(9, transport))
+    if servers:
+        servers.wait_for(lambda: len(servers.pool.serving) == 2)
+        found |= {"versions": servers.versions(), "checksums": servers.checksums()}
+    return found
 
 
 def without_communicator(context: TrainContext, servers: Servers | None, push: Callable[..., str]) -> list[str]:

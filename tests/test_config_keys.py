@@ -1,5 +1,7 @@
 """Every key has a type, a default and a description, and is found by what others call it."""
 
+import re
+
 import pytest
 from rank_zero import config_of
 
@@ -80,6 +82,26 @@ MEANT = {
     "train.temperature": "rollout.temperature or validation.temperature",
     "algorithm.samples_per_prompt": "rollout.samples_per_prompt",
     "optimizer.learning_rte": "optimizer.learning_rate",
+    "train.report_to": "tracking.to",
+    "train.logger": "tracking.to",
+    "train.run_name": "tracking.name",
+    "train.experiment_name": "tracking.name",
+    "train.project_name": "tracking.project",
+    "tracking.wandb_project": "tracking.project",
+    "tracking.wandb_group": "tracking.group",
+    "train.eval_steps": "validation.every",
+    "train.test_freq": "validation.every",
+    "train.eval_interval": "validation.every",
+    "data.val_files": "validation.benchmarks",
+    "validation.n_samples_per_eval_prompt": "validation.samples",
+    "train.save_steps": "train.save_every",
+    "train.save_freq": "train.save_every",
+    "train.save_total_limit": "train.keep_last",
+    "train.metric_for_best_model": "train.keep_best",
+    "train.ddp_timeout": "train.phase_deadline_seconds",
+    "rollout.rollout_batch_size": "rollout.prompts_per_step",
+    "train.n_gpus_per_node": "cluster.gpus_per_node",
+    "train.nnodes": "cluster.nodes",
 }
 
 
@@ -100,7 +122,20 @@ def test_what_has_no_key_says_why_and_what_is_near_to_nothing_lists_its_section(
         config_of(tmp_path, "zzz=1")
 
 
+def test_what_is_said_of_names_without_a_key_names_keys_and_commands_that_exist() -> None:
+    keys = {key.path for key, _ in all_keys()}
+    sections, commands = {key.partition(".")[0] for key in keys}, {"train", "evaluate"}
+    for why in _NONE.values():
+        named = set(re.findall(r"(?<![\w./])[a-z_]+\.[a-z_]+\b", why)) - {"metrics.jsonl"}
+        assert {one for one in named if one.partition(".")[0] in sections} == named <= keys, why
+        assert set(re.findall(r"`megatron-rl (\w+)", why)) <= commands, why
+
+
 def test_a_section_of_another_tool_is_told_by_its_keys(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match="unknown key wandb; wandb.project is tracking.project here, wandb.name is tracking.name here"
+    ):
+        config_of(tmp_path, "wandb.project=a", "wandb.name=b")
     with pytest.raises(
         ValueError, match="unknown key actor; actor.lr is optimizer.learning_rate here, actor.n is roll"
     ):

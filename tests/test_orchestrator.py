@@ -1,7 +1,9 @@
 """Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
 
+import asyncio
 import contextlib
 import errno
+import threading
 import time
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -13,12 +15,14 @@ from rank_zero import FakeGroups, config_of, context_of, result
 
 from megatron_rl.c3po.packing import CostModel
 from megatron_rl.errors import EXIT_DONE, Fault, SharedFault, StopRequested
+from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import RequestRefused, ServerLost
 from megatron_rl.rollout.pool import WeightsNeeded
 from megatron_rl.sync.transport import PushSeconds
 from megatron_rl.train.driver import _save
 from megatron_rl.train.orchestrator import orchestrator as orchestrator_module
 from megatron_rl.train.orchestrator.commands import Probe, Push, Stop
+from megatron_rl.train.orchestrator.group_source import ServerGroups
 from megatron_rl.train.orchestrator.orchestrator import Orchestrator
 from megatron_rl.train.orchestrator.weight_updates import WeightUpdates
 from megatron_rl.train.run.metrics import read_metrics
@@ -125,6 +129,51 @@ def test_a_push_that_lost_its_servers_is_tried_again_three_times(orchestrate):
     with pytest.raises(WeightsNeeded, match="gone"):
         orchestrate(FakeServers(), transport).begin(0)
     assert transport.pushed == [0, 0, 0]
+
+
+def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_last_push(orchestrate):
+    source, transport = FakeServers(), FakeTransport()
+    receivers, seen = [], []
+    transport.push = lambda version, to: receivers.append((version, to.late)) or PushSeconds()
+    orchestrator = orchestrate(source, transport, "sync.transport=distributed")
+    watchdog = orchestrator._context.watchdog
+    watchdog.enter = lambda phase, step: seen.append(phase) or vars(watchdog).update(phase=phase, step=step)
+    source.groups = lambda *more: source.refill() or FakeServers.groups(source, *more)
+    orchestrator.begin(3)
+    assert receivers == [(3, False), (3, True)]
+    assert seen == ["sync", "rollout", "sync", "rollout"]
+    # Where they find weights on a disk, or the trainer has no memory for a push meanwhile.
+    for changes in (["sync.transport=disk"], ["sync.transport=distributed", "rollout.release_memory=true"]):
+        other = FakeServers()
+        orchestrate(other, FakeTransport(), *changes)
+        assert not hasattr(other, "refill")
+
+
+def test_work_for_which_servers_generate_ends_with_what_goes_wrong_in_a_push_meanwhile():
+    """The push is ordered by the thread that waits for the work, and comes again while a server lacks its weights."""
+    servers = ServerGroups.__new__(ServerGroups)
+    servers._loop, servers._supervisor, servers._trouble = BackgroundLoop(), None, None
+    servers._signals = SimpleNamespace(check=lambda: None)
+    servers.pool, pushes = SimpleNamespace(returned=["one"]), []
+
+    def refill():
+        pushes.append(threading.current_thread())
+        if len(pushes) == 2:
+            servers.pool.returned = []
+
+    async def until_both_pushes():
+        while servers.pool.returned:
+            await asyncio.sleep(0.01)
+        return "done"
+
+    servers.refill = refill
+    assert servers.run_generating(until_both_pushes()) == "done"
+    assert pushes == [threading.main_thread()] * 2
+    servers.pool.returned = ["one"]
+    servers.refill = lambda: pushes.append(1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        servers.run_generating(asyncio.sleep(60))
+    servers._loop.close()
 
 
 def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_anew(orchestrate):

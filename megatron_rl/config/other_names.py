@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 # By our key. A name with a dot is told by the section that it stands in.
 _NAMES = {
-    "run_dir": "output_dir default_local_dir save save_dir checkpoint_dir ckpt_dir work_dir log_dir",
+    "run_dir": "output_dir default_local_dir save save_dir checkpoint_dir ckpt_dir work_dir log_dir "
+    "logging_dir tensorboard_dir",
     "seed": "random_seed manual_seed data_seed rollout_seed",
     "model.path": "model_name_or_path model_name hf_checkpoint ref_load load pretrained pretrain partial_pretrain "
     "actor_model_path model.name base_model",
@@ -35,6 +36,8 @@ _NAMES = {
     "rollout.urls": "base_url vllm_server_host vllm_server_base_url sglang_router_ip server_url",
     "rollout.release_memory": "colocate free_cache_engine vllm_enable_sleep_mode offload_rollout enable_sleep_mode",
     "rollout.partial": "partial_rollout",
+    "rollout.max_turns": "max_assistant_turns max_tool_calling_iterations",
+    "rollout.tool_parser": "tool_call_parser multi_turn.format",
     "rollout.router_replay": "use_rollout_routing_replay routing_replay use_routing_replay",
     "reward.kind": "rm_type reward_funcs custom_rm_path reward_function reward_fn reward_manager "
     "custom_reward_function custom_generate_function_path",
@@ -68,9 +71,23 @@ _NAMES = {
     "train.epochs": "num_train_epochs total_epochs num_epoch num_epochs max_epochs",
     "train.micro_batch_tokens": "max_tokens_per_gpu ppo_max_token_len_per_gpu per_device_train_batch_size seq_len "
     "micro_batch_size ppo_micro_batch_size_per_gpu max_seq_length max_length seq_length max_token_len_per_gpu",
-    "train.save_every": "save_steps save_interval save_freq ckpt.interval checkpoint.interval checkpoint_interval",
-    "train.keep_last": "save_total_limit max_actor_ckpt_to_keep max_ckpt_to_keep keep_latest_k",
-    "train.validate_every": "test_freq eval_steps eval_interval val_interval eval_every",
+    "train.save_every": "save_steps save_interval save_freq ckpt.interval checkpoint.interval checkpoint_interval "
+    "save_strategy",
+    "train.keep_last": "save_total_limit max_actor_ckpt_to_keep max_ckpt_to_keep keep_latest_k ckpt.keep",
+    "train.keep_best": "metric_for_best_model load_best_model_at_end",
+    "train.phase_deadline_seconds": "ddp_timeout distributed_timeout_minutes dist_timeout_seconds",
+    "train.validate_every": "test_freq eval_steps eval_interval val_interval eval_every eval_strategy eval.interval",
+    "validation.every": "test_freq eval_steps eval_interval val_interval eval_every eval_strategy eval.interval",
+    "validation.benchmarks": "val_files eval_dataset validation_files eval_prompt_data val_data",
+    "validation.samples": "n_samples_per_eval_prompt val_kwargs.n num_generations_eval",
+    "validation.temperature": "eval_temperature val_kwargs.temperature",
+    "validation.top_p": "eval_top_p val_kwargs.top_p",
+    "tracking.to": "report_to logger loggers wandb use_wandb trackio use_trackio use_tensorboard log_with "
+    "logger_backends",
+    "tracking.project": "wandb_project project_name trackio_project wandb.project trackio.project",
+    "tracking.name": "run_name experiment_name wandb_name wandb_run_name wandb_exp_name exp_name wandb.name",
+    "tracking.group": "wandb_group wandb.group",
+    "tracking.tags": "wandb_tags wandb.tags",
     "train.offload_while_generating": "offload offload_train param_offload grad_offload",
     "budget.tokens": "gradient_accumulation_steps global_batch_size token_budget token_batch_size",
     "budget.max_staleness": "off_policy_steps max_off_policy_steps staleness",
@@ -101,7 +118,36 @@ _NONE = {
     "has rollout.top_p, and [validation] has top_p",
     "top_k": "responses are sampled from the whole distribution",
     "min_p": "responses are sampled from the whole distribution",
-    "logging_steps": "every step is in metrics.jsonl",
+    **dict.fromkeys(
+        ("logging_steps", "logging_strategy", "logging_first_step", "log_interval", "log_freq", "log_every"),
+        "every step is in metrics.jsonl and goes to each of tracking.to",
+    ),
+    **dict.fromkeys(
+        ("log_completions", "num_completions_to_print", "rollout_data_dir"), "every response is in run_dir/rollouts"
+    ),
+    **dict.fromkeys(
+        ("log_val_generations", "validation_data_dir"), "every response to a benchmark is in run_dir/validation"
+    ),
+    **dict.fromkeys(("entity", "wandb_entity", "wandb_team"), "wandb takes it from WANDB_ENTITY in the environment"),
+    **dict.fromkeys(("wandb_key", "wandb_api_key"), "wandb takes it from `wandb login`, or WANDB_API_KEY"),
+    **dict.fromkeys(("wandb_mode", "wandb.offline", "wandb_offline"), "wandb takes it from WANDB_MODE"),
+    **dict.fromkeys(
+        ("resume_from_checkpoint", "resume_mode", "resume_from_path", "resume_step", "ckpt.resume_step"),
+        "`megatron-rl train CONFIG --resume` goes on from the newest checkpoint in run_dir",
+    ),
+    "val_before_train": "the weights of the start are validated wherever validation.every is set",
+    "eval_on_start": "the weights of the start are validated wherever validation.every is set",
+    "val_only": "`megatron-rl evaluate` does that",
+    "eval_max_response_len": "validation takes rollout.max_response_tokens",
+    "push_to_hub": "a run uploads nothing; run_dir/hf is a model directory",
+    "hub_model_id": "a run uploads nothing; run_dir/hf is a model directory",
+    "use_dynamic_bsz": "micro-batches are always filled by tokens, up to train.micro_batch_tokens",
+    "use_dynamic_batch_size": "micro-batches are always filled by tokens, up to train.micro_batch_tokens",
+    "use_remove_padding": "sequences are always packed one behind the other",
+    "balance_batch": "ranks always get work of about equal cost",
+    "critic_warmup": "a response is one action with one reward, so there is no value function",
+    "max_async_level": "every step trains on responses to the newest weights, or with rollout.partial on those under "
+    "way",
     "async_level": "every step trains on responses to the newest weights, or with rollout.partial on those under way",
     "gamma": "a response is one action with one reward, so nothing is discounted",
     "lam": "a response is one action with one reward, so there is no value function",

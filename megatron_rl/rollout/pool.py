@@ -225,9 +225,9 @@ class ServerPool:
         """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
         await self._each(lambda client: client.abort_all())
 
-    async def flush_caches(self) -> None:
-        """Every server that gets work forgets what it shares between prompts."""
-        await self._each(lambda client: client.flush_cache())
+    async def flush_caches(self, members: Sequence[Member]) -> None:
+        """These servers forget what they share between prompts."""
+        await self._each(lambda client: client.flush_cache(), members=members)
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, np.ndarray]:
         """Log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.
@@ -334,7 +334,7 @@ class ServerPool:
 
     def assume(self, directory: Path | None, version: str) -> None:
         """The serving members have these weights and answer as `version`. directory: where one that comes back finds
-        them; None for weights that were sent over a process group, then it waits for the next push."""
+        them; None for weights that were sent to it, then it waits for a push."""
         self._weights, self._version = directory, version
 
     # Memory --------------------------------------------------------------------------------------------------------
@@ -429,12 +429,19 @@ class ServerPool:
         log.info("the generation server %s serves again", member.client.url)
         member.out, member.needs_weights = None, False
 
-    async def recovered(self) -> list[Member]:
-        """Members that are ready but for the current weights, once all recoveries have ended."""
-        await self._look_again()
-        if coming := self._recoveries:
-            await asyncio.wait(coming)
+    @property
+    def returned(self) -> list[Member]:
+        """Members that are ready but for the current weights."""
         return [member for member in self._members if member.needs_weights]
+
+    async def recovered(self) -> list[Member]:
+        """`returned`, for a push. One that is still being restarted gets weights when it is back, and is waited for
+        only where nobody else would get any, or with rollout.release_memory: then there is no memory for a push while
+        the others generate."""
+        await self._look_again()
+        while (coming := self._recoveries) and (self.rollout.release_memory or not (self.serving or self.returned)):
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+        return self.returned
 
     async def _watch(self, member: Member) -> None:
         """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""

@@ -82,12 +82,16 @@ def refuse_differences(
     what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT
 ) -> None:
     """ValueError that names them. what: the folder or file, and what it holds."""
+    if told := told_differences(before, now):
+        raise ValueError(f"{what} with other settings: {told}; set them as they were, or {remedy}")
+
+
+def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which settings that decide responses or verdicts have changed; "" where none has."""
     then, here = dict(_leaves(before)), dict(_leaves(now))
     changed = [key for key in then | here if then.get(key) != here.get(key) and key not in _NOT_COMPARED]
-    if changed:
-        told = "; ".join(f"{key} was {then.get(key)!r}, now {here.get(key)!r}" for key in changed[:_NUM_TOLD])
-        more = f"; and {len(changed) - _NUM_TOLD} more" if len(changed) > _NUM_TOLD else ""
-        raise ValueError(f"{what} with other settings: {told}{more}; set them as they were, or {remedy}")
+    told = "; ".join(f"{key} was {then.get(key)!r}, now {here.get(key)!r}" for key in changed[:_NUM_TOLD])
+    return told + (f"; and {len(changed) - _NUM_TOLD} more" if len(changed) > _NUM_TOLD else "")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

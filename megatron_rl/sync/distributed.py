@@ -75,22 +75,30 @@ class DistributedTransport:
         largest = max(bucket.num_bytes for bucket in self.buckets)
         num_buffers = 2 if dist.get_rank() == 0 else 1
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
-        requests = ServerRequests(silence_seconds, largest, key_of)
-        self._sender = _Sender(address, requests, backend) if dist.get_rank() == 0 else None
+        self._make_sender = lambda: _Sender(address, ServerRequests(silence_seconds, largest, key_of), backend)
+        self._sender = self._make_sender() if dist.get_rank() == 0 else None
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
         """See `Transport`. ServerLost when a server failed: all of them are then in the middle of an update, those that
         failed are taken out, and a push of the same weights must follow before anything is generated."""
+        if receivers is None or not receivers.late:
+            return self._push(version, receivers, self._sender)
+        sender = self._make_sender()  # the others stay in the group that they have with the usual one
+        try:
+            return self._push(version, receivers, sender)
+        finally:
+            sender.close()
+
+    def _push(self, version: int, receivers: Receivers | None, sender: "_Sender | None") -> PushSeconds:
         members: list[Member] = []
         trouble: Exception | None = None
         if receivers is not None:
-            assert self._sender is not None
+            assert sender is not None
             try:
                 members = receivers.run(members_to_update(receivers))
-                self._sender.begin(members)
+                sender.begin(members)
             except Exception as error:  # a stop, say: raised below, because the other ranks are in their collectives
-                trouble = error
-        sender = self._sender if trouble is None else None
+                trouble, sender = error, None
         seconds = PushSeconds()
         for number, bucket in enumerate(self.buckets):
             flat = self._buffers[number % len(self._buffers)][: bucket.num_bytes]

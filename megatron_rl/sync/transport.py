@@ -24,10 +24,12 @@ class Runs(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receivers:
-    """Rank 0's way to the servers."""
+    """Rank 0's way to the servers. late: the push is for those alone that came back behind the last one, and has its
+    weights; the others generate meanwhile."""
 
     pool: ServerPool
     run: Runs
+    late: bool = False
 
 
 @dataclass(slots=True)
@@ -89,7 +91,8 @@ class DiskTransport:
 async def members_to_update(receivers: Receivers) -> list[Member]:
     """Everyone that shall have the weights: those that serve, and those that came back and lack them. By url, so that
     a group of them stays the same where they do."""
-    members = [*receivers.pool.serving, *await receivers.pool.recovered()]
+    pool = receivers.pool
+    members = pool.returned if receivers.late else [*pool.serving, *await pool.recovered()]
     return sorted(members, key=lambda member: member.client.url)
 
 
@@ -118,4 +121,4 @@ async def settle(
     for member in members:
         if member.out is not None:
             pool.mark_up(member)
-    await pool.flush_caches()
+    await pool.flush_caches(members)

@@ -268,6 +268,34 @@ def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
     assert [row["num_lost_servers"] for row in nodes[0].rows] == [0, 0]
 
 
+def test_a_hung_server_of_another_node_is_started_again_there_and_the_run_goes_on_with_it(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Its weights come over a process group, so it gets them from a push only: while the others generate, or a later
+    step's."""
+    shared = two_ranks() | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    options = ("rollout.servers=1", "train.steps=9999", "sync.transport=distributed")
+    nodes = [Run(inputs, tmp_path / "run", *options, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)]
+    name = "node1_server_0"
+    try:
+        nodes[0].until(lambda: nodes[0].is_running(name))
+        hung = nodes[0].pid(name)
+        os.kill(hung, signal.SIGSTOP)
+        nodes[0].until(lambda: nodes[0].pid(name) != hung)
+        again = psutil.Process(nodes[0].pid(name)).parent()
+        assert again is not None
+        assert again.pid == nodes[1].process.pid
+        assert not psutil.pid_exists(hung)
+        before = len(nodes[0].rows)
+        nodes[0].until(lambda: nodes[0].is_running(name))
+        nodes[0].until(lambda: len(nodes[0].rows) >= before + 2)
+    finally:
+        for node in nodes:
+            node.end()
+    assert "ending the generation server" in nodes[1].log.read_text()
+    assert sum(row["num_lost_servers"] for row in nodes[0].rows) == 1
+
+
 OUT_OF_MEMORY = """
 import sys
 from megatron_rl.cli import main

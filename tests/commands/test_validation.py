@@ -11,20 +11,24 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import forked
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
+from ports import free_port
 from rank_zero import config_of
 
 from megatron_rl.checkpoint.steps import forget_old
+from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluation.evaluate import run_evaluation
 from megatron_rl.evaluation.results import BenchmarkResult
+from megatron_rl.evaluation.settings import benchmark_settings
 from megatron_rl.evaluation.statistics import Estimate
 from megatron_rl.evaluation.validations import Validations, best_row, read_validations, validation_metrics
 from megatron_rl.metric_names import unknown
@@ -34,6 +38,8 @@ from megatron_rl.report.build import page_data
 from megatron_rl.report.curves import curves
 from megatron_rl.report.runs import read_run, read_runs
 from megatron_rl.report.summary import facts
+from megatron_rl.rollout.provenance import write_settings
+from megatron_rl.train.orchestrator.validation import _check_unchanged
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "megatron_rl.cli"]
@@ -124,6 +130,53 @@ def test_the_best_checkpoint_stays_however_old_it_gets(
     left = {int(path.name.removeprefix("step_")) for path in folder.iterdir()}
     stays = {step for step in steps if step == best or (keep_every and step % keep_every == 0)}
     assert left == stays | set(sorted(steps)[-keep_last:])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": 1}, "its key prompts changed"),
+        ({"reward": "exact"}, "its key reward changed"),
+        ({"suffix": " Think."}, "its key suffix changed"),
+        ({"samples": 8}, None),  # more of the same
+    ],
+)
+def test_a_resume_with_another_benchmark_under_the_same_name_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str | None
+) -> None:
+    questions = tmp_path / "toys.jsonl"
+    questions.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    validations = validated(tmp_path, {0: 0.5, 2: 0.6})
+    rest = {"model": {"path": "m"}, "sampling": {"max_response_tokens": 16}, "reward": {"kind": "math"}}
+
+    def settings(**changes: Any) -> dict[str, Any]:
+        return rest | {"benchmark": benchmark_settings(BenchmarkSection(path=questions, **changes))}
+
+    for step in (0, 2):
+        write_settings(tmp_path / f"validation/step_{step:06d}/toys.settings.json", settings())
+    _check_unchanged(validations, "toys", settings())
+    _check_unchanged(validations, "others", settings(**change))
+    if said is None:
+        _check_unchanged(validations, "toys", settings(**change))
+    else:
+        with pytest.raises(ValueError, match=f"toys is not what the scores of this run up to step 2 are of: {said}; "):
+            _check_unchanged(validations, "toys", settings(**change))
+    questions.write_text('{"prompt": "1 + 1", "answer": "3"}\n')
+    with pytest.raises(ValueError, match="the text of its file changed; put it back, or give the new one another name"):
+        _check_unchanged(validations, "toys", settings())
+
+
+def test_a_resume_that_samples_validation_otherwise_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    validations = validated(tmp_path, {4: 0.5})
+    before = {"model": {"path": "m"}, "sampling": {"top_p": 0.9}, "reward": {"kind": "math"}, "benchmark": {}}
+    write_settings(tmp_path / "validation/step_000004/toys.settings.json", before)
+    _check_unchanged(validations, "toys", before | {"model": {"path": "moved"}})
+    assert caplog.messages == []
+    _check_unchanged(validations, "toys", before | {"sampling": {"top_p": 0.5}})
+    (told,) = caplog.messages
+    assert "toys: its scores up to step 4 were made with other settings (sampling.top_p was 0.9, now 0.5)" in told
+    (tmp_path / "validation/step_000004/toys.settings.json").unlink()
+    _check_unchanged(validations, "toys", before | {"benchmark": {"prompts": 1}})
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -392,6 +445,42 @@ def test_a_run_that_is_killed_in_a_validation_goes_on_to_the_same_numbers_under_
     assert (tmp_path / "run/tracking/id").read_text() == run_id
     if "wandb" in to:
         assert len(list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))) == 2
+
+
+def test_two_ranks_validate_between_phases_on_servers_that_lend_their_memory(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Also the last weights, behind which nothing is trained."""
+    changes = ("rollout.release_memory=true", "train.offload_while_generating=true", "train.steps=3")
+    arguments = command(inputs, tmp_path, *BEST, *(word for change in changes for word in ("--set", change)))
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        forked.Program(arguments, tmp_path / f"log{rank}", os.environ | place | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    try:
+        codes = [rank.wait(200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], (tmp_path / "log0").read_text()[-4000:]
+    found, rows = scores(tmp_path), rows_of(tmp_path)
+    assert list(found) == [0, 2, 3]
+    assert found[0] == scores(whole)[0]  # later weights differ by the rounding of two ranks
+    assert scores(tmp_path, "ones")[0] == scores(whole, "ones")[0]
+    for name in ("reward", "num_generated_tokens"):
+        assert rows[0][name] == rows_of(whole)[0][name]
+    assert [("release_seconds" in row, "validation_seconds" in row) for row in rows] == [
+        (True, True),
+        (True, False),
+        (True, True),
+    ]
+    # The last weights are validated behind their checkpoint, so the best one of before may still be there.
+    best, before = (max(steps, key=found.__getitem__) for steps in ([0, 2, 3], [0, 2]))
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    needed = {"latest", "step_3"} | ({f"step_{best}"} if best else set())
+    assert needed <= names <= needed | {f"step_{before}"}
 
 
 def test_mistakes_in_benchmarks_are_told_before_a_model_is_built(inputs: Path, tmp_path: Path) -> None:

@@ -148,6 +148,20 @@ def test_a_server_that_goes_in_a_push_is_replaced_and_nobody_serves_a_mixture(
     assert found["versions"] == ["1", "1"]
 
 
+@pytest.mark.parametrize("name", ["distributed", "disk"])
+def test_a_push_does_not_wait_for_a_server_that_restarts_which_has_the_weights_before_it_serves(
+    name: str, faults: dict[str, Any]
+) -> None:
+    found = faults[f"restarting, {name}"]
+    assert set(found["said"]) == {""}
+    both, one = found["seconds"]
+    assert one < both + 20, "the other cannot start before the push has ended, and would be given up after 60 s"
+    assert found["serving"] == [0]
+    assert found["first"] == ["8"]
+    assert found["versions"] == (["9", "9"] if name == "distributed" else ["8", "8"])
+    assert found["checksums"] == [faults["new"]] * 2
+
+
 def test_a_group_that_nccl_refuses_is_told_with_the_remedy_and_not_tried_again(faults: dict[str, Any]) -> None:
     said, then = faults["no communicator"]
     assert said.startswith("RequestRefused: weights 4 did not reach all 2 servers")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,6 +42,7 @@ from megatron_rl.train.run.starts import what_differs
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.2
 _CANCEL_SECONDS = 5.0  # for abandoned work to end before others read what it leaves
 
 # Keys that say which prompts there are and in which order.
@@ -157,7 +159,8 @@ class ServerGroups:
     """Groups that generation servers sample and the reward workers score.
 
     Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them. rewards:
-    judges by the configuration's rewards.
+    judges by the configuration's rewards. refill: pushes the weights to servers that came back behind the last push;
+    None where they find them on a disk.
     """
 
     def __init__(self, config: RlConfig, layout: Layout, signals: StopSignals, servers: NodeServers) -> None:
@@ -178,6 +181,8 @@ class ServerGroups:
         routed = routed_shape(architecture) if config.rollout.router_replay else None
         replaced = None if config.rollout.urls else servers.replace
         self.pool = ServerPool(servers.urls, config.rollout, replaced, routed, servers.key_of)
+        self.refill: Callable[[], None] | None = None
+        self._trouble: Exception | None = None  # of `refill`
         self._loop = BackgroundLoop()
         self._turns: TurnJournal | None = None
         self._agents: AgentSampler | None = None
@@ -213,7 +218,7 @@ class ServerGroups:
         if num_recalled:
             log.info("step %d: %d groups of this phase were completed before", policy_version, num_recalled)
         try:
-            found = self.run(self._sample(needs, policy_version, unfinished, keep))
+            found = self.run_generating(self._sample(needs, policy_version, unfinished, keep))
         except BaseException:
             self._cursors = before
             raise
@@ -260,6 +265,21 @@ class ServerGroups:
         """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
         abandoned then."""
         return self._loop.run(self._watched(work))
+
+    def run_generating(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, for which servers generate, as `run` does. One that comes back meanwhile gets its weights, which
+        this thread alone can order. What goes wrong with that is raised here too."""
+        doing = self._loop.start(self._watched(work))
+        while not wait([doing], timeout=_LOOK_SECONDS).done:
+            if self.refill is not None and self._trouble is None and self.pool.returned:
+                try:
+                    self.refill()
+                except Exception as error:  # raised once the work has ended, which is abandoned
+                    self._trouble = error
+        found = doing.result()
+        if self._trouble is not None:
+            raise self._trouble
+        return found
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
         """Ask every serving server for its log-probs of the same tokens; returns the servers' urls, and the probe that
@@ -311,8 +331,10 @@ class ServerGroups:
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                await asyncio.wait({task}, timeout=0.2)
+                await asyncio.wait({task}, timeout=_LOOK_SECONDS)
                 self._signals.check()
+                if self._trouble is not None:
+                    raise self._trouble
                 if self._supervisor is not None:
                     self._supervisor.check()
         finally:

@@ -102,6 +102,8 @@ class Orchestrator:
             # Only servers need weights.
             servers = cast(ServerGroups, self.source)
             self._updates = WeightUpdates(config, servers, self._command) if transport is not None else None
+            if self._updates is not None and self._updates.can_refill:
+                servers.refill = self._refill
             if self._updates is not None and config.validation is not None:
                 self._validation = Validation(config, config.validation, servers, self._validations)
                 context.checkpoints.best = self._validation.best_step
@@ -288,6 +290,14 @@ class Orchestrator:
             return {"update_weights_seconds": 0.0}
         times = self._updates.update(num_steps)
         return times | (self._validate(num_steps) if self._config.is_validated(num_steps) else {})
+
+    def _refill(self) -> None:
+        """In a phase in which servers generate: weights to those that came back."""
+        assert self._updates is not None
+        watchdog = self._context.watchdog
+        phase, step = watchdog.phase, watchdog.step
+        self._updates.refill()
+        watchdog.enter(phase, step)
 
     def _validate(self, num_steps: int) -> dict[str, float]:
         """Returns metrics. Trackers are told those of the last weights here, since no step begins with them."""

@@ -23,7 +23,14 @@ from megatron_rl.evaluation.settings import benchmark_settings
 from megatron_rl.evaluation.validations import Row, Validations, best_row, told_score
 from megatron_rl.parsing import read_json
 from megatron_rl.reward.rewards import Rewards
-from megatron_rl.rollout.provenance import agent_settings, model_settings, reward_settings, write_settings
+from megatron_rl.rollout.provenance import (
+    agent_settings,
+    model_settings,
+    read_settings,
+    reward_settings,
+    told_differences,
+    write_settings,
+)
 from megatron_rl.rollout.sampler import Question
 from megatron_rl.train.orchestrator.group_source import ServerGroups
 
@@ -39,7 +46,8 @@ class Validation:
     def __init__(
         self, config: RlConfig, section: ValidationSection, servers: ServerGroups, validations: Validations
     ) -> None:
-        """ValueError for benchmarks that cannot be used; Fault when their answers cannot be judged here."""
+        """ValueError for benchmarks that cannot be used, or are not those of the run's earlier scores; Fault when their
+        answers cannot be judged here."""
         self._config, self._section, self._servers, self._validations = config, section, servers, validations
         self._tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
         self._benchmarks = [
@@ -60,6 +68,8 @@ class Validation:
             },
             "reward": reward_settings(config.reward),
         }
+        for benchmark in self._benchmarks:
+            _check_unchanged(validations, benchmark.name, self._settings_of(benchmark))
         self._own: list[Rewards] = []
         try:
             self._judges = self._open_judges()
@@ -132,11 +142,14 @@ class Validation:
             found.append(rewards)
         return found
 
+    def _settings_of(self, benchmark: Benchmark) -> dict[str, Any]:
+        return self._settings | {"benchmark": benchmark_settings(benchmark.section)}
+
     def _result(self, benchmark: Benchmark, rewards: Rewards, folder: Path) -> BenchmarkResult:
         path = folder / f"{benchmark.name}.jsonl"
-        _claim(path, self._settings | {"benchmark": benchmark_settings(benchmark.section)})
+        _claim(path, self._settings_of(benchmark))
         if questions := benchmark.left(path):
-            self._servers.run(self._sample(benchmark, rewards, questions, path))
+            self._servers.run_generating(self._sample(benchmark, rewards, questions, path))
         return result_of(path, benchmark.section)
 
     async def _sample(self, benchmark: Benchmark, rewards: Rewards, questions: Sequence[Question], path: Path) -> None:
@@ -164,9 +177,40 @@ class Validation:
                 )
 
 
+def _check_unchanged(validations: Validations, name: str, settings: Mapping[str, Any]) -> None:
+    """ValueError where a resumed run would go on with a benchmark's curve on other questions or by another judge. A
+    warning where it samples or judges otherwise for another reason: a later stage may have longer responses."""
+    steps = [row["step"] for row in validations.rows if name in row["benchmarks"]]
+    if not steps:
+        return
+    try:
+        path = _beside(validations.folder(steps[-1]) / f"{name}.jsonl")
+        before = read_settings(path, ["sampling", "reward", "benchmark"])
+    except (OSError, ValueError):  # somebody has tidied up
+        return
+    then, now = before["benchmark"], settings["benchmark"]
+    if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+        what = " and ".join("the text of its file" if key == "sha256" else f"its key {key}" for key in changed)
+        raise ValueError(
+            f"validation.benchmarks.{name} is not what the scores of this run up to step {steps[-1]} are of: {what} "
+            f"changed; put it back, or give the new one another name, and so a curve of its own"
+        )
+    if told := told_differences(*({"sampling": of["sampling"], "reward": of["reward"]} for of in (before, settings))):
+        log.warning(
+            "validation.benchmarks.%s: its scores up to step %d were made with other settings (%s), so they and those "
+            "from here on, and train.keep_best between them, compare different things",
+            *(name, steps[-1], told),
+        )
+
+
+def _beside(path: Path) -> Path:
+    """Where it is kept what the responses in a file depend on."""
+    return path.with_suffix(".settings.json")
+
+
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Begin the file of a benchmark's responses, or leave it as it is where it was begun with the same settings."""
-    beside = path.with_suffix(".settings.json")
+    beside = _beside(path)
     try:
         if read_json(beside) == settings:
             return

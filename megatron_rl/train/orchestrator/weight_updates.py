@@ -29,16 +29,32 @@ class WeightUpdates:
 
     def __init__(self, config: RlConfig, servers: ServerGroups, command: Commands) -> None:
         self._config, self._servers, self._command = config, servers, command
+        self._version = 0
+
+    @property
+    def can_refill(self) -> bool:
+        """Whether servers that come back need `refill`, and there is memory for a push while the others generate."""
+        return self._config.sync.transport != "disk" and not self._config.rollout.release_memory
 
     def update(self, step: int) -> dict[str, float]:
         """Push the present weights to every server as version `step`, and check them where it is time. Returns the
         seconds of the parts. WeightsNeeded when a server was lost on the way; Fault when weights did not arrive."""
         started = time.perf_counter()
+        self._version = step
         times = self._push(step)
         every = self._config.sync.probe_every
         if every and step % every == 0:
             self._prove(step)
         return {**times, "update_weights_seconds": time.perf_counter() - started}
+
+    def refill(self) -> None:
+        """Give the weights of the last update to servers that came back behind it, while the others generate. One that
+        is lost again meanwhile is taken out, and comes back once more."""
+        receivers = Receivers(pool=self._servers.pool, run=self._servers.run, late=True)
+        try:
+            self._command(Push(version=self._version), receivers)
+        except ServerLost as error:
+            log.warning("%s; the other servers go on", error)
 
     def release(self) -> dict[str, float]:
         """Take the servers' memory for training, where the configuration says so. Returns the seconds that it took."""
