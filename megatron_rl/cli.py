@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (errors.py). A rank of several ends here."""
     if argv is None:
         use_utf8()
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
     if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
@@ -52,7 +52,8 @@ def quieten_libraries() -> None:
 Commands = Any  # argparse has no public name for it
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. tools/docs reads the reference from it."""
     parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
