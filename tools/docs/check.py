@@ -2,8 +2,9 @@
 
     python tools/docs/check.py
 
-Looked at are docs/, README.md, CONTRIBUTING.md, SECURITY.md and the README of every example. Nothing is run, and no network is
-asked. A block of TOML may be (a part of) a configuration, a mapping of tools/prepare_data.py or a file of rates.
+Looked at are docs/, README.md, CONTRIBUTING.md, SECURITY.md and the README of every example. Nothing is run, and no
+network is asked. A block of TOML may be (a part of) a configuration, a mapping of tools/prepare_data.py or a file of
+rates.
 """
 
 import argparse
@@ -144,8 +145,8 @@ def _check_key(code: str) -> Iterator[str]:
 def check_command(line: str, whole: bool = True) -> Iterator[str]:
     """Yield what the parser of the commands says of a line; nothing of one without a command.
 
-    whole: that the line can be typed as it is. Else, and where it has "[", "..." or capital letters for a value, only the
-    names of the command and of its options are looked at.
+    whole: that the line can be typed as it is. Else, and where it has "[" or "...", only the names of the command and
+    of its options are looked at.
     """
     line = re.sub(r"\$\([^)]*\)", "1", re.sub(r"\s#.*$", "", line))
     match = re.search(r"(?:^|[\s;(/])(?:megatron-rl|-m megatron_rl\.cli)((?:\s+[^|;&>)]+)?)", line)

@@ -36,9 +36,9 @@ def keys() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "This page is made from the code. `megatron-rl keys PATTERN` prints the same on a terminal, and finds a key by",
-        "the name that TRL, slime, verl or prime-rl give it. `NAME` stands for a name of your own. The last column says",
-        "which kinds of file have the key.",
+        "This page is made from the code. `megatron-rl keys PATTERN` prints the same on a terminal, and finds a key",
+        "by the name that TRL, slime, verl or prime-rl give it. `NAME` stands for a name of your own. The last",
+        "column says which kinds of file have the key.",
     ]
     sections: dict[str, list[tuple[Key, tuple[str, ...]]]] = {}
     for key, commands in all_keys():
@@ -139,8 +139,8 @@ def other_names() -> str:
     lines = [
         "# Names in other trainers",
         "",
-        "This page is made from the code. A configuration that uses one of these names is refused, with the key that is",
-        "meant; `megatron-rl keys NAME` looks one up. Units and defaults differ: read the description of the key.",
+        "This page is made from the code. A configuration that uses one of these names is refused, with the key",
+        "that is meant; `megatron-rl keys NAME` looks one up. Units and defaults differ: read the description.",
         "",
         "| key here | in TRL, slime, verl, prime-rl and others |",
         "|---|---|",

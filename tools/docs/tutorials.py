@@ -1,13 +1,13 @@
 """Run the commands of tutorials as they stand, and compare what is printed with what the page says.
 
     python tools/docs/tutorials.py docs/tutorials/*.md
-    python tools/docs/tutorials.py --show docs/tutorials/your_reward.md     # print what each command says, compare nothing
+    python tools/docs/tutorials.py --show docs/tutorials/your_reward.md     # print what commands say, compare nothing
 
 Each page has a folder of its own, with copies of examples/ and tools/ as in a clone. A block with a title,
-```` ```toml title="rl.toml" ````, becomes a file of that name. In a block of `console` a line that begins with "$ " is a
-command (a backslash at its end continues it), and the lines behind it are what it prints, stdout and stderr together:
-"..." stands for anything within a line, and alone for any lines. Nothing behind a command means that its output is not
-compared. Every command has to end with 0.
+```` ```toml title="rl.toml" ````, becomes a file of that name. In a block of `console` a line that begins with "$ " is
+a command (a backslash at its end continues it), and the lines behind it are what it prints, stdout and stderr together:
+"..." stands for anything within a line, and alone for any lines. Nothing behind a command means that its output is
+not compared. Every command has to end with 0.
 """
 
 import argparse
