@@ -187,11 +187,11 @@ gpu-trial-dry: install  ## tools/gpu_trial/ on a CPU: every part of every trial,
 
 # The warning is about what comes after mkdocs-material; constraints.txt holds the version that is used.
 docs: install  ## the documentation site, in site/: reference from the code, every link, anchor, key and command line checked
-	$(BIN)/python tools/docs/check.py
+	$(BIN)/python tools/docs_check.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs-test: install  ## run the tutorials as they stand, and compare what they say is printed (six minutes)
-	$(BIN)/python tools/docs/tutorials.py docs/tutorials/*.md
+	$(BIN)/python tools/docs_tutorials.py docs/tutorials/*.md
 
 check: install  ## lint and types
 	$(BIN)/ruff check .

@@ -41,7 +41,6 @@ INSTALL = [
 ]
 
 
-
 class BuildWithCommit(build_py):
     """Write the commit into a wheel, for `megatron-rl --version`; megatron_rl/versions.py reads it."""
 

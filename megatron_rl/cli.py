@@ -61,9 +61,11 @@ Commands = Any  # argparse has no public name for it
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. tools/docs reads the reference from it."""
+    """Return the parser of all commands. tools/docs_reference.py reads the reference from it."""
     parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
-    parser.add_argument("--version", action=_Version, nargs=0, help="versions of this package, torch, megatron-core, sglang")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="versions of this package, torch, megatron-core, sglang"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, text in (
         ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),

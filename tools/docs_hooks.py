@@ -7,16 +7,16 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import reference  # noqa: E402
+import docs_reference as reference  # noqa: E402
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of reference.py."""
+    """Add the pages of docs_reference.py."""
     for name, make in reference.PAGES.items():
         files.append(File.generated(config, f"reference/{name}.md", content=make()))
     return files

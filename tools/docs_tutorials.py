@@ -1,7 +1,7 @@
 """Run the commands of tutorials as they stand, and compare what is printed with what the page says.
 
-    python tools/docs/tutorials.py docs/tutorials/*.md
-    python tools/docs/tutorials.py --show docs/tutorials/your_reward.md     # print what commands say, compare nothing
+    python tools/docs_tutorials.py docs/tutorials/*.md
+    python tools/docs_tutorials.py --show docs/tutorials/your_reward.md     # print what commands say, compare nothing
 
 Each page has a folder of its own, with copies of examples/ and tools/ as in a clone. A block with a title,
 ```` ```toml title="rl.toml" ````, becomes a file of that name. In a block of `console` a line that begins with "$ " is
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SECONDS = 240  # for one command
 

@@ -1,8 +1,8 @@
 """Make the pages of the reference that are read from the code: keys, commands, checks, exit codes.
 
-`make docs` adds them to the site (hooks.py); none of them is committed. Alone, to look at one:
+`make docs` adds them to the site (docs_hooks.py); none of them is committed. Alone, to look at one:
 
-    python tools/docs/reference.py keys
+    python tools/docs_reference.py keys
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Check the pages: links and anchors, TOML and its keys, command lines, Python.
 
-    python tools/docs/check.py
+    python tools/docs_check.py
 
 Looked at are docs/, README.md, CONTRIBUTING.md, SECURITY.md and the README of every example. Nothing is run, and no
 network is asked. A block of TOML may be (a part of) a configuration, a mapping of tools/prepare_data.py or a file of
@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import reference  # noqa: E402
+import docs_reference as reference  # noqa: E402
 
 from megatron_rl.cli import command_parser  # noqa: E402
 from megatron_rl.config.reference import Key, flattened, keys_of  # noqa: E402
