@@ -65,7 +65,7 @@ setup(
     name="megatron_rl",
     version=version(),
     cmdclass={"build_py": BuildWithCommit},
-    description="Reinforcement learning of language models on Megatron-core and SGLang, with an exact token budget (C3PO)",
+    description="C3PO and other reinforcement learning of language models, on Megatron-core and SGLang",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
