@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,13 +129,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--show", action="store_true", help="print what commands say; compare nothing")
     arguments = parser.parse_args(argv)
-    faults = []
-    for page in arguments.pages:
+
+    def run(page: Path) -> list[str]:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="docs_test_") as folder:
             found = run_page(page, Path(folder), arguments.show)
         print(f"{page}: {'not as it says' if found else 'as it says'}, {time.monotonic() - began:.0f} s", flush=True)
-        faults += found
+        return found
+
+    with ThreadPoolExecutor(1 if arguments.show else 2) as pool:  # most of a command is imports, which take one core
+        faults = [fault for found in pool.map(run, arguments.pages) for fault in found]
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0
