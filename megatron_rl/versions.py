@@ -42,7 +42,11 @@ def installed(name: str) -> str:
 
 def missing_megatron() -> str:
     """Return what to type where megatron-core is not installed, and "" where it is."""
-    if importlib.util.find_spec("megatron") is not None:
+    try:
+        found = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        found = None
+    if found is not None and found.origin:  # without a file it is a folder that an uninstallation left
         return ""
     return (
         "megatron-core 0.19.2 is not installed; on Python 3.12 or later pip install megatron-core==0.19.2, on 3.11 pip "

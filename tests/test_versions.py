@@ -1,5 +1,6 @@
 """`--version` says what is installed; a missing megatron-core is one sentence."""
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -47,7 +48,14 @@ def test_a_missing_megatron_core_is_found_before_a_start(monkeypatch) -> None:
         trains = True
 
     assert list(CHECKS["megatron"].find(Training())) == []  # type: ignore[arg-type]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    left = importlib.machinery.ModuleSpec("megatron.core", None)  # a folder without files
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: left)
+    assert versions.missing_megatron()
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
     (problem,) = CHECKS["megatron"].find(Training())  # type: ignore[arg-type]
     assert "megatron-core 0.19.2 is not installed; " in problem
     assert "pip install" in problem
