@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl import __version__, versions
 from megatron_rl.cli import main
+from megatron_rl.preflight import checks  # noqa: F401  (they register)
 from megatron_rl.preflight.registry import CHECKS
 
 
