@@ -25,7 +25,7 @@ def commit() -> str:
     if (package.parent / ".git").exists():
         asked = ["git", "-C", str(package), "describe", "--always", "--dirty", "--exclude", "*"]
         try:
-            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            return subprocess.run(asked, capture_output=True, encoding="utf-8", check=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return ""
     written = package / COMMIT_FILE

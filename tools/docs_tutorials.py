@@ -117,7 +117,7 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         timeout=_SECONDS * float(os.environ.get("DOCS_TEST_PATIENCE", "1")),
     )
     return done.returncode, done.stdout
