@@ -56,7 +56,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 # What opens reports in the tests.
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 
-.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report bench-lora gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
+.PHONY: help install install-sandbox install-sglang install-slurm install-browser pins demo test test-ranks test-commands test-sglang test-slurm test-kill test-browser test-answers docs docs-test fuzz-judge fuzz-server check format bench bench-convert bench-logprob bench-schedule bench-replay bench-sync bench-rollout bench-engines bench-host bench-rewards bench-own-rewards bench-gateway bench-sandbox bench-curation bench-checkpoint bench-report bench-lora gpu-check gpu-trial-dry bench-gpu ring-lite-mini ring-lite-compare pretrained smollm2 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,7 +73,7 @@ $(STAMP): setup.py $(PINS) Makefile
 	  $(BIN)/python -c 'from importlib.metadata import version; assert version("megatron-core") == "$(MCORE_VERSION)"' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --no-binary megatron-core megatron-core==$(MCORE_VERSION); \
 	fi
-	$(BIN)/python -m pip install --quiet $(PINS:%=-c %) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PINS:%=-c %) -e '.[dev,docs]'
 	touch $@
 
 # Needed for code rewards only, so a machine where it cannot be had is told and goes on; the tests say that they skip.
@@ -185,6 +185,14 @@ gpu-trial-dry: install  ## tools/gpu_trial/ on a CPU: every part of every trial,
 	  $(BIN)/python tools/gpu_trial/$${question}_trial.py --dry >/dev/null || failed="$$failed $$question"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
+# The warning is about what comes after mkdocs-material; constraints.txt holds the version that is used.
+docs: install  ## the documentation site, in site/: reference from the code, every link, anchor, key and command line checked
+	$(BIN)/python tools/docs_check.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-test: install  ## run the tutorials as they stand, and compare what they say is printed (six minutes)
+	$(BIN)/python tools/docs_tutorials.py docs/tutorials/*.md
+
 check: install  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -264,5 +272,5 @@ smollm2: install  ## that model learns word problems by C3PO in bf16; accuracies
 	NPROC=$(NPROC) bash examples/smollm2/run.sh $(SEED)
 
 clean:  ## remove build leftovers and caches; runs/ and .venv stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

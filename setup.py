@@ -1,6 +1,13 @@
 """Packaging. On Python 3.11 megatron-core has no wheel: `make install` builds its source distribution first."""
 
+import re
+import subprocess
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
 
 # What may work; constraints.txt has the set that is tested together. See CONTRIBUTING.md before moving one of them.
 INSTALL = [
@@ -33,10 +40,32 @@ INSTALL = [
     "scipy~=1.17",  # Student's t, and the least squares of the simulator
 ]
 
+
+class BuildWithCommit(build_py):
+    """Write the commit into a wheel, for `megatron-rl --version`; megatron_rl/versions.py reads it."""
+
+    def run(self):
+        super().run()
+        asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+        try:
+            commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no checkout, or no git
+            return
+        if not self.editable_mode:
+            (Path(self.build_lib) / "megatron_rl" / "commit.txt").write_text(commit + "\n", encoding="utf-8")
+
+
+def version() -> str:
+    """Return the version, which stands in the package alone. A release is tagged with it."""
+    text = (ROOT / "megatron_rl/__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
 setup(
     name="megatron_rl",
-    version="0.1.0",
-    description="C3PO reinforcement learning for Ling-lite on Megatron-core and SGLang",
+    version=version(),
+    cmdclass={"build_py": BuildWithCommit},
+    description="C3PO and other reinforcement learning of language models, on Megatron-core and SGLang",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
@@ -59,6 +88,8 @@ setup(
         ],
         # One set, for CUDA 13; docs/gpu.md says how it was found and how to install it. SGLang pins torch.
         "gpu": ["torch==2.14.1", "sglang==0.5.23", "transformer-engine[core-cu13,pytorch]==2.20.2"],
+        # The documentation site: `make docs`.
+        "docs": ["mkdocs~=1.6", "mkdocs-material~=9.8"],
         # What `tracking.to` may name besides.
         "wandb": ["wandb~=0.31"],
         "trackio": ["trackio~=0.43"],

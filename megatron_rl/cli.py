@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_rl import __version__, lifeline
+from megatron_rl import lifeline, versions
 from megatron_rl.errors import EXIT_INTERRUPTED, end_rank, exit_code, interrupt_on_signals, speak_as
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (errors.py). A rank of several ends here."""
     if argv is None:
         use_utf8()
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
     if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
@@ -49,12 +49,23 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+class _Version(argparse.Action):
+    """argparse's own action wants the text before anybody asks for it, and wraps its lines."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(versions.describe() + "\n")
+        parser.exit()
+
+
 Commands = Any  # argparse has no public name for it
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. tools/docs_reference.py reads the reference from it."""
     parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="versions of this package, torch, megatron-core, sglang"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, text in (
         ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),

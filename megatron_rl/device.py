@@ -45,6 +45,7 @@ import torch
 
 from megatron_rl.errors import Fault
 from megatron_rl.gpus import visible_gpus
+from megatron_rl.versions import missing_megatron
 
 log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -234,7 +235,7 @@ def forget_shared() -> None:
 
 
 def import_megatron() -> None:
-    """Import megatron-core, adapted to this device. Idempotent. ImportError tells how to install it."""
+    """Import megatron-core, adapted to this device. Idempotent. ValueError tells how to install it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: the CPU stack is meant to be without
         try:
@@ -244,12 +245,9 @@ def import_megatron() -> None:
                 _adapt_torch()
                 _adapt_megatron()
                 torch.cuda._megatron_rl_adapted = True
-        except ModuleNotFoundError as error:
-            if error.name and error.name.startswith("megatron"):
-                raise ImportError(
-                    "megatron-core 0.19.2 is not installed; run `make install` (on Python 3.11 it is built from its "
-                    "source distribution)"
-                ) from error
+        except ModuleNotFoundError:
+            if missing := missing_megatron():
+                raise ValueError(missing) from None
             raise
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 

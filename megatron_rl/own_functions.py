@@ -153,7 +153,8 @@ def parameters_of(function: Callable[..., Any], known: Mapping[str, str], where:
             wanted.append(name)
         elif parameter.default is parameter.empty or difflib.get_close_matches(name, known, n=1, cutoff=_LIKE):
             listed = "\n".join(f"  {one}: {about}" for one, about in known.items())
-            raise ValueError(f"{where}: nothing is called {name!r}{meant(name, known)}. Parameters may be\n{listed}")
+            hint = meant(name, known) or "."
+            raise ValueError(f"{where}: nothing is called {name!r}{hint} Parameters may be\n{listed}")
     return tuple(wanted)
 
 

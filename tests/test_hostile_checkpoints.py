@@ -23,7 +23,7 @@ from megatron_rl.checkpoint.compare import compare
 from megatron_rl.checkpoint.convert import Job, convert
 from megatron_rl.checkpoint.metadata import read_metadata
 from megatron_rl.checkpoint.pickles import load_saved
-from megatron_rl.cli import _parser
+from megatron_rl.cli import command_parser
 from megatron_rl.errors import Fault, exit_code
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 def run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code of one command, and what it said."""
-    arguments = _parser().parse_args(COMMANDS[command].format(folder).split())
+    arguments = command_parser().parse_args(COMMANDS[command].format(folder).split())
     code = exit_code("megatron-rl", lambda: int(arguments.run(arguments)))
     return code, capsys.readouterr().err
 

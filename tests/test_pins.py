@@ -20,7 +20,7 @@ def asked_by_setup() -> list[str]:
     from distutils.core import run_setup
 
     package = run_setup(str(ROOT / "setup.py"), stop_after="init")
-    return [*package.install_requires, *package.extras_require["dev"]]
+    return [*package.install_requires, *package.extras_require["dev"], *package.extras_require["docs"]]
 
 
 def unpinned(asked: list[str], pins: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sandboxed import why_not
 
-from megatron_rl.cli import _parser
+from megatron_rl.cli import command_parser
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
 from megatron_rl.config.schema import RlConfig, SftConfig
@@ -132,7 +132,7 @@ def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
 
 def of_command(command: tuple[object, ...], stage: str) -> tuple[list[object], list[object]]:
     """The same of one of megatron-rl's, which has the seed of the pipeline."""
-    arguments = _parser().parse_args([str(word) for word in command[2:]])
+    arguments = command_parser().parse_args([str(word) for word in command[2:]])
     if arguments.command == "convert":
         return [arguments.source], [arguments.destination]
     config = load_config(kind_of(read_values(arguments.config)), arguments.config, arguments.set)

@@ -117,10 +117,10 @@ def test_numbers_are_cut_into_digits_and_spaces_before_them_stay_together() -> N
 STAND_IN = """
 import sys
 from pathlib import Path
-from megatron_rl.cli import _parser
+from megatron_rl.cli import command_parser
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-arguments = _parser().parse_args(sys.argv[1:])
+arguments = command_parser().parse_args(sys.argv[1:])
 outputs, inputs = [getattr(arguments, "output", None)], getattr(arguments, "runs", [])
 if arguments.command != "report":
     config = load_config(kind_of(read_values(arguments.config)), arguments.config, arguments.set)

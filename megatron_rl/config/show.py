@@ -50,7 +50,7 @@ def _matching(keys: Iterable[tuple[Key, tuple[str, ...]]], pattern: str) -> Iter
 
 
 def _told(key: Key, commands: tuple[str, ...], width: int) -> Iterator[str]:
-    default = "required" if key.default is REQUIRED else f"default {_value(key.default)}"
+    default = "required" if key.default is REQUIRED else f"default {as_text(key.default)}"
     of = "" if len(commands) == len(KINDS) else f"; {', '.join(commands)}"
     yield f"{key.path}: {key.type}; {default}{of}"
     others = names_of(key.path)
@@ -58,5 +58,6 @@ def _told(key: Key, commands: tuple[str, ...], width: int) -> Iterator[str]:
     yield from textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def _value(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a default as a file would have it; "none" where the key is not set."""
     return "none" if value is None else json.dumps(as_toml(value), default=str)

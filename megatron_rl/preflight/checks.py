@@ -40,6 +40,7 @@ from megatron_rl.rollout.rollout_file import check_rows, limits_of
 from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.rollout.server import check_same_torch, find_sglang, server_gpus
 from megatron_rl.selection.candidates import find_candidates
+from megatron_rl.versions import missing_megatron
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,12 @@ def check_start(start: Start) -> None:
     if start.trains and isinstance(start.config, RlConfig):
         for doubt in doubtful(start.config):
             log.warning(doubt)
+
+
+@check("megatron", "megatron-core is installed", of_machine=True)
+def _megatron(start: Start) -> Iterator[str]:
+    if start.trains and (missing := missing_megatron()):
+        yield missing
 
 
 @check("layout", "how the model is divided over the training ranks")

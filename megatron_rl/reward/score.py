@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from megatron_rl.reward.verdict import DETAIL_CHARACTERS, REASONS, Reason, Verdict, printable
 
 _OF_PROMPT = {
-    "prompt": "str, the prompt of the row, with data.suffix; of messages the last one of the user",
+    "prompt": "str, the prompt of the row with data.suffix, or the last message of the user",
     "messages": "list of {role, content}, all that the model was given",
     "answer": "str, the row's reference answer",
     "meta": "dict, the row's other columns",
@@ -24,7 +24,7 @@ _OF_PROMPT = {
 OF_RESPONSE = {
     "response": "str, the text to judge, without the token that ends it",
     **_OF_PROMPT,
-    "finish_reason": 'str, "stop" or "length"; of a response that was cut off it is "length"',
+    "finish_reason": 'str, "stop", or "length" of a response that was cut off',
     "response_tokens": "int, how many tokens the response has, the one that ends it included",
 }
 OF_GROUP = {

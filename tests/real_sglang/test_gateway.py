@@ -8,7 +8,8 @@ from megatron_rl.rollout.server import SGLANG_SPARE_TOKENS, SglangServer, find_s
 
 pytest.register_assert_rewrite("gateway_conformance")
 from gateway_conformance import *  # noqa: E402, F403
-from gateway_conformance import CONTEXT, ROOT, Served  # noqa: E402
+from gateway_conformance import CONTEXT, Served  # noqa: E402
+from inputs import ROOT  # noqa: E402
 
 
 @pytest.fixture(scope="module")
