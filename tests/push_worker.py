@@ -54,7 +54,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> TrainContext:
             "model": {"path": spec["model"], "dtype": spec.get("dtype", "float32")},
             "parallel": spec["parallel"],
             "optimizer": {"learning_rate": 1e-3},
-            "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 60},
+            "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 240},
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
