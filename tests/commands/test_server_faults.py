@@ -606,7 +606,8 @@ def test_nonsense_is_taken_for_a_loss_and_another_server_does_the_work(
 ) -> None:
     fault, message = LIES[lie]
     monkeypatch.setattr(pool_module, "_START_SECONDS", 1.5)
-    rollout = ROLLOUT.model_copy(update={"token_deadline_seconds": 0.001})
+    # Every lie is found by what it says, or by the time for an answer.
+    rollout = ROLLOUT.model_copy(update={"token_deadline_seconds": 0.001, "silence_seconds": 30.0})
 
     async def run(url: str) -> None:
         async with connected([url, supervisor.urls[1]], models[0], None, rollout) as pool:
