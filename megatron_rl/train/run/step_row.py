@@ -1,4 +1,4 @@
-"""The row of a step in metrics.jsonl: what reinforcement learning and fine-tuning have in common."""
+"""Makes the row of a step in metrics.jsonl, as far as reinforcement learning and fine-tuning have it in common."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
