@@ -73,7 +73,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what processes of this machine registered that were killed."""
+    """Remove the registrations of processes of this machine that were killed."""
     for path in folder.glob(f"{socket.gethostname()}-*.json"):
         pid = path.stem.rpartition("-")[2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):

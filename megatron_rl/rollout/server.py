@@ -321,8 +321,8 @@ def server_starter(
     """Return a function that starts this server: with 0 the first time, later at the port that it had.
 
     port: where the first one listens; 0 picks. gpus: of this server, on a CPU none. weights_roots: of an embedded
-    server; SGLang loads from anywhere. key, secret_variables: see GenerationServer. ValueError when there is no SGLang
-    to start.
+    server; SGLang loads from anywhere. key, secret_variables: see GenerationServer. Raises ValueError when there is no
+    SGLang to start.
     """
     shared: dict[str, Any] = {
         "host": host,
@@ -357,7 +357,7 @@ def idle_gpus(rollout: GenerationSection) -> int:
 
 
 def server_gpus(rollout: GenerationSection) -> list[list[str]]:
-    """List the GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
+    """List the GPUs of each server of this machine, [] for one on the CPU. Raise ValueError when there are too few."""
     gpus = visible_gpus() if rollout.engine == "sglang" else []
     return gpu_shares(gpus, rollout.servers_on(len(gpus)), rollout.sglang_gpus)
 

@@ -6,7 +6,7 @@ implementation of its own in plain torch: it shares no code with the training si
 What a request gets (tokens and log-probs) does not depend, bit for bit, on what else is in the batch, on its slot
 or on arrival order; `invariance.py` proves this on the running machine at every start.
 
-protocol.py    JSON bodies of /generate -> validated records; records -> JSON answers;  fields.py  its parts
+    protocol.py    JSON bodies of /generate -> validated records; records -> JSON answers;  fields.py  its parts
     server.py      HTTP routes (starlette); one event loop;  update_lock.py  who waits for whom there
     in_flight.py   requests that are not answered yet;  streams.py  answers while they are generated
     engine.py      continuous batching in a thread of its own: what happens in which order

@@ -16,7 +16,7 @@ class CommandQueue:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def put(self, command: Callable[[], None]) -> None:
-        """Leave a command of which nobody wants to know what came of it."""
+        """Leave a command whose result nobody wants."""
         self._commands.put(command)
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":

@@ -8,7 +8,7 @@ MAX_PATH = 4096  # of Linux
 
 
 class RequestError(ValueError):
-    """Says what is the client's fault; it is answered with `status`."""
+    """Says what the client did wrong; it is answered with `status`."""
 
     status = 400
 

@@ -9,7 +9,8 @@ class Hold:
     """Ends a state by itself once nobody has done anything about it for `seconds`. It belongs to one event loop."""
 
     def __init__(self, seconds: float, is_held: Callable[[], bool], let_go: Callable[[], Awaitable[None]]) -> None:
-        """Watch a state. is_held: whether there is something to end. let_go: ends it and says so in the log."""
+        """Watch a state for its end. is_held: whether there is something to end. let_go: ends it and says so in the
+        log."""
         self._seconds, self._is_held, self._let_go = seconds, is_held, let_go
         self._at_work = 0
         self._deadline = 0.0

@@ -52,7 +52,7 @@ class _Rows:
 
 
 class Prefill:
-    """Fills slots; what it leaves there is a cache for every token and the logits after each sequence's last one."""
+    """Fills slots. It leaves there a cache for every token, and the logits after each sequence's last one."""
 
     def __init__(self, runner: ModelRunner, memory: SlotMemory) -> None:
         self._runner, self._memory = runner, memory

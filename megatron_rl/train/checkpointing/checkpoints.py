@@ -65,7 +65,7 @@ class Checkpoints:
 
     def save(self, step: int, trainer: Any, driver: dict[str, Any], carried: bytes) -> None:
         """Save a checkpoint after `step` steps. It is there for certain after `settle(wait=True)`. driver, carried:
-        rank 0's. SharedFault as in `settle`."""
+        rank 0's. Raise SharedFault as `settle` does."""
         self._wait_for_the_one_before(step)
         if step == self.latest:
             return  # a stop right after a scheduled save

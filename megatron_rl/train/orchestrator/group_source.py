@@ -180,8 +180,8 @@ class ServerGroups:
         servers: NodeServers,
         teachers: NodeServers | None = None,
     ) -> None:
-        """Connect to the servers. teachers: what serves the teacher of distillation. ValueError for prompts that cannot
-        be used."""
+        """Connect to the servers. teachers: what serves the teacher of distillation. Raise ValueError for prompts that
+        cannot be used."""
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer = load_tokenizer(config.model.path)
