@@ -22,7 +22,7 @@ from megatron_rl.rollout.embedded.fields import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Of a context, for parsers: the beginning of the policy's turn is among them.
+# Parsers get so many tokens of a context: the beginning of the policy's turn is among them.
 _LAST_TOKENS = 256
 
 T = TypeVar("T")

@@ -32,7 +32,7 @@ from megatron_rl.rollout.embedded.listening import bind, http_server
 log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-# Of one trajectory at a time.
+# The most requests of one trajectory at a time.
 _MAX_REQUESTS = 64
 # Beyond this a client is shown that it is still waited for: many give up on a silent line.
 _SILENT_SECONDS = 15.0

@@ -93,7 +93,7 @@ class Policy:
     def __init__(self, servers: ServerPool, temperature: float, end_ids: tuple[int, ...], top_p: float = 1.0) -> None:
         self._servers, self.temperature, self.end_ids, self._top_p = servers, temperature, end_ids, top_p
         self.clock = PhaseClock()
-        # What went wrong with the servers: it is the run's to raise, and no agent's fault.
+        # The failure of the servers, if any: the run raises it, and no agent is at fault.
         self.failure: Exception | None = None
         self.failed = asyncio.Event()
 

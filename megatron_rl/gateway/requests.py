@@ -11,7 +11,7 @@ from megatron_rl.rollout.embedded.protocol import MAX_STOP_STRINGS
 
 MAX_TEXT = 2**24
 
-# What a request may say and what this gateway does not look at: it changes nothing here.
+# Fields that a request may have and this gateway does not look at: they change nothing here.
 _IGNORED = {
     *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("parallel_tool_calls", "stream_options"),

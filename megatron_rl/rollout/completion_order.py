@@ -19,7 +19,7 @@ async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: i
             for one in islice(work, most - len(begun)):
                 task = asyncio.create_task(one)
                 begun.add(task)
-                # To wait for the first of all would go through all of them, each time.
+                # A queue, because asyncio.wait for the first one would go through all of them, each time.
                 task.add_done_callback(ended.put_nowait)
             if not begun:
                 return

@@ -40,7 +40,7 @@ _START_SECONDS = 30.0  # before a first token, on top of the time for tokens
 _LOOK_EVERY_SECONDS = 5.0
 _ASK_AGAIN_SECONDS = 0.3
 
-# What servers hold, by SGLang's names: the weights, which come first again, and what only generating needs.
+# Parts of a server's memory, by SGLang's names: the weights, which are resumed first, and what only generating needs.
 WEIGHTS, WORKSPACE = ("weights",), ("kv_cache", "cuda_graph")
 
 

@@ -453,7 +453,7 @@ def _extended(response: Response, more: Completion, policy_version: int) -> Resp
         policy_versions=np.concatenate(
             [segment.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
         ),
-        # Those of the whole sequence: what was there before went through the present weights too.
+        # The experts of the whole sequence: earlier tokens went through the present weights too.
         routed_experts=more.routed_experts if len(more.output_ids) else segment.routed_experts,
     )
     finish_reason = "" if more.finish_reason == "abort" else more.finish_reason

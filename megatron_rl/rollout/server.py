@@ -27,13 +27,13 @@ from megatron_rl.rollout.ports import close_port, hold_port, is_ours
 
 log = logging.getLogger(__name__)
 
-# What torchrun sets for its own ranks; a server that inherits it would believe to be one of them.
+# Variables that torchrun sets for its own ranks; a server that inherits them would take itself for one of them.
 _TORCHRUN = re.compile(
     r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_.*)$"
 )
 
-# Of SGLang's --context-length beyond the longest sequence. It takes no input of context length - 6 tokens or more
-# (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
+# --context-length of SGLang is this much above the longest sequence. It takes no input of context length - 6 tokens or
+# more (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
 # (scheduler.py: init_req_max_new_tokens). With 7 it takes the longest sequence as input.
 SGLANG_SPARE_TOKENS = 7
 
@@ -105,7 +105,7 @@ class GenerationServer:
             if not is_ours(self.host, self.port, self._process.pid):
                 return False
             close_port(self.host, self.port)
-            # Once more, now that nobody can take the port any more, dead or alive.
+            # Look once more, now that nobody can take the port any more, dead or alive.
             self._is_proven = is_ours(self.host, self.port, self._process.pid)
         try:
             return self._answers("/ready", bearer(self.key)) == 200 and self._wants_key()

@@ -23,7 +23,7 @@ _LOOK_EVERY_SECONDS = 0.2
 FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 60.0
 # Who has served for so long has its earlier ends forgiven.
 _FORGIVEN_SECONDS = 600.0
-# On a file system that machines share, where a look takes longer.
+# Longer, because the file system is one that machines share, where a look takes longer.
 _LOOK_FOR_WISHES_SECONDS = 2.0
 
 

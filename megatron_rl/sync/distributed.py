@@ -155,7 +155,7 @@ class _Sender:
         self._joined: list[tuple[str, int]] = []  # url and number of losses of each member of the group
         self._urls: list[str] = []
         self.is_new = False
-        # Of this run alone: servers that outlive a run may still know the groups of the one before.
+        # Names groups of this run alone: servers that outlive a run may still know the groups of the one before.
         self._run, self._number = secrets.token_hex(4), 0
         self._pending: Asked = []  # the servers' word on the bucket that is on its way
         self._brackets: set[str] = set()

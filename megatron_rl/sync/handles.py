@@ -21,7 +21,7 @@ from torch.multiprocessing import reductions
 from megatron_rl.device import device_id
 from megatron_rl.sync.buckets import Place
 
-# Of the arguments of rebuild_cuda_tensor, which SGLang (utils/patch_torch.py) lets name the device by its id.
+# The argument of rebuild_cuda_tensor that SGLang (utils/patch_torch.py) lets name the device by its id.
 _DEVICE_ARGUMENT = 6
 
 

@@ -34,7 +34,7 @@ class ServerRequests:
         self._key_of = key_of
         self.timeout = silence_seconds + largest_bytes / _SLOWEST_BYTES_PER_SECOND
         self.failed: dict[str, ServerError] = {}
-        # Of their own, because on most ranks there is no pool: the first of every node talks to the servers there.
+        # A loop of its own, because most ranks have no pool: the first of every node talks to the servers there.
         self._loop = BackgroundLoop()
         self._clients: dict[str, GenerationClient] = {}
 

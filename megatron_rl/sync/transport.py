@@ -117,7 +117,7 @@ async def settle(
             if isinstance(error, ServerLost):
                 pool.mark_down(member, str(error))
         # A server that is there but refuses has lost a peer, or is not the one that it was at the last push: again.
-        # Where a fresh push is refused though nobody was lost, there is a reason that will not go away.
+        # A fresh push that is refused though nobody was lost has a reason that will not go away.
         lost = any(isinstance(error, ServerLost) for error in failed.values())
         kind = ServerLost if lost or not is_fresh else RequestRefused
         reasons = "; ".join(map(str, failed.values()))

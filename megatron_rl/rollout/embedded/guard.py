@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# As in SGLang, for whoever only watches that the server lives. Not /health_generate, which makes a token.
+# Open as in SGLang, for whoever only watches that the server lives. Not /health_generate, which makes a token.
 OPEN_PATHS = ("/health", "/ready")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 

@@ -10,7 +10,7 @@ from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight, c
 from megatron_rl.rollout.embedded.protocol import PromptRequest
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 
-# Of all requests together; beyond it a request is refused, because each takes memory from its arrival on.
+# Limits of all requests together. Beyond them a request is refused, because each takes memory from its arrival on.
 MAX_SEQUENCES_IN_FLIGHT = 2**18
 MAX_FULL_PROMPTS_IN_FLIGHT = 2**14
 

@@ -65,7 +65,7 @@ class WeightUpdates:
                 f"group {request.group_name!r} could not be joined at {request.master_address}:{request.master_port}: "
                 f"{_first_line(error)}"
             ) from None
-        # Of runs that were killed nobody says that their groups are over.
+        # Nobody destroys the groups of runs that were killed.
         for name in list(self._groups)[:-MAX_GROUPS]:
             log.warning("leaving group %r: %d are joined that came later", name, MAX_GROUPS)
             self.leave_group(name)

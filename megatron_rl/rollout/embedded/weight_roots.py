@@ -8,7 +8,7 @@ from tempfile import gettempdir
 from megatron_rl.rollout.embedded.fields import cut
 from megatron_rl.rollout.embedded.updates import UpdateError
 
-# Of the folders through which training runs hand weights to servers on their machine; see sync/folder.py.
+# Begins the names of folders through which training runs hand weights to servers here; see sync/folder.py.
 WEIGHT_FOLDER_PREFIX = "megatron_rl-weights-"
 
 

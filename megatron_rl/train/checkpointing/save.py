@@ -12,7 +12,7 @@ from megatron_rl.errors import SharedFault
 from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.train.checkpointing.state import Part
 
-# What `Part.write` returned on each rank.
+# The results of `Part.write`, by rank.
 Written = list[tuple[list[Any], dict[str, Checksum]]]
 
 

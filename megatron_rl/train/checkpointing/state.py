@@ -142,7 +142,7 @@ class Part:
         planning = _Planning()
         dist_checkpointing.save(stored, str(folder), planning, async_sharded_save=True, async_strategy="mcore")
         self._writer, self._metadata, self._folder = planning.writer, planning.metadata, folder
-        # What megatron has not copied for a reason of its own (views, on a CPU) may be what is trained.
+        # Tensors that megatron has no reason of its own to copy (views, on a CPU) may be the ones that are trained.
         self._live = {entry.data.untyped_storage().data_ptr() for entry in entries}
 
     @property

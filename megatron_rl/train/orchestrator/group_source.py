@@ -188,7 +188,7 @@ class ServerGroups:
         architecture = load_architecture(config.model.path)
         self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
-        # By domain: where it is in the one order of prompts.
+        # The position of each domain in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Segment | None = None  # of the last phase that kept any
         self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
@@ -212,8 +212,8 @@ class ServerGroups:
         except BaseException:
             self.close()
             raise
-        # What has been made so far, prompts and libraries, stays: a collector that walks through all of it again and
-        # again would stop the event loop for a good part of a second each time.
+        # Prompts and libraries stay from here on. A garbage collector that walks through all of them again and again
+        # would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
         how = (self.pool, self.rewards, self.decode, advantages_of(config), config.rollout, config.seed)

@@ -90,7 +90,7 @@ class Orchestrator:
         self._row: dict[str, Any] = {}
         self._validated: tuple[int, dict[str, float]] = (-1, {})  # completed steps of the last weights, and metrics
         self._started = self._trained_from = 0.0
-        # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
+        # Found at the end of a step, when other ranks may be saving; raised at the start of the next, when they listen.
         self._failure: Fault | None = None
         # It failed in a command: the others may be in a collective that this rank has left, and do not listen.
         self._is_alone = False

@@ -61,7 +61,7 @@ class StopSignals:
             raise StopRequested(f"stopped by {self.name}")
 
 
-# What torch's errors say when another rank is gone, or does not answer.
+# Texts in torch's errors when another rank is gone, or does not answer.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "Gloo")
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 

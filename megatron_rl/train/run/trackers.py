@@ -139,7 +139,7 @@ class _Trackio:
         self._run.finish()
 
 
-# By name: the module that it needs, and what it is.
+# The module that each tracker needs, and its class, by its name.
 TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
     "tensorboard": ("torch.utils.tensorboard", _TensorBoard),
     "wandb": ("wandb", _Wandb),

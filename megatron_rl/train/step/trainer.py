@@ -335,7 +335,7 @@ class Trainer:
             data_iterator=[iter(batches) for _ in self.model.chunks],
             model=list(self.model.chunks),
             num_microbatches=len(batches),
-            # Nobody asks: micro-batches of different lengths tell each pipeline stage theirs.
+            # Not used: micro-batches of different lengths tell each pipeline stage their length.
             seq_length=self.model.layout.tensor,
             micro_batch_size=1,
             forward_only=forward_only,
