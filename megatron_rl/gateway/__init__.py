@@ -1,4 +1,5 @@
-"""Agents: programs of many turns that talk to the policy as to OpenAI's API, and what they had it say, token by token.
+"""Lets agents, which are programs of many turns, talk to the policy as to OpenAI's API, and records what they had it
+say, token by token.
 
 gateway.py is the HTTP server, requests.py and answers.py are OpenAI's JSON. trajectory.py answers the requests of one
 agent: history.py finds what they go on with, chat_tokens.py and parsers.py are between texts and tokens, policy.py asks

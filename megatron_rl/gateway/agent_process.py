@@ -1,4 +1,4 @@
-"""One run of an agent's function, in a process of its own."""
+"""Runs an agent's function once, in a process of its own."""
 
 import asyncio
 import json
@@ -19,8 +19,8 @@ from megatron_rl.reward.score import verdict_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The row that an agent is to do. prompt: the last message. seed: for what is random in it, so that a run that was
-    killed comes to the same again."""
+    """Holds the row that an agent is to do. prompt: the last message. seed: for what is random in it, so that a run
+    that was killed comes to the same again."""
 
     id: str
     prompt: str
@@ -32,7 +32,7 @@ class Task:
 
 
 def be_agent(function: Callable[..., Any], order: Order, result: Path, passing_score: float) -> int:
-    """Run it, and write what came of it; returns the exit code."""
+    """Run the function, and write its result. Return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told: dict[str, Any]

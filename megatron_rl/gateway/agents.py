@@ -1,4 +1,5 @@
-"""The run's side of the process that runs agents: starts it, gives it work, and starts another where it is lost."""
+"""Handles the run's side of the process that runs agents: starts it, gives it work, and starts another where it is
+lost."""
 
 import asyncio
 import contextlib
@@ -27,7 +28,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Lost(Exception):
-    """The process that ran the agent has ended, and so has the agent."""
+    """Says that the process that ran the agent has ended, and so has the agent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +48,7 @@ class Agents:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Return when agents can be started. ValueError for a function or program that cannot be used."""
+        """Return when agents can be started. Raise ValueError for a function or program that cannot be used."""
         async with self._starting:
             if self._process is not None and self._process.returncode is None:
                 return
@@ -78,7 +79,7 @@ class Agents:
             self._reader = asyncio.create_task(self._read(process))
 
     async def run(self, order: Order) -> Outcome:
-        """Run one agent to its end. Cancelling it ends the agent. Lost where its process was lost meanwhile."""
+        """Run one agent to its end. Cancelling it ends the agent. Raise Lost where its process was lost meanwhile."""
         await self.start()
         assert self._process is not None and self._process.stdin is not None
         process, stdin = self._process, self._process.stdin

@@ -1,4 +1,4 @@
-"""Answers and errors as OpenAI's JSON, whole and as streams of server-sent events."""
+"""Writes answers and errors as OpenAI's JSON, whole and as streams of server-sent events."""
 
 import json
 import time
@@ -12,7 +12,7 @@ WAITING = b": waiting\n\n"  # a comment, which clients pass over
 
 
 def chat_answer(answer: Answer, model: str) -> dict[str, Any]:
-    """A chat completion."""
+    """Return a chat completion."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.said.content, "refusal": None}
     if answer.said.reasoning:
         message["reasoning_content"] = answer.said.reasoning
@@ -29,7 +29,7 @@ def chat_answer(answer: Answer, model: str) -> dict[str, Any]:
 
 
 def text_answer(answer: Answer, model: str) -> dict[str, Any]:
-    """A text completion."""
+    """Return a text completion."""
     choice = {
         "index": 0,
         "text": answer.said.content,
@@ -40,7 +40,8 @@ def text_answer(answer: Answer, model: str) -> dict[str, Any]:
 
 
 def chat_events(answer: Answer, model: str, usage: bool) -> Iterator[bytes]:
-    """The same as a stream. It is made once the turn is whole, since a lost server's work is sampled again."""
+    """Yield a chat completion as a stream. It is made once the turn is whole, since a lost server's work is sampled
+    again."""
     head = _head(answer, model, "chat.completion.chunk", "chatcmpl")
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     if answer.said.reasoning:
@@ -60,7 +61,7 @@ def chat_events(answer: Answer, model: str, usage: bool) -> Iterator[bytes]:
 
 
 def text_events(answer: Answer, model: str, usage: bool) -> Iterator[bytes]:
-    """The same of a text completion."""
+    """Yield a text completion as a stream."""
     whole = text_answer(answer, model)
     told = whole.pop("usage")
     yield event(whole)
@@ -70,12 +71,12 @@ def text_events(answer: Answer, model: str, usage: bool) -> Iterator[bytes]:
 
 
 def event(content: dict[str, Any]) -> bytes:
-    """One event of a stream."""
+    """Return one event of a stream."""
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 def error_body(message: str, code: str, status: int) -> dict[str, Any]:
-    """What clients of OpenAI make an exception of."""
+    """Return the body of an error, of which clients of OpenAI make an exception."""
     kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 

@@ -1,4 +1,5 @@
-"""Between the texts of a conversation and token ids: the model's chat template, tokenizer and parser of responses.
+"""Translates between the texts of a conversation and token ids: the model's chat template, tokenizer and parser of
+responses.
 
 All of it runs in one thread beside the event loop: a tokenizer encodes in one thread at a time, and long conversations
 take a while.
@@ -21,14 +22,15 @@ from megatron_rl.rollout.embedded.fields import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Of a context, for parsers: the beginning of the policy's turn is among them.
+# Parsers get so many tokens of a context: the beginning of the policy's turn is among them.
 _LAST_TOKENS = 256
 
 T = TypeVar("T")
 
 
 class ChatTokens:
-    """The tokenizer of the policy. `close()` ends its thread. RequestError for what its template refuses."""
+    """Encodes and decodes with the policy's tokenizer. `close()` ends its thread. Raises RequestError for what the
+    template refuses."""
 
     def __init__(
         self,
@@ -38,7 +40,7 @@ class ChatTokens:
         special_tokens: str = "text",
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """end_ids: what ends a response. special_tokens, arguments: as data.special_tokens and
+        """Start the thread. end_ids: what ends a response. special_tokens, arguments: as data.special_tokens and
         data.template_arguments."""
         self._tokenizer, self.parser, self._end_ids = tokenizer, parser, end_ids
         self._special_tokens, self._arguments = special_tokens, dict(arguments or {})
@@ -49,35 +51,37 @@ class ChatTokens:
         self._thread.shutdown(cancel_futures=True)
 
     async def context(self, messages: Sequence[Message], tools: str) -> np.ndarray:
-        """int32 [n] of a conversation up to where the policy is to speak."""
+        """Return int32 [n] of a conversation up to where the policy is to speak."""
         chat = self._conversation(messages, tools)
         return await self._run(
             lambda: render_conversation(self._tokenizer, chat, self._special_tokens, self._arguments)
         )
 
     async def behind(self, messages: Sequence[Message], tools: str, index: int) -> np.ndarray:
-        """int32 [n] of what stands behind what the policy said in the message at `index`; see `render_behind`."""
+        """Return int32 [n] of what stands behind what the policy said in the message at `index`; see
+        `render_behind`."""
         chat = self._conversation(messages, tools)
         return await self._run(
             lambda: render_behind(self._tokenizer, chat, index, self._special_tokens, self._arguments)
         )
 
     async def encode(self, text: str, *, begins: bool = False) -> np.ndarray:
-        """int32 [n]. begins: the text is a prompt of its own, with what the tokenizer puts before one."""
+        """Return int32 [n] of a text. begins: the text is a prompt of its own, with what the tokenizer puts before
+        one."""
         return await self._run(lambda: self._tokenizer.encode(text, add_special_tokens=begins))
 
     async def text_of(self, ids: np.ndarray) -> str:
-        """The text of sampled tokens, without the one that ends them."""
+        """Return the text of sampled tokens, without the one that ends them."""
         ended = len(ids) and int(ids[-1]) in self._end_ids
         shown = ids[:-1].tolist() if ended else ids.tolist()
         return await self._in_thread(lambda: str(self._tokenizer.decode(shown)))
 
     async def texts_of(self, ids: np.ndarray) -> list[str]:
-        """The text of each token alone."""
+        """Return the text of each token alone."""
         return await self._in_thread(lambda: [str(self._tokenizer.decode([one])) for one in ids.tolist()])
 
     async def read(self, text: str, context_ids: np.ndarray, tools: str) -> Said:
-        """What a text of the policy says. tools: that it was offered."""
+        """Return what a text of the policy says. tools: that it was offered."""
         offered = json.loads(tools) if tools else []
 
         def parse() -> Said:
@@ -87,7 +91,8 @@ class ChatTokens:
         return await self._in_thread(parse)
 
     def _conversation(self, messages: Sequence[Message], tools: str) -> Conversation:
-        """Without reasoning where the template has no place for it: what the policy thought is known by its tokens."""
+        """Return the conversation, without reasoning where the template has no place for it: what the policy thought is
+        known by its tokens."""
         if not self._keeps_reasoning:
             messages = [_without_reasoning(message) for message in messages]
         return Conversation(messages=tuple(messages), tools=tools)

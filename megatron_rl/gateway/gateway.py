@@ -1,4 +1,4 @@
-"""The gateway of a run: OpenAI's API on loopback, with an address and a key for each trajectory.
+"""Serves OpenAI's API on loopback for a run, with an address and a key for each trajectory.
 
 A request is looked at in this order: who asks, then how much it says, then what. So nobody without the key of a
 trajectory has this process read a body, and what one sends is held against its own trajectory only.
@@ -32,7 +32,7 @@ from megatron_rl.rollout.embedded.listening import bind, http_server
 log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-# Of one trajectory at a time.
+# The most requests of one trajectory at a time.
 _MAX_REQUESTS = 64
 # Beyond this a client is shown that it is still waited for: many give up on a silent line.
 _SILENT_SECONDS = 15.0
@@ -47,7 +47,7 @@ Events = Callable[[Answer, str, bool], Iterator[bytes]]
 
 @dataclass(slots=True, eq=False)
 class Opened:
-    """A trajectory that may ask. base_url: for OpenAI's clients, with the key."""
+    """Holds a trajectory that may ask. base_url: for OpenAI's clients, with the key."""
 
     trajectory: Trajectory
     key: str
@@ -62,7 +62,8 @@ class Gateway:
     def __init__(
         self, model: str, vocab_size: int, sequence_tokens: int, temperature: float, top_p: float = 1.0
     ) -> None:
-        """model: its name, for clients. sequence_tokens: the longest that one reads and writes."""
+        """Serve nobody yet; `open` lets a trajectory ask. model: its name, for clients. sequence_tokens: the longest
+        that one reads and writes."""
         self._model, self._vocab_size, self._temperature, self._top_p = model, vocab_size, temperature, top_p
         self._max_body_bytes = _LEAST_BODY_BYTES + _BYTES_PER_TOKEN * sequence_tokens
         self._open: dict[str, Opened] = {}
@@ -71,7 +72,7 @@ class Gateway:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Return when it takes requests."""
+        """Return when the gateway takes requests."""
         self._socket = bind(_HOST, 0, False, "")
         most = possible_open_files() // _SHARE_OF_OPEN_FILES
         self._server = http_server(self.starlette(), "agents find the policy", self._socket, most)
@@ -98,7 +99,7 @@ class Gateway:
         return opened
 
     def shut(self, opened: Opened) -> None:
-        """Nobody knows its key any more."""
+        """Forget a trajectory's key, so that it cannot ask any more."""
         self._open = {name: one for name, one in self._open.items() if one is not opened}
 
     def starlette(self) -> Starlette:
@@ -121,7 +122,7 @@ class Gateway:
     def _guarded(
         self, answer: Callable[[Opened, Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Who asks, how many at a time, and faults as OpenAI's errors."""
+        """Check who asks and how many requests are in flight, and answer faults as OpenAI's errors."""
 
         async def endpoint(request: Request) -> Response:
             opened = self._open.get(request.path_params["name"])
@@ -206,7 +207,7 @@ class Gateway:
     async def _slowly(
         self, opened: Opened, task: "asyncio.Task[Answer]", events: Events | None, usage: bool, is_chat: bool
     ) -> AsyncIterator[bytes]:
-        """Signs of life until the turn is sampled, and then the answer. An error comes in its place."""
+        """Yield signs of life until the turn is sampled, and then the answer. An error comes in its place."""
         opened.num_requests += 1
         try:
             while not task.done():
@@ -232,7 +233,8 @@ class Gateway:
         return answers.chat_answer(answer, self._model) if is_chat else answers.text_answer(answer, self._model)
 
     def _tell_of_sampling(self, body: dict[str, Any]) -> None:
-        """Once for each field: black-box programs ask for what they were written for."""
+        """Log that an agent asks for other sampling, once for each field: black-box programs ask for what they were
+        written for."""
         other = asks_for_other_sampling(body, self._temperature, self._top_p)
         name = other.partition(" ")[0]
         if other and name not in self._told:

@@ -1,4 +1,4 @@
-"""The process that runs agents, each in a process of its own: `python -m megatron_rl.gateway.host`.
+"""Runs agents, each in a process of its own: `python -m megatron_rl.gateway.host`.
 
 It imports the user's function once and forks for each trajectory, or starts the user's program. An agent has a process
 group, limits of memory and output, and an end: whatever it has started ends with it, also what has left its group,
@@ -60,7 +60,7 @@ PARAMETERS = {
 
 @dataclass(slots=True, eq=False)
 class _Agent:
-    """A running agent. output: where what it prints comes. folder: its own, for files that come and go."""
+    """Holds a running agent. output: where what it prints comes. folder: its own, for files that come and go."""
 
     id: str
     pid: int
@@ -76,7 +76,7 @@ class Host:
     """Runs agents until stdin ends."""
 
     def __init__(self, setup: Setup, news: int, function: Callable[..., Any] | None) -> None:
-        """news: descriptor that takes it."""
+        """Begin without agents. news: descriptor that takes it."""
         self._setup, self._news, self._function = setup, news, function
         self._agents: dict[str, _Agent] = {}
         self._poll = select.poll()
@@ -106,7 +106,7 @@ class Host:
             self._end_orphans()
 
     def _take_orders(self) -> bool:
-        """False when there will be no more."""
+        """Read orders and carry them out. Return False when there will be no more."""
         data = os.read(0, 2**20)
         *lines, self._unread = (self._unread + data).split(b"\n")
         for one in lines:
@@ -209,13 +209,13 @@ class Host:
         self._end_orphans()
 
     def _end(self, agent: _Agent) -> None:
-        """End its processes now, and tell of it."""
+        """End an agent's processes now, and tell of it."""
         _kill_group(agent.pid)
         _has_ended(agent.pidfd, _KILL_SECONDS)
         self._ended(agent)
 
     def _ended(self, agent: _Agent) -> None:
-        """Its first process has ended: so does the rest."""
+        """End the rest of an agent whose first process has ended, and tell of it."""
         _kill_group(agent.pid)  # before its id is free for others
         _, status = os.waitpid(agent.pid, 0)
         if agent.output >= 0:
@@ -254,8 +254,8 @@ class Host:
             return Outcome(id=agent.id, error=error or f"its result has {problem}; {remedy}")
 
     def _end_orphans(self) -> None:
-        """Processes that this one has inherited belong to no agent's group any more, and end, unless their agent runs
-        and has started them as programs."""
+        """End processes that this one has inherited and that belong to no agent's group any more, unless their agent
+        runs and has started them as programs."""
         known = {agent.pid for agent in self._agents.values()}
         for pid in _children():
             if pid in known:
@@ -286,7 +286,7 @@ class Host:
 
 
 def _leave_host() -> None:
-    """In a new child: a session and group of its own, an end with this process, and limits."""
+    """Give a new child a session and group of its own, an end with this process, and limits."""
     os.setsid()
     ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     import resource
@@ -325,7 +325,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def load_agent(setup: Setup) -> Callable[..., Any] | None:
-    """The function, or None for a program. ValueError for what is wrong with either."""
+    """Return the agent's function, or None for a program. Raise ValueError for what is wrong with either."""
     if not setup.agent:
         if shutil.which(setup.command[0], path=os.environ.get("PATH")) is None:
             raise ValueError(
@@ -344,7 +344,7 @@ def load_agent(setup: Setup) -> Callable[..., Any] | None:
 
 
 def main() -> None:
-    """The first line of stdin is the setup; orders follow."""
+    """Run the host. The first line of stdin is the setup; orders follow."""
     news = os.dup(1)
     os.set_inheritable(news, False)
     with open(0, "rb", buffering=0, closefd=False) as stdin:

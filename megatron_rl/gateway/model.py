@@ -1,4 +1,4 @@
-"""What an agent's function is given to ask the policy with. Anything else that speaks OpenAI's API does as well."""
+"""Gives an agent's function a way to ask the policy. Anything else that speaks OpenAI's API does as well."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from megatron_rl.rollout.connection import Connection, ConnectionFailed
 
 
 class ModelError(Exception):
-    """The policy was not asked; the message says why. status: of HTTP; 0 where no answer came. code: a word."""
+    """Says why the policy gave no answer. status: of HTTP; 0 where no answer came. code: a word."""
 
     def __init__(self, message: str, status: int = 0, code: str = "") -> None:
         super().__init__(message)
@@ -19,12 +19,12 @@ class ModelError(Exception):
 
 
 class TrajectoryOver(ModelError):
-    """A limit has ended this trajectory: nothing more is answered. An agent need not catch it."""
+    """Says that a limit has ended this trajectory: nothing more is answered. An agent need not catch it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """arguments: as the policy wrote them, a JSON object."""
+    """Holds a call of a tool. arguments: as the policy wrote them, a JSON object."""
 
     id: str
     name: str
@@ -33,8 +33,8 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """content: what the policy says, without reasoning and calls. message: to be put behind the messages that it
-    answers. finish_reason: "stop", "length" or "tool_calls"."""
+    """Holds an answer of the policy. content: what the policy says, without reasoning and calls. message: to be put
+    behind the messages that it answers. finish_reason: "stop", "length" or "tool_calls"."""
 
     content: str
     reasoning: str
@@ -43,13 +43,13 @@ class Reply:
     message: dict[str, Any] = field(repr=False)
 
     def result_of(self, call: ToolCall, content: object) -> dict[str, Any]:
-        """The message that tells what a call came to."""
+        """Return the message that tells the result of a call."""
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text}
 
 
 class Model:
-    """The policy, for one trajectory. base_url, api_key: for OpenAI's clients and what is built on them."""
+    """Asks the policy, for one trajectory. base_url, api_key: for OpenAI's clients and what is built on them."""
 
     def __init__(self, base_url: str, api_key: str) -> None:
         self.base_url, self.api_key = base_url, api_key
@@ -63,8 +63,8 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Reply:
-        """Ask. messages: as OpenAI's; a text is one message of the user. options: further keys of the request, such as
-        max_tokens, stop or tool_choice. ModelError where there is no answer."""
+        """Ask the policy. messages: as OpenAI's; a text is one message of the user. options: further keys of the
+        request, such as max_tokens, stop or tool_choice. Raise ModelError where there is no answer."""
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         body = {"model": self.name, "messages": asked, **({"tools": list(tools)} if tools else {}), **options}
         choice = (await self._post("/chat/completions", body))["choices"][0]
@@ -83,7 +83,7 @@ class Model:
         )
 
     async def complete(self, prompt: str | Sequence[int], **options: Any) -> str:
-        """Go on with a bare text, or with token ids."""
+        """Continue a bare text, or token ids."""
         asked = prompt if isinstance(prompt, str) else list(prompt)
         answer = await self._post("/completions", {"model": self.name, "prompt": asked, **options})
         return str(answer["choices"][0]["text"])

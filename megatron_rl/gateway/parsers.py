@@ -1,4 +1,5 @@
-"""What a text of the policy says: reasoning, an answer, and calls of tools, which each family writes in its own way.
+"""Reads what a text of the policy says: reasoning, an answer, and calls of tools, which each family writes in its own
+way.
 
 What is no whole call stays in the text, where whoever reads it sees what the policy tried.
 """
@@ -19,7 +20,7 @@ _THINK, _END_THINK = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool that the policy calls. arguments: a JSON object."""
+    """Holds a call of a tool by the policy. arguments: a JSON object."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -27,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """num_broken: beginnings of calls in the content that are no whole calls."""
+    """Holds what a text says. num_broken: beginnings of calls in the content that are no whole calls."""
 
     content: str
     reasoning: str = ""
@@ -37,10 +38,12 @@ class Said:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseParser:
-    """parse: a text of the policy, the text of its context, and the tools that it was offered.
+    """Reads the responses of one family.
 
-    forced: what the policy finds written already where it has to call a tool, the one of that name or any ("").
-    None where it cannot be made to.
+    parse: a text of the policy, the text of its context, and the tools that it was offered.
+
+    forced: what the policy finds written already where it has to call a tool, the one of that name or any (""). None
+    where it cannot be made to.
     """
 
     parse: Callable[[str, str, list[Any]], Said]
@@ -48,7 +51,8 @@ class ResponseParser:
 
 
 def parser_for(tokenizer: "PreTrainedTokenizerBase", name: str) -> ResponseParser:
-    """The parser of that name; "auto" finds it by the tokenizer. ValueError for a name that is not known."""
+    """Return the parser of that name; "auto" finds it by the tokenizer. Raise ValueError for a name that is not
+    known."""
     has_own = getattr(tokenizer, "response_template", None) is not None
     template = str(tokenizer.chat_template)
     if name == "auto":
@@ -76,7 +80,7 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", name: str) -> ResponseParse
 
 
 def thought(text: str, context: str) -> tuple[str, str]:
-    """(reasoning, what follows it). The template may have begun the reasoning at the end of the context."""
+    """Return (reasoning, what follows it). The template may have begun the reasoning at the end of the context."""
     begun = context.rstrip().endswith(_THINK)
     stripped = text.lstrip()
     if stripped.startswith(_THINK):
@@ -93,7 +97,7 @@ def _without_calls(text: str, context: str, _: list[Any]) -> Said:
 
 
 def _in_tags(read: Callable[[str], Call | None]) -> Callable[[str, str, list[Any]], Said]:
-    """Calls in <tool_call> and </tool_call>, each of which `read` makes out."""
+    """Return a parser of calls in <tool_call> and </tool_call>, each of which `read` reads."""
 
     def parse(text: str, context: str, tools: list[Any]) -> Said:
         reasoning, content = thought(text, context)
@@ -124,7 +128,7 @@ def _in_tags(read: Callable[[str], Call | None]) -> Callable[[str, str, list[Any
 
 
 def _json_call(text: str, key: str = "arguments") -> Call | None:
-    """{"name": ..., "arguments": {...}}"""
+    """Read a call written as {"name": ..., "arguments": {...}}; None for what is none."""
     try:
         value = parse_json(text)
         arguments = value.get(key, {})
@@ -139,7 +143,8 @@ _PAIR = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>((?:(?!</arg_value>
 
 
 def _ling_call(text: str) -> Call | None:
-    """As Ling 2.0 writes it, which is JSON, or Ling 3.0: the name, and tagged keys and values."""
+    """Read a call as Ling 2.0 writes it, which is JSON, or Ling 3.0: the name, and tagged keys and values. None for
+    what is none."""
     if text.startswith("{"):
         return _json_call(text)
     name, tag, pairs = text.partition("<arg_key>")
@@ -150,7 +155,7 @@ def _ling_call(text: str) -> Call | None:
 
 
 def _value(text: str) -> Any:
-    """JSON where it is some; else the text itself."""
+    """Return the value of JSON where the text is some; otherwise the text itself."""
     try:
         return parse_json(text)
     except ValueError:
@@ -158,7 +163,8 @@ def _value(text: str) -> Any:
 
 
 def _llama3(text: str, context: str, tools: list[Any]) -> Said:
-    """The whole text is a call, or all behind <|python_tag|> are, with ";" between them."""
+    """Parse a text that is a call as a whole, or in which all behind <|python_tag|> are calls, with ";" between
+    them."""
     reasoning, content = thought(text, context)
     before, tag, behind = content.partition("<|python_tag|>")
     written = behind if tag else content.strip()
@@ -172,7 +178,7 @@ def _llama3(text: str, context: str, tools: list[Any]) -> Said:
 
 
 def _objects(text: str) -> list[str]:
-    """JSON objects one after the other, and what is left as the last."""
+    """Divide a text into JSON objects one after the other, and what is left as the last."""
     found: list[str] = []
     decoder = json.JSONDecoder()
     text = text.strip()
@@ -187,7 +193,7 @@ def _objects(text: str) -> list[str]:
 
 
 def _by_template(tokenizer: Any) -> Callable[[str, str, list[Any]], Said]:
-    """By the tokenizer's own description of its responses."""
+    """Return a parser by the tokenizer's own description of its responses."""
 
     def parse(text: str, context: str, tools: list[Any]) -> Said:
         try:

@@ -1,4 +1,4 @@
-"""The policy as trajectories ask it: token ids in, token ids out, over the rollout phases of a run.
+"""Samples from the policy as trajectories ask it: token ids in, token ids out, over the rollout phases of a run.
 
 Between two phases nothing is sampled. What was asked for then waits, and what the end of a phase has cut short goes on
 under the next weights; whoever asked only notices the time.
@@ -16,7 +16,7 @@ from megatron_rl.rollout.pool import Place, ServerPool
 
 
 class PhaseClock:
-    """Whether a rollout phase runs, under which weights, and the seconds that phases have run so far."""
+    """Knows whether a rollout phase runs, under which weights, and the seconds that phases have run so far."""
 
     def __init__(self) -> None:
         self.policy_version = -1
@@ -32,7 +32,7 @@ class PhaseClock:
         return self._seconds + (time.monotonic() - self._opened if self.is_open else 0.0)
 
     def open(self, policy_version: int) -> None:
-        """A phase runs."""
+        """Note that a phase runs."""
         self.closed.clear()
         if not self.is_open:
             self._opened = time.monotonic()
@@ -40,20 +40,20 @@ class PhaseClock:
         self._is_open.set()
 
     def close(self) -> None:
-        """Nothing new is asked for. What runs is for whoever ends the phase to stop."""
+        """End the phase: nothing new is asked for. What runs is for whoever ends the phase to stop."""
         self._seconds = self.seconds
         self._is_open.clear()
         self.closed.set()
 
     async def wait_open(self) -> int:
-        """The weights of the phase that runs, or of the next one."""
+        """Wait until a phase runs, and return the version of its weights."""
         await self._is_open.wait()
         return self.policy_version
 
 
 @dataclass(slots=True, eq=False)
 class Begun:
-    """A turn that is being sampled: what there is of it."""
+    """Holds what there is of a turn that is being sampled."""
 
     context_ids: np.ndarray
     output_ids: np.ndarray
@@ -73,7 +73,7 @@ class Begun:
         self.policy_versions = np.concatenate([self.policy_versions, versions])
 
     def go_on_from(self, turn: Turn) -> None:
-        """What was sampled of it before a kill."""
+        """Take over what was sampled of the turn before a kill."""
         self.output_ids, self.logprobs, self.policy_versions = turn.output_ids, turn.logprobs, turn.policy_versions
 
     def turn(self, finish_reason: str, routed_experts: np.ndarray | None = None) -> Turn:
@@ -93,18 +93,19 @@ class Policy:
     def __init__(self, servers: ServerPool, temperature: float, end_ids: tuple[int, ...], top_p: float = 1.0) -> None:
         self._servers, self.temperature, self.end_ids, self._top_p = servers, temperature, end_ids, top_p
         self.clock = PhaseClock()
-        # What went wrong with the servers: it is the run's to raise, and no agent's fault.
+        # The failure of the servers, if any: the run raises it, and no agent is at fault.
         self.failure: Exception | None = None
         self.failed = asyncio.Event()
 
     def open(self, policy_version: int) -> None:
-        """A rollout phase begins; what was wrong before is forgotten."""
+        """Begin a rollout phase; what was wrong before is forgotten."""
         self.failure = None
         self.failed.clear()
         self.clock.open(policy_version)
 
     async def sample(self, begun: Begun, wanted: SampleRequest, place: Place) -> Turn:
-        """Sample on from what there is, until the turn has ended. RequestRefused where no server takes the request.
+        """Sample on from what there is, until the turn has ended. Raise RequestRefused where no server takes the
+        request.
 
         wanted: of the whole turn. Other faults of servers are kept for the run, and this waits until it is cancelled.
         """
@@ -140,7 +141,8 @@ class Policy:
         )
 
     def _ended(self, begun: Begun, told: str, max_tokens: int) -> str:
-        """SGLang calls a response aborted even if that was its last token."""
+        """Return why a turn has ended; "" where it has not. SGLang calls a response aborted even if that was its last
+        token."""
         if told in ("stop", "length"):
             return told
         if len(begun.output_ids) >= max_tokens:

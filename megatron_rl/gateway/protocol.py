@@ -1,4 +1,4 @@
-"""What the run and the process of its agents say to each other: JSON, a line each.
+"""Defines what the run and the process of its agents say to each other: JSON, a line each.
 
 Orders: {"start": Order}, {"end": id}. News: {"ready": true} or {"problem": text}, then {"started": {"id", "pid"}} and
 {"ended": Outcome}.
@@ -16,8 +16,9 @@ TASK_FILE, RESULT_FILE, TRAJECTORY = "MEGATRON_RL_TASK", "MEGATRON_RL_RESULT", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What the process is started for. agent: a function. command: a program instead. folder: where it runs.
-    output: takes what agents print that fail. memory_bytes: of one. passing_score: as reward.passing_score."""
+    """Holds the settings with which the process of the agents is started. agent: a function. command: a program
+    instead. folder: where it runs. output: takes what agents print that fail. memory_bytes: of one. passing_score: as
+    reward.passing_score."""
 
     agent: str
     command: tuple[str, ...]
@@ -29,7 +30,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """One agent to run. task: what it is to do, as plain data."""
+    """Describes one agent to run. task: what it is to do, as plain data."""
 
     id: str
     base_url: str
@@ -39,8 +40,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How an agent ended. score: None where it gave none. reason, details, parts: as of a reward's verdict.
-    error: what went wrong; "" where nothing did."""
+    """Says how an agent ended. score: None where it gave none. reason, details, parts: as of a reward's verdict. error:
+    what went wrong; "" where nothing did."""
 
     id: str
     score: float | None = None
@@ -51,5 +52,5 @@ class Outcome:
 
 
 def line(kind: str, content: Any) -> bytes:
-    """One order, or one piece of news."""
+    """Return one order, or one piece of news, as a line."""
     return json.dumps({kind: content if isinstance(content, str | bool | dict) else asdict(content)}).encode() + b"\n"

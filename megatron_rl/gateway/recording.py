@@ -1,4 +1,4 @@
-"""What a trajectory's requests had the policy read and write: token ids, and which of them the policy sampled.
+"""Records what a trajectory's requests had the policy read and write: token ids, and which of them the policy sampled.
 
 A request's tokens are its context, which the policy read, and what it sampled behind that. Where a context begins with
 all tokens of a segment, the segment goes on; otherwise a new one begins, whose context is read only. So what the policy
@@ -14,7 +14,7 @@ from megatron_rl.records import Segment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What the policy sampled for one request.
+    """Holds what the policy sampled for one request.
 
     context_ids: int32 [c], what it read. output_ids: int32 [n]. logprobs: float32 [n]. policy_versions: int32 [n].
     finish_reason: "stop" or "length"; "" while it is not whole.
@@ -31,14 +31,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Behind a turn: the first `end` tokens of the segment with that number."""
+    """Marks the place behind a turn: the first `end` tokens of the segment with that number."""
 
     segment: int
     end: int
 
 
 class Recording:
-    """The segments of one trajectory, in the order in which they began."""
+    """Holds the segments of one trajectory, in the order in which they began."""
 
     def __init__(self) -> None:
         self._segments: list[_Growing] = []
@@ -53,7 +53,7 @@ class Recording:
         return sum(len(segment.turns) for segment in self._segments)
 
     def add(self, turn: Turn) -> Place:
-        """Append a turn of at least one token, and tell where it ends."""
+        """Append a turn of at least one token. Return where it ends."""
         number = self._continued(turn.context_ids)
         if number is None:
             self._segments.append(_Growing(len(turn.context_ids)))
@@ -64,14 +64,15 @@ class Recording:
         return Place(number, segment.length)
 
     def ids_up_to(self, place: Place) -> np.ndarray:
-        """int32 [place.end]."""
+        """Return the token ids up to a place, int32 [place.end]."""
         return self._segments[place.segment].ids()[: place.end]
 
     def segments(self) -> tuple[Segment, ...]:
         return tuple(segment.whole() for segment in self._segments)
 
     def _continued(self, context_ids: np.ndarray) -> int | None:
-        """The latest segment of which the context has all tokens at its beginning."""
+        """Return the number of the latest segment of which the context has all tokens at its beginning; None where
+        there is none."""
         for number in reversed(range(len(self._segments))):
             segment = self._segments[number]
             if segment.length <= len(context_ids) and np.array_equal(segment.ids(), context_ids[: segment.length]):
@@ -80,7 +81,7 @@ class Recording:
 
 
 class _Growing:
-    """A segment that may go on. Its arrays are put together when somebody wants them, not at every turn."""
+    """Holds a segment that may go on. Its arrays are put together when somebody wants them, not at every turn."""
 
     def __init__(self, num_prompt_tokens: int) -> None:
         self.length, self._num_prompt_tokens = 0, num_prompt_tokens
@@ -91,7 +92,7 @@ class _Growing:
         self._routed_experts: np.ndarray | None = None
 
     def add(self, turn: Turn) -> None:
-        """turn: one whose context begins with all tokens that are here."""
+        """Append a turn whose context begins with all tokens that are here."""
         self._ids += [turn.context_ids[self.length :], turn.output_ids]
         self._logprobs.append(turn.logprobs)
         self._versions.append(turn.policy_versions)
@@ -116,7 +117,7 @@ class _Growing:
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """One array of the parts, which takes their place."""
+    """Return one array of the parts, which takes their place."""
     if len(parts) > 1:
         parts[:] = [np.concatenate(parts)]
     return parts[0]

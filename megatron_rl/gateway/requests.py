@@ -1,4 +1,4 @@
-"""OpenAI's JSON bodies as validated records. What is not understood is refused, unless it changes nothing."""
+"""Reads OpenAI's JSON bodies into validated records. What is not understood is refused, unless it changes nothing."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from megatron_rl.rollout.embedded.protocol import MAX_STOP_STRINGS
 
 MAX_TEXT = 2**24
 
-# What a request may say and what this gateway does not look at: it changes nothing here.
+# Fields that a request may have and this gateway does not look at: they change nothing here.
 _IGNORED = {
     *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("parallel_tool_calls", "stream_options"),
@@ -38,7 +38,8 @@ _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What requests of both kinds say. max_tokens: None for as many as there is room for. usage: a stream tells it."""
+    """Holds what requests of both kinds say. max_tokens: None for as many as there is room for. usage: a stream tells
+    it."""
 
     max_tokens: int | None
     stop: tuple[str, ...]
@@ -50,7 +51,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """tools: JSON of a list, "" for none. tool: the policy must call it; "" any, None does not have to."""
+    """Holds a request for a chat completion. tools: JSON of a list, "" for none. tool: the policy must call it; "" any,
+    None does not have to."""
 
     messages: tuple[Message, ...]
     tools: str
@@ -60,14 +62,14 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest:
-    """prompt: a text or token ids."""
+    """Holds a request for a text completion. prompt: a text or token ids."""
 
     prompt: str | tuple[int, ...]
     options: Options
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
-    """Read the body of /v1/chat/completions. RequestError names what is wrong."""
+    """Read the body of /v1/chat/completions. Raise RequestError, which names what is wrong."""
     _refuse_unknown(body, _CHAT)
     try:
         tools = tools_of(body.get("tools"))
@@ -97,7 +99,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
 
 
 def parse_text(body: dict[str, Any], vocab_size: int) -> TextRequest:
-    """Read the body of /v1/completions."""
+    """Read the body of /v1/completions. Raise RequestError, which names what is wrong."""
     _refuse_unknown(body, _TEXT)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
@@ -116,7 +118,8 @@ def parse_text(body: dict[str, Any], vocab_size: int) -> TextRequest:
 
 
 def asks_for_other_sampling(body: Mapping[str, Any], temperature: float, top_p: float) -> str:
-    """The field by which a request asks to be sampled otherwise than the run samples, with its value; "" for none."""
+    """Return the field by which a request asks to be sampled otherwise than the run samples, with its value; "" for
+    none."""
     of_run = {"temperature": temperature, "top_p": top_p}
     return next(
         (f"{name} {cut(body[name])}" for name in OF_THE_RUN if body.get(name) not in (None, of_run[name])),
@@ -125,7 +128,8 @@ def asks_for_other_sampling(body: Mapping[str, Any], temperature: float, top_p: 
 
 
 def _tool_choice(value: Any, tools: str) -> tuple[bool, str | None]:
-    """Whether tools are shown to the policy, and the name of the one that it must call, "" for any."""
+    """Tell whether tools are shown to the policy, and return the name of the one that it must call, "" for any, None
+    where it must call none."""
     if value is None or value in ("auto", "none"):
         return value != "none", None
     names = [tool.get("function", tool).get("name") for tool in json.loads(tools)] if tools else []
@@ -198,7 +202,7 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text, or the texts of a list of parts."""
+    """Read a text, or the texts of a list of parts."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text") or "") for part in value)
     return "" if value == "" else string(name, value, MAX_TEXT)

@@ -1,4 +1,4 @@
-"""The rollout phase where agents answer prompts: each response is what the policy said in one run of an agent."""
+"""Runs the rollout phase where agents answer prompts: each response is what the policy said in one run of an agent."""
 
 import asyncio
 import logging
@@ -54,8 +54,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettings:
-    """What agents need to know of a run beside its rollout section. folder: takes their output. vocab_size: of the
-    model. special_tokens, arguments: as data.special_tokens and data.template_arguments."""
+    """Holds what agents need to know of a run beside its rollout section. folder: takes their output. vocab_size: of
+    the model. special_tokens, arguments: as data.special_tokens and data.template_arguments."""
 
     model: str
     vocab_size: int
@@ -68,7 +68,7 @@ class AgentSettings:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """An agent that runs, perhaps over several phases. trajectory: of the present try."""
+    """Holds an agent that runs, perhaps over several phases. trajectory: of the present try."""
 
     key: Key
     began: float
@@ -94,7 +94,8 @@ class AgentSampler(Sampler):
         top_p: float = 1.0,
         teacher: TeacherScorer | None = None,
     ) -> None:
-        """turns: takes turns, and has those that a killed phase had. ValueError for a parser that is not known."""
+        """Prepare to run agents; `start` begins it. turns: takes turns, and has those that a killed phase had. Raise
+        ValueError for a parser that is not known."""
         how = (servers, rewards, decode, advantages, rollout, seed)
         super().__init__(*how, settings.end_ids, journal, top_p, teacher)
         self._turns, self._settings = turns, settings
@@ -120,7 +121,7 @@ class AgentSampler(Sampler):
         self.counts: Counter[str] = Counter()
 
     async def start(self) -> None:
-        """ValueError for an agent that cannot be run."""
+        """Start the process of the agents and the gateway. Raise ValueError for an agent that cannot be run."""
         await self._agents.start()
         await self._gateway.start()
 
@@ -159,7 +160,8 @@ class AgentSampler(Sampler):
         return found
 
     async def _or_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work comes to; where it fails no agent is left. Their turns are known when they begin again."""
+        """Return the result of the work. Where it fails no agent is left running; their turns are known when they begin
+        again."""
         try:
             return await work
         except BaseException:
@@ -187,7 +189,7 @@ class AgentSampler(Sampler):
         place: Place,
         may_abort: Callable[[], bool] = lambda: False,
     ) -> Response:
-        """What the agent had the policy say, when it has ended, or when the phase does."""
+        """Return what the agent had the policy say, when it has ended, or when the phase does."""
         key = (response.prompt_id, response.sample_index)
         run = self._runs.get(key) or self._begin(key, question, place)
         try:
@@ -203,7 +205,8 @@ class AgentSampler(Sampler):
         return self._finished(run, question)
 
     async def _until_done_or_closed(self, run: _Run) -> bool:
-        """Whether it is done. Raises what is wrong with the servers."""
+        """Wait until the agent is done or the phase ends, and tell whether it is done. Raise what is wrong with the
+        servers."""
         closed = asyncio.create_task(self._policy.clock.closed.wait())
         failed = asyncio.create_task(self._policy.failed.wait())
         try:
@@ -231,8 +234,8 @@ class AgentSampler(Sampler):
         return run
 
     async def _play(self, run: _Run, question: Question, place: Place) -> Outcome:
-        """Run the agent to its end. Where the process of all agents is lost meanwhile, by whichever of them, it begins
-        again with the same answers in a process that it has for itself."""
+        """Run the agent to its end. Where the process of all agents is lost meanwhile, whichever of them caused it, the
+        agent begins again with the same answers in a process that it has for itself."""
         try:
             return await self._played(run, question, self._agents)
         except Lost:
@@ -298,7 +301,7 @@ class AgentSampler(Sampler):
         )
 
     def take_counts(self) -> dict[str, int]:
-        """What there was of agents since the last call, by the name of its metric."""
+        """Return the counts of agents since the last call, by the name of their metric."""
         counts, self.counts = self.counts, Counter()
         return {f"num_{name}": counts[name] for name in COUNTED}
 
@@ -307,7 +310,7 @@ class AgentSampler(Sampler):
         return self._settings.folder / OUTPUT
 
     async def _verdicts(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
-        """The agents' scores, and the reward's of the last messages of those that gave none."""
+        """Return the agents' scores, and the reward's verdicts on the last messages of those that gave none."""
         found = [self._own_verdict(response) for response in responses]
         rest = [response for response, verdict in zip(responses, found, strict=True) if verdict is None]
         judged: list[Verdict] = []
@@ -325,7 +328,7 @@ class AgentSampler(Sampler):
         return neutral(verdicts) if any(one is not None and one.reason in GAVE_UP for one in found) else verdicts
 
     def _own_verdict(self, response: Response) -> Verdict | None:
-        """What the agent said of its own run; None for the reward to say."""
+        """Return the agent's verdict on its own run; None where the reward is to judge."""
         key = (response.prompt_id, response.sample_index)
         reason, outcome = self._outcomes.get(key, (response.finish_reason, None))
         if outcome is None and self._turns is not None:
@@ -350,7 +353,7 @@ class AgentSampler(Sampler):
 
 
 def agent_settings(config: RolloutPhase, model: Path, architecture: Architecture) -> AgentSettings:
-    """Of a run. model: the directory that is served."""
+    """Return the settings of a run. model: the directory that is served."""
     return AgentSettings(
         model=str(model),
         vocab_size=architecture.vocab_size,
@@ -366,7 +369,7 @@ def agent_settings(config: RolloutPhase, model: Path, architecture: Architecture
 async def agent_sampling(
     config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int
 ) -> AsyncIterator[AgentSampler]:
-    """As `sampling` of rollout/standalone.py, of agents."""
+    """Yield a sampler of agents, as `sampling` of rollout/standalone.py does of responses."""
     architecture = load_architecture(model)
     decode = response_decoder(tokenizer, architecture.eos_token_ids)
     with Rewards(config.reward, config.run_dir) as rewards:
@@ -389,7 +392,7 @@ async def started(sampler: AgentSampler) -> AsyncIterator[AgentSampler]:
 
 
 def setup_of(rollout: AgentKeys, folder: Path, passing_score: float) -> Setup:
-    """How the process of the agents is started. folder: takes the file of their output."""
+    """Return how the process of the agents is started. folder: takes the file of their output."""
     return Setup(
         agent=rollout.agent,
         command=rollout.agent_command,
@@ -401,7 +404,7 @@ def setup_of(rollout: AgentKeys, folder: Path, passing_score: float) -> Setup:
 
 
 async def check_agent(setup: Setup) -> None:
-    """ValueError for an agent that cannot be run: its file, function or program."""
+    """Raise ValueError for an agent that cannot be run: its file, function or program."""
     agents = Agents(setup)
     try:
         await agents.start()

@@ -1,4 +1,4 @@
-"""One trajectory as its requests see it: each is answered by the policy, and recorded token by token."""
+"""Answers the requests of one trajectory: each is answered by the policy, and recorded token by token."""
 
 import asyncio
 import hashlib
@@ -28,7 +28,7 @@ LENGTH, TURNS, SECONDS = "length", "turns", "seconds"
 
 
 class TrajectoryEnded(RequestError):
-    """No further request of this trajectory is answered."""
+    """Says that no further request of this trajectory is answered."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class TrajectoryEnded(RequestError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of one trajectory. sequence_tokens: of what the policy reads and writes for a request. policy_tokens: that it
+    """Limits one trajectory. sequence_tokens: of what the policy reads and writes for a request. policy_tokens: that it
     writes in all. turns: requests."""
 
     sequence_tokens: int
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Which sample of which prompt a trajectory is. seed: of the run."""
+    """Says which sample of which prompt a trajectory is. seed: of the run."""
 
     seed: int
     prompt_id: int
@@ -56,7 +56,8 @@ class Seat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """id: the same whenever the same is sampled for the same. token_texts: where log-probs were asked for."""
+    """Holds the answer to one request. id: the same whenever the same is sampled for the same. token_texts: where
+    log-probs were asked for."""
 
     id: str
     turn: Turn
@@ -71,12 +72,12 @@ Keep = Callable[[str, Turn], None]
 
 
 def recalls_nothing(digest: str) -> None:
-    """Nothing was sampled before."""
+    """Return None: nothing was sampled before."""
     del digest
 
 
 def keeps_nothing(digest: str, turn: Turn) -> None:
-    """Nobody goes on with it after a kill."""
+    """Keep nothing: nobody goes on with the turn after a kill."""
     del digest, turn
 
 
@@ -95,8 +96,8 @@ class Trajectory:
         keep: Keep = keeps_nothing,
         server: ServerPlace | None = None,
     ) -> None:
-        """as_sampled: a conversation goes on behind the tokens that were sampled; else as the template writes them.
-        recall, keep: turns over kills. server: which one this trajectory keeps to."""
+        """Begin without turns. as_sampled: a conversation goes on behind the tokens that were sampled; else as the
+        template writes them. recall, keep: turns over kills. server: which one this trajectory keeps to."""
         self._seat, self._limits, self._policy, self._chat = seat, limits, policy, chat
         self._as_sampled, self._recall, self._keep = as_sampled, recall, keep
         self.recording, self._history = Recording(), History()
@@ -120,7 +121,8 @@ class Trajectory:
         return any(begun.is_running for _, begun in self._in_flight)
 
     def pause(self) -> tuple[Segment, ...]:
-        """All that was sampled so far, once nothing runs: turns that have not ended, too. They are kept as well."""
+        """Return all that was sampled so far, once nothing runs, turns that have not ended included. These are kept as
+        well."""
         recording = deepcopy(self.recording)
         for digest, begun in self._in_flight:
             if len(begun.output_ids):
@@ -184,7 +186,7 @@ class Trajectory:
         return Answer(id=digest[:32], turn=turn, said=said, finish_reason=reason, token_texts=tuple(texts))
 
     async def _context(self, messages: Sequence[Message], tools: str) -> np.ndarray:
-        """What the policy reads: recorded tokens as far as they go, and the template's behind them."""
+        """Return what the policy reads: recorded tokens as far as they go, and the template's behind them."""
         found = self._history.find(messages, tools) if self._as_sampled else None
         if found is not None:
             try:
@@ -201,7 +203,7 @@ class Trajectory:
         return np.concatenate([known, behind])
 
     async def _sampled(self, context: np.ndarray, options: Options) -> tuple[Turn, str, Place]:
-        """A turn behind the context, a digest of what was asked for, and where the turn is recorded."""
+        """Return a turn behind the context, a digest of what was asked for, and where the turn is recorded."""
         max_tokens = await self._reserve(len(context), options.max_tokens)
         digest = self._digest(context, options)
         begun = Begun.of(context)
@@ -236,7 +238,7 @@ class Trajectory:
         )
 
     async def _reserve(self, num_context_tokens: int, wanted: int | None) -> int:
-        """How many tokens the turn may have. Waits while requests in flight may take all that are left."""
+        """Return how many tokens the turn may have. Wait while requests in flight may take all that are left."""
         while True:
             self._check_open()
             if self.recording.num_turns + len(self._in_flight) >= self._limits.turns:
@@ -263,8 +265,8 @@ class Trajectory:
         return num_tokens
 
     def _digest(self, context: np.ndarray, options: Options) -> str:
-        """Of everything that decides what is sampled but the weights. The same request again is another one, unless it
-        names a seed."""
+        """Return a digest of everything that decides what is sampled but the weights. The same request again is another
+        one, unless it names a seed."""
         of_seat = [self._seat.seed, self._seat.prompt_id, self._seat.sample_index]
         whole = hashlib.blake2b(json.dumps([*of_seat, options.max_tokens, options.stop, options.seed]).encode())
         whole.update(context.tobytes())
@@ -276,7 +278,7 @@ class Trajectory:
         return digest
 
     async def _text(self, turn: Turn, stops: Sequence[str]) -> tuple[str, str]:
-        """(what the client is told, what a stop string cuts off)."""
+        """Return (what the client is told, what a stop string cuts off)."""
         text = await self._chat.text_of(turn.output_ids)
         starts = [start for stop in stops if (start := text.find(stop)) >= 0]
         end = min(starts, default=len(text))
@@ -288,7 +290,7 @@ class Trajectory:
 
 
 def answer_message(said: Said, digest: str) -> Message:
-    """The message that the client is given, and sends back with what follows it."""
+    """Return the message that the client is given, and sends back with what follows it."""
     more: dict[str, object] = {"reasoning_content": said.reasoning} if said.reasoning else {}
     if said.calls:
         more["tool_calls"] = [
@@ -303,5 +305,6 @@ def answer_message(said: Said, digest: str) -> Message:
 
 
 def call_id(digest: str, index: int) -> str:
-    """The same whenever the same is sampled: programs send it back, and templates may show it."""
+    """Return the id of a call. It is the same whenever the same is sampled: programs send it back, and templates may
+    show it."""
     return f"call_{digest[:16]}{index}"

@@ -1,4 +1,4 @@
-"""Turns on disk as they are sampled, so that after a kill the same requests have the same answers.
+"""Keeps turns on disk as they are sampled, so that after a kill the same requests have the same answers.
 
 One file for each phase beside the journal of whole groups (rollout/journal.py), with records of the same form: a JSON
 header, then turns and ends of agents. What is known of groups that go on in the next phase is written into its file,
@@ -27,7 +27,7 @@ Key = tuple[int, int]  # prompt_id, sample_index
 
 @dataclass(slots=True)
 class _Known:
-    """Of one trajectory. turns: by the digest of what was asked. outcome: with why it ended."""
+    """Holds what is known of one trajectory. turns: by the digest of what was asked. outcome: with why it ended."""
 
     turns: dict[str, bytes] = field(default_factory=dict)
     outcome: bytes = b""
@@ -37,7 +37,7 @@ class TurnJournal:
     """Owns the file of the present phase. `close()` closes it."""
 
     def __init__(self, folder: Path, identity: str, on_error: Callable[[OSError], Exception | None]) -> None:
-        """identity, on_error: as of the journal of groups."""
+        """Begin without a file; `open` opens that of a phase. identity, on_error: as of the journal of groups."""
         self._folder, self._identity, self._on_error = folder, identity, on_error
         self._file: RawIOBase | None = None
         self._known: dict[Key, _Known] = {}
@@ -68,12 +68,13 @@ class TurnJournal:
             self._give_up(error)
 
     def turn(self, key: Key, digest: str) -> Turn | None:
-        """What was sampled for a request, whole or not; without its context, which the request says."""
+        """Return what was sampled for a request, whole or not; without its context, which the request says."""
         content = self._known[key].turns.get(digest) if key in self._known else None
         return None if content is None else _turn(content)
 
     def keep(self, key: Key, digest: str, turn: Turn) -> None:
-        """Those with routed experts are not kept: they are large, and without them nothing could be trained."""
+        """Keep a turn. Those with routed experts are not kept: they are large, and without them nothing could be
+        trained."""
         if turn.routed_experts is None:
             content = _packed(key, digest, turn)
             if self._known.setdefault(key, _Known()).turns.get(digest) != content:
@@ -90,12 +91,12 @@ class TurnJournal:
         self._write(content)
 
     def drop(self, prompt_id: int) -> None:
-        """Its group is whole, and in the other journal."""
+        """Forget a prompt whose group is whole, and in the other journal."""
         self._known = {key: known for key, known in self._known.items() if key[0] != prompt_id}
 
     def forget(self, which: Callable[[int], bool]) -> None:
-        """Delete the phases of those steps, but for the last: groups that it left unfinished are in it until the next
-        phase begins."""
+        """Delete the phases of the steps for which `which` is true, but for the last: groups that it left unfinished
+        are in it until the next phase begins."""
         for path in self._folder.glob("step_*.turns"):
             found = re.fullmatch(r"step_(\d+)\.turns", path.name)
             if found and which(int(found[1])) and which(int(found[1]) + 1):
@@ -123,7 +124,7 @@ class TurnJournal:
             self._give_up(error)
 
     def _read(self, step: int) -> int:
-        """Adds what the file of a step knows; the bytes of its whole records."""
+        """Read what the file of a step knows. Return the bytes of its whole records."""
         path = self._path(step)
         if not path.exists():
             return 0

@@ -1,1 +1,2 @@
-"""Rollout: generation servers, the client that talks to them, the sampler. Knows nothing of megatron."""
+"""Contains the rollout: generation servers, the client that talks to them, and the sampler. Knows nothing of
+megatron."""

@@ -1,4 +1,4 @@
-"""A file of responses that grows group by group, and with which a run that was killed goes on.
+"""Writes a file of responses that grows group by group, and with which a run that was killed goes on.
 
 JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position". Who reads
 the positions in order to add what is missing holds `sole_writer` until it is added.
@@ -27,7 +27,7 @@ _MOST_WAITING = 2**26  # characters that are not written yet
 
 @contextmanager
 def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
-    """Say that responses stay in `where` when a signal or a Fault ends what writes them into `files`, and there are
+    """Log that responses stay in `where` when a signal or a Fault ends what writes them into `files`, and there are
     some. The signal becomes `Stopped`."""
     try:
         yield
@@ -42,7 +42,7 @@ def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A group that is complete. lines: its rows. num_tokens: generated for it. reward: their mean."""
+    """Holds a group that is complete. lines: its rows. num_tokens: generated for it. reward: their mean."""
 
     lines: str
     num_tokens: int
@@ -57,7 +57,7 @@ class _Appending:
         self._writing: asyncio.Task[None] | None = None
 
     async def append(self, text: str) -> None:
-        """Returns when the text waits to be written, and few others do."""
+        """Add a text to what is to be written. Return when it waits to be written, and few others do."""
         self._texts.append(text)
         self._num_characters += len(text)
         if self._writing is None or self._writing.done():
@@ -67,7 +67,7 @@ class _Appending:
             await self.end()
 
     async def end(self) -> None:
-        """Returns when everything so far is on the disk."""
+        """Return when everything so far is on the disk."""
         if self._writing is not None:
             await asyncio.shield(self._writing)  # who is cancelled here must not take its file away from the thread
 
@@ -84,7 +84,7 @@ class _Appending:
 
 @asynccontextmanager
 async def _appending(path: Path) -> AsyncIterator[_Appending]:
-    """All of it is on the disk at the end, whatever ends it."""
+    """Open the file to append to. All of it is on the disk at the end, whatever ends the block."""
     with path.open("a", encoding="utf-8") as file:
         appending = _Appending(file)
         try:
@@ -94,8 +94,8 @@ async def _appending(path: Path) -> AsyncIterator[_Appending]:
 
 
 async def write_groups(path: Path, groups: AsyncGenerator[Finished, None], num_groups: int, noun: str) -> int:
-    """Append every group as it completes; what is written survives. Tells how far it is, counting groups as `noun`.
-    num_groups: that are expected; fewer may come. Returns the number of tokens that were generated."""
+    """Append every group as it completes; what is written survives. Log how far it is, counting groups as `noun`.
+    num_groups: that are expected; fewer may come. Return the number of tokens that were generated."""
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
@@ -141,8 +141,8 @@ def has_responses(path: Path) -> bool:
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
-    """Positions of the groups of `size` responses in the file; none where there is no file. A last group that a kill
-    cut short is cut off; ValueError for any other that is not whole, and nothing is changed.
+    """Return the positions of the groups of `size` responses in the file; none where there is no file. A last group
+    that a kill cut short is cut off. Raise ValueError for any other group that is not whole; nothing is changed then.
 
     remedy: the end of its message.
     """
@@ -153,7 +153,8 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
 
 
 def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
-    """The same without changing anything, and the number of bytes up to the end of the last whole group."""
+    """Return what `whole_groups` does, without changing anything, and the number of bytes up to the end of the last
+    whole group."""
     if not has_responses(path):
         return set(), 0
     sizes: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Responses as bytes and back: a numpy archive without pickled objects."""
+"""Turns responses into bytes and back: a numpy archive without pickled objects."""
 
 import io
 import json
@@ -19,7 +19,7 @@ _NUM_RESPONSE_COLUMNS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carry:
-    """What one rollout phase leaves to the next.
+    """Holds what one rollout phase leaves to the next.
 
     samples: scored surplus. since: the step in which each became that. unfinished: groups that are not finished.
     """
@@ -30,7 +30,7 @@ class Carry:
 
 
 def pack_carry(carry: Carry) -> bytes:
-    """Inverse of `unpack_carry`, exactly."""
+    """Pack what a phase leaves into bytes; `unpack_carry` gives exactly the same back."""
     unfinished = [response for group in carry.unfinished for response in group.responses]
     arrays: dict[str, Any] = _arrays([*(sample.response for sample in carry.samples), *unfinished])
     buffer = io.BytesIO()
@@ -103,7 +103,7 @@ def _arrays(responses: Sequence[Response]) -> dict[str, Any]:
 
 
 def _of_teacher(segments: Sequence[Segment]) -> dict[str, Any]:
-    """Make the arrays of what a teacher gave the policy tokens, NaN in segments that it has not scored."""
+    """Return the arrays of a teacher's log-probs of the policy tokens, NaN in segments that it has not scored."""
     nothing = [np.full(s.num_policy_tokens, np.nan, np.float32) for s in segments]
     found = [s.teacher_logprobs for s in segments]
     return {
@@ -113,8 +113,8 @@ def _of_teacher(segments: Sequence[Segment]) -> dict[str, Any]:
 
 
 def _trajectories(responses: Sequence[Response], segments: Sequence[Segment]) -> dict[str, Any]:
-    """What the others leave open where a response is more than a continuation of its prompt: num_turns is -1 of a
-    segment that has only one and nothing else."""
+    """Return the arrays that are needed besides where a response is more than a continuation of its prompt. num_turns
+    is -1 for a segment that has only one turn and nothing else."""
     described = [(r.prompt_id, r.sample_index, len(r.segments)) for r in responses]
     turns = [segment.turns for segment in segments if segment.turns is not None]
     texts = [None if response.is_plain else response.text for response in responses]
@@ -182,7 +182,7 @@ def _segments(arrays: dict[str, np.ndarray]) -> list[Segment]:
 
 
 def _divided(array: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """The parts of these lengths; nothing is left behind them."""
+    """Divide an array into parts of these lengths, which together are all of it."""
     return np.split(array, np.cumsum(counts))[:-1]
 
 

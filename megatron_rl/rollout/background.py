@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that what runs on it goes on while this thread trains.
+"""Runs an event loop in a thread of its own, so that what runs on it goes on while this thread trains.
 
 A server that is lost is waited for and filled again by tasks of the pool. On a loop that only runs when somebody waits
 for a result they would stand still during a train phase, and their deadlines would not.
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Owns the thread. `close()` cancels what still runs on the loop and ends it."""
+    """Owns the thread of an event loop. `close()` cancels what still runs on the loop and ends it."""
 
     def __init__(self) -> None:
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
@@ -29,7 +29,7 @@ class BackgroundLoop:
         self._loop, self._end = started.result()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, from another thread than the loop's."""
+        """Return the result of `work`. Call it from another thread than the loop's."""
         return self.start(work).result()
 
     def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":

@@ -1,4 +1,4 @@
-"""The HTTP client of a generation server: SGLang's routes, finite timeouts, errors that name the server.
+"""Talks to a generation server over HTTP: SGLang's routes, finite timeouts, errors that name the server.
 
 Responses become numpy arrays here, at the edge; nothing behind it sees JSON.
 """
@@ -35,24 +35,26 @@ _READ_BYTES = 2**14  # of an answer, to quote it: a key in it is looked for ther
 
 
 class ServerError(Fault):
-    """A generation server failed, refused or answered nonsense; the message names it and what it said."""
+    """Says that a generation server failed, refused or answered nonsense; the message names it and what it said."""
 
 
 class RequestRefused(ServerError):
-    """The server understood and will not do it (status 4xx, or success false): asking again would not help."""
+    """Says that the server understood and will not do it (status 4xx, or success false): asking again would not
+    help."""
 
 
 class ServerLost(ServerError):
-    """It is gone, does not answer in time, or answers what no healthy server would: another one may do."""
+    """Says that the server is gone, does not answer in time, or answers what no healthy server would: another one may
+    do."""
 
 
 class ServerSilent(ServerLost):
-    """It has not answered in time; it may be there all the same."""
+    """Says that the server has not answered in time; it may be there all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One response to sample: the tokens before it, its seed, and how many tokens it may have.
+    """Describes one response to sample: the tokens before it, its seed, and how many tokens it may have.
 
     top_p: below 1 for evaluation only. Log-probs are those of the whole distribution, from which it then does not come.
     stop: texts that end it, the first of them that comes up.
@@ -67,7 +69,7 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it.
+    """Holds one sampled continuation: output_ids int32 [n], logprobs float32 [n], and the weights that made it.
 
     finish_reason: "stop", "length", or "abort" for the part that was there when it was aborted, perhaps no token.
     weight_versions: of its tokens, in order; several when weights came while it ran.
@@ -105,9 +107,9 @@ class GenerationClient:
         bodies: asyncio.Semaphore | None = None,
         lag: LoopLag | None = None,
     ) -> None:
-        """key_of: tells the key that every request shows; ServerLost where it must not be sent now. bodies: bounds how
-        many answers with routed experts are read at the same time, of all clients that share it. lag: of the event
-        loop; no time limit counts what that was late."""
+        """Prepare to talk to the server at `url`; requests connect. key_of: tells the key that every request shows;
+        ServerLost where it must not be sent now. bodies: bounds how many answers with routed experts are read at the
+        same time, of all clients that share it. lag: of the event loop; no time limit counts what that was late."""
         self.url = url.rstrip("/")
         self._lag = lag or LoopLag()
         self._key_of, self._key = partial(key_of, url), ""
@@ -187,13 +189,13 @@ class GenerationClient:
         return logprobs
 
     async def abort_all(self) -> None:
-        """Every request in flight is answered now, with what it has."""
+        """Have every request in flight answered now, with what it has."""
         await self._ask("POST", "/abort_request", {"rid": "", "abort_all": True}, self._control_timeout, parse=False)
 
     async def update_weights_from_disk(
         self, directory: Path, version: str, timeout_seconds: float | None = None
     ) -> None:
-        """Load new weights between two tokens; RequestRefused when the server will not have them."""
+        """Load new weights between two tokens. Raise RequestRefused when the server will not have them."""
         body = {
             "model_path": str(directory),
             "weight_version": version,
@@ -205,16 +207,17 @@ class GenerationClient:
         await self.flush_cache()
 
     async def release_memory(self, tags: Sequence[str]) -> None:
-        """Give the memory of these parts back, once idle: SGLang ends itself when it is asked while something runs."""
+        """Give the memory of these parts back, once the server is idle: SGLang ends itself when it is asked while
+        something runs."""
         await self.flush_cache()
         await self._ask("POST", "/release_memory_occupation", {"tags": list(tags)}, self._control_timeout)
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        """Take it again. SGLang ends itself over a part that was not released."""
+        """Take the memory of these parts again. SGLang ends itself over a part that was not released."""
         await self._ask("POST", "/resume_memory_occupation", {"tags": list(tags)}, self._control_timeout)
 
     async def flush_cache(self) -> None:
-        """Forget shared prompts: their keys and values belong to the weights before. Waits until nothing runs."""
+        """Forget shared prompts: their keys and values belong to the weights before. This waits until nothing runs."""
         give_up = time.monotonic() + self._control_timeout
         while True:
             try:
@@ -225,15 +228,16 @@ class GenerationClient:
             await asyncio.sleep(0.1)
 
     async def control(self, route: str, body: dict[str, Any], timeout_seconds: float | None = None) -> None:
-        """A POST that is answered with {"success": true}; RequestRefused with the server's message otherwise."""
+        """Send a POST that is answered with {"success": true}. Raise RequestRefused with the server's message
+        otherwise."""
         answer = await self._ask("POST", route, body, timeout_seconds or self._control_timeout)
         if not isinstance(answer, dict) or not answer.get("success"):
             message = answer.get("message") if isinstance(answer, dict) else answer
             raise RequestRefused(f"{self.url}{route} refused: {self._shown(str(message))}")
 
     async def weight_checksums(self) -> tuple[dict[str, str], dict[str, str]]:
-        """By tensor name the checksum that tensor_bytes.py computes, and the dtype that it was computed in.
-        RequestRefused by a server that has none; only the embedded one does."""
+        """Return by tensor name the checksum that tensor_bytes.py computes, and the dtype that it was computed in.
+        Raise RequestRefused for a server that has none; only the embedded one has them."""
         answer = await self._ask("POST", "/weights_checker", {"action": "checksum"}, self._control_timeout)
         try:
             return dict(answer["checksums"]), dict(answer["dtypes"])
@@ -247,15 +251,15 @@ class GenerationClient:
         return found
 
     async def is_ready(self, timeout_seconds: float = 5.0) -> bool:
-        """True once the server answers /ready with 200; False while nothing listens."""
+        """Tell whether the server answers /ready with 200; False while nothing listens."""
         return await self._is_ok("/ready", timeout_seconds)
 
     async def is_there(self, timeout_seconds: float) -> bool:
-        """True when its front end answers, whatever the model behind it does."""
+        """Tell whether the server's front end answers, whatever the model behind it does."""
         return await self._is_ok("/ping", timeout_seconds)
 
     async def is_healthy(self, timeout_seconds: float) -> bool:
-        """True when it still makes tokens: SGLang answers /health only then."""
+        """Tell whether the server still makes tokens: SGLang answers /health only then."""
         return await self._is_ok("/health", timeout_seconds)
 
     def _shown(self, said: str) -> str:
@@ -307,11 +311,13 @@ class GenerationClient:
         timeout_seconds: float,
         held: contextlib.AsyncExitStack | None = None,
     ) -> tuple[int, bytes]:
-        """Status and content of the answer. The time limit is for all of it: a server that sends a byte now and then
-        would never run into one between two reads. TimeoutError or ConnectionFailed; then the connection is not used
-        again. ServerLost where it is not known who listens there: nothing is sent.
+        """Send a request, and return the status and content of its answer. The time limit is for all of it: a server
+        that sends a byte now and then would never run into one between two reads. Raise TimeoutError or
+        ConnectionFailed; then the connection is not used again. Raise ServerLost where it is not known who listens
+        there: nothing is sent.
 
-        held: keeps one of the places for large contents, which are read only then."""
+        held: keeps one of the places for large contents, which are read only then.
+        """
         content = None if body is None else msgspec.json.encode(body)
         self._key = self._key_of()
         async with self._lag.timeout(timeout_seconds):
@@ -356,7 +362,7 @@ class GenerationClient:
         timeout_seconds: float,
         parse: bool = True,
     ) -> Any:
-        """The JSON of the answer; None where that is not to be parsed."""
+        """Send a request and return the JSON of the answer; None where that is not to be parsed."""
         content = await self._answered(method, route, body, timeout_seconds)
         try:
             return json.loads(content) if parse else None
@@ -371,7 +377,7 @@ class GenerationClient:
         timeout_seconds: float,
         held: contextlib.AsyncExitStack | None = None,
     ) -> bytes:
-        """The content of an answer with status 200. held: see `_request`."""
+        """Send a request and return the content of an answer with status 200. held: see `_request`."""
         try:
             status, content = await self._request(method, route, body, timeout_seconds, held)
         except TimeoutError:
@@ -385,5 +391,5 @@ class GenerationClient:
 
 
 def _text(content: bytes) -> str:
-    """Enough of it to quote it."""
+    """Return enough of the content as text to quote it."""
     return content[:_READ_BYTES].decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Takes results as they come, of work of which only a part is begun at a time."""
+"""Takes results as they come, from work of which only a part is begun at a time."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterator
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: int) -> AsyncGenerator[T, None]:
-    """The result of every coroutine, whichever is done first. Of those that are begun, the results of at most `most`
-    have not been taken yet, so memory is that of so many, whatever their number. The first that fails ends the others.
-    """
+    """Yield the result of every coroutine, whichever is done first. Of those that are begun, the results of at most
+    `most` have not been taken yet, so memory is bounded by these, however many coroutines there are. The first that
+    fails ends the others."""
     ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
     begun: set[asyncio.Task[T]] = set()
     try:
@@ -19,7 +19,7 @@ async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: i
             for one in islice(work, most - len(begun)):
                 task = asyncio.create_task(one)
                 begun.add(task)
-                # To wait for the first of all would go through all of them, each time.
+                # A queue, because asyncio.wait for the first one would go through all of them, each time.
                 task.add_done_callback(ended.put_nowait)
             if not begun:
                 return

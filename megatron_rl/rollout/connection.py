@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection to a server, kept for the requests that follow each other on it.
+"""Keeps one HTTP/1.1 connection to a server, for the requests that follow each other on it.
 
 A phase has thousands in flight on one event loop, where a general client's pools, hooks and streams would take more of
 it than the replies do. h11 keeps the protocol.
@@ -13,14 +13,14 @@ import h11
 
 
 class ConnectionFailed(Exception):
-    """No answer came of it; the message says what the connection did. It cannot be used again."""
+    """Says that no answer came; the message says what the connection did. The connection cannot be used again."""
 
 
 class Connection(asyncio.Protocol):
-    """Use it from one task at a time; `close()` ends it."""
+    """Sends requests over one connection. Use it from one task at a time; `close()` ends it."""
 
     def __init__(self, host: str) -> None:
-        """host: as servers are told of it."""
+        """Prepare a connection; `open` makes it. host: as servers are told of it."""
         self._host = host
         self._http = h11.Connection(h11.CLIENT)
         self._status, self._content = 0, bytearray()
@@ -29,7 +29,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, url: SplitResult, tls: SSLContext | None) -> "Connection":
-        """ConnectionFailed where nobody listens."""
+        """Connect to a server. Raise ConnectionFailed where nobody listens."""
         host, port = url.hostname or "", url.port or (443 if tls else 80)
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
@@ -55,9 +55,11 @@ class Connection(asyncio.Protocol):
         headers: Mapping[str, str],
         admitted: Callable[[], Awaitable[object]] | None = None,
     ) -> tuple[int, bytes]:
-        """Send one request and return the status and content of its answer. ConnectionFailed when none comes.
+        """Send one request and return the status and content of its answer. Raise ConnectionFailed when no answer
+        comes.
 
-        admitted: awaited between head and content of the answer; the content stays with the server until then."""
+        admitted: awaited between head and content of the answer; the content stays with the server until then.
+        """
         own = {"Host": self._host, "Accept": "*/*"}
         if content is not None:
             own |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
@@ -93,7 +95,7 @@ class Connection(asyncio.Protocol):
         self._fail(str(error or "the server disconnected without an answer"))
 
     def _receive(self, data: bytes) -> None:
-        """Take what came; the answer is given out with its last byte."""
+        """Take the bytes that came. The answer is given out with its last byte."""
         try:
             self._http.receive_data(data)
             while (event := self._http.next_event()) not in (h11.NEED_DATA, h11.PAUSED):

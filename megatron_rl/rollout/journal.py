@@ -1,4 +1,4 @@
-"""Scored groups on disk as they complete, so that a killed rollout phase goes on with what was done.
+"""Keeps scored groups on disk as they complete, so that a killed rollout phase goes on with what was done.
 
 One file for each phase: records of [length, uint64][blake2b of the content, 16 bytes][content], the first a JSON
 header, each other one group (rollout/archive.py). The last record of a file may be cut short; it and what follows is
@@ -31,8 +31,9 @@ class Journal:
     """Owns the file of the present phase. `close()` closes it."""
 
     def __init__(self, folder: Path, identity: str, on_error: Callable[[OSError], Exception | None]) -> None:
-        """identity: of everything that decides what a phase samples beside its weights and cursor; groups of another
-        one are not used. on_error: what to raise when the disk takes no more; None to go on without."""
+        """Begin without a file; `open` opens that of a phase. identity: of everything that decides what a phase samples
+        beside its weights and cursor; groups of another one are not used. on_error: what to raise when the disk takes
+        no more; None to go on without."""
         self._folder, self._identity, self._on_error = folder, identity, on_error
         self._file: RawIOBase | None = None
         self._found: dict[int, Group] = {}
@@ -40,7 +41,7 @@ class Journal:
         self._lock = asyncio.Lock()
 
     def open(self, step: int) -> int:
-        """Begin or resume the phase of `step`. The number of groups that it has already."""
+        """Begin or resume the phase of `step`. Return the number of groups that it has already."""
         self.close()
         path = self._folder / f"step_{step:06d}.journal"
         header = json.dumps({"step": step, "identity": self._identity}).encode()
@@ -58,11 +59,12 @@ class Journal:
         return len(self._found)
 
     def find(self, prompt_id: int) -> Group | None:
-        """The group of this prompt, if it was completed before. Its advantages are those of the run that wrote it."""
+        """Return the group of this prompt, if it was completed before. Its advantages are those of the run that wrote
+        it."""
         return self._found.get(prompt_id)
 
     async def append(self, group: Group) -> None:
-        """Returns when the group is on disk. Groups that come at the same time share one fsync.
+        """Append a group, and return when it is on disk. Groups that come at the same time share one fsync.
 
         A group that could not be judged is not kept: sampled again, it may be.
         """
@@ -83,7 +85,7 @@ class Journal:
                     self._give_up(error)
 
     def forget(self, which: Callable[[int], bool]) -> None:
-        """Delete the phases of those steps."""
+        """Delete the phases of the steps for which `which` is true."""
         for path in self._folder.glob("step_*.journal"):
             found = re.fullmatch(r"step_(\d+)\.journal", path.name)
             if found and which(int(found[1])):
@@ -102,7 +104,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _read(self, path: Path, header: bytes) -> int:
-        """Fills what was found; the bytes of whole records, 0 if the file is of another run."""
+        """Read the groups of a file. Return the bytes of whole records, 0 if the file is of another run."""
         found = records(path)
         first, whole = next(found, (b"", 0))
         if first != header:
@@ -115,7 +117,7 @@ class Journal:
         return whole
 
     def _give_up(self, error: OSError) -> None:
-        """No more groups are kept in this phase."""
+        """Close the file: no more groups are kept in this phase."""
         self.close()
         self._queue = []
         fault = self._on_error(error)
@@ -124,12 +126,12 @@ class Journal:
 
 
 def framed(content: bytes) -> bytes:
-    """One record of a file."""
+    """Return one record of a file."""
     return _HEAD.pack(len(content), hashlib.blake2b(content, digest_size=16).digest()) + content
 
 
 def records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(content, end) of every record up to the first that is not whole."""
+    """Yield (content, end) of every record up to the first that is not whole."""
     with path.open("rb") as file:
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             length, digest = _HEAD.unpack(head)

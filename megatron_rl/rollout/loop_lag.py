@@ -1,4 +1,4 @@
-"""How late an event loop is, and a clock that stands still while it is.
+"""Measures how late an event loop is, and has a clock that stands still while it is.
 
 A loop that is late cannot read what has long come: what it has not heard in that time is nobody's silence.
 """
@@ -13,7 +13,7 @@ _TICK_SECONDS = 0.1
 
 
 class LoopLag:
-    """Looks on the running loop, from `start` to `close`, how much later than asked for it runs a callback."""
+    """Measures on the running loop, from `start` to `close`, how much later than asked for it runs a callback."""
 
     def __init__(self) -> None:
         self._late_seconds = self._largest = 0.0
@@ -30,18 +30,19 @@ class LoopLag:
         self._due = math.inf
 
     def clock(self) -> float:
-        """Seconds, without those in which the loop was late or still is."""
+        """Return seconds, without those in which the loop was late or still is."""
         now = time.monotonic()
         return now - self._late_seconds - max(0.0, now - self._due)
 
     def take_largest(self) -> float:
-        """The most seconds that it has been late at once since the last call."""
+        """Return the most seconds that the loop has been late at once since the last call."""
         largest, self._largest = max(self._largest, time.monotonic() - self._due), 0.0
         return largest
 
     @asynccontextmanager
     async def timeout(self, seconds: float) -> AsyncIterator[None]:
-        """As `asyncio.timeout`, by this clock: an answer that waits for a loop that is late is not late itself."""
+        """Limit the time of a block, as `asyncio.timeout` does, by this clock: an answer that waits for a loop that is
+        late is not late itself."""
         loop, deadline = asyncio.get_running_loop(), self.clock() + seconds
         handle: asyncio.TimerHandle | None = None
         async with asyncio.timeout(None) as limit:

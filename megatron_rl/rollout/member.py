@@ -1,4 +1,4 @@
-"""A generation server as the pool of servers keeps it (pool.py)."""
+"""Describes a generation server as the pool of servers keeps it (pool.py)."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,8 @@ SignOfLife = Callable[[GenerationClient, float], Coroutine[Any, Any, bool]]
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A server of the pool. out: why it gets no work, None while it does. needs_weights: it is out for want of nothing
-    but the weights of the next push. in_flight: what waits for its answers, each ended when it is taken out.
+    """Holds a server of the pool. out: why it gets no work, None while it does. needs_weights: it is out for want of
+    nothing but the weights of the next push. in_flight: what waits for its answers, each ended when it is taken out.
 
     num_losses: how often it was taken out; what was agreed with it before does not hold with the one that comes back.
     released: parts of its memory that it has given back.
@@ -40,7 +40,7 @@ def is_running(task: "asyncio.Task[Any] | None") -> bool:
 
 @contextlib.asynccontextmanager
 async def unless_lost(member: Member) -> AsyncIterator[None]:
-    """Wait for an answer of a member; ServerLost as soon as it is taken out."""
+    """Wait for an answer of a member inside the block. Raise ServerLost as soon as it is taken out."""
     try:
         async with asyncio.timeout(None) as waiting:
             member.in_flight.add(waiting)

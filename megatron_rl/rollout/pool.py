@@ -1,4 +1,4 @@
-"""Several generation servers as one: work goes to the least busy, and what a lost server owed is sent again.
+"""Uses several generation servers as one: work goes to the least busy, and what a lost server owed is sent again.
 
 A server that dies, hangs or answers nonsense is taken out; it comes back once it is ready and has the current weights.
 """
@@ -40,12 +40,12 @@ _START_SECONDS = 30.0  # before a first token, on top of the time for tokens
 _LOOK_EVERY_SECONDS = 5.0
 _ASK_AGAIN_SECONDS = 0.3
 
-# What servers hold, by SGLang's names: the weights, which come first again, and what only generating needs.
+# Parts of a server's memory, by SGLang's names: the weights, which are resumed first, and what only generating needs.
 WEIGHTS, WORKSPACE = ("weights",), ("kv_cache", "cuda_graph")
 
 
 class WeightsNeeded(ServerError):
-    """No server can serve until weights are pushed again: those that came back have others."""
+    """Says that no server can serve until weights are pushed again: those that came back have others."""
 
 
 T = TypeVar("T")
@@ -53,7 +53,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Where the responses of one group go: to one server, which puts their common prompt through the model once.
+    """Remembers where the responses of one group go: to one server, which puts their common prompt through the model
+    once.
 
     most: requests that it may have; beyond them the next response goes to the least busy one, and the rest follow.
     """
@@ -64,7 +65,7 @@ class Place:
 
 @dataclass(slots=True)
 class Counts:
-    """What went wrong since the last look: for the log of a step."""
+    """Counts what went wrong since the last look, for the log of a step."""
 
     num_resent: int = 0
     num_taken_out: int = 0
@@ -72,7 +73,7 @@ class Counts:
 
 @dataclass(slots=True, eq=False)
 class ServerPool:
-    """Use it in one event loop; `close()` ends its tasks and connections.
+    """Shares work among servers. Use it in one event loop; `close()` ends its tasks and connections.
 
     replace: ends a server's process for good reason and has another started at the same url; None where servers are not
     ours. `load_from_disk` and `assume` say what weights must answer. routed: ask for routed experts of this shape.
@@ -93,8 +94,8 @@ class ServerPool:
     _asleep: bool = False
 
     async def connect(self) -> None:
-        """ServerLost when one of the servers is not ready; ValueError for one that takes too short inputs, or cannot
-        return routed experts where they are asked for."""
+        """Connect to the servers. Raise ServerLost when one of them is not ready, and ValueError for one that takes too
+        short inputs, or cannot return routed experts where they are asked for."""
         self.lag.start()
         bodies = asyncio.Semaphore(MOST_BODIES)
         for url in self.urls:
@@ -116,8 +117,8 @@ class ServerPool:
                     )
 
     def _check_length(self, url: str, info: Mapping[str, Any]) -> None:
-        """ValueError when the server takes no input of all tokens of the longest sequence but one: a response that goes
-        on, or the probe of its weights."""
+        """Raise ValueError when the server takes no input of all tokens of the longest sequence but one: a response
+        that goes on, or the probe of its weights."""
         # SGLang's own bound, of context and cache; the embedded server goes to the end of its context.
         bound, longest = info.get("max_req_input_len") or info.get("context_length"), self.rollout.max_sequence_tokens
         if isinstance(bound, int) and bound < longest:
@@ -138,7 +139,7 @@ class ServerPool:
 
     @property
     def num_slots(self) -> int:
-        """Responses that can run at once, of the servers that are not out for good."""
+        """The number of responses that can run at once, on the servers that are not out for good."""
         able = sum(m.out is None or is_running(m.recovery) for m in self._members)
         return max(1, able) * self.rollout.max_running_requests
 
@@ -148,7 +149,7 @@ class ServerPool:
 
     @property
     def _recoveries(self) -> "list[asyncio.Task[None]]":
-        """Of the members that are coming back."""
+        """The tasks of the members that are coming back."""
         return [m.recovery for m in self._members if m.recovery is not None and not m.recovery.done()]
 
     def client(self, url: str) -> GenerationClient:
@@ -166,7 +167,8 @@ class ServerPool:
         """Sample one response on a server that has confirmed the current weights.
 
         Lost work is sent again, to the server that is then the least busy; seeds make it the same work. RequestRefused
-        is final. ServerLost after several servers failed; WeightsNeeded when none is left until the next push.
+        is final. Raises ServerLost after several servers failed, and WeightsNeeded when none is left until the next
+        push.
 
         may_abort: true once `abort_all` has been called for this work: then what comes back may be cut short, and lost
         work is not sent again. A server that cuts short what nobody aborted is lost: it shuts down, or its model gives
@@ -197,8 +199,8 @@ class ServerPool:
         may_abort: Callable[[], bool],
         place: Place,
     ) -> T:
-        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: by
-        which work is divided, and its time measured out."""
+        """Have `ask` ask a server within so many seconds, and another one where it is lost. num_tokens: the size of the
+        work, by which it is divided among servers, and its time limited."""
         failure: ServerError | None = None
         tried: set[Member] = set()
         for attempt in range(_SENDS):
@@ -224,17 +226,17 @@ class ServerPool:
         raise ServerLost(f"the same request failed {_SENDS} times, the last time so: {failure}")
 
     async def abort_all(self) -> None:
-        """What is in flight is answered now, with what it has. A request that a server has yet to read is not hit."""
+        """Have what is in flight answered now, with what it has. A request that a server has yet to read is not hit."""
         await self._each(lambda client: client.abort_all())
 
     async def flush_caches(self, members: Sequence[Member]) -> None:
-        """These servers forget what they share between prompts."""
+        """Have these servers forget what they share between prompts."""
         await self._each(lambda client: client.flush_cache(), members=members)
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """Log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.
+        """Return the log-probs float32 [n - 1] of all tokens but the first, of every server that gets work, by its url.
 
-        A server that is lost meanwhile is left out. WeightsNeeded or ServerLost when none is left.
+        A server that is lost meanwhile is left out. Raises WeightsNeeded or ServerLost when none is left.
         """
         for _ in range(_SENDS):
             await self._choose(None)
@@ -250,8 +252,9 @@ class ServerPool:
         members: Sequence[Member] | None = None,
         failures: type[ServerError] = ServerLost,
     ) -> dict[str, Any]:
-        """What every serving member answers, by its url, in their order; who fails is taken out, and so is who gives no
-        sign of life for too long. members: these instead. failures: what counts as failing, the rest is raised."""
+        """Return what every serving member answers, by its url, in their order. A member that fails is taken out, and
+        so is one that gives no sign of life for too long. members: these instead. failures: what counts as failing, the
+        rest is raised."""
 
         async def one(member: Member) -> list[tuple[str, Any]]:
             num_losses = member.num_losses
@@ -289,8 +292,8 @@ class ServerPool:
     async def _choose(
         self, failure: ServerError | None, tried: Set[Member] = frozenset(), place: Place | None = None
     ) -> Member:
-        """The member of the place, or the serving one with the least outstanding tokens, if possible none of `tried`:
-        one that comes back at once may fail again. Waits for one that is coming back where none serves."""
+        """Return the member of the place, or the serving one with the least outstanding tokens, if possible none of
+        `tried`: one that comes back at once may fail again. Wait for one that is coming back where none serves."""
         place = place or Place()
         while True:
             known = place.member
@@ -320,9 +323,10 @@ class ServerPool:
     # Weights -------------------------------------------------------------------------------------------------------
 
     async def load_from_disk(self, directory: Path, version: str) -> None:
-        """Every serving member loads `directory` and answers as `version`; who fails is taken out and refilled.
+        """Have every serving member load `directory` and answer as `version`. A member that fails is taken out and
+        refilled.
 
-        RequestRefused when a server will not have these weights; ServerLost when no server is left.
+        Raises RequestRefused when a server will not have these weights, and ServerLost when no server is left.
         """
         self._weights, self._version = directory, version
         await self.look_again()
@@ -335,16 +339,18 @@ class ServerPool:
         await self._choose(None)
 
     def assume(self, directory: Path | None, version: str) -> None:
-        """The serving members have these weights and answer as `version`. directory: where one that comes back finds
-        them; None for weights that were sent to it, then it waits for a push."""
+        """Note that the serving members have these weights and answer as `version`. directory: where one that comes
+        back finds them; None for weights that were sent to it, then it waits for a push."""
         self._weights, self._version = directory, version
 
     # Memory --------------------------------------------------------------------------------------------------------
 
     async def release_memory(self) -> None:
-        """Servers give back what they hold on their GPUs, until `resume_memory`; who cannot is taken out.
+        """Have servers give back what they hold on their GPUs, until `resume_memory`. A server that cannot is taken
+        out.
 
-        Nothing must run. Who is just coming back is waited for if it is ready; one that is not is for its supervisor.
+        Nothing must run. A server that is just coming back is waited for if it is ready; one that is not is for its
+        supervisor.
         """
         while coming := [m.recovery for m in self._members if is_running(m.recovery) and await m.client.is_ready()]:
             await asyncio.wait([task for task in coming if task is not None])
@@ -363,7 +369,8 @@ class ServerPool:
                 member.released = frozenset(parts)
 
     async def resume_memory(self, parts: Sequence[str]) -> None:
-        """Those that released these parts take them again; who cannot is taken out. Weights hold nothing then."""
+        """Have the servers that released these parts take them again. A server that cannot is taken out. Weights hold
+        nothing then."""
         self._asleep = False
         asked = [member for member in self._members if member.released.issuperset(parts)]
         resumed = await self._each(
@@ -376,7 +383,8 @@ class ServerPool:
     # Servers that fail ---------------------------------------------------------------------------------------------
 
     def mark_down(self, member: Member, reason: str) -> None:
-        """No more work for it until it has recovered; what it has in flight is lost. Idempotent."""
+        """Take a member out: no more work for it until it has recovered, and what it has in flight is lost.
+        Idempotent."""
         if member.out is not None and not member.needs_weights:
             return
         log.warning("a generation server is taken out: %s", reason)
@@ -392,7 +400,8 @@ class ServerPool:
             log.warning("no generation server is left; work waits for one to come back")
 
     async def _recover(self, member: Member, reason: str | None = None) -> None:
-        """Wait until it is ready, give it the current weights, and put it back. reason: to end its process first."""
+        """Wait until a member is ready, give it the current weights, and put it back. reason: to end its process
+        first."""
         if reason is not None and self.replace is not None:
             await asyncio.to_thread(self.replace, member.client.url, reason)
         seconds = self.rollout.ready_deadline_seconds
@@ -423,33 +432,33 @@ class ServerPool:
         log.error("%s", member.out)
 
     async def look_again(self) -> None:
-        """Whoever was given up and is there after all gets another chance."""
+        """Give members that were given up and are there after all another chance."""
         for member in self._members:
             given_up = member.out is not None and not member.needs_weights and not is_running(member.recovery)
             if given_up and await member.client.is_ready():
                 member.recovery = asyncio.create_task(self._recover(member))
 
     def mark_up(self, member: Member) -> None:
-        """It has the current weights and serves."""
+        """Note that a member has the current weights and serves."""
         log.info("the generation server %s serves again", member.client.url)
         member.out, member.needs_weights = None, False
 
     @property
     def returned(self) -> list[Member]:
-        """Members that are ready but for the current weights."""
+        """The members that are ready but for the current weights."""
         return [member for member in self._members if member.needs_weights]
 
     async def recovered(self) -> list[Member]:
-        """`returned`, for a push. One that is still being restarted gets weights when it is back, and is waited for
-        only where nobody else would get any, or with rollout.release_memory: then there is no memory for a push while
-        the others generate."""
+        """Return `returned`, for a push. A server that is still being restarted gets weights when it is back. It is
+        waited for only where nobody else would get any, or with rollout.release_memory: then there is no memory for a
+        push while the others generate."""
         await self.look_again()
         while (coming := self._recoveries) and (self.rollout.release_memory or not (self.serving or self.returned)):
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         return self.returned
 
     async def _watch(self, member: Member) -> None:
-        """While it has work: take it out when it has not been healthy for `rollout.silence_seconds`."""
+        """Watch a member while it has work. Take it out when it has not been healthy for `rollout.silence_seconds`."""
         last_sign = self.lag.clock()
         pause = min(_LOOK_EVERY_SECONDS, self.rollout.silence_seconds / 4)
         while member.outstanding_requests and member.out is None:

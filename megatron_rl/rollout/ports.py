@@ -1,4 +1,5 @@
-"""Ports of this machine for our servers: nobody else gets one, and a server is proven to be ours before it is trusted.
+"""Holds ports of this machine for our servers: nobody else gets one, and a server is proven to be ours before it is
+trusted.
 
 A server binds its port when its model is loaded, and again whenever it is started again. In between, this process has
 the port bound. Linux lets a second socket bind it only where both set SO_REUSEADDR and neither listens. So SO_REUSEADDR
@@ -18,7 +19,8 @@ _held: dict[tuple[str, int], socket.socket] = {}
 def hold_port(host: str, port: int = 0) -> int:
     """Keep a port of this machine for servers that this process starts, as long as it lives, and open it for one.
 
-    0 picks one. ValueError when somebody listens there: SGLang neither serves nor ends where it cannot bind its port.
+    0 picks one. Raises ValueError when somebody listens there: SGLang neither serves nor ends where it cannot bind its
+    port.
     """
     if (host, port) not in _held:
         held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -42,9 +44,9 @@ def close_port(host: str, port: int) -> None:
 
 
 def is_ours(host: str, port: int, pid: int) -> bool:
-    """True when the process, or one that it started, listens there; False while nobody does.
+    """Tell whether the process, or one that it started, listens there; False while nobody does.
 
-    Nothing is sent to who listens. ValueError when it is somebody else.
+    Nothing is sent to who listens. Raises ValueError when it is somebody else.
     """
     try:
         socket.create_connection((host, port), timeout=5.0).close()
@@ -71,18 +73,19 @@ def _listens(host: str, port: int, pid: int) -> bool:
 
 
 def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`. ValueError when there is no such host."""
+    """Return this machine's address on the way to `host`. Raise ValueError when there is no such host."""
     return _both_ends(host)[0]
 
 
 def is_here(host: str) -> bool:
-    """True when `host` is this machine: the way from it to itself begins where it ends. ValueError as above."""
+    """Tell whether `host` is this machine: the way from it to itself begins where it ends. Raise ValueError when there
+    is no such host."""
     own, other = _both_ends(host)
     return own == other or ipaddress.ip_address(own).is_loopback
 
 
 def _both_ends(host: str) -> tuple[str, str]:
-    """This machine's address on the way to `host`, and the address of that."""
+    """Return this machine's address on the way to `host`, and the address of `host`."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,4 +1,4 @@
-"""What the responses in a file depend on, kept beside it, so that `--resume` never mixes those of two settings."""
+"""Keeps beside a file what the responses in it depend on, so that `--resume` never mixes those of two settings."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ def model_settings(path: Path, dtype: str) -> dict[str, Any]:
 
 
 def teacher_settings(section: DistillationSection | None) -> dict[str, Any] | None:
-    """Collect what decides a teacher's log-probs; None without one."""
+    """Return what decides a teacher's log-probs; None without one."""
     return None if section is None else model_settings(section.path, section.dtype)
 
 
 def reward_settings(reward: RewardSection) -> dict[str, Any]:
-    """What decides a verdict."""
+    """Return the settings that decide a verdict."""
     of_pace = {"workers", "max_error_share", "overlong_buffer_tokens", "overlong_penalty", "memory_bytes", "service"}
     # Named only where they are set, so that a folder of before they were known can be gone on with.
     new = {"parts", "correct_part", "passing_score"}
@@ -43,25 +43,25 @@ def reward_settings(reward: RewardSection) -> dict[str, Any]:
 
 
 def function_digests(reward: RewardSection) -> dict[str, str]:
-    """The digest of each function of the user's own that gives rewards: another text may give others."""
+    """Return the digest of each function of the user's own that gives rewards: another text may give others."""
     return {kind: source_digest(kind) for kind in reward.kinds if is_own(kind)}
 
 
 def objective_digests(algorithm: AlgorithmSection) -> dict[str, str]:
-    """The same of those that are parts of the objective."""
+    """Return the digest of each function of the user's own that is a part of the objective."""
     parts = (algorithm.advantage, algorithm.surrogate, algorithm.correction)
     return {name: source_digest(name) for name in parts if name is not None and is_own(name)}
 
 
 def agent_digests(rollout: AgentKeys) -> dict[str, str]:
-    """The same of the agent, or of the files that its command names."""
+    """Return the digest of the agent, or of the files that its command names."""
     named = {rollout.agent: source_digest(rollout.agent)} if rollout.agent else {}
     files = [word for word in rollout.agent_command if Path(word).is_file()]
     return named | {word: hashlib.sha256(Path(word).read_bytes()).hexdigest()[:16] for word in files}
 
 
 def agent_settings(rollout: AgentKeys) -> dict[str, Any]:
-    """Name what decides how agents answer; nothing where a prompt is answered once."""
+    """Return what decides how agents answer; nothing where a prompt is answered once."""
     if not rollout.has_agent:
         return {}
     return rollout.model_dump(mode="json", include=set(AGENT_KEYS)) | {"agent_files": agent_digests(rollout)}
@@ -74,7 +74,8 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPUT) -> dict[str, Any]:
-    """ValueError, which ends in `remedy`, for a file that `write_settings` did not write, with these keys."""
+    """Read a file that `write_settings` wrote, with these keys. Raise ValueError, which ends in `remedy`, for any other
+    file."""
     try:
         found: dict[str, Any] = read_json(path)
         if all(isinstance(found[key], dict) for key in keys):
@@ -87,7 +88,7 @@ def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPU
 def refuse_differences(
     what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT
 ) -> None:
-    """ValueError that names them. what: the folder or file, and what it holds."""
+    """Raise ValueError, which names them, when settings differ. what: the folder or file, and what it holds."""
     if told := told_differences(before, now):
         raise ValueError(f"{what} with other settings: {told}; set them as they were, or {remedy}")
 
@@ -109,6 +110,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _state(file: Path) -> str:
-    """Cheap, and another one whenever the file was written again: hashing the weights would take minutes."""
+    """Describe a file by its size and time. That is cheap, and another text whenever the file was written again:
+    hashing the weights would take minutes."""
     found = file.stat()
     return f"{found.st_size} bytes of {datetime.fromtimestamp(found.st_mtime, UTC).isoformat()}"

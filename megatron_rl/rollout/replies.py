@@ -1,4 +1,4 @@
-"""Replies of /generate, read straight into arrays: a long phase has a hundred million tokens, each a list in JSON.
+"""Reads replies of /generate straight into arrays: a long phase has a hundred million tokens, each a list in JSON.
 
 A parser that makes lists of them has the cyclic garbage collector walk through all of them again and again, which takes
 twice as long as the parsing. Of these records it knows nothing (gc=False), and what nobody asks for is skipped.
@@ -14,7 +14,7 @@ READABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)  # 
 
 
 class _Drawn(msgspec.Struct, array_like=True, gc=False):
-    """[log-prob, token, text]; a log-prob that is not finite comes as null."""
+    """Holds [log-prob, token, text]; a log-prob that is not finite comes as null."""
 
     logprob: float | None
 
@@ -31,7 +31,7 @@ class _FinishReason(msgspec.Struct):
 
 
 class _Meta(msgspec.Struct):
-    """output_token_logprobs: None of a request that was aborted before it ran."""
+    """Holds the meta_info of a reply. output_token_logprobs: None for a request that was aborted before it ran."""
 
     finish_reason: _FinishReason
     output_token_logprobs: list[_Drawn] | None = None
@@ -41,7 +41,7 @@ class _Meta(msgspec.Struct):
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """Those of the weights that drew its tokens, in order."""
+        """The versions of the weights that drew its tokens, in order."""
         if self.weight_versions:
             return tuple(str(span.version) for span in self.weight_versions if span.end > span.start)
         return (str(self.weight_version),)
@@ -61,7 +61,8 @@ class _Scored(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """What a server says of one response. output_ids: int32 [n]. logprobs: float32, of as many where all is well."""
+    """Holds what a server says of one response. output_ids: int32 [n]. logprobs: float32, of as many where all is
+    well."""
 
     output_ids: np.ndarray
     logprobs: np.ndarray
@@ -73,15 +74,15 @@ _LOGPROB = attrgetter("logprob")
 
 
 def read_reply(content: bytes) -> Reply:
-    """Read the JSON of one reply; one of READABLE for what is none."""
+    """Read the JSON of one reply. Raise one of READABLE for what is none."""
     body = _DECODER.decode(content)
     logprobs = _logprobs(body.meta_info.output_token_logprobs or [])
     return Reply(output_ids=np.array(body.output_ids, np.int32), logprobs=logprobs, meta=body.meta_info)
 
 
 def read_input_logprobs(content: bytes) -> np.ndarray:
-    """Read the log-probs float32 [n - 1] of a reply about n input tokens, of which the first has none; one of READABLE
-    for what is no such reply."""
+    """Read the log-probs float32 [n - 1] of a reply about n input tokens, of which the first has none. Raise one of
+    READABLE for what is no such reply."""
     return _logprobs(_SCORED.decode(content).meta_info.input_token_logprobs[1:])
 
 

@@ -1,4 +1,5 @@
-"""Scored responses in a file: what `megatron-rl rollout` writes and `megatron-rl train --rollouts` trains from.
+"""Reads and writes scored responses in a file: what `megatron-rl rollout` writes and `megatron-rl train --rollouts`
+trains from.
 
 JSONL, one row per response, the rows of a group one after the other. Text for people, token ids and log-probs for
 training; a float32 comes back from its decimal digits as it was. The rows of rollout/teacher.py have text alone.
@@ -34,7 +35,8 @@ Decode = Callable[[list[int]], str]
 
 
 def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str | None]:
-    """Make the columns about the answer of a response `text`: what was expected, and what was taken from it, both cut.
+    """Return the columns about the answer of a response `text`: what was expected, and what was taken from it, both
+    cut.
 
     extracted: None where there is none, and for programs. judged_as: the kind of the reward.
     """
@@ -46,7 +48,7 @@ def answer_columns(prompt: Prompt, judged_as: str, text: str) -> dict[str, str |
 
 
 def asked_columns(prompt: Prompt) -> dict[str, Any]:
-    """Make the columns of a prompt that is more than a text: its messages and tools."""
+    """Return the columns of a prompt that is more than a text: its messages and tools."""
     if prompt.asked is None:
         return {}
     tools = {"tools": json.loads(prompt.asked.tools)} if prompt.asked.tools else {}
@@ -54,13 +56,13 @@ def asked_columns(prompt: Prompt) -> dict[str, Any]:
 
 
 def parts_column(sample: Sample) -> dict[str, dict[str, float]]:
-    """Make the column of the parts of a reward; none where it has no parts."""
+    """Return the column of the parts of a reward; none where it has no parts."""
     return {"parts": dict(sample.parts)} if sample.parts else {}
 
 
 def text_of(response: Response, decode: Decode) -> str:
-    """The text of a response: the one that it was judged by, or decoded now where that was not kept; of a trajectory
-    that is its last turn."""
+    """Return the text of a response: the one that it was judged by, or decoded now where that was not kept. For a
+    trajectory that is its last turn."""
     if response.text is not None:
         return response.text
     if response.is_plain:
@@ -73,7 +75,7 @@ def text_of(response: Response, decode: Decode) -> str:
 
 
 def trajectory_columns(response: Response, decode: Decode) -> dict[str, Any]:
-    """Make the columns of a trajectory: its turns, and the text of its segments; none for other responses.
+    """Return the columns of a trajectory: its turns, and the text of its segments; none for other responses.
 
     A segment's "spans" are [text, whether the policy sampled it], in order. Of the prompts of later segments only what
     differs from the segment before is there ("prompt"), behind so many tokens that do not ("shared_tokens").
@@ -98,14 +100,15 @@ def trajectory_columns(response: Response, decode: Decode) -> dict[str, Any]:
 
 
 def _num_common(one: np.ndarray, other: np.ndarray) -> int:
-    """Count the tokens that both begin with."""
+    """Count the tokens with which both begin."""
     shorter = min(len(one), len(other))
     differ = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(differ[0]) if len(differ) else shorter
 
 
 def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Decode) -> str:
-    """The lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in data/chat.py."""
+    """Return the lines of a group. judged_as: the kind of its reward. decode: text of output ids, as in
+    data/chat.py."""
     texts = [text_of(sample.response, decode) for sample in group.samples]
     rows = [
         {
@@ -131,7 +134,7 @@ def group_rows(group: Group, prompt: Prompt, judged_as: str, decode: Decode) -> 
 
 
 def _token_columns(response: Response, decode: Decode) -> dict[str, Any]:
-    """Make the columns that training needs; a trajectory has them for each segment, beside its text."""
+    """Return the columns that training needs; a trajectory has them for each segment, beside its text."""
     columns = [
         {
             "prompt_token_ids": segment.prompt_ids.tolist(),
@@ -149,7 +152,7 @@ def _token_columns(response: Response, decode: Decode) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLimits:
-    """Limits of the rows that a run can train on; by default those of any file. vocab_size: token ids are below it."""
+    """Limits the rows that a run can train on; by default those of any file. vocab_size: token ids are below it."""
 
     vocab_size: int = 2**31
     max_prompt_tokens: int = 2**31
@@ -162,7 +165,7 @@ _ANY = RowLimits()
 
 
 def limits_of(rollout: RolloutSection, architecture: Architecture) -> RowLimits:
-    """Take the limits of a configuration and its model."""
+    """Return the limits of a configuration and its model."""
     return RowLimits(
         vocab_size=architecture.vocab_size,
         max_prompt_tokens=rollout.max_prompt_tokens,
@@ -173,8 +176,8 @@ def limits_of(rollout: RolloutSection, architecture: Architecture) -> RowLimits:
 
 
 def read_groups(path: Path, advantages: Advantages, limits: RowLimits = _ANY) -> tuple[list[Group], dict[int, Prompt]]:
-    """Groups by position, that is in the order in which a run takes their prompts, whatever order they were completed
-    in; and the prompt of each position. ValueError names a wrong line.
+    """Read the groups by position, that is in the order in which a run takes their prompts, whatever order they were
+    completed in; and the prompt of each position. Raise ValueError, which names a wrong line.
 
     advantages: float64 [K] of one group from its responses and rewards [K].
     """
@@ -199,13 +202,13 @@ def read_groups(path: Path, advantages: Advantages, limits: RowLimits = _ANY) ->
 
 
 def check_rows(path: Path, limits: RowLimits) -> None:
-    """ValueError for the first row that cannot be trained from; `read_groups` comes when a model is loaded."""
+    """Raise ValueError for the first row that cannot be trained from; `read_groups` comes when a model is loaded."""
     for _ in _rows(path, limits):
         pass
 
 
 def _rows(path: Path, limits: RowLimits) -> Iterator[tuple[Sample, Prompt]]:
-    """Every row, one at a time."""
+    """Yield every row, one at a time."""
     if not path.is_file():
         raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
     number = 0
@@ -217,14 +220,14 @@ def _rows(path: Path, limits: RowLimits) -> Iterator[tuple[Sample, Prompt]]:
 
 
 def with_advantages(group: Group, advantages: Advantages) -> Group:
-    """The group with the advantages that the present configuration gives its rewards."""
+    """Return the group with the advantages that the present configuration gives its rewards."""
     samples = group.samples
     given = advantages([sample.response for sample in samples], np.array([sample.reward for sample in samples]))
     return replace(group, samples=tuple(replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)))
 
 
 def _row(line: bytes, where: str, limits: RowLimits) -> tuple[Sample, Prompt]:
-    """The sample, without its advantage, and its prompt, whose answer is what the row has of it."""
+    """Read the sample, without its advantage, and its prompt, whose answer is what the row has of it."""
     try:
         row: dict[str, Any] = parse_json(line)
         response = Response(
@@ -261,11 +264,11 @@ def _row(line: bytes, where: str, limits: RowLimits) -> tuple[Sample, Prompt]:
 
 
 class _WrongValue(ValueError):
-    """A value of a row that training would take, and come to nothing or to nonsense with."""
+    """Says that a row has a value that training would take, and come to nothing or to nonsense with."""
 
 
 def _trajectory(row: Mapping[str, Any], limits: RowLimits) -> tuple[Segment, ...]:
-    """The segments of a trajectory, whose lengths are limited together."""
+    """Read the segments of a trajectory, whose lengths are limited together."""
     wide = replace(limits, max_prompt_tokens=limits.max_sequence_tokens, max_response_tokens=limits.max_sequence_tokens)
     found = []
     for number, part in enumerate(row["segments"]):
@@ -287,7 +290,7 @@ def _trajectory(row: Mapping[str, Any], limits: RowLimits) -> tuple[Segment, ...
 
 
 def _segment(part: Mapping[str, Any], row: Mapping[str, Any], limits: RowLimits) -> Segment:
-    """One sequence. part: what has its token ids: the row, or one of its segments."""
+    """Read one sequence. part: what has its token ids: the row, or one of its segments."""
     output_ids = _ids(part, "output_ids", limits.vocab_size, limits.max_response_tokens)
     turns = _turns(part["turns"], len(output_ids)) if "turns" in part else None
     count = len(output_ids) if turns is None else int((turns[:, 1] - turns[:, 0]).sum())
@@ -301,7 +304,7 @@ def _segment(part: Mapping[str, Any], row: Mapping[str, Any], limits: RowLimits)
 
 
 def _turns(values: Any, count: int) -> np.ndarray:
-    """int32 [turns, 2]: where the policy's tokens begin and end among so many."""
+    """Read int32 [turns, 2]: where the policy's tokens begin and end among so many."""
     end = 0
     for at, pair in enumerate(values if isinstance(values, list) else ()):
         is_pair = isinstance(pair, list) and list(map(type, pair)) == [int, int]
@@ -316,7 +319,7 @@ def _turns(values: Any, count: int) -> np.ndarray:
 
 
 def _ids(row: Mapping[str, Any], name: str, vocab_size: int, longest: int) -> np.ndarray:
-    """Token ids int32 [n]. numpy alone would cut 1.5 to 1, and None is a number to it where others are floats."""
+    """Read token ids int32 [n]. numpy alone would cut 1.5 to 1, and None is a number to it where others are floats."""
     ids = row[name]
     if not isinstance(ids, list) or not ids:
         raise _WrongValue(f"{name} must be a list of token ids and not empty, got {shown(ids)}")
@@ -333,7 +336,7 @@ def _ids(row: Mapping[str, Any], name: str, vocab_size: int, longest: int) -> np
 
 
 def _logprobs(values: Any, count: int, noun: str) -> np.ndarray:
-    """Log-probs float32 [count]. noun: what is counted."""
+    """Read log-probs float32 [count]. noun: what is counted."""
     if not isinstance(values, list) or len(values) != count:
         number = len(values) if isinstance(values, list) else shown(values)
         raise _WrongValue(f"it has {count} {noun} and {number} rollout_logprobs; they must be equally many")

@@ -1,4 +1,4 @@
-"""Routed experts as SGLang answers them: text to array, and how much of it a run makes."""
+"""Reads routed experts as SGLang answers them, from text to array, and computes how much of it a run makes."""
 
 import binascii
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ MOST_WIRE_BYTES = 25e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedShape:
-    """What a model's routed experts look like: [positions, num_layers, topk] numbers below num_experts. moe_layers:
-    those that have experts; in others the numbers mean nothing."""
+    """Describes a model's routed experts: [positions, num_layers, topk] numbers below num_experts. moe_layers: those
+    that have experts; in others the numbers mean nothing."""
 
     num_layers: int
     moe_layers: tuple[int, ...]
@@ -29,24 +29,25 @@ class RoutedShape:
     num_experts: int
 
     def of_moe_layers(self, experts: np.ndarray) -> np.ndarray:
-        """experts[:, moe_layers], without a copy where these follow each other."""
+        """Return experts[:, moe_layers], without a copy where these follow each other."""
         first, last = self.moe_layers[0], self.moe_layers[-1]
         follow = len(self.moe_layers) == last - first + 1
         return experts[:, first : last + 1] if follow else experts[:, list(self.moe_layers)]
 
     @property
     def kept_bytes(self) -> int:
-        """Of one position, as rank 0 keeps it: a byte for each expert."""
+        """The bytes of one position, as rank 0 keeps it: a byte for each expert."""
         return self.num_layers * self.topk
 
     @property
     def wire_bytes(self) -> float:
-        """Of one position, as a server sends it: int32 in base64."""
+        """The bytes of one position, as a server sends it: int32 in base64."""
         return self.kept_bytes * 4 * 4 / 3
 
 
 def routed_shape(architecture: Architecture) -> RoutedShape:
-    """ValueError when the model has no experts, or more than can be replayed."""
+    """Return the shape of a model's routed experts. Raise ValueError when the model has no experts, or more than can be
+    replayed."""
     if not architecture.num_moe_layers:
         raise ValueError("rollout.router_replay is for models with experts, and this one has none; set it to false")
     if architecture.num_experts > MAX_EXPERTS:
@@ -64,15 +65,15 @@ def routed_shape(architecture: Architecture) -> RoutedShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRouting:
-    """What routed experts of a step go through rank 0. tokens: of responses; prompts are not counted. wire_bytes: as
-    servers send them. kept_bytes: in the memory of rank 0, and in the journal of the step."""
+    """Measures the routed experts of a step that go through rank 0. tokens: of responses; prompts are not counted.
+    wire_bytes: as servers send them. kept_bytes: in the memory of rank 0, and in the journal of the step."""
 
     tokens: int
     wire_bytes: int
     kept_bytes: int
 
     def problems(self, shape: RoutedShape) -> Iterator[str]:
-        """Tell when it is more than rank 0 can carry."""
+        """Yield a message when it is more than rank 0 can carry."""
         if self.wire_bytes > MOST_WIRE_BYTES:
             most = int(self.tokens * MOST_WIRE_BYTES / self.wire_bytes)
             yield (
@@ -84,7 +85,8 @@ class StepRouting:
 
 
 def step_routing(config: RlConfig, shape: RoutedShape, world_size: int) -> StepRouting:
-    """Count the tokens of the budget; of an algorithm without one, those of the longest responses."""
+    """Measure the routed experts for the tokens of the budget; for an algorithm without one, for those of the longest
+    responses."""
     rollout = config.rollout
     tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens
     if chosen_algorithm(config.algorithm).uses_budget:
@@ -93,7 +95,8 @@ def step_routing(config: RlConfig, shape: RoutedShape, world_size: int) -> StepR
 
 
 def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> np.ndarray:
-    """uint8 [num_positions, layers, topk] from base64 of little-endian int32. ValueError for what cannot be that."""
+    """Decode uint8 [num_positions, layers, topk] from base64 of little-endian int32. Raise ValueError for what cannot
+    be that."""
     try:
         flat = np.frombuffer(pybase64.b64decode(text, validate=True), "<i4")
     except (TypeError, ValueError, binascii.Error) as error:
@@ -122,7 +125,7 @@ def decode_routed_experts(text: str, num_positions: int, shape: RoutedShape) -> 
 
 
 def _repeats(chosen: np.ndarray) -> np.ndarray:
-    """Tell where an expert is named twice, bool [positions, layers], in uint8 [positions, layers, topk]."""
+    """Find where an expert is named twice, bool [positions, layers], in uint8 [positions, layers, topk]."""
     # A comparison of each two columns of bytes takes a seventh of the time of sorting.
     columns = np.ascontiguousarray(chosen.reshape(-1, chosen.shape[-1]).T)
     found = np.zeros(columns.shape[1], bool)

@@ -1,4 +1,4 @@
-"""`megatron-rl rollout`: sample and score prompts, and write down the responses."""
+"""Runs `megatron-rl rollout`: samples and scores prompts, and writes down the responses."""
 
 import asyncio
 import logging
@@ -47,8 +47,8 @@ def run_rollout(
     resume: bool,
     sampling: Sampling = sampling,
 ) -> int:
-    """The first `num_prompts` prompts of the run's order, each sampled rollout.samples_per_prompt times by `model`, or
-    by the configuration's teacher without one. Returns the exit code."""
+    """Sample the first `num_prompts` prompts of the run's order, each rollout.samples_per_prompt times, by `model`, or
+    by the configuration's teacher without one. Return the exit code."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with sole_writer(path, ANOTHER_OUTPUT):
         if has_responses(path) and not resume:
@@ -93,7 +93,7 @@ async def sample_questions(
 
 
 def sampling_settings(config: RolloutPhase, model: Path, digest: str) -> dict[str, Any]:
-    """What the responses of a model depend on. digest: of the prompts in their order."""
+    """Return what the responses of a model depend on. digest: of the prompts in their order."""
     of_agents = AGENT_KEYS if config.rollout.has_agent else ()
     settings = _settings(config, digest, ["engine", "max_prompt_tokens", *of_agents])
     if config.rollout.has_agent:
@@ -121,16 +121,17 @@ async def _ask_teacher(config: SamplingConfig, num_prompts: int, path: Path) -> 
 def _left(
     config: SamplingConfig, stream: PromptStream, num_prompts: int, path: Path, settings: Mapping[str, Any]
 ) -> list[tuple[int, Prompt]]:
-    """(position, prompt) of those among the first `num_prompts` that have no responses in `path` yet, which is claimed
-    for these settings."""
+    """Claim `path` for these settings. Return (position, prompt) of those among the first `num_prompts` that have no
+    responses there yet."""
     done = claim(path, settings, config.rollout.samples_per_prompt)
     taken, _ = stream.take(0, num_prompts)
     return [(position, prompt) for position, prompt in enumerate(taken) if position not in done]
 
 
 def _settings(config: RolloutPhase, digest: str, of_rollout: Collection[str]) -> dict[str, Any]:
-    """What the responses depend on beside the model. Not among them: how fast it goes, and how many prompts are taken,
-    since more can follow. digest: of the prompts in their order. of_rollout: further keys of the section that count."""
+    """Return what the responses depend on beside the model. Not among them: how fast it goes, and how many prompts are
+    taken, since more can follow. digest: of the prompts in their order. of_rollout: further keys of the section that
+    count."""
     keys = {"samples_per_prompt", "temperature", "max_response_tokens", *of_rollout}
     return {
         "seed": config.seed,
@@ -141,8 +142,8 @@ def _settings(config: RolloutPhase, digest: str, of_rollout: Collection[str]) ->
 
 
 def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOTHER_OUTPUT) -> set[int]:
-    """Keep `settings` beside the responses; returns the positions that have theirs, `size` each. ValueError as for
-    `check_claim`. Of the one process that writes there (`sole_writer`)."""
+    """Keep `settings` beside the responses. Return the positions that have theirs, `size` each. Raise ValueError as
+    `check_claim` does. Only for the one process that writes there (`sole_writer`)."""
     check_claim(path, settings, remedy)
     done = whole_groups(path, size, remedy)
     write_settings(_beside(path), settings)
@@ -150,8 +151,8 @@ def claim(path: Path, settings: Mapping[str, Any], size: int, remedy: str = ANOT
 
 
 def check_claim(path: Path, settings: Mapping[str, Any], remedy: str = ANOTHER_OUTPUT) -> None:
-    """ValueError, which ends in `remedy`, when there are responses and they were sampled with other settings. Changes
-    nothing."""
+    """Raise ValueError, which ends in `remedy`, when there are responses and they were sampled with other settings.
+    Change nothing."""
     if has_responses(path):
         if not _beside(path).is_file():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The rollout phase: prompts in, scored groups out, until the token budget is filled.
+"""Runs the rollout phase: prompts in, scored groups out, until the token budget is filled.
 
 A phase either samples in waves and waits for every response, which makes it a function of the seed alone, or it is
 partial (C3PO++, Ring-1T report, arXiv 2510.18855): it keeps the decoding slots busy, ends when the completed groups
@@ -37,7 +37,7 @@ _NUM_PER_SLOT = 2  # requests that servers have, for each response that they can
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A prompt as the sampler needs it. `prompt_id` is its position in the run's prompt stream."""
+    """Holds a prompt as the sampler needs it. `prompt_id` is its position in the run's prompt stream."""
 
     prompt_id: int
     prompt: Prompt
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(slots=True, kw_only=True)
 class Collected:
-    """What a phase brought.
+    """Holds what a phase brought.
 
     kept, filtered: scored groups that `keep` took, and those that it did not.
     unfinished: to be resumed in the next phase. purged: unfinished ones that have been kept for too long.
@@ -61,7 +61,7 @@ class Collected:
 
 
 def joined(parts: Sequence[Collected]) -> Collected:
-    """What several brought, as one."""
+    """Join what several parts brought."""
     return Collected(
         kept=[group for part in parts for group in part.kept],
         filtered=[group for part in parts for group in part.filtered],
@@ -72,7 +72,7 @@ def joined(parts: Sequence[Collected]) -> Collected:
 
 
 def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
-    """A 31-bit seed that depends on these numbers only, so a resumed run samples what the killed one would have.
+    """Return a 31-bit seed that depends on these numbers only, so a resumed run samples what the killed one would have.
 
     A response that is resumed keeps its seed: random numbers belong to positions, so where the weights are still the
     same it goes on as if it had never stopped.
@@ -82,7 +82,7 @@ def sampling_seed(run_seed: int, prompt_id: int, sample_index: int) -> int:
 
 
 def requests_in_flight(rollout: RolloutSection, num_servers: int) -> int:
-    """The most requests that a sampler has open at once."""
+    """Return the most requests that a sampler has open at once."""
     slots = max(1, num_servers) * rollout.max_running_requests
     if rollout.partial:  # the group that fills the last free slot is started whole
         return slots + rollout.samples_per_prompt - 1
@@ -108,9 +108,9 @@ class Sampler:
         top_p: float = 1.0,
         teacher: TeacherScorer | None = None,
     ) -> None:
-        """advantages: of one group, float64 [K] from its responses and rewards [K]. journal: takes scored groups, and
-        has those that a killed phase had completed. top_p: see `SampleRequest`. teacher: scores the tokens of groups
-        while they are judged."""
+        """Sample from these servers. advantages: of one group, float64 [K] from its responses and rewards [K]. journal:
+        takes scored groups, and has those that a killed phase had completed. top_p: see `SampleRequest`. teacher:
+        scores the tokens of groups while they are judged."""
         self._servers, self._rewards, self.decode, self._advantages = servers, rewards, decode, advantages
         # Enough requests to keep every slot busy twice over; each is an open connection, and those are limited.
         self._in_flight = asyncio.Semaphore(max(rollout.samples_per_prompt, _NUM_PER_SLOT * servers.num_slots))
@@ -119,13 +119,13 @@ class Sampler:
         self._top_p, self._teacher = top_p, teacher
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
-        """A scored group for every question, in their order. Each response is a request of its own."""
+        """Return a scored group for every question, in their order. Each response is a request of its own."""
         return await gather_all(self._group(question, policy_version) for question in questions)
 
     def as_completed(
         self, questions: Sequence[Question], policy_version: int
     ) -> AsyncGenerator[tuple[Question, Group], None]:
-        """The same, each as it comes; so many at a time as keep the servers busy."""
+        """Yield a scored group for every question, each as it comes; so many at a time as keep the servers busy."""
 
         async def one(question: Question) -> tuple[Question, Group]:
             return question, await self._group(question, policy_version)
@@ -142,11 +142,11 @@ class Sampler:
         keep: Callable[[Group], bool],
         max_waves: int,
     ) -> Collected:
-        """C3PO++: sample until nothing is missing, then stop what still runs.
+        """Sample until nothing is missing, then stop what still runs (C3PO++).
 
         resumed: unfinished groups of the last phase; they go first. take: gives the next n questions of a domain.
         needs: of every domain, or one for all; counted down as groups are completed. A free slot goes to a domain that
-        lacks something. ValueError when `max_waves` times as many prompts as should do have brought too little.
+        lacks something. Raises ValueError when `max_waves` times as many prompts as should do have brought too little.
         """
         if all(need.missing <= 0 for need in needs):
             return Collected(unfinished=[group for _, group in resumed])
@@ -194,7 +194,7 @@ class Sampler:
         return await self._score(question, await gather_all(map(in_turn, self._blank(question))))
 
     def _blank(self, question: Question) -> list[Response]:
-        """The responses of a group before anything is sampled."""
+        """Return the responses of a group before anything is sampled."""
         return _blank(question, self._rollout.samples_per_prompt)
 
     async def _abort_all(self) -> None:
@@ -209,7 +209,7 @@ class Sampler:
         place: Place,
         may_abort: Callable[[], bool] = lambda: False,
     ) -> Response:
-        """The same response, sampled on from where it is. place, may_abort: see `ServerPool.generate`."""
+        """Return the same response, sampled on from where it is. place, may_abort: see `ServerPool.generate`."""
         (segment,) = response.segments
         generated = await self._servers.generate(
             SampleRequest(
@@ -225,8 +225,8 @@ class Sampler:
         return self._ended(_extended(response, generated, policy_version))
 
     def _ended(self, response: Response) -> Response:
-        """As finished where nothing may follow: SGLang calls a response aborted even if that was its last token.
-        Otherwise as it waits for the next phase."""
+        """Return the response as finished where nothing may follow: SGLang calls a response aborted even if that was
+        its last token. Otherwise return it as it waits for the next phase."""
         if response.finish_reason:
             return response
         (segment,) = response.segments
@@ -238,7 +238,7 @@ class Sampler:
         return replace(response, segments=(replace(segment, routed_experts=None),))
 
     async def _with_text(self, response: Response) -> Response:
-        """The same, decoded once it has ended, and in a thread: tokenizers let others run meanwhile."""
+        """Return the same response, decoded once it has ended, and in a thread: tokenizers let others run meanwhile."""
         if not response.finish_reason or response.text is not None:
             return response
         return replace(response, text=await asyncio.to_thread(text_of, response, self.decode))
@@ -277,7 +277,7 @@ class Sampler:
         return responses if self._teacher is None else await self._teacher.scored(responses)
 
     def _recall(self, question: Question) -> Group | None:
-        """The group of this phase that was completed before the run was killed."""
+        """Return the group of this phase that was completed before the run was killed."""
         found = self._journal.find(question.prompt_id) if self._journal is not None else None
         return None if found is None else with_advantages(found, self._advantages)
 
@@ -289,7 +289,8 @@ async def fill_in_waves(
     keep: Callable[[Group], bool],
     max_waves: int,
 ) -> Collected:
-    """Groups until nothing is missing. sample: gives the groups of the next n prompts. ValueError after `max_waves`."""
+    """Sample groups until nothing is missing. sample: gives the groups of the next n prompts. Raise ValueError after
+    `max_waves`."""
     found = Collected()
     for _ in range(max_waves):
         count = shortfall.more_prompts(first_wave=first_wave)
@@ -316,7 +317,7 @@ class _Open:
 
 
 class _PartialPhase:
-    """The groups in flight of one partial phase, and what has come of it."""
+    """Holds the groups in flight of one partial phase, and what has come of it."""
 
     def __init__(
         self, sampler: Sampler, policy_version: int, needs: Sequence[Shortfall], keep: Callable[[Group], bool]
@@ -391,7 +392,7 @@ class _PartialPhase:
         task.add_done_callback(self._ended.put_nowait)
 
     async def _look_at_one(self) -> None:
-        """Wait until a task has ended; raises what it raised."""
+        """Wait until a task has ended. Raise what it raised."""
         task = await self._ended.get()
         self._tasks.discard(task)
         task.result()
@@ -452,7 +453,7 @@ def _extended(response: Response, more: Completion, policy_version: int) -> Resp
         policy_versions=np.concatenate(
             [segment.policy_versions, np.full(len(more.output_ids), policy_version, np.int32)]
         ),
-        # Those of the whole sequence: what was there before went through the present weights too.
+        # The experts of the whole sequence: earlier tokens went through the present weights too.
         routed_experts=more.routed_experts if len(more.output_ids) else segment.routed_experts,
     )
     finish_reason = "" if more.finish_reason == "abort" else more.finish_reason

@@ -1,4 +1,5 @@
-"""`megatron-rl serve`: generation servers on machines of their own, and the folder where a training run finds them."""
+"""Runs `megatron-rl serve`: generation servers on machines of their own, and the folder where a training run finds
+them."""
 
 import json
 import logging
@@ -25,16 +26,16 @@ _LOOK_EVERY_SECONDS = 0.2
 
 
 class _StopRequested(Exception):
-    """A signal came."""
+    """Says that a signal came."""
 
 
 def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
-    """Start this machine's servers, register them in `folder`, and keep them running until
-    SIGTERM or SIGINT. Returns the exit code; Fault when one cannot be kept alive.
+    """Start this machine's servers, register them in `folder`, and keep them running until SIGTERM or SIGINT. Return
+    the exit code. Raise Fault when a server cannot be kept alive.
 
-    What is registered is their urls, their key and the torch they have, in a file for this user alone.
-    They listen on the address by which this machine reaches MASTER_ADDR, where the training run is; without that on
-    loopback. num_processes: how many like this one register in the folder.
+    What is registered is their urls, their key and the torch they have, in a file for this user alone. They listen on
+    the address by which this machine reaches MASTER_ADDR, where the training run is; without that on loopback.
+    num_processes: how many like this one register in the folder.
     """
     if config.rollout.urls:
         raise ValueError("this command starts servers; leave rollout.urls empty")
@@ -72,7 +73,7 @@ def run_serve(config: RlConfig, folder: Path, num_processes: int) -> int:
 
 
 def _remove_stale(folder: Path) -> None:
-    """What processes of this machine registered that were killed."""
+    """Remove the registrations of processes of this machine that were killed."""
     for path in folder.glob(f"{socket.gethostname()}-*.json"):
         pid = path.stem.rpartition("-")[2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
@@ -84,8 +85,8 @@ def _stop(number: int, _: Any) -> None:
 
 
 def registered_keys(folder: Path, deadline_seconds: float) -> dict[str, str]:
-    """Wait until all serving processes have registered in `folder`, and give the key of every server by its url.
-    ValueError after the deadline."""
+    """Wait until all serving processes have registered in `folder`, and return the key of every server by its url.
+    Raise ValueError after the deadline."""
     give_up = time.monotonic() + deadline_seconds
     told = False
     while True:

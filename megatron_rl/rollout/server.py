@@ -1,4 +1,4 @@
-"""Starting, watching and stopping generation servers, each a process of its own."""
+"""Starts, watches and stops generation servers, each a process of its own."""
 
 import contextlib
 import importlib.metadata
@@ -27,19 +27,19 @@ from megatron_rl.rollout.ports import close_port, hold_port, is_ours
 
 log = logging.getLogger(__name__)
 
-# What torchrun sets for its own ranks; a server that inherits it would believe to be one of them.
+# Variables that torchrun sets for its own ranks; a server that inherits them would take itself for one of them.
 _TORCHRUN = re.compile(
     r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMP_.*)$"
 )
 
-# Of SGLang's --context-length beyond the longest sequence. It takes no input of context length - 6 tokens or more
-# (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
+# --context-length of SGLang is this much above the longest sequence. It takes no input of context length - 6 tokens or
+# more (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
 # (scheduler.py: init_req_max_new_tokens). With 7 it takes the longest sequence as input.
 SGLANG_SPARE_TOKENS = 7
 
 
 class GenerationServer:
-    """A running server process. It ends with this process, however this process ends."""
+    """Owns a running server process. It ends with this process, however this process ends."""
 
     def __init__(
         self,
@@ -87,24 +87,25 @@ class GenerationServer:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the process runs."""
+        """The exit code of the process; None while it runs."""
         return self._process.poll()
 
     @property
     def key(self) -> str:
-        """Give the key that requests to it have to show. ServerLost until it is proven that this process is who listens
-        there."""
+        """The key that requests to the server have to show. Raise ServerLost until it is proven that this process is
+        who listens there."""
         if not self._is_proven:
             raise ServerLost(f"{self.url} is not known to be our server yet, so nothing is asked there")
         return self._key
 
     def is_ready(self) -> bool:
-        """True once it answers /ready with 200. ValueError when another process listens where it should."""
+        """Tell whether the server answers /ready with 200. Raise ValueError when another process listens where it
+        should."""
         if not self._is_proven:
             if not is_ours(self.host, self.port, self._process.pid):
                 return False
             close_port(self.host, self.port)
-            # Once more, now that nobody can take the port any more, dead or alive.
+            # Look once more, now that nobody can take the port any more, dead or alive.
             self._is_proven = is_ours(self.host, self.port, self._process.pid)
         try:
             return self._answers("/ready", bearer(self.key)) == 200 and self._wants_key()
@@ -112,7 +113,7 @@ class GenerationServer:
             return False
 
     def wait_ready(self, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> None:
-        """Return when the server serves. ValueError with its last words when it ends or the deadline passes.
+        """Return when the server serves. Raise ValueError with its last words when it ends or the deadline passes.
 
         check: called now and then; what it raises ends the wait.
         """
@@ -131,7 +132,7 @@ class GenerationServer:
         )
 
     def last_words(self, lines: int = 8) -> str:
-        """The end of its log."""
+        """Return the end of the server's log."""
         try:
             text = self.log_path.read_text(errors="replace", encoding="utf-8")
         except OSError as error:
@@ -154,7 +155,7 @@ class GenerationServer:
             self.kill()
 
     def kill(self) -> None:
-        """End the process group at once, also when it is stopped or deaf to SIGTERM."""
+        """End the process group at once, even when it is stopped or deaf to SIGTERM."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         try:
@@ -163,11 +164,11 @@ class GenerationServer:
             log.error("generation server %d has not ended 10 s after SIGKILL", self._process.pid)
 
     def _answers(self, route: str, headers: Mapping[str, str]) -> int:
-        """Ask a route for its status."""
+        """Ask a route, and return the status."""
         return httpx.get(self.url + route, headers=headers, timeout=5.0, trust_env=False).status_code
 
     def _wants_key(self) -> bool:
-        """Return True, or raise ValueError when it serves those without the key too."""
+        """Return True, or raise ValueError when the server serves those without the key too."""
         if self._key and self._answers("/model_info", {}) == 200:
             raise ValueError(
                 f"the generation server at {self.url} answers without the run's key, so anybody who reaches it could "
@@ -178,12 +179,12 @@ class GenerationServer:
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's variables, without those that make it a rank of a training run."""
+    """Return this process's variables, without those that make it a rank of a training run."""
     return {name: value for name, value in os.environ.items() if not _TORCHRUN.match(name)}
 
 
 class EmbeddedServer(GenerationServer):
-    """`python -m megatron_rl.rollout.embedded`, which watches its lifeline itself."""
+    """Runs `python -m megatron_rl.rollout.embedded`, which watches its lifeline itself."""
 
     def __init__(
         self,
@@ -201,8 +202,8 @@ class EmbeddedServer(GenerationServer):
         key: str = "",
         secret_variables: Collection[str] = (),
     ) -> None:
-        """weights_roots: below these it may load weights, beside where its --help says that it always may. key: none by
-        default. ValueError when somebody else has the port."""
+        """Start the server. weights_roots: below these it may load weights, beside where its --help says that it always
+        may. key: none by default. Raise ValueError when somebody else has the port."""
         port = hold_port(host, port)
         options = {
             "--model-path": model_path,
@@ -223,7 +224,8 @@ class EmbeddedServer(GenerationServer):
 
 
 def _refuse_what_a_cpu_cannot(architecture: Architecture) -> None:
-    """ValueError for a model of which SGLang 0.5.21 computes something else on a CPU; on a GPU it multiplies too."""
+    """Raise ValueError for a model of which SGLang 0.5.21 computes something else on a CPU; on a GPU it multiplies
+    too."""
     factor = architecture.routed_scaling_factor
     if factor != 1:
         raise ValueError(
@@ -233,7 +235,7 @@ def _refuse_what_a_cpu_cannot(architecture: Architecture) -> None:
 
 
 class SglangServer(GenerationServer):
-    """`python -m sglang.launch_server`, unmodified, under a supervisor that watches the lifeline for it."""
+    """Runs `python -m sglang.launch_server`, unmodified, under a supervisor that watches the lifeline for it."""
 
     def __init__(
         self,
@@ -253,10 +255,14 @@ class SglangServer(GenerationServer):
         key: str = "",
         secret_variables: Collection[str] = (),
     ) -> None:
-        """python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
+        """Start the server. Raise ValueError when somebody else has the port, and for a model that SGLang serves
+        wrongly.
+
+        python: the interpreter of an environment with sglang. context_length: of the longest sequence, which may be
         input too. gpus: those that it may use; without any it runs on the CPU, see rollout/sglang_cpu. releases_memory:
         on a GPU it is able to; on a CPU it only answers as if. arguments: further ones of launch_server, after ours, so
-        that they win. ValueError when somebody else has the port, and for a model that SGLang serves wrongly."""
+        that they win.
+        """
         architecture = load_architecture(model_path)
         if not gpus:
             _refuse_what_a_cpu_cannot(architecture)
@@ -312,11 +318,11 @@ def server_starter(
     key: str = "",
     secret_variables: Collection[str] = (),
 ) -> Callable[[int], GenerationServer]:
-    """A function that starts this server: with 0 the first time, later at the port that it had.
+    """Return a function that starts this server: with 0 the first time, later at the port that it had.
 
     port: where the first one listens; 0 picks. gpus: of this server, on a CPU none. weights_roots: of an embedded
-    server; SGLang loads from anywhere. key, secret_variables: see GenerationServer. ValueError when there is no SGLang
-    to start.
+    server; SGLang loads from anywhere. key, secret_variables: see GenerationServer. Raises ValueError when there is no
+    SGLang to start.
     """
     shared: dict[str, Any] = {
         "host": host,
@@ -351,13 +357,13 @@ def idle_gpus(rollout: GenerationSection) -> int:
 
 
 def server_gpus(rollout: GenerationSection) -> list[list[str]]:
-    """List the GPUs of each server of this machine, [] for one on the CPU. ValueError when there are too few."""
+    """List the GPUs of each server of this machine, [] for one on the CPU. Raise ValueError when there are too few."""
     gpus = visible_gpus() if rollout.engine == "sglang" else []
     return gpu_shares(gpus, rollout.servers_on(len(gpus)), rollout.sglang_gpus)
 
 
 def torch_version(python: Path | None = None) -> str:
-    """Find the release of torch, such as "2.14.1", that an interpreter has, by default this one; "" where there is
+    """Return the release of torch, such as "2.14.1", that an interpreter has, by default this one; "" where there is
     none.
 
     It is not imported. What comes behind a +, of which build it is, is left out.
@@ -397,7 +403,7 @@ def check_same_torch(rollout: GenerationSection) -> None:
 
 
 def find_sglang(rollout: GenerationSection) -> Path:
-    """The interpreter that has sglang. ValueError tells how to get one."""
+    """Return the interpreter that has sglang. Raise ValueError, which tells how to get one."""
     if rollout.sglang_python is not None:
         if not os.access(rollout.sglang_python, os.X_OK):
             raise ValueError(f"rollout.sglang_python {rollout.sglang_python} is not an interpreter; correct or drop it")

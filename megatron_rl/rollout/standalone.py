@@ -1,4 +1,4 @@
-"""Generation without a trainer: servers on a model directory, their pool, rewards and a sampler."""
+"""Generates without a trainer: servers on a model directory, their pool, rewards and a sampler."""
 
 import gc
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -29,11 +29,11 @@ async def serving(
     name: str,
     secret_variables: Collection[str] = (),
 ) -> AsyncIterator[ServerPool]:
-    """Servers that have the weights in `model` as version 0. Nothing of them is left afterwards but their logs, which
-    are `folder/NAME_I.log`.
+    """Start servers that have the weights in `model` as version 0, and yield their pool. Nothing of them is left
+    afterwards but their logs, which are `folder/NAME_I.log`.
 
-    secret_variables: of the environment, what they must not inherit beside what is called a secret. ValueError for
-    rollout.urls: the servers there have weights of their own.
+    secret_variables: of the environment, what they must not inherit beside what is called a secret. Raises ValueError
+    for rollout.urls: the servers there have weights of their own.
     """
     if rollout.urls:
         raise ValueError(
@@ -54,7 +54,7 @@ async def serving(
 
 @asynccontextmanager
 async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str, seed: int) -> AsyncIterator[Sampler]:
-    """A sampler over servers of its own. Samples have advantage 0."""
+    """Yield a sampler over servers of its own. Samples have advantage 0."""
     assert config.model is not None  # with a teacher there is nothing to serve
     end_ids = load_architecture(model).eos_token_ids
     with Rewards(
@@ -68,5 +68,5 @@ async def sampling(config: RolloutPhase, model: Path, tokenizer: Any, name: str,
 
 
 def no_advantages(responses: Sequence[Response], rewards: np.ndarray) -> np.ndarray:
-    """Nothing is trained here."""
+    """Return zeros: nothing is trained here."""
     return np.zeros(len(responses))

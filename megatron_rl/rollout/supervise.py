@@ -28,7 +28,7 @@ _LOOK_EVERY_SECONDS = 0.1
 
 
 def main(command: list[str]) -> int:
-    """Returns the command's exit code, or 1 when it was ended. Nothing of its process group outlives it."""
+    """Run the command. Return its exit code, or 1 when it was ended. Nothing of its process group outlives it."""
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows the line is the lifeline's
         key = stdin.readline().strip()
     config = _config(key) if key else None
@@ -56,7 +56,7 @@ def main(command: list[str]) -> int:
 
 
 def _config(key: bytes) -> Path:
-    """Make a file of SGLang's options that can be read once, and is gone then."""
+    """Make a file of SGLang's options that can be read once, and is then gone."""
     path = Path(tempfile.mkdtemp(prefix="megatron_rl-key-")) / "config.yaml"
     os.mkfifo(path, 0o600)
 
@@ -77,7 +77,7 @@ def _print(process: "subprocess.Popen[bytes]", key: bytes) -> None:
 
 
 def _kill_the_rest() -> None:
-    """Of the process group that this process leads."""
+    """Kill the other processes of the group that this process leads."""
     for pid in psutil.pids():
         try:
             if pid != os.getpid() and os.getpgid(pid) == os.getpid():

@@ -1,4 +1,4 @@
-"""The servers of one node, kept running: a thread starts again what ends or is given up."""
+"""Keeps the servers of one node running: a thread starts again what ends or is given up."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ _LOOK_EVERY_SECONDS = 0.2
 FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 60.0
 # Who has served for so long has its earlier ends forgiven.
 _FORGIVEN_SECONDS = 600.0
-# On a file system that machines share, where a look takes longer.
+# Longer, because the file system is one that machines share, where a look takes longer.
 _LOOK_FOR_WISHES_SECONDS = 2.0
 
 
@@ -60,8 +60,8 @@ class ServerSupervisor:
         rollout: RolloutSection,
         wishes: Path | None = None,
     ) -> None:
-        """Starts all; they get ready at the same time. wishes: a folder in which other machines ask by `wish` for a
-        server of this one to be started again."""
+        """Start all servers; they get ready at the same time. wishes: a folder in which other machines ask by `wish`
+        for a server of this one to be started again."""
         self._rollout, self._wishes, self._looked_at = rollout, wishes, 0.0
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -83,13 +83,15 @@ class ServerSupervisor:
         return [kept.server.url for kept in self._kept]
 
     def wait_ready(self, check: Callable[[], None] = lambda: None) -> None:
-        """Return when all serve; from then on they are watched. ValueError with the last words of one that does not."""
+        """Return when all serve; from then on they are watched. Raise ValueError with the last words of one that does
+        not."""
         for kept in self._kept:
             kept.server.wait_ready(self._rollout.ready_deadline_seconds, check)
         self._thread.start()
 
     def key_of(self, url: str) -> str:
-        """Give the key of the server at `url`, to be sent now. ServerLost while it is not known who listens there."""
+        """Return the key of the server at `url`, to be sent now. Raise ServerLost while it is not known who listens
+        there."""
         return next(kept.server.key for kept in self._kept if kept.server.url == url)
 
     def check(self) -> None:
@@ -98,8 +100,8 @@ class ServerSupervisor:
             raise self.failure
 
     def replace(self, url: str, reason: str) -> None:
-        """End the server at `url` now; the thread starts another there. Nothing happens to one that has just begun, nor
-        to another node's. May take seconds."""
+        """End the server at `url` now; the thread starts another there. Nothing happens to a server that has just
+        begun, nor to another node's. May take seconds."""
         with self._lock:
             for kept in self._kept:
                 if kept.server.url == url and kept.is_ready:
@@ -214,7 +216,7 @@ def start_servers(
 
     They serve who shows a new key, which the supervisor knows. weights_roots: below these embedded servers may load
     weights, beside `model_path`. secret_variables: of the environment, what they must not inherit beside what is called
-    a secret. wishes: as of `ServerSupervisor`. ValueError when there is no SGLang to start, or too few GPUs.
+    a secret. wishes: as of `ServerSupervisor`. Raises ValueError when there is no SGLang to start, or too few GPUs.
     """
     key = new_key()
     shares = server_gpus(rollout)

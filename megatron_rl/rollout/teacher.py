@@ -1,4 +1,4 @@
-"""Responses from an endpoint in place of a checkpoint: text and verdict, without token ids and log-probs.
+"""Asks an endpoint for responses in place of a checkpoint: text and verdict, without token ids and log-probs.
 
 A prompt is sent as a chat message, once for each of its responses. The verdict is that of the content; what a reasoning
 model thought before it is kept beside it.
@@ -49,10 +49,10 @@ class Teacher:
     async def as_completed(
         self, questions: Sequence[tuple[int, Prompt]], num_before: int
     ) -> AsyncGenerator[Finished, None]:
-        """The rows of every prompt, as it completes. questions: (position in the run's order, prompt). num_before:
-        prompts that an earlier call got answered.
+        """Yield the rows of every prompt, as it completes. questions: (position in the run's order, prompt).
+        num_before: prompts that an earlier call got answered.
 
-        A prompt of which a response failed has no rows. Fault when more than `teacher.max_failure_share` of all,
+        A prompt of which a response failed has no rows. Raises Fault when more than `teacher.max_failure_share` of all,
         answered earlier or asked now, failed.
         """
         waiting, running, num_answered = iter(questions), set[asyncio.Task[Finished]](), num_before
@@ -136,7 +136,7 @@ class Teacher:
         }
 
     def _check(self, num_ended: int, min_failed: int) -> None:
-        """Fault when too many of so many prompts failed."""
+        """Raise Fault when too many of so many prompts failed."""
         failed, share = self._failed, self._section.max_failure_share
         if len(failed) >= min_failed and len(failed) > share * num_ended:
             raise Fault(
@@ -148,7 +148,7 @@ class Teacher:
 
 
 def _options(config: SamplingConfig, section: TeacherSection) -> dict[str, Any]:
-    """What every request says beside model, messages and seed."""
+    """Return what every request says beside model, messages and seed."""
     options = {
         "temperature": config.rollout.temperature,
         "top_p": section.top_p,

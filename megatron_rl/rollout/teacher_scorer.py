@@ -1,4 +1,4 @@
-"""A teacher policy scores the tokens that the policy sampled, for on-policy distillation (docs/joint.md).
+"""Scores the tokens that the policy sampled by a teacher policy, for on-policy distillation (docs/joint.md).
 
 A sequence is one request; servers batch those that come together. Whichever server scores it, the numbers are its own.
 """
@@ -28,11 +28,11 @@ class TeacherScorer:
         self._seconds, self._num_tokens = 0.0, 0
 
     async def scored(self, responses: Sequence[Response]) -> list[Response]:
-        """Give the same responses with `teacher_logprobs` in every segment. Raises what `ServerPool.score` does."""
+        """Return the same responses with `teacher_logprobs` in every segment. Raise what `ServerPool.score` does."""
         return await gather_all(map(self._scored, responses))
 
     def take_metrics(self) -> dict[str, float]:
-        """Give metrics of what scoring took since the last call."""
+        """Return metrics of what scoring took since the last call."""
         counts, self._servers.counts = self._servers.counts, Counts()
         seconds, num_tokens, self._seconds, self._num_tokens = self._seconds, self._num_tokens, 0.0, 0
         return {

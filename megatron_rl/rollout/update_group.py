@@ -1,4 +1,4 @@
-"""The process group over which a trainer sends weights to generation servers, both ends of it.
+"""Makes the process group over which a trainer sends weights to generation servers, both ends of it.
 
 The trainer is rank 0, each server (or each rank of a tensor-parallel one) a rank behind it. The group is the one that
 SGLang makes in `/init_weights_update_group`: a TCPStore at rank 0, the keys of the group below the prefixes `NAME`,
@@ -22,7 +22,8 @@ BACKENDS = ("gloo", "nccl")
 
 
 class Waitable(Protocol):
-    """A collective that has been started. `wait` raises RuntimeError when a peer is gone or the group's time is up."""
+    """Describes a collective that has been started. `wait` raises RuntimeError when a peer is gone or the group's time
+    is up."""
 
     def wait(self) -> object: ...
 
@@ -39,11 +40,12 @@ def join(
     device: torch.device | None = None,
     store: dist.TCPStore | None = None,
 ) -> dist.ProcessGroup:
-    """Enter the group; returns once all `world_size` ranks have, so the others must be told before rank 0 calls this.
+    """Enter the group. Return once all `world_size` ranks have, so the others must be told before rank 0 calls this.
 
-    rank: 0 is the sender. backend: gloo, or nccl with `device`, this rank's GPU. timeout_seconds: of the rendezvous
-    and of every later collective. store: at rank 0 the one of stores.host_store; without it rank 0 makes one on
-    `master_port`. RuntimeError or dist.DistError when the others do not come in time; ValueError for what cannot work.
+    rank: 0 is the sender. backend: gloo, or nccl with `device`, this rank's GPU. timeout_seconds: of the rendezvous and
+    of every later collective. store: at rank 0 the one of stores.host_store; without it rank 0 makes one on
+    `master_port`. Raises RuntimeError or dist.DistError when the others do not come in time, and ValueError for what
+    cannot work.
     """
     if not group_name:
         raise ValueError("group_name must not be empty, got ''; give the group any name")
@@ -109,8 +111,9 @@ def leave(group: dist.ProcessGroup) -> None:
 
 @contextmanager
 def _blocking_wait() -> Iterator[None]:
-    """A group that NCCL makes meanwhile has `wait` wait, and raise when the time is up. By default `wait` only orders
-    streams, and torch's watchdog ends the whole process: a server that is lost would take the trainer with it."""
+    """Make `wait` of a group that NCCL makes meanwhile block, and raise when the time is up. By default `wait` only
+    orders streams, and torch's watchdog ends the whole process: a server that is lost would take the trainer with
+    it."""
     name = "TORCH_NCCL_BLOCKING_WAIT"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -124,5 +127,5 @@ def _blocking_wait() -> Iterator[None]:
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """The payload of a bucket: the bytes of the tensors end to end, uint8 [sum of bytes]."""
+    """Return the payload of a bucket: the bytes of the tensors end to end, uint8 [sum of bytes]."""
     return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])

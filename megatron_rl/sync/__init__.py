@@ -1,1 +1,1 @@
-"""Weights out of Megatron under their Hugging Face names: to generation servers and to model directories."""
+"""Takes weights out of Megatron under their Hugging Face names, to generation servers and to model directories."""

@@ -1,4 +1,5 @@
-"""What several ranks do together and one of them may fail at: all of them learn of it at the same point."""
+"""Runs work that several ranks do together and at which one of them may fail: all of them learn of it at the same
+point."""
 
 import logging
 from collections.abc import Callable
@@ -13,8 +14,8 @@ T = TypeVar("T")
 
 
 def on_all_ranks(work: Callable[[], Any] | None, group: Any) -> list[Any]:
-    """Collective: what each rank's work returned, by rank, once all have done theirs; SharedFault on all of them when
-    one failed, with its reason. None is no work on this rank."""
+    """Return what each rank's work returned, by rank, once all have done theirs. Collective. Raise SharedFault on all
+    of them when one failed, with its reason. None is no work on this rank."""
     mine: tuple[Any, str | None] = None, None
     try:
         if work is not None:
@@ -29,14 +30,14 @@ def on_all_ranks(work: Callable[[], Any] | None, group: Any) -> list[Any]:
 
 
 def gather_objects(value: T, group: Any) -> list[T]:
-    """Collective: what each rank of the group has, by rank."""
+    """Return what each rank of the group has, by rank. Collective."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
 
 
 def broadcast_object(value: T | None, source: int, group: Any) -> T:
-    """Collective: what rank `source` has; the others give None."""
+    """Return what rank `source` has; the others give None. Collective."""
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=source, group=group)
     found: T = box[0]
@@ -44,8 +45,8 @@ def broadcast_object(value: T | None, source: int, group: Any) -> T:
 
 
 def _told(error: BaseException) -> str:
-    """An error in words: the OSError that it began with, if it did. torch.save on a full disk ends in a RuntimeError
-    about its own position."""
+    """Say in words what an error is: the OSError that it began with, if it did. torch.save on a full disk ends in a
+    RuntimeError about its own position."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

@@ -1,4 +1,5 @@
-"""Weights in pieces of bounded size: which Hugging Face tensors travel together, and where each lies in its bucket."""
+"""Divides weights into pieces of bounded size: which Hugging Face tensors travel together, and where each lies in its
+bucket."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from megatron_rl.checkpoint.names import TensorMapping
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One Hugging Face tensor: bytes [start, end) of its bucket."""
+    """Says where one Hugging Face tensor lies: bytes [start, end) of its bucket."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,8 +22,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Consecutive parameters of the name table, all of one type. places: of each entry's tensors, in order and end to
-    end."""
+    """Holds consecutive parameters of the name table, all of one type. places: of each entry's tensors, in order and
+    end to end."""
 
     dtype: torch.dtype
     entries: tuple[TensorMapping, ...]
@@ -37,7 +38,7 @@ class Bucket:
         return [place for places in self.places for place in places]
 
     def runs(self, owner_of: dict[str, int]) -> list[tuple[int, int, int]]:
-        """(rank, start, end) of the pieces that one rank after the other exports, as long as possible."""
+        """Return (rank, start, end) of the pieces that one rank after the other exports, as long as possible."""
         found: list[tuple[int, int, int]] = []
         for entry, places in zip(self.entries, self.places, strict=True):
             owner, start, end = owner_of[entry.megatron], places[0].start, places[-1].end

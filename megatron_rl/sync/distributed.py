@@ -1,4 +1,4 @@
-"""Weights over a process group: rank 0 of the trainer broadcasts buckets to all servers, by SGLang's routes.
+"""Sends weights over a process group: rank 0 of the trainer broadcasts buckets to all servers, by SGLang's routes.
 
 The ranks export a bucket (gather their shards, reshape) and send their pieces to rank 0, while rank 0 broadcasts the
 one before. Two buckets of memory on rank 0, one elsewhere: in host memory with gloo, on the GPUs with NCCL.
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def join_request(
     address: str, port: int, offset: int, world_size: int, group_name: str, backend: str
 ) -> dict[str, Any]:
-    """The body of /init_weights_update_group."""
+    """Return the body of /init_weights_update_group."""
     return {
         "master_address": address,
         "master_port": port,
@@ -45,7 +45,8 @@ def join_request(
 
 
 class DistributedTransport:
-    """The process group is made at the first push, and again when the servers are no longer the same."""
+    """Sends weights over a process group. The group is made at the first push, and again when the servers are no longer
+    the same."""
 
     def __init__(
         self,
@@ -57,10 +58,10 @@ class DistributedTransport:
         backend: str = "gloo",
         key_of: KeyOf = no_key,
     ) -> None:
-        """Collective over the gloo group `control` of all ranks. max_bytes: of a bucket, unless one parameter alone is
-        larger. address: of this machine, by which the servers reach rank 0. silence_seconds: a server that does not
-        answer for so long, on top of the time for the bytes, is lost. backend: see `gpus.chosen_backend`.
-        key_of: of the servers, see `ServerRequests`."""
+        """Divide the model into buckets, and allocate their memory. Collective over the gloo group `control` of all
+        ranks. max_bytes: of a bucket, unless one parameter alone is larger. address: of this machine, by which the
+        servers reach rank 0. silence_seconds: a server that does not answer for so long, on top of the time for the
+        bytes, is lost. backend: see `gpus.chosen_backend`. key_of: of the servers, see `ServerRequests`."""
         self._parameters = model.parameters_by_canonical_name()
         device = torch_device() if backend == "nccl" else torch.device("cpu")
         # Pieces for rank 0 travel by what moves the memory that they are in.
@@ -79,8 +80,9 @@ class DistributedTransport:
         self._sender = self._make_sender() if dist.get_rank() == 0 else None
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
-        """See `Transport`. ServerLost when a server failed: all of them are then in the middle of an update, those that
-        failed are taken out, and a push of the same weights must follow before anything is generated."""
+        """Push the weights, see `Transport`. Raise ServerLost when a server failed: all of them are then in the middle
+        of an update, those that failed are taken out, and a push of the same weights must follow before anything is
+        generated."""
         if receivers is None or not receivers.late:
             return self._push(version, receivers, self._sender)
         sender = self._make_sender()  # the others stay in the group that they have with the usual one
@@ -122,7 +124,7 @@ class DistributedTransport:
             self._sender.close()
 
     def _collect(self, bucket: Bucket, flat: Tensor) -> None:
-        """Collective: rank 0's `flat` becomes the whole bucket."""
+        """Make rank 0's `flat` the whole bucket. Collective."""
         fill(flat, bucket, gathered(bucket.entries, self._parameters))
         rank, pieces = dist.get_rank(), []
         for owner, start, end in bucket.runs(self._owner_of):
@@ -134,7 +136,7 @@ class DistributedTransport:
 
 
 def owners(mine: list[str], control: Any) -> dict[str, int]:
-    """Which rank exports each parameter, by canonical name."""
+    """Return which rank exports each parameter, by canonical name. Collective."""
     owner_of: dict[str, int] = {}
     for rank, names in enumerate(gather_objects(mine, control)):
         for name in names:
@@ -144,8 +146,8 @@ def owners(mine: list[str], control: Any) -> dict[str, int]:
 
 
 class _Sender:
-    """Rank 0's end: HTTP requests beside the broadcast. What fails is remembered until `end`, so that the
-    other ranks' collectives go on to theirs."""
+    """Runs rank 0's end: HTTP requests beside the broadcast. What fails is remembered until `end`, so that the other
+    ranks' collectives go on to theirs."""
 
     def __init__(self, address: str, requests: ServerRequests, backend: str) -> None:
         self._address, self._requests, self._backend = address, requests, backend
@@ -153,7 +155,7 @@ class _Sender:
         self._joined: list[tuple[str, int]] = []  # url and number of losses of each member of the group
         self._urls: list[str] = []
         self.is_new = False
-        # Of this run alone: servers that outlive a run may still know the groups of the one before.
+        # Names groups of this run alone: servers that outlive a run may still know the groups of the one before.
         self._run, self._number = secrets.token_hex(4), 0
         self._pending: Asked = []  # the servers' word on the bucket that is on its way
         self._brackets: set[str] = set()
@@ -201,7 +203,7 @@ class _Sender:
             self._pending = asked
 
     def end(self) -> dict[str, ServerError]:
-        """Wait for what is on its way; returns why each server that failed did."""
+        """Wait for what is on its way. Return why each server that failed did."""
         self._wait()
         if not self._failed:
             self._requests.settle(self._at_brackets("/end_weight_update"))
@@ -230,7 +232,7 @@ class _Sender:
         return self._requests.failed
 
     def _abandon(self) -> None:
-        """Leave the group without a word."""
+        """Leave the group without telling anybody."""
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -239,7 +241,7 @@ class _Sender:
         return self._requests.ask(route, {url: {} for url in self._urls if url in self._brackets})
 
     def _join(self, urls: list[str]) -> None:
-        """One group of rank 0 and all ranks of all servers."""
+        """Make one group of rank 0 and all ranks of all servers."""
         self._urls = urls
         sizes, self._brackets = self._requests.ranks_of(urls)
         if self._failed:

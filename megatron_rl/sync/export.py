@@ -1,4 +1,4 @@
-"""Megatron shards as Hugging Face-named tensors, and directories of them."""
+"""Exports Megatron shards as Hugging Face-named tensors, and as directories of them."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ from megatron_rl.sync.buckets import Bucket
 
 
 def value(parameter: Tensor) -> Tensor:
-    """Give what is exported of a parameter: it as it is, or merged with its adapter."""
+    """Return what is exported of a parameter: the parameter as it is, or merged with its adapter."""
     merged: Callable[[], Tensor] = getattr(parameter, "merged", parameter.detach)
     return merged()
 
 
 def export_tensors(model: Model, read: Callable[[Tensor], Tensor] = value) -> Iterator[tuple[str, Tensor]]:
-    """This rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
+    """Yield this rank's share of the Hugging Face tensors: over all ranks every tensor comes exactly once.
 
     read: what is exported of each parameter; its `value`, or something of the same shape such as its gradient.
 
@@ -43,7 +43,7 @@ def gathered(
     read: Callable[[Tensor], Tensor] = value,
     takes_part: Callable[[TensorMapping], bool] = owns_export,
 ) -> Iterator[tuple[TensorMapping, tuple[Tensor, ...]]]:
-    """Of those entries that this rank exports, the Hugging Face tensors. Collective, see `export_tensors`.
+    """Yield the Hugging Face tensors of those entries that this rank exports. Collective, see `export_tensors`.
 
     parameters: this rank's, by canonical name. takes_part: whether this rank's tensor group exports an entry; by
     default that of one replica of the model.
@@ -63,7 +63,8 @@ def gathered(
 
 
 def fill(flat: Tensor, bucket: Bucket, found: Iterable[tuple[TensorMapping, Sequence[Tensor]]]) -> None:
-    """flat: uint8 [bytes of the bucket], gets what `gathered` found of its entries, each tensor at its place."""
+    """Put what `gathered` found of a bucket's entries into `flat`, uint8 [bytes of the bucket], each tensor at its
+    place."""
     places = dict(zip((entry.megatron for entry in bucket.entries), bucket.places, strict=True))
     for entry, tensors in found:
         for place, tensor in zip(places[entry.megatron], tensors, strict=True):
@@ -71,7 +72,7 @@ def fill(flat: Tensor, bucket: Bucket, found: Iterable[tuple[TensorMapping, Sequ
 
 
 def exported_names(model: Model, takes_part: Callable[[TensorMapping], bool] = owns_export) -> list[str]:
-    """Canonical names of what `gathered` yields on this rank."""
+    """Return the canonical names of what `gathered` yields on this rank."""
     parameters = model.parameters_by_canonical_name()
     return [
         entry.megatron

@@ -1,4 +1,4 @@
-"""A folder through which weights travel from the trainer to servers: in memory, or where all nodes see it."""
+"""Makes a folder through which weights travel from the trainer to servers: in memory, or where all nodes see it."""
 
 import contextlib
 import fcntl
@@ -28,8 +28,8 @@ class WeightFolder:
     """
 
     def __init__(self, control: Any, num_bytes: int, shared: Path | None) -> None:
-        """Collective over the gloo group `control`. num_bytes: of one export; for a moment there are two. shared: a
-        directory that every node sees, in which the folder is to be; None on one machine."""
+        """Make the folder. Collective over the gloo group `control`. num_bytes: of one export; for a moment there are
+        two. shared: a directory that every node sees, in which the folder is to be; None on one machine."""
         made = ""
         if dist.get_rank() == 0:
             parent = shared or _memory(num_bytes)
@@ -47,7 +47,7 @@ class WeightFolder:
 
 
 def _memory(num_bytes: int) -> Path:
-    """/dev/shm, or the temporary directory where there is no room for two copies."""
+    """Return /dev/shm, or the temporary directory where there is no room for two copies."""
     memory = Path("/dev/shm")
     if memory.is_dir():
         _remove_abandoned(memory)
@@ -69,7 +69,8 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _own(opened: contextlib.ExitStack, path: Path | str, flags: int, folder: int | None = None) -> int:
-    """Open what this user owns, and return the descriptor. OSError for a link, and for what is somebody else's."""
+    """Open what this user owns, and return the descriptor. Raise OSError for a link, and for what is somebody
+    else's."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     opened.callback(os.close, descriptor)
     if os.fstat(descriptor).st_uid != os.geteuid():

@@ -1,4 +1,4 @@
-"""A bucket of weights as SGLang's /update_weights_from_tensor takes it: not its bytes, but how to open them.
+"""Writes a bucket of weights as SGLang's /update_weights_from_tensor takes it: not its bytes, but how to open them.
 
 The payload is SGLang's own format (0.5.21: `MultiprocessingSerializer`, load_format "flattened_bucket"): a pickle of
 the flat tensor as torch.multiprocessing hands it over, and where in it each weight lies. We write such pickles and
@@ -21,13 +21,13 @@ from torch.multiprocessing import reductions
 from megatron_rl.device import device_id
 from megatron_rl.sync.buckets import Place
 
-# Of the arguments of rebuild_cuda_tensor, which SGLang (utils/patch_torch.py) lets name the device by its id.
+# The argument of rebuild_cuda_tensor that SGLang (utils/patch_torch.py) lets name the device by its id.
 _DEVICE_ARGUMENT = 6
 
 
 def serialized(flat: Tensor, places: Sequence[Place], dtype: torch.dtype) -> str:
-    """For one process to open, once. flat: uint8 [bytes], which must live until that process has copied it; a tensor in
-    host memory moves to shared memory."""
+    """Return the payload of a bucket, for one process to open, once. flat: uint8 [bytes], which must live until that
+    process has copied it; a tensor in host memory moves to shared memory."""
     content = {
         "flattened_tensor": flat,
         "metadata": [
@@ -51,7 +51,7 @@ def serialized(flat: Tensor, places: Sequence[Place], dtype: torch.dtype) -> str
 
 
 def _reduced(tensor: Tensor) -> Any:
-    """As torch does it. A GPU goes by its id: the server may see other ones, under other numbers."""
+    """Reduce a tensor as torch does. A GPU goes by its id: the server may see other ones, under other numbers."""
     rebuild, arguments = reductions.reduce_tensor(tensor)
     name = device_id(tensor)
     if name is not None:
@@ -61,8 +61,8 @@ def _reduced(tensor: Tensor) -> Any:
 
 @contextmanager
 def _shared_by_name() -> Iterator[None]:
-    """Host memory goes by the name of a file in /dev/shm. torch's default, a file descriptor, can only be fetched by a
-    child of this process; a server that tries ends."""
+    """Share host memory by the name of a file in /dev/shm inside the block. torch's default, a file descriptor, can
+    only be fetched by a child of this process; a server that tries ends."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:

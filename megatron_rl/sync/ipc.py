@@ -1,4 +1,5 @@
-"""Weights to the servers of the same node without a copy on the way: they open the trainer's memory and copy from it.
+"""Gives weights to the servers of the same node without a copy on the way: they open the trainer's memory and copy from
+it.
 
 A bucket is gathered by the ranks that hold the whole model between them, as a rule those of one node (sync/spans.py),
 and lies then on each of them; every rank of a server opens the one on its own GPU. The first rank of each node talks
@@ -34,14 +35,15 @@ from megatron_rl.sync.transport import PushSeconds, Receivers, members_to_update
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PushOrder:
-    """What rank 0 tells the others before anything is sent. urls: of the servers that take part; None: no push."""
+    """Tells the other ranks what rank 0 has decided before anything is sent. urls: of the servers that take part; None:
+    no push."""
 
     urls: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opener:
-    """A tensor-parallel rank of a server, which opens the buckets of one rank of its node."""
+    """Names a tensor-parallel rank of a server, which opens the buckets of one rank of its node."""
 
     url: str
     server_rank: int
@@ -50,7 +52,7 @@ class _Opener:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Handle:
-    """What an opener is given of a bucket: how it gets at the bytes."""
+    """Holds what an opener is given of a bucket: how it gets at the bytes."""
 
     url: str
     server_rank: int
@@ -58,7 +60,8 @@ class _Handle:
 
 
 class IpcTransport:
-    """Two buckets of memory on every rank during a push, none otherwise."""
+    """Hands weights to the servers of each node. It takes two buckets of memory on every rank during a push, none
+    otherwise."""
 
     def __init__(
         self,
@@ -72,10 +75,10 @@ class IpcTransport:
         silence_seconds: float,
         key_of: KeyOf = no_key,
     ) -> None:
-        """Collective over the gloo group `control` of all ranks. node: of this rank. local_urls: of this node's
-        servers, by their number; on its first rank, empty elsewhere. num_servers, num_gpus: of each node; 0 GPUs on a
-        CPU. Each GPU has one training rank, in their order. max_bytes, silence_seconds and key_of: see
-        DistributedTransport."""
+        """Find out which ranks gather the model together. Collective over the gloo group `control` of all ranks. node:
+        of this rank. local_urls: of this node's servers, by their number; on its first rank, empty elsewhere.
+        num_servers, num_gpus: of each node; 0 GPUs on a CPU. Each GPU has one training rank, in their order. max_bytes,
+        silence_seconds and key_of: see DistributedTransport."""
         self._parameters = model.parameters_by_canonical_name()
         self._control, self._local_urls = control, tuple(local_urls)
         self._num_servers, self._num_gpus = num_servers, num_gpus
@@ -96,8 +99,8 @@ class IpcTransport:
         self._sender = _Sender(requests) if rank == self._node_ranks[0] else None
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
-        """See `Transport`. ServerLost when a server failed: a push of the same weights must follow before anything is
-        generated."""
+        """Push the weights, see `Transport`. Raise ServerLost when a server failed: a push of the same weights must
+        follow before anything is generated."""
         members: list[Member] = []
         trouble: Exception | None = None
         order = _PushOrder(urls=None)
@@ -127,7 +130,7 @@ class IpcTransport:
             self._sender.close()
 
     def _hand_over(self, urls: Sequence[str], version: int, seconds: PushSeconds) -> dict[str, ServerError]:
-        """Collective: fill every bucket and have the servers copy it. Returns why each server of any node that failed
+        """Fill every bucket and have the servers copy it. Collective. Return why each server of any node that failed
         did; then nobody uses the memory of a bucket any more."""
         openers = self._openers(urls)
         in_use: list[Tensor] = []
@@ -148,7 +151,7 @@ class IpcTransport:
             return {url: error for one in gather_objects(failed, self._control) for url, error in one.items()}
 
     def _openers(self, urls: Sequence[str]) -> list[_Opener]:
-        """Collective over the node: the server ranks that open this rank's buckets."""
+        """Return the server ranks that open this rank's buckets. Collective over the node."""
         openers: list[_Opener] = []
         if self._sender is not None:
             numbers = {url: number for number, url in enumerate(self._local_urls)}
@@ -161,7 +164,7 @@ class IpcTransport:
         return [opener for opener in openers if opener.node_rank == own]
 
     def _filled(self, bucket: Bucket) -> Tensor:
-        """Collective: the whole bucket, uint8 [bytes]."""
+        """Return the whole bucket, uint8 [bytes]. Collective."""
         rank, owner_of = dist.get_rank(), self._span.owner_of
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=torch_device())
         found = gathered(bucket.entries, self._parameters, takes_part=self._takes_part)
@@ -173,12 +176,12 @@ class IpcTransport:
         return flat
 
     def _takes_part(self, entry: TensorMapping) -> bool:
-        """True where the first rank of this rank's tensor group exports the entry to some span."""
+        """Tell whether the first rank of this rank's tensor group exports the entry to some span."""
         first = dist.get_process_group_ranks(tensor_group(entry))[0]
         return any((entry.megatron, first) in exporters for exporters in self._exporters)
 
     def _handles(self, bucket: Bucket, flat: Tensor, openers: Sequence[_Opener]) -> list[_Handle]:
-        """Collective over the node: those of all its ranks."""
+        """Return the handles of all ranks of the node. Collective over the node."""
 
         def make() -> list[_Handle]:
             return [
@@ -194,15 +197,15 @@ class IpcTransport:
 
 
 def _own_group(members: Sequence[Sequence[int]], kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
-    """Collective over all ranks: a group for each of `members`; this rank's value and group."""
+    """Make a group for each of `members`. Collective over all ranks. Return this rank's value and group."""
     groups = [dist.new_group(list(ranks), backend=kind) for ranks in members]
     number = next(i for i, ranks in enumerate(members) if dist.get_rank() in ranks)
     return values[number], groups[number]
 
 
 class _Sender:
-    """The end of a node's first rank: requests beside its thread, one bucket at a time. What fails is remembered until
-    `end`."""
+    """Runs the end of a node's first rank: requests beside its thread, one bucket at a time. What fails is remembered
+    until `end`."""
 
     def __init__(self, requests: ServerRequests) -> None:
         self._requests = requests
@@ -210,7 +213,7 @@ class _Sender:
         self._pending: Asked = []
 
     def begin(self, urls: Sequence[str]) -> dict[str, int]:
-        """The tensor-parallel size of each server that takes part."""
+        """Begin an update. Return the tensor-parallel size of each server that takes part."""
         self._requests.failed = {}
         sizes, self._brackets = self._requests.ranks_of(urls)
         # A push that failed has left its update open at those that did not.
@@ -220,7 +223,8 @@ class _Sender:
         return sizes
 
     def send(self, handles: Sequence[_Handle], version: str | None) -> None:
-        """Hand a bucket over, once the one before was copied. version: with the last, what the weights are called."""
+        """Hand a bucket over, once the one before was copied. version: with the last bucket, what the weights are
+        called."""
         self._settle()
         payloads: dict[str, list[str]] = {}
         for handle in sorted(handles, key=lambda handle: (handle.url, handle.server_rank)):
@@ -238,7 +242,7 @@ class _Sender:
         self._pending = self._requests.ask("/update_weights_from_tensor", bodies)
 
     def end(self) -> dict[str, ServerError]:
-        """Wait for the last bucket; returns why each server that failed did."""
+        """Wait for the last bucket. Return why each server that failed did."""
         self._settle()
         self._requests.settle(self._at_brackets("/end_weight_update"))
         failed = self._requests.failed

@@ -1,4 +1,5 @@
-"""Requests to several servers at once, beside what the calling thread does. Who fails is remembered, not raised."""
+"""Sends requests to several servers at once, beside what the calling thread does. Failures are remembered, not
+raised."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -17,20 +18,23 @@ Asked = list[tuple[str, "Future[None]"]]  # by url
 
 
 class Waits(RequestRefused):
-    """The server is there, but a request has not been answered in time: it waits for others of its group."""
+    """Says that the server is there, but a request has not been answered in time: it waits for others of its group."""
 
 
 class ServerRequests:
-    """failed: why each server that failed did, by its url. `close()` ends connections and the thread of their loop."""
+    """Sends requests to servers. failed: why each server that failed did, by its url. `close()` ends connections and
+    the thread of their loop."""
 
     def __init__(self, silence_seconds: float, largest_bytes: int, key_of: KeyOf) -> None:
-        """A server that does not answer for `silence_seconds`, on top of the time for the bytes of a bucket, fails.
+        """Start the thread. A server that does not answer for `silence_seconds`, on top of the time for the bytes of a
+        bucket, fails.
 
-        key_of: tells the key that a request to a url shows; ServerLost where it must not be sent now."""
+        key_of: tells the key that a request to a url shows; ServerLost where it must not be sent now.
+        """
         self._key_of = key_of
         self.timeout = silence_seconds + largest_bytes / _SLOWEST_BYTES_PER_SECOND
         self.failed: dict[str, ServerError] = {}
-        # Of their own, because on most ranks there is no pool: the first of every node talks to the servers there.
+        # A loop of its own, because most ranks have no pool: the first of every node talks to the servers there.
         self._loop = BackgroundLoop()
         self._clients: dict[str, GenerationClient] = {}
 
@@ -39,7 +43,7 @@ class ServerRequests:
         return [(url, self._loop.start(_control(self._client(url), route, body))) for url, body in bodies.items()]
 
     def settle(self, asked: Asked) -> None:
-        """Wait for all of them."""
+        """Wait for all of these requests, and remember which servers failed."""
         for url, future in asked:
             error = future.exception()
             if isinstance(error, ServerError):
@@ -48,7 +52,7 @@ class ServerRequests:
                 raise error
 
     def ranks_of(self, urls: Sequence[str]) -> tuple[dict[str, int], set[str]]:
-        """By url the number of its tensor-parallel ranks, and those servers whose updates lie between
+        """Return by url the number of a server's tensor-parallel ranks, and those servers whose updates lie between
         begin_weight_update and end_weight_update."""
         sizes: dict[str, int] = {}
         brackets = set()

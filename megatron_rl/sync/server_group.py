@@ -1,4 +1,4 @@
-"""The trainer's end of the process group that it has with the servers."""
+"""Runs the trainer's end of the process group that it has with the servers."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,7 +9,7 @@ from megatron_rl.stores import host_store
 
 
 class GroupFailed(RuntimeError):
-    """A group was not joined by all, or a broadcast did not arrive; the group is closed."""
+    """Says that a group was not joined by all, or a broadcast did not arrive; the group is closed."""
 
 
 class ServerGroup:
@@ -30,7 +30,7 @@ class ServerGroup:
         self.port = self._store.port
 
     def join(self) -> None:
-        """Enter as rank 0, once the others have been told to; GroupFailed when they do not come."""
+        """Enter as rank 0, once the others have been told to. Raise GroupFailed when they do not come."""
         problem = ""
         try:
             self._group = update_group.join(
@@ -49,7 +49,8 @@ class ServerGroup:
         self._check(problem and f"the process group for weights was not joined by all: {problem}")
 
     def broadcast(self, flat: Tensor) -> None:
-        """Start to send; `flat` must stay as it is until `wait` returns. GroupFailed when it cannot be started."""
+        """Start to send; `flat` must stay as it is until `wait` returns. Raise GroupFailed when it cannot be
+        started."""
         assert self._group is not None and self._work is None
         problem = ""
         try:
@@ -59,7 +60,7 @@ class ServerGroup:
         self._check(problem)
 
     def wait(self) -> None:
-        """Wait for what is in flight; GroupFailed when it did not arrive."""
+        """Wait for what is in flight. Raise GroupFailed when it did not arrive."""
         problem = ""
         try:
             if self._work is not None:
@@ -70,7 +71,7 @@ class ServerGroup:
         self._check(problem)
 
     def close(self) -> None:
-        """Leave the group without a word; who waits for it is told by the end of its connections."""
+        """Leave the group without telling anybody; who waits for it learns of it by the end of its connections."""
         group, self._group = self._group, None
         self._work = self._store = None
         if group is not None:

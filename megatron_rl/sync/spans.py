@@ -1,4 +1,4 @@
-"""Which ranks gather the weights together. Pure."""
+"""Decides which ranks gather the weights together. Pure."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Ranks that hold the whole model between them. owner_of: by parameter, the one of them that has it for all."""
+    """Holds ranks that hold the whole model between them. owner_of: by parameter, the one of them that has it for
+    all."""
 
     ranks: tuple[int, ...]
     owner_of: dict[str, int]
 
 
 def ranks_by_node(node_of: Sequence[int]) -> list[tuple[int, ...]]:
-    """node_of: by rank."""
+    """Return the ranks of each node. node_of: by rank."""
     return [tuple(rank for rank, node in enumerate(node_of) if node == one) for one in dict.fromkeys(node_of)]
 
 
 def gather_spans(node_of: Sequence[int], exports: Sequence[Collection[str]]) -> list[Span]:
-    """The ranks of each node, where every node holds the whole model; else all ranks as one.
+    """Return the ranks of each node, where every node holds the whole model; otherwise all ranks as one.
 
     node_of: by rank. exports: by rank, the parameters that it can export, of any replica of the model.
     """

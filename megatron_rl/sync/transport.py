@@ -1,4 +1,4 @@
-"""How new weights get from the training ranks to the servers. Every rank takes part; rank 0 knows the servers."""
+"""Takes new weights from the training ranks to the servers. Every rank takes part; rank 0 knows the servers."""
 
 import logging
 import time
@@ -25,8 +25,8 @@ class Runs(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receivers:
-    """Rank 0's way to the servers. late: the push is for those alone that came back behind the last one, and has its
-    weights; the others generate meanwhile."""
+    """Gives rank 0 its way to the servers. late: the push is for those alone that came back behind the last one, and
+    has its weights; the others generate meanwhile."""
 
     pool: ServerPool
     run: Runs
@@ -35,7 +35,7 @@ class Receivers:
 
 @dataclass(slots=True)
 class PushSeconds:
-    """What rank 0 spent a push on; what ran beside it counts only where it had to be waited for.
+    """Counts what rank 0 spent a push on; what ran beside it counts only where it had to be waited for.
 
     export: until the tensors were gathered and under their names, or written. send: until buckets had arrived.
     install: from the last byte until the servers answer by the new weights.
@@ -47,15 +47,17 @@ class PushSeconds:
 
     @contextmanager
     def of(self, part: Literal["export", "send", "install"]) -> Iterator[None]:
-        """Count the time until its end."""
+        """Count the time of the block for a part."""
         started = time.perf_counter()
         yield
         setattr(self, part, getattr(self, part) + time.perf_counter() - started)
 
 
 class Transport(Protocol):
-    """push: collective. Afterwards every server that gets work has the present weights and answers as `version`.
-    Returns where the time went.
+    """Takes weights to the servers.
+
+    push: collective. Afterwards every server that gets work has the present weights and answers as `version`. Returns
+    where the time went.
 
     What goes wrong at the servers is raised on rank 0 alone, after the collectives have ended, so rank 0 can tell the
     others. receivers: on rank 0, None elsewhere. close: gives back what the transport holds.
@@ -67,11 +69,12 @@ class Transport(Protocol):
 
 
 class DiskTransport:
-    """Through a folder that the servers read: memory-backed on one machine, else on the shared file system."""
+    """Takes weights through a folder that the servers read: memory-backed on one machine, else on the shared file
+    system."""
 
     def __init__(self, folder: WeightFolder, export: Callable[[Path], None], written: int | None = None) -> None:
-        """export: collective; writes a model directory of the present weights. written: the version that is in the
-        folder already."""
+        """Use this folder. export: collective; writes a model directory of the present weights. written: the version
+        that is in the folder already."""
         self._folder, self._export, self._written = folder, export, written
 
     def push(self, version: int, receivers: Receivers | None) -> PushSeconds:
@@ -86,12 +89,12 @@ class DiskTransport:
         return seconds
 
     def close(self) -> None:
-        """The folder belongs to the run."""
+        """Do nothing: the folder belongs to the run."""
 
 
 async def members_to_update(receivers: Receivers) -> list[Member]:
-    """Everyone that shall have the weights: those that serve, and those that came back and lack them. By url, so that
-    a group of them stays the same where they do."""
+    """Return all members that shall have the weights: those that serve, and those that came back and lack them. They
+    come by url, so that a group of them stays the same where they do."""
     pool = receivers.pool
     members = pool.returned if receivers.late else [*pool.serving, *await pool.recovered()]
     return sorted(members, key=lambda member: member.client.url)
@@ -104,8 +107,9 @@ async def settle(
     version: str,
     is_fresh: bool,
 ) -> None:
-    """What came of a push: `members` serve the weights as `version`, or ServerLost, or RequestRefused where another
-    attempt would end like this one. failed: why, by url. is_fresh: nothing of an earlier push was relied on."""
+    """Note the result of a push: `members` serve the weights as `version`. Raise ServerLost when some failed, or
+    RequestRefused where another attempt would end like this one. failed: why, by url. is_fresh: nothing of an earlier
+    push was relied on."""
     pool = receivers.pool
     if failed:
         for member in members:
@@ -113,7 +117,7 @@ async def settle(
             if isinstance(error, ServerLost):
                 pool.mark_down(member, str(error))
         # A server that is there but refuses has lost a peer, or is not the one that it was at the last push: again.
-        # Where a fresh push is refused though nobody was lost, there is a reason that will not go away.
+        # A fresh push that is refused though nobody was lost has a reason that will not go away.
         lost = any(isinstance(error, ServerLost) for error in failed.values())
         kind = ServerLost if lost or not is_fresh else RequestRefused
         reasons = "; ".join(map(str, failed.values()))

@@ -1,4 +1,4 @@
-"""The loop: synchronous rollout and train phases under a token budget. Every rank runs it; rank 0 leads.
+"""Runs the training loop: synchronous rollout and train phases under a token budget. Every rank runs it; rank 0 leads.
 
 Rank 0 alone talks to the servers, scores and plans, and says what all ranks do next: push weights, check that they
 arrived, train a plan, or stop. The others wait for its word on gloo.
@@ -108,7 +108,7 @@ def _steps(
     transport: Transport | None,
     servers: NodeServers | None,
 ) -> int:
-    """From step `first` to the end. Returns the exit code."""
+    """Train from step `first` to the end. Return the exit code."""
     objective = PolicyObjective(config.algorithm, context.context_parallel_group)
     skips = SkipGuard(config.train, "Their batches are in run_dir/skipped. ")
     for step in range(first, config.train.steps):
@@ -145,8 +145,8 @@ def _steps(
 
 
 def _make_room(config: RlConfig, context: TrainContext, servers: NodeServers | None) -> float:
-    """Before servers on the same GPUs take their memory: what training alone needs leaves them, and servers that ended
-    are started again. Returns the seconds that it took."""
+    """Make room for servers on the same GPUs, before they take their memory. What training alone needs leaves the GPUs,
+    and servers that ended are started again. Return the seconds that it took."""
     started = time.perf_counter()
     if config.train.offload_while_generating:
         context.trainer.offloader.offload()
@@ -156,8 +156,9 @@ def _make_room(config: RlConfig, context: TrainContext, servers: NodeServers | N
 
 
 def _take_room(config: RlConfig, context: TrainContext, servers: NodeServers | None) -> float:
-    """Collective, once servers have released their memory: none is started from here on, and what has left the GPUs
-    comes back. Returns the seconds that it took. SharedFault when a rank has no room for it."""
+    """Take the GPUs back for training, once servers have released their memory. No server is started from here on, and
+    what has left the GPUs comes back. Collective. Return the seconds that it took. Raise SharedFault when a rank has no
+    room for it."""
     started = time.perf_counter()
     offloader, seconds = context.trainer.offloader, config.train.free_memory_deadline_seconds
 
@@ -189,7 +190,8 @@ def _open_source(
 def _transport(
     config: RlConfig, context: TrainContext, folder: WeightFolder, servers: NodeServers, version: int
 ) -> Transport:
-    """Collective. version: of the weights that are in the folder already."""
+    """Make the transport that takes weights to the servers. Collective. version: of the weights that are in the folder
+    already."""
     if config.sync.transport == "disk":
         return DiskTransport(folder, context.export, version)
     max_bytes, silence_seconds = config.sync.bucket_mb * 2**20, config.rollout.silence_seconds
@@ -217,7 +219,7 @@ def _transport(
 def _train(
     context: TrainContext, config: RlConfig, objective: PolicyObjective, plan: Plan, work: Work
 ) -> list[StepResult]:
-    """The train phase: the plan's optimizer steps over this rank's samples."""
+    """Run the train phase: the plan's optimizer steps over this rank's samples."""
     trainer, temperature = context.trainer, config.rollout.temperature
     batches: list[Batches] = [trainer.prefetch(step) for step in work]
     if config.algorithm.trains_on_own_old_logprobs and len(batches) > 1:
@@ -230,7 +232,7 @@ def _train(
 
 
 def _follow(context: TrainContext, step: int, transport: Transport | None) -> tuple[Plan, Work] | Stop:
-    """The other ranks: do what rank 0 says until there is something to train, or the run ends."""
+    """Do what rank 0 says until there is something to train, or the run ends. Runs on the other ranks."""
     while True:
         context.watchdog.enter("waiting for rank 0", step)
         command = receive(context.rank, context.layout, context.control)
@@ -240,8 +242,8 @@ def _follow(context: TrainContext, step: int, transport: Transport | None) -> tu
 
 
 def _save(context: TrainContext, orchestrator: Orchestrator | None, step: int) -> None:
-    """Collective: a checkpoint after `step` completed steps, whose files are there before it. SharedFault without it
-    where they could not be written."""
+    """Save a checkpoint after `step` completed steps, whose files are on the disk before it. Collective. Raise
+    SharedFault, and save nothing, where those files could not be written."""
     context.watchdog.enter("save", step)
     refused, *_ = on_all_ranks(orchestrator.settle if orchestrator else None, context.control)
     if refused is not None:

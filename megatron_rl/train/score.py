@@ -1,4 +1,4 @@
-"""Log-probs of a text under a checkpoint of either kind, by the trainer's own model, in one process."""
+"""Computes the log-probs of a text under a checkpoint of either kind, by the trainer's own model, in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from megatron_rl.train.step.trainer import Trainer
 
 
 def text_logprobs(path: Path, text: str) -> tuple[list[int], torch.Tensor]:
-    """Token ids [n] of the text, and fp32 log-probs [n - 1] of all but the first. ValueError for a text of less than
-    two tokens."""
+    """Return the token ids [n] of the text, and fp32 log-probs [n - 1] of all but the first. Raise ValueError for a
+    text of less than two tokens."""
     directory = resolve(path)
     tokenizer: Any = load_tokenizer(directory)
     ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]

@@ -1,4 +1,4 @@
-"""A small generation server for CPUs and tests, behind the same HTTP routes as SGLang.
+"""Serves generation on CPUs and in tests, behind the same HTTP routes as SGLang.
 
 `python -m megatron_rl.rollout.embedded --model-path DIR --port P` serves a model of any known family. It is an
 implementation of its own in plain torch: it shares no code with the training side, so that the two check each other.

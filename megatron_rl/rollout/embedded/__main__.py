@@ -1,4 +1,4 @@
-"""`python -m megatron_rl.rollout.embedded`: command line, process life.
+"""Runs `python -m megatron_rl.rollout.embedded`: the command line, and the life of the process.
 
 Exit codes: 0 ended by a signal or by the lifeline, 1 the engine failed, 2 it could not start (one line on stderr).
 """

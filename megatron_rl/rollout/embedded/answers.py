@@ -1,4 +1,4 @@
-"""Between routes and HTTP: JSON in and out, faults as statuses, waiting for what other threads do."""
+"""Translates between routes and HTTP: JSON in and out, faults as statuses, waiting for what other threads do."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Read the JSON bodies of requests: bounded, small ones at once, large ones aside and few at a time.
+"""Reads the JSON bodies of requests: bounded, small ones at once, large ones aside and few at a time.
 
 The event loop serves everybody, so nothing that one client sends may keep it for long. A large body is parsed in a
 thread. The C code that parses JSON lets other threads run only where it calls Python, so there every number is made by
@@ -35,7 +35,8 @@ class Bodies:
     async def read(
         self, request: Request, max_bytes: int, parse: Callable[[dict[str, Any]], T], empty: T | None = None
     ) -> T:
-        """Read a body and return what `parse` makes of it. RequestError for what is no JSON object, or not a plain one.
+        """Read a body and return what `parse` makes of it. Raise RequestError for what is no JSON object, or not a
+        plain one.
 
         empty: what a body without any bytes means; None refuses it.
         """
@@ -75,7 +76,7 @@ async def client_gone(request: Request) -> None:
 
 
 def json_object(content: bytes | bytearray, decoder: json.JSONDecoder) -> dict[str, Any]:
-    """Read the JSON object that is written there as UTF-8. RequestError says what is wrong."""
+    """Read the JSON object in `content`, which is UTF-8. Raise RequestError, which says what is wrong."""
     try:
         text = content.decode()
         if text.count("[") + text.count("{") > _MAX_LISTS_AND_OBJECTS or text.count('"') > _MAX_QUOTES:

@@ -1,4 +1,4 @@
-"""The KV cache: slots of fixed length, cut into blocks of BLOCK positions.
+"""Keeps keys and values: slots of fixed length, cut into blocks of BLOCK positions.
 
 Blocks are the outermost axis after the layer, so the first blocks of the first slots are one contiguous piece and
 memory that no sequence has reached is never touched. Attention works block by block with a fixed shape, which makes
@@ -13,10 +13,11 @@ BLOCK = 64
 
 
 class KVCache:
-    """Keys [layers, blocks + 1, slots, nkv, d, BLOCK] and values [layers, blocks + 1, slots, nkv, BLOCK, d] in fp32.
+    """Holds keys [layers, blocks + 1, slots, nkv, d, BLOCK] and values [layers, blocks + 1, slots, nkv, BLOCK, d] in
+    fp32.
 
-    Keys are stored transposed, which the score product reads three times faster. The last block is where rows without
-    a sequence write; nothing reads it. Always fp32: attention runs in fp32 in bfloat16 models too.
+    Keys are stored transposed, which the score product reads three times faster. The last block is where rows without a
+    sequence write; nothing reads it. Always fp32: attention runs in fp32 in bfloat16 models too.
     """
 
     def __init__(self, *, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, context_length: int):
@@ -33,9 +34,10 @@ class KVCache:
         return 2 * 4 * num_layers * blocks * BLOCK * num_slots * num_kv_heads * head_dim
 
     def blocks(self, layer: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of the first `num_slots` slots, block by block: keys [slots nkv, d, BLOCK], values [.., BLOCK, d].
+        """Return views of the first `num_slots` slots, block by block: keys [slots nkv, d, BLOCK], values [.., BLOCK,
+        d].
 
-        Kept, because making them anew would cost a decode step as much as using them.
+        The views are kept, because making them anew would cost a decode step as much as using them.
         """
         views = self._views.get((layer, num_slots))
         if views is None:
@@ -47,7 +49,7 @@ class KVCache:
         return views
 
     def gather_blocks(self, layer: int, slots: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the given slots' blocks, shaped as those of `blocks`."""
+        """Return copies of the given slots' blocks, shaped as those of `blocks`."""
         keys, values = self.keys[layer], self.values[layer]
         return [
             (keys[b].index_select(0, slots).flatten(0, 1), values[b].index_select(0, slots).flatten(0, 1))
@@ -73,7 +75,8 @@ class KVCache:
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Tensor:
-    """fp32 zeros, 64-byte aligned, whose pages the kernel hands out on first use (torch.zeros would touch them all)."""
+    """Return fp32 zeros, 64-byte aligned, whose pages the kernel hands out on first use (torch.zeros would touch them
+    all)."""
     count = int(np.prod(shape))
     raw = np.zeros(count + 16, dtype=np.float32)
     skip = (-raw.ctypes.data % 64) // 4

@@ -1,4 +1,4 @@
-"""What other threads ask the engine's thread to do, in the order in which they asked."""
+"""Carries what other threads ask the engine's thread to do, in the order in which they asked."""
 
 import queue
 import time
@@ -16,7 +16,7 @@ class CommandQueue:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def put(self, command: Callable[[], None]) -> None:
-        """Leave a command of which nobody wants to know what came of it."""
+        """Leave a command whose result nobody wants."""
         self._commands.put(command)
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":
@@ -33,14 +33,14 @@ class CommandQueue:
         return future
 
     def run(self, *, wait: bool) -> None:
-        """Run all that are there; `wait` for the first one."""
+        """Run all commands that are there; `wait` for the first one."""
         if wait:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
     def gather(self, seconds: float, enough: Callable[[], bool]) -> None:
-        """Run those that come one right after the other, until `enough`, for at most `seconds`."""
+        """Run commands that come one right after the other, until `enough`, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not enough() and time.monotonic() < deadline:
             try:

@@ -1,4 +1,4 @@
-"""One decode step: the next token of every running sequence."""
+"""Runs one decode step: the next token of every running sequence."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from megatron_rl.rollout.embedded.slots import SlotTable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """The tokens that were drawn for some slots, n of them."""
+    """Holds the tokens that were drawn for some slots, n of them."""
 
     slots: np.ndarray  # [n] int64
     tokens: np.ndarray  # [n] int64

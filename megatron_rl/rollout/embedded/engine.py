@@ -1,4 +1,4 @@
-"""Continuous batching: the thread that owns the model, the KV cache and every running sequence.
+"""Generates by continuous batching, in the thread that owns the model, the KV cache and every running sequence.
 
 Other threads talk to it through `submit` and the methods that give a future; it answers through the `deliver` callback.
 Between two steps it runs what they left (aborts, pauses, weight swaps), so those never see a half-done step.
@@ -42,7 +42,7 @@ PAUSE_MODES = ("abort", "retract", "in_place")
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more work."""
+    """Says that the engine takes no more work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class EngineOptions:
 
     @property
     def num_slots(self) -> int:
-        """One for each sequence that may run, and what fills up a decode step."""
+        """The number of slots: one for each sequence that may run, and what fills up a decode step."""
         return decode_row_counts(self.max_running_requests)[-1]
 
 
@@ -125,7 +125,8 @@ class Engine:
         self._commands.put(enqueue)
 
     def abort(self, rid: str | None) -> "Future[int]":
-        """Abort the sequences whose request id starts with `rid`, as SGLang does, or all for None; how many it hit.
+        """Abort the sequences whose request id starts with `rid`, as SGLang does, or all for None. The future gets how
+        many it hit.
 
         Those that stand still in a pause end when it does.
         """
@@ -136,7 +137,7 @@ class Engine:
         return self._call(lambda: self._abort_where(chosen, "aborted by request"))
 
     def abort_sequences(self, sequences: list[Sequence]) -> "Future[int]":
-        """Abort these sequences, those that have not ended yet."""
+        """Abort those of these sequences that have not ended yet."""
         gone = set(sequences)
         return self._call(lambda: self._abort_where(gone.__contains__, "the client is gone"))
 
@@ -200,11 +201,11 @@ class Engine:
         return self._call(lambda: self._set_version(version))
 
     def weights(self) -> "Future[ModelWeights]":
-        """What serves now."""
+        """Return the weights that serve now."""
         return self._call(lambda: self._runner.weights)
 
     def load_state(self) -> dict[str, Any]:
-        """Approximate load, read without waiting for the engine."""
+        """Return the approximate load, read without waiting for the engine."""
         return {"running": self._slots.num_active, "waiting": len(self._waiting), "paused": self._paused}
 
     def _require_running(self) -> None:
@@ -301,7 +302,7 @@ class Engine:
         self._record(drawn.where(~full))
 
     def _decode(self) -> None:
-        """One token for every running sequence."""
+        """Draw one token for every running sequence."""
         if self._slots.num_active:
             self._compact()
             self._record(self._decoder.step())
@@ -336,7 +337,7 @@ class Engine:
                     self._emit(table.save(slot), None)
 
     def _stop_strings(self, slots: np.ndarray) -> dict[int, str]:
-        """By slot the stop string that its last token has completed."""
+        """Return by slot the stop string that its last token has completed."""
         found = {}
         for slot in map(int, slots):
             sequence = self._slots.sequences[slot]

@@ -1,4 +1,4 @@
-"""Reading the fields of a JSON body. Every refusal is a RequestError that names the field and the value."""
+"""Reads the fields of a JSON body. Every refusal is a RequestError that names the field and the value."""
 
 import reprlib
 from typing import Any
@@ -8,44 +8,44 @@ MAX_PATH = 4096  # of Linux
 
 
 class RequestError(ValueError):
-    """The client's fault, answered with `status`."""
+    """Says what the client did wrong; it is answered with `status`."""
 
     status = 400
 
 
 class BodyTooLarge(RequestError):
-    """The body has more bytes than any request needs that the server would take."""
+    """Says that the body has more bytes than any request needs that the server would take."""
 
     status = 413
 
 
 class BodyTooSlow(RequestError):
-    """A large body did not come in time."""
+    """Says that a large body did not come in time."""
 
     status = 408
 
 
 class TooMuchInFlight(RequestError):
-    """It may be asked again once other requests have ended."""
+    """Says that a request may be asked again once other requests have ended."""
 
     status = 429
 
 
 def default(body: dict[str, Any], key: str, otherwise: Any) -> Any:
-    """The value of a key; an explicit null means the default, as in SGLang."""
+    """Return the value of a key; an explicit null means the default, as in SGLang."""
     value = body.get(key)
     return otherwise if value is None else value
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
-    """Return `value` if it is an integer of that range, ends included."""
+    """Return `value` if it is an integer in that range, ends included."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise RequestError(f"{name} must be an integer in [{minimum}, {maximum}], got {cut(value)}")
     return value
 
 
 def number(name: str, value: Any, minimum: float, maximum: float) -> float:
-    """Return `value` if it is a number of that range, ends included. No integer is too large to be compared."""
+    """Return `value` if it is a number in that range, ends included. No integer is too large to be compared."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise RequestError(f"{name} must be a number in [{minimum:g}, {maximum:g}], got {cut(value)}")
     return float(value)
@@ -58,7 +58,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def text(body: dict[str, Any], key: str, otherwise: str | None = None, maximum: int = MAX_TEXT) -> str:
-    """A string that is not empty; `otherwise` when the key is absent or null."""
+    """Return the value of a key if it is a string that is not empty; `otherwise` when the key is absent or null."""
     return string(key, default(body, key, otherwise), maximum)
 
 

@@ -1,4 +1,4 @@
-"""Who may ask the embedded server: whoever shows its key, and never a page in somebody's browser."""
+"""Decides who may ask the embedded server: whoever shows its key, and never a page in somebody's browser."""
 
 import hmac
 import json
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# As in SGLang, for whoever only watches that the server lives. Not /health_generate, which makes a token.
+# Open as in SGLang, for whoever only watches that the server lives. Not /health_generate, which makes a token.
 OPEN_PATHS = ("/health", "/ready")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -15,8 +15,8 @@ class Guard:
     """Refuses requests before their bodies are read. Plain ASGI: it sees neither bodies nor answers of the others."""
 
     def __init__(self, app: ASGIApp, key: str, host: str) -> None:
-        """key: what the header `Authorization: Bearer KEY` must hold; "" asks for none. host: by which the server is
-        known beside loopback and the address at which a connection arrives."""
+        """Guard `app`. key: what the header `Authorization: Bearer KEY` must hold; "" asks for none. host: by which the
+        server is known beside loopback and the address at which a connection arrives."""
         self._app, self._key = app, key.encode()
         self._hosts = _LOOPBACK | {host.lower()}
 
@@ -56,7 +56,7 @@ class Guard:
 
 
 def _name_in(host: str) -> str:
-    """Take the port off, since a tunnel has another one."""
+    """Return a host's name without the port, since a tunnel has another one."""
     bare = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return bare.lower()
 

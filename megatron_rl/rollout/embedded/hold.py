@@ -1,4 +1,4 @@
-"""End the states that a client begins and does not end."""
+"""Ends the states that a client begins and does not end."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 
 class Hold:
-    """Ends a state by itself once nobody has done anything about it for `seconds`. Of one event loop."""
+    """Ends a state by itself once nobody has done anything about it for `seconds`. It belongs to one event loop."""
 
     def __init__(self, seconds: float, is_held: Callable[[], bool], let_go: Callable[[], Awaitable[None]]) -> None:
-        """is_held: whether there is something to end. let_go: ends it and says so in the log."""
+        """Watch a state for its end. is_held: whether there is something to end. let_go: ends it and says so in the
+        log."""
         self._seconds, self._is_held, self._let_go = seconds, is_held, let_go
         self._at_work = 0
         self._deadline = 0.0
@@ -18,8 +19,8 @@ class Hold:
 
     @contextmanager
     def touched(self) -> Iterator[None]:
-        """Somebody begins, uses or ends the state. The time starts anew when that is done, and goes on where it failed:
-        who waits for the state's end must not keep it alive by asking."""
+        """Note that somebody begins, uses or ends the state. The time starts anew when that is done, and goes on where
+        it failed: who waits for the state's end must not keep it alive by asking."""
         loop = asyncio.get_running_loop()
         self._at_work += 1
         if self._timer is not None:

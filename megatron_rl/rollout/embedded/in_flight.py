@@ -1,4 +1,5 @@
-"""The requests that have come and are not answered yet: how many there may be, and who hears of which sequence."""
+"""Tracks the requests that have come and are not answered yet: how many there may be, and who hears of which
+sequence."""
 
 import asyncio
 from collections.abc import Sequence as ListOf
@@ -9,7 +10,7 @@ from megatron_rl.rollout.embedded.fields import RequestError, TooMuchInFlight, c
 from megatron_rl.rollout.embedded.protocol import PromptRequest
 from megatron_rl.rollout.embedded.sequence import Event, Sequence
 
-# Of all requests together; beyond it a request is refused, because each takes memory from its arrival on.
+# Limits of all requests together. Beyond them a request is refused, because each takes memory from its arrival on.
 MAX_SEQUENCES_IN_FLIGHT = 2**18
 MAX_FULL_PROMPTS_IN_FLIGHT = 2**14
 
@@ -30,7 +31,7 @@ class Listener:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def next(self) -> Event:
-        """The next event, or EngineStopped if none will come."""
+        """Return the next event. Raise EngineStopped if none will come."""
         await self.changed.wait()
         self.changed.clear()
         event, self.latest = self.latest, None
@@ -51,7 +52,7 @@ class Listener:
 
 
 class InFlight:
-    """Counts what is in flight and refuses what would be too much. Of one event loop."""
+    """Counts what is in flight and refuses what would be too much. It belongs to one event loop."""
 
     def __init__(self, context_length: int) -> None:
         self._max_prompt_tokens = MAX_FULL_PROMPTS_IN_FLIGHT * context_length
@@ -63,7 +64,7 @@ class InFlight:
         return rid in self._rids
 
     def enter(self, jobs: ListOf[Job]) -> None:
-        """Count a request's sequences; RequestError where they cannot be taken."""
+        """Count a request's sequences. Raise RequestError where they cannot be taken."""
         for _, sequence in jobs:
             if sequence.rid in self._rids:
                 raise RequestError(f"rid {cut(sequence.rid)} is already in flight")

@@ -1,4 +1,4 @@
-"""The start-up self-check: a row's bits depend neither on its place in the batch, nor on the other rows, nor on the
+"""Checks at start-up that a row's bits depend neither on its place in the batch, nor on the other rows, nor on the
 number of rows.
 
 Matrix libraries choose kernels by shape and thread count, so this cannot be known in advance; it is measured on the
@@ -26,7 +26,7 @@ _SHIFTS = (1, 3, 7)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCounts:
-    """Sizes of forward passes that give the same bits; the largest of each is always there."""
+    """Holds the sizes of forward passes that give the same bits; the largest of each is always there."""
 
     decode: tuple[int, ...]
     prefill_entries: tuple[int, ...]
@@ -34,7 +34,7 @@ class RowCounts:
 
 
 def decode_row_counts(max_running_requests: int) -> tuple[int, ...]:
-    """Candidate sizes of a decode step, ascending; the last one holds every slot."""
+    """Return candidate sizes of a decode step, ascending; the last one holds every slot."""
     counts = [4, 8, 16, 24, 32, 48, 64]
     while counts[-1] < max_running_requests:
         counts.append(counts[-1] + 64)
@@ -57,7 +57,7 @@ def check_invariance(model: EmbeddedModel, weights: ModelWeights, num_slots: int
 
 
 class _Probe:
-    """Random sequences in a small cache, and forward passes over chosen ones of them, side by side.
+    """Runs forward passes over chosen ones of random sequences in a small cache, side by side.
 
     A pass writes keys and values into the cache, but only those that every other pass over the sequence writes too.
     """
@@ -85,7 +85,7 @@ class _Probe:
         self.reference = self.run(self.everyone)
 
     def run(self, entries: Tensor, num_blocks: int | None = None) -> Tensor:
-        """Log-probs [entries, T, V]."""
+        """Return the log-probs of the entries, [entries, T, V]."""
         cache, entry_slots = self.cache, entries
         decode = self.num_queries == 1
         if decode:  # a decode step reads slots in place, so the slots themselves move
@@ -108,7 +108,8 @@ class _Probe:
         return logprobs.view(len(entries), self.num_queries, -1)
 
     def is_invariant(self) -> bool:
-        """The full size: rotated batches, and short sequences beside only short ones (fewer blocks are read)."""
+        """Tell whether the full size gives the same bits for rotated batches, and for short sequences beside only short
+        ones (fewer blocks are read)."""
         for shift in {s for s in (*_SHIFTS, self.num_entries // 2) if s < self.num_entries}:
             if not torch.equal(self.run(self.everyone.roll(shift)), self.reference.roll(shift, 0)):
                 return False
@@ -117,7 +118,7 @@ class _Probe:
         return not short.any() or torch.equal(self.run(others, 1)[short], self.reference[short])
 
     def agrees(self, count: int) -> bool:
-        """Every window of `count` entries gives what the full batch gave (the last window may overlap)."""
+        """Tell whether every window of `count` entries gives what the full batch gave (the last window may overlap)."""
         starts = sorted({*range(0, self.num_entries - count + 1, count), self.num_entries - count})
         windows = (torch.arange(start, start + count) for start in starts)
         return all(torch.equal(self.run(window), self.reference[window]) for window in windows)
@@ -134,7 +135,7 @@ def _small_cache(config: Architecture, num_slots: int) -> KVCache:
 
 
 def _expert_tile(weights: ModelWeights, most_rows: int, generator: torch.Generator) -> int:
-    """The smallest tile of which any multiple gives a row the same bits; the largest one if none does."""
+    """Return the smallest tile of which any multiple gives a row the same bits; the largest one if none does."""
     experts = [expert for layer in weights.layers for expert in layer.experts[:1]][:1]
     matrices = [matrix for expert in experts for matrix in (expert.gate_up, expert.down)]
     for tile in EXPERT_TILES:
@@ -153,7 +154,8 @@ def _prefixes_agree(matrix: Tensor, rows: int, tile: int, generator: torch.Gener
 
 
 def _head_is_invariant(model: EmbeddedModel, weights: ModelWeights, generator: torch.Generator) -> bool:
-    """The head after a prefill sees one row per entry, not all rows of the pass."""
+    """Tell whether the head gives the same bits after a prefill, where it sees one row per entry and not all rows of
+    the pass."""
     hidden = torch.randn(PREFILL_ENTRIES[-1], model.config.hidden_size, generator=generator).to(model.dtype)
     full = model.logits(weights, hidden)
     counts = {max(count, MIN_HEAD_ROWS) for count in PREFILL_ENTRIES}

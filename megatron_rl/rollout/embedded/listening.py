@@ -1,4 +1,4 @@
-"""A socket, and an HTTP server on it, in an event loop that is somebody else's."""
+"""Opens a socket, and an HTTP server on it, in an event loop that is somebody else's."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ GRACEFUL_SHUTDOWN_SECONDS = 3
 
 
 def bind(host: str, port: int, allow_remote: bool, key: str) -> socket.socket:
-    """A bound socket that does not listen yet, so that a taken port is known before the model is read."""
+    """Return a bound socket that does not listen yet, so that a taken port is known before the model is read."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port must be in [0, 65535], got {port}")
     try:
@@ -72,7 +72,7 @@ def http_server(
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Signals are handled by the loop: uvicorn would raise them again and so end with a signal's status."""
+            """Leave signals to the loop: uvicorn would raise them again and so end with a signal's status."""
             yield
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -96,5 +96,5 @@ def http_server(
 
 
 def _is_idle(connection: "H11Protocol") -> bool:
-    """True while it has no request that is complete and not answered."""
+    """Tell whether a connection has no request that is complete and not answered."""
     return connection.cycle is None or connection.cycle.response_complete

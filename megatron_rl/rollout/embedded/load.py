@@ -41,9 +41,9 @@ def _require_same_architecture(ours: Architecture, theirs: Architecture, model_d
 
 
 def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
-    """All tensors of the directory, each exactly once, names, shapes and values checked against `config`.
+    """Read all tensors of the directory, each exactly once, names, shapes and values checked against `config`.
 
-    ValueError names what is wrong. Nothing is unpickled: only `*.safetensors` files are opened.
+    Raises ValueError, which names what is wrong. Nothing is unpickled: only `*.safetensors` files are opened.
     """
     directory = Path(model_dir)
     if not directory.is_dir():
@@ -82,8 +82,9 @@ def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype)
 
 @contextmanager
 def _regular(path: Path) -> Iterator[str]:
-    """A name by which the file can be opened that was looked at here. ValueError for what is no regular file: to open
-    a FIFO waits for a writer, and safetensors keeps the interpreter's lock meanwhile, so nothing else would run."""
+    """Yield a name by which the file that was looked at here can be opened. Raise ValueError for what is no regular
+    file: to open a FIFO waits for a writer, and safetensors keeps the interpreter's lock meanwhile, so nothing else
+    would run."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

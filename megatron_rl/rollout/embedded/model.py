@@ -1,4 +1,4 @@
-"""The forward pass of a model in plain torch, over fixed shapes.
+"""Runs the forward pass of a model in plain torch, over fixed shapes.
 
 Shapes: R rows = B entries x T queries; H hidden; nq, nkv heads; g = nq / nkv; d head_dim; E experts; k experts per
 token; W width of an MLP; S slots; n cache blocks in use. A decode step has one entry per slot and T = 1; a prefill
@@ -26,7 +26,7 @@ EXPERT_TILES = (4, 8, 16, 32)  # rows an expert's part is filled up to; below 4 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One forward pass. Rows without a token have position 0 and write to the cache's trash block."""
+    """Describes one forward pass. Rows without a token have position 0 and write to the cache's trash block."""
 
     tokens: Tensor  # [R] int64
     positions: Tensor  # [R] int64
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shared:
-    """What all layers of one pass use, worked out once."""
+    """Holds what all layers of one pass use, computed once."""
 
     offsets: Tensor  # [R]: position within the cache block
     cos: Tensor  # [R, 1, rotated part of d]
@@ -50,7 +50,7 @@ class _Shared:
 
 
 class EmbeddedModel:
-    """The network's shape, rotary tables and forward pass; weights and cache are arguments."""
+    """Holds the network's shape and rotary tables, and runs its forward pass; weights and cache are arguments."""
 
     def __init__(self, config: Architecture, *, dtype: torch.dtype, context_length: int) -> None:
         self.config = config
@@ -61,7 +61,7 @@ class EmbeddedModel:
         self.block_positions = torch.arange(-(-context_length // BLOCK) * BLOCK).view(-1, 1, 1, 1, 1, BLOCK)
 
     def hidden(self, weights: ModelWeights, cache: KVCache, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [R, H]; writes the rows' keys and values into the cache."""
+        """Return the hidden states after the final norm, [R, H], and write the rows' keys and values into the cache."""
         shared = self._shared(batch)
         eps = self.config.rms_norm_eps
         x = weights.embedding[batch.tokens]
@@ -73,11 +73,12 @@ class EmbeddedModel:
         return rms_norm(x, weights.final_norm, eps)
 
     def logits(self, weights: ModelWeights, hidden: Tensor) -> Tensor:
-        """[R, H] -> fp32 [R, V]."""
+        """Compute the logits: [R, H] -> fp32 [R, V]."""
         return torch.mm(hidden.float(), weights.head)
 
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised scratch memory, overwritten by the name's next use: touching fresh pages would cost more."""
+        """Return uninitialised scratch memory, overwritten by the name's next use: touching fresh pages would cost
+        more."""
         count = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:
@@ -98,7 +99,7 @@ class EmbeddedModel:
     def _attention(
         self, layer: LayerWeights, normed: Tensor, cache: KVCache, index: int, batch: Batch, shared: _Shared
     ) -> Tensor:
-        """[R, H] -> [R, nq d] in the model's dtype."""
+        """Compute attention: [R, H] -> [R, nq d] in the model's dtype."""
         config = self.config
         nq, nkv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         queries, group = batch.num_queries, nq // nkv
@@ -124,7 +125,7 @@ class EmbeddedModel:
         return out.to(self.dtype)
 
     def _attend(self, q: Tensor, blocks: list[tuple[Tensor, Tensor]], shared: _Shared) -> Tensor:
-        """softmax(q k / sqrt(d)) v for q [B nkv, T g, d], block after block in order.
+        """Compute softmax(q k / sqrt(d)) v for q [B nkv, T g, d], block after block in order.
 
         The maximum over all blocks is exact, each block's sums have a fixed shape, and a wholly masked block adds
         exact zeros: so the bits do not depend on num_blocks, that is on how long the other sequences are.
@@ -150,7 +151,8 @@ class EmbeddedModel:
         return out.div_(total)
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor, normed: Tensor, record: Tensor | None) -> Tensor:
-        """x + MLP(normed), [R, H]: what every token passes through, then the chosen experts, which go to `record`."""
+        """Compute x + MLP(normed), [R, H]: what every token passes through, then the chosen experts, which go to
+        `record`."""
         if layer.mlp is not None:
             x = torch.addmm(x, self._activated(torch.mm(normed, layer.mlp.gate_up)), layer.mlp.down)
         if layer.router is not None:
@@ -158,7 +160,7 @@ class EmbeddedModel:
         return x
 
     def _experts(self, layer: LayerWeights, router: Tensor, normed: Tensor, record: Tensor | None) -> Tensor:
-        """Sum over the chosen experts of routing weight * expert(normed), [R, H].
+        """Sum routing weight * expert(normed) over the chosen experts, [R, H].
 
         Rows are sorted by expert and each expert's part is filled up to a multiple of `expert_tile` rows, whose
         products have the same bits however many there are: so a row does not depend on what the others choose.
@@ -189,16 +191,16 @@ class EmbeddedModel:
         return own.view(*top.shape, -1).mul_(top.unsqueeze(-1)).sum(1)
 
     def _activated(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: [R, 2 W] -> [R, W]."""
+        """Compute silu(gate) * up: [R, 2 W] -> [R, W]."""
         gate, up = gate_up.chunk(2, -1)
         act = self._buffer("act", *gate.shape, dtype=self.dtype)
         return torch.ops.aten.silu.out(gate, out=act).mul_(up)
 
     def _routing(self, router: Tensor, bias: Tensor | None, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in the model's dtype and ids of the chosen experts, [R, k].
+        """Return weights in the model's dtype and ids of the chosen experts, [R, k].
 
-        Those have the largest scores, the bias added, among the best groups; their weights are the scores without it,
-        renormalised if norm_topk_prob, times the routed scaling factor.
+        The chosen experts have the largest scores, the bias added, among the best groups. Their weights are the scores
+        without it, renormalised if norm_topk_prob, times the routed scaling factor.
         """
         config, logits = self.config, torch.mm(normed.float(), router)
         if config.score_function == "softmax":
@@ -217,13 +219,13 @@ class EmbeddedModel:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, the variance in fp32."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight, the variance in fp32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def normed_heads(heads: Tensor, num_queries: int, weights: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """RMS norm over d of each head, [R, nq + nkv, d] in fp32: first those of queries, then those of keys."""
+    """Apply RMS norm over d to each head, [R, nq + nkv, d] in fp32: first those of queries, then those of keys."""
     queries, keys = (
         rms_norm(part, weight.float(), eps)
         for part, weight in zip((heads[:, :num_queries], heads[:, num_queries:]), weights, strict=True)
@@ -232,15 +234,16 @@ def normed_heads(heads: Tensor, num_queries: int, weights: tuple[Tensor, Tensor]
 
 
 def signed_tables(config: Architecture, context_length: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, [context, rotated part of d]: the sign of rotate-half is folded into sin's first half."""
+    """Return cos and signed sin, [context, rotated part of d]: the sign of rotate-half is folded into sin's first
+    half."""
     cos, sin = frequencies(config.rotary, config.head_dim, torch.float32).tables(torch.arange(context_length))
     half = sin.shape[-1] // 2
     return cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate-half (neox) rotary: (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis, or of its
-    first part, as wide as the tables."""
+    """Apply rotate-half (neox) rotary: (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis, or of
+    its first part, as wide as the tables."""
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((apply_rotary(x[..., :width], cos, signed_sin), x[..., width:]), -1)

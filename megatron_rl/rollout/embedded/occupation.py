@@ -1,4 +1,4 @@
-"""What of its memory a server has given back, and what it therefore refuses: SGLang's rules, without the memory.
+"""Tracks what of its memory a server has given back, and what it therefore refuses: SGLang's rules, without the memory.
 
 On a GPU SGLang hands weights, cache and graphs back to the driver; this server keeps what it has. It refuses what would
 end SGLang (a release while requests run, a resume of what was not released) or let it answer nonsense (generating
@@ -14,7 +14,7 @@ TAGS = ("kv_cache", "weights", "cuda_graph")
 
 
 class Occupation:
-    """Of one event loop."""
+    """Tracks which parts are released. It belongs to one event loop."""
 
     def __init__(self) -> None:
         self._released: set[str] = set()
@@ -53,7 +53,7 @@ class Occupation:
 
 
 def _tags(body: dict[str, Any]) -> set[str]:
-    """None and an empty list are all, as in SGLang."""
+    """Return the tags that a body names. None and an empty list mean all, as in SGLang."""
     tags = body.get("tags") or TAGS
     if not isinstance(tags, list | tuple) or not all(tag in TAGS for tag in tags):
         raise RequestError(f"tags must be a list out of {', '.join(TAGS)}, got {cut(body.get('tags'))}")

@@ -1,4 +1,4 @@
-"""Raw tensors under Hugging Face names -> the packed weights that `model.py` multiplies with, and back.
+"""Turns raw tensors under Hugging Face names into the packed weights that `model.py` multiplies with, and back.
 
 Shapes: H hidden, V vocabulary, E experts, W width of an MLP. `places` is the one description of where a raw tensor
 lives in the packed weights: packing copies into those views, reading back looks at them.
@@ -21,7 +21,8 @@ from megatron_rl.rollout.embedded.weights import (
 
 
 class Packing:
-    """A model's packed weights while they are filled, in any order; one copy of the model and one tensor of memory."""
+    """Holds a model's packed weights while they are filled, in any order. It needs memory for one copy of the model and
+    one tensor."""
 
     def __init__(self, config: Architecture, dtype: torch.dtype) -> None:
         self._config = config
@@ -33,13 +34,13 @@ class Packing:
         self._places = places(self._weights, config)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """`admit` and `copy`."""
+        """Do `admit` and `copy`."""
         self.admit(name, tensor)
         self.copy(name, tensor)
 
     def admit(self, name: str, tensor: Tensor) -> None:
-        """ValueError when a tensor is unknown, came before, or is not what it must be; else it counts as having come,
-        and `copy` must follow."""
+        """Check a tensor and count it as having come; `copy` must follow. Raise ValueError when it is unknown, came
+        before, or is not what it must be."""
         if name not in self._expected:
             raise ValueError(f"tensor {name} is unknown to this model")
         if name not in self._missing:
@@ -54,14 +55,14 @@ class Packing:
         self._missing.discard(name)
 
     def copy(self, name: str, tensor: Tensor) -> None:
-        """Lay it out in its place, which takes far longer than `admit`."""
+        """Copy a tensor to its place, which takes far longer than `admit`."""
         if name in self._places:
             self._places[name].copy_(tensor)
         if name == self._output_weight:
             self._weights.head.copy_(_head(tensor, self._config.norm_head))
 
     def finish(self) -> ModelWeights:
-        """The weights, once every tensor has come. ValueError names those that have not."""
+        """Return the weights, once every tensor has come. Raise ValueError, which names those that have not."""
         if self._missing:
             raise ValueError(
                 f"{len(self._missing)} of {len(self._expected)} tensors are missing: {some(sorted(self._missing))}"
@@ -78,7 +79,7 @@ def pack(tensors: dict[str, Tensor], config: Architecture, dtype: torch.dtype) -
 
 
 def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
-    """Views of the packed weights in the shapes of the raw tensors, by name.
+    """Return views of the packed weights in the shapes of the raw tensors, by name.
 
     The output weight is absent when `norm_head` is set: its norms are divided out and its raw values lost.
     """
@@ -123,7 +124,7 @@ def _attention_places(layer: LayerWeights, config: Architecture, names: TensorNa
 
 
 def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
-    """Memory for the packed weights; what no tensor fills, the router's spare columns, is zero."""
+    """Allocate the packed weights. What no tensor fills, the router's spare columns, is zero."""
     h, d = config.hidden_size, config.head_dim
     nq, nkv = config.num_attention_heads, config.num_key_value_heads
 
@@ -161,7 +162,8 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
 
 
 def _head(raw: Tensor, norm_head: bool) -> Tensor:
-    """Raw output weight [V, H] -> [H, V] in fp32; norm_head divides each hidden column by its norm over V."""
+    """Turn the raw output weight [V, H] into [H, V] in fp32; norm_head divides each hidden column by its norm over
+    V."""
     weight = raw.to(torch.float32, copy=norm_head)
     if norm_head:
         weight /= torch.linalg.vector_norm(weight, dim=0, keepdim=True) + 1e-7

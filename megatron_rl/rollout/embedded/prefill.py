@@ -1,4 +1,4 @@
-"""Fill the slots of new sequences: their tokens go through the model, CHUNK tokens an entry."""
+"""Fills the slots of new sequences: their tokens go through the model, CHUNK tokens an entry."""
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from megatron_rl.rollout.embedded.slot_memory import SlotMemory
 
 
 class _Rows:
-    """The rows of one pass, as arrays [entries, CHUNK]. Rows without a token have position 0 and the trash block."""
+    """Holds the rows of one pass, as arrays [entries, CHUNK]. Rows without a token have position 0 and the trash
+    block."""
 
     def __init__(self, entries: list[tuple[Sequence, int]], size: int, trash_block: int) -> None:
-        """entries: (sequence, its first token in the entry). size: at least as many."""
+        """Lay out the entries. entries: (sequence, its first token in the entry). size: at least as many."""
         self.tokens = np.zeros((size, CHUNK), np.int64)
         self.positions = np.zeros((size, CHUNK), np.int64)
         self.following = np.zeros((size, CHUNK), np.int64)  # the token after each, for input log-probs
@@ -51,7 +52,7 @@ class _Rows:
 
 
 class Prefill:
-    """Fills slots; what it leaves there is a cache for every token and the logits after each sequence's last one."""
+    """Fills slots. It leaves there a cache for every token, and the logits after each sequence's last one."""
 
     def __init__(self, runner: ModelRunner, memory: SlotMemory) -> None:
         self._runner, self._memory = runner, memory

@@ -1,4 +1,4 @@
-"""Which slots hold the keys and values of which prompts, so that an identical prompt copies them."""
+"""Knows which slots hold the keys and values of which prompts, so that an identical prompt copies them."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ Key = tuple[bytes, bool]
 
 
 class PrefixCache:
-    """Remembers for each slot the tokens with which its memory starts, also after its sequence has left.
+    """Remembers for each slot the tokens with which its memory starts, even after its sequence has left.
 
     Of slots with the same tokens only the first is remembered. Whoever writes into a slot drops it first.
     """
@@ -20,15 +20,15 @@ class PrefixCache:
 
     @staticmethod
     def key(sequence: Sequence) -> Key:
-        """All tokens of a sequence, as this cache compares them."""
+        """Return all tokens of a sequence, as this cache compares them."""
         return np.array(sequence.tokens, np.int32).tobytes(), sequence.return_routed_experts
 
     def find(self, key: Key) -> int | None:
-        """Find the slot whose memory starts with these tokens."""
+        """Return the slot whose memory starts with these tokens; None where there is none."""
         return self._slot_of.get(key)
 
     def add(self, key: Key, slot: int) -> None:
-        """Remember that the memory of the slot starts with these tokens, unless another's is known to."""
+        """Remember that the memory of the slot starts with these tokens, unless another slot's is known to."""
         if self._slot_of.setdefault(key, slot) == slot:
             self._key_of[slot] = key
 

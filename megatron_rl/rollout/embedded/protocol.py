@@ -1,4 +1,4 @@
-"""SGLang's JSON bodies as validated records, and records as SGLang's JSON answers. Imports no torch.
+"""Reads SGLang's JSON bodies into validated records, and writes records as SGLang's JSON answers. Imports no torch.
 
 Every refusal is a RequestError that names the field and the value.
 """
@@ -39,7 +39,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRequest:
-    """One prompt of a /generate call, with its n samples still to be drawn."""
+    """Holds one prompt of a /generate call, with its n samples still to be drawn."""
 
     rid: str
     input_ids: list[int]
@@ -58,19 +58,20 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the served model accepts."""
+    """Holds the limits of what the served model accepts."""
 
     vocab_size: int
     context_length: int
 
     @property
     def request_tokens(self) -> int:
-        """Count the tokens that a request's prompts and all that it may generate can have."""
+        """The number of tokens that a request's prompts and all that it may generate can have."""
         return MAX_FULL_LENGTH * self.context_length
 
     @property
     def body_bytes(self) -> int:
-        """Count the bytes of a body with so many token ids, each with a comma and a space, and with everything else."""
+        """The number of bytes of a body with so many token ids, each with a comma and a space, and with everything
+        else."""
         return 2**20 + self.request_tokens * (len(str(self.vocab_size)) + 2)
 
 
@@ -184,7 +185,8 @@ def meta_info(
     routed_experts: np.ndarray | None,
     e2e_latency: float,
 ) -> dict[str, Any]:
-    """prompt_tokens: None leaves it out with cached_tokens, as SGLang does for a request aborted in its queue."""
+    """Return the meta_info of an answer. prompt_tokens: None leaves it out with cached_tokens, as SGLang does for a
+    request aborted in its queue."""
     meta: dict[str, Any] = {
         "id": rid,
         "finish_reason": finish_reason,
@@ -207,7 +209,7 @@ def meta_info(
 
 
 def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
-    """(prompts, batched)."""
+    """Read the prompts, and whether they came as a list: (prompts, batched)."""
     if not isinstance(value, list) or not value:
         raise RequestError(
             f"input_ids must be a list of token ids or a list of such lists, not empty, got {cut(value)}"
@@ -228,7 +230,7 @@ def _input_ids(value: Any, limits: Limits) -> tuple[list[list[int]], bool]:
 
 
 def _per_prompt(name: str, value: Any, count: int, kind: type) -> list[Any]:
-    """One value of `kind` for each prompt, from one value for all or a list."""
+    """Return one value of `kind` for each prompt, from one value for all or a list."""
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count:
         raise RequestError(f"{name} must be one value or a list of {count}, one for each prompt, got {len(values)}")

@@ -1,4 +1,4 @@
-"""The experts that were chosen for the cached positions of each slot."""
+"""Records the experts that were chosen for the cached positions of each slot."""
 
 import numpy as np
 import torch
@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 class RoutingRecord:
-    """uint8 [slots, context, layers, topk], beside the KV cache: it is written, copied and overwritten where that is.
+    """Holds uint8 [slots, context, layers, topk], beside the KV cache: it is written, copied and overwritten where that
+    is.
 
     A dense layer has zeros, as SGLang answers. Only positions that were written count; pages that nobody writes take
     no memory.
@@ -16,15 +17,15 @@ class RoutingRecord:
         self._experts = np.zeros((num_slots, context_length, num_layers, topk), np.uint8)
 
     def new_rows(self, count: int) -> Tensor:
-        """Where a forward pass over `count` rows puts its choices, [count, layers, topk]."""
+        """Return where a forward pass over `count` rows puts its choices, [count, layers, topk]."""
         return torch.zeros(count, *self._experts.shape[2:], dtype=torch.uint8)
 
     def write(self, slots: np.ndarray, positions: np.ndarray, rows: Tensor) -> None:
-        """slots, positions: [n]; rows: [n, layers, topk]."""
+        """Record the choices of some rows. slots, positions: [n]; rows: [n, layers, topk]."""
         self._experts[slots, positions] = rows.numpy()
 
     def read(self, slot: int, num_tokens: int) -> np.ndarray:
-        """A copy of the first `num_tokens` positions of a slot."""
+        """Return a copy of the first `num_tokens` positions of a slot."""
         return self._experts[slot, :num_tokens].copy()
 
     def copy_slots(self, sources: list[int], targets: list[int], num_tokens: int) -> None:

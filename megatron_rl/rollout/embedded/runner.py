@@ -1,4 +1,4 @@
-"""The network with the weights that it serves, over the sizes of batches that were found to give the same bits."""
+"""Runs the network with the weights that it serves, over the sizes of batches that were found to give the same bits."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Owns the network and its weights, and puts batches through it. Whoever sets `weights` serves others."""
+    """Owns the network and its weights, and puts batches through it. Whoever sets `weights` makes it serve other
+    ones."""
 
     def __init__(
         self, config: Architecture, model_path: str, *, dtype: torch.dtype, num_slots: int, context_length: int
@@ -33,23 +34,23 @@ class ModelRunner:
             )
 
     def load(self, model_path: Path) -> ModelWeights:
-        """Read and check new weights, in any thread; those that are served stay."""
+        """Read and check new weights, in any thread; those that are served stay in place."""
         with torch.inference_mode():
             return load_weights(model_path, self._config, self._dtype)
 
     def hidden(self, cache: KVCache, batch: Batch) -> Tensor:
-        """Hidden states of the rows, [R, H]; writes their keys and values into the cache."""
+        """Return the hidden states of the rows, [R, H], and write their keys and values into the cache."""
         return self._model.hidden(self.weights, cache, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> fp32 [R, V]."""
+        """Compute the logits: [R, H] -> fp32 [R, V]."""
         return self._model.logits(self.weights, hidden)
 
     def decode_rows(self, num_slots: int) -> int:
-        """Find the size of a decode step over the first `num_slots` slots."""
+        """Return the size of a decode step over the first `num_slots` slots."""
         return next(count for count in self.row_counts.decode if count >= num_slots)
 
     def prefill_entries(self, wanted: int) -> int:
-        """Find the size of a prefill pass for `wanted` entries; the largest one takes the first of them."""
+        """Return the size of a prefill pass for `wanted` entries; the largest one takes the first of them."""
         sizes = self.row_counts.prefill_entries
         return next((size for size in sizes if size >= wanted), sizes[-1])

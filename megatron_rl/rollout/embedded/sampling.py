@@ -1,4 +1,4 @@
-"""Log-probs and sampling, row by row: no row's result depends on another row.
+"""Computes log-probs and samples, row by row: no row's result depends on another row.
 
 Shapes: R rows, V vocabulary. A row's random number is a hash of (its seed, the position of the token to draw), so
 there is no generator state, and a sequence continued from its own prefix with the same seed draws the same numbers.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """What sampling needs of each row."""
+    """Holds what sampling needs of each row."""
 
     temperature: np.ndarray  # [R] float32; 0 = greedy
     top_p: np.ndarray  # [R] float64
@@ -23,7 +23,7 @@ class SamplingRows:
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), elementwise on uint64."""
+    """Apply the finaliser of splitmix64 (Steele et al. 2014), elementwise on uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,13 +31,13 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One float64 in [0, 1) for each (seed, position)."""
+    """Return one float64 in [0, 1) for each (seed, position)."""
     bits = splitmix64(splitmix64(seeds) ^ positions.astype(np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def derive_seeds(seed: int, count: int) -> list[int]:
-    """Derive the seeds of the samples of a prompt; the first keeps the given seed."""
+    """Return the seeds of the samples of a prompt; the first keeps the given seed."""
     seed %= 2**64
     if count == 1:
         return [seed]
@@ -66,7 +66,7 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_softmax(logits: Tensor, scale: np.ndarray) -> np.ndarray:
-    """log_softmax(logits / scale[:, None]) in fp32, [R, V]."""
+    """Compute log_softmax(logits / scale[:, None]) in fp32, [R, V]."""
     if (scale != 1).any():
         logits = logits / torch.from_numpy(scale).unsqueeze(1)
     return logits.log_softmax(-1).numpy()
@@ -93,7 +93,8 @@ def keep_top(probs: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> np.ndar
 
 
 def draw(probs: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Inverse of the cumulative distribution: the first token whose cumulative probability exceeds u, [R]."""
+    """Draw tokens by the inverse of the cumulative distribution: the first token whose cumulative probability exceeds
+    u, [R]."""
     cumulative = torch.from_numpy(probs).cumsum(1)
     total = cumulative[:, -1].numpy()
     # Rounding could lift u * total to total itself, where no token is left.

@@ -1,4 +1,4 @@
-"""One sequence being generated, and what the engine tells about it."""
+"""Describes one sequence being generated, and what the engine tells about it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_rl.rollout.embedded.protocol import SamplingParams
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """A prompt and what was generated for it; owned by the engine thread once submitted."""
+    """Holds a prompt and what was generated for it; the engine thread owns it once it is submitted."""
 
     rid: str
     prompt: list[int]
@@ -32,7 +32,8 @@ class Sequence:
 
     @property
     def tail_tokens(self) -> int:
-        """So many of its last tokens hold a stop string whole: each that is part of one has a byte of it at least."""
+        """The number of last tokens that hold any stop string whole: each that is part of one has at least a byte of
+        it."""
         return max((len(stop.encode()) for stop in self.params.stop), default=0) + 1
 
     @property
@@ -51,7 +52,7 @@ class Sequence:
         return self.slot
 
     def version_spans(self, current: str) -> list[dict[str, Any]]:
-        """Which output tokens [start, end) each weight version drew; versions that drew none are left out.
+        """Return which output tokens [start, end) each weight version drew; versions that drew none are left out.
 
         Without any token it is one empty span of the version that would have drawn the first, as in SGLang.
         """
@@ -67,7 +68,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """State of a sequence at one moment: progress when `finish_reason` is None (streams only), else its end."""
+    """Holds the state of a sequence at one moment: progress when `finish_reason` is None (streams only), else its
+    end."""
 
     sequence: Sequence
     output_ids: list[int]

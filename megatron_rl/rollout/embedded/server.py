@@ -1,4 +1,4 @@
-"""The HTTP face: SGLang's routes over one Engine, on one event loop."""
+"""Answers SGLang's HTTP routes over one Engine, on one event loop."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ class App:
     def __init__(
         self, config: Architecture, options: EngineOptions, on_failure: Callable[[], None], guard: Middleware
     ) -> None:
-        """guard: rollout/embedded/guard.py, before every route."""
+        """Start the engine. guard: rollout/embedded/guard.py, before every route."""
         self._guard = guard
         self.loop = asyncio.get_running_loop()
         self.config = config
@@ -140,7 +140,7 @@ class App:
         return Response(content, media_type="application/json")
 
     def _sequences(self, asked: GenerateRequest) -> list[Job]:
-        """One sequence per sample, all samples of prompt 0 first."""
+        """Make one sequence per sample, all samples of prompt 0 first."""
         jobs = []
         for prompt in asked.prompts:
             params = prompt.params
@@ -169,12 +169,12 @@ class App:
         return jobs
 
     def _abandon(self, jobs: list[Job]) -> None:
-        """The client is gone: do not generate for nobody."""
+        """Abort the sequences of a client that is gone, so that nothing is generated for nobody."""
         with suppress(EngineStopped):
             self.engine.abort_sequences([sequence for _, sequence in jobs])
 
     async def _stream(self, asked: GenerateRequest, jobs: list[Job], started: float) -> AsyncIterator[bytes]:
-        """Cumulative answers as server-sent events; those of a list carry their `index`."""
+        """Yield cumulative answers as server-sent events; those of a list carry their `index`."""
         try:
             self._in_flight.enter(jobs)
         except RequestError as error:
@@ -198,7 +198,8 @@ class App:
     async def _submit_in_turn(self, jobs: list[Job]) -> None:
         """Submit once its turn has come, and stay inside until the tokens are there.
 
-        A reader may take its time: weight updates wait for the tokens, not for who reads them."""
+        A reader may take its time: weight updates wait for the tokens, not for who reads them.
+        """
 
         async def leave_behind(inside: AsyncExitStack) -> None:
             async with inside:
@@ -240,7 +241,7 @@ class App:
         }
 
     def _deliver(self, events: list[Event]) -> None:
-        """Called in the engine thread."""
+        """Pass events on to the event loop. The engine thread calls this."""
         try:
             self.loop.call_soon_threadsafe(self._receive, events)
         except RuntimeError:
@@ -276,7 +277,8 @@ class App:
         await self.continue_generation({})
 
     async def abort_request(self, body: dict[str, Any]) -> Response:
-        """An id that nobody has is no error: it may have just ended. One that is held back by a pause is not hit."""
+        """Abort requests. An id that nobody has is no error: it may have just ended. One that is held back by a pause
+        is not hit."""
         if flag(body, "abort_all", False):
             await wait(self.engine.abort(None))
         elif (rid := text(body, "rid")) in self._in_flight:
@@ -294,7 +296,7 @@ class App:
         return Response(status_code=200 if self.engine.is_alive() else 503)
 
     async def health_generate(self) -> Response:
-        """Generates one token."""
+        """Generate one token to see that the engine works."""
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
         asked = parse_generate(body, self.limits)
         jobs = self._sequences(asked)

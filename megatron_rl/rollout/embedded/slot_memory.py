@@ -1,4 +1,4 @@
-"""What is kept for the tokens in each slot: keys and values, chosen experts, the logits after the prompt."""
+"""Keeps the memory for the tokens in each slot: keys and values, chosen experts, the logits after the prompt."""
 
 import torch
 
@@ -28,13 +28,13 @@ class SlotMemory:
             self.routing.copy_slots(sources, targets, num_tokens)
 
     def copy_prompts(self, sources: list[int], targets: list[int], num_tokens: int, *, routed: bool) -> None:
-        """Copy as `copy` does, and the logits from which the next token is drawn."""
+        """Copy as `copy` does, and also the logits from which the next token is drawn."""
         self.copy(sources, targets, num_tokens, routed=routed)
         self.prompt_logits[targets] = self.prompt_logits[sources]
 
 
 def cache_shape(config: Architecture, num_slots: int, context_length: int) -> dict[str, int]:
-    """Give the arguments of a model's KVCache."""
+    """Return the arguments of a model's KVCache."""
     return {
         "num_layers": config.num_hidden_layers,
         "num_slots": num_slots,

@@ -1,4 +1,5 @@
-"""The state of the running sequences, one array element per slot, so a decode step costs no Python work per request.
+"""Keeps the state of the running sequences, one array element per slot, so a decode step costs no Python work per
+request.
 
 S slots. A running sequence of L tokens so far has keys and values for positions 0 .. L - 2 in the cache; `token` is
 its last token, `position` = L - 1 the place where that token goes.
@@ -15,7 +16,7 @@ MAX_STOP_IDS = 32
 
 
 class SlotTable:
-    """Which sequence runs in which slot, and the arrays a step reads and writes."""
+    """Knows which sequence runs in which slot, and holds the arrays that a step reads and writes."""
 
     def __init__(self, num_slots: int, context_length: int) -> None:
         self.sequences: list[Sequence | None] = [None] * num_slots
@@ -46,11 +47,11 @@ class SlotTable:
         return int(np.flatnonzero(self.active)[-1]) + 1 if self.num_active else 0
 
     def running(self) -> list[Sequence]:
-        """Running sequences in order of arrival."""
+        """Return the running sequences in order of arrival."""
         return sorted((s for s in self.sequences if s is not None), key=lambda s: s.order)
 
     def take(self, sequence: Sequence) -> int:
-        """Put a sequence into the lowest free slot."""
+        """Put a sequence into the lowest free slot, and return that slot."""
         slot = heapq.heappop(self._free)
         params, count = sequence.params, len(sequence.output_ids)
         self.sequences[slot] = sequence
@@ -83,7 +84,7 @@ class SlotTable:
         return sequence
 
     def tail(self, slot: int, count: int) -> list[int]:
-        """The last tokens that were drawn for a slot, at most `count`."""
+        """Return the last tokens that were drawn for a slot, at most `count`."""
         end = int(self.num_output[slot])
         return list(self.output[slot, max(0, end - count) : end].tolist())
 
@@ -101,7 +102,7 @@ class SlotTable:
         return sequence
 
     def move(self, source: int) -> int:
-        """Move the sequence of `source` to the lowest free slot, the caller copies its cache; returns that slot."""
+        """Move the sequence of `source` to the lowest free slot, and return that slot. The caller copies its cache."""
         target, position, token = self._free[0], self.position[source], self.token[source]
         self.take(self.release(source))
         # take() assumes a sequence whose next token is not drawn yet.
@@ -118,7 +119,8 @@ class SlotTable:
         return sources, [self.move(slot) for slot in sources], longest
 
     def sampling_rows(self, rows: int) -> SamplingRows:
-        """Of slots 0 .. rows - 1; the token to draw has position `position` before, + 1 after a decode pass."""
+        """Return what sampling needs of slots 0 .. rows - 1. The token to draw has position `position` before, + 1
+        after a decode pass."""
         return SamplingRows(
             temperature=self.temperature[:rows],
             top_p=self.top_p[:rows],

@@ -1,4 +1,4 @@
-"""Answers as server-sent events, while they are generated."""
+"""Sends answers as server-sent events, while they are generated."""
 
 import asyncio
 import json
@@ -15,7 +15,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Stream:
-    """Follows the sequences of one request: a cumulative answer as a line, whenever one of them has something new.
+    """Follows the sequences of one request: it gives a cumulative answer as a line, whenever one of them has something
+    new.
 
     Only one line waits to be read; whoever reads slowly misses lines in between, and nothing piles up here.
     """
@@ -23,7 +24,8 @@ class Stream:
     def __init__(
         self, jobs: Sequence[Job], answer: Callable[[PromptRequest, Event], dict[str, Any]], *, indexed: bool
     ) -> None:
-        """indexed: answers carry the `index` of their sequence, as those of a list do."""
+        """Prepare to follow these sequences; `start` begins it. indexed: answers carry the `index` of their sequence,
+        as those of a list do."""
         self._jobs, self._answer, self._indexed = jobs, answer, indexed
         self._lines: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
         self._followers: list[asyncio.Task[None]] = []
@@ -33,7 +35,7 @@ class Stream:
         self._followers = [asyncio.create_task(self._follow(index)) for index in range(len(self._jobs))]
 
     async def next(self) -> bytes | None:
-        """The next line; None after the last one."""
+        """Return the next line; None after the last one."""
         while self.num_open:
             line = await self._lines.get()
             if line is not None:
@@ -61,7 +63,7 @@ class Stream:
 
 
 def error_lines(error: Exception) -> bytes:
-    """The whole rest of a stream: its status has been sent."""
+    """Return the whole rest of a stream that fails: its status has been sent."""
     return _line(error_body(str(error))) + DONE
 
 

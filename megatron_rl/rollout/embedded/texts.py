@@ -1,4 +1,4 @@
-"""Text of what was generated, and the stop strings that are looked for in it."""
+"""Decodes the text of what was generated, and looks for stop strings in it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from megatron_rl.rollout.embedded.protocol import SamplingParams
 
 
 class Detokenizer:
-    """Text of output ids when the model directory holds a tokenizer.json, "" otherwise; reads it at the first use.
+    """Gives the text of output ids when the model directory holds a tokenizer.json, "" otherwise; reads it at the first
+    use.
 
     May be used by several threads.
     """
@@ -19,7 +20,7 @@ class Detokenizer:
         self._tokenizer: Any = None
 
     def check(self, params: SamplingParams) -> None:
-        """RequestError where stop strings are asked for and nobody knows the text of a token."""
+        """Raise RequestError where stop strings are asked for and nobody knows the text of a token."""
         if not params.stop:
             return
         problem = "" if self._exists else "does not exist"
@@ -33,7 +34,7 @@ class Detokenizer:
             )
 
     def decode(self, ids: list[int], params: SamplingParams, finish_reason: dict[str, Any] | None) -> str:
-        """The text of an answer, as SGLang trims it: without the token or the string that ended it."""
+        """Return the text of an answer, as SGLang trims it: without the token or the string that ended it."""
         if not self._exists:
             return ""
         matched = None if finish_reason is None or finish_reason["type"] != "stop" else finish_reason["matched"]
@@ -45,7 +46,7 @@ class Detokenizer:
         return text
 
     def matched(self, ids: list[int], stops: tuple[str, ...]) -> str | None:
-        """The first of the strings that is in the text of the ids, special tokens included."""
+        """Return the first of the strings that is in the text of the ids, special tokens included."""
         text = self._text(ids, skip_special_tokens=False)
         return next((stop for stop in stops if stop in text), None)
 

@@ -1,4 +1,4 @@
-"""Who may use the engine when: requests together, a weight update alone, nobody new during a pause."""
+"""Decides who may use the engine when: requests together, a weight update alone, nobody new during a pause."""
 
 import asyncio
 from collections import deque
@@ -17,7 +17,8 @@ class _Waiter:
 
 
 class UpdateLock:
-    """Lets requests and updates of one event loop in. As in SGLang a pause holds requests back before the engine.
+    """Lets requests and updates of one event loop use the engine. As in SGLang a pause holds requests back before the
+    engine.
 
     Requests and updates are let in in the order in which they come, so neither can keep the other out for ever. An
     update waits for the requests that are inside, but not longer than `hold_seconds`: then it is refused, and those
@@ -27,7 +28,7 @@ class UpdateLock:
     """
 
     def __init__(self, hold_seconds: float, end_pause: Callable[[], Awaitable[None]]) -> None:
-        """end_pause: lets the engine go on and calls `resume`."""
+        """Begin without a pause. end_pause: lets the engine go on and calls `resume`."""
         self.paused = False
         self._hold_seconds = hold_seconds
         self._pause = Hold(hold_seconds, lambda: self.paused, end_pause)
@@ -45,7 +46,7 @@ class UpdateLock:
 
     @asynccontextmanager
     async def updating(self) -> AsyncIterator[None]:
-        """Be alone with the engine inside of the block. UpdateError when requests run for too long."""
+        """Be alone with the engine inside the block. Raise UpdateError when requests run for too long."""
         with self._pause.touched():
             try:
                 async with asyncio.timeout(self._hold_seconds):

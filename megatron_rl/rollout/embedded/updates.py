@@ -1,4 +1,4 @@
-"""Weights that arrive over process groups: the groups, and the session in which a model is put together."""
+"""Receives weights over process groups: the groups, and the session in which a model is put together."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MAX_GROUPS = 8
 
 
 class UpdateError(ValueError):
-    """What a weight-update route answers `success: false` with."""
+    """Says why a weight-update route answers `success: false`."""
 
 
 class WeightUpdates:
@@ -33,7 +33,7 @@ class WeightUpdates:
     """
 
     def __init__(self, config: Architecture, dtype: torch.dtype, timeout_seconds: float) -> None:
-        """timeout_seconds: how long a rendezvous or a broadcast may take."""
+        """Begin without groups and session. timeout_seconds: how long a rendezvous or a broadcast may take."""
         self._config, self._dtype, self._timeout_seconds = config, dtype, timeout_seconds
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._packing: Packing | None = None
@@ -65,7 +65,7 @@ class WeightUpdates:
                 f"group {request.group_name!r} could not be joined at {request.master_address}:{request.master_port}: "
                 f"{_first_line(error)}"
             ) from None
-        # Of runs that were killed nobody says that their groups are over.
+        # Nobody destroys the groups of runs that were killed.
         for name in list(self._groups)[:-MAX_GROUPS]:
             log.warning("leaving group %r: %d are joined that came later", name, MAX_GROUPS)
             self.leave_group(name)
@@ -83,7 +83,8 @@ class WeightUpdates:
         self._problems, self._version = [], None
 
     def receive(self, request: BucketRequest) -> None:
-        """One bucket into the session. UpdateError says what is wrong with it; then `finish` will refuse too."""
+        """Receive one bucket into the session. Raise UpdateError, which says what is wrong with it; then `finish` will
+        refuse too."""
         if self._packing is None:
             raise UpdateError(
                 "update_weights_from_distributed must come between begin_weight_update and end_weight_update"
@@ -111,7 +112,8 @@ class WeightUpdates:
         self._packing, self._problems, self._version = None, [], None
 
     def finish(self) -> tuple[ModelWeights, str | None]:
-        """(the new weights, their version). UpdateError when they are not whole. The session is closed either way."""
+        """Return (the new weights, their version). Raise UpdateError when they are not whole. The session is closed
+        either way."""
         packing, version = self._packing, self._version
         if packing is None:
             raise UpdateError("no weight-update session is open; call begin_weight_update first")
@@ -126,7 +128,7 @@ class WeightUpdates:
         return weights, version
 
     def _receive(self, group: dist.ProcessGroup, request: BucketRequest, packing: Packing) -> None:
-        """Every byte that the sender sends is received, wanted or not: else its next broadcast would meet this one."""
+        """Receive every byte that the sender sends, wanted or not: otherwise its next broadcast would meet this one."""
         dtypes = [_dtype(head) for head in request.heads]
         if request.flattened:
             sizes = [head.size * dtype.itemsize for head, dtype in zip(request.heads, dtypes, strict=True)]
@@ -153,8 +155,8 @@ class WeightUpdates:
         self._packed = self._packer.submit(_copy, packing, admitted)
 
     def _buffer(self, num_bytes: int) -> Tensor:
-        """Memory for a bucket: that of the one before the last where it is large enough, because fresh pages cost more
-        time than what is written into them."""
+        """Return memory for a bucket: that of the one before the last where it is large enough, because fresh pages
+        cost more time than what is written into them."""
         spare = self._buffers.pop(0) if len(self._buffers) > 1 else torch.empty(0, dtype=torch.uint8)
         if spare.numel() < num_bytes:
             spare = torch.empty(num_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The sequences that wait for a slot, and whose turn it is."""
+"""Queues the sequences that wait for a slot, and decides whose turn it is."""
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,8 @@ SHARE = 256
 
 
 class WaitingQueue:
-    """First come, first served, in turns: no request with thousands of sequences keeps another one waiting for all."""
+    """Serves first come, first served, in turns: no request with thousands of sequences keeps another one waiting for
+    all."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Sequence]] = []
@@ -19,7 +20,7 @@ class WaitingQueue:
         return len(self._heap)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Give all sequences, in no particular order."""
+        """Return all sequences, in no particular order."""
         return (sequence for _, _, sequence in self._heap)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
@@ -28,11 +29,11 @@ class WaitingQueue:
             heapq.heappush(self._heap, (sequence.turn, sequence.order, sequence))
 
     def take(self) -> Sequence:
-        """Take the next one out of the queue."""
+        """Take the next sequence out of the queue."""
         return heapq.heappop(self._heap)[2]
 
     def remove_where(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Take these out, wherever they are; returns them in order."""
+        """Take the chosen sequences out, wherever they are. Return them in order."""
         removed = [entry for entry in self._heap if chosen(entry[2])]
         if removed:
             self._heap = [entry for entry in self._heap if not chosen(entry[2])]

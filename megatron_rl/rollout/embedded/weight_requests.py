@@ -1,4 +1,4 @@
-"""The JSON bodies of the weight-update routes as validated records. Imports no torch."""
+"""Reads the JSON bodies of the weight-update routes into validated records. Imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MAX_GROUP_NAME = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinRequest:
-    """Of /init_weights_update_group. This server is one rank, `rank`."""
+    """Holds a request to /init_weights_update_group. This server is one rank, `rank`."""
 
     master_address: str
     master_port: int
@@ -26,7 +26,7 @@ class JoinRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHead:
-    """A tensor that is about to come: name and dtype as the sender wrote them, shape checked to be sizes."""
+    """Describes a tensor that is about to come: name and dtype as the sender wrote them, shape checked to be sizes."""
 
     name: str
     dtype: str
@@ -39,7 +39,7 @@ class TensorHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketRequest:
-    """Of /update_weights_from_distributed."""
+    """Holds a request to /update_weights_from_distributed."""
 
     heads: tuple[TensorHead, ...]
     group_name: str
@@ -51,14 +51,15 @@ class BucketRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketLimits:
-    """What one bucket may hold: twice the model, for a sender that does not know better gets told by tensor."""
+    """Limits what one bucket may hold: twice the model, so that a sender that does not know better is told by tensor
+    what is wrong."""
 
     tensors: int
     values: int
 
     @property
     def body_bytes(self) -> int:
-        """Count the bytes of a body with name, dtype and shape of each tensor."""
+        """The number of bytes of a body with name, dtype and shape of each tensor."""
         return 2**20 + 512 * self.tensors
 
 

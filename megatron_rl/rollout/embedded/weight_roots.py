@@ -1,4 +1,4 @@
-"""Know the directories from which a server may load weights: those that whoever started it named, and no others."""
+"""Knows the directories from which a server may load weights: those that whoever started it named, and no others."""
 
 import os
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from tempfile import gettempdir
 from megatron_rl.rollout.embedded.fields import cut
 from megatron_rl.rollout.embedded.updates import UpdateError
 
-# Of the folders through which training runs hand weights to servers on their machine; see sync/folder.py.
+# Begins the names of folders through which training runs hand weights to servers here; see sync/folder.py.
 WEIGHT_FOLDER_PREFIX = "megatron_rl-weights-"
 
 
 class WeightRoots:
     """Knows the model's own directory and those below the roots. A server that somebody started by hand knows no run's
-    folder, so it takes two more where they belong to its own user: the directories beside the model, and the folders of
+    folder. So it takes two more where they belong to its own user: the directories beside the model, and the folders of
     runs in this machine's memory or temporary directory."""
 
     def __init__(self, model_path: str, roots: Sequence[str]) -> None:
@@ -23,7 +23,8 @@ class WeightRoots:
         self._memory = [Path("/dev/shm"), Path(gettempdir()).resolve()]
 
     def directory(self, path: str) -> Path:
-        """Find the directory behind `path`, links followed. UpdateError for one that is not known, or is none."""
+        """Return the directory behind `path`, links followed. Raise UpdateError for one that is not known, or is
+        none."""
         try:
             found = Path(path).resolve()
             is_known = self._is_known(found)
@@ -52,7 +53,8 @@ class WeightRoots:
 
 
 def _is_own(path: Path) -> bool:
-    """True for one that is not there: that it is none will be said by its name."""
+    """Tell whether a path belongs to this user. True for one that does not exist: that it is no directory will be said
+    by its name."""
     return not path.exists() or path.stat().st_uid == os.geteuid()
 
 

@@ -1,4 +1,4 @@
-"""The routes that change or check weights."""
+"""Answers the routes that change or check weights."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightRoutes:
-    """Each method answers one route. Updates take the lock one at a time, and block no event loop.
+    """Answers one route with each method. Updates take the lock one at a time, and block no event loop.
 
     A session of updates ends by itself when nothing comes for the engine's `hold_timeout_seconds`. A release does not:
     it may last as long as others need the memory, and keeps nobody waiting, because what it forbids is refused.
@@ -125,7 +125,7 @@ class WeightRoutes:
         )
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> Response:
-        """Answers null, as SGLang does."""
+        """Release memory, and answer null, as SGLang does."""
         self._occupation.release(body, idle=await wait(self._engine.flush()))
         return json_answer(None)
 
@@ -134,14 +134,15 @@ class WeightRoutes:
         return json_answer(None)
 
     def _refuse_flush(self, flush: bool) -> None:
-        """SGLang ends itself when it has to flush the cache of requests that stand still, so do not get used to it."""
+        """Raise UpdateError for a flush in a pause in which requests stand still. SGLang ends itself when it has to
+        flush the cache then, so do not get used to it."""
         if flush and self._update_lock.paused and self._engine.load_state()["running"]:
             raise UpdateError(
                 "flush_cache must be false while requests are paused in place, got true; send false or pause by retract"
             )
 
     async def weights_checker(self, request: Request) -> Response:
-        """Checksums of the tensors that serve, in the dtypes in which they serve."""
+        """Answer with checksums of the tensors that serve, in the dtypes in which they serve."""
         action = await self._bodies.read(
             request, self.limits.body_bytes, lambda body: text(body, "action", "checksum"), empty="checksum"
         )

@@ -1,4 +1,4 @@
-"""The weights as `model.py` multiplies with them, and the raw tensors that they are made of.
+"""Defines the weights as `model.py` multiplies with them, and the raw tensors that they are made of.
 
 Shapes: H hidden, V vocabulary, d head_dim, E experts, I expert width, W width of an MLP that sees every token (the
 shared expert of a mixture-of-experts layer, or the MLP of a dense one).
@@ -14,7 +14,7 @@ READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One transformer layer; matrices are stored [in, out], ready for `x @ w`."""
+    """Holds one transformer layer; matrices are stored [in, out], ready for `x @ w`."""
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [H, (nq + 2 nkv) d]: all queries, all keys, all values
@@ -43,5 +43,5 @@ class ModelWeights:
 
 
 def some(names: list[str]) -> str:
-    """At most three of them, for a message."""
+    """Name at most three of the names, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

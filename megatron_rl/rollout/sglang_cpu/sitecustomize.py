@@ -1,4 +1,4 @@
-"""Imported by every Python process of an SGLang server on a CPU, before anything else.
+"""Prepares every Python process of an SGLang server on a CPU, which imports this module before anything else.
 
 torchvision from the package index is built for CUDA. On a CPU build of torch its compiled operators do not load and its
 Python part fails, because it describes two of them. They are declared just before it is imported; nobody calls them.

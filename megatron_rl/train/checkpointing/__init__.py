@@ -1,1 +1,1 @@
-"""A run's checkpoints: what is saved, when, and which one is whole."""
+"""Saves and restores the checkpoints of a run, and decides which checkpoint is whole."""

@@ -1,4 +1,5 @@
-"""A run's checkpoints: each whole or not there, whatever goes wrong while it is written or after.
+"""Saves and restores the checkpoints of a run. Each is whole or not there, whatever goes wrong while it is written or
+afterwards.
 
 `checkpoints/` holds `step_N/` directories and `latest`, a file with the newest one's name that is replaced atomically
 after everything in it is on disk. A `step_N/` holds `megatron/` (train/checkpointing/state.py), `driver.json` (step,
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Owns the directory and the save that is under way. All methods but `close` are collective.
+    """Owns the directory of the checkpoints and the save that is under way. All methods but `close` are collective.
 
     latest: the step of the newest one that is on disk for certain, as far as this process made or loaded it.
     num_failed_saves: since this process was started; more than 0 only with train.on_save_error = "continue". best: on
@@ -47,8 +48,8 @@ class Checkpoints:
     def __init__(
         self, directory: Path, config: TrainSection, model_dir: Path, control: Any, note: AdapterNote | None = None
     ) -> None:
-        """model_dir: where config.json and the tokenizer come from. control: a gloo group of all ranks. note: of the
-        adapters that are trained; None where all weights are."""
+        """Remove what a killed save left in the directory. model_dir: where config.json and the tokenizer come from.
+        control: a gloo group of all ranks. note: of the adapters that are trained; None where all weights are."""
         self._note = note
         self._directory, self._config, self._model_dir, self._control = directory, config, model_dir, control
         deadline = datetime.timedelta(seconds=config.phase_deadline_seconds)
@@ -63,8 +64,8 @@ class Checkpoints:
             steps.remove_partial(self._directory)  # what a kill left
 
     def save(self, step: int, trainer: Any, driver: dict[str, Any], carried: bytes) -> None:
-        """A checkpoint after `step` steps, there for certain after `settle(wait=True)`. driver, carried: rank 0's.
-        SharedFault as in `settle`."""
+        """Save a checkpoint after `step` steps. It is there for certain after `settle(wait=True)`. driver, carried:
+        rank 0's. Raise SharedFault as `settle` does."""
         self._wait_for_the_one_before(step)
         if step == self.latest:
             return  # a stop right after a scheduled save
@@ -84,8 +85,8 @@ class Checkpoints:
         self.settle(wait=not asynchronous)
 
     def settle(self, wait: bool = False) -> bool:
-        """At a step boundary: hear what became of a save that has ended. wait: until it has. False while one is under
-        way. SharedFault when it failed and train.on_save_error is "stop"."""
+        """Learn, at a step boundary, what became of a save that has ended. wait: until it has ended. Return False while
+        a save is under way. Raise SharedFault when it failed and train.on_save_error is "stop"."""
         save = self._under_way
         if save is None:
             return True
@@ -103,8 +104,8 @@ class Checkpoints:
         return True
 
     def restore(self, trainer: Any) -> tuple[dict[str, Any], bytes] | None:
-        """Load the newest checkpoint that is as it was written: the driver's state and the carried responses; None when
-        there is none at all. ValueError when all are damaged, or hold other adapters."""
+        """Load the newest checkpoint that is as it was written. Return the driver's state and the carried responses, or
+        None when there is no checkpoint at all. Raise ValueError when all are damaged, or hold other adapters."""
         damaged: dict[str, list[str]] = {}
         for path in on_all_ranks(lambda: steps.candidates(self._directory), self._control)[0]:
             shares = on_all_ranks(partial(damage, path, dist.get_rank(), dist.get_world_size()), self._control)
@@ -126,7 +127,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """This rank's part of a save that is under way still reaches the disk."""
+        """Wait until this rank's part of a save that is under way is on the disk."""
         if self._under_way is None:
             return
         self._under_way.join()
@@ -145,7 +146,8 @@ class Checkpoints:
         self.settle(wait=True)
 
     def _plan(self, step: int, trainer: Any) -> state.Part:
-        """SharedFault when nothing can be written into the directory, or the disk has too little room."""
+        """Plan the part of the checkpoint that this rank writes. Raise SharedFault when nothing can be written into the
+        directory, or the disk has too little room."""
         folder = steps.partial_path(self._directory, step) / MEGATRON
 
         def make() -> None:
@@ -164,7 +166,7 @@ class Checkpoints:
     def _finish(
         self, step: int, part: state.Part, contents: dict[str, bytes], dtype: torch.dtype, written: Written
     ) -> None:
-        """Rank 0: what the ranks have written becomes the newest checkpoint."""
+        """Make what the ranks have written the newest checkpoint. Runs on rank 0."""
         folder, final = steps.partial_path(self._directory, step), steps.step_path(self._directory, step)
         part.finish([account for account, _ in written])
         for name, content in contents.items():
@@ -212,7 +214,7 @@ def _use_instead(path: Path, damaged: dict[str, list[str]]) -> None:
 
 
 def _listed(damaged: dict[str, list[str]]) -> str:
-    """The first few things that are wrong with each checkpoint."""
+    """Name the first few things that are wrong with each checkpoint."""
     parts = []
     for name, lines in damaged.items():
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""

@@ -1,4 +1,4 @@
-"""A checkpoint on its way to the disk, in a thread beside training or in its place."""
+"""Writes a checkpoint to the disk, in a thread beside training or while training waits."""
 
 import threading
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from megatron_rl.errors import SharedFault
 from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.train.checkpointing.state import Part
 
-# What `Part.write` returned on each rank.
+# The results of `Part.write`, by rank.
 Written = list[tuple[list[Any], dict[str, Checksum]]]
 
 
 class Save:
-    """Every rank writes its part, then rank 0 finishes. Its collectives run on `group`, which nothing else may use.
+    """Writes a checkpoint: every rank writes its part, then rank 0 finishes. Its collectives run on `group`, which
+    nothing else may use.
 
     A thread and not a process: a fork of one that holds gloo's threads is unsafe, and a thread cannot outlive a kill.
 
@@ -25,14 +26,14 @@ class Save:
     """
 
     def __init__(self, step: int, part: Part, finish: Callable[[Written], None], group: Any) -> None:
-        """finish: called on rank 0 alone."""
+        """Prepare the save; `start` begins it. finish: called on rank 0 alone."""
         self.step, self.num_bytes = step, part.num_bytes
         self.failure: str | None = None
         self._part, self._finish, self._group = part, finish, group
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
 
     def start(self, beside: bool) -> None:
-        """beside: return at once; else when it is done."""
+        """Start the save. beside: return at once; otherwise return when it is done."""
         self._thread.start()
         if not beside:
             self.join()

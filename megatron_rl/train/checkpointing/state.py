@@ -1,4 +1,5 @@
-"""The trainer's state as Megatron's distributed checkpoint: model, optimizer, schedule and RNG, for any layout.
+"""Saves and loads the trainer's state as Megatron's distributed checkpoint: model, optimizer, schedule and RNG, for any
+layout.
 
 Megatron plans on all ranks who writes what. Then every rank writes its file, without word to the others, and rank 0
 adds the index; train/checkpointing/checkpoints.py says when, and what makes a whole checkpoint of it.
@@ -56,7 +57,7 @@ _OPTIMIZER_METADATA = {
 
 
 def _to_save(trainer: Any) -> dict[str, Any]:
-    """Collective. What goes to disk; `load` makes the template that it is read into.
+    """Collect what goes to disk; `load` makes the template that it is read into. Collective.
 
     Megatron chains one optimizer for dense and one for expert parameters, or a single one, depending on the layout.
     Only their per-parameter tensors and the step count are stored, so a checkpoint opens in any layout; learning rate
@@ -77,8 +78,8 @@ def _to_save(trainer: Any) -> dict[str, Any]:
 
 
 def _optimizer_state(part: Any, model: dict[str, Any], read: Read) -> dict[int, dict[str, Any]]:
-    """One part of the optimizer in megatron's `fully_reshardable` format; nothing on ranks that will not write it.
-    read: a state's numbers, which may be in host memory.
+    """Return one part of the optimizer in megatron's `fully_reshardable` format; nothing on ranks that will not write
+    it. read: a state's numbers, which may be in host memory.
 
     Megatron's own way there copies everything five times, for all ranks that share a parameter.
     """
@@ -99,7 +100,8 @@ def _optimizer_state(part: Any, model: dict[str, Any], read: Read) -> dict[int, 
 
 
 def _whole_states(part: Any, read: Read) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Collective: each parameter with the flat tensors of its state, on the first rank of those that share them."""
+    """Yield each parameter with the flat tensors of its state, on the first rank of those that share them.
+    Collective."""
     group, names = part.data_parallel_group_gloo, ("param", *part.optimizer_state_keys)
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
         (buckets,) = ranges.values()
@@ -115,7 +117,7 @@ def _whole_states(part: Any, read: Read) -> Iterator[tuple[torch.Tensor, dict[st
 
 
 def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any, read: Read) -> torch.Tensor:
-    """One kind of state of all parameters of a buffer, at their places in it, on the group's first rank."""
+    """Gather one kind of state of all parameters of a buffer, at their places in it, on the group's first rank."""
     leads = group.rank() == 0
     whole = torch.empty(buffer.numel if leads else 0)
     for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
@@ -130,16 +132,17 @@ def _gathered(part: Any, buffer: Any, buckets: list[Any], name: str, group: Any,
 
 
 class Part:
-    """What this rank writes of a checkpoint: at most one file, that Megatron has planned together with the others."""
+    """Holds what this rank writes of a checkpoint: at most one file, which Megatron has planned together with the other
+    ranks."""
 
     def __init__(self, trainer: Any, folder: Path) -> None:
-        """Collective, on the trainer's groups. folder: an empty one."""
+        """Plan this rank's part. Collective, on the trainer's groups. folder: an empty one."""
         stored = _to_save(trainer)
         entries = [*nested_values(stored["model"]), *nested_values(stored["optimizer"])]
         planning = _Planning()
         dist_checkpointing.save(stored, str(folder), planning, async_sharded_save=True, async_strategy="mcore")
         self._writer, self._metadata, self._folder = planning.writer, planning.metadata, folder
-        # What megatron has not copied for a reason of its own (views, on a CPU) may be what is trained.
+        # Tensors that megatron has no reason of its own to copy (views, on a CPU) may be the ones that are trained.
         self._live = {entry.data.untyped_storage().data_ptr() for entry in entries}
 
     @property
@@ -150,7 +153,8 @@ class Part:
         )
 
     def to_host(self, copy: bool) -> None:
-        """Before `write`. copy: so that training may change the weights in between."""
+        """Bring the tensors to host memory, before `write`. copy: also copy those that are there already, so that
+        training may change the weights in between."""
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if copy and tensor.untyped_storage().data_ptr() in self._live else tensor
@@ -161,7 +165,8 @@ class Part:
         ]
 
     def write(self) -> tuple[list[Any], dict[str, Checksum]]:
-        """This rank's file, on disk. Returns megatron's account of it, and its checksum by name. Not collective."""
+        """Write this rank's file to the disk. Return megatron's account of it, and its checksum by name. Not
+        collective."""
         transforms = [self._writer.transforms]
         account: list[Any] = []
         files: dict[str, Checksum] = {}
@@ -176,13 +181,14 @@ class Part:
         return account, files
 
     def finish(self, accounts: list[list[Any]]) -> None:
-        """Rank 0, when all ranks have written: what tells megatron where everything is."""
+        """Write the index, which tells megatron where everything is. Runs on rank 0, when all ranks have written."""
         self._writer.finish(self._metadata, accounts)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """Megatron's way to save as far as its plan. What it does after that is collective on the groups that train."""
+    """Runs megatron's way to save as far as its plan. What it does after that is collective on the groups that
+    train."""
 
     writer: Any
     metadata: Any  # on rank 0
@@ -193,7 +199,7 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 
 def load(folder: Path, trainer: Any) -> None:
-    """Collective. Restores model, optimizer, schedule and RNG from megatron's folder of a checkpoint."""
+    """Restore model, optimizer, schedule and RNG from megatron's folder of a checkpoint. Collective."""
     with trainer.offloader.for_loading():
         _load(folder, trainer)
 

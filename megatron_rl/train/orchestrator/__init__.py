@@ -1,1 +1,1 @@
-"""Rank 0: it collects groups, plans, and commands the other ranks and the servers."""
+"""Contains rank 0's work: it collects groups, plans, and commands the other ranks and the servers."""

@@ -1,5 +1,5 @@
-"""The advantages of scored responses: of a group as soon as it is scored, or of a whole phase when it is planned; and
-what a teacher adds to them, token by token."""
+"""Computes the advantages of scored responses: of a group as soon as it is scored, or of a whole phase when it is
+planned. Adds what a teacher contributes, token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,8 +15,8 @@ from megatron_rl.rollout.rollout_file import Advantages
 
 
 def advantages_of(config: RlConfig) -> Advantages:
-    """The function that gives a group its advantages, float64 [K] from its responses and rewards [K]; zeros where only
-    the whole phase has any, or tokens alone by a teacher."""
+    """Return the function that gives a group its advantages, float64 [K] from its responses and rewards [K]. It gives
+    zeros where advantages come from the whole phase, or from a teacher alone, token by token."""
     rule = chosen_algorithm(config.algorithm).advantage
     of_phase = takes_batch(rule) or _is_of_teacher_alone(config)
 
@@ -29,8 +29,9 @@ def advantages_of(config: RlConfig) -> Advantages:
 def with_phase_advantages(
     config: RlConfig, groups: Sequence[Group], carried: Sequence[Sample]
 ) -> tuple[list[Group], list[Sample]]:
-    """The same with the advantages that an algorithm gives all responses of a phase at once; as they are where it gives
-    them to groups. Carried responses get new ones, among those that they are trained with."""
+    """Return the groups and carried samples with the advantages that an algorithm gives all responses of a phase at
+    once. They stay as they are where the algorithm gives advantages to groups. Carried responses get new ones, among
+    those that they are trained with."""
     rule = chosen_algorithm(config.algorithm).advantage
     samples = [*carried, *(sample for group in groups for sample in group.samples)]
     if not samples or not takes_batch(rule) or _is_of_teacher_alone(config):
@@ -66,7 +67,7 @@ def _is_of_teacher_alone(config: RlConfig) -> bool:
 
 
 def _values(config: RlConfig, responses: Sequence[Response], rewards: np.ndarray) -> dict[str, Any]:
-    """What an advantage is worked out from: c3po/own_objective.py, `OF_ADVANTAGE`."""
+    """Return the values that an advantage is computed from: c3po/own_objective.py, `OF_ADVANTAGE`."""
     longest, reward = config.rollout.max_response_tokens, config.reward
     buffer, most = reward.overlong_buffer_tokens, reward.overlong_penalty
     penalties = [overlong_penalty(response.num_policy_tokens, longest, buffer, most) for response in responses]

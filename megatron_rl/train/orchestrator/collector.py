@@ -1,4 +1,4 @@
-"""Rank 0's side of a step: the groups of a rollout phase, and the plan of the train phase that they fill."""
+"""Does rank 0's side of a step: collects the groups of a rollout phase, and plans the train phase that they fill."""
 
 import logging
 import time
@@ -36,14 +36,14 @@ class Collector:
         self._budgets = config.phase_budgets(layout.world_size)
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         self._shares = domain_shares(config)
-        # By domain: what one of its prompts brings.
+        # What one prompt of each domain brings.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
         self.files = StepFiles(config)
         self.examples: list[str] = []  # of the last phase: two responses beside what was expected
 
     def state(self) -> tuple[dict[str, Any], bytes]:
-        """What a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
+        """Return what a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
         state = {"per_prompt": self._per_prompt, "teacher": _teaching(self._config)}
         return {**self._source.state(), **state}, pack_carry(self._carry)
 
@@ -61,10 +61,10 @@ class Collector:
             self._carry = Carry(unfinished=self._carry.unfinished)
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
-        """One rollout phase under the token budget, and the plan of the train phase. Returns metrics beside it.
+        """Run one rollout phase under the token budget, and plan the train phase. Return the plan, and metrics.
 
-        Raises what `GroupSource.groups` does: the phase is abandoned and nothing of it is kept. Fault when too many
-        responses could not be judged (`Phase.check_rewards`).
+        Raises what `GroupSource.groups` does: the phase is abandoned and nothing of it is kept. Raises Fault when too
+        many responses could not be judged (`Phase.check_rewards`).
         """
         started = time.perf_counter()
         fresh_enough, stale = self._carried(policy_version)
@@ -98,7 +98,8 @@ class Collector:
         self.files.close()
 
     def _carried(self, policy_version: int) -> tuple[list[Sample], list[Sample]]:
-        """The samples that the last phase left: those that may be trained, and those that have waited too long."""
+        """Divide the samples that the last phase left into those that may be trained, and those that have waited too
+        long."""
         oldest = policy_version - self._config.budget.max_staleness
         pairs = list(zip(self._carry.samples, self._carry.since, strict=True))
         return [sample for sample, since in pairs if since >= oldest], [s for s, since in pairs if since < oldest]
@@ -129,8 +130,8 @@ class Collector:
         )
 
     def _write(self, phase: Phase, policy_version: int) -> None:
-        """The responses of a step, all into its file and two for a warning. Fault for rewards that could not be
-        given."""
+        """Write the responses of a step: all into its file, and two for a warning. Raise Fault when too many rewards
+        could not be given."""
         decode, kind_of = self._source.decode, self._config.reward.kind_of
         # Made here: the source goes on to the next phase while the file is written.
         prompt_of = {position: self._source.prompt_of(position) for position in phase.positions}.__getitem__
@@ -140,7 +141,7 @@ class Collector:
         phase.check_rewards(self._config.reward.max_error_share, prompt_of, decode)
 
     def _needs(self, carried: Sequence[Sample]) -> list[Shortfall]:
-        """What a phase lacks beside the carried samples, of each domain."""
+        """Return what a phase lacks of each domain beside the carried samples."""
         if not self._refill:
             return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step)]
         tokens: Counter[str] = Counter()
@@ -157,11 +158,12 @@ class Collector:
         return self._source.prompt_of(position).domain
 
     def _is_wanted(self, group: Group) -> bool:
-        """Dynamic sampling drops groups that teach nothing: all right, all wrong, or all with the same score."""
+        """Tell whether a group is kept. Dynamic sampling drops groups that teach nothing: all right, all wrong, or all
+        with the same score."""
         return not self._algorithm.dynamic_sampling or not all_equal([s.reward for s in group.samples])
 
 
 def _teaching(config: RlConfig) -> dict[str, Any] | None:
-    """Collect what the advantages of a carried response depend on beside its reward; None without a teacher."""
+    """Return what the advantages of a carried response depend on beside its reward; None without a teacher."""
     section = config.distillation
     return None if section is None else {"advantage": section.advantage, "model": teacher_settings(section)}

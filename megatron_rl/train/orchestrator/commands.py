@@ -1,4 +1,5 @@
-"""From rank 0 to the other ranks: the plan to all, token arrays to those that train them, or word to stop.
+"""Sends from rank 0 to the other ranks: the plan to all, token arrays to those that train them, or a command such as
+stop.
 
 Everything goes over one gloo group whose timeout is the phase's deadline, so a rank never waits inside NCCL for a
 rollout to end, and never for ever.
@@ -22,22 +23,22 @@ from megatron_rl.train.step.batch import TrainSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Rank 0's word that the run ends here. exit_code: None where a signal asked for it; a checkpoint is written then,
-    and `TrainContext.stop_code` is the code."""
+    """Tells the other ranks that the run ends here. exit_code: None where a signal asked for it; a checkpoint is
+    written then, and `TrainContext.stop_code` is the code."""
 
     exit_code: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Push:
-    """Rank 0's word that weights go to the servers now, to be called `version`."""
+    """Tells the other ranks that weights go to the servers now, to be called `version`."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Rank 0 asks what the trainer makes of what each server made of some tokens: train/orchestrator/weight_check.py.
+    """Asks how far the trainer's log-probs of some tokens are from each server's: train/orchestrator/weight_check.py.
 
     token_ids: the same for all servers. start: of the first token that counts, at least 1. logprobs: of the tokens from
     there on, one list for each server.
@@ -50,14 +51,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checksums:
-    """Rank 0 asks for the checksums of exported tensors. dtypes: by name, what each is converted to first."""
+    """Asks for the checksums of exported tensors. dtypes: by name, what each is converted to first."""
 
     dtypes: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextPhase:
-    """Rank 0's word that it goes from one long phase to another, so that the others wait for the second one anew."""
+    """Tells the other ranks that rank 0 goes from one long phase to another, so that their wait for the second one
+    starts anew."""
 
 
 Command = Stop | Push | Probe | Checksums | NextPhase
@@ -66,14 +68,15 @@ _COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Stop, Pu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """shape: [layers, topk], of the experts at one position. missing: (sample, segment) of those of the plan without a
-    record of them, because an earlier run sampled them without."""
+    """Describes the routed experts that travel with a plan. shape: [layers, topk], of the experts at one position.
+    missing: (sample, segment) of those of the plan without a record of them, because an earlier run sampled them
+    without."""
 
     shape: tuple[int, int]
     missing: frozenset[tuple[int, int]]
 
     def num_positions(self, selected: Selected) -> int:
-        """Whose experts travel: all but the last, which predicts nothing."""
+        """Count the positions whose experts travel: all but the last, which predicts nothing."""
         return 0 if (selected.index, selected.segment) in self.missing else selected.num_tokens - 1
 
 
@@ -81,12 +84,12 @@ Work = list[list[list[TrainSequence]]]  # [optimizer step][micro-batch][sequence
 
 
 def send_command(command: Command, control: Any) -> None:
-    """Rank 0: what all ranks do next. The others get it from `receive`."""
+    """Tell the other ranks what all ranks do next; they get it from `receive`. Runs on rank 0."""
     _broadcast(json.dumps({type(command).__name__: dataclasses.asdict(command)}).encode(), control)
 
 
 def send_work(plan: Plan, samples: Sequence[Sample], layout: Layout, control: Any) -> tuple[Plan, Work]:
-    """Rank 0: broadcast the plan, give every rank the arrays of its own samples, return rank 0's share."""
+    """Broadcast the plan, give every rank the arrays of its own samples, and return rank 0's share. Runs on rank 0."""
     routing = _routing(plan, samples)
     described = None if routing is None else {"shape": routing.shape, "missing": sorted(routing.missing)}
     content = {"plan": dataclasses.asdict(plan), "routing": described}
@@ -111,7 +114,7 @@ def _send_share(arrays: Sequence[np.ndarray], receivers: Sequence[int], control:
 
 
 def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Command:
-    """The other ranks: wait for rank 0's plan and this rank's samples, or for another command."""
+    """Wait for rank 0's plan and this rank's samples, or for another command. Runs on the other ranks."""
     ((name, content),) = json.loads(_broadcast(None, control)).items()
     if name in _COMMANDS:
         return _COMMANDS[name](**content)
@@ -137,7 +140,7 @@ def receive(rank: int, layout: Layout, control: Any) -> tuple[Plan, Work] | Comm
 
 
 def _placed(plan: Plan, data_rank: int) -> list[Selected]:
-    """What a data-parallel rank trains, in the command in which its arrays travel."""
+    """List what a data-parallel rank trains, in the order in which its arrays travel."""
     return [
         step.selected[position]
         for step in plan.steps
@@ -147,7 +150,7 @@ def _placed(plan: Plan, data_rank: int) -> list[Selected]:
 
 
 def _routing(plan: Plan, samples: Sequence[Sample]) -> Routing | None:
-    """None when no sample of the plan has routed experts."""
+    """Describe the routed experts of a plan; None when no sample of it has any."""
     records = {(s.index, s.segment): _segment(samples, s).routed_experts for step in plan.steps for s in step.selected}
     shapes = {record.shape[1:] for record in records.values() if record is not None}
     if not shapes:
@@ -162,9 +165,9 @@ def _segment(samples: Sequence[Sample], selected: Selected) -> Segment:
 
 
 def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Routing | None) -> list[np.ndarray]:
-    """Tokens int32, rollout log-probs float32 and advantages float64 of loss tokens, where sequences have gaps which
-    output tokens are the policy's, bool, and, where there are any, routed experts uint8 [positions, layers, topk] of a
-    rank's sequences, end to end."""
+    """Collect a rank's sequences end to end. The arrays are: tokens int32; rollout log-probs float32 and advantages
+    float64 of loss tokens; where sequences have gaps, which output tokens are the policy's, bool; and, where there are
+    any, routed experts uint8 [positions, layers, topk]."""
     mine = _placed(plan, data_rank)
     tokens, logprobs, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, bool)]
     advantages = [np.zeros(0, np.float64)]
@@ -187,7 +190,7 @@ def _gather(plan: Plan, samples: Sequence[Sample], data_rank: int, routing: Rout
 
 
 def _sequences(plan: Plan, data_rank: int, routing: Routing | None, arrays: Sequence[np.ndarray]) -> Work:
-    """Inverse of `_gather`."""
+    """Make the sequences of the arrays; the inverse of `_gather`."""
     tokens, logprobs, advantages, masks, *rest = map(_Parts, arrays)
 
     def sequence(selected: Selected, traced_from: int) -> TrainSequence:

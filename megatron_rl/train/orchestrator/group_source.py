@@ -1,4 +1,4 @@
-"""Where the scored groups of a phase come from: generation servers, or a file that was recorded before."""
+"""Gives a phase its scored groups, from generation servers or from a file that was recorded before."""
 
 import asyncio
 import gc
@@ -73,36 +73,36 @@ class GroupSource(Protocol):
     def groups(
         self, needs: Sequence[Shortfall], policy_version: int, unfinished: Sequence[UnfinishedGroup], keep: Keep
     ) -> Collected:
-        """The groups that fill the needs of one phase, which are counted down.
+        """Return the groups that fill the needs of one phase, which are counted down.
 
-        unfinished: what the phase before left. keep: whether a group teaches something. StopRequested when a signal
-        came, WeightsNeeded when no server is left that has the weights: then nothing of the phase is kept, and the next
-        call begins where this one did. ValueError when there are too few.
+        unfinished: what the phase before left. keep: whether a group teaches something. Raises StopRequested when a
+        signal came, and WeightsNeeded when no server is left that has the weights: then nothing of the phase is kept,
+        and the next call begins where this one did. Raises ValueError when there are too few.
         """
 
     def prompt_of(self, position: int) -> Prompt:
-        """The prompt of the groups whose `prompt_id` is `position`."""
+        """Return the prompt of the groups whose `prompt_id` is `position`."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON. `restore` takes it."""
+        """Return what a checkpoint keeps, as JSON. `restore` takes it."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """ValueError when the state is that of another source or of other prompts."""
+        """Continue from a saved state. Raise ValueError when it is that of another source or of other prompts."""
 
     def metrics(self) -> dict[str, Any]:
-        """Counts since the last call."""
+        """Return counts since the last call."""
 
     def forget(self, which: Callable[[int], bool]) -> None:
-        """Delete what is kept of those steps for a resume."""
+        """Delete what is kept for a resume of the steps for which `which` is true."""
 
     def close(self) -> None: ...
 
 
 class RecordedGroups:
-    """The groups of a file (rollout/rollout_file.py), in its order, each once."""
+    """Gives the groups of a file (rollout/rollout_file.py), in its order, each once."""
 
     def __init__(self, config: RlConfig, path: Path, signals: StopSignals) -> None:
-        """ValueError for a file that cannot be used."""
+        """Read the file. Raise ValueError for a file that cannot be used."""
         if config.rollout.router_replay:
             raise ValueError("--rollouts has no routed experts; set rollout.router_replay = false")
         if config.distillation is not None:
@@ -165,7 +165,7 @@ class RecordedGroups:
 
 
 class ServerGroups:
-    """Groups that generation servers sample and the reward workers score.
+    """Gives groups that generation servers sample and the reward workers score.
 
     Owns the connections to the servers, the workers and the journal of the present phase. `close()` ends them. rewards:
     judges by the configuration's rewards. refill: pushes the weights to servers that came back behind the last push;
@@ -180,14 +180,15 @@ class ServerGroups:
         servers: NodeServers,
         teachers: NodeServers | None = None,
     ) -> None:
-        """teachers: what serves the teacher of distillation. ValueError for prompts that cannot be used."""
+        """Connect to the servers. teachers: what serves the teacher of distillation. Raise ValueError for prompts that
+        cannot be used."""
         self._config, self._signals = config, signals
         self._shares = domain_shares(config)
         tokenizer = load_tokenizer(config.model.path)
         architecture = load_architecture(config.model.path)
         self.decode = response_decoder(tokenizer, architecture.eos_token_ids)
         self._stream, self._input_ids = _load_prompts(config, tokenizer)
-        # By domain: where it is in the one order of prompts.
+        # The position of each domain in the one order of prompts.
         self._cursors = dict.fromkeys(self._shares, 0)
         self._longest: Segment | None = None  # of the last phase that kept any
         self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
@@ -211,8 +212,8 @@ class ServerGroups:
         except BaseException:
             self.close()
             raise
-        # What has been made so far, prompts and libraries, stays: a collector that walks through all of it again and
-        # again would stop the event loop for a good part of a second each time.
+        # Prompts and libraries stay from here on. A garbage collector that walks through all of them again and again
+        # would stop the event loop for a good part of a second each time.
         gc.collect()
         gc.freeze()
         how = (self.pool, self.rewards, self.decode, advantages_of(config), config.rollout, config.seed)
@@ -287,13 +288,13 @@ class ServerGroups:
             self._turns.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the pool's event loop, which goes on between calls. StopRequested when a signal came: it is
-        abandoned then."""
+        """Run `work` on the pool's event loop, which goes on between calls. Raise StopRequested when a signal came:
+        `work` is abandoned then."""
         return self._loop.run(self._watched(work))
 
     def run_generating(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work`, for which servers generate, as `run` does. One that comes back meanwhile gets its weights, which
-        this thread alone can order. What goes wrong with that is raised here too."""
+        """Run `work`, for which servers generate, as `run` does. A server that comes back meanwhile gets its weights,
+        which this thread alone can order. What goes wrong with that is raised here too."""
         doing = self._loop.start(self._watched(work))
         while not wait([doing], timeout=_LOOK_SECONDS).done:
             if self.refill is not None and self._trouble is None and self.pool.returned:
@@ -307,7 +308,7 @@ class ServerGroups:
         return found
 
     def probe(self, num_tokens: int) -> tuple[list[str], Probe]:
-        """Ask every serving server for its log-probs of the same tokens; returns the servers' urls, and the probe that
+        """Ask every serving server for its log-probs of the same tokens. Return the servers' urls, and the probe that
         asks the trainer for its own.
 
         The tokens are those of a response: two programs in bfloat16 round alike where the model finds a token likely.
@@ -324,11 +325,11 @@ class ServerGroups:
         return list(found), Probe(token_ids=tokens, start=start, logprobs=logprobs)
 
     def trained_prompts(self) -> set[str]:
-        """Collect the texts of all prompts that training asks."""
+        """Return the texts of all prompts that training asks."""
         return {prompt.text for prompt in self._stream.rows}
 
     def _prompt_tokens(self, count: int) -> list[int]:
-        """The first tokens of the prompts that come next."""
+        """Return the first tokens of the prompts that come next."""
         tokens: list[int] = []
         position = min(self._cursors.values())
         while len(tokens) < count:
@@ -384,12 +385,12 @@ def _pool_of(servers: NodeServers, routed: RoutedShape | None = None, keeps_weig
 
 
 def domain_shares(config: RlConfig) -> dict[str, float]:
-    """The share of the budget of each domain; one for all where the budget does not tell domains apart."""
+    """Return the share of the budget of each domain; one share for all where the budget does not tell domains apart."""
     return config.budget.domains or {ANY: 1.0}
 
 
 def domain_of(prompt: Prompt, shares: Mapping[str, float]) -> str:
-    """The domain of a prompt, as far as the budget tells domains apart."""
+    """Return the domain of a prompt, as far as the budget tells domains apart."""
     return ANY if ANY in shares else prompt.domain
 
 
@@ -438,8 +439,8 @@ def _restored_cursors(
 
 
 def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
-    """What a checkpoint has for each domain with a share. One that was written before there were any has a bare number,
-    for all. ValueError when the domains are others."""
+    """Return what a checkpoint has saved for each domain with a share. A checkpoint from before there were domains has
+    a bare number, for all. Raise ValueError when the domains are others."""
     found: dict[str, Any] = saved if isinstance(saved, dict) else {ANY: saved}
     if found.keys() != shares.keys():
         raise ValueError(
@@ -450,7 +451,7 @@ def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _identity(config: RlConfig, layout: Layout, data: str) -> str:
-    """Of all that decides what a phase samples and trains, apart from weights and cursor."""
+    """Return a hash of all that decides what a phase samples and trains, apart from weights and cursor."""
     relevant: Any = {
         "seed": True,
         "moe": True,

@@ -1,4 +1,5 @@
-"""The generation servers of a run: each node's first rank owns those of its node, rank 0 knows all their urls."""
+"""Starts the generation servers of a run. Each node's first rank owns the servers of its node, and rank 0 knows all
+their urls."""
 
 import ipaddress
 import logging
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class _Started:
-    """What came of starting a node's servers. keys: by url. problem: why they did not start."""
+    """Holds the result of starting a node's servers. keys: by url. problem: why they did not start."""
 
     keys: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
@@ -36,7 +37,7 @@ class _Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Address:
-    """Rank 0's address, or why there is none. is_beside: one of the servers is on its machine."""
+    """Holds rank 0's address, or why there is none. is_beside: one of the servers is on its machine."""
 
     address: str = ""
     is_beside: bool = False
@@ -44,9 +45,12 @@ class _Address:
 
 
 class NodeServers:
-    """rollout: their settings. urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside:
+    """Knows the servers of all nodes, and owns those of this node on its first rank. `close()` ends these.
+
+    rollout: their settings. urls: of all nodes' servers, on every rank. address: by which they reach rank 0. beside:
     one of them is on rank 0's machine. Both are known where weights go over a process group. supervisor: of this node's
-    servers, on its first rank. node: its number. `close()` ends these."""
+    servers, on its first rank. node: its number.
+    """
 
     def __init__(
         self,
@@ -57,11 +61,12 @@ class NodeServers:
         keys: Mapping[str, str],
         teacher: DistillationSection | None = None,
     ) -> None:
-        """Collective over the gloo group `control`: start the servers on the model directory `weights` and wait until
-        they serve, or take those of rollout.urls.
+        """Start the servers on the model directory `weights` and wait until they serve, or take those of rollout.urls.
+        Collective over the gloo group `control`.
 
         keys: of the latter, by their url. teacher: they are its servers and not the policy's, or those of
-        distillation.urls. On every rank ValueError when one did not start, and StopRequested when a signal came first.
+        distillation.urls. Raises on every rank ValueError when a server did not start, and StopRequested when a signal
+        came first.
         """
         self.rollout = config.rollout if teacher is None else teacher.as_rollout(config.rollout)
         self._dtype, self._name = (config.model.dtype, "") if teacher is None else (teacher.dtype, "teacher_")
@@ -118,15 +123,15 @@ class NodeServers:
         self.urls = list(self._keys)
 
     def key_of(self, url: str) -> str:
-        """Give the key of the server at `url`, to be sent now. ServerLost while it is not known who listens there,
-        which only its own node can tell."""
+        """Return the key of the server at `url`, to be sent now. Raise ServerLost while it is not known who listens
+        there, which only its own node can tell."""
         if self.supervisor is not None and url in self.supervisor.urls:
             return self.supervisor.key_of(url)
         return self._keys[url]
 
     def replace(self, url: str, reason: str) -> None:
-        """End the server at `url`, which is silent, and have its node start another there. It may take seconds. Nothing
-        happens to one that this run has not started."""
+        """End the silent server at `url`, and have its node start another there. It may take seconds. Nothing happens
+        to a server that this run has not started."""
         if self.supervisor is not None and url in self.supervisor.urls:
             self.supervisor.replace(url, reason)
         elif self._wishes is not None:
@@ -141,20 +146,20 @@ class NodeServers:
 
 
 def is_one_machine(urls: Sequence[str]) -> bool:
-    """True when this run's ranks and servers share memory. urls: rollout.urls."""
+    """Tell whether this run's ranks and servers share memory. urls: rollout.urls."""
     hosts = {urlsplit(url).hostname or "" for url in urls}
     return own_place().num_nodes == 1 and all(ipaddress.ip_address(address_towards(host)).is_loopback for host in hosts)
 
 
 def node_address() -> str:
-    """This machine as the others of the run see it; loopback when there are no others."""
+    """Return this machine's address as the other machines of the run see it; loopback when there are no others."""
     place = own_place()
     return "127.0.0.1" if place.num_nodes == 1 else address_towards(place.address)
 
 
 def _agreed_address(urls: Sequence[str], control: Any) -> tuple[str, bool]:
-    """Rank 0's, and whether one of the servers is on its machine, on every rank. ValueError on every rank when there is
-    no single address."""
+    """Return rank 0's address, and whether one of the servers is on its machine, on every rank. Raise ValueError on
+    every rank when there is no single address."""
     found = _Address()
     if dist.get_rank() == 0:
         try:
@@ -169,7 +174,8 @@ def _agreed_address(urls: Sequence[str], control: Any) -> tuple[str, bool]:
 
 
 def own_address(urls: Sequence[str]) -> str:
-    """The address by which servers at these urls reach this machine. ValueError when there is no single one."""
+    """Return the address by which servers at these urls reach this machine. Raise ValueError when there is no single
+    one."""
     hosts = {urlsplit(url).hostname or "" for url in urls}
     found = {host: address_towards(host) for host in sorted(hosts)}
     local = [host for host, address in found.items() if ipaddress.ip_address(address).is_loopback]

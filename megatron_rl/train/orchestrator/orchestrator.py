@@ -1,4 +1,4 @@
-"""Rank 0's part of a step: it talks to the servers, scores, plans, logs, and commands all ranks."""
+"""Does rank 0's part of a step: it talks to the servers, scores, plans, logs, and commands all ranks."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 def execute(command: Command, context: TrainContext, transport: Transport | None, receivers: Receivers | None) -> Any:
-    """Collective."""
+    """Carry out a command of rank 0 on this rank. Collective."""
     match command:
         case Push():
             assert transport is not None
@@ -67,7 +67,7 @@ def execute(command: Command, context: TrainContext, transport: Transport | None
 
 
 class Orchestrator:
-    """Rank 0's part of a step, before and after the train phase."""
+    """Does rank 0's part of a step, before and after the train phase."""
 
     def __init__(
         self,
@@ -78,7 +78,8 @@ class Orchestrator:
         open_source: Callable[[], GroupSource],
         transport: Transport | None,
     ) -> None:
-        """open_source: called here, so that the other ranks are told when it fails. transport: with servers."""
+        """Open the source of groups, and continue from a checkpoint. open_source: called here, so that the other ranks
+        are told when it fails. transport: with servers."""
         self._config, self._context, self._transport = config, context, transport
         self._first = first
         self._metrics: MetricsLog | None = None
@@ -89,7 +90,7 @@ class Orchestrator:
         self._row: dict[str, Any] = {}
         self._validated: tuple[int, dict[str, float]] = (-1, {})  # completed steps of the last weights, and metrics
         self._started = self._trained_from = 0.0
-        # Of the end of a step; raised at the start of the next: there the other ranks listen, here they may be saving.
+        # Found at the end of a step, when other ranks may be saving; raised at the start of the next, when they listen.
         self._failure: Fault | None = None
         # It failed in a command: the others may be in a collective that this rank has left, and do not listen.
         self._is_alone = False
@@ -121,7 +122,7 @@ class Orchestrator:
             raise
 
     def begin(self, step: int) -> tuple[Plan, Work] | Stop:
-        """Weights to the servers, rollout, plan, and everybody's samples on their way."""
+        """Push weights to the servers, roll out, plan, and send every rank its samples."""
         self._started = time.perf_counter()
         try:
             # Without checkpoints a run begins anew, and what it sampled before would only fill the disk.
@@ -189,7 +190,7 @@ class Orchestrator:
         self._print(step, row)
 
     def _print(self, step: int, row: Mapping[str, Any]) -> None:
-        """The line of a step for the person at the terminal."""
+        """Print the line of a step for the person at the terminal."""
         say(
             fitted(
                 [
@@ -212,7 +213,7 @@ class Orchestrator:
         self.collector.files.write(path, rows, "the token traces of this step are not written")
 
     def _keep_skipped(self, step: int, results: list[StepResult]) -> None:
-        """The batch of a step that was skipped, for whoever wants to know why."""
+        """Write the batch of a skipped step to a file, for whoever wants to know why it was skipped."""
         assert self._schedule is not None
         folder = self._config.run_dir / "skipped"
         folder.mkdir(exist_ok=True)
@@ -226,7 +227,8 @@ class Orchestrator:
         )
 
     def finish(self) -> Stop:
-        """After the last step: its weights are validated, and the run is over. Raises what the gate has found in it."""
+        """Validate the weights of the last step, and end the run. Raise the failure that `end` has noted in that
+        step."""
         last = self._config.train.steps
         try:
             if self._failure is not None:
@@ -251,8 +253,8 @@ class Orchestrator:
         return stop
 
     def settle(self) -> str | None:
-        """Before a checkpoint: wait until the files of the steps that it covers are there, since a resumed run does not
-        write them again. Returns why the run cannot go on, if it cannot."""
+        """Wait, before a checkpoint, until the files of the steps that it covers are on the disk, since a resumed run
+        does not write them again. Return why the run cannot go on, if it cannot."""
         fault = self.collector.files.settle()
         return None if fault is None else str(fault)
 
@@ -273,7 +275,7 @@ class Orchestrator:
         return schedule, metrics | times
 
     def _with_weights(self, work: Callable[[], T]) -> T:
-        """Do what servers need the weights for; again when all servers that had them were lost."""
+        """Do work for which servers need the weights. Do it again when all servers that had them were lost."""
         attempt = 0
         while True:
             attempt += 1
@@ -292,7 +294,7 @@ class Orchestrator:
         return times | (self._validate(num_steps) if self._config.is_validated(num_steps) else {})
 
     def _refill(self) -> None:
-        """In a phase in which servers generate: weights to those that came back."""
+        """Give the weights to servers that came back, in a phase in which servers generate."""
         assert self._updates is not None
         watchdog = self._context.watchdog
         phase, step = watchdog.phase, watchdog.step
@@ -300,7 +302,8 @@ class Orchestrator:
         watchdog.enter(phase, step)
 
     def _validate(self, num_steps: int) -> dict[str, float]:
-        """Returns metrics. Trackers are told those of the last weights here, since no step begins with them."""
+        """Validate the servers' weights, and return metrics. Trackers are told those of the last weights here, since no
+        step begins with them."""
         assert self._validation is not None and self._metrics is not None
         if self._validated[0] == num_steps:  # before the servers were lost
             return self._validated[1]
@@ -322,7 +325,7 @@ class Orchestrator:
         return found
 
     def _command(self, command: Command, receivers: Receivers | None = None) -> Any:
-        """Say it and do it; a stop is returned."""
+        """Send a command to the other ranks and do it here. A Stop is returned."""
         send_command(command, self._context.control)
         if isinstance(command, Stop):
             return command
@@ -335,7 +338,7 @@ class Orchestrator:
             raise
 
     def _tell(self, error: Exception) -> None:
-        """Let the other ranks end quietly; this one reports. Where they cannot listen they end as it does, whose
-        connections close."""
+        """Tell the other ranks to end quietly; this one reports the error. Ranks that cannot listen end as this one
+        does, because its connections close."""
         if not self._is_alone:
             self._command(Stop(exit_code=EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT))

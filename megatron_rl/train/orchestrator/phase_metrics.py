@@ -1,4 +1,4 @@
-"""One rollout phase as it ended: every sample of it, what became of each, and the numbers for the log."""
+"""Describes one rollout phase as it ended: every sample of it, what became of each, and the numbers for the log."""
 
 import json
 from collections import Counter
@@ -32,10 +32,10 @@ _FIRST_PLACES = 16  # tokens of the first part of a response that has a reverse 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """collected: what the sampler brought.
+    """Holds the result of one rollout phase.
 
-    unneeded: kept groups beyond those that were wanted. stale: carried samples that waited longer than
-    `budget.max_staleness` allows. schedule: the plan over everything else.
+    collected: what the sampler brought. unneeded: kept groups beyond those that were wanted. stale: carried samples
+    that waited longer than `budget.max_staleness` allows. schedule: the plan over everything else.
     """
 
     collected: Collected
@@ -49,8 +49,8 @@ class Phase:
         return [*self.collected.kept, *self.collected.filtered]
 
     def outcomes(self) -> Iterator[tuple[Sample, str, int]]:
-        """Every scored sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a later
-        phase."""
+        """Yield every scored sample once: (sample, outcome, tokens that carry loss). Carried ones come up again in a
+        later phase."""
         trained: Counter[int] = Counter()
         for step in self.schedule.first_pass:
             for selected in step.selected:
@@ -68,7 +68,7 @@ class Phase:
         yield from ((sample, "dropped: stale", 0) for sample in self.stale)
 
     def lines(self, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> Iterator[str]:
-        """One JSON row per sample, each made when it is asked for."""
+        """Yield one JSON row per sample, each made when it is asked for."""
         for sample, outcome, num_loss_tokens in self.outcomes():
             row = _row(sample.response, prompt_of, kind_of, decode) | {
                 "reward": sample.reward,
@@ -87,12 +87,12 @@ class Phase:
 
     @property
     def positions(self) -> set[int]:
-        """The places in the order of prompts of all that `lines` has."""
+        """The places in the order of prompts of all samples that `lines` has."""
         purged = (group.prompt_id for group in self.collected.purged)
         return {*purged, *(sample.response.prompt_id for sample, _, _ in self.outcomes())}
 
     def examples(self, prompt_of: PromptOf, kind_of: KindOf, decode: Decode) -> list[str]:
-        """Two responses beside what was expected of them, for whoever reads that nothing is learned."""
+        """Describe two responses beside what was expected of them, for whoever reads that nothing is learned."""
         own = [sample for group in self.generated for sample in group.samples] or self.schedule.samples
 
         def prompt(sample: Sample) -> Prompt:
@@ -106,8 +106,8 @@ class Phase:
         )
 
     def check_rewards(self, max_error_share: float, prompt_of: PromptOf, decode: Decode) -> None:
-        """Fault when more than this share of the responses of this phase got no verdict: they score 0, and the policy
-        would learn from that."""
+        """Raise Fault when more than this share of the responses of this phase got no verdict: they score 0, and the
+        policy would learn from that."""
         own = [sample for group in self.generated for sample in group.samples]
         failed = [sample for sample in own if sample.reason in GAVE_UP]
         if len(failed) < _MIN_GAVE_UP or len(failed) <= max_error_share * len(own):
@@ -126,7 +126,8 @@ class Phase:
         )
 
     def metrics(self, budget_tokens: int | None, cost: CostModel, prompt_of: PromptOf) -> dict[str, Any]:
-        """Of the samples generated in this phase, or of those it trains where carried ones filled the whole budget.
+        """Compute the metrics of the samples generated in this phase, or of those it trains where carried ones filled
+        the whole budget.
 
         budget_tokens: of all optimizer steps of the phase; None for an algorithm without a budget.
         """
@@ -182,8 +183,9 @@ class Phase:
         }
 
     def _by_domain(self, seen: Sequence[Sample], prompt_of: PromptOf) -> dict[str, float]:
-        """reward/D, response_tokens_mean/D and num_samples/D of each domain D among the samples seen, and
-        num_loss_tokens/D of the last optimizer step, as num_loss_tokens is; nothing where there is only one domain."""
+        """Compute the metrics of each domain D: reward/D, response_tokens_mean/D and num_samples/D among the samples
+        seen, and num_loss_tokens/D of the last optimizer step, as num_loss_tokens is. Return nothing where there is
+        only one domain."""
         domain_of = {s.id: prompt_of(s.response.prompt_id).domain for s in (*seen, *self.schedule.samples)}
         domains = sorted(set(domain_of.values()))
         if len(domains) == 1:
@@ -207,7 +209,7 @@ class Phase:
         return found
 
     def _imbalance(self, cost: CostModel) -> float:
-        """Barrier cost of the phase over what it would be if every rank were always busy; 1 is perfect."""
+        """Compute the barrier cost of the phase over what it would be if every rank were always busy; 1 is perfect."""
         barrier = busy = 0.0
         for step in self.schedule.plan.steps:
             lengths = [s.num_tokens for s in step.selected]
@@ -226,7 +228,7 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "prompt": decode(response.segments[0].prompt_ids.tolist()) if response.segments else prompt.prompt,
         "response": text,
         **answer_columns(prompt, kind_of(prompt.domain), text),
-        # Which weights sampled how many of its tokens, in order.
+        # How many of its tokens each version of the weights sampled, in order.
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_policy_tokens,
@@ -236,7 +238,8 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
 
 
 def _teacher_column(response: Response) -> dict[str, float]:
-    """Make the column of what a teacher thinks of a response: the mean over its tokens of policy less teacher."""
+    """Return the column with a teacher's judgement of a response: the mean over its tokens of the policy's log-prob
+    less the teacher's."""
     teacher = response.teacher_logprobs
     if teacher is None or not len(teacher):
         return {}
@@ -244,15 +247,15 @@ def _teacher_column(response: Response) -> dict[str, float]:
 
 
 def teacher_gaps(samples: Sequence[Sample]) -> np.ndarray:
-    """Give for every token that a teacher has scored the log-prob of the policy that sampled less the teacher's,
-    float64; their mean over what the policy samples is the reverse KL divergence."""
+    """Return, for every token that a teacher has scored, the log-prob of the policy that sampled it less the teacher's,
+    float64. Their mean over what the policy samples is the reverse KL divergence."""
     scored = [(s.response.rollout_logprobs, s.response.teacher_logprobs) for s in samples]
     gaps = [own.astype(np.float64) - teacher for own, teacher in scored if teacher is not None]
     return np.concatenate([np.zeros(0), *gaps])
 
 
 def _of_teacher(seen: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, float]:
-    """Measure what a teacher thinks of the responses of a phase; nothing without one."""
+    """Compute the metrics of the teacher's log-probs of a phase; nothing without a teacher."""
     gaps = teacher_gaps(seen)
     if not len(gaps):
         return {}
@@ -272,7 +275,7 @@ def _of_teacher(seen: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, 
 
 
 def _of_trajectories(seen: Sequence[Sample]) -> dict[str, float]:
-    """What there is to say of many turns; nothing where no response is a trajectory."""
+    """Compute the metrics of responses of many turns; nothing where no response is a trajectory."""
     responses = [sample.response for sample in seen]
     if all(response.is_plain for response in responses):
         return {}
@@ -287,7 +290,7 @@ def _of_trajectories(seen: Sequence[Sample]) -> dict[str, float]:
 
 
 def _by_part(seen: Sequence[Sample]) -> dict[str, float]:
-    """reward_part/P of each part P of the rewards, before its weight, over the responses that have it."""
+    """Compute reward_part/P of each part P of the rewards, before its weight, over the responses that have it."""
     names = sorted({name for sample in seen for name in sample.parts})
     return {
         f"reward_part/{name}": float(np.mean([sample.parts[name] for sample in seen if name in sample.parts]))

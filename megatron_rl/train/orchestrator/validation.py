@@ -1,4 +1,5 @@
-"""Rank 0's part of a validation: the run's own servers answer benchmarks with the weights that they have just got."""
+"""Does rank 0's part of a validation: the run's own servers answer benchmarks with the weights that they have just
+got."""
 
 import logging
 import time
@@ -46,8 +47,8 @@ class Validation:
     def __init__(
         self, config: RlConfig, section: ValidationSection, servers: ServerGroups, validations: Validations
     ) -> None:
-        """ValueError for benchmarks that cannot be used, or are not those of the run's earlier scores; Fault when their
-        answers cannot be judged here."""
+        """Read the benchmarks and open their judges. Raise ValueError for benchmarks that cannot be used, or are not
+        those of the run's earlier scores, and Fault when their answers cannot be judged here."""
         self._config, self._section, self._servers, self._validations = config, section, servers, validations
         self._tokenizer, most = load_tokenizer(config.model.path), config.rollout.max_prompt_tokens
         self._benchmarks = [
@@ -79,7 +80,7 @@ class Validation:
 
     @property
     def best_step(self) -> int | None:
-        """Whose weights had the best score of train.keep_best so far, as the number of completed steps."""
+        """The number of completed steps of the weights with the best score of train.keep_best so far."""
         best = self._best()
         return None if best is None else int(best["step"])
 
@@ -91,7 +92,7 @@ class Validation:
         """Validate the weights that the servers have, those of `step` completed steps. What an interrupted validation
         of the same weights has sampled is kept.
 
-        StopRequested and WeightsNeeded as of `ServerGroups.groups`; OSError when the disk takes no more.
+        Raises StopRequested and WeightsNeeded as `ServerGroups.groups` does, and OSError when the disk takes no more.
         """
         started = time.perf_counter()
         folder = self._validations.folder(step)
@@ -130,7 +131,7 @@ class Validation:
         return best_row(self._validations.rows, name) if name else None
 
     def _open_judges(self) -> list[Rewards]:
-        """Open one for each benchmark; the run's own where it judges alike."""
+        """Open a judge for each benchmark, or take the run's own where it judges alike."""
         known: list[tuple[RewardSection, Rewards]] = [(self._config.reward, self._servers.rewards)]
         found = []
         for benchmark in self._benchmarks:
@@ -178,8 +179,8 @@ class Validation:
 
 
 def _check_unchanged(validations: Validations, name: str, settings: Mapping[str, Any]) -> None:
-    """ValueError where a resumed run would go on with a benchmark's curve on other questions or by another judge. A
-    warning where it samples or judges otherwise for another reason: a later stage may have longer responses."""
+    """Raise ValueError where a resumed run would go on with a benchmark's curve on other questions or by another judge.
+    Warn where it samples or judges otherwise for another reason: a later stage may have longer responses."""
     steps = [row["step"] for row in validations.rows if name in row["benchmarks"]]
     if not steps:
         return
@@ -204,12 +205,12 @@ def _check_unchanged(validations: Validations, name: str, settings: Mapping[str,
 
 
 def _beside(path: Path) -> Path:
-    """Where it is kept what the responses in a file depend on."""
+    """Return the path of the file that keeps the settings of the responses in `path`."""
     return path.with_suffix(".settings.json")
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Begin the file of a benchmark's responses, or leave it as it is where it was begun with the same settings."""
+    """Begin the file of a benchmark's responses. Leave it as it is where it was begun with the same settings."""
     beside = _beside(path)
     try:
         if read_json(beside) == settings:
@@ -221,7 +222,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _warn(benchmark: Benchmark, temperature: float, trained: Set[str]) -> None:
-    """Warn of what is hardly meant. trained: texts of the prompts of training."""
+    """Warn of settings that are hardly meant. trained: texts of the prompts of training."""
     if temperature == 0 and benchmark.section.samples > 1:
         log.warning(
             "validation.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 of %s is enough",

@@ -1,4 +1,4 @@
-"""Proof that weights arrived: a server's log-probs of some tokens beside the trainer's own, after an update."""
+"""Checks that weights arrived: compares a server's log-probs of some tokens with the trainer's own, after an update."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ from megatron_rl.train.step.trainer import Trainer
 
 
 def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float]:
-    """Mean |train - server log-prob| over the tokens that count, for each server; the same on every rank. Collective.
+    """Return the mean |train - server log-prob| over the tokens that count, for each server; the same on every rank.
+    Collective.
 
-    The mean, because at a near-tie of the router one token may rightly differ.
+    The mean is taken because at a near-tie of the router one token may rightly differ.
     """
     tokens = np.array(probe.token_ids, np.int32)
     sequences = [
@@ -45,7 +46,7 @@ def mean_differences(trainer: Trainer, probe: Probe, control: Any) -> list[float
 
 
 def weight_checksums(trainer: Trainer, dtypes: dict[str, str], control: Any) -> dict[str, str]:
-    """Of every exported Hugging Face tensor, by its name, on every rank. Collective.
+    """Return the checksum of every exported Hugging Face tensor, by its name, on every rank. Collective.
 
     dtypes: what a tensor is converted to first; one that is not named stays as it is.
     """

@@ -1,4 +1,5 @@
-"""Rank 0's part of a weight update: the servers get the present weights, prove it, and lend and take memory."""
+"""Does rank 0's part of a weight update: the servers get the present weights, prove it, and release and resume
+memory."""
 
 import logging
 import time
@@ -33,12 +34,14 @@ class WeightUpdates:
 
     @property
     def can_refill(self) -> bool:
-        """Whether servers that come back need `refill`, and there is memory for a push while the others generate."""
+        """Tell whether servers that come back need `refill`, and there is memory for a push while the others
+        generate."""
         return self._config.sync.transport != "disk" and not self._config.rollout.release_memory
 
     def update(self, step: int) -> dict[str, float]:
-        """Push the present weights to every server as version `step`, and check them where it is time. Returns the
-        seconds of the parts. WeightsNeeded when a server was lost on the way; Fault when weights did not arrive."""
+        """Push the present weights to every server as version `step`, and check them where it is time. Return the
+        seconds of the parts. Raise WeightsNeeded when a server was lost on the way, and Fault when weights did not
+        arrive."""
         started = time.perf_counter()
         self._version = step
         times = self._push(step)
@@ -48,8 +51,8 @@ class WeightUpdates:
         return {**times, "update_weights_seconds": time.perf_counter() - started}
 
     def refill(self) -> None:
-        """Give the weights of the last update to servers that came back behind it, while the others generate. One that
-        is lost again meanwhile is taken out, and comes back once more."""
+        """Give the weights of the last update to servers that came back after it, while the others generate. A server
+        that is lost again meanwhile is taken out, and comes back once more."""
         receivers = Receivers(pool=self._servers.pool, run=self._servers.run, late=True)
         try:
             self._command(Push(version=self._version), receivers)
@@ -65,8 +68,8 @@ class WeightUpdates:
         return {"release_seconds": time.perf_counter() - started}
 
     def _push(self, step: int) -> dict[str, float]:
-        """Servers that released their memory take that of the weights again before, and the rest behind: while buckets
-        of the trainer travel there need not be room for a cache as well."""
+        """Push the weights. Servers that released their memory take that of the weights again before, and the rest
+        afterwards: while buckets of the trainer travel there need not be room for a cache as well."""
         resume_seconds = self._resume(WEIGHTS)
         receivers = Receivers(pool=self._servers.pool, run=self._servers.run)
         try:
@@ -78,15 +81,15 @@ class WeightUpdates:
         return times | ({"resume_seconds": resume_seconds} if self._config.rollout.release_memory else {})
 
     def _resume(self, parts: Sequence[str]) -> float:
-        """Returns how long it took."""
+        """Have the servers take the memory of these parts again. Return how long it took."""
         started = time.perf_counter()
         if self._config.rollout.release_memory:
             self._servers.run(self._servers.pool.resume_memory(parts))
         return time.perf_counter() - started
 
     def _prove(self, step: int) -> None:
-        """Fault when a server's log-probs are not the trainer's, with the names of tensors that differ where the server
-        can tell. A warning when they are not, and all tensors are."""
+        """Compare every server's log-probs with the trainer's. Raise Fault when they differ, with the names of tensors
+        that differ where the server can tell. Only warn when log-probs differ and all tensors are the same."""
         urls, probe = self._servers.probe(self._config.sync.probe_tokens)
         differences = self._command(probe, None)
         tolerance = self._config.probe_tolerance

@@ -1,1 +1,1 @@
-"""What a run has around its steps: its context, signals, a watchdog, metrics and alarms."""
+"""Contains what surrounds the steps of a run: its context, signals, a watchdog, metrics and alarms."""

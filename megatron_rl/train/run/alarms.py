@@ -1,4 +1,4 @@
-"""What a run watches itself for: steps that had to be skipped, gradients that jump, rewards that collapse."""
+"""Watches a run for trouble: steps that had to be skipped, gradients that jump, rewards that collapse."""
 
 import logging
 import math
@@ -23,15 +23,17 @@ _LEAST_REWARD = 0.05
 
 
 class SkipGuard:
-    """Counts optimizer steps that were skipped one after the other. On every rank, and the same on all."""
+    """Counts optimizer steps that were skipped one after the other. It runs on every rank, and counts the same on
+    all."""
 
     def __init__(self, section: TrainSection, hint: str) -> None:
-        """hint: a sentence for the message."""
+        """Start counting at 0. hint: a sentence for the message."""
         self._limit, self._hint = section.max_skipped_steps, hint
         self._in_a_row = 0
 
     def check(self, results: "Sequence[StepResult]") -> None:
-        """SharedFault after more than `train.max_skipped_steps`."""
+        """Count the steps of these results. Raise SharedFault when more than `train.max_skipped_steps` in a row were
+        skipped."""
         for result in results:
             self._in_a_row = self._in_a_row + 1 if result.skipped else 0
             if self._in_a_row > self._limit:
@@ -44,9 +46,9 @@ class SkipGuard:
 
 
 class Alarms:
-    """Says what looks wrong in a run's metrics. Nothing stops: a person has to look.
+    """Reports what looks wrong in a run's metrics. Nothing stops: a person has to look.
 
-    `check` is given every row, of a run that is resumed those of the steps before too.
+    `check` is given every row; in a run that is resumed, those of the steps before too.
     """
 
     def __init__(self, section: TrainSection) -> None:
@@ -70,7 +72,7 @@ class Alarms:
         row["num_alarms"] = len(found)
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
-        """The row of a new step; messages, in most cases none."""
+        """Check the row of a new step. Return messages, in most cases none."""
         found = []
         norm = row["grad_norm"]
         if norm is not None and math.isfinite(norm):
@@ -85,7 +87,7 @@ class Alarms:
         return found + told
 
     def _collapse(self, reward: float) -> list[str]:
-        """The reward of a new step against the best mean of ten steps before."""
+        """Compare the reward of a new step with the best mean of ten steps before."""
         self._floor = min(self._floor, reward)
         climbed = self._best - self._floor
         limit = self._floor + self._section.reward_alarm * climbed if climbed >= _LEAST_REWARD else -math.inf

@@ -1,4 +1,4 @@
-"""What SFT and RL share: the training world, the model, the trainer, checkpoints and export."""
+"""Sets up what SFT and RL share: the training world, the model, the trainer, checkpoints and export."""
 
 import datetime
 import logging
@@ -53,11 +53,12 @@ class TrainContext:
         distributed_optimizer: bool = True,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Collective. With `resume`, `restore` will load the newest checkpoint, if there is one.
+        """Join the training world, and build the model and the trainer. Collective. With `resume`, `restore` will load
+        the newest checkpoint, if there is one.
 
         num_optimizer_steps: the length of the learning-rate schedule. distributed_optimizer: shard the optimizer over
-        data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. check: called now and
-        then while other ranks are waited for; what it raises ends the wait. ValueError when the run directory holds a
+        data-parallel ranks; without it whole gradients can be read, but no checkpoint saved. check: called now and then
+        while other ranks are waited for; what it raises ends the wait. Raises ValueError when the run directory holds a
         run and `resume` is false, or another process is running it, or not all ranks come.
         """
         self.config = config
@@ -96,7 +97,7 @@ class TrainContext:
             raise
 
     def _build(self, num_optimizer_steps: int, distributed_optimizer: bool, directory: Path) -> None:
-        """Collective: the model with its weights, the trainer, and the directory of the checkpoints."""
+        """Build the model with its weights, the trainer, and the directory of the checkpoints. Collective."""
         config = self.config
         shared = self.layout.data * self.layout.context > 1  # else nobody has the same parameters
         overlap = config.train.overlap == "on" or (config.train.overlap == "auto" and device.on_cuda() and shared)
@@ -121,7 +122,7 @@ class TrainContext:
             log.debug("planned memory of this rank: %.1f GiB", planned / 2**30)
 
     def _adapter_note(self) -> AdapterNote | None:
-        """Write what checkpoints say of the adapters and the frozen weights. Collective: all ranks read these
+        """Make the note that checkpoints keep of the adapters and the frozen weights. Collective: all ranks read these
         together."""
         if self.config.lora is None:
             return None
@@ -136,8 +137,8 @@ class TrainContext:
         return AdapterNote(base=path, digest=weights_digest(together), lora=self.config.lora)
 
     def _claim(self) -> str | None:
-        """Rank 0: keep other processes from training in the run directory until `close`, however this one ends. Returns
-        why not where another one is at it."""
+        """Keep other processes from training in the run directory until `close`, however this one ends. Return why not
+        where another process is already training there. Runs on rank 0."""
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             self._claimed.enter_context(sole_writer(self.config.run_dir, "set run_dir to a new folder"))
@@ -155,38 +156,39 @@ class TrainContext:
         return self.rank == 0
 
     def restore(self) -> tuple[dict[str, Any], bytes] | None:
-        """Collective: load the newest whole checkpoint; the driver's state and carried samples, or None in a new
-        run."""
+        """Load the newest whole checkpoint. Return the driver's state and carried samples, or None in a new run.
+        Collective."""
         found = self.checkpoints.restore(self.trainer) if self.resume else None
         self._has_resumed = found is not None
         return found
 
     def accept(self, step: int) -> None:
-        """Rank 0, when nothing can refuse this start any more, which goes on after `step` steps: say what runs in the
-        run directory."""
+        """Record in the run directory what runs there. Call it on rank 0 when nothing can refuse this start any more.
+        step: the number of steps after which the start goes on."""
         record_start(self.config, step, self.resume)
 
     def tell(self, steps: tuple[int, int], urls: Sequence[str] | None = None) -> None:
-        """Rank 0: print what runs where. steps: the first, and how many the run has. urls: of its servers."""
+        """Print what runs where. Runs on rank 0. steps: the first, and how many the run has. urls: of its servers."""
         if self.is_rank_zero:
             what = "a GPU each" if device.on_cuda() else "the CPU"
             say(overview(self.config, self.architecture, self.layout, own_place(), what, steps, urls))
 
     def tell_end(self, command: str, num_steps: int) -> None:
-        """Rank 0: print where the model or the newest checkpoint is, and what comes next."""
+        """Print where the model or the newest checkpoint is, and what comes next. Runs on rank 0."""
         if self.is_rank_zero:
             latest = newest(self.config.run_dir / "checkpoints")
             say(ending(self.config, command, self.exit_code, latest, num_steps))
 
     def save(self, step: int, driver: dict[str, Any], carried: bytes = b"") -> None:
-        """Collective: a checkpoint after `step` completed steps. It may be written beside training; see `settle`."""
+        """Save a checkpoint after `step` completed steps. Collective. It may be written beside training; see
+        `settle`."""
         self.watchdog.enter("save", step)
         self._saved_at = time.monotonic()
         self.checkpoints.save(step, self.trainer, driver, carried)
 
     def save_is_due(self, step: int, last: int) -> bool:
-        """Collective: true after `step` completed steps of `last` when a checkpoint is due; after the last one it
-        always is. Of the time rank 0's clock says it."""
+        """Tell whether a checkpoint is due after `step` completed steps of `last`; after the last one it always is.
+        Collective. Where time decides, rank 0's clock counts."""
         train = self.config.train
         if step == last or (train.save_every > 0 and step % train.save_every == 0):
             return True
@@ -194,35 +196,38 @@ class TrainContext:
         return train.save_minutes > 0 and self.any_rank(late)
 
     def settle(self, wait: bool = False) -> None:
-        """Collective, at every step boundary, and with `wait` before the run ends (checkpointing/checkpoints.py)."""
+        """Hear what became of a save. Collective, at every step boundary, and with `wait` before the run ends
+        (checkpointing/checkpoints.py)."""
         if wait:
             self.watchdog.enter("save", self.watchdog.step)
         self.checkpoints.settle(wait)
 
     @property
     def stop_code(self) -> int:
-        """Choose the exit code of a run that a signal stops here, after `settle(wait=True)`. The same on all ranks."""
+        """Return the exit code of a run that a signal stops here, after `settle(wait=True)`. The same on all ranks."""
         can_resume = self._has_resumed or self.checkpoints.latest is not None
         return EXIT_STOPPED if can_resume else EXIT_INTERRUPTED
 
     def any_rank(self, flag: bool) -> bool:
-        """Collective: true on every rank when it is on one."""
+        """Return true on every rank when `flag` is true on one. Collective."""
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
     def memory_metrics(self) -> dict[str, float]:
-        """What this rank's GPU held at most since `device.reset_peak_memory`; nothing on a CPU, which cannot tell."""
+        """Return the most memory that this rank's GPU held since `device.reset_peak_memory`; nothing on a CPU, which
+        cannot tell."""
         return {"peak_memory_gb": device.peak_memory_bytes() / 2**30} if device.on_cuda() else {}
 
     def export(self, destination: Path, notes: dict[str, str] | None = None) -> None:
-        """Collective: a Hugging Face directory of the present weights. notes: text by the name of its file there."""
+        """Write a Hugging Face directory of the present weights. Collective. notes: text by the name of its file
+        there."""
         self.watchdog.enter("export", self.watchdog.step)
         export_directory(self.model, self.config.model.path, destination, self.control, notes)
 
     def close(self, state: str = "ended", message: str = "") -> None:
-        """Leave the training world, together with the others: whoever starts ranks ends those that are left when one
-        has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
+        """Leave the training world, together with the other ranks. Whoever starts ranks ends those that are left when
+        one has ended, and rank 0 has servers to end first. `end_rank` does the rest where some are gone."""
         self.watchdog.enter("close", self.watchdog.step)
         try:
             self.any_rank(False)
@@ -237,8 +242,8 @@ class TrainContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """After an error of this rank alone the others may be in a collective, so nothing is done that waits for them:
-        it stays in its groups, which end with the process (`end_rank`)."""
+        """Leave the training world. After an error of this rank alone the others may be in a collective, so nothing is
+        done that waits for them: this rank stays in its groups, which end with the process (`end_rank`)."""
         ending = _ending(error, self.exit_code)
         if kind is None or issubclass(kind, SharedFault):
             self.close(*ending)
@@ -253,7 +258,7 @@ class TrainContext:
 
 
 def _ending(error: BaseException | None, exit_code: int) -> tuple[str, str]:
-    """How a run ended, as its heartbeat says it, and why."""
+    """Return how a run ended, as its heartbeat says it, and why."""
     if error is None:
         return ("ended" if exit_code == EXIT_DONE else "stopped"), ""
     if isinstance(error, StopRequested | KeyboardInterrupt):

@@ -1,4 +1,5 @@
-"""Signs that a run learns nothing, told within three steps: what was seen, the likeliest causes, and two responses."""
+"""Looks for signs that a run learns nothing, and reports them within three steps: what was seen, the likeliest causes,
+and two responses."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ _SHOWN_CHARACTERS = 160
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """seen: whether the row of a step shows it. said: what a row of the last `STEPS` steps that all show it says."""
+    """Describes one sign that a run learns nothing. seen: whether the row of a step shows it. said: what a row of the
+    last `STEPS` steps that all show it says."""
 
     seen: Callable[[Row], bool]
     said: Callable[[Row], str]
@@ -36,7 +38,7 @@ class Signs:
         self._in_a_row: Counter[int] = Counter()
 
     def check(self, row: Row) -> list[str]:
-        """The row of a new step; messages for signs that its last `STEPS` steps show."""
+        """Count the signs in the row of a new step. Return messages for signs that its last `STEPS` steps show."""
         if row.get("num_prompts") == 0:  # carried responses were all that the step needed
             return []
         found = []
@@ -48,7 +50,7 @@ class Signs:
 
 
 def _no_answer(row: Row) -> Iterator[str]:
-    """Why responses may give no answer, the likeliest cause first."""
+    """Yield reasons why responses may give no answer, the likeliest first."""
     cut = row.get("truncated_share", 0.0)
     if cut > _TRUNCATED_SHARE:
         yield (
@@ -141,7 +143,7 @@ def examples(
 
 
 def _cut(text: str | None, tail: bool = False) -> str:
-    """Quoted, so that no terminal obeys it."""
+    """Quote a text, so that no terminal obeys it, and cut it where it is long."""
     if text is None:
         return "nothing"
     if len(text) <= _SHOWN_CHARACTERS:

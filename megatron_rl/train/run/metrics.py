@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, trackers, and one line per step for the person at the terminal."""
+"""Records the metrics of a run: metrics.jsonl, trackers, and one line per step for the person at the terminal."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ console = Console(highlight=False)
 
 
 def bar(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a progress bar while they are gone through; on rank 0 at a terminal."""
+    """Return the items, with a progress bar while they are gone through; on rank 0 at a terminal."""
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     return track(items, what, console=console, transient=True, disable=not shown)
 
@@ -39,7 +39,7 @@ class MetricsLog:
         see: Callable[[dict[str, Any]], object],
         trackers: Trackers | None = None,
     ) -> None:
-        """Rows of step `first_step` and later, left by a run that was killed after its checkpoint, are dropped.
+        """Drop rows of step `first_step` and later, left by a run that was killed after its checkpoint.
 
         see: is given each row of the steps before, in their order. None of them is kept in memory. trackers: closed
         with this.
@@ -59,7 +59,7 @@ class MetricsLog:
         self._trackers = trackers
 
     def write(self, row: dict[str, Any]) -> None:
-        """row["step"] numbers it. A number that is not finite becomes null."""
+        """Append a row; row["step"] numbers it. A number that is not finite becomes null."""
         row = row | {"num_starts": self._num_starts}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
@@ -83,12 +83,13 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut short by a kill is left out."""
+    """Read the rows of a metrics.jsonl. A last line that was cut short by a kill is left out."""
     return list(metric_rows(path))
 
 
 def metric_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, one at a time; none where there is no file."""
+    """Yield the rows of a metrics.jsonl one at a time, without a last line that was cut short; none where there is no
+    file."""
     if path.is_file():
         with path.open("rb") as file:
             for line in bounded_lines(file, path):

@@ -1,4 +1,4 @@
-"""What runs where, and what to do when it has ended, in a few lines for the person at the terminal."""
+"""Tells the person at the terminal in a few lines what runs where, and what to do when it has ended."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +23,8 @@ def overview(
     steps: tuple[int, int],
     urls: Sequence[str] | None = None,
 ) -> str:
-    """The table of what runs where. device: what a rank trains on. steps: the first, and how many the run has. urls: of
-    the servers; None without any."""
+    """Return the table of what runs where. device: what a rank trains on. steps: the first, and how many the run has.
+    urls: of the servers; None without any."""
     total, active = architecture.num_parameters(), architecture.num_active_parameters()
     sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(layout, name)}" for name in _SIZES if _counts(layout, name))
     ranks = f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'} on {device}"
@@ -49,7 +49,8 @@ def overview(
 
 
 def ending(config: RunConfig, command: str, code: int, checkpoint: Path | None, num_done: int) -> str:
-    """The lines at the end of a run: where its model is, and what can be done next. checkpoint: the newest one."""
+    """Return the lines at the end of a run: where its model is, and what can be done next. checkpoint: the newest
+    one."""
     if code == EXIT_DONE:
         model = config.run_dir / "hf"
         evaluate = f"megatron-rl evaluate BENCHMARKS.toml --model {model} --output {config.run_dir}/evaluation"

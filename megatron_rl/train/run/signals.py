@@ -1,4 +1,5 @@
-"""Signals: the first asks the run to stop cleanly, the second stops it now. And what lost ranks and full memory say."""
+"""Handles signals: the first asks the run to stop cleanly, the second stops it now. Also says in words what lost ranks
+and full memory mean."""
 
 import logging
 import os
@@ -60,13 +61,13 @@ class StopSignals:
             raise StopRequested(f"stopped by {self.name}")
 
 
-# What torch's errors say when another rank is gone, or does not answer.
+# Texts in torch's errors when another rank is gone, or does not answer.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "Gloo")
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def disk_fault(config: RunConfig, what: str, error: OSError) -> Fault | None:
-    """What to raise when something besides a checkpoint could not be written; None, after a warning, where
+    """Return the Fault to raise when something besides a checkpoint could not be written. Warn and return None where
     train.on_save_error says to go on."""
     free = shutil.disk_usage(config.run_dir).free
     message = f"{error.filename or config.run_dir}: {error.strerror} ({free:,} bytes are free); {what}"
@@ -78,7 +79,7 @@ def disk_fault(config: RunConfig, what: str, error: OSError) -> Fault | None:
 
 @contextmanager
 def told_in_words(watchdog: Watchdog) -> Iterator[None]:
-    """Turns what torch raises when memory is full or another rank is lost into a Fault that says so."""
+    """Turn what torch raises when memory is full or another rank is lost into a Fault that says so."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The starts of a run: each keeps the configuration that it trains with, and says what it changed.
+"""Records the starts of a run: each keeps the configuration that it trains with, and says what it changed.
 
 `run_dir/starts/start_N_step_M.toml` is that of the N-th start, which went on after M steps; `run_dir/config.toml` is
 the last one's. Both are written when a start is accepted: nothing can refuse it any more.
@@ -28,7 +28,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A key whose value is not what it was; None stands for a value that is not set."""
+    """Holds a key whose value is not what it was; None stands for a value that is not set."""
 
     key: str
     before: Any
@@ -40,7 +40,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedStart:
-    """The number-th start of a run, after `step` steps."""
+    """Holds the number-th start of a run, after `step` steps."""
 
     number: int
     step: int
@@ -48,8 +48,8 @@ class RecordedStart:
 
 
 def record_start(config: RunConfig, step: int, resume: bool) -> list[Change]:
-    """Keep the configuration of a start that goes on after `step` steps, and log what it changes. Returns the changes
-    since the last start; none of a run that begins anew."""
+    """Keep the configuration of a start that goes on after `step` steps, and log what it changes. Return the changes
+    since the last start; none for a run that begins anew."""
     folder, path = config.run_dir / STARTS, config.run_dir / CONFIG
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +69,7 @@ def record_start(config: RunConfig, step: int, resume: bool) -> list[Change]:
 
 
 def read_starts(run_dir: Path) -> list[RecordedStart]:
-    """Every start of a run in its order; none of a run of before they were kept."""
+    """Read every start of a run, in order; none for a run from before starts were kept."""
     return [
         RecordedStart(number=number, step=step, values=values)
         for number, step, path in _files(run_dir / STARTS)
@@ -78,8 +78,8 @@ def read_starts(run_dir: Path) -> list[RecordedStart]:
 
 
 def differences(before: Values, now: Values, kind: type[RunConfig]) -> list[Change]:
-    """List the keys whose values differ. One that the earlier file lacks had its default: the version that wrote it had
-    no such key."""
+    """List the keys whose values differ. A key that the earlier file lacks had its default: the version that wrote it
+    had no such key."""
     defaults = {key.path: as_toml(key.default) for key in keys_of(kind) if key.default is not REQUIRED}
     found = []
     for key in dict.fromkeys([*before, *now]):
@@ -105,13 +105,13 @@ def what_differs(config: RunConfig, keys: Collection[str], files: str = "") -> s
 
 
 def _files(folder: Path) -> list[tuple[int, int, Path]]:
-    """(number, step, path) of each start."""
+    """Return (number, step, path) of each start, in order."""
     found = [(_FILE.fullmatch(path.name), path) for path in folder.glob("start_*.toml")]
     return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
 
 
 def _values(path: Path) -> Values | None:
-    """What a file says by key; None where there is none that can be read."""
+    """Read the values in a file by key; None where there is no file that can be read."""
     try:
         return dict(flattened(parse_toml(read_text(path))))
     except (OSError, ValueError):

@@ -20,7 +20,8 @@ _MOST_FILES = 2
 
 
 class StepFiles:
-    """Owns the thread. Files are written one after the other, and each is there whole or not at all.
+    """Owns the thread that writes the files. Files are written one after the other, and each is there whole or not at
+    all.
 
     No checkpoint may cover a step before `settle` has returned for its files: a resumed run does not write them again.
     `close()` writes what is left.
@@ -47,7 +48,8 @@ class StepFiles:
             self._files.popleft().result()
 
     def settle(self) -> Fault | None:
-        """Wait until all files are on the disk. Returns what train.on_save_error does not let a run go on with."""
+        """Wait until all files are on the disk. Return the Fault after which train.on_save_error does not let a run go
+        on, if there is one."""
         self._wait(self._files)
         try:
             self.check()

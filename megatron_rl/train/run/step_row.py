@@ -1,4 +1,4 @@
-"""The row of a step in metrics.jsonl: what reinforcement learning and fine-tuning have in common."""
+"""Makes the row of a step in metrics.jsonl, as far as reinforcement learning and fine-tuning have it in common."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def step_row(
     return {
         "step": step,
         **last.metrics,
-        # Of the first optimizer step: its tokens are the only ones that the trained weights themselves sampled.
+        # Taken from the first optimizer step: only its tokens were sampled by the trained weights themselves.
         **{name: value for name, value in results[0].metrics.items() if name.startswith("logprob_difference")},
         "num_loss_tokens": last.num_loss_tokens,
         "num_skipped_steps": sum(result.skipped for result in results),

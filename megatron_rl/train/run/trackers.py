@@ -1,4 +1,5 @@
-"""Programs that draw the numbers of a run (`tracking`), each told in a thread of its own: none can hold a run up.
+"""Sends the numbers of a run to programs that draw them (`tracking`). Each is told in a thread of its own: none can
+hold a run up.
 
 What a tracker fails at costs a warning. metrics.jsonl has every number, whatever becomes of it here.
 """
@@ -41,7 +42,8 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """What a tracker knows of a run. id: the same after every resume. first_step: the first that it will be told."""
+    """Holds what a tracker knows of a run. id: the same after every resume. first_step: the first that it will be
+    told."""
 
     config: RunConfig
     id: str
@@ -72,7 +74,8 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Where its host does not answer, or nobody has logged in, the run is kept in run_dir/wandb for `wandb sync`."""
+    """Sends to wandb. Where its host does not answer, or nobody has logged in, the run is kept in run_dir/wandb for
+    `wandb sync`."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -111,7 +114,8 @@ class _Wandb:
 
 
 class _Trackio:
-    """It knows runs by their names and has no tags, so the name has the id in it, and tags are in the configuration."""
+    """Writes to trackio. It knows runs by their names and has no tags, so the name has the id in it, and tags are in
+    the configuration."""
 
     def __init__(self, run: TrackedRun) -> None:
         import trackio
@@ -135,7 +139,7 @@ class _Trackio:
         self._run.finish()
 
 
-# By name: the module that it needs, and what it is.
+# The module that each tracker needs, and its class, by its name.
 TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
     "tensorboard": ("torch.utils.tensorboard", _TensorBoard),
     "wandb": ("wandb", _Wandb),
@@ -144,7 +148,7 @@ TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
 
 
 class _Told:
-    """One tracker and its thread. `log` never waits.
+    """Runs one tracker in its thread. `log` never waits.
 
     last_step: the last that it had written down for certain when the run was started; -1: none.
     """
@@ -229,7 +233,8 @@ class Trackers:
             one.log(step, numbers)
 
     def catch_up(self, step: int, numbers: Numbers) -> None:
-        """Tell the numbers of a step of an earlier start to those that it was killed before it had told them."""
+        """Tell the numbers of a step of an earlier start to those trackers that had not been told them when it was
+        killed."""
         for one in self._told:
             if step > one.last_step:
                 one.log(step, numbers)

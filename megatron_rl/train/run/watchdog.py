@@ -1,4 +1,4 @@
-"""Where a rank is: a heartbeat for whoever looks, and an end to a phase that takes too long."""
+"""Shows where a rank is, by a heartbeat for whoever looks, and ends a phase that takes too long."""
 
 import faulthandler
 import json
@@ -20,8 +20,10 @@ _STUCK_SECONDS = 30.0
 
 
 class Watchdog:
-    """Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it, the steps that
-    the run has, and its state: running, or how it ended. Every rank that is in one phase for longer than the deadline
+    """Writes the heartbeat of a run, and ends a rank that is in one phase for too long.
+
+    Rank 0 writes `run_dir/heartbeat.json`: time, pid, host, step, phase and the seconds spent in it, the steps that the
+    run has, and its state: running, or how it ended. Every rank that is in one phase for longer than the deadline
     writes the stacks of its threads to `run_dir/stacks/rank_N.txt` and ends with exit code 1; its launcher then ends
     the others. `close()` stops watching.
 
@@ -39,7 +41,7 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, phase: str, step: int) -> None:
-        """From now on this rank does `phase` of `step`, and has the whole deadline for it."""
+        """Note that from now on this rank does `phase` of `step`, and has the whole deadline for it."""
         with self._lock:
             self.phase, self.step, self._since = phase, step, time.monotonic()
             self._beat()
@@ -47,11 +49,12 @@ class Watchdog:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """The rank, phase and step, for messages."""
         return f"rank {self._rank}, phase {self.phase} of step {self.step}"
 
     def close(self, state: str = "ended", message: str = "") -> None:
-        """state: how the run ended, one of ended, stopped, failed and refused. message: why."""
+        """Stop watching, and write how the run ended. state: how the run ended, one of ended, stopped, failed and
+        refused. message: why."""
         self._end.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -91,7 +94,8 @@ class Watchdog:
             log.warning("%s cannot be written (%s)", path, error.strerror)
 
     def _give_up(self) -> None:
-        """Not an exception: the main thread may sit in a collective that never ends."""
+        """Write the stacks and end the process. An exception would not do: the main thread may sit in a collective that
+        never ends."""
         log.critical(
             "%s: not done after train.phase_deadline_seconds = %g; the stacks of this process are in %s. Raise the "
             "deadline if the phase only needs longer; else look which rank's stack is not in a collective",

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning."""
+"""Contains supervised fine-tuning."""

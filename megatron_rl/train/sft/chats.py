@@ -1,4 +1,4 @@
-"""What supervised fine-tuning trains and validates on: chats as token sequences, and the batches of its steps."""
+"""Makes what supervised fine-tuning trains and validates on: chats as token sequences, and the batches of its steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice, pairwise
@@ -23,15 +23,15 @@ _OF_THE_BATCHES = ("data.batch_tokens", "train.epochs", "model.path")
 
 
 class ChatBatches:
-    """The batches of a run: whole chats in the order of their stream, at most data.batch_tokens tokens each. Batches do
-    not stop at the end of an epoch, only at that of a run with train.epochs; an epoch is as many chats as all files of
-    data.train hold together.
+    """Divides the chats of a run into batches: whole chats in the order of their stream, at most data.batch_tokens
+    tokens each. Batches do not stop at the end of an epoch, only at that of a run with train.epochs; an epoch is as
+    many chats as all files of data.train hold together.
 
     num_steps: optimizer steps of the run. digest: of the chats and their order.
     """
 
     def __init__(self, config: SftConfig, tokenizer: Any) -> None:
-        """ValueError for data that cannot be used."""
+        """Read and tokenize the chats. Raise ValueError for data that cannot be used."""
         self._config = config
         self._sequences: dict[str, TrainSequence] = {}
 
@@ -51,19 +51,19 @@ class ChatBatches:
         return self._at(self.num_seen(step), self.num_seen(step + 1))
 
     def num_seen(self, num_steps: int) -> int:
-        """Chats after so many steps."""
+        """Count the chats after so many steps."""
         return self._ends[num_steps - 1] if num_steps else 0
 
     def epochs_ended(self, step: int) -> range:
-        """The epochs, from 1, whose last chat is in the batch of step `step`, from 0."""
+        """Return the epochs, from 1, whose last chat is in the batch of step `step`, from 0."""
         return epochs_ended(self.num_seen(step), self.num_seen(step + 1), self.num_chats)
 
     def state(self, num_steps: int) -> dict[str, Any]:
-        """What a checkpoint keeps for `check`."""
+        """Return what a checkpoint keeps for `check`."""
         return {"step": num_steps, "chats": self.num_seen(num_steps), "data": self.digest}
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """ValueError when a run with this state cannot go on with these batches."""
+        """Raise ValueError when a run with this state cannot go on with these batches."""
         step = state["step"]
         if state.get("data") != self.digest:
             raise ValueError(
@@ -90,10 +90,10 @@ class ChatBatches:
 
 
 def validation_parts(config: SftConfig, tokenizer: Any, trained: set[Any]) -> list[list[TrainSequence]]:
-    """The chats of data.validation in parts of at most data.batch_tokens tokens; none without that file.
+    """Return the chats of data.validation in parts of at most data.batch_tokens tokens; none without that file.
 
-    trained: messages of the chats of data.train. ValueError when they are among these: the loss of what was learned
-    says nothing about other chats, and whoever chooses by it has to be told before, not after.
+    trained: messages of the chats of data.train. Raises ValueError when they are among these: the loss of what was
+    learned says nothing about other chats, and whoever chooses by it has to be told before, not after.
     """
     path = config.data.validation
     if path is None:
@@ -111,9 +111,10 @@ def validation_parts(config: SftConfig, tokenizer: Any, trained: set[Any]) -> li
 
 
 def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: str) -> dict[str, TrainSequence]:
-    """By id, with loss on what the model would have to generate (`render_chat`); those that are short enough.
+    """Return the sequences of chats by id, with loss on what the model would have to generate (`render_chat`); only
+    those that are short enough.
 
-    where: for the progress bar. ValueError for chats that are too long, as data.too_long says.
+    where: for the progress bar. Raises ValueError for chats that are too long, as data.too_long says.
     """
     most, key = min(_limits(config))
     end_ids = load_architecture(config.model.path).eos_token_ids
@@ -139,7 +140,7 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
 
 
 def _limits(config: SftConfig) -> Iterator[tuple[int, str]]:
-    """On the tokens of a chat, and what sets them."""
+    """Yield the limits on the tokens of a chat, and the key that sets each."""
     shared = " x parallel.context" if config.parallel.context > 1 else ""
     yield config.micro_batch_cap, f"train.micro_batch_tokens{shared}"
     yield config.data.batch_tokens, "data.batch_tokens"

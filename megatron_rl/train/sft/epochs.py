@@ -1,4 +1,4 @@
-"""The end of an epoch of supervised fine-tuning: its training loss, and the model as it is then."""
+"""Handles the end of an epoch of supervised fine-tuning: its training loss, and the model as it is then."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from megatron_rl.train.step.trainer import StepResult
 
 
 class EpochLoss:
-    """The loss per target token over the steps that hold chats of the epoch, those across its borders included. What
-    was skipped does not count."""
+    """Computes the loss per target token over the steps that hold chats of the epoch, those across its borders
+    included. Skipped steps do not count."""
 
     def __init__(self, state: Sequence[float] = (0.0, 0)) -> None:
         self._sum, self._num_tokens = state
 
     @property
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return [self._sum, self._num_tokens]
 
     def add(self, result: StepResult, ended: range, remain: int) -> list[float | None]:
-        """After a step: the loss of each epoch that ended in it; None when all of its steps were skipped.
+        """Add a step. Return the loss of each epoch that ended in it; None when all of its steps were skipped.
 
         ended: these epochs. remain: chats that the step held of the next one.
         """
@@ -41,22 +41,23 @@ class EpochLoss:
 
 
 class EpochDirectories:
-    """`run_dir/epochs/epoch_N`: Hugging Face directories, each there when it is whole, with what was measured then."""
+    """Writes `run_dir/epochs/epoch_N`: Hugging Face directories, each there when it is whole, with what was measured
+    then."""
 
     def __init__(self, context: TrainContext, num_epochs: int) -> None:
         self._context, self._num_epochs = context, num_epochs
         self._run_dir = context.config.run_dir
 
     def write(self, epoch: int, note: dict[str, float | None]) -> None:
-        """Collective: the present weights, unless those of just this epoch are there: a run that was killed after it
-        comes here again."""
+        """Write the present weights, unless those of just this epoch are there: a run that was killed after it comes
+        here again. Collective."""
         finite = {name: None if value is None or not math.isfinite(value) else value for name, value in note.items()}
         path, text = epoch_path(self._run_dir, epoch), json.dumps({"epoch": epoch, **finite}, indent=1) + "\n"
         if not self._agreed(_text(path / SFT_NOTE) == text):
             self._context.export(path, {SFT_NOTE: text})
 
     def link_last(self, link: Path) -> None:
-        """Collective: the last one under another name, or the present weights where somebody removed it."""
+        """Give the last directory another name, or write the present weights where somebody removed it. Collective."""
         last = epoch_path(self._run_dir, self._num_epochs)
         if self._agreed(last.is_dir()):
             on_all_ranks(
@@ -66,7 +67,7 @@ class EpochDirectories:
             self._context.export(link)
 
     def _agreed(self, found: bool) -> bool:
-        """What rank 0 found; file systems may show others an older state."""
+        """Return what rank 0 found; file systems may show other ranks an older state."""
         return self._context.any_rank(self._context.is_rank_zero and found)
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the trainer with cross-entropy over packed chats. docs/sft.md says what a run does."""
+"""Runs supervised fine-tuning: the trainer with cross-entropy over packed chats. docs/sft.md says what a run does."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def run_sft(config: SftConfig, resume: bool) -> int:
 
 
 class _Run:
-    """The loop and what it needs. metrics: on rank 0."""
+    """Runs the loop, and holds what it needs. metrics: on rank 0."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class _Run:
         self._directories = EpochDirectories(context, self._num_epochs)
 
     def steps(self, driver: dict[str, Any], signals: StopSignals) -> int:
-        """From where `driver` says to the end. Returns the exit code."""
+        """Train from where `driver` says to the end. Return the exit code."""
         config, context, batches = self._config, self._context, self._batches
         skips, epoch_loss = SkipGuard(config.train, ""), EpochLoss(driver.get("epoch_loss", (0.0, 0)))
         first, last = driver["step"], batches.num_steps
@@ -115,7 +115,7 @@ class _Run:
         return 0
 
     def _placed(self, batch: Sequence[TrainSequence]) -> Prefetch:
-        """This rank's micro-batches of a batch."""
+        """Return this rank's micro-batches of a batch."""
         context, layout = self._context, self._context.layout
         placed = pack_micro_batches(
             [len(s.token_ids) for s in batch],
@@ -132,7 +132,7 @@ class _Run:
         return num_steps == self._batches.num_steps or (every > 0 and num_steps % every == 0)
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Loss and token entropy per target token over all chats of data.validation; nothing without them."""
+        """Compute loss and token entropy per target token over all chats of data.validation; nothing without them."""
         if not self._validation:
             return {}
 

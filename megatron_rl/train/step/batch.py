@@ -1,4 +1,4 @@
-"""Sequences to train on, and the tensors of one micro-batch made of them."""
+"""Defines the sequences to train on, and makes the tensors of one micro-batch of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_rl.train.step.token_traces import TracedTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSequence:
-    """One sequence and its loss tokens.
+    """Holds one sequence and its loss tokens.
 
     token_ids: int32 [n].
     loss_positions: int32 [m], positions (at least 1) of the tokens that carry loss.
@@ -43,7 +43,7 @@ class TrainSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What is known of a rank's part of a micro-batch before it is made.
+    """Holds what is known of a rank's part of a micro-batch before it is made.
 
     num_tokens: without padding. num_places: with it. traced: some sequence is.
     """
@@ -55,7 +55,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One context-parallel rank's part of a micro-batch: its tokens, and the loss tokens that they predict.
+    """Holds one context-parallel rank's part of a micro-batch: its tokens, and the loss tokens that they predict.
 
     Legend: T packed tokens of this rank, M loss tokens, S sequences of the micro-batch.
 
@@ -82,7 +82,7 @@ class MicroBatch:
 
     @property
     def size(self) -> Size:
-        """The device is asked."""
+        """The size of this micro-batch. The device is asked, and waited for."""
         num_tokens = int((~self.padding_mask).sum())
         return Size(num_tokens=num_tokens, num_places=self.token_ids.numel(), traced=self.traced is not None)
 
@@ -113,7 +113,7 @@ def make_micro_batch(
     counts = [len(s.loss_positions) for s in sequences]
 
     def per_token(arrays: Iterable[np.ndarray], kind: torch.dtype) -> Tensor:
-        """Of each sequence's values by loss token, those of this rank, end to end."""
+        """Return this rank's part of each sequence's values by loss token, end to end."""
         parts = [array[kept] for array, kept in zip(arrays, mine, strict=True)]
         return send(torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(kind), device)
 
@@ -139,7 +139,7 @@ def make_micro_batch(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A context-parallel rank's tokens of a micro-batch, end to end.
+    """Holds a context-parallel rank's tokens of a micro-batch, end to end.
 
     lengths: of the sequences and their padding, over all ranks. token_ids, padding: [num_tokens]. routed: experts of
     each token. loss_index: positions that predict a loss token. mine: of each sequence, which loss tokens are here.
@@ -186,7 +186,7 @@ def _part_of(sequences: Sequence[TrainSequence], multiple_of: int, context_rank:
 
 
 def size_of(sequences: Sequence[TrainSequence], multiple_of: int, context_rank: int, context_size: int) -> Size:
-    """Of the micro-batch that `make_micro_batch` makes of these sequences."""
+    """Return the size of the micro-batch that `make_micro_batch` makes of these sequences."""
     lengths = [zigzag.padded_length(len(s.token_ids), context_size) for s in sequences]
     held = (zigzag.held_positions(length, context_size)[context_rank] for length in lengths)
     return Size(
@@ -199,7 +199,8 @@ def size_of(sequences: Sequence[TrainSequence], multiple_of: int, context_rank: 
 def _traced(
     sequences: Sequence[TrainSequence], mine: Sequence[np.ndarray], device: torch.device
 ) -> TracedTokens | None:
-    """mine: bool [m] of each sequence, which of its loss tokens this rank has."""
+    """Return the traced loss tokens of a micro-batch on this rank; None without any. mine: bool [m] of each sequence,
+    which of its loss tokens this rank has."""
     held = [np.flatnonzero(kept) for kept in mine]
     first = np.cumsum([0, *map(len, held)])
     traced = [
@@ -215,18 +216,19 @@ def _traced(
 
 
 def _advantages(sequence: TrainSequence) -> np.ndarray:
-    """Give the advantages of a sequence's loss tokens, float64 [m]."""
+    """Return the advantages of a sequence's loss tokens, float64 [m]."""
     return np.zeros(len(sequence.loss_positions)) if sequence.advantages is None else sequence.advantages
 
 
 def _no_routed_experts(sequences: Sequence[TrainSequence], num_tokens: int) -> np.ndarray | None:
-    """int16 [num_tokens, layers, topk] of -1; None when no sequence has routed experts."""
+    """Return int16 [num_tokens, layers, topk] of -1; None when no sequence has routed experts."""
     given = [s.routed_experts for s in sequences if s.routed_experts is not None]
     return np.full((num_tokens, *given[0].shape[1:]), -1, np.int16) if given else None
 
 
 def _padding_tokens(num_tokens: int, multiple_of: int, context_size: int) -> int:
-    """Length of the shortest padded sequence that makes each rank's tokens a positive multiple of `multiple_of`."""
+    """Return the length of the shortest padded sequence that makes each rank's tokens a positive multiple of
+    `multiple_of`."""
     unit = zigzag.padded_length(1, context_size)
     length = 0 if num_tokens else unit
     while (num_tokens + length) // context_size % multiple_of:

@@ -1,4 +1,4 @@
-"""Norm and scaling of many gradients at once, for megatron's clipping.
+"""Computes the norm of many gradients at once, and scales them, for megatron's clipping.
 
 By itself megatron-core 0.19.2 takes Transformer Engine's or apex's as soon as one is installed, and else a kernel for
 each parameter, for whose norm the host waits (utils.py, local_multi_tensor_*).
@@ -18,18 +18,18 @@ from megatron.core.optimizer import clip_grads  # noqa: E402
 
 
 def install() -> None:
-    """Let megatron use these, whatever is installed."""
+    """Make megatron use the functions of this module, whatever is installed."""
     clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = l2_norm, scale
 
 
 def l2_norm(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], *_: Any) -> tuple[Tensor, None]:
-    """Of all tensors of the list together, fp32 [1] where they are."""
+    """Return the norm of all tensors of the list together, fp32 [1] on their device."""
     (tensors,) = lists
     return torch.stack(torch._foreach_norm(tensors)).norm().float()[None], None
 
 
 def scale(chunk_size: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
-    """The second list becomes the first one times `factor`; megatron gives the same one twice."""
+    """Set the second list to the first one times `factor`; megatron gives the same list twice."""
     sources, destinations = lists
     if any(a is not b for a, b in zip(sources, destinations, strict=True)):
         torch._foreach_copy_(destinations, sources)

@@ -1,4 +1,5 @@
-"""What a train step minimises, and what it reports, from the log-probabilities of a micro-batch's loss tokens."""
+"""Defines what a train step minimises, and what it reports, from the log-probabilities of a micro-batch's loss
+tokens."""
 
 import math
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """-sum_t w_t log p(y_t), for SFT."""
+    """Computes -sum_t w_t log p(y_t), for SFT."""
 
     reports = Reports(means=("entropy",))
 
@@ -33,7 +34,7 @@ class CrossEntropy:
 
 
 class PolicyObjective:
-    """C3PO (Eq. 2 with the entropy term of Eq. 6) and its rivals, as the configuration says.
+    """Computes C3PO (Eq. 2 with the entropy term of Eq. 6) and its rivals, as the configuration says.
 
     context_group: the context-parallel ranks, over which a response may be divided; None for one rank.
     """
@@ -86,8 +87,9 @@ class PolicyObjective:
         return Terms(total=loss.total, sums=sums, values=values)
 
     def _old_logprobs(self, present: Tensor, batch: MicroBatch) -> Tensor:
-        """What the ratio refers to: what the trainer recorded at the start of the phase, else the sampler's log-prob
-        for tokens that older weights sampled, else the present weights themselves (then the ratio is exactly 1)."""
+        """Return the log-probs that the ratio refers to: what the trainer recorded at the start of the phase, else the
+        sampler's log-prob for tokens that older weights sampled, else those of the present weights themselves (then the
+        ratio is exactly 1)."""
         if batch.old_logprobs is not None:
             return batch.old_logprobs
         if self._section.trains_on_own_old_logprobs:
@@ -95,7 +97,7 @@ class PolicyObjective:
         return torch.where(batch.fresh, present, batch.rollout_logprobs)
 
     def _mean_log_ratio(self, log_ratio: Tensor, batch: MicroBatch) -> Tensor:
-        """The mean over each token's response, [M]. Collective over the context-parallel ranks."""
+        """Return the mean log-ratio over each token's response, [M]. Collective over the context-parallel ranks."""
         sums = log_ratio.new_zeros(len(batch.response_tokens)).index_add_(0, batch.response_of, log_ratio)
         if self._context_group is not None:
             dist.all_reduce(sums, group=self._context_group)

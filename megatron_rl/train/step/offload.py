@@ -1,4 +1,4 @@
-"""Where a rank's gradients and optimizer states are: on its device, or in host memory for a while.
+"""Moves a rank's gradients and optimizer states between its device and host memory.
 
 What is moved is a tensor's storage: it is emptied and filled again, so every tensor and view on it stays the object
 that it is, and megatron's buffers, their buckets and the parameters in them need not know.
@@ -29,7 +29,8 @@ _STATES = 3  # of a parameter: itself and two moments
 
 @dataclass(frozen=True, slots=True)
 class _Away:
-    """storage: the emptied one. copy: uint8, what was in it; None where that is not needed."""
+    """Records a storage that is off the device. storage: the emptied one. copy: uint8, what was in it; None where that
+    is not needed."""
 
     storage: torch.UntypedStorage
     num_bytes: int
@@ -37,13 +38,14 @@ class _Away:
 
 
 class HostMemory:
-    """Takes storages of tensors off the device and puts them back. Its own memory it keeps until `forget`."""
+    """Takes storages of tensors off the device and puts them back. It keeps its own memory until `forget`."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Away] = {}
 
     def offload(self, tensors: Iterable[Tensor], contents: bool = True) -> None:
-        """Those that are on the device. contents: else they come back as zeros.
+        """Take those of the tensors off the device that are on it. contents: keep them; otherwise the tensors come back
+        as zeros.
 
         On a CPU what numpy has looked at (an export, say) cannot be emptied any more, and stays.
         """
@@ -60,7 +62,7 @@ class HostMemory:
             storage.resize_(0)
 
     def reload(self, tensors: Iterable[Tensor]) -> None:
-        """Those that are not on the device."""
+        """Put those of the tensors on the device that are not on it."""
         for away in self._away(tensors):
             away.storage.resize_(away.num_bytes)
             found = _bytes_of(away.storage)
@@ -71,11 +73,11 @@ class HostMemory:
         device.synchronize()
 
     def num_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """That the device would need for those that are not on it."""
+        """Count the bytes that the device would need for those of the tensors that are not on it."""
         return sum(away.num_bytes for away in self._away(tensors))
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The same numbers, wherever they are: the tensor itself, or one in host memory."""
+        """Return a tensor with the same numbers, wherever they are: the tensor itself, or one in host memory."""
         storage = tensor.untyped_storage()
         if storage.nbytes() or not tensor.numel():
             return tensor
@@ -84,7 +86,7 @@ class HostMemory:
         return copy.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def forget(self) -> None:
-        """Of storages that may be others from here on. All of them are on the device."""
+        """Forget all storages, which may be others from here on. All of them must be on the device."""
         self._known.clear()
 
     def _away(self, tensors: Iterable[Tensor]) -> list[_Away]:
@@ -93,7 +95,7 @@ class HostMemory:
 
 
 class Offloader:
-    """Moves what a trainer has between device and host memory.
+    """Moves a trainer's gradients and optimizer states between device and host memory.
 
     piece_bytes: of states that live in host memory, so much comes to the device at once.
     """
@@ -101,8 +103,8 @@ class Offloader:
     piece_bytes = 2**30
 
     def __init__(self, model: Model, optimizer: Any, offload_fraction: float = 0.0) -> None:
-        """offload_fraction: of the optimizer's states, at least so much is on the device only in a step. It needs
-        megatron's distributed optimizer."""
+        """Take the states that live in host memory off the device. offload_fraction: of the optimizer's states, at
+        least so much is on the device only in a step. It needs megatron's distributed optimizer."""
         self._model, self._host = model, HostMemory()
         self._parts = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
         self._residents: dict[int, Tensor] = {}  # by id, parameters whose states live in host memory
@@ -118,27 +120,27 @@ class Offloader:
             self._settle()
 
     def offload(self) -> None:
-        """All states, and gradients without their contents, leave the device. Memory goes back to the driver."""
+        """Take all states, and gradients without their contents, off the device. Memory goes back to the driver."""
         self._host.offload(self._gradients(), contents=False)
         self._host.offload(self._states())
         device.give_back_memory()
 
     def reload(self) -> None:
-        """What has left comes back, but for states that live in host memory."""
+        """Bring back what has left, but for states that live in host memory."""
         self._host.reload(self._missing())
 
     @property
     def missing_bytes(self) -> int:
-        """What `reload` needs of the device."""
+        """The bytes that `reload` needs on the device."""
         return self._host.num_bytes(self._missing())
 
     def read(self, tensor: Tensor) -> Tensor:
-        """A state's numbers, wherever they are."""
+        """Return a state's numbers, wherever they are."""
         return self._host.read(tensor)
 
     @contextmanager
     def for_loading(self) -> Iterator[None]:
-        """Everything is on the device, and may be replaced."""
+        """Keep everything on the device inside the block, where it may be replaced."""
         self._host.reload(self._states())
         self._host.forget()
         yield
@@ -159,8 +161,8 @@ class Offloader:
         return [p.main_grad for gpt in self._model.gpts for p in gpt.parameters() if p.requires_grad]
 
     def _states(self, parameters: Iterable[Tensor] | None = None) -> list[Tensor]:
-        """Moments, and fp32 weights beside bf16 ones, of these or all of the optimizer's parameters. Where the weights
-        are fp32 themselves the optimizer's are views of them."""
+        """Return moments, and fp32 weights beside bf16 ones, of these or all of the optimizer's parameters. Where the
+        weights are fp32 themselves the optimizer's are views of them."""
         weights = {storage._cdata for storage in _storages(self._weights())}
         chosen = None if parameters is None else {id(p) for p in parameters}
         found = []
@@ -173,7 +175,8 @@ class Offloader:
         return found
 
     def _step_in_pieces(self, part: Any) -> bool:
-        """megatron's `step_with_ready_grads`: for each piece of the parameters it is as if there were no others."""
+        """Do megatron's `step_with_ready_grads` piece by piece: for each piece of the parameters it is as if there were
+        no others."""
         pieces = list(self._pieces(part))
         counts = [group.get("step") for group in part.optimizer.param_groups]
         for i, piece in enumerate(pieces):
@@ -187,7 +190,7 @@ class Offloader:
         return True
 
     def _pieces(self, part: Any) -> Iterator[list[Tensor]]:
-        """Its parameters: first those whose states stay on the device, then the others in pieces."""
+        """Yield an optimizer's parameters: first those whose states stay on the device, then the others in pieces."""
         parameters = _parameters(part)
         yield [p for p in parameters if id(p) not in self._residents]
         piece: list[Tensor] = []
@@ -205,13 +208,13 @@ class Offloader:
 
 
 def _parameters(part: Any) -> list[Tensor]:
-    """What an optimizer steps."""
+    """Return the parameters that an optimizer steps."""
     return [p for group in part.optimizer.param_groups for p in group["params"]]
 
 
 @contextmanager
 def _only(part: Any, piece: Sequence[Tensor], counts: Sequence[Any]) -> Iterator[None]:
-    """Let megatron's distributed optimizer know of no other parameters than these.
+    """Make these the only parameters that megatron's distributed optimizer knows of.
 
     counts: what each group counted before the step. Fused Adams count a group's steps, one with every call.
     """
@@ -242,11 +245,11 @@ def _only(part: Any, piece: Sequence[Tensor], counts: Sequence[Any]) -> Iterator
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """Each once, in their order."""
+    """Return the storages of the tensors, each once, in their order."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return list({storage._cdata: storage for storage in found}.values())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    """uint8, all of it."""
+    """Return all bytes of a storage, uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

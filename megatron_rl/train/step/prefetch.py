@@ -1,4 +1,4 @@
-"""The micro-batches of a pass, each made in a thread while the one before it runs."""
+"""Makes the micro-batches of a pass, each in a thread while the one before it runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -11,7 +11,7 @@ from megatron_rl.train.step.batch import MicroBatch, Size, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class Prefetch:
-    """Micro-batches of these sequences, as often as one goes through them; two at a time are on the device.
+    """Makes micro-batches of these sequences, as often as one goes through them; two at a time are on the device.
 
     sizes: of each. make: called in `thread`, which has one worker. fields: by their name in MicroBatch, values that
     each one gets.
@@ -41,7 +41,8 @@ def sizes_of(batches: Prefetch | Sequence[MicroBatch]) -> Sequence[Size]:
 def with_field(
     batches: Prefetch | Sequence[MicroBatch], name: str, values: Sequence[Tensor]
 ) -> "Prefetch | Sequence[MicroBatch]":
-    """The same micro-batches, each with its value; as they are without values, which only last pipeline stages have."""
+    """Return the same micro-batches, each with its value; unchanged where there are no values, which only last pipeline
+    stages have."""
     if not values:
         return batches
     if isinstance(batches, Prefetch):

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step, typed by how they are reduced over micro-batches and ranks."""
+"""Collects the metrics of an optimizer step, typed by how they are reduced over micro-batches and ranks."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _SIDE = _BINS_PER_DECADE * _DECADES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reports:
-    """What an objective reports beside its loss.
+    """Names what an objective reports beside its loss.
 
     means: names of sums that are divided by the loss tokens of the step.
     distributions: per name the statistics wanted of its values: mean, min, max, or pNNN for the quantile 0.NNN.
@@ -29,7 +29,7 @@ class Reports:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """An objective's answer for one micro-batch.
+    """Holds an objective's answer for one micro-batch.
 
     total: the sum to be divided by the denominator, differentiable.
     sums: detached scalars, one for each of `Reports.means`. values: detached [n], n of any size, one for each of
@@ -61,8 +61,8 @@ class MetricAccumulator:
             distribution.add(terms.values[name])
 
     def reduce(self, group: Any, reports: bool) -> None:
-        """Collective. Afterwards every rank has the sum over the ranks that report: those that hold loss tokens which
-        no other one counts."""
+        """Add up the ranks. Collective. Afterwards every rank has the sum over the ranks that report: those that hold
+        loss tokens which no other one counts."""
         parts = list(self._distributions.values())
         sums = torch.cat([self._sums, *(part.sums for part in parts)]).cpu()
         extremes = torch.cat([self._sums[:0], *(part.extremes for part in parts)]).cpu()
@@ -83,7 +83,8 @@ class MetricAccumulator:
         return int(self._sums[0])
 
     def metrics(self, denominator: float) -> dict[str, float]:
-        """loss (divided by the denominator), the means per loss token, and NAME_STATISTIC for each distribution."""
+        """Return the loss (divided by the denominator), the means per loss token, and NAME_STATISTIC for each
+        distribution."""
         means = (self._sums[2:] / max(1, self.num_tokens)).tolist()
         found = {"loss": float(self._sums[1]) / denominator, **dict(zip(self._reports.means, means, strict=True))}
         for name, statistics in self._reports.distributions.items():
@@ -92,14 +93,15 @@ class MetricAccumulator:
 
 
 class _Distribution:
-    """sums: [count, sum, bins from the lowest to the highest value]. extremes: [maximum, -minimum]."""
+    """Counts values in bins, for quantiles. sums: [count, sum, bins from the lowest to the highest value]. extremes:
+    [maximum, -minimum]."""
 
     def __init__(self, where: torch.device | str) -> None:
         self.sums = torch.zeros(2 + 2 * _SIDE + 1, dtype=torch.float64, device=where)
         self.extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=where)
 
     def add(self, values: Tensor) -> None:
-        """Sizes depend on no value, so that on a device nobody waits for one."""
+        """Count these values. Sizes depend on no value, so that on a device nobody waits for one."""
         if not len(values):
             return
         values = values.double()
@@ -113,7 +115,7 @@ class _Distribution:
         self.sums[2:].index_add_(0, _SIDE + bins * values.sign().long(), counted.double())
 
     def statistic(self, kind: str) -> float:
-        """0 when there are no values."""
+        """Return a statistic of the values; 0 when there are none."""
         count, total = self.sums[:2].tolist()
         highest, lowest = float(self.extremes[0]), -float(self.extremes[1])
         if count == 0:
@@ -127,7 +129,7 @@ class _Distribution:
 
 
 def _upper_edge(position: int) -> float:
-    """Of the bin `position` places above (or, negative, below) the one around 0."""
+    """Return the upper edge of the bin `position` places above (or, negative, below) the one around 0."""
     if position > 0:
         return 10.0 ** (_LOWEST_DECADE + position / _BINS_PER_DECADE)
     if position < 0:

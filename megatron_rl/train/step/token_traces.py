@@ -1,4 +1,5 @@
-"""Token traces: what server and trainer made of each token of a few responses of every step (docs/traces.md).
+"""Writes token traces: the log-probs of server and trainer for each token of a few responses of every step
+(docs/traces.md).
 
 Rank 0 chooses the samples, the ranks that hold their tokens keep the log-probs of the forward pass that trains, and
 rank 0 writes them down after the step.
@@ -24,7 +25,7 @@ _LONGEST_CHARACTER = 4  # bytes in UTF-8, and so the most tokens that one charac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedTokens:
-    """R of the M loss tokens of a micro-batch that are traced.
+    """Says which R of the M loss tokens of a micro-batch are traced.
 
     index: int64 [R], among the M, on their device. samples: int64 [R], each one's sample (`Plan.traced`). tokens: int64
     [R], its place among the loss tokens of its sample, from 0.
@@ -39,9 +40,9 @@ Kept = tuple[TracedTokens, Tensor]  # with their log-probs [R]
 
 
 def chosen(schedule: Schedule, num_groups: int) -> tuple[int, ...]:
-    """Positions in `schedule.samples`, in ascending order of (prompt, sample index): all samples of `num_groups` groups
-    that have a token with loss, those first that newer weights sampled (what an earlier phase left over has lost a part
-    of its group), of these in the order of their prompts."""
+    """Choose the samples to trace. Return positions in `schedule.samples`, in ascending order of (prompt, sample
+    index): all samples of `num_groups` groups that have a token with loss. Groups that newer weights sampled are chosen
+    first (what an earlier phase left over has lost a part of its group), and of these the ones with earlier prompts."""
     samples = schedule.samples
     trained = {samples[s.index].response.prompt_id for step in schedule.plan.steps for s in step.selected}
     oldest: dict[int, int] = {}
@@ -54,8 +55,8 @@ def chosen(schedule: Schedule, num_groups: int) -> tuple[int, ...]:
 
 
 def gather(mine: Sequence[Kept], control: Any) -> dict[int, np.ndarray]:
-    """Collective over the gloo group `control`: the log-probs float64 [num_loss_tokens] of each traced sample; on rank
-    0, elsewhere nothing. mine: each token is in those of one rank."""
+    """Gather the log-probs float64 [num_loss_tokens] of each traced sample on rank 0; elsewhere return nothing.
+    Collective over the gloo group `control`. mine: each token is in those of one rank."""
     tables = [np.zeros((0, 3))]
     tables += [np.column_stack([traced.samples, traced.tokens, x.double().cpu().numpy()]) for traced, x in mine]
     is_first = dist.get_rank() == 0
@@ -76,9 +77,9 @@ def gather(mine: Sequence[Kept], control: Any) -> dict[int, np.ndarray]:
 def lines(
     schedule: Schedule, found: Sequence[Mapping[int, np.ndarray]], decode: Callable[[Sequence[int]], str]
 ) -> Iterator[str]:
-    """One JSON row per sample of `schedule.plan.traced`, each made when it is asked for.
+    """Yield one JSON row per sample of `schedule.plan.traced`, each made when it is asked for.
 
-    found: of each optimizer step, what `gather` brought.
+    found: of each optimizer step, what `gather` returned.
     """
     for index in schedule.plan.traced:
         yield json.dumps(_row(schedule, index, found, decode), ensure_ascii=False) + "\n"
@@ -87,8 +88,8 @@ def lines(
 def _row(
     schedule: Schedule, index: int, found: Sequence[Mapping[int, np.ndarray]], decode: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
-    """A token that the policy did not sample has no log-probs and no version. segments: where each of them begins, of a
-    response that has several."""
+    """Make the row of one sample. A token that the policy did not sample has no log-probs and no version. segments:
+    where each of them begins, in a response that has several."""
     response = schedule.samples[index].response
     step = next((number for number, logprobs in enumerate(found) if index in logprobs), None)
     trained = [] if step is None else found[step][index].tolist()
@@ -122,9 +123,9 @@ def _rounded(value: float) -> float | None:
 
 
 def pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The part of `decode(ids)` that each token brings; joined they are that text.
+    """Return the part of `decode(ids)` that each token adds; joined they are that text.
 
-    Of a character that several tokens share the last one has it and the others have "". A token's text depends on its
+    Where several tokens share a character the last one has it and the others have "". A token's text depends on its
     neighbours (bytes of one character, a space that a first token loses), so what it adds behind the ones before it is
     compared with the whole text, and waits for the next token where it is not how that goes on.
     """

@@ -1,4 +1,4 @@
-"""One optimizer step of a megatron-core model: micro-batches in, updated weights and metrics out.
+"""Runs one optimizer step of a megatron-core model: micro-batches in, updated weights and metrics out.
 
 **Gradient scale.** The gradient of an optimizer step is d/dw of (1/D) * sum over all loss tokens of all ranks, with the
 constant D = `denominator` (Phi for C3PO). Step by step:
@@ -60,7 +60,7 @@ Batches = Prefetch | Sequence[MicroBatch]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank but for `traced_logprobs`.
+    """Holds what one optimizer step did, the same on every rank but for `traced_logprobs`.
 
     skipped: the loss or the gradient was not finite, and the weights are what they were.
     num_forward_tokens, num_padding_tokens: over all ranks, each token once.
@@ -140,8 +140,8 @@ class Trainer:
         self._thread = ThreadPoolExecutor(1, initializer=device.use_in_thread, initargs=(self._where,))
 
     def keep_reference(self) -> None:
-        """Remember the present weights, off the device, as the reference policy of the KL term. Of a model with
-        adapters it is the frozen weights, which are there."""
+        """Remember the present weights, off the device, as the reference policy of the KL term. For a model with
+        adapters the reference is the frozen weights, which are there."""
         self._has_reference = True
         if self.model.lora is not None:
             return
@@ -149,7 +149,7 @@ class Trainer:
         self._present = [_host_like(p) for p in self.model.parameters()]
 
     def micro_batch(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
-        """This rank's part of these sequences, ready for the methods below."""
+        """Make this rank's part of these sequences, ready for the methods below."""
         return make_micro_batch(
             sequences,
             multiple_of=self.model.token_multiple,
@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def prefetch(self, parts: Sequence[Sequence[TrainSequence]]) -> Prefetch:
-        """Micro-batches of these sequences, made as the methods below come to them."""
+        """Return micro-batches of these sequences, made as the methods below come to them."""
         layout = self.model.layout
         rank = mpu.get_context_parallel_rank()
         sizes = [size_of(part, self.model.token_multiple, rank, layout.context) for part in parts]
@@ -170,7 +170,7 @@ class Trainer:
     def train_step(
         self, batches: Batches, objective: Objective, denominator: float, temperature: float = 1.0
     ) -> StepResult:
-        """Forward, backward and one optimizer update over this rank's micro-batches.
+        """Run forward, backward and one optimizer update over this rank's micro-batches.
 
         Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
         probabilities are those of logits / temperature.
@@ -212,19 +212,20 @@ class Trainer:
 
     @property
     def _reports(self) -> bool:
-        """This rank has log-probs, and no other one has the same."""
+        """Tell whether this rank has log-probs that no other one counts too."""
         return mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
 
     def _reduce(self, tally: MetricAccumulator) -> None:
         tally.reduce(self._control, self._reports)
 
     def _gather_traced(self, kept: list[Any]) -> dict[int, np.ndarray]:
-        """kept: what `_loss` left of each micro-batch."""
+        """Gather the log-probs of traced tokens on rank 0. kept: what `_loss` left of each micro-batch."""
         mine = [entry["traced"] for entry in kept if "traced" in entry] if self._reports else []
         return gather(mine, self._control)
 
     def _update(self, may: bool) -> tuple[float, bool]:
-        """Step optimizer and schedule if `may` and the gradient is finite; the gradient's norm, and whether they were.
+        """Step optimizer and schedule if `may` and the gradient is finite. Return the gradient's norm, and whether they
+        were stepped.
 
         Megatron's step would clip by whatever norm it finds and spoil the weights, so the norm is looked at first. Its
         preparation only copies gradients, so that its step repeats it does no harm.
@@ -240,8 +241,9 @@ class Trainer:
         return grad_norm, True
 
     def _router_metrics(self, num_tokens: int) -> dict[str, float]:
-        """Of those losses that are on the mean over the step's tokens and the model's mixture-of-experts layers; and
-        with router replay the share of the server's choices that the routers would not have made."""
+        """Return those router losses that are on, as the mean over the step's tokens and the model's
+        mixture-of-experts layers. With router replay, return also the share of the server's choices that the routers
+        would not have made."""
         sums = torch.zeros(5, dtype=torch.float64)
         for router in self._routers:
             losses, counts = (router.load_balance_loss, router.z_loss), (router.num_replayed, router.num_replaced)
@@ -270,7 +272,8 @@ class Trainer:
         return tally.metrics(tally.num_tokens)
 
     def logprobs(self, batches: Batches, temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline stage only.
+        """Compute the log-probabilities [M] of each micro-batch's loss tokens, without a graph; on the last pipeline
+        stage only.
 
         Under context parallelism they are those of this rank's loss tokens, in the order of `MicroBatch`.
         """
@@ -284,12 +287,12 @@ class Trainer:
         return [entry["logprobs"] for entry in kept]
 
     def with_old_logprobs(self, batches: Batches, temperature: float) -> Batches:
-        """The micro-batches with the log-probs that their tokens have under the present weights."""
+        """Return the micro-batches with the log-probs that their tokens have under the present weights."""
         return with_field(batches, "old_logprobs", self.logprobs(batches, temperature))
 
     def _with_ref_logprobs(self, batches: Batches, temperature: float) -> Batches:
-        """The reference weights take the place of the present ones for one pass; these wait in host memory. Adapters
-        only have to be left out."""
+        """Return the micro-batches with the log-probs of the reference policy. Its weights take the place of the
+        present ones for one pass; these wait in host memory. Adapters only have to be left out."""
         if self.model.lora is not None:
             with base_only(self.model.chunks):
                 return with_field(batches, "ref_logprobs", self.logprobs(batches, temperature))
@@ -307,7 +310,8 @@ class Trainer:
     # -- one pass through megatron's schedule ----------------------------------------------------------------------
 
     def _run(self, batches: Batches, temperature: float, loss: Any, forward_only: bool = False) -> list[Any]:
-        """loss: (micro-batch, what the last stage returns) -> what megatron's schedules want of a loss function."""
+        """Run one pass through megatron's schedule. loss: (micro-batch, what the last stage returns) -> what megatron's
+        schedules want of a loss function."""
 
         def forward_step(iterator: Any, module: Any) -> Any:
             batch = next(iterator)
@@ -331,15 +335,15 @@ class Trainer:
             data_iterator=[iter(batches) for _ in self.model.chunks],
             model=list(self.model.chunks),
             num_microbatches=len(batches),
-            # Nobody asks: micro-batches of different lengths tell each pipeline stage theirs.
+            # Not used: micro-batches of different lengths tell each pipeline stage their length.
             seq_length=self.model.layout.tensor,
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
     def _padding_mask(self, batch: MicroBatch, is_first_stage: bool) -> Tensor:
-        """True at padding, of the tokens that this rank's routers see. Under sequence parallelism megatron divides it
-        on the first pipeline stage only, so later stages get their part here."""
+        """Return True at padding, of the tokens that this rank's routers see. Under sequence parallelism megatron
+        divides the mask on the first pipeline stage only, so later stages get their part here."""
         mask = batch.padding_mask
         if is_first_stage or not self.model.layout.sequence_parallel:
             return mask
@@ -361,18 +365,18 @@ class Trainer:
 
 
 def _finalize_gradients(chunks: Sequence[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Reduce gradients as megatron does, which is not told the number of tokens (step 4), and as adapters need
+    """Reduce gradients as megatron does, without telling it the number of tokens (step 4), and do what adapters need
     besides."""
     finalize_model_grads(chunks, None, **options)
     finish_gradients(chunks)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, from where the device takes it without help of the host. It may be under way still, in
-    front of whatever the device does next."""
+    """Copy a tensor to host memory, from where the device takes it without help of the host. The copy may be under way
+    still, in front of whatever the device does next."""
     return _host_like(tensor).copy_(tensor.detach(), non_blocking=True)
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    """Make room in host memory for a copy."""
+    """Allocate host memory for a copy of a tensor."""
     return device.host_empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

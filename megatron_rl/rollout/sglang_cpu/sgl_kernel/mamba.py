@@ -1,3 +1,3 @@
-"""Like the package: names, nothing behind them."""
+"""Provides names with nothing behind them, like the package."""
 
 from sgl_kernel import __getattr__ as __getattr__
