@@ -1,4 +1,5 @@
-"""`megatron-rl inspect`: how the rows of a file can be read, what curation would drop, and the mapping that does it."""
+"""Runs `megatron-rl inspect`, which shows how the rows of a file can be read, what curation would drop, and the mapping
+that does it."""
 
 import json
 import shlex
@@ -31,7 +32,8 @@ Numbered = tuple[str, Any]  # file:line, row
 
 @dataclass(slots=True, kw_only=True)
 class Preview:
-    """kept: records with where they stand. dropped: how many by reason. first: of each reason."""
+    """Holds what is shown of the rows of a file. kept: records with where they stand. dropped: how many by reason.
+    first: of each reason."""
 
     num_rows: int = 0
     kept: list[tuple[str, Prompt]] = field(default_factory=list)
@@ -83,7 +85,7 @@ def preview(rows: Sequence[Numbered], layout: Layout, source: str) -> Preview:
 
 
 def _examples(kept: Sequence[tuple[str, Prompt]]) -> list[tuple[str, Prompt]]:
-    """The first rows, of every domain one before any has a second."""
+    """Return the first rows: one of every domain before any has a second."""
     first = list({record.domain: (where, record) for where, record in reversed(kept)}.values())[::-1]
     return sorted((first + [one for one in kept if one not in first])[:_SHOWN], key=kept.index)
 

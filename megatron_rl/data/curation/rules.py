@@ -1,4 +1,5 @@
-"""Defects of a record: one function each, which gives what it found, or None. The key is the reason in the report.
+"""Finds defects of a record, by one function each, which returns what it found, or None. The key is the reason in the
+report.
 
 They would rather miss a defect than drop a good row; docs/data.md says what each does not see.
 """
@@ -60,7 +61,8 @@ _WORD_ANSWER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf)\s*\{)?\s*(true|false|
 
 
 def is_program(record: Prompt) -> bool:
-    """Prompts about programs list cases, label options and answer True as a matter of course."""
+    """Tell whether the prompt is about a program. Such prompts list cases, label options and answer True as a matter of
+    course."""
     return record.domain.startswith("code")
 
 
@@ -74,7 +76,7 @@ def invalid_characters(record: Prompt) -> str | None:
 
 
 def special_tokens(record: Prompt) -> str | None:
-    """What is left of another model's chat, or an attack on the template."""
+    """Find what is left of another model's chat, or an attack on the template."""
     found = _SPECIAL_TOKEN.search(record.prompt)
     return found and f"{found[0]} at character {found.start()}"
 
@@ -90,7 +92,8 @@ def image(record: Prompt) -> str | None:
 
 
 def multiple_choice(record: Prompt) -> str | None:
-    """Options labelled A, B, C, ... in their order; two are enough at the beginning of lines when the answer is one."""
+    """Find options labelled A, B, C, ... in their order; two are enough at the beginning of lines when the answer is
+    one."""
     if is_program(record) or not _SECOND_LABEL.search(record.prompt):
         return None
     is_letter = bool(_LETTER_ANSWER.fullmatch(record.answer[:_LONGEST_WORD]))
@@ -106,7 +109,7 @@ def multiple_choice(record: Prompt) -> str | None:
 
 
 def multi_part(record: Prompt) -> str | None:
-    """Parts that are labelled in their order, of which at least two ask for something; or one of them alone."""
+    """Find parts that are labelled in their order, of which at least two ask for something; or one of them alone."""
     if is_program(record):
         return None
     if not _asks_twice(record.prompt):
@@ -125,7 +128,7 @@ def _asks_twice(prompt: str) -> bool:
 
 
 def _parts(prompt: str) -> list[tuple[str, str]]:
-    """(label, text up to the next label), for the longest run a, b, ... or 1, 2, ... or i, ii, ... of labels."""
+    """Return (label, text up to the next label) for the longest run a, b, ... or 1, 2, ... or i, ii, ... of labels."""
     marks = [(next(filter(None, found.groups())).lower(), found) for found in _PART.finditer(prompt)]
     best: list[tuple[str, re.Match[str]]] = []
     for order in ("abcde", "12345", ("i", "ii", "iii", "iv", "v")):
@@ -139,7 +142,7 @@ def _parts(prompt: str) -> list[tuple[str, str]]:
 
 
 def _run(labels: list[str], order: str) -> list[str]:
-    """The beginning of `order` that `labels` holds in this order."""
+    """Return the beginning of `order` that `labels` holds in this order."""
     taken: list[str] = []
     for label in labels:
         if len(taken) < len(order) and label == order[len(taken)]:
