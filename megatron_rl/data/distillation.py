@@ -90,7 +90,8 @@ class _Asked:
 
 
 class Distillation:
-    """Carries out one run over `rollouts`. prompts: see `read_scored`. domains: the counts of each, once it is through."""
+    """Carries out one run over `rollouts`. prompts: see `read_scored`. domains: the counts of each, once it is
+    through."""
 
     def __init__(
         self,

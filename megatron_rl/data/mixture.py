@@ -77,8 +77,8 @@ class Stream(ABC, Generic[Row]):
             source.path: source.rows for stage in stages for source in stage.sources
         }
         self._paths = list(self._sources)
-        # Where each position's row is: its file, and how many turns that file had before. Grows on demand, so that it is
-        # small numbers.
+        # Where each position's row is: its file, and how many turns that file had before. Both grow on demand, so that
+        # they are small numbers.
         self._file, self._turn = array("H"), array("I")
         self._stages = tuple(stages)
         self._turns = _turns(stages)
