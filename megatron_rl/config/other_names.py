@@ -1,4 +1,4 @@
-"""What TRL, slime, verl, prime-rl and other trainers call the keys of this one."""
+"""Lists what TRL, slime, verl, prime-rl and other trainers call the keys of this one."""
 
 from collections.abc import Collection
 
@@ -185,6 +185,6 @@ def names_of(key: str) -> list[str]:
 
 
 def _ways_to_say(path: str) -> tuple[str, str]:
-    """The name with its section, and alone, as Python would have them."""
+    """Return the name with its section, and alone, as Python would have them."""
     parts = path.lower().replace("-", "_").split(".")
     return ".".join(parts[-2:]), parts[-1]

@@ -1,4 +1,4 @@
-"""The weights that servers of an evaluation read, whatever kind of checkpoint they are in."""
+"""Finds the weights that servers of an evaluation read, whatever kind of checkpoint they are in."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Runs `megatron-rl select`: sample from every candidate, measure its policy, choose one, and link to it."""
+"""Runs `megatron-rl select`: samples from every candidate, measures its policy, chooses one, and links to it."""
 
 import asyncio
 import json
