@@ -1,2 +1,2 @@
-"""Runs `megatron-rl evaluate`: samples benchmarks k times, saves responses as they come, and what they say of the
+"""Runs `megatron-rl evaluate`: samples benchmarks k times, saves responses as they come, and says what they show of the
 model."""

@@ -26,7 +26,7 @@ _KNOWN = frozenset(dir(builtins)) | frozenset(PRELUDE) | {"__name__", "__file__"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A fenced block; tag is what stands behind the opening fence, in lower case."""
+    """Holds a fenced block; tag is what stands after the opening fence, in lower case."""
 
     tag: str
     source: str
@@ -84,19 +84,20 @@ def _is_ours(tag: str) -> bool:
 
 
 def _defined(source: str) -> set[str]:
-    """Names of functions, methods, classes and assignments, by how their lines begin: the source may be broken."""
+    """Return the names of functions, methods, classes and assignments, by how their lines begin: the source may be
+    broken."""
     return {one or other for one, other in _DEFINED.findall(source)}
 
 
 def _wholeness(block: Block) -> int:
-    """0: no program, or a part of one. 1: it prints. 2: it reads something too."""
+    """Rate how whole a program is. 0: no program, or a part of one. 1: it prints. 2: it reads something too."""
     if not _WRITES.search(block.source) or (not block.is_cpp and _needs_another(block.source)):
         return 0
     return 2 if _READS.search(block.source) else 1
 
 
 def _needs_another(source: str) -> bool:
-    """Does it use a name that it does not define, as an example does that calls the solution?"""
+    """Tell whether the source uses a name that it does not define, as an example does that calls the solution?"""
     if len(source) > _LONGEST_PARSED:
         return False
     names = Names()
