@@ -75,5 +75,5 @@ class ValidationSection(Section):
         return values | {"benchmarks": filled}
 
     def is_due(self, num_steps: int, last: int) -> bool:
-        """Tell whether the weights of so many completed steps are validated. last: steps of the run."""
+        """Tell whether the weights after `num_steps` completed steps are validated. last: steps of the run."""
         return num_steps % self.every == 0 or num_steps == last

@@ -49,7 +49,7 @@ def impossible(config: "RlConfig") -> Iterator[str]:
 
 
 def doubtful(config: "RlConfig") -> Iterator[str]:
-    """Tell what a run can do and hardly anybody wants."""
+    """Tell what a run can do but is hardly meant to do."""
     rollout, steps = config.rollout, config.train.steps * config.algorithm.optimizer_steps_of_phase
     group = rollout.samples_per_prompt * rollout.max_response_tokens
     if _has_one_budget(config) and config.budget.tokens < _SMALL_SHARE * group:

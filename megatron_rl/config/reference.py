@@ -34,7 +34,7 @@ class Key:
 def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """List the keys of a section and of the sections in it, in their order.
 
-    Tables by name and arrays of tables are keys themselves, and have those of their tables behind them.
+    Tables by name and arrays of tables are keys themselves, and are followed by those of their tables.
     """
     for name, field in kind.model_fields.items():
         path = f"{prefix}{name}"

@@ -223,7 +223,7 @@ class RlConfig(RunConfig, SamplingConfig):
         return self
 
     def is_validated(self, num_steps: int) -> bool:
-        """Tell whether the weights of so many completed steps answer the benchmarks of validation."""
+        """Tell whether the weights after `num_steps` completed steps answer the benchmarks of validation."""
         return self.validation is not None and self.validation.is_due(num_steps, self.train.steps)
 
     def sharing_problems(self, attached: bool) -> Iterator[str]:

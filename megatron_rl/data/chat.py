@@ -33,7 +33,7 @@ TEMPLATES = "additional_chat_templates"  # which transformers reads beside the f
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a Hugging Face directory from data only: no code of the directory runs.
 
-    ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
+    Raise ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
     directory.
     """
     from transformers import AutoTokenizer
@@ -89,7 +89,7 @@ def render_behind(
     """Return the token ids of what the template writes after what the assistant says in the message at `index`: the end
     of its turn, all messages after it, and the generation prompt.
 
-    ValueError where the template does not write the message, or writes it differently once others follow.
+    Raise ValueError where the template does not write the message, or writes it differently once others follow.
     """
     arguments = arguments or {}
     _check_place(tokenizer, chat)
@@ -117,7 +117,7 @@ def render_behind(
 
 
 def _behind(text: str, mark: str) -> str:
-    """Return the text behind the mark. Raise ValueError unless the mark comes exactly once."""
+    """Return the text after the mark. Raise ValueError unless the mark comes exactly once."""
     if text.count(mark) != 1:
         raise ValueError("the chat template does not write what an assistant says once, as it is")
     return text.rpartition(mark)[2]
@@ -132,7 +132,7 @@ def render_prompts(
     """Render every prompt as `render_prompt` does. The template and the tokenizer take many of them at once, which the
     tokenizer divides over the cores. arguments: as data.template_arguments.
 
-    ValueError where the template has no place for an argument, tools or calls of them."""
+    Raise ValueError where the template has no place for an argument, tools or calls of them."""
     arguments = arguments or {}
     check_arguments(tokenizer, arguments)
     special = _special(tokenizer) if special_tokens == "text" else None

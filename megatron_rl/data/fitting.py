@@ -1,4 +1,4 @@
-"""Finds the rows that are short enough, and leaves out or refuses the others."""
+"""Finds the rows that are short enough, and leaves out or refuses the rest."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -209,8 +209,8 @@ def load_stream(
 def load_prompts(
     config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase", kept: Path | None = None
 ) -> tuple[PromptStream, PromptTokens]:
-    """Return the prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too
-    long, or not for the reward that judges them.
+    """Return the prompts of a run in their order, and their token ids by id. Raise ValueError for rows that are wrong,
+    too long, or not for the reward that judges them.
 
     kept: a file of the token ids, see data/prompt_tokens.py.
     """

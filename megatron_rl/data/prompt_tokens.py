@@ -131,7 +131,7 @@ def _add(digest: "hashlib._Hash", content: bytes) -> None:
 
 
 def _read(path: Path, digest: bytes, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read lengths and ids of so many prompts; None where the file is not there, not of these, or not whole."""
+    """Read lengths and ids of `count` prompts; None where the file is not there, not of these, or not whole."""
     try:
         data = memoryview(path.read_bytes())
     except OSError:

@@ -103,7 +103,7 @@ def read_prompts(
     """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
     file, line, field and value; where `problems` are given, they are noted there.
 
-    domain: of rows that name none. suffix: goes behind every prompt, system: before those without a system message; an
+    domain: of rows that name none. suffix: goes after every prompt, system: before those without a system message; an
     id that is made from the content does not depend on them. most: rows to read; default: all. remarks: log what was
     taken for granted, where all are read. needs_answer: else rows may have none, which is "".
     """

@@ -40,7 +40,7 @@ def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSectio
 
 def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
     """Return what `folder/settings.json` will hold: with `resume` benchmarks may be new, and those that are there
-    already are kept. ValueError when the folder holds an evaluation that may not be gone on with, or files that no
+    already are kept. Raise ValueError when the folder holds an evaluation that may not be resumed, or files that no
     evaluation wrote. Changes nothing."""
     path = folder / "settings.json"
     if not path.exists():
@@ -59,7 +59,7 @@ def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> di
 
 
 def benchmark_settings(section: BenchmarkSection) -> dict[str, Any]:
-    """Return what the responses to a benchmark depend on. ValueError when its file does not exist."""
+    """Return what the responses to a benchmark depend on. Raise ValueError when its file does not exist."""
     if not section.path.is_file():
         raise ValueError(f"data file {section.path} does not exist")
     return {

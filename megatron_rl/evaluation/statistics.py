@@ -28,7 +28,7 @@ class Estimate:
 
 
 def student_95(degrees: int) -> float:
-    """Return t such that Student's t distribution with so many degrees of freedom, at least 1, holds 95 % within +-
+    """Return t such that Student's t distribution with `degrees` degrees of freedom, at least 1, holds 95 % within +-
     t."""
     from scipy.stats import t  # takes most of a second, which `megatron-rl --help` need not wait
 
@@ -107,7 +107,7 @@ def _student(values: Sequence[float], mean: float) -> Estimate:
 
 
 def wilson(share: float, trials: float) -> Estimate:
-    """Return Wilson's score interval (1927) of a share that was observed in so many independent trials."""
+    """Return Wilson's score interval (1927) of a share that was observed in `trials` independent trials."""
     shrink = Z_95**2 / trials
     centre = share + shrink / 2
     spread = math.sqrt(shrink * (share * (1 - share) + shrink / 4))

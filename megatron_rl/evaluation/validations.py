@@ -48,7 +48,7 @@ class Validations:
         return [self._rows[step] for step in sorted(self._rows)]
 
     def folder(self, step: int) -> Path:
-        """Return where the responses of the weights of so many completed steps are."""
+        """Return where the responses of the weights after `step` completed steps are."""
         return self._folder / f"step_{step:06d}"
 
     def add(self, step: int, seconds: float, results: Mapping[str, BenchmarkResult]) -> Row:

@@ -17,7 +17,7 @@ _PHASES = tuple(f"{phase}_seconds" for phase in ("rollout", "plan", "update_weig
 
 
 def bin_width(num_steps: int, points: int) -> int:
-    """Return the steps that one point stands for, so that a run has at most so many points."""
+    """Return the steps that one point stands for, so that a run has at most `points` points."""
     return max(1, -(-num_steps // points))
 
 

@@ -20,8 +20,8 @@ class Follower:
     """
 
     def __init__(self, directories: Sequence[Path], page: Callable[[str], str], port: int = 0) -> None:
-        """Open the port. page: makes the page, with its version in it. port: 0 picks one. ValueError when the port is
-        taken."""
+        """Open the port. page: makes the page, with its version in it. port: 0 picks one. Raise ValueError when the
+        port is taken."""
         self._directories, self._page = directories, page
         self._lock = threading.Lock()
         self._made: tuple[str, bytes] = ("", b"")

@@ -24,7 +24,7 @@ _KEPT = (
 
 
 def evenly(items: Sequence[int], count: int) -> list[int]:
-    """Choose so many of them: the first, the last, and evenly spaced ones between them."""
+    """Choose `count` of the items: the first, the last, and evenly spaced ones between them."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
@@ -37,7 +37,7 @@ def steps_with_rollouts(run: Run) -> list[int]:
 
 
 def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
-    """Return groups of the step, each with its responses, of which each is cut to so many characters.
+    """Return groups of the step, each with its responses, of which each is cut to `characters` characters.
 
     Traced groups come first; the others are spread over the file, of which the start was carried from the step before
     and the end into the next.
@@ -107,7 +107,7 @@ def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, char
 
 def _spans(segments: object) -> list[list[Any]]:
     """Return [text, "policy" or "others"] of a trajectory in order, and [newline, "segment", n] where a segment begins
-    whose prompt goes on as the one before for n tokens."""
+    whose prompt has its first n tokens in common with the one before."""
     found: list[list[Any]] = []
     for number, segment in enumerate(segments if isinstance(segments, list) else ()):
         if not isinstance(segment, dict):
@@ -155,7 +155,7 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
     """Return columns of equal length, one entry for each token that is shown.
 
     gap: [first, number] of the tokens left out, or None. versions: [version, number of tokens] in order, of all tokens;
-    None is of tokens that the policy did not sample. segments: where those behind the first one begin.
+    None is of tokens that the policy did not sample. segments: where those after the first one begin.
     """
     tokens = [_text(token) for token in trace["tokens"]]
     head, tail, gap = len(tokens), 0, None
@@ -178,7 +178,7 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
 
 
 def _fitting(tokens: Sequence[str], characters: float) -> int:
-    """Count how many of the first tokens fit into so many characters. Each token with its numbers takes _TOKEN at
+    """Count how many of the first tokens fit into `characters` characters. Each token with its numbers takes _TOKEN at
     least."""
     room = 0
     for number, token in enumerate(tokens):

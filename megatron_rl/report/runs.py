@@ -24,7 +24,7 @@ class Run:
 
     config: the resolved configuration as nested tables; config_text: as it stands in the file. rows: of metrics.jsonl,
     by rising step. resumed_at: the steps from which the run went on after it had stopped. last_validation: none, or the
-    metrics of the weights behind the last step, which have no row of their own.
+    metrics of the weights after the last step, which have no row of their own.
     """
 
     directory: Path

@@ -50,7 +50,7 @@ def run_status(directories: Sequence[Path], as_json: bool) -> int:
 
 
 def status(directory: Path) -> dict[str, Any]:
-    """Tell where a run is. ValueError for what is no run directory.
+    """Tell where a run is. Raise ValueError for what is no run directory.
 
     state: running; silent, when its machine has not said so for a minute; ended, stopped (--resume goes on), failed or
     refused (message says why), killed (it ended without a word), or unknown, of a version without such files. step: the

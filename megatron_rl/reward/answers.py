@@ -117,7 +117,7 @@ def _after_cue(text: str) -> str:
 
 def _is_bare(text: str) -> bool:
     """Tell whether there is no prose outside of formulas: at most one word, such as a unit or an answer in words, and
-    no number behind it."""
+    no number after it."""
     outside = _COMMAND.sub(" ", _MATH.sub(" 0 ", _MARKED.sub(" ", text)))
     words = list(_WORD.finditer(outside))
     return not words or (len(words) == 1 and not re.search(r"\d", outside[words[0].end() :]))

@@ -97,7 +97,7 @@ def _wholeness(block: Block) -> int:
 
 
 def _needs_another(source: str) -> bool:
-    """Tell whether the source uses a name that it does not define, as an example does that calls the solution?"""
+    """Tell whether the source uses a name that it does not define, as an example that calls the solution does."""
     if len(source) > _LONGEST_PARSED:
         return False
     names = Names()

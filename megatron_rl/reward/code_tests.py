@@ -102,7 +102,7 @@ def read_tests(answer: str) -> AnyTests:
 
 
 def parse_exact_json(text: str) -> Any:
-    """Read JSON with integers of up to a million digits. ValueError as of `parse_json`."""
+    """Read JSON with integers of up to a million digits. Raise ValueError as `parse_json` does."""
     try:
         return parse_json(text)
     except ValueError as error:

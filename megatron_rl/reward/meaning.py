@@ -28,7 +28,7 @@ from megatron_rl.reward.units import DEGREES, Unit, read_unit
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
     """Holds words. text: in lower case, without articles and punctuation. also: other names of it, given in brackets
-    behind it."""
+    after it."""
 
     text: str
     also: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaction:
-    """Holds a chemical reaction. sides: what stands before and behind the arrow, each in alphabetical order and one
+    """Holds a chemical reaction. sides: what stands before and after the arrow, each in alphabetical order and one
     spelling."""
 
     sides: tuple[tuple[str, ...], ...]
@@ -212,7 +212,7 @@ def meanings(text: str) -> tuple[Meaning, ...]:
 
 def bare(text: str) -> str:
     """Return the text without what says nothing: braces and brackets around a single answer, `\\text`, "the answer is",
-    `x \\in`, an approximation behind an exact value."""
+    `x \\in`, an approximation after an exact value."""
     for _ in range(8):
         before = text
         text = text.strip()

@@ -63,7 +63,8 @@ class OwnReward:
     """Owns one function and its workers. `close()` ends them."""
 
     def __init__(self, name: str, section: RewardSection, folder: Path | None) -> None:
-        """Load the function. folder: takes the file of its output. ValueError for a function that cannot be called."""
+        """Load the function. folder: takes the file of its output. Raise ValueError for a function that cannot be
+        called."""
         self._name, self._section = name, section
         self._output = (folder or Path(tempfile.gettempdir())) / OUTPUT
         handle, starts = tempfile.mkstemp(prefix="reward_starts_")
@@ -130,7 +131,7 @@ class OwnReward:
 
     async def _in_a_bunch(self, asked: Asked) -> list[Packed]:
         """Send a prompt's calls together with those of others that wait: an item costs more than trivial calls do.
-        OSError as of `_run`, of a bunch for all that are in it."""
+        Raise OSError as `_run` does, for all that are in the bunch."""
         turns = self._turns()
         done: asyncio.Future[list[Packed]] = turns.loop.create_future()
         turns.waiting.append((asked, done))

@@ -261,7 +261,7 @@ def _failed(error: BaseException) -> Verdict:
 
 
 def _redirect(output: Path) -> None:
-    """Redirect the standard streams: whatever is printed goes behind what is in the file, and nothing can be read."""
+    """Redirect the standard streams: whatever is printed is appended to the file, and nothing can be read."""
     output.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)

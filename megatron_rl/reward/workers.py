@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Owns so many processes, which start with the first item. `close()` ends them, also a busy one.
+    """Owns `count` processes, which start with the first item. `close()` ends them, also a busy one.
 
     They come from a forkserver, so they inherit neither CUDA nor threads.
     """

@@ -37,7 +37,8 @@ def find_candidates(where: Path | Sequence[Path]) -> list[Candidate]:
     """Return the subdirectories of a folder in natural order, epoch_2 before epoch_10, or those listed, in their order.
     Hidden ones do not count: they are half-written.
 
-    ValueError where there is none, for one that servers could not load, one that is there twice, and two of one name.
+    Raise ValueError where there is none, for one that servers could not load, one that is there twice, and two of one
+    name.
     """
     if isinstance(where, Path):
         if not where.is_dir():

@@ -47,8 +47,8 @@ class _Job:
 def run_selection(config: SelectConfig, resume: bool) -> int:
     """Run the selection and leave everything in `config.run_dir`. Returns the exit code.
 
-    ValueError for what can be known to fail before a server starts, and when no candidate is within a band that is
-    required; Fault when they are to be chosen by accuracy and too many responses could not be judged.
+    Raise ValueError for what can be known to fail before a server starts, and when no candidate is within a band that
+    is required; Fault when they are to be chosen by accuracy and too many responses could not be judged.
     """
     candidates = find_candidates(config.candidates)
     check_preference(candidates, config.prefer)

@@ -15,7 +15,7 @@ _PARTIAL = ".partial"
 def whole_output(folder: Path, force: bool) -> Iterator[Path]:
     """Give a place to write KEPT, DROPPED and REPORT; they are moved to `folder` when the body ends without an error.
 
-    ValueError when another run writes there, or, without `force`, when a result is there.
+    Raise ValueError when another run writes there, or, without `force`, when a result is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(folder, "set another output"):

@@ -26,7 +26,8 @@ _JUDGE_MALFORMED_FROM_ROWS = 1000
 
 
 def curate(config: CurationConfig, force: bool = False, progress: Progress = lambda stage, rows: None) -> Report:
-    """Write kept.jsonl, dropped.jsonl and report.json to config.output. ValueError for what a user has to correct."""
+    """Write kept.jsonl, dropped.jsonl and report.json to config.output. Raise ValueError for what a user has to
+    correct."""
     with whole_output(config.output, force) as folder:
         return _Curation(config, folder, progress).run()
 

@@ -42,7 +42,7 @@ class Preview:
 
 
 def run_inspect(pattern: str, preset: str, output: Path | None) -> str:
-    """Write the mapping of a file, or of files of one layout, and return what a user is told. ValueError where no
+    """Write the mapping of a file, or of files of one layout, and return what a user is told. Raise ValueError where no
     layout fits."""
     if preset and preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")

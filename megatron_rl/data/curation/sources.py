@@ -65,8 +65,8 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number all lines from 1, and give those that are not blank. ValueError for one that is too long, and for a .gz
-    that is damaged or unpacks to more than a real one does."""
+    """Number all lines from 1, and give those that are not blank. Raise ValueError for one that is too long, and for a
+    .gz that is damaged or unpacks to more than a real one does."""
     with path.open("rb") as file:
         lines = bounded_lines(file, path) if path.suffix != ".gz" else _unpacked(path)
         yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
