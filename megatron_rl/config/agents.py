@@ -18,7 +18,7 @@ def _beside(command: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     )
 
 
-# What decides what agents have the policy say.
+# The keys that decide what agents have the policy say.
 AGENT_KEYS = ("agent", "agent_command", "history", "tool_parser", "max_turns")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-# By our key. A name with a dot is told by the section that it stands in.
+# Other names by our key. A name with a dot includes its section.
 _NAMES = {
     "run_dir": "output_dir default_local_dir save save_dir checkpoint_dir ckpt_dir work_dir log_dir "
     "logging_dir tensorboard_dir",

@@ -38,7 +38,7 @@ def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """
     for name, field in kind.model_fields.items():
         path = f"{prefix}{name}"
-        if field.annotation is NoneType:  # a kind of file that does without what another has
+        if field.annotation is NoneType:  # a kind of file that lacks what another has
             continue
         section, repeated = _section_of(field.annotation)
         if section is not None and not repeated:

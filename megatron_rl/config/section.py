@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-# What servers take besides 0.
+# The lowest temperature besides 0 that servers take.
 _LEAST_TEMPERATURE = 1e-6
 
 Positive = Annotated[int, Field(gt=0)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the model itself does not write.
+# Roles whose messages the model itself does not write.
 _OTHERS = ("user", "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
@@ -105,7 +105,7 @@ def render_behind(
     plain = Message(role="assistant", content=mark)
     if '"tool_calls"' not in said.more:
         return _ids_with_texts(tokenizer, _behind(written(plain, True), mark), texts)
-    # Calls stand behind the text, or in its place: what follows them is what the whole has more than its beginning.
+    # Calls stand after the text, or in its place: what follows them is what the whole has beyond its beginning.
     for answer in (replace(said, content=mark), said):
         whole, beginning = written(answer, True), written(answer, False)
         if answer is not said and mark in beginning:
@@ -138,7 +138,7 @@ def render_prompts(
     special = _special(tokenizer) if special_tokens == "text" else None
     for start in range(0, len(prompts), _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]
-        # What has special tokens in it goes by itself, and so does what has more than a text.
+        # A prompt with special tokens in it is rendered by itself, and so is one that is more than a text.
         plain = [one.is_plain and (special is None or not special.search(one.messages[0].content)) for one in some]
         chats = list(compress(some, plain))
         rendered = iter(_applied(tokenizer, chats, True, arguments, add_generation_prompt=True) if chats else ())

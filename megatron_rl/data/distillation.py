@@ -107,7 +107,7 @@ class Distillation:
                 raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
         self._rollouts, self._selection, self._student, self._prompts = rollouts, selection, student, prompts
         self._progress = progress
-        # The byte, of all files one after the other, at which each begins, and their end.
+        # The byte at which each file begins, counted over all files one after the other, and their end.
         self._begins = [*accumulate((path.stat().st_size for path in rollouts), initial=0)]
         self._asked: dict[int, _Asked] = {}
         self._seen: set[int] = set()

@@ -136,7 +136,7 @@ class Stream(ABC, Generic[Row]):
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
             for source in stage.sources:
-                if source.path in paths:  # goes on where it was; a copy of it would begin
+                if source.path in paths:  # it continues where it was; a copy of it would start anew
                     digest.update(f"file {paths.index(source.path)} again".encode())
                 else:
                     paths.append(source.path)

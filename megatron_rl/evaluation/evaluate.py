@@ -121,7 +121,7 @@ async def _sample(
     before a server starts, and before `folder` is claimed by writing the settings `claimed`."""
     tokenizer = load_tokenizer(config.model.path)
     found = [_left(config, name, section, tokenizer, folder) for name, section in sections.items()]
-    if len(sections) == len(config.benchmarks):  # else it may be of one that is left out
+    if len(sections) == len(config.benchmarks):  # else a domain may be that of a benchmark that is left out
         check_reward_domains((p for one in found for p in one.benchmark.one_of_each), config.reward, "the benchmarks")
     if config.rollout.temperature == 0 and any(section.samples > 1 for section in sections.values()):
         log.warning("rollout.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 is enough")

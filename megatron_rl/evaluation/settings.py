@@ -66,6 +66,6 @@ def benchmark_settings(section: BenchmarkSection) -> dict[str, Any]:
         "sha256": hashlib.sha256(section.path.read_bytes()).hexdigest(),
         "reward": section.reward,
         "prompts": section.prompts,
-        # Named only where they are set, so that a folder of before they were known can be gone on with.
+        # Named only where they are set, so that a folder older than these keys can be resumed.
         **section.model_dump(include=_OF_PROMPTS, exclude_defaults=True),
     }

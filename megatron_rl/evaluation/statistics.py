@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import comb
 
-Z_95 = 1.959964  # the normal distribution holds 95 % within so many standard deviations
+Z_95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def offsets(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[int]:
 def groups(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[Group]:
     """Group the runs whose configurations are equal but for seeds and places, in the order of their first members."""
     keys = [_without_seed(run) for run in runs]
-    # Where their parents are of one group, what runs start from is the same too, whatever it is called.
+    # Runs whose parents are of one group start from the same model, whatever it is called.
     group_of: dict[int, int] = {}
     members: list[list[int]] = []
     for index in sorted(range(len(runs)), key=lambda i: _depth(i, parent_of)):

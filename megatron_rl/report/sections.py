@@ -357,7 +357,7 @@ SECTIONS = (
         ),
     ),
 )
-# Drawn under other names, or the same again.
+# Metrics that are drawn under other names, or repeat another one.
 _NOT_ALONE = {"num_loss_tokens_by_step"}
 
 

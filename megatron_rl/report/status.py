@@ -24,7 +24,7 @@ from megatron_rl.train.run.metrics import metric_rows
 from megatron_rl.train.run.starts import CONFIG
 from megatron_rl.train.run.watchdog import BEAT_SECONDS, HEARTBEAT
 
-# A process on another machine that has not beaten for so long is gone, or its machine is.
+# After so long without a heartbeat a process on another machine is gone, or its machine is.
 _SILENT_SECONDS = 6 * BEAT_SECONDS
 _STEPS_FOR_ETA = 20
 _SHOWN = {  # names of metrics for people, in the order in which they are shown

@@ -20,7 +20,7 @@ from megatron_rl.report.runs import Run
 from megatron_rl.report.status import status
 from megatron_rl.train.run.starts import differences, read_starts
 
-# What may be true of a response at once: one that is cut off has no answer.
+# Several of these may be true of one response: one that is cut off also has no answer.
 _FAILURES = {
     "wrong answer": "wrong_share",
     "no answer": "no_answer_share",

@@ -12,14 +12,14 @@ from megatron_rl.reward.code_tests import AnyTests, StdinTests
 
 CPP_TAGS = ("cpp", "c++", "cc", "cxx")
 _PYTHON_TAG = re.compile(r"(?:python|py)[\w.]*|")
-# A fence, or the end of the thinking, where no block goes on.
+# A fence, or the end of the thinking, which ends every block.
 _FENCE = re.compile(r"^([ \t]*)(`{3,})([^`\n]*)$|</think>", re.MULTILINE)
 _DEFINED = re.compile(
     r"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+(\w++)|^(\w++)[ \t]*(?::[^=\n]*)?=(?!=)", re.MULTILINE
 )
 _READS = re.compile(r"\b(?:input|stdin|open|fileinput|read|readline|scanf|cin|getline|getchar)\b")
 _WRITES = re.compile(r"\b(?:print|stdout|write|printf|cout|puts|putchar)\b")
-# A longer source is taken for a program as it is: parsing one that was made for it takes its time.
+# A longer source counts as a program without being parsed: a hostile one would take long.
 _LONGEST_PARSED = 1 << 16
 _KNOWN = frozenset(dir(builtins)) | frozenset(PRELUDE) | {"__name__", "__file__", "__doc__"}
 

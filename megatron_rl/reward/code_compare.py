@@ -8,11 +8,11 @@ from typing import Any
 
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?[0-9]+[eE][+-][0-9]+")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
-# Of a printed number, as the checkers of most contests do; of its size where that is above 1.
+# Allowed error of a printed number, as in the checkers of most contests; relative where the number is above 1.
 _PRINTED_ERROR = 1e-6
-# A number of so few decimals was rounded on purpose: it must agree to its last decimal.
+# A number of at most so many decimals was rounded on purpose: it must agree to its last decimal.
 _ROUNDED_DECIMALS = 4
-# Of a result: absolute, as LeetCode does, whose expected results have five decimals; or relative.
+# Allowed errors of a result: absolute, as LeetCode has it, whose expected results have five decimals; or relative.
 _RESULT_ERROR, _RESULT_SHARE = 1e-5, 1e-9
 
 

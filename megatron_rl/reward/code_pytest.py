@@ -217,7 +217,7 @@ def collected(space: dict) -> list:
     """Return one function for each test that the file defines, which raises if the test fails."""
     tests: list = []
     for name, value in list(space.items()):
-        # Not what it imports under such a name; and that an object of the program has no say.
+        # A test is not what the file imports under such a name, and an object of the program is never asked.
         if not _is_test(value) or value.__module__ != space["__name__"] or hasattr(value, "_skipped"):
             continue
         if type(value) is _FUNCTION and name.startswith("test"):

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-# Of all answers of a program to its tests.
+# The limit for all answers of a program to its tests.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# Methods of plain values. What a function returns in place of a plain value must not answer in its name.
+# Methods of plain values. An object that a function returns in place of a plain value must not answer for one.
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range)
 _PLAIN_METHODS = frozenset(name for plain in _PLAIN for name in dir(plain))
 # The only names with two underscores that are asked for: others are how libraries get hold of an object's insides.

@@ -105,7 +105,7 @@ _SPELLINGS = (
     (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\bmod "),
 )  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
-# Nothing of what follows is written so.
+# A text of these characters alone needs none of the respellings.
 _PLAIN_ASCII = re.compile(r"[A-Za-z0-9.,;:+/=()\[\]\s!?'-]*", re.ASCII)
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _BOLD = re.compile(r"\s*(\*\*|__)(.+)\1[.。]?\s*", re.DOTALL)

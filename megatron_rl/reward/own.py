@@ -38,11 +38,11 @@ OUTPUT = "reward_output.log"
 # Reading a file with torch or a model in it may take minutes.
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 0.5
-_MAX_ENDED = 2  # workers that may end while they import the file, before it is said
-_FAST_SECONDS = 0.005  # of one call, below which the responses to several prompts are one item
-_SPARE = 4  # so much longer an item of these may take than it should, within the limit of one call
-_PROMPTS_PER_ITEM = 16  # of fast functions
-_ITEMS_PER_WORKER = 2  # that it has or that wait for it, so that it never waits itself
+_MAX_ENDED = 2  # workers that may end while they import the file before that is an error
+_FAST_SECONDS = 0.005  # a call that takes less is fast: the responses to several prompts are one item
+_SPARE = 4  # such an item may take this many times longer than expected, within the limit of one call
+_PROMPTS_PER_ITEM = 16  # where functions are fast
+_ITEMS_PER_WORKER = 2  # items that run or wait for a worker, so that it never waits itself
 _GRACE_SECONDS = 2.0  # for an async function to end those of its calls that take too long
 _TOLD = 3  # errors that are logged whole
 

@@ -24,13 +24,13 @@ from megatron_rl.own_functions import last_lines, load_function, parameters_of
 from megatron_rl.reward.score import OF_GROUP, OF_RESPONSE, verdict_of
 from megatron_rl.reward.verdict import Reason, Verdict, make_verdict
 
-# What the keeper ends a worker with that takes too much memory. Nobody else sends it.
+# The signal by which the keeper ends a worker that takes too much memory. Nothing else sends it.
 OVER_MEMORY = signal.SIGUSR2
 _BEGUN, _ENDED = b"+", b"-"
 OUTPUT_BYTES = 16 * 1024**2
 _LOOK_SECONDS = 0.1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-# One core is what a worker has; libraries would start a thread for each of the machine.
+# A worker has one core; libraries would start a thread for each core of the machine.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

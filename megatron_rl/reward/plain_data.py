@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 100
-# Elements of a set or keys of a dict that have one hash. Somebody who picks such keys makes each wait for all others.
+# Elements of a set or keys of a dict that may share one hash. With keys picked so, each lookup visits all others.
 MAX_SAME_HASH = 100
 _MAX_BITS = 100_000
 _MAX_EXPONENT = 10_000
@@ -35,7 +35,7 @@ _MAX_FIELDS = 100
 _SMALL = 1 << 63
 # numpy's types that hold numbers and text, by their letter and the bytes of one element.
 _NUMPY_TYPES = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16, "S": 1 << 20, "U": 1 << 20}
-# Elements that an array without any may say it has in its other dimensions.
+# Elements that an empty array may claim in its other dimensions.
 _MAX_EMPTY = 10_000
 
 

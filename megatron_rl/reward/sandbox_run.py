@@ -316,7 +316,7 @@ class Running:
         if not data:
             self._selector.unregister(descriptor)  # it ends now, or it is waited for
         elif len(self._heard) > 2 * self._most_heard + _CHUNK_BYTES:
-            self.stop("output")  # who writes unasked is not read without end
+            self.stop("output")  # a program that writes unasked is not read without end
 
     def _read(self, descriptor: int, name: str) -> bool:
         """Read what is there; return True if it is more than the program may write."""

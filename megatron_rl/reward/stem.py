@@ -15,7 +15,7 @@ from megatron_rl.reward.number import Number, equal_numbers, read_number
 from megatron_rl.reward.symbolic import equal_expressions, real_value
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
-# SciBench's (Wang et al. 2023, section 4): its answers are rounded in between, each its own way.
+# SciBench's tolerance (Wang et al. 2023, section 4): its answers come from rounded intermediate results.
 RELATIVE_TOLERANCE = Fraction(5, 100)
 
 

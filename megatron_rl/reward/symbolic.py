@@ -18,14 +18,14 @@ _CLOSE = 1e-30
 # Where expressions in letters are compared: first all positive, then with one letter negative. No special values.
 _POINTS = ("1.3717", "0.6291", "2.1843", "0.8159", "1.7321", "3.0417", "0.4373", "1.1907", "2.6071", "0.9283")
 _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dots)")
-# Words outside of an index; the parser would leave them out, and "12 (not 13)" be 12.
+# Words outside of an index: the parser would leave them out, and read "12 (not 13)" as 12.
 _PROSE = re.compile(r"(?<![_{])(?<!_\{)\\text\s*\{[^{}]*[A-Za-z]{2}")
 # A single expression that is longer than this and than two gold answers is not read: parsing takes a second for 2,000.
 MAX_EXPRESSION_CHARACTERS = 500
 # Digits from which a decimal counts as rounded; fewer may be exact, and those of a response a guess.
 ROUNDED_GOLD_DIGITS, ROUNDED_ANSWER_DIGITS = 4, 12
 _FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
-# What these stand for, the parser leaves out.
+# The parser leaves out what these stand for.
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 # What people type where LaTeX has a command, and what the parser does not know.
 _TYPED = (

@@ -47,7 +47,7 @@ class Measured:
 
 Band = tuple[float, float]
 
-# The smallest is taken.
+# The candidate of the smallest value is chosen.
 PREFERENCES: dict[str, Callable[[Measured], float]] = {
     "lowest": lambda one: one.entropy.value,
     "highest": lambda one: -one.entropy.value,

@@ -162,7 +162,7 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
     title = f"{config.run_dir}: {measured[0].num_prompts} prompts x {measured[0].samples_per_prompt} responses"
     link = config.run_dir / "chosen"
     if chosen is None:
-        link.unlink(missing_ok=True)  # an earlier choice is none of these results
+        link.unlink(missing_ok=True)  # an earlier choice does not belong to these results
     (config.run_dir / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said), encoding="utf-8")
     show(measured, chosen, title, said)

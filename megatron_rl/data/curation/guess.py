@@ -24,7 +24,7 @@ def guess_layout(rows: Rows) -> dict[str, Any]:
     rows: the first ones of a file.
     """
     by_name = _columns(rows)
-    # A conversation that is answered is one to imitate, whatever stands beside it.
+    # A conversation that ends with an answer is one to imitate, whatever other columns there are.
     presets = [name for name in PRESETS if "chat" not in by_name or "chat" in PRESETS[name]]
     scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(presets)]
     (num_read, _), _, preset = max(scored)

@@ -14,7 +14,7 @@ Rule = Callable[[Prompt], str | None]
 _BAD_CHARACTER = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufffe\uffff\U000f0000-\U0010ffff]"
 )
-# UTF-8 that somebody read as Latin-1 or Windows-1252: of accents, signs and spaces, and of dashes and quotation marks.
+# UTF-8 that was read as Latin-1 or Windows-1252: accents, signs and spaces, dashes and quotation marks.
 _MOJIBAKE = re.compile("[ÃÂ][\u00a0-\u00bf]|â€[\u0080-\u00bf\u0152-\u0178\u02c6\u02dc\u2013-\u203a\u20ac\u2122]|ï»¿")
 _IMAGE = re.compile(
     r"!\[[^\]\n]{0,200}\]\([^)\n]{1,500}\)|<img\b|<image>|\\includegraphics|data:image/|cdn\.mathpix\.com",
@@ -35,7 +35,7 @@ _REFERS_TO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 _DRAWN_IN_TEXT = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|picture|asy)\}|```|<svg", re.IGNORECASE)
-# What any two options or parts have: without it the longer expressions need not look.
+# Any two options or parts have this: without it the longer expressions need not be tried.
 _SECOND_LABEL = re.compile(r"(?:[Bb2]|[Ii][Ii])\s*[.):]")
 _PART = re.compile(r"(?:(?<=\s)|^)(?:\(([a-e]|[1-5]|i{1,3}|iv|v)\)|([a-e]|[1-5]|i{1,3}|iv)[.)](?=\s)"
                    r"|(?:part|question|problem)\s+([a-e]|[1-5]|i{1,3}|iv)\s*[:.)])", re.IGNORECASE)  # fmt: skip
@@ -158,5 +158,5 @@ RULES: Mapping[str, Rule] = {
     "multi_part": multi_part,
     "true_or_false": true_or_false,
 }
-# Of conversations; the others are about questions that have one answer.
+# The rules for conversations; the others are about questions that have one answer.
 CHAT_RULES = ("invalid_characters", "special_tokens")
