@@ -146,7 +146,7 @@ async def _sample(
 
 
 async def _judge_again(left: _Left, rewards: Rewards) -> None:
-    """Judge the responses whose judge gave up again, from their text; the file is replaced as a whole."""
+    """Judge again the responses whose judge gave up, from their text; the file is replaced as a whole."""
     log.info("%s: judging %d responses again whose judge gave up", left.name, left.num_given_up)
     prompts = left.benchmark.prompts
 

@@ -1,4 +1,4 @@
-"""Tells how runs belong together: those that differ by seed alone are a group, and one may go on from another's
+"""Tells how runs belong together: those that differ by seed alone are a group, and one may start from another's
 model."""
 
 import re

@@ -51,8 +51,8 @@ class Expression:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """Holds a value with a unit. value: of a Number or an Expression. is_sure: the unit can be no factor, as `m` in `5
-    m` can."""
+    """Holds a value and its unit of measurement. value: of a Number or an Expression. is_sure: the unit can be no
+    factor, as `m` in `5 m` can."""
 
     value: str
     unit: Unit
