@@ -1,1 +1,1 @@
-"""Configuration: one frozen tree from TOML, checked before anything starts."""
+"""Reads the configuration: one frozen tree from TOML, checked before anything starts."""

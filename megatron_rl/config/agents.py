@@ -1,4 +1,4 @@
-"""The keys of the section `rollout` that are about agents."""
+"""Defines the keys of the section `rollout` that are about agents."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -10,7 +10,7 @@ from megatron_rl.config.section import Positive, Section
 
 
 def _beside(command: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    """With whole paths of the words that are files beside the configuration."""
+    """Return the command with whole paths in place of the words that are files beside the configuration."""
     folders: list[Path] = (info.context or {}).get("folders", [])
     return tuple(
         next((str((folder / word).resolve()) for folder in folders if word and (folder / word).is_file()), word)
@@ -18,12 +18,12 @@ def _beside(command: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     )
 
 
-# What decides what agents have the policy say.
+# The keys that decide what agents have the policy say.
 AGENT_KEYS = ("agent", "agent_command", "history", "tool_parser", "max_turns")
 
 
 class AgentKeys(Section):
-    """How agents run (docs/agents.md). With none of them a prompt is answered once, and that is all."""
+    """Says how agents run (docs/agents.md). With none of them a prompt is answered once, and that is all."""
 
     agent: Annotated[str, among(("",))] = Field(
         default="",

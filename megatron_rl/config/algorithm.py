@@ -1,4 +1,4 @@
-"""The section `algorithm`."""
+"""Defines the section `algorithm`."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,8 @@ CORRECTION_NAMES = ("none", "icepop", "kpop", "tis", "sequence_tis")
 
 
 class AlgorithmSection(Section):
-    """One of c3po/algorithms.py, whose parts may be replaced one by one; the rest of the objective beside it."""
+    """Names an algorithm of c3po/algorithms.py, whose parts may be replaced one by one, and the rest of the
+    objective."""
 
     name: Literal["c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"] = Field(
         default="c3po",
@@ -88,7 +89,7 @@ class AlgorithmSection(Section):
 
     @property
     def optimizer_steps_of_phase(self) -> int:
-        """Of all passes together."""
+        """Count the optimizer steps of all passes together."""
         return self.optimizer_steps_per_rollout * self.passes_per_rollout
 
     @property

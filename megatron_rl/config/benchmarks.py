@@ -1,4 +1,4 @@
-"""Benchmarks: files of prompts with answers, of `megatron-rl evaluate` and of the validation inside a run."""
+"""Defines benchmarks: files of prompts with answers, of `megatron-rl evaluate` and of the validation inside a run."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,13 +25,13 @@ class BenchmarkSection(PromptSection):
 
     @property
     def at(self) -> tuple[int, ...]:
-        """Every k of pass@k and maj@k, in order."""
+        """Return every k of pass@k and maj@k, in order."""
         powers = (2**i for i in range(self.samples.bit_length()))
         return tuple(sorted(set(self.pass_at or (*powers, self.samples))))
 
     def reward_of(self, reward: RewardSection) -> RewardSection:
-        """How this benchmark is judged, where `reward` is that of all. Not validated again: "choice" is for evaluation
-        alone."""
+        """Return the section by which this benchmark is judged, where `reward` is that of all. It is not validated
+        again: "choice" is for evaluation alone."""
         if self.reward is None:
             return reward
         alone = {"kind": self.reward, "domains": {}, "parts": {}, "correct_part": "", "judge": JudgeSection()}
@@ -51,7 +51,7 @@ Benchmarks = Annotated[
 
 
 class ValidationSection(Section):
-    """Benchmarks that a run answers now and then, on its own servers. How they are sampled is by default as in
+    """Names benchmarks that a run answers now and then, on its own servers. By default they are sampled as in
     `evaluate`; prompts and responses may be as long as the run's."""
 
     every: Positive = Field(
@@ -75,5 +75,5 @@ class ValidationSection(Section):
         return values | {"benchmarks": filled}
 
     def is_due(self, num_steps: int, last: int) -> bool:
-        """Tell whether the weights of so many completed steps are validated. last: steps of the run."""
+        """Tell whether the weights after `num_steps` completed steps are validated. last: steps of the run."""
         return num_steps % self.every == 0 or num_steps == last

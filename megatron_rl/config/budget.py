@@ -1,4 +1,4 @@
-"""The section `budget`: the tokens of an optimizer step."""
+"""Defines the section `budget`: the tokens of an optimizer step."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from megatron_rl.config.section import Fraction, Positive, Section
 
 
 class BudgetSection(Section):
-    """The token budget Phi of one optimizer step (Eq. 2)."""
+    """Sets the token budget Phi of one optimizer step (Eq. 2)."""
 
     tokens: int = Field(
         default=0,

@@ -1,4 +1,4 @@
-"""The section `cluster`: the machines that a file is meant for."""
+"""Defines the section `cluster`: the machines that a file is meant for."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from megatron_rl.config.section import Positive, Section
 
 
 class ClusterSection(Section):
-    """The machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no more."""
+    """Names the machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no
+    more."""
 
     nodes: Positive = Field(default=1, description="machines, those that serve only among them")
     gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")

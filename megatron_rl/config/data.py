@@ -1,4 +1,4 @@
-"""The section `data`: files, their mixture, and how rows become prompts and chats."""
+"""Defines the section `data`: files, their mixture, and how rows become prompts and chats."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from megatron_rl.config.section import Positive, Section
 
 
 def _weights(train: object) -> object:
-    """A file alone has weight 1."""
+    """Return files with their weights; a file alone has weight 1."""
     if isinstance(train, str | Path):
         return {train: 1.0}
     if not isinstance(train, dict):
@@ -30,7 +30,7 @@ _SET_BY_US = {
 
 
 class TextSection(Section):
-    """How the texts of rows become tokens."""
+    """Says how the texts of rows become tokens."""
 
     special_tokens: Literal["text", "token"] = Field(
         default="text",
@@ -49,7 +49,7 @@ class TextSection(Section):
 
 
 class PromptSection(TextSection):
-    """How the rows of a file become prompts."""
+    """Says how the rows of a file become prompts."""
 
     domain: str = Field(default="math", min_length=1, description="of rows that name none and have no tests")
     suffix: str = Field(
@@ -83,7 +83,7 @@ class SftData(TextSection):
 
 
 class DataStage(Section):
-    """A part of training with a mixture of its own."""
+    """Describes a part of training with a mixture of its own."""
 
     prompts: Positive | None = Field(default=None, description="after which the next stage begins; none for the last")
     train: Weights = Field(description="as data.train")
@@ -114,10 +114,10 @@ class RlData(PromptSection):
 
     @property
     def weights_by_stage(self) -> list[tuple[int | None, Weights]]:
-        """(prompts, weights by file) of every stage; prompts is None for the last."""
+        """Return (prompts, weights by file) of every stage; prompts is None for the last."""
         return [(stage.prompts, stage.train) for stage in self.stages] or [(None, self.train or {})]
 
     @property
     def train_files(self) -> list[Path]:
-        """Each once."""
+        """Return every file once."""
         return list(dict.fromkeys(path for _, weights in self.weights_by_stage for path in weights))

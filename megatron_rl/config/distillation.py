@@ -1,4 +1,5 @@
-"""The section `distillation` names a teacher policy whose opinion of sampled tokens is trained on (docs/joint.md)."""
+"""Defines the section `distillation`, which names a teacher policy whose opinion of sampled tokens is trained on
+(docs/joint.md)."""
 
 from typing import Annotated, Literal
 
@@ -12,8 +13,9 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 
 
 class DistillationSection(ServedModelSection):
-    """The teacher is a checkpoint with the policy's tokenizer that is served beside it by `rollout.engine`, or by
-    servers that run already. Distillation out of texts that a teacher wrote is SFT (docs/distillation.md)."""
+    """Says how the policy learns from a teacher. The teacher is a checkpoint with the policy's tokenizer that is served
+    beside it by `rollout.engine`, or by servers that run already. Distillation out of texts that a teacher wrote is SFT
+    (docs/distillation.md)."""
 
     advantage: Literal["added", "alone"] = Field(
         default="added",

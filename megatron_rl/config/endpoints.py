@@ -1,4 +1,4 @@
-"""The section `teacher`, and what it shares with the judge: endpoints that speak OpenAI's API."""
+"""Defines the section `teacher`, and what it shares with the judge: endpoints that speak OpenAI's API."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron_rl.config.section import Fraction, Positive, Section
 
 
 class EndpointSection(Section):
-    """A model behind an OpenAI-compatible endpoint: megatron_rl/endpoint.py."""
+    """Describes a model behind an OpenAI-compatible endpoint: megatron_rl/endpoint.py."""
 
     url: str = Field(default="", description="of the server, such as http://host:port/v1")
     model: str = Field(default="", description="the name under which that server has it")
@@ -18,8 +18,8 @@ class EndpointSection(Section):
 
 
 class TeacherSection(EndpointSection):
-    """A model that answers the prompts in place of a checkpoint: rollout/teacher.py. Temperature, length and number of
-    its responses are rollout.temperature, max_response_tokens and samples_per_prompt."""
+    """Describes a model that answers the prompts in place of a checkpoint: rollout/teacher.py. Temperature, length and
+    number of its responses are rollout.temperature, max_response_tokens and samples_per_prompt."""
 
     url: str = Field(min_length=1, description="of an OpenAI-compatible server, such as http://host:port/v1")
     model: str = Field(min_length=1, description="the name under which that server has it")

@@ -1,4 +1,4 @@
-"""The configuration of `megatron-rl evaluate`: it knows nothing of training, so that it serves any model."""
+"""Defines the configuration of `megatron-rl evaluate`: it knows nothing of training, so that it serves any model."""
 
 from pydantic import Field, model_validator
 
@@ -12,19 +12,19 @@ from megatron_rl.config.section import Fraction, Positive
 
 
 class EvaluationSampling(GenerationSection, AgentKeys):
-    """The defaults are those of Ring-lite's evaluation; temperature 1.0 too."""
+    """Says how benchmarks are sampled. The defaults are those of Ring-lite's evaluation; temperature 1.0 too."""
 
     max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are refused before anything starts")
     max_response_tokens: Positive = Field(default=32768, description="longer responses are cut off there")
     top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
 
     def as_rollout(self) -> RolloutSection:
-        """For servers and sampler: every response is a group of its own."""
+        """Return the section for servers and sampler, where every response is a group of its own."""
         return RolloutSection(prompts_per_step=1, samples_per_prompt=1, **self.model_dump(exclude={"top_p"}))
 
 
 class EvaluateConfig(CommandConfig):
-    """`megatron-rl evaluate`."""
+    """Configures `megatron-rl evaluate`."""
 
     seed: int = Field(default=1, ge=0, description="of what is sampled")
     model: ServedModelSection

@@ -1,4 +1,4 @@
-"""Which command a configuration file is for."""
+"""Tells which command a configuration file is for."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ KINDS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "select": SelectConfig,
 }
-# What a file for each has and the others lack.
+# What a file for each command has and the others lack.
 _MARKS = {
     "train": "[rollout], [budget] and [train]",
     "sft": "[data] of chats, [train] and no [rollout]",
@@ -32,7 +32,7 @@ _MARKS = {
 
 
 def kind_of(values: Mapping[str, Any]) -> type[Section]:
-    """By the sections that only its kind has."""
+    """Tell the kind of a file by the sections that only its kind has."""
     if "benchmarks" in values:
         return EvaluateConfig
     if "candidates" in values:
@@ -43,7 +43,7 @@ def kind_of(values: Mapping[str, Any]) -> type[Section]:
 
 
 def load_for(command: str, kind: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
-    """Read the configuration of a command. ValueError says so where the file is for another command."""
+    """Read the configuration of a command. Raise ValueError where the file is for another command."""
     overrides = list(overrides)
     try:
         return load_config(kind, path, overrides)

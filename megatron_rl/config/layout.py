@@ -1,4 +1,4 @@
-"""Parallel layout arithmetic: how ranks are divided, and what divides what. No torch, no megatron."""
+"""Computes parallel layouts: how ranks are divided, and what divides what. No torch, no megatron."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from megatron_rl.families import Architecture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel groups of one training world. `data` follows from the world size.
+    """Holds the sizes of the parallel groups of one training world. `data` follows from the world size.
 
     The ranks of a context-parallel group train the same sequences, each its part of every one (model/zigzag.py).
     """
@@ -23,7 +23,8 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Megatron trains mixture-of-experts layers under tensor parallelism with sequence parallelism only."""
+        """Tell whether there is sequence parallelism; Megatron trains mixture-of-experts layers under tensor
+        parallelism only with it."""
         return self.tensor > 1
 
     @property
@@ -31,30 +32,31 @@ class Layout:
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
     def data_rank(self, rank: int) -> int:
-        """Data-parallel rank of a global rank in megatron's order tp-cp-ep-dp-pp."""
+        """Return the data-parallel rank of a global rank in megatron's order tp-cp-ep-dp-pp."""
         return rank // (self.tensor * self.context) % self.data
 
     @property
     def micro_batch_multiple(self) -> int:
-        """What the number of a rank's micro-batches must be a multiple of, for the interleaved pipeline schedule."""
+        """Return what the number of a rank's micro-batches must be a multiple of, for the interleaved pipeline
+        schedule."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each of the pipeline x virtual_pipeline stages in the order of the model, equal or one apart: the
-        last stage, which has the head, is the first to have fewer, then the first stage, which has the embedding.
-        Pipeline rank r runs stages r, r + pipeline, r + 2 pipeline, ..."""
+        """Return the number of layers of each of the pipeline x virtual_pipeline stages in the order of the model,
+        equal or one apart: the last stage, which has the head, is the first to have fewer, then the first stage, which
+        has the embedding. Pipeline rank r runs stages r, r + pipeline, r + 2 pipeline, ..."""
         num_stages = self.pipeline * self.virtual_pipeline
         even, left = divmod(num_layers, num_stages)
         takers = [*range(1, num_stages - 1), 0][:left]
         return tuple(even + (stage in takers) for stage in range(num_stages))
 
     def check(self, model: Architecture) -> None:
-        """ValueError when this world or this model cannot be divided so."""
+        """Raise ValueError when this world or this model cannot be divided so."""
         for problem in self.problems(model):
             raise ValueError(problem)
 
     def problems(self, model: Architecture) -> Iterator[str]:
-        """All that cannot be divided, each with its remedy."""
+        """Yield all that cannot be divided, each with its remedy."""
         sizes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
         small = [name for name in sizes if getattr(self, name) < 1]
         yield from (f"parallel.{name} must be at least 1, got {getattr(self, name)}" for name in small)

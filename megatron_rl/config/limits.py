@@ -1,5 +1,5 @@
-"""Numbers of an RL configuration that cannot work together: whoever starts with them trains on nothing, or on less than
-the file says. `RlConfig` refuses what is impossible; a start warns of what is hardly meant."""
+"""Finds numbers of an RL configuration that cannot work together: whoever starts with them trains on nothing, or on
+less than the file says. `RlConfig` refuses what is impossible; a start warns of what is hardly meant."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ _SMALL_SHARE = 0.5
 
 
 def with_first_phase(values: Any) -> Any:
-    """The values of a file, with rollout.prompts_per_step where it may be left out: as many as fill the budget of a
-    phase with responses of half the longest length. What else is wrong with them is for others to say."""
+    """Return the values of a file with rollout.prompts_per_step filled in where it may be left out: as many as fill the
+    budget of a phase with responses of half the longest length. What else is wrong with them is for others to say."""
     if not isinstance(values, dict):
         return values
     rollout, budget, algorithm = (values.get(name) or {} for name in ("rollout", "budget", "algorithm"))
@@ -49,7 +49,7 @@ def impossible(config: "RlConfig") -> Iterator[str]:
 
 
 def doubtful(config: "RlConfig") -> Iterator[str]:
-    """Tell what a run can do and hardly anybody wants."""
+    """Tell what a run can do but is hardly meant to do."""
     rollout, steps = config.rollout, config.train.steps * config.algorithm.optimizer_steps_of_phase
     group = rollout.samples_per_prompt * rollout.max_response_tokens
     if _has_one_budget(config) and config.budget.tokens < _SMALL_SHARE * group:

@@ -1,4 +1,4 @@
-"""TOML and `--set a.b=value` into the frozen configuration tree, with errors that name the key and the remedy."""
+"""Turns TOML and `--set a.b=value` into the frozen configuration tree, with errors that name the key and the remedy."""
 
 import difflib
 import tomllib
@@ -34,7 +34,7 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), 
 
 
 def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] | None = None) -> dict[str, Any]:
-    """What a file and the files under its `base` keys say, with overrides applied; not validated.
+    """Return what a file and the files under its `base` keys say, with overrides applied; not validated.
 
     base = "other.toml" (beside the file): its values, where this file has none. Tables are joined key by key; anything
     else, lists too, is replaced. folders: takes those of all these files, where functions of the user's own are looked
@@ -70,7 +70,7 @@ def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as TOML; `load_config` reads it back to an equal tree."""
+    """Return the resolved configuration as TOML; `load_config` reads it back to an equal tree."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -118,7 +118,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
 
 
 def _meant(where: str, value: Any, known: Sequence[str]) -> str:
-    """What an unknown key or section probably means: by what others call it, then by its name, then by its spelling."""
+    """Say what an unknown key or section probably means: by what others call it, then by its name, then by its
+    spelling."""
     if isinstance(value, dict):
         inner = {f"{where}.{name}": keys_called(f"{where}.{name}", known) for name in value}
         here = [f"{name} is {keys[0]} here" for name, keys in inner.items() if keys]

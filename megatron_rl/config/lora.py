@@ -1,4 +1,4 @@
-"""The section `lora`: small trained factors beside frozen weights, and what does not go with them."""
+"""Defines the section `lora`: small trained factors beside frozen weights, and what does not go with them."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The sections `model` and `moe`."""
+"""Defines the sections `model` and `moe`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from megatron_rl.hub import local_model
 
 
 class ServingSection(Section):
-    """How servers run a model, whichever it is."""
+    """Says how servers run a model, whichever it is."""
 
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

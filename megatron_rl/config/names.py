@@ -1,4 +1,4 @@
-"""Keys that name one of several built-in things, or a function of the user's own."""
+"""Checks keys that name one of several built-in things, or a function of the user's own."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from megatron_rl.parsing import meant
 def among(
     known: tuple[str, ...], more: str = "", is_more: Callable[[str], bool] = lambda name: False
 ) -> AfterValidator:
-    """Takes the names that are known, and functions of the user's own, with the whole path of their file, which lies
-    beside the configuration. more: what else may stand there, for messages; is_more tells it."""
+    """Return a validator that takes the names that are known, and functions of the user's own, with the whole path of
+    their file, which lies beside the configuration. more: what else may stand there, for messages; is_more tells it."""
 
     def checked(name: str, info: ValidationInfo) -> str:
         if name in known or is_more(name):

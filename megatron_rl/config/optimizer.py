@@ -1,4 +1,4 @@
-"""The section `optimizer`."""
+"""Defines the section `optimizer`."""
 
 from typing import Literal
 
@@ -52,7 +52,7 @@ class OptimizerSection(Section):
         return self
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """Of `num_steps` optimizer steps. A share leaves at least one of them."""
+        """Count the warmup steps of `num_steps` optimizer steps. A share leaves at least one of them."""
         if self.warmup_share is None:
             return self.warmup_steps
         return min(round(self.warmup_share * num_steps), num_steps - 1)

@@ -1,8 +1,8 @@
-"""What TRL, slime, verl, prime-rl and other trainers call the keys of this one."""
+"""Lists what TRL, slime, verl, prime-rl and other trainers call the keys of this one."""
 
 from collections.abc import Collection
 
-# By our key. A name with a dot is told by the section that it stands in.
+# Other names by our key. A name with a dot includes its section.
 _NAMES = {
     "run_dir": "output_dir default_local_dir save save_dir checkpoint_dir ckpt_dir work_dir log_dir "
     "logging_dir tensorboard_dir",
@@ -185,6 +185,6 @@ def names_of(key: str) -> list[str]:
 
 
 def _ways_to_say(path: str) -> tuple[str, str]:
-    """The name with its section, and alone, as Python would have them."""
+    """Return the name with its section, and alone, as Python would have them."""
     parts = path.lower().replace("-", "_").split(".")
     return ".".join(parts[-2:]), parts[-1]

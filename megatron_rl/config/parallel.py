@@ -1,4 +1,4 @@
-"""The section `parallel`."""
+"""Defines the section `parallel`."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""Every key of a configuration with its type, default and description, read from the sections themselves."""
+"""Lists every key of a configuration with its type, default and description, read from the sections themselves."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ _BOUNDS = ((Gt, "gt", "above"), (Ge, "ge", "at least"), (Lt, "lt", "below"), (Le
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """path: such as "train.steps"; NAME stands for a name that the user chooses. default: REQUIRED without one, None
-    for not set."""
+    """Describes a key. path: such as "train.steps"; NAME stands for a name that the user chooses. default: REQUIRED
+    without one, None for not set."""
 
     path: str
     type: str
@@ -34,11 +34,11 @@ class Key:
 def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """List the keys of a section and of the sections in it, in their order.
 
-    Tables by name and arrays of tables are keys themselves, and have those of their tables behind them.
+    Tables by name and arrays of tables are keys themselves, and are followed by those of their tables.
     """
     for name, field in kind.model_fields.items():
         path = f"{prefix}{name}"
-        if field.annotation is NoneType:  # a kind of file that does without what another has
+        if field.annotation is NoneType:  # a kind of file that lacks what another has
             continue
         section, repeated = _section_of(field.annotation)
         if section is not None and not repeated:
@@ -51,7 +51,8 @@ def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key.path, value) of every value. A table whose keys are no names, such as files with weights, is one value."""
+    """Yield (key.path, value) of every value. A table whose keys are no names, such as files with weights, is one
+    value."""
     for key, value in table.items():
         if isinstance(value, dict) and all(map(str.isidentifier, value)):
             yield from flattened(value, f"{prefix}{key}.")
@@ -60,19 +61,19 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def as_toml(value: Any) -> Any:
-    """What a value is once it has been written to a file and read from it."""
+    """Return what a value is once it has been written to a file and read from it."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def told(value: Any) -> str:
-    """A value of a configuration, for people."""
+    """Return a value of a configuration as text for people."""
     if value is None:
         return "not set"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field is, may be, or has several of; and whether it has several."""
+    """Return the section that a field is, may be, or has several of; and whether it has several."""
     plain = _plain(annotation)
     repeated = get_origin(plain) in (tuple, dict)
     inner = _plain((get_args(plain) or (None,))[-1 if get_origin(plain) is dict else 0]) if repeated else plain
@@ -80,7 +81,7 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Without what Annotated adds, and without None beside one other type."""
+    """Return a type without what Annotated adds, and without None beside one other type."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):

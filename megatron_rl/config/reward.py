@@ -1,4 +1,4 @@
-"""The section `reward`."""
+"""Defines the section `reward`."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from megatron_rl.parsing import meant
 
 
 class CodeSection(Section):
-    """How code rewards run programs; the fields of reward.code.CodeSettings."""
+    """Says how code rewards run programs, by the fields of reward.code.CodeSettings."""
 
     seconds: float = Field(default=10.0, gt=0, description="of one response, all of its tests")
     cpu_seconds: Positive = Field(default=6, description="of CPU time of the program; on stdin, of each test")
@@ -29,7 +29,7 @@ class CodeSection(Section):
 
 
 class JudgeSection(EndpointSection):
-    """A model that is asked about answers that rules call wrong: reward/model_judge.py."""
+    """Describes a model that is asked about answers that rules call wrong: reward/model_judge.py."""
 
     domains: tuple[str, ...] = Field(default=(), description="whose wrong answers it is asked about; empty is off")
     max_tokens: Positive = Field(default=1024, description="of its reply")
@@ -54,14 +54,14 @@ BenchmarkKindName = Annotated[str, among(OF_BENCHMARKS, _SERVICE, is_service)]
 
 
 class PartSection(Section):
-    """One of several rewards that are added up."""
+    """Names one of several rewards that are added up."""
 
     kind: RewardKindName = Field(description="as reward.kind")
     weight: float = Field(default=1.0, description="its score is multiplied by it; below 0 it is a punishment")
 
 
 class ServiceSection(Section):
-    """How services are asked that give rewards: reward/service.py."""
+    """Says how services that give rewards are asked: reward/service.py."""
 
     api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
     timeout_seconds: float = Field(default=60.0, gt=0, description="for the responses of one prompt")
@@ -125,25 +125,25 @@ class RewardSection(Section):
     service: ServiceSection = ServiceSection()
 
     def kinds_of(self, domain: str) -> tuple[str, ...]:
-        """Every kind that judges responses to prompts of this domain."""
+        """Return every kind that judges responses to prompts of this domain."""
         if domain not in self.domains and self.parts:
             return tuple(part.kind for part in self.parts.values())
         return (self.domains.get(domain, self.kind),)
 
     def kind_of(self, domain: str) -> str:
-        """The kind that says whether such responses are correct; of parts that all say so the first."""
+        """Return the kind that says whether such responses are correct; the first of the parts where all say so."""
         if domain not in self.domains and self.correct_part:
             return self.parts[self.correct_part].kind
         return self.kinds_of(domain)[0]
 
     @property
     def needs_answers(self) -> bool:
-        """Whether a kind of this section compares with the answer of a row, or runs it; others may do without."""
+        """Tell whether a kind of this section compares with the answer of a row, or runs it; others may do without."""
         return any(kind in OF_BENCHMARKS for kind in self.kinds)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Every kind of this section once."""
+        """Return every kind of this section once."""
         of_others = [part.kind for part in self.parts.values()] or [self.kind]
         return tuple(dict.fromkeys([*of_others, *self.domains.values()]))
 

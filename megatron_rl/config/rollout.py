@@ -1,4 +1,4 @@
-"""The section `rollout`: generation servers and what is sampled from them."""
+"""Defines the section `rollout`: generation servers and what is sampled from them."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from megatron_rl.gpus import visible_gpus
 
 
 class GenerationSection(Section):
-    """Servers, and what is asked of them: what training and evaluation share."""
+    """Describes servers, and what is asked of them: what training and evaluation share."""
 
     engine: Literal["embedded", "sglang"] = Field(
         default="embedded",
@@ -106,7 +106,7 @@ class GenerationSection(Section):
 
     @property
     def sglang_memory_share(self) -> float | None:
-        """Of the memory that is free on a GPU when an SGLang server starts, what it takes for weights and cache; None
+        """Return the share of a GPU's free memory that an SGLang server takes at its start for weights and cache; None
         where SGLang decides."""
         try:
             return float(self._sglang_argument("--mem-fraction-static"))
@@ -122,7 +122,7 @@ class GenerationSection(Section):
         return int(size) if size.isdigit() and int(size) else 1
 
     def _sglang_argument(self, *names: str) -> str:
-        """The last value given under one of these names; empty when there is none."""
+        """Return the last value given under one of these names; empty when there is none."""
         pairs = reversed([*itertools.pairwise(self._sglang_words)])
         return next((value for name, value in pairs if name in names), "")
 
@@ -168,7 +168,7 @@ class RolloutSection(GenerationSection, AgentKeys):
 
 
 def check_servers(rollout: GenerationSection) -> None:
-    """ValueError for what no server could be started or reached by."""
+    """Raise ValueError for what no server could be started or reached by."""
     num_servers = rollout.servers_on(len(visible_gpus()))
     if rollout.port and rollout.port + num_servers - 1 > 65535:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The configuration tree. Field descriptions are the reference; `load.py` reads it from TOML.
+"""Defines the configuration tree. Field descriptions are the reference; `load.py` reads it from TOML.
 
 Nothing here imports torch or megatron, so a wrong configuration is refused in a fraction of a second.
 """
@@ -32,13 +32,13 @@ SEED = "of the order of the data, of what is sampled, and of the new parameters 
 
 
 class CommandConfig(Section):
-    """What a file of any kind may say."""
+    """Holds what a file of any kind may say."""
 
     cluster: ClusterSection | None = None
 
 
 class RunConfig(CommandConfig):
-    """What SFT and RL runs share."""
+    """Holds what SFT and RL runs share."""
 
     run_dir: Path = Field(description="everything a run writes lands here")
     seed: int = Field(default=1, ge=0, description=SEED)
@@ -55,12 +55,12 @@ class RunConfig(CommandConfig):
 
     @property
     def micro_batch_cap(self) -> int:
-        """Tokens of one micro-batch over all the context-parallel ranks that share it."""
+        """Return the most tokens of one micro-batch over all the context-parallel ranks that share it."""
         return self.train.micro_batch_tokens * self.parallel.context
 
 
 class SftConfig(RunConfig):
-    """`megatron-rl sft`: cross-entropy over packed chats."""
+    """Configures `megatron-rl sft`: cross-entropy over packed chats."""
 
     train: SftTrainSection
     data: SftData
@@ -76,14 +76,16 @@ class SftConfig(RunConfig):
         return self
 
     def check_warmup(self, num_steps: int) -> None:
-        """ValueError when it leaves none of the run's optimizer steps, which without train.steps only the data say."""
+        """Raise ValueError when warmup leaves none of the run's optimizer steps, which without train.steps only the
+        data say."""
         if self.optimizer.warmup_steps >= num_steps:
             known = f"train.steps {num_steps}" if self.train.steps else f"the {num_steps} steps of train.epochs"
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below {known}")
 
 
 class RolloutPhase(CommandConfig):
-    """What sampling and scoring training prompts takes, whichever model does. It knows nothing of training."""
+    """Configures the sampling and scoring of training prompts, whichever model does it. It knows nothing of
+    training."""
 
     run_dir: Path = Field(description="everything that is written lands here")
     seed: int = Field(default=1, ge=0, description=SEED)
@@ -98,7 +100,7 @@ class RolloutPhase(CommandConfig):
 
     @property
     def serving(self) -> ServingSection:
-        """How servers run the model, where servers are started."""
+        """Return the section that says how servers run the model, where servers are started."""
         assert self.model is not None
         return self.model
 
@@ -123,7 +125,7 @@ class RolloutPhase(CommandConfig):
 
 
 class SamplingConfig(RolloutPhase):
-    """`megatron-rl rollout`: sampled and scored responses to training prompts."""
+    """Configures `megatron-rl rollout`: sampled and scored responses to training prompts."""
 
     model: ServedModelSection | None = None
     teacher: TeacherSection | None = Field(
@@ -136,7 +138,7 @@ class SamplingConfig(RolloutPhase):
 
 
 class RlConfig(RunConfig, SamplingConfig):
-    """`megatron-rl train`, and `rollout` of its rollout phase alone."""
+    """Configures `megatron-rl train`, and `rollout` of its rollout phase alone."""
 
     model: ModelSection
     teacher: None = None  # training needs responses of its own policy
@@ -170,7 +172,8 @@ class RlConfig(RunConfig, SamplingConfig):
     @model_validator(mode="before")
     @classmethod
     def _size_first_phase(cls, values: Any) -> Any:
-        """rollout.prompts_per_step, where the budget decides how many prompts a phase takes and the file names none."""
+        """Fill in rollout.prompts_per_step where the budget decides how many prompts a phase takes and the file names
+        none."""
         return with_first_phase(values)
 
     @model_validator(mode="after")
@@ -185,7 +188,7 @@ class RlConfig(RunConfig, SamplingConfig):
 
     @property
     def half_length_tokens(self) -> int:
-        """Tokens of the responses of a phase, if each has half of the longest length."""
+        """Count the tokens of the responses of a phase, if each has half of the longest length."""
         rollout = self.rollout
         return rollout.prompts_per_step * rollout.samples_per_prompt * max(1, rollout.max_response_tokens // 2)
 
@@ -220,7 +223,7 @@ class RlConfig(RunConfig, SamplingConfig):
         return self
 
     def is_validated(self, num_steps: int) -> bool:
-        """Tell whether the weights of so many completed steps answer the benchmarks of validation."""
+        """Tell whether the weights after `num_steps` completed steps answer the benchmarks of validation."""
         return self.validation is not None and self.validation.is_due(num_steps, self.train.steps)
 
     def sharing_problems(self, attached: bool) -> Iterator[str]:
@@ -245,7 +248,7 @@ class RlConfig(RunConfig, SamplingConfig):
 
     @property
     def has_budget(self) -> bool:
-        """Whether optimizer steps are filled up to budget.tokens. c3po/algorithms.py has all of each algorithm."""
+        """Tell whether optimizer steps are filled up to budget.tokens. c3po/algorithms.py has all of each algorithm."""
         return self.algorithm.name == "c3po"
 
     @model_validator(mode="after")
@@ -255,6 +258,6 @@ class RlConfig(RunConfig, SamplingConfig):
         return self
 
     def phase_budgets(self, num_training_ranks: int) -> tuple[int, ...]:
-        """Phi of every optimizer step of one rollout phase, in tokens."""
+        """Return Phi of every optimizer step of one rollout phase, in tokens."""
         scale = num_training_ranks if self.budget.scope == "per_gpu" else 1
         return (self.budget.tokens * scale,) * self.algorithm.optimizer_steps_per_rollout

@@ -1,10 +1,10 @@
-"""The base of all sections of a configuration file, and types that several have."""
+"""Defines the base of all sections of a configuration file, and types that several have."""
 
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-# What servers take besides 0.
+# The lowest temperature besides 0 that servers take.
 _LEAST_TEMPERATURE = 1e-6
 
 Positive = Annotated[int, Field(gt=0)]
@@ -26,6 +26,6 @@ Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_far_from_0)]
 
 
 class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """A section is frozen, and an unknown key in it is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())

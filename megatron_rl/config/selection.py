@@ -1,4 +1,4 @@
-"""The configuration of `megatron-rl select`."""
+"""Defines the configuration of `megatron-rl select`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +23,8 @@ def _folder_or_list(candidates: object) -> object:
 
 
 class SelectConfig(RolloutPhase):
-    """`megatron-rl select`: one of several model directories, by the token entropy of its policy."""
+    """Configures `megatron-rl select`, which chooses one of several model directories by the token entropy of its
+    policy."""
 
     model: ServingSection = ServingSection()
     rollout: SelectionRollout

@@ -1,4 +1,5 @@
-"""`megatron-rl keys`: every key that a configuration file may have, with its type, default and description."""
+"""Runs `megatron-rl keys`, which shows every key that a configuration file may have, with its type, default and
+description."""
 
 import json
 import re
@@ -28,7 +29,7 @@ def run_keys(pattern: str) -> int:
 
 
 def all_keys() -> list[tuple[Key, tuple[str, ...]]]:
-    """Every key of every kind of file, with the commands that have it so."""
+    """Return every key of every kind of file, with the commands that have it so."""
     found: dict[str, tuple[Key, list[str]]] = {}
     for command, kind in KINDS.items():
         for key in keys_of(kind):

@@ -1,4 +1,4 @@
-"""The section `sync`: how weights get to the servers."""
+"""Defines the section `sync`: how weights get to the servers."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from megatron_rl.config.section import Positive, Section
 
 
 class SyncSection(Section):
-    """How new weights get to the servers, and how it is proven that they did."""
+    """Says how new weights get to the servers, and how it is proven that they did."""
 
     transport: Literal["disk", "distributed", "ipc"] = Field(
         default="disk",

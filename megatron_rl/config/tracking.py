@@ -1,4 +1,4 @@
-"""The section `tracking`: which programs draw the numbers of a run, besides the run's own report."""
+"""Defines the section `tracking`: which programs draw the numbers of a run, besides the run's own report."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrackingSection(Section):
-    """A run tells every number of its metrics.jsonl to these too. What one of them fails at costs a warning."""
+    """Names programs to which a run tells every number of its metrics.jsonl too. A failure of one costs a warning."""
 
     to: tuple[TrackerName, ...] = Field(
         default=("tensorboard",),

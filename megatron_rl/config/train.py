@@ -1,4 +1,4 @@
-"""The section `train`, of both kinds of training."""
+"""Defines the section `train`, of both kinds of training."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 class TrainSection(Section):
-    """What SFT and RL runs share."""
+    """Holds what the training of SFT and RL runs shares."""
 
     overlap: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -49,7 +49,7 @@ class TrainSection(Section):
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there are any before the end."""
+        """Tell whether there are any checkpoints before the end."""
         return self.save_every > 0 or self.save_minutes > 0
 
     keep_last: Positive = Field(default=2, description="newest checkpoints that are kept")

@@ -1,4 +1,4 @@
-"""Text to tokens, through the chat template of the checkpoint.
+"""Turns text into tokens through the chat template of the checkpoint.
 
 A special token that a user's message has written out (`<|endoftext|>`) is text, unless it is asked for as the token.
 In what an assistant says it is the token: reasoning and tool calls are marked by some.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the model itself does not write.
+# Roles whose messages the model itself does not write.
 _OTHERS = ("user", "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
@@ -31,9 +31,9 @@ TEMPLATES = "additional_chat_templates"  # which transformers reads beside the f
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory, from data only: no code of the directory runs.
+    """Load the tokenizer of a Hugging Face directory from data only: no code of the directory runs.
 
-    ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
+    Raise ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
     directory.
     """
     from transformers import AutoTokenizer
@@ -60,7 +60,7 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
 def render_prompt(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str = "", special_tokens: str = "text"
 ) -> list[int]:
-    """Token ids of one user message, generation prompt included: what the server is asked to continue.
+    """Return the token ids of one user message, generation prompt included: what the server is asked to continue.
 
     special_tokens: as data.special_tokens.
     """
@@ -74,8 +74,8 @@ def render_conversation(
     special_tokens: str = "text",
     arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of any conversation that the model is to go on with, generation prompt included. ValueError where the
-    template refuses it or has no place for a part of it."""
+    """Return the token ids of any conversation that the model is to continue, generation prompt included. Raise
+    ValueError where the template refuses it or has no place for a part of it."""
     return _render(tokenizer, chat, special_tokens, arguments or {}, add_generation_prompt=True)
 
 
@@ -86,10 +86,10 @@ def render_behind(
     special_tokens: str = "text",
     arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of what the template writes behind what the assistant says in the message at `index`: the end of its
-    turn, all messages after it, and the generation prompt.
+    """Return the token ids of what the template writes after what the assistant says in the message at `index`: the end
+    of its turn, all messages after it, and the generation prompt.
 
-    ValueError where the template does not write the message, or writes it differently once others follow.
+    Raise ValueError where the template does not write the message, or writes it differently once others follow.
     """
     arguments = arguments or {}
     _check_place(tokenizer, chat)
@@ -105,7 +105,7 @@ def render_behind(
     plain = Message(role="assistant", content=mark)
     if '"tool_calls"' not in said.more:
         return _ids_with_texts(tokenizer, _behind(written(plain, True), mark), texts)
-    # Calls stand behind the text, or in its place: what follows them is what the whole has more than its beginning.
+    # Calls stand after the text, or in its place: what follows them is what the whole has beyond its beginning.
     for answer in (replace(said, content=mark), said):
         whole, beginning = written(answer, True), written(answer, False)
         if answer is not said and mark in beginning:
@@ -117,7 +117,7 @@ def render_behind(
 
 
 def _behind(text: str, mark: str) -> str:
-    """What is behind the mark; ValueError where it does not come once."""
+    """Return the text after the mark. Raise ValueError unless the mark comes exactly once."""
     if text.count(mark) != 1:
         raise ValueError("the chat template does not write what an assistant says once, as it is")
     return text.rpartition(mark)[2]
@@ -132,13 +132,13 @@ def render_prompts(
     """Render every prompt as `render_prompt` does. The template and the tokenizer take many of them at once, which the
     tokenizer divides over the cores. arguments: as data.template_arguments.
 
-    ValueError where the template has no place for an argument, tools or calls of them."""
+    Raise ValueError where the template has no place for an argument, tools or calls of them."""
     arguments = arguments or {}
     check_arguments(tokenizer, arguments)
     special = _special(tokenizer) if special_tokens == "text" else None
     for start in range(0, len(prompts), _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]
-        # What has special tokens in it goes by itself, and so does what has more than a text.
+        # A prompt with special tokens in it is rendered by itself, and so is one that is more than a text.
         plain = [one.is_plain and (special is None or not special.search(one.messages[0].content)) for one in some]
         chats = list(compress(some, plain))
         rendered = iter(_applied(tokenizer, chats, True, arguments, add_generation_prompt=True) if chats else ())
@@ -150,7 +150,7 @@ def render_prompts(
 
 
 def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]) -> None:
-    """ValueError for an argument that the chat template never reads, or sets itself: it would change nothing, and
+    """Raise ValueError for an argument that the chat template never reads, or sets itself: it would change nothing, and
     nobody would see."""
     for name in arguments:
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
@@ -166,13 +166,13 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str
 
 
 def mentions(tokenizer: "PreTrainedTokenizerBase", *names: str) -> bool:
-    """Whether the chat template has one of these names in it."""
+    """Tell whether the chat template contains one of these names."""
     template = str(tokenizer.chat_template)
     return any(re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9_])", template) for name in names)
 
 
 def _check_place(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> None:
-    """ValueError where the chat template would leave out tools, calls of them, or reasoning without a word."""
+    """Raise ValueError where the chat template would leave out tools, calls of them, or reasoning without a word."""
     if chat.tools and not mentions(tokenizer, "tools"):
         raise ValueError("there are 'tools', and the model's chat template never mentions tools; drop them")
     for message in chat.messages:
@@ -190,8 +190,9 @@ def _check_place(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> No
 
 
 def response_decoder(tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int]) -> Callable[[Sequence[int]], str]:
-    """Text of a response's token ids [n], without the one of `end_ids` that ends it: what rewards judge, and what
-    files of responses hold. Other special tokens stay visible. Warns of a tokenizer that ends responses otherwise."""
+    """Return a function that gives the text of a response's token ids [n], without the one of `end_ids` that ends it.
+    That is what rewards judge and files of responses hold. Other special tokens stay visible. Warns of a tokenizer that
+    ends responses otherwise."""
 
     if told := other_end_token(tokenizer, end_ids):
         log.warning("%s", told)
@@ -212,7 +213,7 @@ def render_chat(
     tools: str = "",
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """(token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
+    """Return (token ids, loss mask) of one conversation; the mask is over the ids themselves, not their predecessors.
 
     end_ids: what ends a response of the model, beside the tokenizer's eos token; the model's eos_token_ids.
     tools: as of a `Conversation`. arguments: as data.template_arguments.
@@ -256,7 +257,7 @@ def render_chat(
 def _marked(
     tokenizer: "PreTrainedTokenizerBase", chat: Conversation, special_tokens: str, arguments: Mapping[str, Any]
 ) -> tuple[list[int], list[bool]]:
-    """Ids and mask by the template's own marks. A token carries loss where all of its text is marked."""
+    """Return ids and mask by the template's own marks. A token carries loss where all of its text is marked."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _check_place(tokenizer, chat)
@@ -327,7 +328,7 @@ def _applied(
 
 @contextmanager
 def _told_of_template(chat: Conversation) -> Iterator[None]:
-    """ValueError for what the template refuses."""
+    """Raise ValueError for what the template refuses."""
     from jinja2 import TemplateError
 
     try:
@@ -339,14 +340,14 @@ def _told_of_template(chat: Conversation) -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def _special(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
-    """Any special token; the longest one where one begins with another."""
+    """Return a pattern that matches any special token, the longest one where one begins with another."""
     names = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)}, key=len)
     return re.compile("|".join(map(re.escape, reversed(names)))) if names else None
 
 
 def _hidden(chat: Conversation, special: re.Pattern[str] | None) -> tuple[Conversation, Mapping[str, str]]:
-    """The conversation with something in place of every special token in what users and tools say, and what it stands
-    for."""
+    """Replace every special token in what users and tools say by a stand-in; return the conversation and what each
+    stand-in stands for."""
     texts: dict[str, str] = {}
     if special is None or not any(m.role in _OTHERS and special.search(m.content) for m in chat.messages):
         return chat, texts
@@ -362,7 +363,7 @@ def _hidden(chat: Conversation, special: re.Pattern[str] | None) -> tuple[Conver
 
 
 def _unused_character(chat: Conversation) -> str:
-    """Of the private-use characters one that nobody has written."""
+    """Return a private-use character that nobody in the conversation has written."""
     whole = json.dumps(chat.parts(), ensure_ascii=False)
     return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
 
@@ -397,7 +398,7 @@ def _prefix_length(
     ids: Sequence[int],
     add_generation_prompt: bool,
 ) -> int:
-    """Tokens of the first `count` messages, checked to be the beginning of `ids`."""
+    """Count the tokens of the first `count` messages, checked to be the beginning of `ids`."""
     part = replace(chat, messages=chat.messages[:count])
     prefix = _render(tokenizer, part, special_tokens, arguments, add_generation_prompt)
     if prefix != list(ids[: len(prefix)]):

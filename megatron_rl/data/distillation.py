@@ -1,4 +1,4 @@
-"""SFT rows out of rollouts: what a teacher answered rightly and to the end, so many times to each prompt.
+"""Makes SFT rows out of rollouts: what a teacher answered rightly and to the end, so many times to each prompt.
 
 The files are read twice: first everything is judged, and of each response that may stay a few numbers are remembered;
 then those that stay are read again, in their order, and written. So memory depends on how many responses there are and
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # what is done, bytes so far, bytes 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What stays.
+    """Says which responses stay.
 
     per_prompt: at most so many responses of a prompt, chosen by the seed or, with `shortest_first`, by their length;
         None is all. validation_share: of the prompts. with_reasoning: what a reasoning model thought goes before its
@@ -44,11 +44,12 @@ class Selection:
     max_tokens: int | None = None
 
     def is_validation(self, prompt: str) -> bool:
-        """By the text alone: a prompt stays where it is when others join it, whatever domain or file it is in."""
+        """Tell by the text alone whether a prompt is for validation, so that it stays where it is when others join it,
+        whatever domain or file it is in."""
         return self._hash(f"validation {prompt}") < self.validation_share * 2.0**64
 
     def rank(self, text: str, identity: int) -> tuple[int, int]:
-        """The lowest ones of a prompt stay."""
+        """Return the rank of a response; the lowest ones of a prompt stay."""
         return (len(text) if self.shortest_first else 0), self._hash(f"choice {identity:x}")
 
     def _hash(self, text: str) -> int:
@@ -57,7 +58,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """text: what SFT would teach as the assistant's message."""
+    """Holds a response that may stay. text: what SFT would teach as the assistant's message."""
 
     row: Scored
     text: str
@@ -68,11 +69,11 @@ class Candidate:
         return (*asked.messages, Message(role="assistant", content=self.text))
 
     def question(self) -> int:
-        """128 bits for domain and prompt."""
+        """Return 128 bits for domain and prompt."""
         return _digest([self.row.domain, self.row.prompt, *self._more()])
 
     def identity(self) -> int:
-        """128 bits for domain, prompt and text."""
+        """Return 128 bits for domain, prompt and text."""
         return _digest([self.row.domain, self.row.prompt, self.text, *self._more()])
 
     def _more(self) -> list[str]:
@@ -81,7 +82,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class _Asked:
-    """A prompt, and the responses that may stay: (rank, number of the file, byte at which the row begins)."""
+    """Holds a prompt, and the responses that may stay: (rank, number of the file, byte at which the row begins)."""
 
     domain: str
     is_validation: bool
@@ -89,7 +90,8 @@ class _Asked:
 
 
 class Distillation:
-    """One run over `rollouts`. prompts: see `read_scored`. domains: the counts of each, once it is through."""
+    """Carries out one run over `rollouts`. prompts: see `read_scored`. domains: the counts of each, once it is
+    through."""
 
     def __init__(
         self,
@@ -99,21 +101,21 @@ class Distillation:
         prompts: Mapping[str, Prompt],
         progress: Progress = lambda stage, done, total: None,
     ) -> None:
-        """ValueError for a file that does not exist."""
+        """Prepare the run. Raise ValueError for a file that does not exist."""
         for path in rollouts:
             if not path.is_file():
                 raise ValueError(f"rollouts file {path} does not exist; megatron-rl rollout writes one")
         self._rollouts, self._selection, self._student, self._prompts = rollouts, selection, student, prompts
         self._progress = progress
-        # The byte, of all files one after the other, at which each begins, and their end.
+        # The byte at which each file begins, counted over all files one after the other, and their end.
         self._begins = [*accumulate((path.stat().st_size for path in rollouts), initial=0)]
         self._asked: dict[int, _Asked] = {}
         self._seen: set[int] = set()
         self.domains: dict[str, Counts] = {}
 
     def write(self, files: SftFiles) -> None:
-        """Choose and write. ValueError for a row that is no scored response, and when nothing stays for training or for
-        validation."""
+        """Choose and write. Raise ValueError for a row that is no scored response, and when nothing stays for training
+        or for validation."""
         for number in range(len(self._rollouts)):
             self._choose(number, files)
         self._seen.clear()
@@ -152,7 +154,7 @@ class Distillation:
         return Candidate(row=row, text=text)
 
     def _objection(self, candidate: Candidate) -> str:
-        """Why it is dropped for itself; "" when it may stay."""
+        """Say why a response is dropped for itself; "" when it may stay."""
         row, text, student, selection = candidate.row, candidate.text, self._student, self._selection
         if row.reward is None or row.reason in GAVE_UP:
             return "no_verdict"
@@ -171,8 +173,8 @@ class Distillation:
         return ""
 
     def _keep(self, asked: _Asked, candidate: Candidate, number: int, offset: int) -> str:
-        """Among the best of its prompt, where it is one. Returns why a response was dropped, this one or the one whose
-        place it took; "" when none was."""
+        """Keep a response where it is among the best of its prompt. Returns why a response was dropped, this one or the
+        one whose place it took; "" when none was."""
         identity = candidate.identity()
         if identity in self._seen:
             return "repeat"
@@ -184,7 +186,7 @@ class Distillation:
         return ""
 
     def _check(self, is_validation: Sequence[bool]) -> None:
-        """ValueError when there is none of either kind."""
+        """Raise ValueError when there is no response for training or none for validation."""
         if not is_validation:
             counts = total(self.domains.values())
             why = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.most_common())
@@ -197,7 +199,8 @@ class Distillation:
             )
 
     def _copy(self, number: int, rows: Sequence[tuple[int, bool]], files: SftFiles) -> None:
-        """rows: (byte at which it begins, whether it is for validation), in their order."""
+        """Copy rows of a file to the output. rows: (byte at which it begins, whether it is for validation), in their
+        order."""
         path = self._rollouts[number]
         with path.open("rb") as file:
             for offset, is_validation in rows:

@@ -1,4 +1,4 @@
-"""What became of the responses of a teacher, in numbers."""
+"""Counts what became of the responses of a teacher."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Counts:
-    """Of one domain.
+    """Counts the prompts and responses of one domain.
 
     num_prompts: that have responses; num_kept_prompts: of which a response stays. num_kept: responses that stay;
     num_validation: those of them for validation; num_characters: of them. dropped: responses, by reason.
@@ -43,7 +43,7 @@ def total(counts: Iterable[Counts]) -> Counts:
 
 
 def table(domains: Mapping[str, Counts]) -> str:
-    """For people: a line for each domain, and one for each reason under it."""
+    """Return a table for people: a line for each domain, and one for each reason under it."""
     named = [*sorted(domains.items()), *([("all", total(domains.values()))] if len(domains) > 1 else [])]
     lines = []
     for name, count in named:

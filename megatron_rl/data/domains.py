@@ -1,4 +1,4 @@
-"""Check the tables of a configuration that are keyed by domain against the domains that prompts have."""
+"""Checks the tables of a configuration that are keyed by domain against the domains that prompts have."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -10,8 +10,8 @@ _MOST_NAMED = 20
 
 
 def check_reward_domains(prompts: Iterable[Prompt], reward: RewardSection, where: str) -> None:
-    """ValueError for a domain that reward.domains or reward.judge.domains names and no prompt has: a misspelt one would
-    be judged by other rules, and score 0 throughout."""
+    """Raise ValueError for a domain that reward.domains or reward.judge.domains names and no prompt has: a misspelt one
+    would be judged by other rules, and score 0 throughout."""
     rows = list(prompts)
     for table, named in (("reward.domains", reward.domains), ("reward.judge.domains", reward.judge.domains)):
         check_named_domains(rows, table, named, where)
@@ -28,7 +28,8 @@ def check_named_domains(prompts: Iterable[Prompt], table: str, named: Iterable[s
 
 
 def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where: str) -> None:
-    """ValueError unless the prompts are of the domains that have a share of the budget, all of these and no others."""
+    """Raise ValueError unless the prompts are of the domains that have a share of the budget, all of these and no
+    others."""
     found = {prompt.domain for prompt in prompts}
     for domain in sorted(found - shares.keys()):
         raise ValueError(
@@ -43,6 +44,6 @@ def check_domains(prompts: Iterable[Prompt], shares: Mapping[str, float], where:
 
 
 def _listed(names: Collection[str]) -> str:
-    """As a message has them, however many there are."""
+    """Return the names as a message has them, however many there are."""
     shown = sorted(names)[:_MOST_NAMED]
     return ", ".join(shown) + (f", ... {len(names)} in all" if len(names) > _MOST_NAMED else "")

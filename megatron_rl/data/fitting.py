@@ -1,4 +1,4 @@
-"""Finds the rows that are short enough, and leaves out or refuses the others."""
+"""Finds the rows that are short enough, and leaves out or refuses the rest."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """tokens: of a row at most. key: what says so. kind: what the rows are, for messages. too_long: as
-    data.too_long; None where there is no such key."""
+    """Says how long a row may be. tokens: of a row at most. key: what says so. kind: what the rows are, for messages.
+    too_long: as data.too_long; None where there is no such key."""
 
     tokens: int
     key: str
@@ -29,8 +29,8 @@ class Limit:
     too_long: str | None = None
 
     def check(self, lengths: Mapping[str, int]) -> set[str]:
-        """The rows to leave out, by where they stand. ValueError names those that are too long, or all where none is
-        left. lengths: tokens by file:line."""
+        """Return the rows to leave out, by where they stand. ValueError names those that are too long, or all where
+        none is left. lengths: tokens by file:line."""
         longer = {where: length for where, length in lengths.items() if length > self.tokens}
         if not longer:
             return set()
@@ -58,7 +58,7 @@ def rendered_prompts(
     kept: Path | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> PromptTokens:
-    """Token ids by id of every prompt that is short enough; ValueError as of `Limit.check`.
+    """Return the token ids, by id, of every prompt that is short enough. Raise ValueError as `Limit.check` does.
 
     All of them at the start, so that a long prompt cannot end a run when its turn comes hours later. kept, arguments:
     as of `prompt_tokens`.

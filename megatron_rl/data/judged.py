@@ -1,4 +1,4 @@
-"""Do prompts and their answers suit the reward that will judge the responses? Asked before a run begins."""
+"""Checks before a run begins that prompts and their answers suit the reward that will judge the responses."""
 
 import logging
 from collections import defaultdict
@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def check_judged(prompts: Sequence[Prompt], reward: RewardSection, suffix_key: str = "data.suffix") -> None:
-    """ValueError as of `refuse_misjudged`. Warns where prompts do not ask for the answer as the reward reads it.
+    """Raise ValueError as `refuse_misjudged` does. Warns where prompts do not ask for the answer as the reward reads
+    it.
 
     suffix_key: what appends an instruction to them.
     """
@@ -26,8 +27,8 @@ def check_judged(prompts: Sequence[Prompt], reward: RewardSection, suffix_key: s
 
 
 def refuse_misjudged(prompts: Iterable[Prompt], reward: RewardSection) -> None:
-    """ValueError where a reward could only ever give 0: tests that are read as an answer, and answers that are read as
-    tests."""
+    """Raise ValueError where a reward could only ever give 0: tests that are read as an answer, and answers that are
+    read as tests."""
     by_domain: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_domain[prompt.domain].append(prompt)
@@ -51,7 +52,8 @@ def _check_tests(domain: str, prompts: Sequence[Prompt]) -> None:
 
 
 def _check_answers(domain: str, prompts: Sequence[Prompt], kind: str) -> None:
-    """To `exact` JSON can be an answer, so there most rows must look like tests."""
+    """Raise ValueError where answers are tests. JSON can be an answer for `exact`, so there most rows must look like
+    tests."""
     tests = [p for p in prompts if looks_like_tests(p.answer)]
     if tests and (kind in BY_FORMULAS or 2 * len(tests) > len(prompts)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The messages of a conversation, as rows have them and as chat templates take them.
+"""Reads the messages of a conversation as rows have them, for chat templates to take.
 
 {"role": "system" | "user" | "assistant" | "tool", "content": str or text parts}; an assistant's may have tool_calls and
 reasoning (reasoning_content, reasoning or thinking), a tool's name and tool_call_id.
@@ -19,47 +19,47 @@ _MORE = {"assistant": (*REASONING, "tool_calls"), "tool": ("name", "tool_call_id
 
 
 class Wrong(ValueError):
-    """A field of a row cannot be used. The message names it, its value and the remedy."""
+    """Says that a field of a row cannot be used. The message names it, its value and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """more: the other keys of the message as one JSON object, in their order; "" for none."""
+    """Holds one message. more: the other keys of the message as one JSON object, in their order; "" for none."""
 
     role: str
     content: str
     more: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates and endpoints take it."""
+        """Return the message as chat templates and endpoints take it."""
         return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What a chat template renders. tools: JSON of a list of tool descriptions; "" for none."""
+    """Holds what a chat template renders. tools: JSON of a list of tool descriptions; "" for none."""
 
     messages: tuple[Message, ...]
     tools: str = ""
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one message of the user and nothing else."""
+        """Tell whether it is one message of the user and nothing else."""
         return len(self.messages) == 1 and self.messages[0].role == "user" and not self.tools
 
     def parts(self) -> list[Any]:
-        """All that it says, as JSON."""
+        """Return all that it says, as JSON."""
         return [[[message.role, message.content, message.more] for message in self.messages], self.tools]
 
 
 def of_text(text: str) -> Conversation:
-    """A conversation of one question."""
+    """Return a conversation of one question."""
     return Conversation(messages=(Message(role="user", content=text),))
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field; raises Wrong. A number is taken for its text, and of an answer a list of texts for JSON of
-    answers that are all right, and an object for JSON of tests."""
+    """Return the text of a field; raises Wrong. A number is taken for its text, and of an answer a list of texts for
+    JSON of answers that are all right, and an object for JSON of tests."""
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
@@ -79,7 +79,7 @@ def is_list_of_texts(value: object) -> bool:
 
 
 def prompt_of(value: object, name: str = "prompt") -> tuple[Message, ...]:
-    """The messages of a prompt that the model is to go on with; raises Wrong."""
+    """Return the messages of a prompt that the model is to continue; raises Wrong."""
     messages = _messages(value, name)
     if messages[-1].role not in ("user", "tool"):
         raise Wrong(
@@ -90,7 +90,7 @@ def prompt_of(value: object, name: str = "prompt") -> tuple[Message, ...]:
 
 
 def messages_of(value: object) -> tuple[Message, ...]:
-    """The messages of a conversation that is to be learned from; raises Wrong."""
+    """Return the messages of a conversation that is to be learned from; raises Wrong."""
     messages = _messages(value, "messages")
     if messages[-1].role != "assistant":
         raise Wrong(
@@ -106,7 +106,7 @@ def messages_of(value: object) -> tuple[Message, ...]:
 
 
 def tools_of(value: object) -> str:
-    """JSON of the tools that a row names, "" for none; raises Wrong."""
+    """Return JSON of the tools that a row names, "" for none; raises Wrong."""
     if isinstance(value, str) and value.strip():
         with contextlib.suppress(ValueError):
             value = parse_json(value)
@@ -137,7 +137,7 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
 
 
 class _OfContent(Wrong):
-    """It names only the field in the message."""
+    """Says that a field of a message cannot be used. It names only the field in the message."""
 
 
 def _message(item: object, name: str) -> Message:
@@ -176,7 +176,7 @@ def _content(item: Mapping[str, Any], key: str) -> str:
 
 
 def tool_calls_of(value: object, name: str) -> list[dict[str, Any]]:
-    """The calls of a message, with arguments as objects, which every template can write; raises Wrong."""
+    """Return the calls of a message, with arguments as objects, which every template can write; raises Wrong."""
     remedy = 'write [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise Wrong(f"field '{name}.tool_calls' must be a list of objects, got {shown(value)}; {remedy}")
@@ -209,13 +209,13 @@ def _refuse_half_pairs(text: str, name: str) -> None:
 
 
 def with_suffix(messages: Sequence[Message], suffix: str) -> tuple[Message, ...]:
-    """The messages with a text behind the last one."""
+    """Return the messages with a text appended to the last one."""
     last = messages[-1]
     return (*messages[:-1], Message(role=last.role, content=last.content + suffix, more=last.more))
 
 
 def with_system(messages: Sequence[Message], system: str) -> tuple[Message, ...]:
-    """The messages behind a system message, unless they have one or there is none."""
+    """Return the messages with a system message before them, unless they have one or there is none."""
     if not system or messages[0].role == "system":
         return tuple(messages)
     return (Message(role="system", content=system), *messages)

@@ -1,5 +1,5 @@
-"""The order in which training goes through its rows: stages, each a weighted mixture of files. RL has prompts, SFT
-chats and one stage."""
+"""Gives the order in which training goes through its rows: stages, each a weighted mixture of files. RL has prompts,
+SFT chats and one stage."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source(Generic[Row]):
-    """The rows of one file. weight: its share of the stage, relative to the other weights."""
+    """Holds the rows of one file. weight: its share of the stage, relative to the other weights."""
 
     path: Path
     rows: tuple[Row, ...]
@@ -44,15 +44,15 @@ class Source(Generic[Row]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage(Generic[Row]):
-    """num_rows: after which the next stage begins; None for the last."""
+    """Holds one mixture of files. num_rows: after which the next stage begins; None for the last."""
 
     sources: tuple[Source[Row], ...]
     num_rows: int | None = None
 
 
 class Stream(ABC, Generic[Row]):
-    """Rows in a seeded order. A pure function of (stages, seed, cursor), where the cursor counts rows from the start of
-    training; it is all that a checkpoint has to keep.
+    """Gives rows in a seeded order. It is a pure function of (stages, seed, cursor), where the cursor counts rows from
+    the start of training; it is all that a checkpoint has to keep.
 
     Files take turns so that after any number of rows each has had its weight's share of the stage, to within one row
     for every other file. In its turns a file goes through one seeded permutation of its rows after the other, each row
@@ -67,8 +67,8 @@ class Stream(ABC, Generic[Row]):
         special_tokens: str = "text",
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """special_tokens, arguments: as data.special_tokens and template_arguments, for the digest: other tokens are
-        other rows."""
+        """Keep the stages. special_tokens, arguments: as data.special_tokens and template_arguments, for the digest:
+        other tokens are other rows."""
         self.seed = seed
         self._of_tokens = "" if special_tokens == "text" else special_tokens
         if arguments:
@@ -77,8 +77,8 @@ class Stream(ABC, Generic[Row]):
             source.path: source.rows for stage in stages for source in stage.sources
         }
         self._paths = list(self._sources)
-        # Where each position's row is: its file, and the how manieth of that file it is. Grows on demand, so that it is
-        # small numbers.
+        # Where each position's row is: its file, and how many turns that file had before. Both grow on demand, so that
+        # they are small numbers.
         self._file, self._turn = array("H"), array("I")
         self._stages = tuple(stages)
         self._turns = _turns(stages)
@@ -87,21 +87,21 @@ class Stream(ABC, Generic[Row]):
 
     @abstractmethod
     def permutation(self, length: int, epoch: int) -> list[int]:
-        """The order of a file's rows in its epoch `epoch`."""
+        """Return the order of a file's rows in its epoch `epoch`."""
 
     @staticmethod
     @abstractmethod
     def content(row: Row) -> list[Any]:
-        """What two rows with the same id must have in common."""
+        """Return what two rows with the same id must have in common."""
 
     @property
     def num_rows(self) -> int:
-        """Of all files together."""
+        """Count the rows of all files together."""
         return sum(len(rows) for rows in self._sources.values())
 
     @property
     def rows(self) -> list[Row]:
-        """Every row once. ValueError when two that differ have the same id."""
+        """Return every row once. Raise ValueError when two that differ have the same id."""
         found: dict[str, tuple[Row, Path]] = {}
         for path, rows in self._sources.items():
             for row in rows:
@@ -115,7 +115,7 @@ class Stream(ABC, Generic[Row]):
         return [row for row, _ in found.values()]
 
     def take(self, cursor: int, count: int) -> tuple[list[Row], int]:
-        """The `count` rows from `cursor` on, and the cursor after them."""
+        """Return the `count` rows from `cursor` on, and the cursor after them."""
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
         while len(self._file) < cursor + count:
@@ -130,13 +130,13 @@ class Stream(ABC, Generic[Row]):
         return self._sources[path][self._order(len(self._sources[path]), epoch)[index]]
 
     def _digest(self, stages: Sequence[Stage[Row]]) -> str:
-        """16 hexadecimal digits that are others as soon as any position could have another row."""
+        """Return 16 hexadecimal digits that change as soon as any position could have another row."""
         digest = hashlib.sha256(f"{self.seed}{self._of_tokens}".encode())
         paths: list[Path] = []
         for stage in stages:
             digest.update(json.dumps([stage.num_rows, [source.weight for source in stage.sources]]).encode())
             for source in stage.sources:
-                if source.path in paths:  # goes on where it was; a copy of it would begin
+                if source.path in paths:  # it continues where it was; a copy of it would start anew
                     digest.update(f"file {paths.index(source.path)} again".encode())
                 else:
                     paths.append(source.path)
@@ -155,8 +155,8 @@ class PromptStream(Stream[Prompt]):
         return [row.domain, row.prompt, row.answer, *more]
 
     def check_shares(self, shares: Mapping[str, float], warns: bool = True) -> None:
-        """ValueError unless every stage has prompts of the domains that have a share of the budget, and no others.
-        warns: of weights that do not say what is trained."""
+        """Raise ValueError unless every stage has prompts of the domains that have a share of the budget, and no
+        others. warns: of weights that do not say what is trained."""
         for number, stage in enumerate(self._stages, start=1):
             where = f"stage {number} of data.stages" if len(self._stages) > 1 else "data.train"
             check_domains((prompt for source in stage.sources for prompt in source.rows), shares, where)
@@ -169,8 +169,9 @@ class PromptStream(Stream[Prompt]):
                 )
 
     def positions_of(self, domain: str, cursor: int, count: int) -> tuple[list[int], int]:
-        """The first `count` positions from `cursor` on whose prompts are of this domain, and the cursor after them. So
-        every domain can go through the one order by itself. domain: one that the last stage has, or "" for any."""
+        """Return the first `count` positions from `cursor` on whose prompts are of this domain, and the cursor after
+        them. So every domain can go through the one order by itself. domain: one that the last stage has, or "" for
+        any."""
         found: list[int] = []
         while len(found) < count:
             (prompt,), after = self.take(cursor, 1)
@@ -193,7 +194,7 @@ class ChatStream(Stream[Chat]):
 def load_stream(
     data: RlData, seed: int, fits: Fits[Prompt] = list, remarks: bool = True, needs_answer: bool = True
 ) -> PromptStream:
-    """Reads every file once. ValueError for rows that are wrong, those of all files together.
+    """Read every file once. Raise ValueError for rows that are wrong, those of all files together.
 
     fits: those of all rows that stay. remarks, needs_answer: as of `read_prompts`.
     """
@@ -208,8 +209,8 @@ def load_stream(
 def load_prompts(
     config: RolloutPhase, tokenizer: "PreTrainedTokenizerBase", kept: Path | None = None
 ) -> tuple[PromptStream, PromptTokens]:
-    """The prompts of a run in their order, and their token ids by id. ValueError for rows that are wrong, too long, or
-    not for the reward that judges them.
+    """Return the prompts of a run in their order, and their token ids by id. Raise ValueError for rows that are wrong,
+    too long, or not for the reward that judges them.
 
     kept: a file of the token ids, see data/prompt_tokens.py.
     """
@@ -227,7 +228,7 @@ def load_prompts(
 
 
 def load_chats(data: SftData, seed: int, fits: Fits[Chat] = list) -> ChatStream:
-    """As `load_stream`, of data.train."""
+    """Read the chats of data.train, as `load_stream` does prompts."""
     rows = _rows(list(data.train), read_chats, fits)
     return ChatStream(_stages([(None, data.train)], rows), seed, data.special_tokens, data.template_arguments)
 
@@ -264,7 +265,7 @@ def _shuffled(length: int, seed: str) -> list[int]:
 
 
 def _turns(stages: Sequence[Stage[Row]]) -> Iterator[tuple[Path, int]]:
-    """The file of each position, and how many turns it has had before."""
+    """Yield the file of each position, and how many turns it has had before."""
     turns: Counter[Path] = Counter()
     for stage in stages:
         total = sum(source.weight for source in stage.sources)

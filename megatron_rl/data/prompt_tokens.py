@@ -1,4 +1,4 @@
-"""Token ids of prompts: made many at a time, held in one array, and kept in a file for the next start of a run.
+"""Makes the token ids of prompts: many at a time, held in one array, and kept in a file for the next start of a run.
 
 The file: [digest of all that the ids depend on, 32 bytes][digest of what follows, 32 bytes][tokens of each prompt,
 int32][ids of all prompts one after the other, int32]. What another run, template or library left there has another
@@ -32,10 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class PromptTokens(Mapping[str, tuple[int, ...]]):
-    """Token ids by id of the prompt. In one array they take a tenth of what tuples of Python's numbers do."""
+    """Holds token ids by id of the prompt. In one array they take a tenth of what tuples of Python's numbers do."""
 
     def __init__(self, ids: Sequence[str], lengths: np.ndarray, tokens: np.ndarray) -> None:
-        """lengths: int [prompts], how many of the tokens, int32, each prompt has."""
+        """Find where the ids of each prompt begin. lengths: int [prompts], how many of the tokens, int32, each prompt
+        has."""
         ends = np.cumsum(lengths, dtype=np.int64).tolist()
         self._places = dict(zip(ids, zip([0, *ends[:-1]], ends, strict=True), strict=True)) if ids else {}
         self._tokens = tokens
@@ -70,9 +71,9 @@ def prompt_tokens(
     kept: Path | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> PromptTokens:
-    """Token ids of every prompt as `render_prompt` makes them. special_tokens, arguments: as data.special_tokens and
-    template_arguments. kept: the file that has them from the last start, or will have them for the next one; None:
-    without."""
+    """Return the token ids of every prompt as `render_prompt` makes them. special_tokens, arguments: as
+    data.special_tokens and template_arguments. kept: the file that has them from the last start, or will have them for
+    the next one; None: without."""
     arguments = arguments or {}
     if kept is None:
         return PromptTokens(ids, *_rendered(prompts, tokenizer, special_tokens, arguments))
@@ -130,7 +131,7 @@ def _add(digest: "hashlib._Hash", content: bytes) -> None:
 
 
 def _read(path: Path, digest: bytes, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Lengths and ids of so many prompts; None where the file is not there, not of these, or not whole."""
+    """Read lengths and ids of `count` prompts; None where the file is not there, not of these, or not whole."""
     try:
         data = memoryview(path.read_bytes())
     except OSError:

@@ -1,4 +1,4 @@
-"""The JSONL row contracts.
+"""Defines and reads the JSONL row contracts.
 
 A prompt row:  {"prompt": str or messages, "answer": str, optional "domain", "id", "source", "tools", "meta": {...}}
 A chat row:    {"messages": [...], optional "id", "tools", "meta": {...}}
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One verifiable question. `id` is unique in its file; without one in the row it is a hash of the content.
+    """Holds one verifiable question. `id` is unique in its file; without one in the row it is a hash of the content.
     prompt: the last message. asked: the whole conversation, where it is more than that. where: file:line, for messages.
     """
 
@@ -57,23 +57,23 @@ class Prompt:
 
     @property
     def conversation(self) -> Conversation:
-        """What the model is given."""
+        """Return the conversation that the model is given."""
         return self.asked or of_text(self.prompt)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The same as plain data."""
+        """Return the conversation as plain data."""
         return [message.as_dict() for message in self.conversation.messages]
 
     @property
     def text(self) -> str:
-        """All that is said in it."""
+        """Return all that is said in it."""
         return "\n".join(message.content for message in self.conversation.messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """One conversation to imitate; its assistant messages are the targets. where: file:line, for messages."""
+    """Holds one conversation to imitate; its assistant messages are the targets. where: file:line, for messages."""
 
     id: str
     messages: tuple[Message, ...]
@@ -86,7 +86,7 @@ Record = TypeVar("Record", bound=Prompt | Chat)
 
 
 def prompt_id(domain: str, prompt: str, answer: str) -> str:
-    """16 hexadecimal digits that depend on the content only, so they survive reordering the file."""
+    """Return 16 hexadecimal digits that depend on the content only, so they survive reordering the file."""
     return _digest([domain, prompt, answer])
 
 
@@ -103,7 +103,7 @@ def read_prompts(
     """Read the rows of a prompt file. ValueError tells of everything that is wrong with its first wrong rows, with
     file, line, field and value; where `problems` are given, they are noted there.
 
-    domain: of rows that name none. suffix: goes behind every prompt, system: before those without a system message; an
+    domain: of rows that name none. suffix: goes after every prompt, system: before those without a system message; an
     id that is made from the content does not depend on them. most: rows to read; default: all. remarks: log what was
     taken for granted, where all are read. needs_answer: else rows may have none, which is "".
     """
@@ -153,10 +153,10 @@ def read_chats(path: str | Path, problems: Problems | None = None, most: int | N
 
 
 class _Reader:
-    """The fields of one file's rows. What is wrong is noted, and its value is None."""
+    """Reads the fields of one file's rows. What is wrong is noted, and its value is None."""
 
     def __init__(self, path: str | Path, problems: Problems | None, fields: Sequence[str], remarks: bool) -> None:
-        """remarks: whether what was taken for granted is logged."""
+        """Prepare to read the rows of a file. remarks: whether what was taken for granted is logged."""
         self._path, self._fields, self._tells, self._remarks = path, fields, problems is None, remarks
         self.problems = Problems() if problems is None else problems
         self._first_line: dict[str, int] = {}
@@ -172,11 +172,11 @@ class _Reader:
             return None
 
     def optional(self, row: Mapping[str, Any], name: str, line: int) -> str | None:
-        """ "" where the row has none."""
+        """Read a text that a row may lack; "" where the row has none."""
         return "" if row.get(name) in (None, "") else self.text(row, name, line)
 
     def prompt(self, row: Mapping[str, Any], line: int) -> Conversation | None:
-        """A text or messages, and the tools that go with them."""
+        """Read a text or messages, and the tools that go with them."""
         tools = self.tools(row, line)
         if not isinstance(row.get("prompt"), list):
             text = self.text(row, "prompt", line)
@@ -190,7 +190,7 @@ class _Reader:
         return None if messages is None or tools is None else Conversation(messages=messages, tools=tools)
 
     def tools(self, row: Mapping[str, Any], line: int) -> str | None:
-        """ "" where the row has none."""
+        """Read the tools of a row; "" where the row has none."""
         try:
             return tools_of(row.get("tools"))
         except Wrong as wrong:
@@ -228,7 +228,7 @@ class _Reader:
         return first == line
 
     def done(self, records: list[Record], remarks: list[str]) -> list[Record]:
-        """The records; remarks on what was taken for granted are made once, when the whole file is read."""
+        """Return the records; remarks on what was taken for granted are made once, when the whole file is read."""
         if self._tells:
             self.problems.tell()
         if self._others:

@@ -1,4 +1,4 @@
-"""Rows of JSONL files, and everything that is wrong with them in one message."""
+"""Reads rows of JSONL files, and tells everything that is wrong with them in one message."""
 
 import difflib
 import shlex
@@ -56,12 +56,13 @@ class Problems:
             self._unmapped.append(str(path))
 
     def are_enough(self, path: str | Path, line: int) -> bool:
-        """So many rows behind the first that is wrong, nobody learns more from reading on."""
+        """Tell whether so many rows have been read since the first wrong one that nobody learns more from reading
+        on."""
         lines = [first for (file, _), (_, _, first) in self._found.items() if file == str(path)]
         return bool(lines) and line > min(lines) + LOOKED_AT
 
     def tell(self) -> None:
-        """ValueError with all of it, where there is any."""
+        """Raise ValueError with all of it, where there is any."""
         if not self._found:
             return
         texts = [
@@ -79,7 +80,7 @@ class Problems:
 
 
 def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank. most: rows to read; default: all."""
+    """Yield (line number from 1, object) of every line that is not blank. most: rows to read; default: all."""
     if not Path(path).is_file():
         problems.add(path, 0, "file", f"data file {path} does not exist")
         return
@@ -106,7 +107,7 @@ def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> It
 
 
 def _parsed(raw: bytes) -> tuple[Any, str | None]:
-    """The object in a line, or why there is none."""
+    """Return the object in a line, or why there is none."""
     try:
         row = parse_json(raw)
     except ValueError as error:

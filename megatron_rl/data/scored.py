@@ -1,5 +1,5 @@
-"""Rows of rollouts as text, whoever wrote them: `megatron-rl rollout` with a checkpoint or an endpoint, or a training
-run (rollouts/step_N.jsonl)."""
+"""Reads rows of rollouts as text, whoever wrote them: `megatron-rl rollout` with a checkpoint or an endpoint, or a
+training run (rollouts/step_N.jsonl)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from megatron_rl.parsing import bounded_lines, parse_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """asked: the whole conversation, where the prompt is more than a text. reasoning: what an endpoint's model thought
-    before the response, where it keeps that apart; else "". reward: None of a response that was never finished. reason,
-    finish_reason: as recorded. is_trajectory: an agent's, of which prompt and response are the ends."""
+    """Holds one response with its reward. asked: the whole conversation, where the prompt is more than a text.
+    reasoning: what an endpoint's model thought before the response, where it keeps that apart; else "". reward: None of
+    a response that was never finished. reason, finish_reason: as recorded. is_trajectory: an agent's, of which prompt
+    and response are the ends."""
 
     prompt_id: str
     domain: str
@@ -30,7 +31,7 @@ class Scored:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """(byte at which it begins, line, its name) of every line that is not blank."""
+    """Yield (byte at which it begins, line, its name) of every line that is not blank."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(bounded_lines(file, path), start=1):
@@ -40,8 +41,8 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes, str]]:
 
 
 def read_scored(line: bytes, where: str, prompts: Mapping[str, Prompt]) -> Scored:
-    """ValueError for a line that is none, named `where`. prompts: by id, for a run's rows, which have the prompt as the
-    chat template renders it and no domain."""
+    """Read a line. Raise ValueError, with the name `where`, for one that is no scored response. prompts: by id, for a
+    run's rows, which have the prompt as the chat template renders it and no domain."""
     try:
         row = parse_json(line)
         if "domain" in row:

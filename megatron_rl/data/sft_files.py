@@ -1,4 +1,4 @@
-"""The files of SFT rows, whole or not there."""
+"""Writes the files of SFT rows, whole or not at all."""
 
 import json
 import re
@@ -12,8 +12,9 @@ _DOMAIN = re.compile(r"[\w.-]+")
 
 
 class SftFiles:
-    """Rows for training go to `output`, or to output_DOMAIN each, those for validation to `validation`, or to `output`
-    as well without one. They are written to NAME.partial, and renamed by `finish`; `with` removes what is left of them.
+    """Writes SFT rows. Those for training go to `output`, or to output_DOMAIN each, those for validation to
+    `validation`, or to `output` as well without one. They are written to NAME.partial, and renamed by `finish`; `with`
+    removes what is left of them.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class SftFiles:
         force: bool = False,
         inputs: Collection[Path] = (),
     ) -> None:
-        """inputs: files that must not be overwritten. force: overwrite others."""
+        """Check where the rows go. inputs: files that must not be overwritten. force: overwrite others."""
         self._output, self._validation, self._by_domain, self._force = output, validation, by_domain, force
         self._inputs = {path.resolve() for path in inputs}
         self._open: dict[Path, TextIO] = {}
@@ -38,7 +39,7 @@ class SftFiles:
             raise ValueError(f"validation rows cannot go to {output} too; name another file")
 
     def claim(self, domain: str) -> None:
-        """ValueError when the file of the domain cannot be written."""
+        """Check that the file of the domain can be written. Raise ValueError when it cannot."""
         if self._by_domain:
             if not _DOMAIN.fullmatch(domain):
                 raise ValueError(f"domain {domain!r} cannot be a part of a file's name; leave --by-domain out")

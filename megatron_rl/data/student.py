@@ -1,4 +1,4 @@
-"""What the tokenizer of the model that will be trained makes of texts that another model wrote."""
+"""Tells what the tokenizer of the model that will be trained makes of texts that another model wrote."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,13 +17,15 @@ _TURN = re.compile(r"<([^<>\s]+)>[^<>\s]+</\1>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Student:
-    """markers: texts that are no ordinary words to the model, none of them empty. num_tokens: of a conversation."""
+    """Says how the model reads texts. markers: texts that are no ordinary words to the model, none of them empty.
+    num_tokens: of a conversation."""
 
     markers: tuple[str, ...]
     num_tokens: Callable[[Sequence[Message]], int]
 
     def would_misread(self, text: str) -> bool:
-        """SFT would encode a part of the text as a special token, or the model take it for the next turn."""
+        """Tell whether SFT would encode a part of the text as a special token, or the model take it for the next
+        turn."""
         return any(marker in text for marker in self.markers)
 
 
@@ -37,8 +39,8 @@ def student_of(tokenizer: "PreTrainedTokenizerBase") -> Student:
 
 
 def _turns(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """How the chat template begins a turn where it does so by <tag>...</tag>: Ling-lite's are <role>HUMAN</role>, which
-    not every tokenizer of its calls special."""
+    """Return how the chat template begins a turn, where it does so by <tag>...</tag>: Ling-lite's are
+    <role>HUMAN</role>, which not every tokenizer of its calls special."""
     from jinja2 import TemplateError
 
     found = set()

@@ -1,4 +1,4 @@
-"""Procedurally generated tasks that a small character-level model learns with written-out steps.
+"""Generates tasks that a small character-level model learns with written-out steps.
 
 Every kind is a function (rng, difficulty) -> Problem in TASK_KINDS. Difficulty 1 to 5 sets a range of lengths; a
 response, `\\boxed{` counted as one token, stays under 60 tokens. Questions are short, their number is large (tens of
@@ -19,7 +19,7 @@ _TRIES_PER_PROBLEM = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A question, the steps of its solution and the answer. `generate` fills in kind and difficulty."""
+    """Holds a question, the steps of its solution and the answer. `generate` fills in kind and difficulty."""
 
     question: str
     steps: str
@@ -29,13 +29,13 @@ class Problem:
 
     @property
     def response(self) -> str:
-        """The reference response."""
+        """Return the reference response."""
         return f"{self.steps}\\boxed{{{self.answer}}}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Problems without a common question between or within the two parts."""
+    """Holds problems without a common question between or within the two parts."""
 
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]
@@ -46,7 +46,7 @@ def _letters(rng: random.Random, count: int, alphabet: str = string.ascii_lowerc
 
 
 def count_letter(rng: random.Random, difficulty: int) -> Problem:
-    """`Cb:abbbcccb?` -> `a0b1b2b3c3c3c3b4;\\boxed{4}`: after each letter, how many of the asked one so far."""
+    """Make `Cb:abbbcccb?` -> `a0b1b2b3c3c3c3b4;\\boxed{4}`: after each letter, how many of the asked one so far."""
     alphabet = "".join(rng.sample(string.ascii_lowercase, 3))
     asked = rng.choice(alphabet)
     word = _letters(rng, rng.randint(3 * difficulty, 3 * difficulty + 2), alphabet)
@@ -56,21 +56,21 @@ def count_letter(rng: random.Random, difficulty: int) -> Problem:
 
 
 def insertion_sort(rng: random.Random, difficulty: int) -> Problem:
-    """`Smcop?` -> `m,cm,cmo,cmop,\\boxed{cmop}`: the sorted prefix after each insertion."""
+    """Make `Smcop?` -> `m,cm,cmo,cmop,\\boxed{cmop}`: the sorted prefix after each insertion."""
     word = _letters(rng, rng.randint(difficulty + 2, difficulty + 3))
     prefixes = ["".join(sorted(word[: end + 1])) for end in range(len(word))]
     return Problem(question=f"S{word}?", steps="".join(f"{prefix}," for prefix in prefixes), answer=prefixes[-1])
 
 
 def reverse_word(rng: random.Random, difficulty: int) -> Problem:
-    """`Rabc?` -> `a1b2c3;c3b2a1;\\boxed{cba}`: number the letters, then read them backwards."""
+    """Make `Rabc?` -> `a1b2c3;c3b2a1;\\boxed{cba}`: number the letters, then read them backwards."""
     word = _letters(rng, rng.randint(difficulty + 2, difficulty + 4))
     pairs = [f"{letter}{index}" for index, letter in enumerate(word, start=1)]
     return Problem(question=f"R{word}?", steps=f"{''.join(pairs)};{''.join(pairs[::-1])};", answer=word[::-1])
 
 
 def filter_letters(rng: random.Random, difficulty: int) -> Problem:
-    """`Fk:amzk?` -> `a-m+z+k-;\\boxed{mz}`: keep the letters that come after the given one in the alphabet."""
+    """Make `Fk:amzk?` -> `a-m+z+k-;\\boxed{mz}`: keep the letters that come after the given one in the alphabet."""
     bound = rng.choice("fghijklmnopqrst")
     word = _letters(rng, rng.randint(2 * difficulty + 1, 2 * difficulty + 3))
     if max(word) <= bound:  # an empty answer is not one that a box can hold
@@ -82,7 +82,7 @@ def filter_letters(rng: random.Random, difficulty: int) -> Problem:
 
 
 def merge_words(rng: random.Random, difficulty: int) -> Problem:
-    """`Gacx,bdz?` -> `a1b2c1d2x1z2;\\boxed{abcdxz}`: each letter with its word, ties from the first."""
+    """Make `Gacx,bdz?` -> `a1b2c1d2x1z2;\\boxed{abcdxz}`: each letter with its word, ties from the first."""
     first, second = ("".join(sorted(_letters(rng, rng.randint(difficulty + 1, difficulty + 2)))) for _ in range(2))
     merged = sorted([(letter, 1) for letter in first] + [(letter, 2) for letter in second])
     steps = "".join(f"{letter}{origin}" for letter, origin in merged)
@@ -90,14 +90,14 @@ def merge_words(rng: random.Random, difficulty: int) -> Problem:
 
 
 def running_maximum(rng: random.Random, difficulty: int) -> Problem:
-    """`M37,85,12?` -> `37,85,85;\\boxed{85}`: the largest two-digit number so far."""
+    """Make `M37,85,12?` -> `37,85,85;\\boxed{85}`: the largest two-digit number so far."""
     numbers = [rng.randint(10, 99) for _ in range(rng.randint(difficulty + 1, difficulty + 3))]
     maxima = ",".join(map(str, accumulate(numbers, max)))
     return Problem(question=f"M{','.join(map(str, numbers))}?", steps=f"{maxima};", answer=str(max(numbers)))
 
 
 def add_numbers(rng: random.Random, difficulty: int) -> Problem:
-    """`A47+85?` -> `750=12,481=13;\\boxed{132}`: from the last column on, digit, digit, carry = two-digit sum."""
+    """Make `A47+85?` -> `750=12,481=13;\\boxed{132}`: from the last column on, digit, digit, carry = two-digit sum."""
     digits = difficulty + 1
     left, right = (rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(2))
     columns, carry = [], 0
@@ -120,7 +120,7 @@ TASK_KINDS: dict[str, Callable[[random.Random, int], Problem]] = {
 
 
 def generate(kind: str, rng: random.Random, difficulty: int) -> Problem:
-    """One problem of `kind`; advances `rng`."""
+    """Generate one problem of `kind`; advances `rng`."""
     if kind not in TASK_KINDS:
         raise ValueError(f"task kind must be one of {', '.join(TASK_KINDS)}, got {kind!r}")
     if not 1 <= difficulty <= MAX_DIFFICULTY:
@@ -131,7 +131,8 @@ def generate(kind: str, rng: random.Random, difficulty: int) -> Problem:
 def make_dataset(
     kinds: Sequence[str], difficulties: Iterable[int], num_train: int, num_test: int, seed: int
 ) -> Dataset:
-    """Problems with distinct questions, evenly over kinds and difficulties; the same arguments give the same ones.
+    """Generate problems with distinct questions, evenly over kinds and difficulties; the same arguments give the same
+    ones.
 
     The test part is drawn first: it does not depend on num_train.
     """
@@ -148,7 +149,7 @@ def make_dataset(
 
 
 def as_prompt(problem: Problem) -> Prompt:
-    """The row that reinforcement learning trains on: the answer, not the steps."""
+    """Return the row that reinforcement learning trains on: the answer, not the steps."""
     return Prompt(
         id=prompt_id("tasks", problem.question, problem.answer),
         domain="tasks",
@@ -159,7 +160,7 @@ def as_prompt(problem: Problem) -> Prompt:
 
 
 def as_chat(problem: Problem) -> Chat:
-    """The row that supervised fine-tuning imitates: the question and the reference response."""
+    """Return the row that supervised fine-tuning imitates: the question and the reference response."""
     prompt = as_prompt(problem)
     messages = (Message(role="user", content=problem.question), Message(role="assistant", content=problem.response))
     return Chat(id=prompt.id, messages=messages, meta=prompt.meta)

@@ -1,1 +1,2 @@
-"""`megatron-rl evaluate`: benchmarks sampled k times, responses saved as they come, and what they say of the model."""
+"""Runs `megatron-rl evaluate`: samples benchmarks k times, saves responses as they come, and says what they show of the
+model."""

@@ -1,4 +1,4 @@
-"""A benchmark as it is sampled: its prompts as questions, and its responses in a file that grows while they come."""
+"""Samples a benchmark: its prompts become questions, and its responses go into a file that grows while they come."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -34,7 +34,8 @@ _SEED_OFFSET = 1_000_000_007
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """questions: every prompt, `section.samples` times over. one_of_each: the first prompt of each domain in its file.
+    """Holds a benchmark. questions: every prompt, `section.samples` times over. one_of_each: the first prompt of each
+    domain in its file.
 
     Each response is a group of its own, so that every one is saved by itself and more samples can follow later.
     """
@@ -47,15 +48,16 @@ class Benchmark:
     one_of_each: tuple[Prompt, ...]
 
     def left(self, path: Path) -> tuple[Question, ...]:
-        """The questions without a response in the file, from which a last one that a kill cut short is taken."""
+        """Return the questions without a response in the file. A last response that a kill cut short is removed from
+        it."""
         done = whole_groups(path, 1, "remove the file")
         return tuple(question for question in self.questions if question.prompt_id not in done)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """How benchmarks are sampled. model: the directory with the shape and the tokenizer. rollout: with groups of one
-    response. seed: of the configuration. folder: takes what agents print."""
+    """Says how benchmarks are sampled. model: the directory with the shape and the tokenizer. rollout: with groups of
+    one response. seed: of the configuration. folder: takes what agents print."""
 
     model: Path
     rollout: RolloutSection
@@ -77,8 +79,8 @@ def read_benchmark(
     max_prompt_tokens: int,
     table: str = "benchmarks",
 ) -> Benchmark:
-    """ValueError for prompts that cannot be used. reward: of all benchmarks. table: of the configuration, where this
-    one is."""
+    """Read a benchmark. Raise ValueError for prompts that cannot be used. reward: of all benchmarks. table: of the
+    configuration, where this one is."""
     reward = section.reward_of(reward)
     everything = read_prompts(
         section.path, section.domain, section.suffix, system=section.system, needs_answer=reward.needs_answers

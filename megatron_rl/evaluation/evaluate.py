@@ -1,4 +1,4 @@
-"""`megatron-rl evaluate`: sample what is missing, then compute every number from the responses in the folder."""
+"""Runs `megatron-rl evaluate`: samples what is missing, then computes every number from the responses in the folder."""
 
 import asyncio
 import json
@@ -48,8 +48,8 @@ _JUDGED_AT_ONCE = 256  # responses whose text is in memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Left:
-    """A benchmark, and what is to be done for it. questions: without a response yet. num_given_up: responses without a
-    verdict. path: of the responses."""
+    """Holds a benchmark and what is to be done for it. questions: without a response yet. num_given_up: responses
+    without a verdict. path: of the responses."""
 
     benchmark: Benchmark
     questions: tuple[Question, ...]
@@ -63,7 +63,7 @@ class _Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of what this call sampled; the responses of earlier ones are not counted."""
+    """Says how fast this call sampled; the responses of earlier calls are not counted."""
 
     num_responses: int
     seconds: float
@@ -117,11 +117,11 @@ def _evaluate(
 async def _sample(
     config: EvaluateConfig, sections: Mapping[str, BenchmarkSection], folder: Path, claimed: Mapping[str, Any]
 ) -> dict[str, Speed | None]:
-    """What is wrong with data, rewards or sandbox is found before a server starts, and before `folder` is claimed by
-    writing the settings `claimed`."""
+    """Sample and judge what is missing, and return the speeds. What is wrong with data, rewards or sandbox is found
+    before a server starts, and before `folder` is claimed by writing the settings `claimed`."""
     tokenizer = load_tokenizer(config.model.path)
     found = [_left(config, name, section, tokenizer, folder) for name, section in sections.items()]
-    if len(sections) == len(config.benchmarks):  # else it may be of one that is left out
+    if len(sections) == len(config.benchmarks):  # else a domain may be that of a benchmark that is left out
         check_reward_domains((p for one in found for p in one.benchmark.one_of_each), config.reward, "the benchmarks")
     if config.rollout.temperature == 0 and any(section.samples > 1 for section in sections.values()):
         log.warning("rollout.temperature 0 is greedy, so all samples of a prompt are alike; samples = 1 is enough")
@@ -146,7 +146,7 @@ async def _sample(
 
 
 async def _judge_again(left: _Left, rewards: Rewards) -> None:
-    """The responses whose judge gave up, from their text; the file is replaced as a whole."""
+    """Judge again the responses whose judge gave up, from their text; the file is replaced as a whole."""
     log.info("%s: judging %d responses again whose judge gave up", left.name, left.num_given_up)
     prompts = left.benchmark.prompts
 
@@ -203,7 +203,7 @@ def _write(
     results: Mapping[str, BenchmarkResult],
     speeds: Mapping[str, Speed | None],
 ) -> None:
-    """results.json, results.md, and the table on the terminal."""
+    """Write results.json and results.md, and show the table on the terminal."""
     model = settings["model"]["path"]
     record = {
         "model": model,

@@ -1,4 +1,4 @@
-"""Results for people: a table on the terminal and the same in Markdown."""
+"""Shows results to people: a table on the terminal and the same in Markdown."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def average_of(results: Mapping[str, BenchmarkResult]) -> Estimate:
 
 
 def show(results: Mapping[str, BenchmarkResult], title: str) -> None:
-    """On standard output. Fits into 80 columns."""
+    """Print the table on standard output. It fits into 80 columns."""
     table = Table(title=title, caption=_LEGEND, box=None, padding=(0, 1, 0, 0), caption_justify="left")
     for index, name in enumerate(_HEADER):
         table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
@@ -61,7 +61,7 @@ def _at_largest(found: Mapping[int, Estimate]) -> str:
 
 
 def interval(found: Estimate) -> str:
-    """A share in percent, and any other mean as it is."""
+    """Return a mean with its interval: a share in percent, and any other mean as it is."""
     if not found.is_share:
         return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
     return f"{_percent(found.value)} [{_percent(found.low)}, {_percent(found.high)}]"

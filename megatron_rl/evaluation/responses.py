@@ -1,4 +1,5 @@
-"""Judged responses: the lines of the file that an evaluation leaves for each benchmark. All numbers come from them."""
+"""Defines judged responses: the lines of the file that an evaluation leaves for each benchmark. All numbers come from
+them."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from megatron_rl.reward.answers import extracted_answer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """position: sample_index * prompts of the benchmark + the prompt's place among them.
+    """Holds one judged response.
+
+    position: sample_index * prompts of the benchmark + the prompt's place among them.
     kind: the group of prompts that this one is counted with: "kind" of its meta, else its domain.
     judged_as: the kind of reward.
     answer: what the response gives in its last box; None without one, and for programs.
@@ -41,7 +44,7 @@ class Judged:
 
 
 def judged(sample: Sample, prompt: Prompt, num_prompts: int, judged_as: str, text: str) -> Judged:
-    """text: of the response."""
+    """Make the row of a judged sample. text: of the response."""
     position = sample.response.prompt_id
     return Judged(
         position=position,
@@ -72,7 +75,8 @@ def as_line(row: Judged) -> str:
 
 
 def judged_rows(path: Path) -> Iterator[Judged]:
-    """Every row, one at a time, in the order in which they were completed. ValueError names a line that is none."""
+    """Yield every row, one at a time, in the order in which they were completed. ValueError names a line that is
+    none."""
     with path.open("rb") as file:
         for number, line in enumerate(bounded_lines(file, path), start=1):
             try:
@@ -83,5 +87,5 @@ def judged_rows(path: Path) -> Iterator[Judged]:
 
 
 def read_verdicts(path: Path) -> list[Judged]:
-    """The rows by position, without what was asked and answered: that may be more than fits into memory."""
+    """Read the rows by position, without what was asked and answered: that may be more than fits into memory."""
     return sorted((replace(row, prompt="", response="") for row in judged_rows(path)), key=lambda row: row.position)

@@ -1,4 +1,4 @@
-"""The numbers of a benchmark, computed from its judged responses alone."""
+"""Computes the numbers of a benchmark from its judged responses alone."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from megatron_rl.reward.verdict import GAVE_UP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
-    """docs/evaluation.md defines each.
+    """Holds the numbers of a benchmark; docs/evaluation.md defines each.
 
     average: the mean score, avg@k with k = samples_per_prompt. majority_at: None where some answers are programs.
     by_kind: avg@k of each kind of prompt. reasons: how many responses got which verdict; error_share: no verdict.
@@ -37,7 +37,8 @@ class BenchmarkResult:
 
 
 def summarise(rows: Sequence[Judged], at: Sequence[int]) -> BenchmarkResult:
-    """at: every k of pass@k and maj@k. Each prompt must have equally many rows, at least the largest k."""
+    """Compute the numbers of a benchmark. at: every k of pass@k and maj@k. Each prompt must have equally many rows, at
+    least the largest k."""
     groups = [list(group) for _, group in groupby(sorted(rows, key=_prompt), key=_prompt)]
     votes = [count_votes(group) for group in groups]
     size = len(groups[0])
@@ -66,7 +67,7 @@ def summarise(rows: Sequence[Judged], at: Sequence[int]) -> BenchmarkResult:
 
 
 def finite(value: Any) -> Any:
-    """Give a record without what JSON has no number for: the ends of the interval of a single prompt's scores are
+    """Return a record without what JSON has no number for: the ends of the interval of a single prompt's scores are
     nowhere."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}

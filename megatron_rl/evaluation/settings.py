@@ -1,4 +1,4 @@
-"""What the responses in a folder depend on."""
+"""Records what the responses in a folder depend on."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ _OF_PROMPTS = {"domain", "suffix", "system", "special_tokens", "template_argumen
 
 
 def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSection]) -> dict[str, Any]:
-    """Not among them: how fast it goes, and how many samples are taken, since more can follow."""
+    """Return the settings that responses depend on. Not among them are how fast it goes, and how many samples are
+    taken, since more can follow."""
     rollout = config.rollout
     return {
         "model": model_settings(config.model.path, config.model.dtype),
@@ -38,9 +39,9 @@ def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSectio
 
 
 def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """What `folder/settings.json` will hold: with `resume` benchmarks may be new, and those that are there already are
-    kept. ValueError when the folder holds an evaluation that may not be gone on with, or files that no evaluation
-    wrote. Changes nothing."""
+    """Return what `folder/settings.json` will hold: with `resume` benchmarks may be new, and those that are there
+    already are kept. Raise ValueError when the folder holds an evaluation that may not be resumed, or files that no
+    evaluation wrote. Changes nothing."""
     path = folder / "settings.json"
     if not path.exists():
         for name in settings["benchmarks"]:
@@ -58,13 +59,13 @@ def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> di
 
 
 def benchmark_settings(section: BenchmarkSection) -> dict[str, Any]:
-    """What the responses to a benchmark depend on. ValueError when its file does not exist."""
+    """Return what the responses to a benchmark depend on. Raise ValueError when its file does not exist."""
     if not section.path.is_file():
         raise ValueError(f"data file {section.path} does not exist")
     return {
         "sha256": hashlib.sha256(section.path.read_bytes()).hexdigest(),
         "reward": section.reward,
         "prompts": section.prompts,
-        # Named only where they are set, so that a folder of before they were known can be gone on with.
+        # Named only where they are set, so that a folder older than these keys can be resumed.
         **section.model_dump(include=_OF_PROMPTS, exclude_defaults=True),
     }

@@ -1,4 +1,4 @@
-"""What n judged samples of each prompt say: pass@k, maj@k, and how far chance may have gone. Pure functions.
+"""Computes what n judged samples of each prompt say: pass@k, maj@k, and how far chance may have gone. Pure functions.
 
 A prompt was sampled n times, c of the samples are correct. "At k" is the mean over all ways to draw k of the n samples,
 computed exactly, so that it does not depend on which ones happen to be drawn.
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import comb
 
-Z_95 = 1.959964  # the normal distribution holds 95 % within so many standard deviations
+Z_95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A share, or a mean of scores that may be any number; `low` and `high` bound it with 95 % confidence.
+    """Holds a share, or a mean of scores that may be any number; `low` and `high` bound it with 95 % confidence.
 
     is_share: it is between 0 and 1 by its kind.
     """
@@ -28,21 +28,22 @@ class Estimate:
 
 
 def student_95(degrees: int) -> float:
-    """Student's t distribution with so many degrees of freedom, at least 1, holds 95 % within +- this."""
+    """Return t such that Student's t distribution with `degrees` degrees of freedom, at least 1, holds 95 % within +-
+    t."""
     from scipy.stats import t  # takes most of a second, which `megatron-rl --help` need not wait
 
     return float(t.ppf(0.975, degrees))
 
 
 def pass_at(k: int, num_samples: int, num_correct: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that one of k samples is correct, without bias (Chen et al. 2021, arXiv
-    2107.03374, Eq. 1). In whole numbers up to the last division, so nothing is lost to cancellation."""
+    """Return 1 - C(n - c, k) / C(n, k): the chance that one of k samples is correct, without bias (Chen et al. 2021,
+    arXiv 2107.03374, Eq. 1). In whole numbers up to the last division, so nothing is lost to cancellation."""
     ways = comb(num_samples, k)
     return (ways - comb(num_samples - num_correct, k)) / ways
 
 
 def majority_at(k: int, num_correct: int, others: Sequence[int], num_silent: int = 0) -> float:
-    """The chance that the correct answer gets the most votes among k samples; a tie is decided by a fair draw.
+    """Return the chance that the correct answer gets the most votes among k samples; a tie is decided by a fair draw.
 
     others: how many samples gave each of the other answers. num_silent: samples that gave none; they do not vote.
     """
@@ -56,8 +57,8 @@ def majority_at(k: int, num_correct: int, others: Sequence[int], num_silent: int
 
 
 def _not_outvoted(votes: int, num_drawn: int, others: Sequence[int], num_silent: int) -> Fraction:
-    """1 / (1 + answers that have `votes` too), summed over all ways to draw `num_drawn` samples of the other answers so
-    that none of them has more."""
+    """Return 1 / (1 + answers that have `votes` too), summed over all ways to draw `num_drawn` samples of the other
+    answers so that none of them has more."""
     ways = Counter({(0, 0): 1})  # by samples drawn and answers tied
     for size in others:
         longer: Counter[tuple[int, int]] = Counter()
@@ -70,7 +71,7 @@ def _not_outvoted(votes: int, num_drawn: int, others: Sequence[int], num_silent:
 
 
 def estimate(values: Sequence[float], num_samples: int, is_share: bool = True) -> Estimate:
-    """The mean over prompts of `values` in [0, 1], with Wilson's interval for the effective number of trials.
+    """Return the mean over prompts of `values` in [0, 1], with Wilson's interval for the effective number of trials.
 
     is_share: where not, the values may be any numbers, and have Student's t interval with the prompts as units.
 
@@ -95,7 +96,8 @@ def estimate(values: Sequence[float], num_samples: int, is_share: bool = True) -
 
 
 def _student(values: Sequence[float], mean: float) -> Estimate:
-    """One value says nothing of how far others may be."""
+    """Return the mean with Student's t interval, which has no bounds for one value: it says nothing of how far others
+    may be."""
     count = len(values)
     if count == 1:
         return Estimate(value=mean, low=-math.inf, high=math.inf, is_share=False)
@@ -105,7 +107,7 @@ def _student(values: Sequence[float], mean: float) -> Estimate:
 
 
 def wilson(share: float, trials: float) -> Estimate:
-    """Wilson's score interval (1927) of a share that was observed in so many independent trials."""
+    """Return Wilson's score interval (1927) of a share that was observed in `trials` independent trials."""
     shrink = Z_95**2 / trials
     centre = share + shrink / 2
     spread = math.sqrt(shrink * (share * (1 - share) + shrink / 4))
@@ -114,8 +116,8 @@ def wilson(share: float, trials: float) -> Estimate:
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The plain mean of independent estimates. Their distances to each end add up in squares (MOVER; Zou and Donner
-    2008), which keeps the intervals of 0 % and 100 % one-sided and never empty."""
+    """Return the plain mean of independent estimates. Their distances to each end add up in squares (MOVER; Zou and
+    Donner 2008), which keeps the intervals of 0 % and 100 % one-sided and never empty."""
     count = len(estimates)
     value = math.fsum(e.value for e in estimates) / count
     below = math.sqrt(math.fsum((e.value - e.low) ** 2 for e in estimates)) / count

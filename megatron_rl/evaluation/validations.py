@@ -1,4 +1,4 @@
-"""The validations of a run: what each found, in `run_dir/validation.jsonl`, and which step was the best.
+"""Keeps the validations of a run: what each found, in `run_dir/validation.jsonl`, and which step was the best.
 
 A row has `step`, the number of completed steps that its weights come from, `seconds`, and under `benchmarks` what each
 gave (results.py). The responses are in `run_dir/validation/step_N/NAME.jsonl`.
@@ -24,15 +24,15 @@ _FOLDER = "validation"
 
 
 class Validations:
-    """Owns the file and the folder."""
+    """Owns the file and the folder of a run's validations."""
 
     def __init__(self, run_dir: Path) -> None:
-        """ValueError for a file that is none."""
+        """Read the file. Raise ValueError for one that holds no validations."""
         self._path, self._folder = run_dir / f"{_FOLDER}.jsonl", run_dir / _FOLDER
         self._rows = {row["step"]: row for row in read_validations(run_dir)}
 
     def forget_behind(self, step: int) -> None:
-        """Delete what is there of later steps: a run that goes on from `step` trains these anew, and validates the new
+        """Delete what is there of later steps: a run that resumes from `step` trains these anew, and validates the new
         weights."""
         for folder in self._folder.glob("step_*"):
             number = folder.name.removeprefix("step_")
@@ -44,11 +44,11 @@ class Validations:
 
     @property
     def rows(self) -> list[Row]:
-        """By rising step."""
+        """Return the rows by rising step."""
         return [self._rows[step] for step in sorted(self._rows)]
 
     def folder(self, step: int) -> Path:
-        """Where the responses of the weights of so many completed steps are."""
+        """Return where the responses of the weights after `step` completed steps are."""
         return self._folder / f"step_{step:06d}"
 
     def add(self, step: int, seconds: float, results: Mapping[str, BenchmarkResult]) -> Row:
@@ -64,8 +64,8 @@ class Validations:
 
 
 def read_validations(run_dir: Path) -> list[Row]:
-    """The rows of a run's validations, in the order of the file; none where it has none. ValueError names a line that
-    is no row."""
+    """Read the rows of a run's validations, in the order of the file; none where it has none. ValueError names a line
+    that is no row."""
     path = run_dir / f"{_FOLDER}.jsonl"
     rows: list[Row] = []
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Which responses vote for the same answer, for maj@k.
+"""Tells which responses vote for the same answer, for maj@k.
 
 Responses that were judged correct gave one answer, however they wrote it. The others are told apart by what stands in
 their boxes: numbers by their value, letters of choices by the letter, anything else by its LaTeX in one spelling. Two
@@ -18,7 +18,7 @@ from megatron_rl.reward.stem import choice_letter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Votes:
-    """Of one prompt's samples: for the correct answer, for each of the others, and samples that gave no answer."""
+    """Counts one prompt's samples: those for the correct answer, for each other answer, and those that gave none."""
 
     num_correct: int
     others: tuple[int, ...]
@@ -36,7 +36,7 @@ def count_votes(rows: Sequence[Judged]) -> Votes:
 
 
 def vote(answer: str, judged_as: str) -> Hashable:
-    """The same for two answers that count as one."""
+    """Return a value that is the same for two answers that count as one."""
     if judged_as == "choice":
         letter = choice_letter(answer)
         if letter is not None:

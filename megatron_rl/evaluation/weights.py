@@ -1,4 +1,4 @@
-"""The weights that servers of an evaluation read, whatever kind of checkpoint they are in."""
+"""Finds the weights that servers of an evaluation read, whatever kind of checkpoint they are in."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def served_model(path: Path, folder: Path) -> Iterator[Path]:
     """Give the Hugging Face directory of a model: itself, or of a Megatron checkpoint (converted, or `step_N` of a run)
-    one that is in `folder` while the block runs. ValueError where there is no room for it."""
+    one that is in `folder` while the block runs. Raise ValueError where there is no room for it."""
     if not (path / "megatron").is_dir():
         yield path
         return

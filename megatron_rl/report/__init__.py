@@ -1,1 +1,2 @@
-"""`megatron-rl report`: what runs did, as one HTML page that needs no network. docs/report.md describes the page."""
+"""Shows what runs did, as one HTML page that needs no network: `megatron-rl report`. docs/report.md describes the
+page."""

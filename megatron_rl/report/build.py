@@ -1,4 +1,4 @@
-"""`megatron-rl report`: from run directories to a page."""
+"""Runs `megatron-rl report`, which makes a page from run directories."""
 
 import logging
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def run_report(
 
 
 def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence[Path]) -> dict[str, Any]:
-    """What the page's scripts read."""
+    """Return what the page's scripts read."""
     parent_of = parents(runs)
     points = max(_FEWEST_POINTS, min(_MOST_POINTS, _POINTS // len(runs)))
     width = bin_width(max(run.num_steps for run in runs), points)
@@ -106,7 +106,7 @@ def page_data(runs: Sequence[Run], steps_shown: int | None, evaluation: Sequence
 
 
 def _title(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Their names, behind that of the folder that they share."""
+    """Return the names of runs, after that of the folder that they share."""
     folders = {run.directory.resolve().parent for run in runs}
     shared = f"{folders.pop().name}: " if len(folders) == 1 and len(runs) > 1 else ""
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""

@@ -1,4 +1,4 @@
-"""Metrics of a run as curves of about a thousand points, however long it was."""
+"""Turns metrics of a run into curves of about a thousand points, however long it was."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ _PHASES = tuple(f"{phase}_seconds" for phase in ("rollout", "plan", "update_weig
 
 
 def bin_width(num_steps: int, points: int) -> int:
-    """Steps that one point stands for, so that a run has at most so many points."""
+    """Return the steps that one point stands for, so that a run has at most `points` points."""
     return max(1, -(-num_steps // points))
 
 
 def binned(steps: Ints, values: Floats, width: int) -> tuple[Floats, Floats, Floats]:
-    """(mean, lowest, highest) [m] of the values [n] in each bin that has a step.
+    """Return (mean, lowest, highest) [m] of the values [n] in each bin that has a step.
 
     Bin k holds the steps from k * width on. steps [n] rise. NaN is a missing value; a bin of nothing else is NaN.
     """
@@ -38,7 +38,7 @@ def binned(steps: Ints, values: Floats, width: int) -> tuple[Floats, Floats, Flo
 
 
 def curves(run: Run, width: int) -> dict[str, Any]:
-    """What the page draws of a run.
+    """Return what the page draws of a run.
 
     bins, x, tokens, hours: [m], the number of each bin, and its mean step, and loss tokens and hours up to its end.
     metrics: name: [means] where a bin is a step, else [means, lowest, highest]; of a validation always with the ends of
@@ -72,7 +72,7 @@ def curves(run: Run, width: int) -> dict[str, Any]:
 
 
 def metric_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Every number of the rows [n] by its name; NaN where a row has none.
+    """Return every number of the rows [n] by its name; NaN where a row has none.
 
     rest_seconds: of a step, outside its phases.
     """
@@ -98,6 +98,6 @@ def _number(value: object) -> float:
 
 
 def _rounded(values: Floats, digits: int = _DIGITS) -> list[float | None]:
-    """Whole numbers as such, which are shorter in JSON."""
+    """Round values; whole numbers become integers, which are shorter in JSON."""
     rounded = [float(f"{v:.{digits}g}") if np.isfinite(v) else None for v in values.tolist()]
     return [int(v) if v is not None and v == int(v) and abs(v) < 2**53 else v for v in rounded]

@@ -1,4 +1,5 @@
-"""How runs belong together: those that differ by seed alone are a group, and one may go on from another's model."""
+"""Tells how runs belong together: those that differ by seed alone are a group, and one may start from another's
+model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ _PARTS = re.compile(r"([-_/])")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """members: indices of its runs. differences: of the keys in which groups differ, this one's values."""
+    """Holds runs that differ by seed alone. members: indices of its runs. differences: of the keys in which groups
+    differ, this one's values."""
 
     label: str
     members: tuple[int, ...]
@@ -27,12 +29,12 @@ class Group:
 
 
 def parents(runs: Sequence[Run]) -> list[int | None]:
-    """For each run the index of the one from whose model it started, or None."""
+    """Return for each run the index of the one from whose model it started, or None."""
     return [next((i for i, run in enumerate(runs) if run is not child and _is_in(child, run)), None) for child in runs]
 
 
 def offsets(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[int]:
-    """The step at which each run begins on an axis on which stages follow each other."""
+    """Return the step at which each run begins on an axis on which stages follow each other."""
 
     def offset(index: int, above: tuple[int, ...] = ()) -> int:
         parent = parent_of[index]
@@ -44,9 +46,9 @@ def offsets(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[int]:
 
 
 def groups(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[Group]:
-    """Runs whose configurations are equal but for seeds and places, in the order of their first members."""
+    """Group the runs whose configurations are equal but for seeds and places, in the order of their first members."""
     keys = [_without_seed(run) for run in runs]
-    # Where their parents are of one group, what runs start from is the same too, whatever it is called.
+    # Runs whose parents are of one group start from the same model, whatever it is called.
     group_of: dict[int, int] = {}
     members: list[list[int]] = []
     for index in sorted(range(len(runs)), key=lambda i: _depth(i, parent_of)):
@@ -72,7 +74,7 @@ def groups(runs: Sequence[Run], parent_of: Sequence[int | None]) -> list[Group]:
 
 
 def _is_in(child: Run, run: Run) -> bool:
-    """Whether the child's starting weights are of this run: by the folder, or as both configurations call it."""
+    """Tell whether the child's starting weights are of this run: by the folder, or as both configurations call it."""
     path = child.config_values.get("model.path")
     if path is None:
         return False
@@ -80,7 +82,7 @@ def _is_in(child: Run, run: Run) -> bool:
 
 
 def _steps_taken(parent: Run, path: str) -> int:
-    """Of the parent, before the child began: what a checkpoint's name says, else all."""
+    """Count the steps of the parent before the child began: what a checkpoint's name says, else all."""
     found = re.fullmatch(r"step_(\d+)", Path(path).name)
     return int(found[1]) if found else parent.num_steps
 
@@ -94,7 +96,8 @@ def _depth(index: int, parent_of: Sequence[int | None]) -> int:
 
 
 def _without_seed(run: Run) -> dict[str, Any]:
-    """Every value that says what is trained. Where a path has a run's own seed as a word, runs/seed_2, that is *."""
+    """Return every value that says what is trained. Where a path has a run's own seed as a word, runs/seed_2, that is
+    *."""
     seed = re.compile(rf"(?<![0-9A-Za-z])(s|seed)?{run.config.get('seed', 1)}(?![0-9A-Za-z])")
 
     def without(value: Any) -> Any:
@@ -106,7 +109,8 @@ def _without_seed(run: Run) -> dict[str, Any]:
 
 
 def _differences(group: Sequence[Run], others: Sequence[Sequence[Run]]) -> dict[str, str]:
-    """Keys in which the first run of this group differs from that of another one of its kind, with its values."""
+    """Return the keys in which the first run of this group differs from that of another one of its kind, with its
+    values."""
     firsts = [other[0].config_values for other in others if other[0].kind == group[0].kind]
     mine = group[0].config_values
     keys = sorted({key for values in firsts for key in values} - _PLACES)
@@ -114,7 +118,7 @@ def _differences(group: Sequence[Run], others: Sequence[Sequence[Run]]) -> dict[
 
 
 def _labels(found: Sequence[Sequence[Run]]) -> list[str]:
-    """The values in which groups differ, while they are few and no paths; else the names of their folders."""
+    """Return the values in which groups differ, while they are few and no paths; else the names of their folders."""
     differences = [_differences(group, found) for group in found]
     keys = sorted(
         {key for values in differences for key in values if not any("/" in v.get(key, "") for v in differences)}
@@ -133,7 +137,7 @@ def _named(key: str, value: str) -> str:
 
 
 def _common_name(members: Sequence[Run]) -> str:
-    """Their name, with * where they differ."""
+    """Return the name of the runs, with * where their names differ."""
     columns = list(zip(*(_PARTS.split(run.name) for run in members), strict=False))
     return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)
 

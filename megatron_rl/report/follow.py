@@ -1,4 +1,5 @@
-"""`megatron-rl report --follow`: the page of runs that go on, made anew after each step, for this machine alone."""
+"""Runs `megatron-rl report --follow`: the page of unfinished runs, made anew after each step, for this machine
+alone."""
 
 import sys
 import threading
@@ -19,7 +20,8 @@ class Follower:
     """
 
     def __init__(self, directories: Sequence[Path], page: Callable[[str], str], port: int = 0) -> None:
-        """page: makes the page, with its version in it. port: 0 picks one. ValueError when the port is taken."""
+        """Open the port. page: makes the page, with its version in it. port: 0 picks one. Raise ValueError when the
+        port is taken."""
         self._directories, self._page = directories, page
         self._lock = threading.Lock()
         self._made: tuple[str, bytes] = ("", b"")
@@ -31,7 +33,7 @@ class Follower:
         self.url = f"http://{_HOST}:{self.port}/"
 
     def serve(self) -> None:
-        """Until `close`, or a signal."""
+        """Serve until `close`, or a signal."""
         self._server.serve_forever(poll_interval=0.2)
 
     def close(self) -> None:
@@ -40,11 +42,11 @@ class Follower:
 
     @property
     def version(self) -> str:
-        """Another text as soon as a run has another step or another state."""
+        """Return another text as soon as a run has another step or another state."""
         return " ".join(f"{_changed(run / 'metrics.jsonl')}{state_of(run)}" for run in self._directories)
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
-        """Status, content type and body of a GET."""
+        """Return the status, content type and body of a GET."""
         if path == "/version":
             return 200, "text/plain; charset=utf-8", self.version.encode()
         if path != "/":
@@ -78,7 +80,7 @@ class Follower:
                 self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
-                """Not one line for every look."""
+                """Log nothing: a line for every look would be too many."""
 
         return Handler
 

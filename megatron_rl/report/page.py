@@ -1,4 +1,4 @@
-"""The page: one HTML file with its script, its style, plotly.js and the data in it, and nothing to fetch."""
+"""Renders the page: one HTML file with its script, its style, plotly.js and the data in it, and nothing to fetch."""
 
 import base64
 import hashlib
@@ -19,7 +19,8 @@ _IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page of what the scripts read: `report/build.py` makes it. With a version it asks for a newer one."""
+    """Return the page of the data that the scripts read, which `report/build.py` makes. With a version it asks for a
+    newer one."""
     from plotly.offline import get_plotlyjs
 
     script = "\n".join(_part(name) for name in _SCRIPTS)
@@ -38,7 +39,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that no text in it can end: pure ASCII without <, > and &, which stand in strings alone."""
+    """Return JSON that no text in it can end: pure ASCII without <, > and &, which stand in strings alone."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_IN_SCRIPT)
 
 
@@ -47,5 +48,5 @@ def _part(name: str) -> str:
 
 
 def _digest(script: str) -> str:
-    """As a Content-Security-Policy names an inline script."""
+    """Return the digest by which a Content-Security-Policy names an inline script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

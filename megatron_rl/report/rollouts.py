@@ -1,4 +1,4 @@
-"""The responses that the page shows: a few groups of a few steps, read line by line from files of any size."""
+"""Reads the responses that the page shows: a few groups of a few steps, read line by line from files of any size."""
 
 import math
 import re
@@ -24,20 +24,20 @@ _KEPT = (
 
 
 def evenly(items: Sequence[int], count: int) -> list[int]:
-    """So many of them: the first, the last, and evenly spaced ones between them."""
+    """Choose `count` of the items: the first, the last, and evenly spaced ones between them."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def steps_with_rollouts(run: Run) -> list[int]:
-    """Of the files there are, those of logged steps: what comes after is of a step under way."""
+    """Return the logged steps that have a file of rollouts; a later file is of a step under way."""
     numbers = (re.fullmatch(r"step_(\d+)\.jsonl", path.name) for path in (run.directory / "rollouts").glob("*.jsonl"))
     return sorted(step for found in numbers if found and (step := int(found[1])) < run.num_steps)
 
 
 def read_step(run: Run, step: int, characters: int) -> dict[str, Any]:
-    """Groups of the step, each with its responses, of which each is cut to so many characters.
+    """Return groups of the step, each with its responses, of which each is cut to `characters` characters.
 
     Traced groups come first; the others are spread over the file, of which the start was carried from the step before
     and the end into the next.
@@ -106,8 +106,8 @@ def _response(row: dict[str, Any], line: int, trace: dict[str, Any] | None, char
 
 
 def _spans(segments: object) -> list[list[Any]]:
-    """[text, "policy" or "others"] of a trajectory in order, and [newline, "segment", n] where a segment begins whose
-    prompt goes on as the one before for n tokens."""
+    """Return [text, "policy" or "others"] of a trajectory in order, and [newline, "segment", n] where a segment begins
+    whose prompt has its first n tokens in common with the one before."""
     found: list[list[Any]] = []
     for number, segment in enumerate(segments if isinstance(segments, list) else ()):
         if not isinstance(segment, dict):
@@ -124,7 +124,7 @@ def _spans(segments: object) -> list[list[Any]]:
 
 
 def _cut_spans(spans: list[list[Any]], characters: int) -> list[list[Any]]:
-    """The same, or their head, [number of characters left out, "gap"], and their tail."""
+    """Return the same spans, or their head, [number of characters left out, "gap"], and their tail."""
     total = sum(len(text) for text, *_ in spans)
     if total <= characters:
         return spans
@@ -144,7 +144,7 @@ def _cut_spans(spans: list[list[Any]], characters: int) -> list[list[Any]]:
 
 
 def _cut(text: str, characters: int) -> list[Any]:
-    """[text], or [head, number of characters left out, tail]."""
+    """Return [text], or [head, number of characters left out, tail]."""
     if len(text) <= characters:
         return [text]
     tail = int(characters * _TAIL_SHARE)
@@ -152,10 +152,10 @@ def _cut(text: str, characters: int) -> list[Any]:
 
 
 def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
-    """Columns of equal length, one entry for each token that is shown.
+    """Return columns of equal length, one entry for each token that is shown.
 
     gap: [first, number] of the tokens left out, or None. versions: [version, number of tokens] in order, of all tokens;
-    None is of tokens that the policy did not sample. segments: where those behind the first one begin.
+    None is of tokens that the policy did not sample. segments: where those after the first one begin.
     """
     tokens = [_text(token) for token in trace["tokens"]]
     head, tail, gap = len(tokens), 0, None
@@ -178,7 +178,8 @@ def _cut_trace(trace: dict[str, Any], characters: int) -> dict[str, Any]:
 
 
 def _fitting(tokens: Sequence[str], characters: float) -> int:
-    """How many of the first tokens fit into so many characters, one with its numbers being worth _TOKEN at least."""
+    """Count how many of the first tokens fit into `characters` characters. Each token with its numbers takes _TOKEN at
+    least."""
     room = 0
     for number, token in enumerate(tokens):
         room += max(_TOKEN, len(token))
@@ -193,7 +194,7 @@ def _finite(digits: str) -> float | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
-    """(position, sample_index, line number from 1, line) of every row; a last one cut short is left out."""
+    """Yield (position, sample_index, line number from 1, line) of every row; a last one cut short is left out."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -207,7 +208,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Numbers that are not finite, which a page's JSON does not have, are None."""
+    """Parse a line; None where it is no object. Numbers that are not finite, which a page's JSON does not have, are
+    None."""
     try:
         row = parse_json(line.decode(errors="replace"), parse_constant=lambda _: None, parse_float=_finite)
     except ValueError:

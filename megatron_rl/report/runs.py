@@ -1,4 +1,4 @@
-"""A run directory as a record: its configuration, its metrics, and when it was started."""
+"""Reads a run directory into a record: its configuration, its metrics, and when it was started."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ _KINDS = {RlConfig: "rl", SftConfig: "sft"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """name: of its folder, or more of its path where that is needed to tell runs apart. kind: "rl" or "sft".
+    """Holds the record of a run. name: of its folder, or more of its path where that is needed to tell runs apart.
+    kind: "rl" or "sft".
 
     config: the resolved configuration as nested tables; config_text: as it stands in the file. rows: of metrics.jsonl,
     by rising step. resumed_at: the steps from which the run went on after it had stopped. last_validation: none, or the
-    metrics of the weights behind the last step, which have no row of their own.
+    metrics of the weights after the last step, which have no row of their own.
     """
 
     directory: Path
@@ -37,22 +38,23 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Up to the last one that is logged."""
+        """Count the steps up to the last one that is logged."""
         return int(self.rows[-1]["step"]) + 1
 
     @property
     def planned_steps(self) -> int | None:
-        """None for a run in epochs."""
+        """Return the steps of the whole run; None for a run in epochs."""
         steps = self.config_values.get("train.steps")
         return steps if isinstance(steps, int) else None
 
     @cached_property
     def config_values(self) -> dict[str, Any]:
-        """The configuration as key.path: value."""
+        """Return the configuration as key.path: value."""
         return dict(flattened(self.config))
 
     def located(self, path: str) -> Path:
-        """A path of the configuration, which is relative to the folder where the run was started, with links followed.
+        """Resolve a path of the configuration, which is relative to the folder where the run was started; links are
+        followed.
 
         That folder is what is above `run_dir`, unless the run has been moved: then this one is as good as any.
         """
@@ -63,7 +65,7 @@ class Run:
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """ValueError for what is no run, or one without a step."""
+    """Read the runs. Raise ValueError for what is no run, or one without a step."""
     resolved = [directory.resolve() for directory in directories]
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
@@ -116,7 +118,7 @@ def read_run(directory: Path, name: str) -> Run:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all of them apart."""
+    """Return the last parts of each path, as many as tell all of them apart."""
     for length in range(1, 1 + max(len(d.parts) for d in directories)):
         names = ["/".join(d.parts[-length:]) for d in directories]
         if len(set(names)) == len(names):

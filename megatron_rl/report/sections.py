@@ -1,4 +1,4 @@
-"""Which curves stand together on the page, and what to look for in them."""
+"""Lists which curves stand together on the page, and what to look for in them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """curves: label: metric, where NAME/* stands for NAME of every domain. note: what to look for.
+    """Describes a plot. curves: label: metric, where NAME/* stands for NAME of every domain. note: what to look for.
 
     kind: "stack" piles the curves up; "log" has a logarithmic axis; "zero" begins at 0. always: also where all of its
     curves are 0 throughout.
@@ -357,12 +357,12 @@ SECTIONS = (
         ),
     ),
 )
-# Drawn under other names, or the same again.
+# Metrics that are drawn under other names, or repeat another one.
 _NOT_ALONE = {"num_loss_tokens_by_step"}
 
 
 def sections_for(present: Collection[str], zero: Collection[str]) -> list[dict[str, Any]]:
-    """The sections as the page draws them, with the plots that have something to show.
+    """Return the sections as the page draws them, with the plots that have something to show.
 
     present: metrics of any run. zero: those of them that are 0 throughout, which most plots do not draw: they are
     listed.

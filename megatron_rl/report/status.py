@@ -1,4 +1,5 @@
-"""`megatron-rl status`: where runs are, by their files alone, while they run, when they have ended, after a kill."""
+"""Runs `megatron-rl status`, which tells where runs are, by their files alone, while they run, when they have ended,
+after a kill."""
 
 import json
 import socket
@@ -23,7 +24,7 @@ from megatron_rl.train.run.metrics import metric_rows
 from megatron_rl.train.run.starts import CONFIG
 from megatron_rl.train.run.watchdog import BEAT_SECONDS, HEARTBEAT
 
-# A process on another machine that has not beaten for so long is gone, or its machine is.
+# After so long without a heartbeat a process on another machine is gone, or its machine is.
 _SILENT_SECONDS = 6 * BEAT_SECONDS
 _STEPS_FOR_ETA = 20
 _SHOWN = {  # names of metrics for people, in the order in which they are shown
@@ -49,7 +50,7 @@ def run_status(directories: Sequence[Path], as_json: bool) -> int:
 
 
 def status(directory: Path) -> dict[str, Any]:
-    """Where a run is. ValueError for what is no run directory.
+    """Tell where a run is. Raise ValueError for what is no run directory.
 
     state: running; silent, when its machine has not said so for a minute; ended, stopped (--resume goes on), failed or
     refused (message says why), killed (it ended without a word), or unknown, of a version without such files. step: the
@@ -91,7 +92,7 @@ def status(directory: Path) -> dict[str, Any]:
 
 
 def state_of(directory: Path, beat: Mapping[str, Any] | None = None) -> str:
-    """The state of a run, as `status` names it. beat: its heartbeat, read before."""
+    """Return the state of a run, as `status` names it. beat: its heartbeat, read before."""
     beat = _heartbeat(directory) or {} if beat is None else beat
     if not beat or "state" not in beat:
         return "ended" if (directory / "hf").exists() else "unknown" if not beat else _alive(beat)
@@ -99,7 +100,7 @@ def state_of(directory: Path, beat: Mapping[str, Any] | None = None) -> str:
 
 
 def alarms(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the run warned of, found again in its metrics: they say the same whenever they are looked at."""
+    """Find again in a run's metrics what it warned of: they say the same whenever they are looked at."""
     names = {"grad_norm_alarm", "reward_alarm"}
     own = {name: value for name, value in config.get("train", {}).items() if name in names}
     watch = Alarms(TrainSection(micro_batch_tokens=1, **own))
@@ -109,7 +110,7 @@ def alarms(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """A few lines for people."""
+    """Return a few lines for people."""
     total = f" of {found['num_steps']:,}" if found["num_steps"] else ""
     lines = [f"{found['run']}: {_state_in_words(found)}", f"  {found['num_done']:,}{total} steps done{_eta(found)}"]
     metrics = found["metrics"]
@@ -151,13 +152,13 @@ def _eta(found: Mapping[str, Any]) -> str:
 
 
 def _eta_seconds(rows: Sequence[Mapping[str, Any]], num_done: int, num_steps: int | None) -> float | None:
-    """By the mean of the last steps."""
+    """Estimate the seconds that are left by the mean of the last steps."""
     recent = [row["step_seconds"] for row in rows[-_STEPS_FOR_ETA:] if _is_number(row.get("step_seconds"))]
     return fmean(recent) * max(0, num_steps - num_done) if recent and num_steps else None
 
 
 def _phase_seconds(beat: Mapping[str, Any], is_running: bool) -> float | None:
-    """In the present phase, up to now or to the last heartbeat."""
+    """Count the seconds in the present phase, up to now or to the last heartbeat."""
     if "phase_seconds" not in beat:
         return None
     since = time.time() - beat["time"] if is_running else 0.0
@@ -165,7 +166,8 @@ def _phase_seconds(beat: Mapping[str, Any], is_running: bool) -> float | None:
 
 
 def _alive(beat: Mapping[str, Any]) -> str:
-    """Whether the process of a heartbeat is there still. On this machine its id says so; elsewhere only its beats."""
+    """Return "running", "killed" or "silent" by whether the process of a heartbeat is still there. On this machine its
+    id says so; elsewhere only its beats do."""
     if beat["host"] == socket.gethostname():
         try:
             # A process that is younger than the heartbeat only has the same id.
@@ -186,7 +188,7 @@ def _heartbeat(directory: Path) -> dict[str, Any] | None:
 
 
 def _config(directory: Path) -> dict[str, Any] | None:
-    """Not validated: an older version may have written it."""
+    """Read the configuration without validating it: an older version may have written it."""
     try:
         return parse_toml(read_text(directory / CONFIG))
     except (OSError, ValueError):

@@ -1,4 +1,5 @@
-"""What a run was, in words: the facts of the page's first table, and what of its configuration is not the default."""
+"""Says in words what a run was: the facts of the page's first table, and what of its configuration is not the
+default."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,7 +20,7 @@ from megatron_rl.report.runs import Run
 from megatron_rl.report.status import status
 from megatron_rl.train.run.starts import differences, read_starts
 
-# What may be true of a response at once: one that is cut off has no answer.
+# Several of these may be true of one response: one that is cut off also has no answer.
 _FAILURES = {
     "wrong answer": "wrong_share",
     "no answer": "no_answer_share",
@@ -31,7 +32,7 @@ _KINDS: dict[str, type[RunConfig]] = {"rl": RlConfig, "sft": SftConfig}
 
 
 def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
-    """(name, value) pairs. parent: the run that it started from."""
+    """Return (name, value) pairs. parent: the run that it started from."""
     tokens = _column(run, "num_loss_tokens")
     seconds = _column(run, "step_seconds")
     found = [
@@ -58,7 +59,7 @@ def facts(run: Run, parent: str | None) -> list[tuple[str, str]]:
 
 
 def changes(run: Run) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every value that is not the default.
+    """Return (key, value, default) of every value that is not the default.
 
     The default is "required" where there is none, and "unknown" where this version of the package has no such key.
     """
@@ -71,7 +72,7 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
 
 
 def starts(run: Run) -> list[tuple[str, str, str]]:
-    """(start, steps before it, what it changed) of every start but the first."""
+    """Return (start, steps before it, what it changed) of every start but the first."""
     known = read_starts(run.directory)
     return [
         (
@@ -91,7 +92,8 @@ def _told_default(key: str, defaults: Mapping[str, Any]) -> str:
 
 
 def evaluations(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Accuracy by benchmark of every `megatron-rl evaluate` output that is named or lies in a run directory."""
+    """Return the accuracy by benchmark of every `megatron-rl evaluate` output that is named or lies in a run
+    directory."""
     found = [(folder.name, folder / "results.json") for folder in folders]
     named = {path.resolve() for _, path in found}
     for run in runs:
@@ -134,7 +136,7 @@ def _state(run: Run) -> str:
 
 
 def _model(run: Run) -> str:
-    """Its size, where its configuration is still to be found."""
+    """Return the size of a run's model, where its configuration is still to be found."""
     for folder in (run.directory / "hf", run.located(str(run.config_values.get("model.path", ".")))):
         try:
             if (folder / "config.json").is_file():
@@ -164,7 +166,7 @@ def _best(run: Run, name: str) -> str:
 
 
 def _failures(run: Run) -> str:
-    """The kinds of failure with their shares, the most frequent first; "" for a run whose log has none."""
+    """Return the kinds of failure with their shares, the most frequent first; "" for a run whose log has none."""
     found = []
     for name, metric in _FAILURES.items():
         values = _column(run, metric)
@@ -174,7 +176,7 @@ def _failures(run: Run) -> str:
 
 
 def _validated(run: Run) -> Iterator[tuple[str, str]]:
-    """The best and the last score of each benchmark of validation."""
+    """Yield the best and the last score of each benchmark of validation."""
     rows = read_validations(run.directory)
     for name in dict.fromkeys(name for row in rows for name in row["benchmarks"]):
         best, last = best_row(rows, name), [row for row in rows if name in row["benchmarks"]][-1]

@@ -1,4 +1,4 @@
-"""The answer that a text gives: its boxes, or what it says without one."""
+"""Finds the answer that a text gives: in its boxes, or in what it says without one."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ _MAX_TAIL_CHARACTERS = 20_000
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the last box; None without one, or when the last one is never closed.
+    """Return what stands in the last box; None without one, or when the last one is never closed.
 
     Boxes before it that only a comma, "and" or "or" separates from it belong to the same answer and are joined by
     commas: `\\boxed{1}, \\boxed{2}` answers "1,2", and equal ones are one. An earlier box that is followed by more
@@ -54,7 +54,8 @@ def extracted_answer(judged_as: str, text: str) -> str | None:
 
 
 def reference_answers(answer: str) -> list[str]:
-    """The answers that a data set accepts: each string of a JSON list, the box of a solution, or the text itself.
+    """Return the answers that a data set accepts: each string of a JSON list, the box of a solution, or the text
+    itself.
 
     Behind "####", where there is one: GSM8K's solutions end so.
     """
@@ -74,7 +75,7 @@ def _belongs(between: str) -> bool:
 
 
 def _revised(behind: str, boxed: str) -> str | None:
-    """The answer that is stated behind a box and is none of what stands in it."""
+    """Return the answer that is stated after a box and is none of what stands in it."""
     *_, last = [None, *_REVISION.finditer(behind)]
     if last is None:
         return None
@@ -86,7 +87,7 @@ def _revised(behind: str, boxed: str) -> str | None:
 
 
 def stated_answer(text: str) -> str:
-    """The answer of a text that need not have a box: for reference answers, and for evaluation of other models.
+    """Return the answer of a text that need not have a box: for reference answers, and for evaluation of other models.
 
     In this order: the box; what follows the last "answer is"; the whole text when it is no prose; the last formula; the
     last number; the last lone letter A to J; the text itself. Training never calls this: there, no box is no answer.
@@ -115,20 +116,21 @@ def _after_cue(text: str) -> str:
 
 
 def _is_bare(text: str) -> bool:
-    """No prose outside of formulas: at most one word, such as a unit or an answer in words, and no number behind it."""
+    """Tell whether there is no prose outside of formulas: at most one word, such as a unit or an answer in words, and
+    no number after it."""
     outside = _COMMAND.sub(" ", _MATH.sub(" 0 ", _MARKED.sub(" ", text)))
     words = list(_WORD.finditer(outside))
     return not words or (len(words) == 1 and not re.search(r"\d", outside[words[0].end() :]))
 
 
 def _last_of(text: str) -> str | None:
-    """Whatever ends last, a formula or a number outside of one; without either, a letter."""
+    """Return whatever ends last, a formula or a number outside of one; without either, a letter."""
     found = _candidates(text)
     return max(found)[1] if found else None
 
 
 def _candidates(text: str) -> list[tuple[int, str]]:
-    """(where it ends, text) of formulas and of numbers outside of them; without either, of letters."""
+    """Return (where it ends, text) of formulas and of numbers outside of them; without either, of letters."""
     formulas = [(match.end(), next(filter(None, match.groups()))) for match in _MATH.finditer(text)]
     numbers = [(match.end(), match.group().rstrip(",")) for match in _NUMBER.finditer(_MATH.sub(_blank, text))]
     return formulas + numbers or [(match.end(), match.group()) for match in _CHOICE.finditer(text)]

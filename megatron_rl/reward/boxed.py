@@ -1,4 +1,4 @@
-"""The boxes of a response: `\\boxed{...}` or `\\fbox{...}`, or `\\boxed 5` without braces."""
+"""Finds the boxes of a response: `\\boxed{...}` or `\\fbox{...}`, or `\\boxed 5` without braces."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _OPENING = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:(\{)|([-+]?\d+(?:[.,/]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """content: what stands in it. start, end: of the whole command in the text."""
+    """Describes a box. content: what stands in it. start, end: of the whole command in the text."""
 
     content: str
     start: int
@@ -16,7 +16,8 @@ class Box:
 
 
 def boxes(text: str) -> list[Box]:
-    """The boxes of `text` in their order, the inner one of two that are nested. Empty when the last one is not closed.
+    """Return the boxes of `text` in their order, the inner one of two that are nested. Empty when the last one is not
+    closed.
 
     Braces are balanced and `\\{`, `\\}` do not count. An unclosed last box is a response that was cut off, so an
     earlier box is not taken for it. Linear in the length of `text`.
@@ -37,13 +38,13 @@ def boxes(text: str) -> list[Box]:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last box, or None without one or when it is never closed."""
+    """Return what stands in the last box, or None without one or when it is never closed."""
     found = boxes(text)
     return found[-1].content if found else None
 
 
 def _closing(text: str, position: int, limit: int) -> int | None:
-    """Where the brace closes that was opened just before `position`, or None when that is not before `limit`."""
+    """Return where the brace closes that was opened just before `position`, or None when that is not before `limit`."""
     depth = 1
     while position < limit:
         character = text[position]

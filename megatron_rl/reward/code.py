@@ -1,4 +1,4 @@
-"""Reward by running the program of a response against its tests, in a sandbox or on a SandboxFusion server.
+"""Judges by running the program of a response against its tests, in a sandbox or on a SandboxFusion server.
 
 `answer` is JSON that says what the tests are (code_tests.py); which block of the response is the program, and what
 counts as the same output, stands in docs/code_rewards.md. Score 1 only if every test passes.
@@ -30,7 +30,7 @@ _NO_BLOCK = "no closed fenced block"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeSettings:
-    """Where and how programs run.
+    """Says where and how programs run.
 
     seconds: of one item, all of its tests together. cpu_seconds: of the program; on stdin, of each test.
     cpp_compiler: the command in front of `-o program program.cpp`, for blocks that are marked as C++ and tests on
@@ -59,7 +59,8 @@ class CodeSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """details: which test failed and how, or why nothing was judged; empty for "correct". num_tests: 0 if unknown."""
+    """Holds the outcome for a program. details: which test failed and how, or why nothing was judged; empty for
+    "correct". num_tests: 0 if unknown."""
 
     reason: Reason
     details: str
@@ -125,7 +126,7 @@ def warm_up(settings: CodeSettings | None = None) -> None:
 
 @functools.cache
 def runner(settings: CodeSettings) -> Runner:
-    """One per process and settings."""
+    """Return the runner, one per process and settings."""
     if settings.endpoint:
         from megatron_rl.reward.sandbox_http import SandboxFusion
 
@@ -135,7 +136,8 @@ def runner(settings: CodeSettings) -> Runner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tests:
-    """Tests that are programs themselves. job: for code_tester.py. num_tests: None where only that counts them."""
+    """Holds tests that are programs themselves. job: for code_tester.py. num_tests: None where only that counts
+    them."""
 
     job: dict[str, Any]
     num_tests: int | None
@@ -143,7 +145,7 @@ class Tests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """Tests that are inputs and expected results.
+    """Holds tests that are inputs and expected results.
 
     start: requests before the first test, each answered by a complaint or nothing. requests: one for each test.
     printed: the results are what programs that read stdin print, of up to so many bytes; None: values.
@@ -160,7 +162,7 @@ Outcome = tuple[Reason, str, int]  # details, tests passed
 
 
 def _task(block: Block, tests: AnyTests, settings: CodeSettings) -> Tests | Calls:
-    """ValueError for tests that cannot be sent to a sandbox."""
+    """Make the task of a judge. Raise ValueError for tests that cannot be sent to a sandbox."""
     if isinstance(tests, CallTests):
         return _function_calls(block.source, tests, settings)
     if isinstance(tests, StdinTests):
@@ -214,7 +216,7 @@ def _stdin_calls(block: Block, tests: StdinTests, settings: CodeSettings) -> Cal
 
 
 def _program(source: str, tests: SourceTests) -> str:
-    """The program with what the prompt gave in front of it."""
+    """Return the program with what the prompt gave in front of it."""
     if not tests.prefix:
         return source
     head = re.compile(rf"^\s*(async\s+)?def\s+{re.escape(tests.entry_point.removeprefix(SOLUTION))}\b", re.MULTILINE)
@@ -255,7 +257,7 @@ def _judge_calls(task: Calls, settings: CodeSettings) -> Outcome:
 
 
 class _Failed(Exception):
-    """A test fails; the message says how."""
+    """Says that a test fails; the message says how."""
 
     def __init__(self, message: str, reason: Reason = "wrong") -> None:
         super().__init__(message)
@@ -263,7 +265,7 @@ class _Failed(Exception):
 
 
 def _check(line: bytes, expected: Any, task: Calls) -> None:
-    """_Failed unless the answer in the line is what is expected."""
+    """Raise _Failed unless the answer in the line is what is expected."""
     try:
         result = _result(line)
         if task.printed is not None:
@@ -291,7 +293,7 @@ class _Object:
 
 
 def _result(line: bytes) -> Any:
-    """The value in an answer; _Failed if there is none."""
+    """Return the value in an answer; raise _Failed if there is none."""
     try:
         answer = unpack(line, lambda described: _Object(str(described[2])[:50]), arrays=False)
     except NotPlain as error:
@@ -328,7 +330,7 @@ def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
 
 
 def _read_report(run: TestsRun, num_tests: int | None, settings: CodeSettings) -> Outcome:
-    """The verdict from the tester's lines, or from its end where it did not come to one."""
+    """Return the verdict from the tester's lines, or from its end where it did not come to one."""
     begun, loaded, passed = False, False, 0
     for line in run.tester.stdout.splitlines():
         try:

@@ -12,21 +12,21 @@ from megatron_rl.reward.code_tests import AnyTests, StdinTests
 
 CPP_TAGS = ("cpp", "c++", "cc", "cxx")
 _PYTHON_TAG = re.compile(r"(?:python|py)[\w.]*|")
-# A fence, or the end of the thinking, where no block goes on.
+# A fence, or the end of the thinking, which ends every block.
 _FENCE = re.compile(r"^([ \t]*)(`{3,})([^`\n]*)$|</think>", re.MULTILINE)
 _DEFINED = re.compile(
     r"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+(\w++)|^(\w++)[ \t]*(?::[^=\n]*)?=(?!=)", re.MULTILINE
 )
 _READS = re.compile(r"\b(?:input|stdin|open|fileinput|read|readline|scanf|cin|getline|getchar)\b")
 _WRITES = re.compile(r"\b(?:print|stdout|write|printf|cout|puts|putchar)\b")
-# A longer source is taken for a program as it is: parsing one that was made for it takes its time.
+# A longer source counts as a program without being parsed: a hostile one would take long.
 _LONGEST_PARSED = 1 << 16
 _KNOWN = frozenset(dir(builtins)) | frozenset(PRELUDE) | {"__name__", "__file__", "__doc__"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A fenced block; tag is what stands behind the opening fence, in lower case."""
+    """Holds a fenced block; tag is what stands after the opening fence, in lower case."""
 
     tag: str
     source: str
@@ -84,19 +84,20 @@ def _is_ours(tag: str) -> bool:
 
 
 def _defined(source: str) -> set[str]:
-    """Names of functions, methods, classes and assignments, by how their lines begin: the source may be broken."""
+    """Return the names of functions, methods, classes and assignments, by how their lines begin: the source may be
+    broken."""
     return {one or other for one, other in _DEFINED.findall(source)}
 
 
 def _wholeness(block: Block) -> int:
-    """0: no program, or a part of one. 1: it prints. 2: it reads something too."""
+    """Rate how whole a program is. 0: no program, or a part of one. 1: it prints. 2: it reads something too."""
     if not _WRITES.search(block.source) or (not block.is_cpp and _needs_another(block.source)):
         return 0
     return 2 if _READS.search(block.source) else 1
 
 
 def _needs_another(source: str) -> bool:
-    """Does it use a name that it does not define, as an example does that calls the solution?"""
+    """Tell whether the source uses a name that it does not define, as an example that calls the solution does."""
     if len(source) > _LONGEST_PARSED:
         return False
     names = Names()

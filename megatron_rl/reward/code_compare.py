@@ -8,16 +8,17 @@ from typing import Any
 
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?[0-9]+[eE][+-][0-9]+")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
-# Of a printed number, as the checkers of most contests do; of its size where that is above 1.
+# Allowed error of a printed number, as in the checkers of most contests; relative where the number is above 1.
 _PRINTED_ERROR = 1e-6
-# A number of so few decimals was rounded on purpose: it must agree to its last decimal.
+# A number of at most so many decimals was rounded on purpose: it must agree to its last decimal.
 _ROUNDED_DECIMALS = 4
-# Of a result: absolute, as LeetCode does, whose expected results have five decimals; or relative.
+# Allowed errors of a result: absolute, as LeetCode has it, whose expected results have five decimals; or relative.
 _RESULT_ERROR, _RESULT_SHARE = 1e-5, 1e-9
 
 
 def same_output(got: str, expected: str) -> bool:
-    """Are these the same words in the same lines? Blank lines and more space do not count, as in most graders."""
+    """Tell whether these are the same words in the same lines. Blank lines and more space do not count, as in most
+    graders."""
     some, others = _words(got), _words(expected)
     if some == others:
         return True
@@ -31,7 +32,8 @@ def _words(text: str) -> list[list[str]]:
 
 
 def _same_word(got: str, expected: str) -> bool:
-    """The same text; or, where a number with a point or exponent is expected, one near it; or 3.0 for 3."""
+    """Tell whether it is the same text; or, where a number with a point or exponent is expected, one near it; or 3.0
+    for 3."""
     if got == expected:
         return True
     if _FLOAT.fullmatch(expected):
@@ -51,7 +53,8 @@ def _near(got: float, text: str) -> bool:
 
 
 def same_result(got: Any, expected: Any) -> bool:
-    """Is this result what is expected, once both are written as JSON? A tuple is a list there, and keys are texts."""
+    """Tell whether this result is what is expected, once both are written as JSON. A tuple is a list there, and keys
+    are texts."""
     got = _as_json(got)
     # APPS wraps some results in a list of one.
     return _same(got, expected) or (type(expected) is list and len(expected) == 1 and _same(got, expected[0]))
@@ -87,7 +90,7 @@ def _same(got: Any, expected: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """A part of its text. Integers of more digits than Python prints have none."""
+    """Return a part of the text of a value. Integers of more digits than Python prints have none."""
     try:
         return repr(value)[:100]
     except ValueError:

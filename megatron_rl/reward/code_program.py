@@ -73,7 +73,7 @@ _MUTABLE = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict
 
 
 class Lines:
-    """Lines over a pair of descriptors. Raises EOFError when the other side is gone."""
+    """Reads and writes lines over a pair of descriptors. Raises EOFError when the other side is gone."""
 
     def __init__(self, reader: int, writer: int, max_bytes: int = MAX_BYTES) -> None:
         self.reader, self.writer, self.max_bytes = reader, writer, max_bytes
@@ -103,7 +103,7 @@ class Lines:
 
 
 class Program:
-    """The module that holds the program's names, and its objects that somebody outside holds by number."""
+    """Holds the module with the program's names, and its objects that somebody outside holds by number."""
 
     def __init__(self) -> None:
         vars(builtins).update(exit=sys.exit, quit=sys.exit)  # site, which has them, is not loaded
@@ -113,7 +113,8 @@ class Program:
         self._numbers: dict = {}
 
     def number(self, value: Any) -> int:
-        """The same for the same object; it is kept, so that no other can have its identity."""
+        """Return a number that is the same for the same object. The object is kept, so that no other can have its
+        identity."""
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self.objects)
             self.objects.append(value)
@@ -193,7 +194,7 @@ class Program:
 
 
 def plain_only(values: list) -> list | None:
-    """These values where all are plain and short, else None."""
+    """Return these values where all are plain and short, else None."""
     try:
         pack(values, max_bytes=4 * DETAIL_CHARACTERS)
     except BaseException:
@@ -277,7 +278,8 @@ def names(program: Program, wanted: list) -> dict:
 
 
 def defines(program: Program, name: str) -> str:
-    """Complain where it has neither a function of that name nor a class Solution; an empty string where it has."""
+    """Return a complaint where the program has neither a function of that name nor a class Solution, else an empty
+    string."""
     return "" if {name, "Solution"} & set(vars(program.module)) else f"the program does not define {name}"
 
 
@@ -293,7 +295,7 @@ def call(program: Program, target: Any, /, *arguments: Any, **keywords: Any) -> 
 
 
 def next_of(program: Program, iterator: Any) -> list:
-    """[element] or nothing: an end that cannot be mistaken for an error."""
+    """Return [element] or []: an end that cannot be mistaken for an error."""
     try:
         return [next(iterator)]
     except StopIteration:
@@ -307,7 +309,7 @@ def fields_of(record: Any) -> dict:
 
 
 def compile_program(program: Program, source: str, suffix: str, command: list) -> str:
-    """Compile in the working directory; a complaint or an empty string."""
+    """Compile in the working directory; return a complaint or an empty string."""
     with open("program" + suffix, "w", encoding="utf-8") as file:
         file.write(source)
     code, _output, errors = run_child("", lambda: os.execv(command[0], command), 0)
@@ -315,7 +317,7 @@ def compile_program(program: Program, source: str, suffix: str, command: list) -
 
 
 def run(program: Program, source: Any, stdin: str, max_bytes: int) -> list:
-    """One run as a program of its own: [exit code or minus the signal, stdout, end of stderr].
+    """Run it once as a program of its own; return [exit code or minus the signal, stdout, end of stderr].
 
     source: None runs what was compiled. stdout has one byte more than max_bytes if there was more.
     """

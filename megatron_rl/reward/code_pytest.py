@@ -19,7 +19,7 @@ _GENERATOR: type = type(iter(() for _ in ()))
 
 
 class Unsupported(BaseException):
-    """The tests need what this stand-in does not have. No Exception, so that tests do not catch it."""
+    """Says that tests need what this stand-in does not have. It is no Exception, so that tests do not catch it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -109,14 +109,15 @@ def _plain(value: Any) -> Any:
 
 
 class param:
-    """One set of arguments of `mark.parametrize`."""
+    """Holds one set of arguments of `mark.parametrize`."""
 
     def __init__(self, *values: Any, **_: Any) -> None:
         self.values = values
 
 
 class _Mark:
-    """Decorators. `parametrize` and those that skip a test mean something; others, as `slow`, say nothing here."""
+    """Gives decorators. `parametrize` and those that skip a test mean something; others, as `slow`, say nothing
+    here."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **_: arguments[0] if arguments and _is_test(arguments[0]) else lambda marked: marked
@@ -170,7 +171,8 @@ def _as_fixture(function: Any, name: str = "", autouse: bool = False, params: An
 
 
 class _Fixtures:
-    """What one call of a test gets by the names of its arguments: each is made once, and ended after the test."""
+    """Gives one call of a test what it gets by the names of its arguments: each is made once, and ended after the
+    test."""
 
     def __init__(self, space: dict, owner: Any) -> None:
         found = [*space.values(), *([getattr(owner, name) for name in dir(owner)] if owner is not None else [])]
@@ -205,17 +207,17 @@ class _Fixtures:
 
 
 def needs(function: Any) -> list:
-    """Names of the arguments that have no default, without self."""
+    """Return the names of the arguments that have no default, without self."""
     plain = getattr(function, "__func__", function)
     names = list(plain.__code__.co_varnames[: plain.__code__.co_argcount - len(plain.__defaults__ or ())])
     return names if plain is function else names[1:]
 
 
 def collected(space: dict) -> list:
-    """One function for each test that the file defines, which raises if the test fails."""
+    """Return one function for each test that the file defines, which raises if the test fails."""
     tests: list = []
     for name, value in list(space.items()):
-        # Not what it imports under such a name; and that an object of the program has no say.
+        # A test is not what the file imports under such a name, and an object of the program is never asked.
         if not _is_test(value) or value.__module__ != space["__name__"] or hasattr(value, "_skipped"):
             continue
         if type(value) is _FUNCTION and name.startswith("test"):
@@ -235,7 +237,7 @@ def _is_case(kind: type) -> bool:
 
 
 def _sets(*marked: Any) -> Iterator[dict]:
-    """Every combination of the sets of arguments; one empty set where there are none."""
+    """Yield every combination of the sets of arguments; one empty set where there are none."""
     combined: list = [{}]
     for sets in [sets for one in marked for sets in getattr(one, "_sets_of_arguments", [])]:
         combined = [{**given, **more} for given in combined for more in sets]

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-# Of all answers of a program to its tests.
+# The limit for all answers of a program to its tests.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# Methods of plain values. What a function returns in place of a plain value must not answer in its name.
+# Methods of plain values. An object that a function returns in place of a plain value must not answer for one.
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range)
 _PLAIN_METHODS = frozenset(name for plain in _PLAIN for name in dir(plain))
 # The only names with two underscores that are asked for: others are how libraries get hold of an object's insides.
@@ -34,15 +34,15 @@ _LIBRARY = sys.stdlib_module_names
 
 
 class Gone(BaseException):
-    """The program's process has ended. No Exception, so that few tests catch it."""
+    """Says that the program's process has ended. It is no Exception, so that few tests catch it."""
 
 
 class Refused(BaseException):
-    """An operation that an object of the program must not do in a test."""
+    """Says that a test did with an object of the program what it must not."""
 
 
 class Connection:
-    """The tester's end. Once it has failed every test fails: no test can catch that away."""
+    """Holds the tester's end of the connection. Once it has failed every test fails: no test can catch that away."""
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
@@ -77,7 +77,7 @@ class Connection:
         return result
 
     def _exchange(self, request: bytes) -> tuple:
-        """(result, arguments that the call changed, exception or None). Raises Gone or Refused."""
+        """Return (result, arguments that the call changed, exception or None). Raises Gone or Refused."""
         try:
             self._lines.write(request)
             answer = self._lines.read()
@@ -130,8 +130,8 @@ class Connection:
         return error
 
     def _library_exception(self, module: Any, name: Any) -> type | None:
-        """An exception of the standard library that the tests name: json.JSONDecodeError. Others may mean success to
-        somebody, as unittest.SkipTest does."""
+        """Return an exception of the standard library that the tests name: json.JSONDecodeError. Others may mean
+        success to somebody, as unittest.SkipTest does."""
         if name not in self.mentioned or module == "builtins" or str(module).partition(".")[0] not in _LIBRARY:
             return None
         found = getattr(sys.modules.get(module), name, None)
@@ -139,7 +139,8 @@ class Connection:
 
 
 def _plain_exception(name: Any) -> type:
-    """The built-in exception of that name. Not one that ends a loop: `all(map(f, ...))` would call it a success."""
+    """Return the built-in exception of that name. It is not one that ends a loop: `all(map(f, ...))` would call it a
+    success."""
     found = getattr(builtins, name, None) if type(name) is str else None
     if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, _ENDS_OF_LOOPS):
         return found
@@ -154,13 +155,14 @@ def exception_class(value: Any) -> Any:
 
 
 def is_node(value: Any) -> bool:
-    """Is this an object of a class of the tests' own, as LeetCode's ListNode and TreeNode, that only holds values?"""
+    """Tell whether this is an object of a class of the tests' own, as LeetCode's ListNode and TreeNode, that only holds
+    values."""
     return type(value).__module__ == "tests" and hasattr(value, "__dict__") and not isinstance(value, BaseException)
 
 
 def _nodes(root: Any) -> list:
-    """An object of the tests and all that its attributes lead to, one behind the other, since lists are long and may
-    be circles: [class, {attribute: [is it a node?, its place or a value]}] for each."""
+    """Describe an object of the tests and all that its attributes lead to, one behind the other, since lists are long
+    and may be circles: [class, {attribute: [is it a node?, its place or a value]}] for each."""
     nodes, places, described = [root], {id(root): 0}, []
     for node in nodes:  # grows
         attributes = {}
@@ -219,7 +221,7 @@ class State:
 
     @property
     def trusted(self) -> bool:
-        """The tests name the object, or its class by a name with a capital letter: they are about it."""
+        """Tell whether the tests name the object, or its class by a name with a capital letter: they are about it."""
         return self.named or any(number in self.connection.trusted_classes for number in self.classes)
 
     def refuse(self, what: str) -> Any:
@@ -227,9 +229,9 @@ class State:
 
 
 class Remote:
-    """An object of the program. It can be called, its attributes be read and set, be compared with another such object,
-    and be handed back. A trusted one may also be counted, iterated, printed, asked for its elements and combined with
-    another. All else, and comparing or combining it with a plain value, is refused."""
+    """Stands for an object of the program. It can be called, its attributes be read and set, be compared with another
+    such object, and be handed back. A trusted one may also be counted, iterated, printed, asked for its elements and
+    combined with another. All else, and comparing or combining it with a plain value, is refused."""
 
     __slots__ = ("_remote_state",)
 
@@ -278,7 +280,8 @@ class Remote:
         return self._remote_state.refuse("is copied")
 
     def _remote_named(self) -> Remote:
-        """The same object as one that the test names; what returns it elsewhere does not make it one."""
+        """Return a Remote of the same object that counts as named by the test. A Remote that some call returns for it
+        elsewhere does not."""
         state = self._remote_state
         copy = State(state.connection, state.number, state.name, state.classes)
         copy.named, copy.exception = True, state.exception
@@ -286,7 +289,7 @@ class Remote:
 
 
 class RemoteClass(Remote):
-    """A class of the program."""
+    """Stands for a class of the program."""
 
     __slots__ = ()
 
@@ -298,8 +301,8 @@ class RemoteClass(Remote):
 
 
 class RemoteIterator(Remote):
-    """A generator or another iterator of the program: its elements, once. One that the tests are about may begin again
-    and have a length."""
+    """Stands for a generator or another iterator of the program: it gives its elements once. One that the tests are
+    about may begin again and have a length."""
 
     __slots__ = ()
 
@@ -330,8 +333,8 @@ class RemoteIterator(Remote):
 
 
 class RemoteDataclass(Remote):
-    """An object of one of the program's dataclasses. It equals another whose class has the same name and whose fields
-    that count are equal here, whatever the program's `__eq__` says; that other one may be the test's."""
+    """Stands for an object of one of the program's dataclasses. It equals another whose class has the same name and
+    whose fields that count are equal here, whatever the program's `__eq__` says; that other one may be the test's."""
 
     __slots__ = ()
 
@@ -354,7 +357,7 @@ class RemoteDataclass(Remote):
 
 
 def _equal(expected: dict, fields: dict) -> bool:
-    """Are the fields that count equal? The first says which of them do."""
+    """Tell whether the fields that count are equal. The first says which of them do."""
     if expected.keys() != fields.keys():
         return False
     return all(not counts or fields[name][0] == value for name, (value, counts) in expected.items())

@@ -22,7 +22,7 @@ MAX_JOB_BYTES = 1 << 30
 
 
 class ProgramEnded(Exception):
-    """The program's process ended, or its time was over, before it answered."""
+    """Says that the program's process ended, or its time was over, before it answered."""
 
     def __init__(self, record: RunRecord, reason: str) -> None:
         super().__init__(reason)
@@ -31,8 +31,8 @@ class ProgramEnded(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestsRun:
-    """tester: what became of the tests; its stdout is the report. program: of the program's process, where that is
-    known."""
+    """Holds how a run of tests went. tester: what became of the tests; its stdout is the report. program: of the
+    program's process, where that is known."""
 
     tester: RunRecord
     program: RunRecord | None
@@ -43,22 +43,24 @@ class Runner(Protocol):
 
     @property
     def description(self) -> str:
-        """Where that is and what holds programs there, for the log."""
+        """Say where programs run and what holds them there, for the log."""
         ...
 
     def answers(self, requests: Iterable[bytes], limits: Limits, max_bytes: int) -> Generator[bytes]:
-        """The answers of `code_program.py` to requests, one by one; closing it ends the program. Raises ProgramEnded.
+        """Yield the answers of `code_program.py` to requests, one by one; closing it ends the program. Raises
+        ProgramEnded.
 
         max_bytes: of one request and of one answer."""
         ...
 
     def run_tests(self, job: dict[str, Any], program_limits: Limits, tester_limits: Limits) -> TestsRun:
-        """The report of `code_tester.py` about a job."""
+        """Return the report of `code_tester.py` about a job."""
         ...
 
 
 class InSandbox:
-    """On this machine. The program's sandbox and the tests' share a socket, and neither sees the other's processes."""
+    """Runs programs on this machine. The program's sandbox and the tests' share a socket, and neither sees the other's
+    processes."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
@@ -103,8 +105,8 @@ class InSandbox:
                 return _watch(tester_run, program_run)
 
     def _helper(self, module: str, call: str) -> Program:
-        """A program that runs one of our modules, which the sandbox's interpreter has compiled before: compiling them
-        takes longer than everything else that happens before the first test."""
+        """Return a program that runs one of our modules, which the sandbox's interpreter has compiled before: compiling
+        them takes longer than everything else that happens before the first test."""
         code = self._compiled[module]
         start = (
             "import sys, os, marshal\n"
@@ -153,12 +155,12 @@ def _watch(tester: Running, program: Running) -> TestsRun:
 
 
 def sources(modules: Iterable[str]) -> list[tuple[str, str]]:
-    """(full name, source) of modules of this package, in the order in which they import each other."""
+    """Return (full name, source) of modules of this package, in the order in which they import each other."""
     return [(f"megatron_rl.reward.{name}", (_HERE / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
 
 
 class SealedFile:
-    """A file in memory that nobody can change, so that every program may have it."""
+    """Holds a file in memory that nobody can change, so that every program may have it."""
 
     def __init__(self, data: bytes) -> None:
         self.size = len(data)

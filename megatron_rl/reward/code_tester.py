@@ -40,11 +40,11 @@ _IMPORTABLE = {**{name: name for name in sys.stdlib_module_names}, "numpy": "num
 
 
 class Broken(Exception):
-    """The test is at fault, not the program."""
+    """Says that the test is at fault, not the program."""
 
 
 class Names:
-    """Which names source code reads, binds, calls, and asks for attributes; by its syntax tree."""
+    """Finds which names source code reads, binds, calls, and asks for attributes, by its syntax tree."""
 
     def __init__(self) -> None:
         self.read: set = set()
@@ -93,26 +93,28 @@ class Names:
             self.imports.add(node.module)
 
     def modules(self) -> dict:
-        """Name -> module, for names that can only be modules: their attributes are asked for, they are not called."""
+        """Return name -> module, for names that can only be modules: their attributes are asked for, they are not
+        called."""
         free = self.opened - self.bound - self.called
         return {name: _IMPORTABLE[name] for name in sorted(free) if name in _IMPORTABLE}
 
     def is_about(self, name: str) -> bool:
-        """Are the tests about the program's class of this name? They call or open it, and never bind the name."""
+        """Tell whether the tests are about the program's class of this name. They call or open it, and never bind the
+        name."""
         here = {name} | {local for local, there in self.from_solution.items() if there == name}
         used = self.called | self.opened | {f"{SOLUTION}.{name}"}  # in `here` where the tests write that
         return name[:1].isupper() and here.isdisjoint(self.bound) and not here.isdisjoint(used) and name != HOLDER
 
 
 class Tester:
-    """The tests of one job."""
+    """Runs the tests of one job."""
 
     def __init__(self, job: dict, connection: Connection) -> None:
         self.job, self.connection, self.names = job, connection, Names()
 
     def read(self) -> None:
-        """Broken where a test cannot be compiled or needs what is not here. Nothing of the program has run yet, so
-        nothing else can be the reason."""
+        """Read the tests. Raise Broken where a test cannot be compiled or needs what is not here. Nothing of the
+        program has run yet, so nothing else can be the reason."""
         texts = [self.job["setup"], *self.job["tests"]]
         self.codes = [_parse(text) for text in texts]
         prefix = self.job["prefix"]
@@ -135,7 +137,8 @@ class Tester:
                 raise Broken(f"the tests need what the sandbox's Python does not have: {error}") from None
 
     def start(self) -> list:
-        """Load the program and what comes before the tests; one function for each test, which raises if it fails."""
+        """Load the program and what comes before the tests; return one function for each test, which raises if it
+        fails."""
         self.connection.ask("load", self.job["source"])
         entry_point = self.job["entry_point"]
         space = self._space(entry_point.partition("(")[0])
@@ -152,7 +155,7 @@ class Tester:
         return [lambda: space["check"](candidate)]
 
     def _candidate(self, entry_point: str, space: dict) -> Any:
-        """What `check` gets: a function of the program, or a method, of a new object at each call."""
+        """Return what `check` gets: a function of the program, or a method, of a new object at each call."""
         name, is_method, method = entry_point.partition("().")
         if name and name not in space:
             raise NameError(f"the program does not define {name}")
@@ -161,7 +164,8 @@ class Tester:
         return space.get(name)
 
     def _space(self, entry_point: str) -> dict:
-        """The tests' globals: what the task gives, then from the program what the tests read and nothing gives."""
+        """Return the tests' globals: what the task gives, then from the program what the tests read and nothing
+        gives."""
         module = sys.modules["tests"] = type(sys)("tests")  # dataclasses look their module up
         space = vars(module)
         exec(self.prefix, space)
@@ -183,7 +187,7 @@ class Tester:
         return space
 
     def _named(self, name: str, value: Any) -> Any:
-        """What the program has under a name of the tests'."""
+        """Return what the program has under a name of the tests'."""
         if not isinstance(value, Remote):
             return value
         if isinstance(value, RemoteClass) and self.names.is_about(name):
@@ -208,7 +212,7 @@ def _parse(text: str) -> Any:
 
 
 def _text(error: BaseException) -> str:
-    """What an exception says; it may hold an object that does not want to be printed."""
+    """Return what an exception says; it may hold an object that does not want to be printed."""
     try:
         return str(error)
     except BaseException:

@@ -31,12 +31,12 @@ _PYTHON_DIGITS = 4000  # int() takes 4,300 at a time
 
 
 class BadTests(ValueError):
-    """Tests that no judge can use; the message says why."""
+    """Says that no judge can use; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceTests:
-    """Tests that are programs themselves.
+    """Holds tests that are programs themselves.
 
     kind: asserts, humaneval or pytest. setup: runs before the first test. tests: the asserts, or the one source.
     entry_point: what `check` gets, as the data says it; empty for the other kinds.
@@ -53,7 +53,7 @@ class SourceTests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallTests:
-    """Calls of one function, and what each must return."""
+    """Holds calls of one function, and what each must return."""
 
     name: str
     inputs: tuple[list[Any], ...]
@@ -66,7 +66,7 @@ class CallTests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StdinTests:
-    """Runs of a whole program: (what it reads, what it must print)."""
+    """Holds runs of a whole program: (what it reads, what it must print)."""
 
     cases: tuple[tuple[str, str], ...]
 
@@ -102,7 +102,7 @@ def read_tests(answer: str) -> AnyTests:
 
 
 def parse_exact_json(text: str) -> Any:
-    """Read JSON with integers of up to a million digits. ValueError as of `parse_json`."""
+    """Read JSON with integers of up to a million digits. Raise ValueError as `parse_json` does."""
     try:
         return parse_json(text)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _stdin_tests(tests: Mapping[str, Any]) -> StdinTests:
 
 
 def _line_text(case: Mapping[str, Any], name: str, number: int) -> str:
-    """Text, or a number as text."""
+    """Return a text, or a number as text."""
     value = case.get(name)
     if isinstance(value, str):
         return value
@@ -205,7 +205,7 @@ def _source_tests(kind: str, tests: Mapping[str, Any]) -> SourceTests:
 
 
 def _test_functions(tree: ast.Module) -> Iterator[str]:
-    """Names of what a run of pytest or unittest would call."""
+    """Yield the names of what a run of pytest or unittest would call."""
     for node in tree.body:
         inside: Iterable[ast.stmt] = node.body if isinstance(node, ast.ClassDef) else [node]
         for part in inside:
@@ -214,7 +214,7 @@ def _test_functions(tree: ast.Module) -> Iterator[str]:
 
 
 def _checks(node: ast.AST) -> bool:
-    """Can this part of a test fail it? An assert of a constant, as `assert True, "..."`, cannot."""
+    """Tell whether this part of a test can fail it. An assert of a constant, as `assert True, "..."`, cannot."""
     if isinstance(node, ast.Assert):
         return not isinstance(node.test, ast.Constant | ast.Tuple | ast.JoinedStr)
     if isinstance(node, ast.Call):
@@ -231,7 +231,7 @@ def _parse(source: str) -> ast.Module:
 
 
 def _prefix_tree(prefix: str) -> ast.Module:
-    """Its helpers may hold the asserts. One that ends in a function's head holds none."""
+    """Parse the prefix. Its helpers may hold the asserts. One that ends in a function's head holds none."""
     try:
         return ast.parse(prefix)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

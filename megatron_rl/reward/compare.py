@@ -1,4 +1,4 @@
-"""Do two answers say the same? By what each of them can mean (`meaning.py`), pair of types by pair of types.
+"""Tells whether two answers say the same, by what each of them can mean (`meaning.py`), pair of types by pair of types.
 
 The rules are those of somebody who grades, docs/rewards.md lists them. Numbers and formulas are compared by what the
 caller brings, so that mathematics and science differ in that alone.
@@ -53,7 +53,7 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d+,(?!\d{3}$)\d+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How numbers and formulas are compared.
+    """Says how numbers and formulas are compared.
 
     numbers: (gold, answer, whether the answer was converted to the gold one's unit) -> are they the same?
     formulas: (gold, answer) -> the same of two formulas, equations or numbers in LaTeX. May not return, see `limits`.
@@ -68,7 +68,8 @@ class Rules:
 
 
 def same_answer(gold: str, answer: str, rules: Rules, depth: int = 0) -> bool:
-    """Both cleaned by `latex.clean`. Not symmetric: what is missing in the answer may be said only in the gold one."""
+    """Tell whether two answers, cleaned by `latex.clean`, say the same. This is not symmetric: what is missing in the
+    answer may be said only in the gold one."""
     gold, answer = bare(gold), bare(answer)
     if latex.squeeze(gold) == latex.squeeze(answer):
         return bool(answer)
@@ -89,7 +90,8 @@ def _first(text: str, kind: type[Kind]) -> Kind | None:
 
 
 def same_at_once(gold: str, answer: str, rules: Rules) -> bool | None:
-    """As `same_answer` for plain numbers, words and letters of choices; None where a formula has to be computed."""
+    """Return what `same_answer` does for plain numbers, words and letters of choices; None where a formula has to be
+    computed."""
     letters = _first(gold, Choice), _first(answer, Choice)
     if letters[0] and letters[1] and not (letters[0].text and letters[1].text):
         return letters[0].letter == letters[1].letter
@@ -169,7 +171,7 @@ class _Pair:
         return False
 
     def _same_parts(self, gold: Meaning, answer: Meaning) -> bool:
-        """Of lists, sets, tuples, matrices and ratios, with each other and with a single value."""
+        """Compare lists, sets, tuples, matrices and ratios, with each other and with a single value."""
         match gold, answer:
             case Items(), Items():
                 return self._same_items(gold, answer)
@@ -189,7 +191,7 @@ class _Pair:
         return False
 
     def same_formula(self) -> bool:
-        """Where each side can be a number or formula, and at least one is a formula."""
+        """Compare by formula, where each side can be a number or formula, and at least one is a formula."""
         if "\\infty" in (self.gold.lstrip("-"), self.answer.lstrip("-")):
             return False  # one more infinity is infinity to sympy, but no answer
         kinds = [{type(meaning) for meaning in meanings(text)} for text in (self.gold, self.answer)]
@@ -214,13 +216,14 @@ class _Pair:
         return answer.text in names or answer.text.replace(" ", "") in (name.replace(" ", "") for name in names)
 
     def _may_lack(self, quantity: Quantity, other: Number | Expression) -> bool:
-        """May the other side leave the unit out?"""
+        """Tell whether the other side may leave the unit out."""
         if isinstance(other, Number) and other.is_percent:
             return False
         return quantity.is_sure or self.rules.letters_are_units
 
     def _same_family(self, gold: Family, answer: Family) -> bool:
-        """The same formula in another letter. Over all integers it may start elsewhere, or count down."""
+        """Tell whether it is the same formula in another letter. Over all integers it may start elsewhere, or count
+        down."""
         if not same_domain(gold.domain, answer.domain):
             return False
         starts = ("{}", "({}+1)", "({}-1)", "(-{})", "(1-{})", "(-1-{})") if gold.domain == "Z" else ("{}",)
@@ -245,7 +248,7 @@ class _Pair:
         return self._same_value(gold, answer)
 
     def _same_value(self, gold: Quantity | None, answer: Quantity | None) -> bool:
-        """Of values in units that can be converted, or of one that has none."""
+        """Compare values in units that can be converted, or of one that has none."""
         values = [side.value if side else text for side, text in ((gold, self.gold), (answer, self.answer))]
         counts = [side.unit.count if side else Fraction(1) for side in (gold, answer)]
         by, shift = counts[1] / counts[0], Fraction(0)
@@ -285,7 +288,8 @@ class _Pair:
         return len(gold) == len(answer) and all(map(self.inner, gold, answer))
 
     def _same_elements(self, gold: Sequence[str], answer: Sequence[str]) -> bool:
-        """The same elements in any order. Repeats count only where the gold answer has some: a double root."""
+        """Tell whether these are the same elements in any order. Repeats count only where the gold answer has some: a
+        double root."""
         matches = [[self.inner(one, other) for other in answer] for one in gold]
         if any(not any(row) for row in matches) or not all(map(any, zip(*matches, strict=True))):
             return False
@@ -302,7 +306,7 @@ class _Pair:
         return self._formulas(*(f"{left}={right}" for left, right in ends))
 
     def _ends_in(self, answer: Equation) -> bool:
-        """m+n = 73 and 2^10 = 1024 end in what is asked; 4 = 5 is no 5."""
+        """Tell whether an equation ends in what is asked: m+n = 73 and 2^10 = 1024 do; 4 = 5 is no 5."""
         *others, last = answer.sides
         named = _named(answer)
         if named is not None and named[1] != last:
@@ -316,18 +320,18 @@ _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": Fals
 
 
 def _points(text: str) -> list[str]:
-    """Names of angles and polygons, which are no products: ABC is CBA, but no ACB."""
+    """Return names of angles and polygons, which are no products: ABC is CBA, but no ACB."""
     runs = re.findall(r"(?<![a-zA-Z\\])[A-Z]{3,}(?![a-zA-Z])", text)
     return sorted(min(run, run[::-1]) for run in runs)
 
 
 def _ungrouped(text: str) -> str:
-    """282 475 249 without what separates its thousands, which no parser reads."""
+    """Return 282 475 249 without what separates its thousands, which no parser reads."""
     return re.sub(r"(?<=\d)[ ,](?=\d{3})", "", text) if read_number(text) is not None else text
 
 
 def _counts(side: Quantity) -> bool:
-    """More than a scale word behind the value, as in 5 million."""
+    """Tell whether more than a scale word stands behind the value; 5 million has no more."""
     return side.unit.is_known or bool(side.unit.noun)
 
 
@@ -345,18 +349,19 @@ def _signs(item: str) -> tuple[str, ...]:
 
 
 def _are_named(items: Sequence[str]) -> bool:
-    """AB=4, CD=5: values whose order their names give. x=1, x=2 are two values of one."""
+    """Tell whether the items are named, as in AB=4, CD=5: values whose order their names give. x=1, x=2 are two values
+    of one."""
     names = [_named(Equation(sides=tuple(latex.split_top(item, EQUALS)))) for item in items]
     return all(names) and len({latex.squeeze(name[0]) for name in names if name}) > 1
 
 
 def _without_indices(items: Sequence[str]) -> list[str]:
-    """x_1=1, x_2=-3: two values of x."""
+    """Remove the indices of names: x_1=1, x_2=-3 are two values of x."""
     return [re.sub(r"^([a-zA-Z])_\s*\{?\d\}?(?=\s*=)", r"\1", item) for item in items]
 
 
 def _named(equation: Equation) -> tuple[str, str] | None:
-    """(name, value) of `k = 5` and `5 = k`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
+    """Return (name, value) of `k = 5` and `5 = k`, of `(x, y) = (1, 2)`, and of a chain `x = 5 + 6 = 11`."""
     first, *_, last = equation.sides if len(equation.sides) > 1 else ("", "")
     if is_name(first):
         return first, last
@@ -364,7 +369,7 @@ def _named(equation: Equation) -> tuple[str, str] | None:
 
 
 def _same_name(gold: str, answer: str) -> tuple[str, str] | None:
-    """How the answer's letter is renamed to be the gold one's; None where the names differ.
+    """Return how the answer's letter is renamed to be the gold one's; None where the names differ.
 
     y and f(x) name one function, and f(x) and f(t) too.
     """
@@ -380,7 +385,8 @@ def _same_name(gold: str, answer: str) -> tuple[str, str] | None:
 
 
 def _has_letters(text: str) -> bool:
-    """Letters that stand for something that is not known: no unit, and not the e, i and d of mathematics."""
+    """Tell whether there are letters that stand for something that is not known: no unit, and not the e, i and d of
+    mathematics."""
     quantity = read_quantity(text)
     value = quantity.value if quantity is not None and quantity.is_sure else text
     return bool(_LETTER.search(value))

@@ -1,4 +1,4 @@
-"""Reward by string equality of the answer in the box; for tasks whose answers have one spelling."""
+"""Judges by string equality of the answer in the box, for tasks whose answers have one spelling."""
 
 from megatron_rl.reward.answers import boxed_answer, reference_answers
 from megatron_rl.reward.verdict import Verdict, make_verdict

@@ -1,4 +1,4 @@
-"""The built-in kinds as reward functions, to be called from functions of the user's own.
+"""Gives the built-in kinds as reward functions, to be called from functions of the user's own.
 
 They give the verdicts that `reward.kind` gives. `math`, `stem` and `code` may take long for hostile answers, so they
 belong into the workers that reward functions run in.
@@ -13,27 +13,27 @@ from megatron_rl.reward.verdict import Verdict
 
 
 def exact(response: str, answer: str) -> Score:
-    """The box has the very text of the answer."""
+    """Judge whether the box has the very text of the answer."""
     return _score(exact_verdict(response, answer))
 
 
 def choice(response: str, answer: str) -> Score:
-    """The box has the letter of the answer."""
+    """Judge whether the box has the letter of the answer."""
     return _score(choice_verdict(response, answer))
 
 
 def math(response: str, answer: str) -> Score:
-    """The box has what is the answer in mathematics: docs/rewards.md."""
+    """Judge whether the box has what is the answer in mathematics: docs/rewards.md."""
     return _judged("math", response, answer)
 
 
 def stem(response: str, answer: str) -> Score:
-    """The box has what is the answer in science, with a tolerance and units."""
+    """Judge whether the box has what is the answer in science, with a tolerance and units."""
     return _judged("stem", response, answer)
 
 
 def code(response: str, answer: str) -> Score:
-    """The last program passes the tests, which are JSON, in a sandbox with its default limits."""
+    """Judge whether the last program passes the tests, which are JSON, in a sandbox with its default limits."""
     return _score(judge_code(response, answer))
 
 

@@ -1,4 +1,4 @@
-"""One spelling for what LaTeX, Unicode and Markdown write in many ways. Nothing here changes a value."""
+"""Gives one spelling to what LaTeX, Unicode and Markdown write in many ways. Nothing here changes a value."""
 
 import re
 
@@ -105,14 +105,14 @@ _SPELLINGS = (
     (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\bmod "),
 )  # fmt: skip
 _RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
-# Nothing of what follows is written so.
+# A text of these characters alone needs none of the respellings.
 _PLAIN_ASCII = re.compile(r"[A-Za-z0-9.,;:+/=()\[\]\s!?'-]*", re.ASCII)
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _BOLD = re.compile(r"\s*(\*\*|__)(.+)\1[.。]?\s*", re.DOTALL)
 
 
 def clean(latex: str) -> str:
-    """The same answer in one spelling: ASCII, no sizes, colours, spacing or dollars; short names of commands.
+    """Return the same answer in one spelling: ASCII, no sizes, colours, spacing or dollars; short names of commands.
 
     Takes linear time and never fails. Cleaning twice is the same as once for what can be read as an answer.
     """
@@ -136,7 +136,8 @@ def _respelled(latex: str) -> str:
 
 
 def squeeze(latex: str) -> str:
-    """For comparing spellings: no spaces but those that end a command, no `\\text`, no braces around one character."""
+    """Return the text for comparing spellings: no spaces but those that end a command, no `\\text`, no braces around
+    one character."""
     latex = _TEXT.sub(r"\1", latex)
     latex = re.sub(r"(\\[a-zA-Z]+) +(?![a-zA-Z])", r"\1", latex)
     latex = re.sub(r"(?<!\\[a-zA-Z])(?<![a-zA-Z]) +| +(?![a-zA-Z])", "", latex)
@@ -148,8 +149,8 @@ def without_text_marks(latex: str) -> str:
 
 
 def split_top(latex: str, separators: re.Pattern[str]) -> list[str]:
-    """Parts of `latex` between the separators that stand outside of all brackets. Brackets of intervals count as
-    brackets whichever way they face."""
+    """Return the parts of `latex` between the separators that stand outside of all brackets. Brackets of intervals
+    count as brackets whichever way they face."""
     parts, depth, start, position = [], 0, 0, 0
     while position < len(latex):
         character = latex[position]
@@ -173,7 +174,8 @@ def split_top(latex: str, separators: re.Pattern[str]) -> list[str]:
 
 
 def is_one_bracket(latex: str, opening: str = "([{", closing: str = ")]}") -> bool:
-    """Whether the first bracket is closed by the last character and by nothing before. Other brackets do not count."""
+    """Tell whether the first bracket is closed by the last character and by nothing before. Other brackets do not
+    count."""
     if not latex or latex[0] not in opening or latex[-1] not in closing:
         return False
     depth, position = 0, 0

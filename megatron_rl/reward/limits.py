@@ -1,4 +1,4 @@
-"""What an answer may ask of a computer algebra system. Cheap tests of its text, before anything is parsed."""
+"""Limits what an answer may ask of a computer algebra system, by cheap tests of its text, before anything is parsed."""
 
 import re
 
@@ -22,7 +22,7 @@ _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)|\{\s*(\d+)\s*\\choose")
 
 
 def excess(answer: str) -> str | None:
-    """Why `answer` is not worth evaluating, or None.
+    """Say why `answer` is not worth evaluating, or None.
 
     Nobody who grades would read on either. What slips through meets the worker's deadline and memory limit.
     """
@@ -52,7 +52,7 @@ def _too_large_to_compute(answer: str) -> str | None:
 
 
 def _is_large_power(found: tuple[str, str, str]) -> bool:
-    """b^c or b! as an exponent."""
+    """Tell whether b^c or b! is too large as an exponent."""
     base, exponent, _factorial = found
     if _exceeds(base, _MAX_EXPONENT) or _exceeds(exponent or "0", _MAX_EXPONENT):
         return True
@@ -61,7 +61,7 @@ def _is_large_power(found: tuple[str, str, str]) -> bool:
 
 
 def _tower_height(answer: str) -> int:
-    """How many powers stand on one another: 2 for e^{x^2} and for 2^3^4."""
+    """Count how many powers stand on one another: 2 for e^{x^2} and for 2^3^4."""
     highest = level = chain = position = 0
     opened: list[int] = []  # the level outside of each open bracket
     while position < len(answer):

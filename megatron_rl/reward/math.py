@@ -1,4 +1,4 @@
-"""Rewards by equivalence: is the answer in the box the reference answer? In mathematics; `stem.py` has science.
+"""Judges by equivalence whether the answer in the box is the reference answer, in mathematics; `stem.py` has science.
 
 Structure, words and plain numbers are compared by our own rules (`compare.py`), formulas by math-verify's parser and
 their values (`symbolic.py`). Hostile answers such as `9^{9^{9^{9}}}` run for minutes or take gigabytes inside sympy,
@@ -27,7 +27,8 @@ _WARM_UP_PAIRS = (
 
 
 def same_numbers(gold: Number, answer: Number, converted: bool = False) -> bool:
-    """Equal, or one is a fraction and the other a decimal that it rounds to: any response's twelve digits do."""
+    """Tell whether the numbers are equal, or one is a fraction and the other a decimal that it rounds to: any
+    response's twelve digits do."""
     if equal_numbers(gold, answer):
         return True
     if answer.places is None:
@@ -39,18 +40,18 @@ MATH = Rules(numbers=same_numbers, formulas=equal_expressions)
 
 
 def settle_math(response_text: str, answer: str) -> Verdict | str:
-    """The verdict where text and plain numbers already give it, otherwise the box that a worker has to judge."""
+    """Return the verdict where text and plain numbers already give it, otherwise the box that a worker has to judge."""
     return settle(response_text, answer, MATH)
 
 
 def judge_boxed(boxed: str, answer: str) -> Verdict:
-    """Are `boxed` and `answer` the same? Only for pool workers: may hang, exhaust memory or crash."""
+    """Judge whether `boxed` and `answer` are the same. Only for pool workers: may hang, exhaust memory or crash."""
     return judge(boxed, answer, MATH)
 
 
 def settle(response_text: str, answer: str, rules: Rules) -> Verdict | str:
-    """An answer that is not the gold string and goes beyond `limits.excess` is "wrong", a gold answer that does is an
-    "error" of the data."""
+    """Return the verdict where it needs no worker, otherwise the box. An answer that is not the gold string and goes
+    beyond `limits.excess` is "wrong", a gold answer that does is an "error" of the data."""
     started = time.perf_counter()
     boxed = boxed_answer(response_text)
     if boxed is None:

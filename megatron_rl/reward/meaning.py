@@ -1,4 +1,4 @@
-"""What an answer can mean. One reader for reference answers and for what a model says.
+"""Reads what an answer can mean. One reader serves reference answers and what a model says.
 
 A text may mean more than one thing: `1,234` a number and a list, `(1,2)` a point and an interval, `A` a choice and a
 letter. `meanings` gives all of them; `compare.py` says which pairs are the same. Nothing is computed here: reading
@@ -27,7 +27,8 @@ from megatron_rl.reward.units import DEGREES, Unit, read_unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """text: in lower case, without articles and punctuation. also: other names of it, given in brackets behind it."""
+    """Holds words. text: in lower case, without articles and punctuation. also: other names of it, given in brackets
+    after it."""
 
     text: str
     also: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """letter: A to J. text: what it stands for, where the answer says that too."""
+    """Holds a choice. letter: A to J. text: what it stands for, where the answer says that too."""
 
     letter: str
     text: str = ""
@@ -43,14 +44,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expression:
-    """A single formula, without structure of its own."""
+    """Holds a single formula, without structure of its own."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """value: of a Number or an Expression. is_sure: the unit can be no factor, as `m` in `5 m` can."""
+    """Holds a value and its unit of measurement. value: of a Number or an Expression. is_sure: the unit can be no
+    factor, as `m` in `5 m` can."""
 
     value: str
     unit: Unit
@@ -59,7 +61,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equation:
-    """sides: two of an equation, more of a chain."""
+    """Holds an equation. sides: two of an equation, more of a chain."""
 
     sides: tuple[str, ...]
 
@@ -71,21 +73,23 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaction:
-    """sides: what stands before and behind the arrow, each in alphabetical order and one spelling."""
+    """Holds a chemical reaction. sides: what stands before and after the arrow, each in alphabetical order and one
+    spelling."""
 
     sides: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """minutes: since midnight."""
+    """Holds a time of day. minutes: since midnight."""
 
     minutes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """kind: "set" and "list" have no order; "tuple", "row", "column" and "matrix" (of rows) have one.
+    """Holds several items. kind: "set" and "list" have no order; "tuple", "row", "column" and "matrix" (of rows) have
+    one.
 
     brackets: those of a tuple, which tell open ends from closed ones where it is an interval.
     """
@@ -193,7 +197,7 @@ _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 
 @functools.lru_cache(maxsize=4096)
 def meanings(text: str) -> tuple[Meaning, ...]:
-    """Everything that `text`, cleaned by `latex.clean`, can mean. Empty for an empty text."""
+    """Return everything that `text`, cleaned by `latex.clean`, can mean. Empty for an empty text."""
     text = bare(text)
     if not text:
         return ()
@@ -207,8 +211,8 @@ def meanings(text: str) -> tuple[Meaning, ...]:
 
 
 def bare(text: str) -> str:
-    """Without what says nothing: braces and brackets around a single answer, `\\text`, "the answer is", `x \\in`, an
-    approximation behind an exact value."""
+    """Return the text without what says nothing: braces and brackets around a single answer, `\\text`, "the answer is",
+    `x \\in`, an approximation after an exact value."""
     for _ in range(8):
         before = text
         text = text.strip()
@@ -233,7 +237,7 @@ def bare(text: str) -> str:
 
 
 def _is_one_group(text: str) -> bool:
-    """(5) and [5], but no list and no choice."""
+    """Tell whether one value is in brackets: (5) and [5], but no list and no choice."""
     if not latex.is_one_bracket(text, "([", ")]") or (text[0] == "(") != (text[-1] == ")"):
         return False
     inside = text[1:-1].strip()
@@ -295,7 +299,7 @@ def _structured(text: str) -> list[Meaning]:
 
 
 def _separated(text: str) -> list[str]:
-    """Of a list. Commas that group the digits of a number stay: 621,200 mg."""
+    """Return the items of a list. Commas that group the digits of a number stay: 621,200 mg."""
     grouped = _GROUPED.sub(lambda match: match[0].replace(",", "\0"), text)
     return [part.replace("\0", ",") for part in latex.split_top(grouped, _LIST) if part]
 
@@ -312,14 +316,15 @@ def _bracketed(text: str) -> Items | None:
 
 
 def _elements(inside: str) -> list[str]:
-    """Of a bracket. There a comma separates; only before 0, as in (1,000, 2), it groups the digits of a number."""
+    """Return the elements of a bracket. There a comma separates; only before 0, as in (1,000, 2), it groups the digits
+    of a number."""
     grouped = re.sub(r"(?<=\d),(?=0\d\d(?!\d))", "\0", inside)
     grouped = re.sub(r"(?<![\d\0])0\0", "0,", grouped)
     return [part.replace("\0", ",") for part in latex.split_top(grouped, _LIST) if part]
 
 
 def _reaction(text: str) -> Reaction | None:
-    """2H_2 + O_2 \\to 2H_2O; no function, as f: A \\to B."""
+    """Read a chemical reaction: 2H_2 + O_2 \\to 2H_2O; no function, as f: A \\to B."""
     sides = _ARROW.split(re.sub(r"[_{}^]|(?<=\d)\s+(?=[A-Z])", "", latex.without_text_marks(text)))
     if len(sides) != 2 or not all(re.match(r"[\d.]*\s*[A-Z(]", side) for side in sides):
         return None
@@ -327,7 +332,7 @@ def _reaction(text: str) -> Reaction | None:
 
 
 def _clock(text: str) -> list[Clock]:
-    """3:00 PM, 3 p.m. and 15:00."""
+    """Read a time of day: 3:00 PM, 3 p.m. and 15:00."""
     time = _TIME.fullmatch(latex.without_text_marks(text))
     if time is None or not (time[2] or time[3]):
         return []
@@ -353,7 +358,7 @@ def _matrix(text: str) -> Items | None:
 
 
 def _cases(inside: str) -> Items:
-    """The rows of a piecewise function, (value, condition) each, or the equations of a system, in any order."""
+    """Return the rows of a piecewise function, (value, condition) each, or the equations of a system, in any order."""
     rows = [re.sub(r"\s*,?\s*&\s*", ", ", row).strip(" ,.;") for row in latex.split_top(inside.strip(), _ROWS)]
     pieces = [
         latex.split_top(_IF.sub("", latex.without_text_marks(row)), re.compile(r"\s*,\s*")) for row in rows if row
@@ -369,7 +374,8 @@ def _both_signs(text: str) -> tuple[str, ...]:
 
 
 def is_name(text: str) -> bool:
-    """Something that is computed and not an expression: x, f(2), a_{37}, A:B, (p,q,r), \\frac{NO}{BO}, P(A), |S|."""
+    """Tell whether this names something that is computed and is no expression: x, f(2), a_{37}, A:B, (p,q,r),
+    \\frac{NO}{BO}, P(A), |S|."""
     text = re.sub(r"\^\s*\{?\s*-1\s*\}?\s*(?=\()", "", text)  # f^{-1}(x)
     unmarked = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[a-zA-Z])\([^()]*\)", "", latex.without_text_marks(text))
     return bool(re.search(r"[a-zA-Z]", unmarked)) and not re.search(
@@ -403,7 +409,8 @@ def _words(text: str) -> list[Words]:
 
 
 def _plain_words(text: str) -> str:
-    """In lower case; without quotes, commas, brackets, articles and the end of a sentence; a plural as a singular."""
+    """Return the words in lower case; without quotes, commas, brackets, articles and the end of a sentence; a plural as
+    a singular."""
     text = _DAY_FIRST.sub(r"\2 \1", re.sub(r"(?<=[\u4e00-\u9fff])[为是](?=\s*[-+\d])", "", text))
     words = re.sub(r"[\s\"',;()?!~]+|(?<=[a-z])-(?=[a-z])|-(?= )|\.(?=\s|$)", " ", text.lower()).split()
     # (D)(A) has no article
@@ -433,7 +440,7 @@ def _choices(text: str) -> list[Meaning]:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """`text` as a value with a unit, or None. The base of a numeral (204_5) counts as its unit."""
+    """Return `text` as a value with a unit, or None. The base of a numeral (204_5) counts as its unit."""
     base = _BASE.fullmatch(text)
     if base:
         return Quantity(value=base["value"], unit=Unit(noun="base " + base["base"]), is_sure=True)
@@ -474,7 +481,8 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def _several(text: str) -> Quantity | None:
-    """2 hours 30 minutes, 5 ft 3 in: one value in the last unit; None where the units do not become smaller."""
+    """Read several parts, 2 hours 30 minutes or 5 ft 3 in, as one value in the last unit; None where the units do not
+    become smaller."""
     plain = latex.without_text_marks(text)
     parts = [(Fraction(value), read_unit(unit)) for value, unit in _PARTS.findall(plain)]
     units = [unit for _, unit in parts if unit is not None and unit.is_known]
@@ -487,7 +495,8 @@ def _several(text: str) -> Quantity | None:
 
 
 def _may_be_product(suffix: str, spaced: bool) -> bool:
-    """m^2, 3 ab: single letters with a power. m/s, N m behind a space, and cm are none."""
+    """Tell whether the suffix may be a factor, as in m^2 and 3 ab: single letters with a power. m/s, N m behind a
+    space, and cm may not."""
     return not re.search(r"[a-zA-Z]{2}", suffix) and not (spaced and re.search(r"[/ ]|\\cdot|\^\{?-", suffix.strip()))
 
 

@@ -1,4 +1,4 @@
-"""A language model's opinion on an answer that rules call wrong, over an OpenAI-compatible endpoint.
+"""Asks for a language model's opinion on an answer that rules call wrong, over an OpenAI-compatible endpoint.
 
 Off unless `reward.judge.domains` names domains. It sees the question, the reference answer and what stands in the last
 box of the response, and nothing else of the response: a policy that is trained against it can only try to persuade it
@@ -28,12 +28,14 @@ class ModelJudge:
     """Asks `section.concurrent` questions at a time. Failures are verdicts "error", which the run counts."""
 
     def __init__(self, section: JudgeSection) -> None:
-        """ValueError when the environment lacks the key, or the endpoint does not list the model."""
+        """Connect to the judge. Raise ValueError when the environment lacks the key, or the endpoint does not list the
+        model."""
         self._section = section
         self._endpoint = Endpoint(section, "reward.judge")
 
     async def verdict(self, question: str, answer: str, text: str) -> Verdict:
-        """Of the last box of a response `text`; "no_answer" without one. Cancelling it closes the connection."""
+        """Return the judge's verdict on the last box of a response `text`; "no_answer" without one. Cancelling it
+        closes the connection."""
         boxed = boxed_answer(text)
         if boxed is None or not boxed.strip():
             return make_verdict("no_answer")

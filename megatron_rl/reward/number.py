@@ -1,4 +1,4 @@
-"""Plain numbers as exact fractions: every way in which an answer writes one, without sympy."""
+"""Reads plain numbers as exact fractions: every way in which an answer writes one, without sympy."""
 
 import re
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _PERCENT = re.compile(r"(.+?) ?(?:\\?%|\\text ?\{ ?\\?(?:per ?cent|%|pct)(?:age)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """value: exact, with the percent sign left out. is_percent: whether there was one.
+    """Holds a number. value: exact, with the percent sign left out. is_percent: whether there was one.
 
     places: decimals as they are written, 0 for a plain integer; None for fractions, which are exact.
     digits: significant ones of a number with decimals, otherwise 0.
@@ -42,7 +42,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that `text` (cleaned by `latex.clean`) is, or None when it is anything else.
+    """Return the number that `text` (cleaned by `latex.clean`) is, or None when it is anything else.
 
     Integers, thousands separated by commas or spaces, decimals, recurring decimals, fractions, mixed numbers,
     scientific notation, percentages. A sum or product is not a number but an expression.
@@ -66,7 +66,8 @@ def read_number(text: str) -> Number | None:
 
 
 def equal_numbers(gold: Number, answer: Number) -> bool:
-    """50 = 50% (the question says what is asked) and 0.5 = 50%, as graders have it; decimals count at face value."""
+    """Tell whether two numbers are equal: 50 = 50% (the question says what is asked) and 0.5 = 50%, as graders have it;
+    decimals count at face value."""
     if gold.value == answer.value:
         return True
     if gold.is_percent == answer.is_percent:
@@ -76,7 +77,7 @@ def equal_numbers(gold: Number, answer: Number) -> bool:
 
 
 def is_rounded(decimal: Number, exact: Fraction | float, from_digits: int) -> bool:
-    """Is `decimal`, of `from_digits` significant digits or more, `exact` rounded or cut off where it ends?
+    """Tell whether `decimal`, of `from_digits` significant digits or more, is `exact` rounded or cut off where it ends.
 
     From 15 digits on as many count as floating-point arithmetic gets right, twelve.
     """
@@ -98,7 +99,7 @@ def _signed(text: str) -> Fraction | None:
 
 
 def _without_group(text: str) -> str:
-    """(1/3) and {5}: one pair of brackets around everything says nothing."""
+    """Remove one pair of brackets around everything, as in (1/3) and {5}: it says nothing."""
     if text[:1] + text[-1:] in ("()", "{}") and not any(character in text[1:-1] for character in "(){},"):
         return text[1:-1].strip()
     return text

@@ -1,4 +1,5 @@
-"""Reward functions of the user's own, in workers with limits: an item may hang, crash or fill memory, and costs itself.
+"""Runs reward functions of the user's own in workers with limits: an item may hang, crash or fill memory, and costs
+itself.
 
 Functions of one response get the responses to a prompt one at a time while that takes long. Where they are fast, the
 responses to several prompts are one item, since an item costs more than they do; what such a bunch does to its worker
@@ -37,11 +38,11 @@ OUTPUT = "reward_output.log"
 # Reading a file with torch or a model in it may take minutes.
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 0.5
-_MAX_ENDED = 2  # workers that may end while they import the file, before it is said
-_FAST_SECONDS = 0.005  # of one call, below which the responses to several prompts are one item
-_SPARE = 4  # so much longer an item of these may take than it should, within the limit of one call
-_PROMPTS_PER_ITEM = 16  # of fast functions
-_ITEMS_PER_WORKER = 2  # that it has or that wait for it, so that it never waits itself
+_MAX_ENDED = 2  # workers that may end while they import the file before that is an error
+_FAST_SECONDS = 0.005  # a call that takes less is fast: the responses to several prompts are one item
+_SPARE = 4  # such an item may take this many times longer than expected, within the limit of one call
+_PROMPTS_PER_ITEM = 16  # where functions are fast
+_ITEMS_PER_WORKER = 2  # items that run or wait for a worker, so that it never waits itself
 _GRACE_SECONDS = 2.0  # for an async function to end those of its calls that take too long
 _TOLD = 3  # errors that are logged whole
 
@@ -50,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Turns:
-    """What waits for workers in an event loop. room: for items. waiting: prompts that are not in one yet."""
+    """Holds what waits for workers in an event loop. room: for items. waiting: prompts that are not in one yet."""
 
     loop: asyncio.AbstractEventLoop
     room: asyncio.Semaphore
@@ -59,10 +60,11 @@ class _Turns:
 
 
 class OwnReward:
-    """One function and its workers. `close()` ends them."""
+    """Owns one function and its workers. `close()` ends them."""
 
     def __init__(self, name: str, section: RewardSection, folder: Path | None) -> None:
-        """folder: takes the file of its output. ValueError for a function that cannot be called."""
+        """Load the function. folder: takes the file of its output. Raise ValueError for a function that cannot be
+        called."""
         self._name, self._section = name, section
         self._output = (folder or Path(tempfile.gettempdir())) / OUTPUT
         handle, starts = tempfile.mkstemp(prefix="reward_starts_")
@@ -88,7 +90,8 @@ class OwnReward:
             setup.starts.unlink()
 
     async def verdicts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
-        """One for each response, in their order. Does not block the event loop; cancelling it ends the work on it."""
+        """Return one verdict for each response, in their order. Does not block the event loop; cancelling it ends the
+        work on it."""
         wanted, count = self._signature.parameters, len(attempts)
         shared = of_task(task, wanted)
         if self._signature.takes_group:
@@ -122,13 +125,13 @@ class OwnReward:
         return self._timed(await asyncio.gather(*map(alone, range(asked.count))))
 
     def _timed(self, found: list[Verdict]) -> list[Verdict]:
-        """The same; their seconds are taken into the mean."""
+        """Return the same verdicts; their seconds are taken into the mean."""
         self._seconds += 0.2 * (sum(verdict.seconds for verdict in found) / len(found) - self._seconds)
         return found
 
     async def _in_a_bunch(self, asked: Asked) -> list[Packed]:
         """Send a prompt's calls together with those of others that wait: an item costs more than trivial calls do.
-        OSError as of `_run`, of a bunch for all that are in it."""
+        Raise OSError as `_run` does, for all that are in the bunch."""
         turns = self._turns()
         done: asyncio.Future[list[Packed]] = turns.loop.create_future()
         turns.waiting.append((asked, done))
@@ -170,8 +173,8 @@ class OwnReward:
             return [make_verdict("error", details=self._ended(error))] * count
 
     async def _run(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        """Call a function in a worker. TimeoutError, or another OSError where the worker ended; Fault where none can
-        start."""
+        """Call a function in a worker. Raise TimeoutError, another OSError where the worker ended, or Fault where none
+        can start."""
         seconds = self._section.timeout_seconds + (_GRACE_SECONDS if self._signature.is_async else 0.0)
         async with self._turns().room:
             for _ in range(2):  # pebble gives up its pool where a worker ends while it has nothing to do
@@ -188,7 +191,7 @@ class OwnReward:
         return self._of_loop
 
     def _described(self, starts: Path) -> Signature:
-        """Loads the function in the first worker. ValueError with what is wrong with it."""
+        """Load the function in the first worker. Raise ValueError with what is wrong with it."""
         future = self._workers.schedule(own_worker.described, (), _START_SECONDS)
         deadline = time.monotonic() + _START_SECONDS
         try:

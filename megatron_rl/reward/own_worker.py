@@ -1,4 +1,4 @@
-"""A worker that runs a reward function of the user's own: everything here but `Setup` happens in that process.
+"""Runs a reward function of the user's own in a worker: everything here but `Setup` happens in that process.
 
 The function is code that the user wrote and trusts; what it may do to the run by mistake is limited. A keeper, a
 process beside the worker, ends it when it and what it has started take too much memory, ends what is left when the
@@ -24,13 +24,13 @@ from megatron_rl.own_functions import last_lines, load_function, parameters_of
 from megatron_rl.reward.score import OF_GROUP, OF_RESPONSE, verdict_of
 from megatron_rl.reward.verdict import Reason, Verdict, make_verdict
 
-# What the keeper ends a worker with that takes too much memory. Nobody else sends it.
+# The signal by which the keeper ends a worker that takes too much memory. Nothing else sends it.
 OVER_MEMORY = signal.SIGUSR2
 _BEGUN, _ENDED = b"+", b"-"
 OUTPUT_BYTES = 16 * 1024**2
 _LOOK_SECONDS = 0.1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-# One core is what a worker has; libraries would start a thread for each of the machine.
+# A worker has one core; libraries would start a thread for each core of the machine.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -40,8 +40,8 @@ Packed = tuple[float, Reason, float, str, dict[str, float] | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """name: of the function. where: the key that names it. output: the file that takes what it prints. starts: the file
-    in which workers note that they begin and end to load it, as long as it is there."""
+    """Says what a worker needs. name: of the function. where: the key that names it. output: the file that takes what
+    it prints. starts: the file in which workers note that they begin and end to load it, as long as it is there."""
 
     name: str
     where: str
@@ -53,7 +53,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """parameters: what the function is called with. takes_group: all responses of a prompt at once."""
+    """Describes a function. parameters: what it is called with. takes_group: all responses of a prompt at once."""
 
     parameters: tuple[str, ...]
     takes_group: bool
@@ -102,13 +102,13 @@ def _note(path: Path, mark: bytes) -> None:
 
 
 def num_unfinished(starts: Path) -> int:
-    """How many workers have begun to load the function and not come to an end."""
+    """Count the workers that have begun to load the function and not come to an end."""
     marks = starts.read_bytes()
     return marks.count(_BEGUN) - marks.count(_ENDED)
 
 
 def described() -> Signature | str:
-    """How the function is called, or what is wrong with it."""
+    """Say how the function is called, or what is wrong with it."""
     assert _loaded is not None
     return _loaded.signature or _loaded.problem
 
@@ -124,19 +124,19 @@ def _signature(function: Callable[..., Any], where: str) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Calls of a function of one response. shared: arguments that are the same for all. columns: the others, with a
-    value for each of `count` responses."""
+    """Holds calls of a function of one response. shared: arguments that are the same for all. columns: the others, with
+    a value for each of `count` responses."""
 
     shared: Mapping[str, Any]
     columns: Mapping[str, Sequence[Any]]
     count: int
 
     def alone(self, index: int) -> "Asked":
-        """The one call for a response."""
+        """Return the one call for a response."""
         return Asked(self.shared, {name: column[index : index + 1] for name, column in self.columns.items()}, 1)
 
     def calls(self) -> list[dict[str, Any]]:
-        """The arguments of each call."""
+        """Return the arguments of each call."""
         calls = [dict(self.shared) for _ in range(self.count)]
         for name, column in self.columns.items():
             for call, value in zip(calls, column, strict=True):
@@ -145,7 +145,7 @@ class Asked:
 
 
 def judge_bunch(bunch: Sequence[Asked], seconds: float) -> list[list[Packed]]:
-    """The calls of several prompts."""
+    """Judge the calls of several prompts."""
     return [judge_each(asked, seconds) for asked in bunch]
 
 
@@ -184,7 +184,7 @@ def _packed(verdict: Verdict) -> Packed:
 
 
 def unpacked(packed: Packed) -> Verdict:
-    """The verdict that a worker has sent."""
+    """Return the verdict that a worker has sent."""
     score, reason, seconds, details, parts = packed
     if parts is None:
         return Verdict(score=score, reason=reason, seconds=seconds, details=details)
@@ -235,7 +235,7 @@ def _called(arguments: Mapping[str, Any]) -> Any:
 
 
 def _finished(returned: Any) -> Any:
-    """What an async function, or one that hands on another one's coroutine, comes to."""
+    """Return the result of a call; a coroutine, of an async function or handed on by another, is run to its end."""
     return _run(returned) if inspect.iscoroutine(returned) else returned
 
 
@@ -255,13 +255,13 @@ def _verdict(returned: object, seconds: float) -> Verdict:
 
 
 def _failed(error: BaseException) -> Verdict:
-    """An error with its last lines; all of it goes to the output."""
+    """Return an "error" with its last lines; all of it goes to the output."""
     traceback.print_exception(error)
     return make_verdict("error", details=last_lines(error, (__file__,)))
 
 
 def _redirect(output: Path) -> None:
-    """Whatever is printed goes behind what is in the file, and nothing can be read."""
+    """Redirect the standard streams: whatever is printed is appended to the file, and nothing can be read."""
     output.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -275,7 +275,7 @@ def _redirect(output: Path) -> None:
 
 
 def _start_keeper(setup: Setup) -> None:
-    """Start it as nobody's child, so that the function never waits for it."""
+    """Start the keeper as nobody's child, so that the function never waits for it."""
     worker = os.getpid()
     gone = os.pidfd_open(worker)
     child = os.fork()
@@ -307,7 +307,7 @@ def _keep(worker: int, gone: int, setup: Setup) -> None:
 
 
 def _resident(process: int) -> int:
-    """Bytes that a process and those that it has started have in memory."""
+    """Count the bytes that a process and those that it has started have in memory."""
     total, left = 0, [process]
     while left:
         one = left.pop()

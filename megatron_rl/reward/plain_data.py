@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 100
-# Elements of a set or keys of a dict that have one hash. Somebody who picks such keys makes each wait for all others.
+# Elements of a set or keys of a dict that may share one hash. With keys picked so, each lookup visits all others.
 MAX_SAME_HASH = 100
 _MAX_BITS = 100_000
 _MAX_EXPONENT = 10_000
@@ -35,21 +35,21 @@ _MAX_FIELDS = 100
 _SMALL = 1 << 63
 # numpy's types that hold numbers and text, by their letter and the bytes of one element.
 _NUMPY_TYPES = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16, "S": 1 << 20, "U": 1 << 20}
-# Elements that an array without any may say it has in its other dimensions.
+# Elements that an empty array may claim in its other dimensions.
 _MAX_EMPTY = 10_000
 
 
 class NotPlain(ValueError):
-    """A value that the format has no place for, or a line that is not of the format; the message says which."""
+    """Says that the format has no place for a value, or that a line is not of the format; the message says which."""
 
 
 def refuse(value: Any) -> Any:
-    """For both ways, where objects do not pass."""
+    """Raise NotPlain: `pack` and `unpack` use it where objects do not pass."""
     raise NotPlain(f"a value of type {type(value).__name__} is not plain data")
 
 
 def pack(value: Any, other: PackOther = refuse, max_bytes: int = MAX_BYTES) -> bytes:
-    """One line of ASCII without its end. Raises NotPlain."""
+    """Return one line of ASCII without its end. Raises NotPlain."""
     try:
         tree = ["line", _tree(value, other, 0)]
         line = "".join(_WRITE(tree, 0)).encode("ascii")
@@ -61,7 +61,8 @@ def pack(value: Any, other: PackOther = refuse, max_bytes: int = MAX_BYTES) -> b
 
 
 def unpack(line: bytes, other: UnpackOther = refuse, arrays: bool = True) -> Any:
-    """The value of a line. Whatever the line is, it raises NotPlain or returns plain data (and what `other` makes).
+    """Return the value of a line. Whatever the line is, it raises NotPlain or returns plain data (and what `other`
+    makes).
 
     arrays: False makes numpy's arrays lists and its scalars plain numbers.
     """
@@ -151,7 +152,8 @@ def _pairs(mapping: dict, other: PackOther, depth: int) -> list:
 
 
 def _library_tree(value: Any, kind: type, other: PackOther, depth: int) -> Any:
-    """Types of the standard library and numpy, then subclasses of plain types, then what `other` says."""
+    """Return the tree of a value: types of the standard library and numpy come first, then subclasses of plain types,
+    then what `other` says."""
     name = kind.__name__
     if getattr(sys.modules.get(kind.__module__), name, None) is kind:
         if kind.__module__ == "collections":

@@ -1,4 +1,4 @@
-"""A pool that judges responses: inline where that is safe and cheap, otherwise in workers that can be killed."""
+"""Judges responses: inline where that is safe and cheap, otherwise in workers that can be killed."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ ITEMS_PER_WORKER = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardKind:
-    """How one kind of answer is judged.
+    """Says how one kind of answer is judged.
 
     settle: (response text, answer) -> the verdict, or the string that `judge` has to look at. Runs in the caller:
         linear time, no evaluation of what the response says.
@@ -71,7 +71,7 @@ class RewardPool:
     """
 
     def __init__(self, kind: str, workers: int, timeout_seconds: float, judge: RewardKind | None = None) -> None:
-        """judge: how this kind is judged, where REWARD_KINDS does not say."""
+        """Choose the judge. judge: how this kind is judged, where REWARD_KINDS does not say."""
         if judge is None and kind not in REWARD_KINDS:
             raise ValueError(f"reward kind must be one of {', '.join(sorted(REWARD_KINDS))}, got {kind!r}")
         if workers < 1:
@@ -91,7 +91,7 @@ class RewardPool:
         )
 
     def score(self, items: Iterable[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response text, answer) pairs, in their order. Takes items only as workers get to them."""
+        """Return verdicts of (response text, answer) pairs, in their order. Takes items only as workers get to them."""
         verdicts: list[Verdict | None] = []
         waiting: deque[tuple[int, str, str, Future[Verdict]]] = deque()
         for text, answer in items:
@@ -109,7 +109,8 @@ class RewardPool:
         return [verdict for verdict in verdicts if verdict is not None]
 
     async def score_async(self, response_text: str, answer: str) -> Verdict:
-        """Like `score` for one item; does not block the event loop. Cancelling it ends the worker's item too."""
+        """Return what `score` does for one item, without blocking the event loop. Cancelling it ends the worker's item
+        too."""
         boxed = self._settle(response_text, answer)
         if isinstance(boxed, Verdict):
             return boxed
@@ -164,7 +165,8 @@ class RewardPool:
         return self._processes.schedule(self._kind.judge, (boxed, answer), self.timeout_seconds)
 
     def _give_up(self, error: Exception) -> Verdict:
-        """The fault boundary: whatever a hostile item did to its worker costs that item only."""
+        """Return the verdict on an item that has failed. This is the fault boundary: whatever a hostile item did to its
+        worker costs that item only."""
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(f"reward {self.kind}: workers end before they take an item; see their stderr") from error
         if isinstance(error, TimeoutError):

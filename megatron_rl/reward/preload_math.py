@@ -1,4 +1,5 @@
-"""Imported once by the server that workers are forked from: each of them, a replacement too, starts warm."""
+"""Warms up the server that workers are forked from, which imports it once: each worker, a replacement too, starts
+warm."""
 
 from megatron_rl.reward.math import warm_up
 

@@ -1,4 +1,4 @@
-"""Sets of real numbers as intervals, inequalities, or unions of them: `x<-1 or x>1` is (-oo,-1) u (1,oo)."""
+"""Reads sets of real numbers as intervals, inequalities, or unions of them: `x<-1 or x>1` is (-oo,-1) u (1,oo)."""
 
 import itertools
 import re
@@ -24,7 +24,8 @@ _LOW, _HIGH = "-\\infty", "\\infty"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """From `low` to `high`, both LaTeX. The closed ends belong to it; a point has equal, closed ends."""
+    """Holds the numbers from `low` to `high`, both LaTeX. The closed ends belong to it; a point has equal, closed
+    ends."""
 
     low: str
     high: str
@@ -34,14 +35,14 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A union. variable: of inequalities, which says more than an interval does; None without."""
+    """Holds a union of intervals. variable: of inequalities, which says more than an interval does; None without."""
 
     intervals: tuple[Interval, ...]
     variable: str | None
 
 
 def read_region(text: str) -> Region | None:
-    """The set of numbers that `text` (cleaned by `latex.clean`) describes, or None when it is something else."""
+    """Return the set of numbers that `text` (cleaned by `latex.clean`) describes, or None when it is something else."""
     text = _MEMBER.sub("", text)
     if text in _REALS:
         return Region(intervals=(_interval(_LOW, _HIGH, False, False),), variable=None)
@@ -61,7 +62,7 @@ def read_region(text: str) -> Region | None:
 
 
 def same_region(gold: Region, answer: Region, same: Callable[[str, str], bool]) -> bool:
-    """Interval by interval, in any order. same: are these two end points equal?"""
+    """Compare interval by interval, in any order. same: tells whether two end points are equal."""
     if gold.variable and answer.variable and gold.variable != answer.variable:
         return False
     golds, left = merged(gold.intervals), list(merged(answer.intervals))
@@ -93,7 +94,7 @@ def _are_known(intervals: list[Interval]) -> bool:
 
 
 def merged(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
-    """The same set without intervals that touch or overlap, where all ends are plain numbers."""
+    """Return the same set without intervals that touch or overlap, where all ends are plain numbers."""
     if not _are_known(list(intervals)):
         return intervals
     done: list[Interval] = []
@@ -153,7 +154,7 @@ def _points(part: str) -> list[Interval] | None:
 
 
 def _inequality(part: str, variables: set[str]) -> list[Interval] | None:
-    """`a < x \\le b`, `x > a`, `x \\ne a`, either way around. Only with the variable alone on its side."""
+    """Read `a < x \\le b`, `x > a`, `x \\ne a`, either way around. Only with the variable alone on its side."""
     signs = _RELATION.findall(part)
     terms = latex.split_top(part, _RELATION)
     if not 1 <= len(signs) <= 2 or len(terms) != len(signs) + 1:

@@ -1,4 +1,5 @@
-"""Which reward judges a response: by the domain of its prompt, of several parts, and by a model where rules say no."""
+"""Chooses the reward that judges a response: by the domain of its prompt, of several parts, and by a model where rules
+say no."""
 
 import asyncio
 import functools
@@ -36,7 +37,7 @@ class Rewards:
     """Owns a judge for each kind of reward that a configuration names. `close()` ends them."""
 
     def __init__(self, section: RewardSection, folder: Path | None = None) -> None:
-        """folder: takes what functions of the user's own print; None: the folder of temporary files.
+        """Make the judges. folder: takes what functions of the user's own print; None: the folder of temporary files.
 
         Fault (SandboxUnavailable) when programs are to be judged and nothing can hold them; ValueError when a function
         cannot be called, or the judge or a service cannot be asked."""
@@ -51,7 +52,8 @@ class Rewards:
             raise
 
     async def verdicts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
-        """One for each response to a prompt. Does not block the event loop; cancelling it ends the work on them.
+        """Return one verdict for each response to a prompt. Does not block the event loop; cancelling it ends the work
+        on them.
 
         A response that a function of the user's own, a service or a part gives up on has the mean score of the others:
         it is neither praised nor punished for that, whatever 0 means among these scores.
@@ -87,7 +89,7 @@ class Rewards:
 
 
 class _BuiltIn:
-    """A pool as a judge: it looks at answers alone."""
+    """Makes a pool a judge: it looks at answers alone."""
 
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
@@ -118,7 +120,8 @@ def _judge(kind: str, section: RewardSection, folder: Path | None) -> Judge:
 
 
 def _added_up(parts: Mapping[str, PartSection], decides: str, verdicts: Sequence[Verdict]) -> Verdict:
-    """The weighted sum of a response's parts. decides: the part that says whether it is correct; "": all of them."""
+    """Return the weighted sum of a response's parts. decides: the part that says whether it is correct; "": all of
+    them."""
     by_name = dict(zip(parts, verdicts, strict=True))
     deciding = [by_name[decides]] if decides else verdicts
     failed = [verdict for verdict in verdicts if verdict.reason in GAVE_UP]
@@ -138,7 +141,8 @@ def _added_up(parts: Mapping[str, PartSection], decides: str, verdicts: Sequence
 
 
 def neutral(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """With the mean of the others as score where there is no verdict; 0 where there is none at all."""
+    """Return the verdicts with the mean of the others as score where there is no verdict; 0 where there is none at
+    all."""
     judged = [verdict.score for verdict in verdicts if verdict.reason not in GAVE_UP]
     if len(judged) == len(verdicts):
         return list(verdicts)

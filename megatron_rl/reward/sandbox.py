@@ -62,12 +62,12 @@ _USER_NAMESPACES = (
 
 
 class SandboxUnavailable(Fault):
-    """This machine cannot hold hostile code; the message says why and what to do."""
+    """Says that this machine cannot hold hostile code; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The user that bubblewrap runs as; None: the one that we are."""
+    """Names the user that bubblewrap runs as; None: the one that we are."""
 
     user: int | None = field(default_factory=lambda: UNPRIVILEGED_ID if os.geteuid() == 0 else None)
 
@@ -76,7 +76,8 @@ class Identity:
 
 
 class Sandbox:
-    """bubblewrap on this machine, proved by a run of its own when it is made. Threads may share one.
+    """Runs programs under bubblewrap on this machine. A run of its own proves it when it is made. Threads may share
+    one.
 
     python: interpreter for programs, under /usr or in a prefix that every user may read; None looks for one.
     packages: where that interpreter has packages, which programs may import.
@@ -103,12 +104,13 @@ class Sandbox:
 
     @property
     def has_seccomp(self) -> bool:
-        """False only by `allow_without_seccomp`: one layer less, see docs/sandbox.md."""
+        """Tell whether the sandbox has a seccomp filter. False only by `allow_without_seccomp`: one layer less, see
+        docs/sandbox.md."""
         return self._filter is not None
 
     @property
     def description(self) -> str:
-        """Which layers hold, for the log of a run."""
+        """Say which layers hold, for the log of a run."""
         user = "an unprivileged user" if self._identity.user is not None else "this user"
         seccomp = "a seccomp filter" if self.has_seccomp else "NO seccomp filter (reward.code.allow_without_seccomp)"
         return (
@@ -118,7 +120,8 @@ class Sandbox:
         )
 
     def python_command(self, source: str) -> tuple[str, ...]:
-        """An interpreter that runs `source` with its standard library, and packages once they are in sys.path."""
+        """Return the command of an interpreter that runs `source` with its standard library, and packages once they are
+        in sys.path."""
         return (self.python, "-I", "-S", "-X", "utf8", "-c", source)
 
     def run_python(self, source: str, stdin: bytes, limits: Limits) -> RunRecord:
@@ -126,12 +129,13 @@ class Sandbox:
         return self.run(Program(command=self.python_command(source), stdin=stdin, private_stdout=True), limits)
 
     def run(self, program: Program, limits: Limits) -> RunRecord:
-        """Run it to its end or to a limit. When this returns no process of it is left. Raises SandboxFailure."""
+        """Run a program to its end or to a limit. When this returns no process of it is left. Raises SandboxFailure."""
         with self.start(program, limits) as run:
             return run.finish()
 
     def start(self, program: Program, limits: Limits) -> Running:
-        """For `with`. Call it from a thread that stays: bubblewrap ends when the thread that started it does."""
+        """Start a program, for `with`. Call it from a thread that stays: bubblewrap ends when the thread that started
+        it does."""
         return Running(
             lambda options: self._arguments(program, limits, options),
             program,
@@ -194,7 +198,8 @@ class Sandbox:
         return works
 
     def _prove(self) -> tuple[int, ...] | None:
-        """A run that looks out for what must not be there. The version of a Python without numpy, else None."""
+        """Run a program that looks for what must not be there. Return the version of a Python without numpy, else
+        None."""
         source = (
             "import os, site, sys\n"
             "assert os.getuid() == 65534 and os.getpid() == 1, 'not alone'\n"
@@ -227,7 +232,7 @@ class Sandbox:
 
 
 def _blas_links() -> list[str]:
-    """The links by which Debian's numpy finds its BLAS, made anew: nothing else of /etc is there."""
+    """Return options that make anew the links by which Debian's numpy finds its BLAS: nothing else of /etc is there."""
     links = [*_ALTERNATIVES.glob("libblas*"), *_ALTERNATIVES.glob("liblapack*")]
     targets = [(os.path.realpath(link), str(link)) for link in links]
     return [part for pair in targets if pair[0].startswith("/usr/") for part in ("--symlink", *pair)]
@@ -235,7 +240,7 @@ def _blas_links() -> list[str]:
 
 @functools.cache
 def seccomp_filter() -> bytes | None:
-    """A BPF program that denies what a solution never needs, or None without pyseccomp or libseccomp2."""
+    """Return a BPF program that denies what a solution never needs, or None without pyseccomp or libseccomp2."""
     try:
         import pyseccomp
     except (ImportError, OSError, RuntimeError):
@@ -267,7 +272,7 @@ def _missing_for_seccomp() -> str:
 
 
 def _find_python(wanted: str | None) -> tuple[str, str | None]:
-    """An interpreter and the directory to be shown inside for it, None where it lies below /usr."""
+    """Return an interpreter and the directory to be shown inside for it, None where it lies below /usr."""
     ours = getattr(sys, "_base_executable", None) or sys.executable
     for path in [wanted] if wanted else ["/usr/bin/python3", "/usr/local/bin/python3", ours]:
         if os.access(path, os.X_OK):

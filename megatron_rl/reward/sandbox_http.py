@@ -1,4 +1,4 @@
-"""Client of a SandboxFusion-compatible server: programs run there and not on this machine.
+"""Speaks to a SandboxFusion-compatible server: programs run there and not on this machine.
 
 One call: POST /run_code {code, language, stdin, run_timeout, memory_limit_MB, ...} -> {status, message, run_result:
 {status, return_code, stdout, stderr, execution_time}} (bytedance/SandboxFusion, sandbox/server/sandbox_api.py). How
@@ -56,7 +56,7 @@ class SandboxFusion:
         )
 
     def answers(self, requests: Iterable[bytes], limits: Limits, max_bytes: int) -> Generator[bytes]:
-        """All requests are sent at once, and answered after the last of them."""
+        """Send all requests at once; yield the answers after the last of them."""
         source = _script(PROGRAM_MODULES, "answer_all()")
         record = self.run_python(source, b"\n".join(requests) + b"\n", limits)
         yield from record.stdout.splitlines()
@@ -88,7 +88,7 @@ class SandboxFusion:
 
 
 def _script(modules: Iterable[str], call: str) -> str:
-    """A program that has these modules and calls a function of the last."""
+    """Return a program that has these modules and calls a function of the last."""
     return (
         "import sys\n"
         f"for name, text in {sources(modules)!r}:\n"

@@ -1,4 +1,4 @@
-"""One program under bubblewrap from start to end: moves its bytes, watches its limits, says what became of it."""
+"""Runs one program under bubblewrap from start to end: moves its bytes, watches its limits, says what became of it."""
 
 import contextlib
 import json
@@ -30,16 +30,16 @@ _FOLDERS = ("/tmp", "/dev/shm")
 
 
 class SandboxFailure(Fault):
-    """The sandbox itself failed at one run; it says nothing about the program."""
+    """Says that the sandbox itself failed at one run; it says nothing about the program."""
 
 
 class Ended(Exception):
-    """The program has ended where an answer was expected, or wrote what is no answer."""
+    """Says that the program has ended where an answer was expected, or wrote what is no answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a run may use.
+    """Says what a run may use.
 
     wall_seconds: of the whole run. cpu_seconds: of each process.
     memory_bytes: of address space for each process, and of resident memory for all of them together (looked at every
@@ -68,7 +68,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A command inside of the sandbox.
+    """Describes a command inside of the sandbox.
 
     stdin: what it reads there. talks: stdin is a socket to `Running.ask` instead.
     private_stdout: stdout is a socket, which no process of the sandbox can open by its /proc entry, as it can a pipe.
@@ -88,7 +88,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What became of a program.
+    """Says what became of a program.
 
     exit_code: None if a signal ended it. signal: its number, None after an exit; a program that exits with
         128 + N reads the same as one that died of signal N. The program is process 1 of its namespace, so a signal
@@ -106,7 +106,7 @@ class RunRecord:
 
 
 class Running:
-    """A program in its sandbox. Leaving the `with` ends every process of it and closes every file."""
+    """Holds a program that runs in its sandbox. Leaving the `with` ends every process of it and closes every file."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Running:
         popen_arguments: dict[str, Any],
         bpf: bytes | None,
     ) -> None:
-        """arguments: options of this run -> the whole command line. bpf: the seccomp filter."""
+        """Start the program. arguments: options of this run -> the whole command line. bpf: the seccomp filter."""
         self._limits = limits
         self._started = time.monotonic()
         self._next_look = self._started + _WATCH_SECONDS
@@ -237,7 +237,7 @@ class Running:
         )
 
     def stop(self, limit: Limit | None = None) -> None:
-        """End it now; `finish` then says what became of it."""
+        """End the program now; `finish` then says what became of it."""
         if not self._over:
             self._over, self._limit = True, limit
             self._kill()
@@ -265,7 +265,7 @@ class Running:
             self._handle(key, events)
 
     def _look(self) -> float:
-        """Compare with the limits that have to be looked at; the seconds until the next look."""
+        """Compare with the limits that have to be looked at; return the seconds until the next look."""
         now = time.monotonic()
         deadline = self._started + self._limits.wall_seconds
         if now >= deadline:
@@ -296,7 +296,7 @@ class Running:
             self.stop("output")
 
     def _write(self, descriptor: int) -> bool:
-        """True if there is more to write."""
+        """Write to the program; return True if there is more to write."""
         try:
             self._outgoing = self._outgoing[os.write(descriptor, self._outgoing[:_CHUNK_BYTES]) :]
         except BlockingIOError:
@@ -316,10 +316,10 @@ class Running:
         if not data:
             self._selector.unregister(descriptor)  # it ends now, or it is waited for
         elif len(self._heard) > 2 * self._most_heard + _CHUNK_BYTES:
-            self.stop("output")  # who writes unasked is not read without end
+            self.stop("output")  # a program that writes unasked is not read without end
 
     def _read(self, descriptor: int, name: str) -> bool:
-        """Take what is there; True if it is more than the program may write."""
+        """Read what is there; return True if it is more than the program may write."""
         try:
             data = os.read(descriptor, _CHUNK_BYTES)
         except ConnectionResetError:
@@ -348,7 +348,7 @@ class Running:
             os.write(self._start, b"!")
 
     def _kill(self) -> None:
-        """Process 1 of the sandbox, and with it by the kernel's rule every other."""
+        """Kill process 1 of the sandbox, and with it by the kernel's rule every other."""
         with contextlib.suppress(ProcessLookupError):
             if self._init is not None:
                 signal.pidfd_send_signal(self._init, signal.SIGKILL)
@@ -365,7 +365,7 @@ class Running:
             raise SandboxFailure(f"processes of a sandbox (process {self._init_pid}) outlive SIGKILL for 20 s")
 
     def _drain(self) -> None:
-        """What was written before the end and not read yet."""
+        """Read what was written before the end and not read yet."""
         while ready := [key for key, _ in self._selector.select(0) if key.data in ("status", "stdout", "stderr")]:
             if any(self._read(key.fd, key.data) for key in ready):
                 return
@@ -421,7 +421,8 @@ def _ends(pidfd: int, seconds: float) -> bool:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all below it; pages that they share count for each. Gone ones count 0.
+    """Return the resident memory of a process and all below it; pages that they share count for each. Gone ones count
+    0.
 
     By each of its threads: one whose first thread has ended shows nothing of itself, and lives on.
     """
@@ -438,7 +439,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def count_files(pid: int, popen_arguments: dict[str, Any]) -> int:
-    """Files, folders and links in the writable folders of the sandbox of process `pid`; 0 when it is gone.
+    """Count the files, folders and links in the writable folders of the sandbox of process `pid`; 0 when it is gone.
 
     popen_arguments: of the sandbox's user. Root without CAP_SYS_PTRACE, as it is in most containers, may not look into
     another user's process; that user may.

@@ -1,4 +1,4 @@
-"""The interface of reward functions: what they are called with, and what they may return.
+"""Defines the interface of reward functions: what they are called with, and what they may return.
 
 A function is called with the parameters that it names, among `OF_RESPONSE`. One that names `responses` is called once
 for all responses to a prompt, with parameters of `OF_GROUP`, and returns a list. `functions.py` has the built-in kinds
@@ -39,7 +39,7 @@ _PART_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a reward function may return where a number alone does not say enough.
+    """Holds what a reward function may return where a number alone does not say enough.
 
     value: the reward, any finite number. reason: "correct", "wrong" or "no_answer", which results and metrics count;
         "error" where the response cannot be judged; empty: "correct" from reward.passing_score on, else "wrong".
@@ -53,7 +53,7 @@ class Score:
 
 
 class Task(Protocol):
-    """What a response answers; a row of the data."""
+    """Holds what a response answers: a row of the data."""
 
     @property
     def id(self) -> str: ...
@@ -71,7 +71,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A response that is to be judged. num_tokens: the one that ends it included; 0 where nobody knows."""
+    """Holds a response that is to be judged. num_tokens: the one that ends it included; 0 where nobody knows."""
 
     text: str
     finish_reason: str = "stop"
@@ -94,17 +94,17 @@ _OF_ATTEMPT: dict[str, Callable[[Attempt], Any]] = {
 
 
 def of_task(task: Task, names: Collection[str] = _OF_PROMPT.keys()) -> dict[str, Any]:
-    """The values of those of the parameters that are about the prompt."""
+    """Return the values of those of the parameters that are about the prompt."""
     return {name: _OF_TASK[name](task) for name in names if name in _OF_TASK}
 
 
 def columns_of(attempts: Sequence[Attempt], names: Collection[str]) -> dict[str, list[Any]]:
-    """The values of those of the parameters of `OF_RESPONSE` that are about the response: a list for each."""
+    """Return the values of those of the parameters of `OF_RESPONSE` that are about the response: a list for each."""
     return {name: list(map(_OF_ATTEMPT[name], attempts)) for name in names if name in _OF_ATTEMPT}
 
 
 def of_group(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """The values of `OF_GROUP` that are about the responses."""
+    """Return the values of `OF_GROUP` that are about the responses."""
     return {
         "responses": [attempt.text for attempt in attempts],
         "finish_reasons": [attempt.finish_reason for attempt in attempts],
@@ -113,7 +113,7 @@ def of_group(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def verdict_of(returned: object, passing_score: float, seconds: float = 0.0) -> Verdict:
-    """The verdict that a function's result says; ValueError for what is no result."""
+    """Return the verdict that a function's result says; raise ValueError for what is no result."""
     if type(returned) is float and math.isfinite(returned):  # what most of them return
         return Verdict(score=returned, reason="correct" if returned >= passing_score else "wrong", seconds=seconds)
     score = returned if isinstance(returned, Score) else Score(_number(returned, "it returned"))
@@ -138,7 +138,7 @@ def verdict_of(returned: object, passing_score: float, seconds: float = 0.0) -> 
 
 
 def _number(value: object, what: str) -> float:
-    """A finite number; of numpy and torch a single one counts, too."""
+    """Return a finite number; of numpy and torch a single one counts, too."""
     if not isinstance(value, str | bytes) and hasattr(value, "item") and getattr(value, "shape", None) in ((), (1,)):
         value = value.item()
     if value is None:

@@ -1,4 +1,4 @@
-"""Rewards from a service: the responses to a prompt are posted together, and it answers with a score for each.
+"""Gets rewards from a service: the responses to a prompt are posted together, and it answers with a score for each.
 
 POST url {prompt, messages, answer, meta, domain, id, responses, finish_reasons, response_tokens}
      -> {"scores": [a number, or {"value": ..., "reason": ..., "details": ..., "parts": {...}}, ...]}
@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS = 200
 
 
 class _NoAnswer(Exception):
-    """The service gave no scores. is_busy: asking again may help."""
+    """Says that the service gave no scores. is_busy: asking again may help."""
 
     def __init__(self, message: str, is_busy: bool) -> None:
         super().__init__(message)
@@ -34,7 +34,8 @@ class ServiceReward:
     """Asks one service, `reward.service.concurrent` prompts at a time."""
 
     def __init__(self, url: str, section: RewardSection) -> None:
-        """ValueError when the environment lacks the key, or names a proxy that cannot be used."""
+        """Prepare the requests. Raise ValueError when the environment lacks the key, or names a proxy that cannot be
+        used."""
         self._url, self._section, self._service = url, section, section.service
         self._key = key_in_environment(self._service.api_key_variable, "reward.service.api_key_variable")
         self._proxy = proxy_for(url, "reward.kind")
@@ -42,7 +43,7 @@ class ServiceReward:
         self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     async def verdicts(self, task: Task, attempts: Sequence[Attempt]) -> list[Verdict]:
-        """One for each response. What the service fails at are errors of all of them. Cancelling closes the
+        """Return one verdict for each response. Where the service fails, each is an error. Cancelling closes the
         connection."""
         loop = asyncio.get_running_loop()
         if self._room is None or self._room[0] is not loop:
@@ -55,7 +56,7 @@ class ServiceReward:
                 return [make_verdict("error", details=hidden(said, self._key))] * len(attempts)
 
     def close(self) -> None:
-        """Nothing is held between requests."""
+        """Do nothing: no connection is held between requests."""
 
     async def _asked(self, body: dict[str, object], count: int) -> list[Verdict]:
         limits = {"timeout": self._service.timeout_seconds, "trust_env": False, "proxy": self._proxy}

@@ -10,7 +10,7 @@ from megatron_rl.reward import latex
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The values of a formula for all numbers of a domain: `\\frac{\\pi}{4} + k\\pi, k \\in \\mathbb{Z}`.
+    """Holds the values of a formula for all numbers of a domain: `\\frac{\\pi}{4} + k\\pi, k \\in \\mathbb{Z}`.
 
     domain: Z, N0 (from 0), N1 (from 1), N (either), R, Q or C.
     """
@@ -22,7 +22,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Congruence:
-    """`left` is `right` up to a multiple of `modulus`."""
+    """Says that `left` is `right` up to a multiple of `modulus`."""
 
     left: str
     right: int
@@ -31,7 +31,7 @@ class Congruence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """A relation of two things, such as parallel; it says the same the other way around."""
+    """Holds a relation of two things, such as parallel; it says the same the other way around."""
 
     name: str
     sides: tuple[str, str]
@@ -72,7 +72,7 @@ _RELATION = re.compile(r"(.+?)\s*\\(parallel|perp|cong|sim)(?![a-zA-Z])\s*(.+)")
 
 
 def read_family(text: str) -> Family | None:
-    """`text` (cleaned by `latex.clean`) as a family, or None."""
+    """Return `text` (cleaned by `latex.clean`) as a family, or None."""
     found = _IN_SET.fullmatch(text)
     if found and _speaks_of(found["value"], found["letter"]):
         set_, part = found["set"], found["part"]
@@ -96,7 +96,7 @@ def same_domain(one: str, other: str) -> bool:
 
 
 def with_letter(text: str, letter: str, replacement: str) -> str:
-    """The formula `text` with another text in place of `letter`."""
+    """Return the formula `text` with another text in place of `letter`."""
     return re.sub(
         rf"\\(?:begin|end)\s*\{{[a-zA-Z]*\}}|\\[a-zA-Z]+|{letter}",
         lambda found: replacement if found[0] == letter else found[0],
@@ -105,7 +105,7 @@ def with_letter(text: str, letter: str, replacement: str) -> str:
 
 
 def constants_renamed(gold: str, answer: str) -> Iterator[str]:
-    """`answer` with its free constants called as those of `gold`, in every order: y = A\\cos x + B\\sin x.
+    """Yield `answer` with its free constants called as those of `gold`, in every order: y = A\\cos x + B\\sin x.
 
     Only where the reference answer numbers them, c_1 and c_2: other letters may be given in the question.
     """

@@ -1,4 +1,5 @@
-"""Rewards for questions of science: as in mathematics, but with tolerance, and a letter behind a number is its unit.
+"""Judges answers to questions of science: as in mathematics, but with tolerance, and a letter behind a number is its
+unit.
 
 Letters of choices (`choice_verdict`) are for evaluation: a guess is right too often to learn from.
 """
@@ -14,12 +15,12 @@ from megatron_rl.reward.number import Number, equal_numbers, read_number
 from megatron_rl.reward.symbolic import equal_expressions, real_value
 from megatron_rl.reward.verdict import Verdict, make_verdict
 
-# SciBench's (Wang et al. 2023, section 4): its answers are rounded in between, each its own way.
+# SciBench's tolerance (Wang et al. 2023, section 4): its answers come from rounded intermediate results.
 RELATIVE_TOLERANCE = Fraction(5, 100)
 
 
 def choice_verdict(response_text: str, answer: str) -> Verdict:
-    """The letter in the box is the letter `answer`. For evaluation only."""
+    """Judge whether the letter in the box is the letter `answer`. For evaluation only."""
     boxed = boxed_answer(response_text)
     if boxed is None:
         return make_verdict("no_answer")
@@ -30,13 +31,13 @@ def choice_verdict(response_text: str, answer: str) -> Verdict:
 
 
 def choice_letter(answer: str) -> str | None:
-    """B of "(b)", "B. Paris" and "\\text{B}"; None where the answer is no letter of a choice."""
+    """Return B of "(b)", "B. Paris" and "\\text{B}"; None where the answer is no letter of a choice."""
     return next((meaning.letter for meaning in meanings(clean(answer)) if isinstance(meaning, Choice)), None)
 
 
 def close_numbers(gold: Number, answer: Number, converted: bool) -> bool:
-    """Within 5 %. A whole number counts something, unless units were converted: it is met by what rounds to it, and by
-    no other whole number. A percentage may be worked out."""
+    """Tell whether the numbers are within 5 %. A whole number counts something, unless units were converted: it is met
+    by what rounds to it, and by no other whole number. A percentage may be worked out."""
     if equal_numbers(gold, answer):
         return True
     if gold.is_percent != answer.is_percent:
@@ -52,7 +53,7 @@ def close_numbers(gold: Number, answer: Number, converted: bool) -> bool:
 
 
 def close_formulas(gold: str, answer: str) -> bool:
-    """By their values, where both have one, otherwise as in mathematics."""
+    """Compare formulas by their values, where both have one, otherwise as in mathematics."""
     numbers = [_number(side) for side in (gold, answer)]
     if numbers[0] and numbers[1]:
         return close_numbers(numbers[0], numbers[1], False)
@@ -71,10 +72,10 @@ SCIENCE = Rules(numbers=close_numbers, formulas=close_formulas, letters_are_unit
 
 
 def settle_stem(response_text: str, answer: str) -> Verdict | str:
-    """The verdict, or the box that a worker has to judge."""
+    """Return the verdict, or the box that a worker has to judge."""
     return settle(response_text, answer, SCIENCE)
 
 
 def judge_value(boxed: str, answer: str) -> Verdict:
-    """Are `boxed` and `answer` the same? Only for pool workers."""
+    """Judge whether `boxed` and `answer` are the same. Only for pool workers."""
     return judge(boxed, answer, SCIENCE)

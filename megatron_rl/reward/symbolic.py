@@ -1,4 +1,4 @@
-"""Equality of two expressions: math-verify parses, their values decide where they can be computed.
+"""Tells whether two expressions are equal: math-verify parses, their values decide where they can be computed.
 
 Only for pool workers: sympy may hang, exhaust memory or crash. math-verify's own comparison says 1/2004! = 1/2005!,
 because it subtracts, and 3.14159265 = pi, because it rounds; hence values are compared relative to their size, and
@@ -18,14 +18,14 @@ _CLOSE = 1e-30
 # Where expressions in letters are compared: first all positive, then with one letter negative. No special values.
 _POINTS = ("1.3717", "0.6291", "2.1843", "0.8159", "1.7321", "3.0417", "0.4373", "1.1907", "2.6071", "0.9283")
 _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dots)")
-# Words outside of an index; the parser would leave them out, and "12 (not 13)" be 12.
+# Words outside of an index: the parser would leave them out, and read "12 (not 13)" as 12.
 _PROSE = re.compile(r"(?<![_{])(?<!_\{)\\text\s*\{[^{}]*[A-Za-z]{2}")
 # A single expression that is longer than this and than two gold answers is not read: parsing takes a second for 2,000.
 MAX_EXPRESSION_CHARACTERS = 500
 # Digits from which a decimal counts as rounded; fewer may be exact, and those of a response a guess.
 ROUNDED_GOLD_DIGITS, ROUNDED_ANSWER_DIGITS = 4, 12
 _FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
-# What these stand for, the parser leaves out.
+# The parser leaves out what these stand for.
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 # What people type where LaTeX has a command, and what the parser does not know.
 _TYPED = (
@@ -58,14 +58,16 @@ _CONSTANT = re.compile(r"([+] ?)[cC]$")
 
 
 def real_value(latex: str) -> float | None:
-    """Of an expression without letters (cleaned by `latex.clean`), or None when it has no real value."""
+    """Return the value of an expression without letters (cleaned by `latex.clean`), or None when it has no real
+    value."""
     parsed = _parse(latex)
     value = None if parsed is None else _value(parsed, {})
     return None if value is None or abs(value.imag) > _CLOSE else float(value.real)
 
 
 def equal_expressions(gold: str, answer: str) -> bool:
-    """Whether two single expressions or equations (cleaned by `latex.clean`) are the same for all values of letters.
+    """Tell whether two single expressions or equations (cleaned by `latex.clean`) are the same for all values of
+    letters.
 
     Also True where one is a decimal to which the other rounds: of four or more significant digits in the gold answer,
     of twelve or more in the other one. Those are no guesses.
@@ -95,7 +97,7 @@ def equal_expressions(gold: str, answer: str) -> bool:
 
 
 def _differ_by_constant(gold: Any, answer: Any) -> bool:
-    """Two integrals of one function, which end in +C."""
+    """Tell whether these are two integrals of one function, which end in +C."""
     from sympy import Expr
 
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
@@ -108,7 +110,8 @@ def _differ_by_constant(gold: Any, answer: Any) -> bool:
 
 
 def _rounds_to(exact: Any, decimal_text: str, exact_text: str, from_digits: int) -> bool:
-    """gold 0.9659, answer (sqrt(6)+sqrt(2))/4. Of two decimals neither is rounded here."""
+    """Tell whether the exact value rounds to the decimal: gold 0.9659, answer (sqrt(6)+sqrt(2))/4. Of two decimals
+    neither is rounded here."""
     decimal = read_number(decimal_text)
     if decimal is None or decimal.digits < from_digits or re.search(r"\d\.\d|\.\d", exact_text):
         return False
@@ -124,7 +127,8 @@ def _fraction(value: Any) -> Fraction:
 
 
 def _same_equation(gold: str, answer: str) -> bool:
-    """Equations with the same solutions, as far as a factor that is not 0 anywhere tells: 2x-y+1=0 and y=2x+1."""
+    """Tell whether equations have the same solutions, as far as a factor that is not 0 anywhere tells: 2x-y+1=0 and
+    y=2x+1."""
     differences = []
     for side in (gold, answer):
         parts = [_parse(part) for part in _EQUALS.split(side)]
@@ -155,7 +159,7 @@ def _same_equation(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _parse(latex: str) -> Any:
-    """A sympy object, or None when math-verify's parser makes nothing of the whole text."""
+    """Return a sympy object, or None when math-verify's parser makes nothing of the whole text."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify.parser import should_treat_as_complex
@@ -185,7 +189,7 @@ def _parse(latex: str) -> Any:
 
 
 def _one_constant(text: str) -> str:
-    """The constant of an integral is C, however it is called."""
+    """Name the constant of an integral C, however it is called."""
     return _CONSTANT.sub(r"\1C", text)
 
 
@@ -195,7 +199,8 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 
 def _equal_values(gold: Any, answer: Any) -> bool | None:
-    """By value at several points; None where that says nothing: equations, sets, matrices, unknown functions."""
+    """Compare by value at several points; None where that says nothing: equations, sets, matrices, unknown
+    functions."""
     from sympy import Expr, I, Symbol
 
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
@@ -222,7 +227,8 @@ def _equal_values(gold: Any, answer: Any) -> bool | None:
 
 
 def _equal_where_negative(gold: Any, answer: Any, letters: list[Any]) -> bool:
-    """sqrt(x^2) is |x| and not x. Complex values say nothing: letters under a root are meant to be positive."""
+    """Compare where letters are negative: sqrt(x^2) is |x| and not x. Complex values say nothing: letters under a root
+    are meant to be positive."""
     for negative in letters:
         point = {
             letter: f"-{value}" if letter is negative else value
@@ -246,7 +252,7 @@ def _has_root_of_negative(expression: Any, point: dict[Any, str]) -> bool:
 
 
 def _value(expression: Any, point: dict[Any, str]) -> Any:
-    """A complex mpmath number, or None when the expression has no finite value there."""
+    """Return a complex mpmath number, or None when the expression has no finite value there."""
     import mpmath
     from sympy import Float
 

@@ -1,4 +1,4 @@
-"""Units of measurement: which texts are one, by their spelling, and how one is converted to another.
+"""Reads units of measurement: which texts are one, by their spelling, and how one is converted to another.
 
 Whether a text *behind a value* is a unit is decided by `meaning.py`: a letter behind a number is a factor as often.
 """
@@ -131,7 +131,8 @@ _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """scale: what a value in this unit is multiplied by to be in base units; 1 for a unit that is unknown here.
+    """Describes a unit. scale: what a value in this unit is multiplied by to be in base units; 1 for a unit that is
+    unknown here.
 
     powers: of the base units, sorted. noun: what is counted, or the base of a numeral; then there are no powers.
     offset: added after the scale, for temperatures. count: how many of the unit a scale word says, as in 5 million m.
@@ -173,7 +174,8 @@ class _Product:
 
 @functools.lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
-    """The unit that `text` (cleaned by `latex.clean`) is, `\\text` marks or not, or None. A counted noun is one."""
+    """Return the unit that `text` (cleaned by `latex.clean`) is, with or without `\\text` marks, or None. A counted
+    noun is one."""
     if len(text) > _MAX_CHARACTERS:
         return None
     plain = _FRACTION.sub(r"(\1)/(\2)", without_text_marks(text)).replace("{", "").replace("}", "")
@@ -182,7 +184,8 @@ def read_unit(text: str) -> Unit | None:
 
 
 def same_dimension(one: Unit, other: Unit) -> bool:
-    """May a value in one be converted to the other? A unit that is unknown here is never held against another."""
+    """Tell whether a value in one may be converted to the other. A unit that is unknown here is never held against
+    another."""
     if one.is_known and other.is_known:
         return one.powers == other.powers
     return not (one.is_known or other.is_known)
@@ -205,7 +208,8 @@ def _known(text: str) -> Unit | None:
 
 
 def _factors(text: str) -> list[tuple[str, int]] | None:
-    """(name, power) of each factor in m/s^2, N\\cdot m, kg m^-3, J/(kg K) and square metres; None for anything else."""
+    """Return (name, power) of each factor in m/s^2, N\\cdot m, kg m^-3, J/(kg K) and square metres; None for anything
+    else."""
     factors: list[tuple[str, int]] = []
     depth, sign, root, position, last = 0, 1, 1, 0, ""
     while position < len(text):
@@ -249,7 +253,7 @@ def _noun(text: str) -> Unit | None:
 
 @functools.lru_cache(maxsize=4096)
 def _look_up(name: str) -> tuple[str, Fraction, tuple[tuple[str, int], ...]] | None:
-    """(symbol, scale, powers of base units) of one name, with its prefix."""
+    """Return (symbol, scale, powers of base units) of one name, with its prefix."""
     squeezed = re.sub(r"\s+", "", name)
     table = _spellings()
     for spelled in (

@@ -1,4 +1,4 @@
-"""The outcome of judging one response."""
+"""Holds the outcome of judging one response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ GAVE_UP: tuple[Reason, ...] = ("timeout", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a reward says about one response.
+    """Holds what a reward says about one response.
 
     score: of the built-in kinds 1.0 for "correct", otherwise 0.0; of others any finite number.
     reason: "too_slow" is said of a program that ran out of its time, and is a way to be wrong. GAVE_UP says when there
@@ -37,8 +37,8 @@ def make_verdict(reason: Reason, seconds: float = 0.0, details: str = "") -> Ver
 
 
 def printable(details: str) -> str:
-    """A short text that any terminal, log and file takes: it may quote what a program printed, and that may move the
-    cursor, clear the screen, or be half a surrogate pair. Ends of lines stay."""
+    """Return a short text that any terminal, log and file takes: it may quote what a program printed, and that may move
+    the cursor, clear the screen, or be half a surrogate pair. Ends of lines stay."""
     cut = details[:DETAIL_CHARACTERS]
     if cut.isprintable():
         return cut

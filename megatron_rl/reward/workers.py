@@ -1,4 +1,4 @@
-"""Processes that can be killed at any moment, and are replaced when they end."""
+"""Runs processes that can be killed at any moment, and are replaced when they end."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Owns so many processes, which start with the first item. `close()` ends them, also a busy one.
+    """Owns `count` processes, which start with the first item. `close()` ends them, also a busy one.
 
     They come from a forkserver, so they inherit neither CUDA nor threads.
     """
@@ -27,8 +27,9 @@ class Workers:
         max_items: int = 0,
         preload: str | None = None,
     ) -> None:
-        """initialize: runs in each new worker, with the arguments. max_items: after which a worker is replaced; 0:
-        never. preload: see `pool.RewardKind`. Functions are pickled by name, so they live at the top of a module."""
+        """Set up the workers. initialize: runs in each new worker, with the arguments. max_items: after which a worker
+        is replaced; 0: never. preload: see `pool.RewardKind`. Functions are pickled by name, so they live at the top of
+        a module."""
         self._count, self._initialize, self._arguments = count, initialize, arguments
         self._max_items, self._preload = max_items, preload
         self._processes: ProcessPool | None = None
@@ -53,7 +54,7 @@ class Workers:
         return self._processes.schedule(function, args=arguments, timeout=timeout_seconds)
 
     def close(self) -> None:
-        """Safe to call twice; a later item starts new processes."""
+        """End every process. Safe to call twice; a later item starts new processes."""
         if self._processes is not None:
             self._processes.stop()
             self._processes.join()

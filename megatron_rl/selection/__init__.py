@@ -1,1 +1,2 @@
-"""Which distilled checkpoint reinforcement learning starts from: that whose policy has the right token entropy."""
+"""Chooses the distilled checkpoint from which reinforcement learning starts: the one whose policy has the right token
+entropy."""

@@ -1,4 +1,4 @@
-"""The model directories to choose from, and what the SFT run that wrote them says of them."""
+"""Finds the model directories to choose from, and reads what the SFT run that wrote them says of them."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from megatron_rl.parsing import read_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftRecord:
-    """What `megatron-rl sft` measured of the checkpoint of an epoch, in nats per token; None where it did not."""
+    """Holds what `megatron-rl sft` measured of the checkpoint of an epoch, in nats per token; None where it did not."""
 
     epoch: float | None = None
     step: float | None = None
@@ -25,7 +25,8 @@ class SftRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """name: its directory's, and unique. sft: of its sft.json, with nothing in it where there is none."""
+    """Holds a model directory to choose from. name: its directory's, and unique. sft: of its sft.json, with nothing in
+    it where there is none."""
 
     name: str
     path: Path
@@ -33,10 +34,11 @@ class Candidate:
 
 
 def find_candidates(where: Path | Sequence[Path]) -> list[Candidate]:
-    """The subdirectories of a folder in natural order, epoch_2 before epoch_10, or those listed, in their order. Hidden
-    ones do not count: they are half-written.
+    """Return the subdirectories of a folder in natural order, epoch_2 before epoch_10, or those listed, in their order.
+    Hidden ones do not count: they are half-written.
 
-    ValueError where there is none, for one that servers could not load, one that is there twice, and two of one name.
+    Raise ValueError where there is none, for one that servers could not load, one that is there twice, and two of one
+    name.
     """
     if isinstance(where, Path):
         if not where.is_dir():
@@ -67,12 +69,13 @@ def find_candidates(where: Path | Sequence[Path]) -> list[Candidate]:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers within names by their value."""
+    """Return a key that sorts numbers within names by their value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def read_sft_record(directory: Path) -> SftRecord:
-    """ValueError for a file that is none. Numbers that are not finite count as not measured."""
+    """Read a candidate's sft.json. Raise ValueError for a file that is no such record. Numbers that are not finite
+    count as not measured."""
     path = directory / SFT_NOTE
     if not path.is_file():
         return SftRecord()
@@ -90,7 +93,7 @@ def _name(path: Path) -> str:
 
 
 def _check_model(path: Path) -> None:
-    """ValueError names the candidate and what is wrong with it."""
+    """Check that servers can load a model. ValueError names the candidate and what is wrong with it."""
     if not path.is_dir():
         raise ValueError(f"candidate {path} is not a directory; correct candidates")
     try:

@@ -1,4 +1,4 @@
-"""Which of the measured candidates is chosen.
+"""Chooses one of the measured candidates.
 
 The paper (Ring-lite, arXiv 2506.14731v2) chooses among the epochs of its distillation by the policy's token entropy,
 within 0.3 to 0.5, and not by a validation score. It gives entropies for three of them, and the averages over its
@@ -25,7 +25,7 @@ from megatron_rl.selection.candidates import Candidate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A candidate and what its responses show.
+    """Holds a candidate and what its responses show.
 
     entropy: in nats per token. accuracy: mean reward. truncated_share: of responses that ran into the limit of tokens.
     error_share: of responses that could not be judged, which count as wrong.
@@ -47,7 +47,7 @@ class Measured:
 
 Band = tuple[float, float]
 
-# The smallest is taken.
+# The candidate of the smallest value is chosen.
 PREFERENCES: dict[str, Callable[[Measured], float]] = {
     "lowest": lambda one: one.entropy.value,
     "highest": lambda one: -one.entropy.value,
@@ -57,7 +57,7 @@ PREFERENCES: dict[str, Callable[[Measured], float]] = {
 
 
 def choose(measured: Sequence[Measured], band: Band, prefer: str) -> tuple[Measured, bool]:
-    """The chosen one, and whether it is in the band. Of equals the first."""
+    """Return the chosen one, and whether it is in the band. Of equals the first."""
     inside = [one for one in measured if is_in(one.entropy.value, band)]
     if inside:
         return min(inside, key=PREFERENCES[prefer]), True
@@ -69,12 +69,13 @@ def is_in(value: float, band: Band) -> bool:
 
 
 def straddled_ends(entropy: Estimate, band: Band) -> list[float]:
-    """Ends of the band that the interval holds: on which side of them the policy is cannot be told from the sample."""
+    """Return the ends of the band that the interval holds: on which side of them the policy is cannot be told from the
+    sample."""
     return [end for end in band if entropy.low < end < entropy.high]
 
 
 def check_preference(candidates: Sequence[Candidate], prefer: str) -> None:
-    """ValueError when a candidate lacks what they are to be preferred by."""
+    """Raise ValueError when a candidate lacks what they are to be preferred by."""
     if prefer == "validation_loss":
         for candidate in candidates:
             _validation_loss(candidate)

@@ -1,4 +1,4 @@
-"""The token entropy of a policy, from what it sampled. Pure functions.
+"""Estimates the token entropy of a policy from what it sampled. Pure functions.
 
 A response y to prompt x visits the states s_t = (x, y_1 ... y_(t-1)), t = 1 ... N; N is the position of its
 end-of-sequence token or the limit of tokens. The policy's token entropy is
@@ -26,7 +26,7 @@ from megatron_rl.evaluation.statistics import Estimate, student_95
 
 
 def token_entropy(surprisals: Sequence[float], num_tokens: Sequence[int]) -> Estimate:
-    """sum(surprisals) / sum(num_tokens), in nats, with its 95 % interval.
+    """Return sum(surprisals) / sum(num_tokens), in nats, with its 95 % interval.
 
     surprisals: of each of at least two prompts, the sum of -log p over all tokens of all its responses. num_tokens: how
     many tokens those are, at least one.

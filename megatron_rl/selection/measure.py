@@ -1,4 +1,4 @@
-"""A candidate's numbers, computed from the file of its responses alone."""
+"""Computes a candidate's numbers from the file of its responses alone."""
 
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,8 @@ from megatron_rl.selection.entropy import token_entropy
 
 
 def measure(candidate: Candidate, path: Path, num_prompts: int) -> Measured:
-    """Of the first `num_prompts` positions of the file, which must all be there, with equally many responses."""
+    """Measure a candidate by the first `num_prompts` positions of the file, which must all be there, with equally many
+    responses."""
     groups = [group for group in read_groups(path, no_advantages)[0] if group.prompt_id < num_prompts]
     assert [group.prompt_id for group in groups] == list(range(num_prompts)), path
     samples = [sample for group in groups for sample in group.samples]

@@ -1,4 +1,4 @@
-"""The measured candidates for people: a table on the terminal and the same in Markdown."""
+"""Shows people the measured candidates: a table on the terminal and the same in Markdown."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ _LEGEND = (
 
 
 def show(measured: Sequence[Measured], chosen: Measured | None, title: str, said: Sequence[str]) -> None:
-    """On standard output. Fits into 80 columns. said: lines under the table."""
+    """Print the table on standard output. It fits into 80 columns. said: lines under the table."""
     table = Table(title=title, caption=_LEGEND, box=None, padding=(0, 1, 0, 0), caption_justify="left")
     for index, name in enumerate(_HEADER):
         table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
@@ -40,7 +40,8 @@ def markdown(measured: Sequence[Measured], chosen: Measured | None, title: str, 
 def verdict(
     measured: Sequence[Measured], nearest: Measured, in_band: bool, band: Band, prefer: str, chosen: Measured | None
 ) -> list[str]:
-    """What is to be said about a choice, a line each. nearest: what the rule gives; chosen: None if refused."""
+    """Return what is to be said about a choice, one line each. nearest: what the rule gives; chosen: None if
+    refused."""
     told, name, value = _band(band), nearest.candidate.name, f"{nearest.entropy.value:.3f}"
     if in_band:
         inside = sum(is_in(one.entropy.value, band) for one in measured)

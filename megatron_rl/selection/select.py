@@ -1,4 +1,4 @@
-"""`megatron-rl select`: sample from every candidate, measure its policy, choose one, and link to it."""
+"""Runs `megatron-rl select`: samples from every candidate, measures its policy, chooses one, and links to it."""
 
 import asyncio
 import json
@@ -33,7 +33,8 @@ _REMEDY = "set run_dir to a new folder"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """One candidate's part. path: of its responses. settings: what they depend on. done: positions in the file."""
+    """Holds one candidate's part. path: of its responses. settings: what they depend on. done: positions in the
+    file."""
 
     candidate: Candidate
     path: Path
@@ -44,10 +45,10 @@ class _Job:
 
 
 def run_selection(config: SelectConfig, resume: bool) -> int:
-    """Leaves everything in `config.run_dir`. Returns the exit code.
+    """Run the selection and leave everything in `config.run_dir`. Returns the exit code.
 
-    ValueError for what can be known to fail before a server starts, and when no candidate is within a band that is
-    required; Fault when they are to be chosen by accuracy and too many responses could not be judged.
+    Raise ValueError for what can be known to fail before a server starts, and when no candidate is within a band that
+    is required; Fault when they are to be chosen by accuracy and too many responses could not be judged.
     """
     candidates = find_candidates(config.candidates)
     check_preference(candidates, config.prefer)
@@ -70,7 +71,8 @@ def _run(config: SelectConfig, candidates: Sequence[Candidate], resume: bool) ->
 
 
 def _distinct(prompts: list[Prompt], num_prompts: int) -> list[Prompt]:
-    """Intervals count prompts, so none may come twice, as it does where the order begins a file's next epoch."""
+    """Return the prompts. Raise ValueError where one comes twice, since intervals count prompts: that happens where the
+    order begins a file's next epoch."""
     distinct = {prompt.id for prompt in prompts}
     if len(distinct) < len(prompts):
         raise ValueError(
@@ -100,7 +102,8 @@ def _job(config: SelectConfig, candidate: Candidate, prompts: Sequence[Prompt], 
 
 
 def _check_same_tokens(jobs: Sequence[_Job]) -> None:
-    """Nats per token of different tokens are different units."""
+    """Raise ValueError unless all candidates have the same tokens: nats per token of different tokens are different
+    units."""
     first, *others = jobs
     for other in others:
         differs = next((name for name, ids in first.input_ids.items() if other.input_ids[name] != ids), None)
@@ -116,8 +119,8 @@ def _check_same_tokens(jobs: Sequence[_Job]) -> None:
 
 
 def _check_unfinished(jobs: Sequence[_Job], config: SelectConfig, resume: bool) -> None:
-    """ValueError for responses that lack some and may not be gone on with. Where nothing is missing there is nothing to
-    go on with."""
+    """Raise ValueError where responses are missing and the run may not be resumed. Where nothing is missing there is
+    nothing to resume."""
     missing = [job for job in jobs if not job.done.issuperset(range(config.prompts))]
     begun = [job for job in jobs if job.path.exists()]
     if begun and missing and not resume:
@@ -128,7 +131,7 @@ def _check_unfinished(jobs: Sequence[_Job], config: SelectConfig, resume: bool) 
 
 
 async def _sample(config: SelectConfig, jobs: Sequence[_Job], prompts: Sequence[Prompt]) -> None:
-    """One candidate after the other, each with servers of its own."""
+    """Sample from one candidate after the other, each with servers of its own."""
     for number, job in enumerate(jobs, start=1):
         done = claim(job.path, job.settings, config.rollout.samples_per_prompt, _REMEDY)
         questions = [
@@ -159,7 +162,7 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
     title = f"{config.run_dir}: {measured[0].num_prompts} prompts x {measured[0].samples_per_prompt} responses"
     link = config.run_dir / "chosen"
     if chosen is None:
-        link.unlink(missing_ok=True)  # an earlier choice is none of these results
+        link.unlink(missing_ok=True)  # an earlier choice does not belong to these results
     (config.run_dir / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (config.run_dir / "results.md").write_text(markdown(measured, chosen, title, said), encoding="utf-8")
     show(measured, chosen, title, said)
@@ -186,7 +189,7 @@ def _record(one: Measured, band: tuple[float, float]) -> dict[str, Any]:
 
 
 def _check_rewards(config: SelectConfig, measured: Sequence[Measured]) -> None:
-    """Entropies stand without verdicts, a choice by accuracy does not."""
+    """Check that there are enough verdicts. Entropies stand without them, a choice by accuracy does not."""
     for one in measured:
         if one.error_share > config.reward.max_error_share:
             path = config.run_dir / f"{one.candidate.name}.jsonl"

@@ -1,4 +1,4 @@
-"""Do two reference answers to one question agree?"""
+"""Tells whether two reference answers to one question agree."""
 
 from megatron_rl.reward.compare import Rules, same_answer
 from megatron_rl.reward.latex import clean
@@ -9,7 +9,8 @@ _WITHOUT_ALGEBRA = Rules(numbers=same_numbers, formulas=lambda gold, answer: Fal
 
 
 def agree(domain: str, one: str, other: str) -> bool:
-    """By the rules of the math reward without computer algebra: 1/2, 0.5 and \\frac{1}{2} agree, x+1 and 1+x do not.
+    """Tell whether two answers agree by the rules of the math reward without computer algebra: 1/2, 0.5 and
+    \\frac{1}{2} agree, x+1 and 1+x do not.
 
     Tests of programs are not compared, two sets of them may differ and both be right. Literals that a program gives
     (domains code_...) must be equal.

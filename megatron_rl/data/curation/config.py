@@ -1,4 +1,4 @@
-"""What `tools/prepare_data.py` reads from TOML. Field descriptions are the reference."""
+"""Defines what `tools/prepare_data.py` reads from TOML. Field descriptions are the reference."""
 
 import re
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ RuleName = Annotated[str, _one_of(RULES)]
 
 
 class Layout(Section):
-    """Which column is what. A column is a dotted path: `reward_model.ground_truth`, `prompt.-1.content`."""
+    """Says which column is what. A column is a dotted path: `reward_model.ground_truth`, `prompt.-1.content`."""
 
     prompt: str = Field(default="", description="column of the question")
     answer: str = Field(default="", description="column of the reference answer")
@@ -81,7 +81,7 @@ class Layout(Section):
 
 
 class Input(Layout):
-    """Files or a Hugging Face dataset. The preset's layout, and over it the keys that are given here."""
+    """Names files or a Hugging Face dataset. Its layout is the preset's, overridden by the keys that are given here."""
 
     path: str = Field(default="", description="file or glob: .jsonl, .jsonl.gz, .json, .parquet, .csv")
     hf: str = Field(default="", description='"org/name", streamed by the library `datasets`')
@@ -105,7 +105,7 @@ class Input(Layout):
 
 
 class Source(Input):
-    """Rows to curate."""
+    """Names rows to curate."""
 
     skip_rules: tuple[RuleName, ...] = Field(default=(), description="rules that are not applied to this source")
 
@@ -128,7 +128,7 @@ class Source(Input):
 
 
 class Benchmark(Input):
-    """Questions that must not be trained on; only their prompts are read."""
+    """Names questions that must not be trained on; only their prompts are read."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Benchmark":

@@ -1,4 +1,4 @@
-"""Which rows repeat a benchmark: an index of hashes of the benchmarks' n-grams, and where each of them stands."""
+"""Finds the rows that repeat a benchmark, by an index of hashes of the benchmarks' n-grams and of where each stands."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _PHRASE_PROMPTS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """Of the n-grams of all benchmark prompts, sorted by hash.
+    """Holds the n-grams of all benchmark prompts, sorted by hash.
 
     hashes, items: uint64 and int32 [number of n-grams], n-gram and prompt that it is of. sizes: int32 [number of
         prompts], how many n-grams a prompt has, 0 where only equality counts. lengths: those of the n-grams.
@@ -33,7 +33,8 @@ class Index:
     whole: dict[bytes, int]
 
     def find(self, words: Sequence[str], hashes: np.ndarray) -> dict[str, Any] | None:
-        """What a row of these tokens has in common with a benchmark prompt, if that is too much. hashes: of tokens."""
+        """Return what a row of these tokens has in common with a benchmark prompt, if that is too much, else None.
+        hashes: of tokens."""
         item = self.whole.get(digest(" ".join(words)))
         if item is not None:
             return self._where(item, share=1.0, ngram=" ".join(words[: self.settings.ngram_tokens]))
@@ -46,7 +47,8 @@ class Index:
         return self._where(item, share=round(share, 3), ngram=" ".join(words[start : start + length]))
 
     def _best(self, length: int, ngrams: np.ndarray) -> tuple[float, int, int, int] | None:
-        """(share, prompt, position, length) of the prompt with which the row shares most, None if it shares nothing."""
+        """Return (share, prompt, position, length) of the prompt with which the row shares most, None if it shares
+        nothing."""
         if not len(ngrams) or not len(self.hashes):
             return None
         left = np.searchsorted(self.hashes, ngrams)
@@ -69,7 +71,7 @@ class Index:
 
 
 def build_index(benchmarks: Iterable[Benchmark], settings: ContaminationSection) -> Index | None:
-    """None without benchmarks. ValueError names a row that has no prompt."""
+    """Build the index; None without benchmarks. ValueError names a row that has no prompt."""
     files: list[str] = []
     lines: list[int] = []
     parts: list[np.ndarray] = []
@@ -104,7 +106,8 @@ def build_index(benchmarks: Iterable[Benchmark], settings: ContaminationSection)
 
 
 def _without_phrases(hashes: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sorted by hash, without n-grams that _PHRASE_PROMPTS prompts have: "where m and n are relatively prime"."""
+    """Return both sorted by hash, without n-grams that _PHRASE_PROMPTS prompts have: "where m and n are relatively
+    prime"."""
     order = np.argsort(hashes, kind="stable")
     _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     order = order[counts[group[order]] < _PHRASE_PROMPTS]

@@ -1,4 +1,5 @@
-"""How often models solved a prompt, from what `megatron-rl rollout` wrote, and which prompts that rules out."""
+"""Reads from what `megatron-rl rollout` wrote how often models solved a prompt, and says which prompts that rules
+out."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ Rates = Mapping[int, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difficulty:
-    """stronger: None without rollouts of a stronger model."""
+    """Holds how often models solved each prompt. stronger: None without rollouts of a stronger model."""
 
     settings: DifficultySection
     model: Rates
     stronger: Rates | None
 
     def judge(self, prompt: int) -> tuple[str, dict[str, Any]] | None:
-        """Reason and details for dropping the prompt of this digest, or None.
+        """Return reason and details for dropping the prompt of this digest, or None.
 
         too_easy: the model solves it always, or max_pass_rate of the time. too_hard: neither the model nor the stronger
         one does more than min_pass_rate of the time; with a stronger model, only if that was measured as well.
@@ -46,7 +47,7 @@ class Difficulty:
 
 
 def read_difficulty(settings: DifficultySection) -> Difficulty | None:
-    """None without rollouts. ValueError names a line that is no scored response."""
+    """Read the rollouts; None without any. ValueError names a line that is no scored response."""
     if not settings.rollouts:
         return None
     model, stronger = (_rates(paths, settings) for paths in (settings.rollouts, settings.stronger))

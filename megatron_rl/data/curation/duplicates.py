@@ -1,4 +1,5 @@
-"""Duplicates among the rows that are left: exact ones by digest, near ones by MinHash bands and then by their text.
+"""Finds duplicates among the rows that are left: exact ones by digest, near ones by MinHash bands and then by their
+text.
 
 Of rows that say the same the first in the order of the sources stays. Rows are numbered in that order.
 """
@@ -22,7 +23,7 @@ Record = Callable[[int], Prompt]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Twin:
-    """Why a row is dropped. reason: "duplicate", "conflicting_answers" or "near_duplicate"; of: the other row."""
+    """Says why a row is dropped. reason: "duplicate", "conflicting_answers" or "near_duplicate"; of: the other row."""
 
     reason: str
     of: int
@@ -30,7 +31,8 @@ class Twin:
 
 
 def exact_duplicates(prompts: np.ndarray, answers: np.ndarray, record: Record) -> dict[int, Twin]:
-    """Dropped rows. prompts, answers: digests, uint64 [rows, 2] and [rows]; record: asked where answers differ.
+    """Return the dropped rows. prompts, answers: digests, uint64 [rows, 2] and [rows]; record: asked where answers
+    differ.
 
     All rows of a prompt are dropped when two of its answers disagree: nothing says which is right.
     """
@@ -46,7 +48,7 @@ def exact_duplicates(prompts: np.ndarray, answers: np.ndarray, record: Record) -
 
 
 def near_duplicates(rows: np.ndarray, bands: np.ndarray, record: Record, settings: DuplicateSection) -> dict[int, Twin]:
-    """Dropped rows: each is as similar as settings.threshold to a row before it that stays.
+    """Return the dropped rows: each is as similar as settings.threshold to a row before it that stays.
 
     rows: int64, those that are compared, ascending; bands: uint64 [all rows, bands]. Only rows that share a hash of a
     band are compared, by the exact similarity of their texts.
@@ -77,7 +79,8 @@ def _runs(prompt: str, size: int) -> np.ndarray:
 
 
 def _buckets(rows: np.ndarray, bands: np.ndarray) -> Mapping[int, list[int]]:
-    """Row -> numbers of the buckets that it shares with another row. One band at a time, to need little memory."""
+    """Map each row to the numbers of the buckets that it shares with another row. One band at a time, to need little
+    memory."""
     buckets: dict[int, list[int]] = defaultdict(list)
     number = 0
     for band in range(bands.shape[1]):
@@ -89,7 +92,7 @@ def _buckets(rows: np.ndarray, bands: np.ndarray) -> Mapping[int, list[int]]:
 
 
 def _groups(*keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions of equal keys, for every key that comes twice or more."""
+    """Yield the positions of equal keys, for every key that comes twice or more."""
     order = np.lexsort(keys)
     same = np.ones(max(len(order) - 1, 0), bool)
     for key in keys:

@@ -18,13 +18,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def guess_layout(rows: Rows) -> dict[str, Any]:
-    """The keys of a [[source]] by which the most rows can be read: a preset, of several the one that fits most of the
-    columns; or columns by their names, where they read more. Empty where no row can be read.
+    """Return the keys of a [[source]] by which the most rows can be read: a preset, of several the one that fits most
+    of the columns; or columns by their names, where they read more. Empty where no row can be read.
 
     rows: the first ones of a file.
     """
     by_name = _columns(rows)
-    # A conversation that is answered is one to imitate, whatever stands beside it.
+    # A conversation that ends with an answer is one to imitate, whatever other columns there are.
     presets = [name for name in PRESETS if "chat" not in by_name or "chat" in PRESETS[name]]
     scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(presets)]
     (num_read, _), _, preset = max(scored)
@@ -34,14 +34,14 @@ def guess_layout(rows: Rows) -> dict[str, Any]:
 
 
 def layout_of(keys: Mapping[str, Any]) -> Layout:
-    """The layout that keys of a [[source]] give."""
+    """Return the layout that keys of a [[source]] give."""
     given = {name: value for name, value in keys.items() if name != "preset"}
     return Layout.model_validate({**PRESETS.get(keys.get("preset", ""), {}), **given})
 
 
 def _score(rows: Rows, layout: Layout) -> tuple[int, int]:
-    """(rows that can be read, how well it fits): columns that it names and that are there; less what it cuts out of
-    prompts and is not there."""
+    """Return (rows that can be read, how well it fits). The fit counts columns that it names and that are there, less
+    what it cuts out of prompts and is not there."""
     num_read, fits = 0, 0
     for row in rows:
         try:
@@ -64,7 +64,7 @@ def _plain_prompt(row: Mapping[str, Any], layout: Layout) -> str:
 
 
 def _columns(rows: Rows) -> dict[str, Any]:
-    """Keys by the names of the columns, where they say what is what; else empty."""
+    """Return keys by the names of the columns, where the names say what is what; else an empty dict."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     first = {name: next((row[name] for row in rows if row.get(name) not in (None, "")), None) for name in names}
     chat = next((name for name in names if _is_chat(first[name])), "")
@@ -96,7 +96,7 @@ def _is_messages(value: object) -> bool:
 
 
 def _is_chat(value: object) -> bool:
-    """A conversation that ends with an answer."""
+    """Tell whether this is a conversation that ends with an answer."""
     if not isinstance(value, list) or not _is_messages(value):
         return False
     return str(value[-1].get("role", value[-1].get("from"))).lower() in ("assistant", "gpt", "chatgpt", "model", "bot")

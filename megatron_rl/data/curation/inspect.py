@@ -1,4 +1,4 @@
-"""What is done with one row on its own: mapping, rules, benchmarks, and the hashes by which rows are compared later."""
+"""Processes one row on its own: mapping, rules, benchmarks, and the hashes by which rows are compared later."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -31,7 +31,8 @@ CHAT = "(conversation)"  # the domain of conversations, within curation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dropped:
-    """row: the record, or the raw row where there is none. details: of the reason."""
+    """Holds a dropped row and why it was dropped. row: the record, or the raw row where there is none. details: of the
+    reason."""
 
     reason: str
     file: str
@@ -46,7 +47,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """What is left of a piece. lines: JSON of the records, one after the other; rows: ROW [number of records];
+    """Holds what is left of a piece. lines: JSON of the records, one after the other; rows: ROW [number of records];
     bands: uint64 [number of records, bands]."""
 
     lines: bytes
@@ -56,7 +57,7 @@ class Inspected:
 
 
 class Inspector:
-    """Made once per process; `inspect` keeps no state."""
+    """Inspects pieces of rows. It is made once per process; `inspect` keeps no state."""
 
     def __init__(self, config: CurationConfig, index: Index | None) -> None:
         self._sources = [(source, source.layout()) for source in config.source]
@@ -66,7 +67,7 @@ class Inspector:
         self._permutations = MinHash(config.duplicates.bands * config.duplicates.band_rows, seed=1).permutations
 
     def inspect(self, source: int, file: int, piece: Piece) -> Inspected:
-        """source, file: what the rows are numbered with."""
+        """Inspect the rows of a piece. source, file: what the rows are numbered with."""
         lines: list[bytes] = []
         dropped: list[Dropped] = []
         rows = np.zeros(len(piece.rows), ROW)
@@ -86,7 +87,7 @@ class Inspector:
     def _one(
         self, number: int, raw: Any, row: np.void, bands: np.ndarray
     ) -> bytes | tuple[str, Mapping[str, Any], object]:
-        """The record's line, with `row` and `bands` filled in; or reason, details and row of a dropped one."""
+        """Return the record's line, with `row` and `bands` filled in; or reason, details and row of a dropped one."""
         source, layout = self._sources[number]
         try:
             value = parsed(raw)
@@ -126,7 +127,7 @@ class Inspector:
             bands[:] = self._bands(shingles(hashes, self._settings.shingle_tokens), numbers)
 
     def _bands(self, runs: np.ndarray, numbers: int) -> np.ndarray:
-        """One hash for each band of the MinHash signature. Rows with other numbers share none."""
+        """Return one hash for each band of the MinHash signature. Rows with other numbers share none."""
         signature = MinHash(
             len(self._permutations[0]), hashfunc=int, permutations=self._permutations, scheme="affine32"
         )
@@ -140,8 +141,8 @@ class Inspector:
 
 
 def record_from(row: object, layout: Layout, source: str) -> Prompt:
-    """The record of a row; raises Unusable. A conversation is one of the domain CHAT: its prompt is what the user says
-    in it, its answer JSON of the messages."""
+    """Return the record of a row; raises Unusable. A conversation is one of the domain CHAT: its prompt is what the
+    user says in it, its answer JSON of the messages."""
     if not layout.chat:
         return to_prompt(row, layout, source)
     chat = to_chat(row, layout)
@@ -149,7 +150,7 @@ def record_from(row: object, layout: Layout, source: str) -> Prompt:
 
 
 def defect_of(record: Prompt, layout: Layout, rules: Collection[str]) -> tuple[str, str] | None:
-    """The first rule that finds something, and what. What a layout makes on purpose is no defect."""
+    """Return the first rule that finds something, and what. What a layout makes on purpose is no defect."""
     for name, rule in RULES.items():
         if (
             name not in rules
@@ -164,7 +165,7 @@ def defect_of(record: Prompt, layout: Layout, rules: Collection[str]) -> tuple[s
 
 
 def as_row(record: Prompt) -> dict[str, Any]:
-    """In the contract of data/prompts.py."""
+    """Return the record as a row by the contract of data/prompts.py."""
     meta = {"meta": record.meta} if record.meta else {}
     if record.domain == CHAT:
         return {"id": record.id, "messages": parse_json(record.answer), **meta}
@@ -173,7 +174,7 @@ def as_row(record: Prompt) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Prompt:
-    """The record of what `as_row` made."""
+    """Return the record of what `as_row` made."""
     if "messages" in row:
         return _as_record(row["id"], messages_of(row["messages"]), row.get("meta", {}))
     return Prompt(**row)

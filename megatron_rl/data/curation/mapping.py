@@ -1,4 +1,4 @@
-"""One row of any layout to a Prompt, the record that everything after this works on, or to a Chat."""
+"""Maps one row of any layout to a Prompt, the record that everything after this works on, or to a Chat."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _NO_ANSWER = re.compile(
 
 
 class Unusable(Exception):
-    """A row that can be no record. reason: a key of the report; detail: for people."""
+    """Says that a row can be no record. reason: a key of the report; detail: for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -36,7 +36,7 @@ class Unusable(Exception):
 
 
 def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
-    """The record of a row; raises Unusable. What it lets through keeps the contract of data/prompts.py."""
+    """Return the record of a row; raises Unusable. What it lets through keeps the contract of data/prompts.py."""
     prompt = prompt_of(row, layout)
     is_tests = bool(layout.tests)
     if layout.options:
@@ -62,8 +62,8 @@ def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
 
 
 def to_chat(row: object, layout: Layout) -> Chat:
-    """The conversation of a row for supervised fine-tuning; raises Unusable. Columns that are no part of it go into
-    `meta`, or those of layout.meta where it names some."""
+    """Return the conversation of a row for supervised fine-tuning; raises Unusable. Columns that are no part of it go
+    into `meta`, or those of layout.meta where it names some."""
     if not isinstance(row, Mapping):
         raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
     given = _look_up(row, layout.chat)
@@ -82,7 +82,8 @@ def to_chat(row: object, layout: Layout) -> Chat:
 
 
 def _message(item: object) -> object:
-    """{role, content} of a message that calls them so, or from and value; `messages_of` refuses what this leaves."""
+    """Return {role, content} of a message that calls them so, or from and value; `messages_of` refuses what this
+    leaves."""
     if not isinstance(item, Mapping):
         return item
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
@@ -92,8 +93,8 @@ def _message(item: object) -> object:
 
 
 def _domain(row: Any, layout: Layout, found_tests: bool) -> str:
-    """found_tests: where an answer was expected. Such a row is one of code, unless its own domain is another one than
-    mathematics or science: of these two no answer can be tests."""
+    """Return the domain of a row. found_tests: where an answer was expected. Such a row is one of code, unless its own
+    domain is another one than mathematics or science: of these two no answer can be tests."""
     own = _optional(row, layout.domain_column) if layout.domain else _text(row, layout.domain_column)
     own = layout.domains.get(own, own)
     domain = own or layout.domain
@@ -103,8 +104,8 @@ def _domain(row: Any, layout: Layout, found_tests: bool) -> str:
 
 
 def _shuffled_options(row: Any, layout: Layout, prompt: str) -> tuple[str, str]:
-    """The prompt with its options below it, and the letter of the right one. The order is a function of the seed and
-    the question."""
+    """Return the prompt with its options below it, and the letter of the right one. The order is a function of the seed
+    and the question."""
     options = [_text(row, column).strip() for column in layout.options]
     if not all(options):
         raise Unusable("missing_answer", f"column {layout.options[options.index('')]!r}, an option, is empty")
@@ -117,7 +118,7 @@ def _shuffled_options(row: Any, layout: Layout, prompt: str) -> tuple[str, str]:
 
 
 def prompt_of(row: object, layout: Layout) -> str:
-    """The question of a row; raises Unusable."""
+    """Return the question of a row; raises Unusable."""
     if not isinstance(row, Mapping):
         raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
     text = _text(row, layout.prompt)
@@ -131,7 +132,7 @@ def prompt_of(row: object, layout: Layout) -> str:
 
 
 def _look_up(row: Any, column: str) -> Any:
-    """The value at a dotted path: keys of objects, positions in lists (-1 is the last). Raises Unusable."""
+    """Return the value at a dotted path: keys of objects, positions in lists (-1 is the last). Raises Unusable."""
     value = _find(row, column)
     if value is _ABSENT:
         known = ", ".join(map(str, row)) if isinstance(row, Mapping) else _shown(row)
@@ -154,7 +155,7 @@ def _find(row: Any, column: str) -> Any:
 
 
 def _text(row: Any, column: str) -> str:
-    """Text, or a number as text; "" for null. A list of one is its item."""
+    """Return a text, or a number as text; "" for null. A list of one item counts as that item."""
     value = _look_up(row, column)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -170,7 +171,7 @@ def _optional(row: Any, column: str) -> str:
 
 
 def _answer(row: Any, layout: Layout) -> tuple[str, bool]:
-    """The answer, and whether the column holds tests of a program instead."""
+    """Return the answer, and whether the column holds tests of a program instead."""
     value = _look_up(row, layout.answer)
     try:
         tests = recognised_tests(value)
@@ -203,7 +204,7 @@ def _tests(row: Any, layout: Layout) -> str:
 
 
 def _meta(row: Any, columns: Sequence[str]) -> dict[str, Any]:
-    """What JSON cannot hold (dates, bytes) becomes text."""
+    """Return these columns for `meta`. What JSON cannot hold (dates, bytes) becomes text."""
     meta: dict[str, Any] = {}
     for column in columns:
         value = _find(row, column)

@@ -1,4 +1,4 @@
-"""The folder that a run writes: all three files or none, report.json last."""
+"""Writes the folder of a run: all three files or none, report.json last."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def whole_output(folder: Path, force: bool) -> Iterator[Path]:
-    """A place to write KEPT, DROPPED and REPORT; they are moved to `folder` when the body ends without an error.
+    """Give a place to write KEPT, DROPPED and REPORT; they are moved to `folder` when the body ends without an error.
 
-    ValueError when another run writes there, or, without `force`, when a result is there.
+    Raise ValueError when another run writes there, or, without `force`, when a result is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(folder, "set another output"):

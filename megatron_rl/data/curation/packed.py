@@ -1,4 +1,4 @@
-"""LiveCodeBench's private tests: JSON, in a pickle, compressed, in base64. Nothing in it is run."""
+"""Unpacks LiveCodeBench's private tests: JSON, in a pickle, compressed, in base64. Nothing in it is run."""
 
 import base64
 import pickletools
@@ -12,8 +12,8 @@ _TEXT = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 
 
 def unpacked_text(packed: str, most: int = MAX_DOCUMENT_BYTES) -> str:
-    """Unpack the text; also where it was compressed without a pickle around it. ValueError for anything else, and for
-    more than `most` bytes."""
+    """Unpack the text, also where it was compressed without a pickle around it. Raise ValueError for anything else, and
+    for more than `most` bytes."""
     try:
         content = _decompressed(base64.b64decode(packed, validate=True), most)
     except (ValueError, zlib.error) as error:
@@ -32,7 +32,7 @@ def _decompressed(data: bytes, most: int) -> bytes:
 
 
 def _pickled_text(content: bytes) -> str:
-    """The one text of a pickle, by looking at its instructions; no unpickler runs."""
+    """Return the one text of a pickle, by looking at its instructions; no unpickler runs."""
     texts = []
     for instruction, argument, _ in pickletools.genops(content):
         if instruction.name in _TEXT:

@@ -1,4 +1,4 @@
-"""The curation of prompts: every row alone first, then rows against each other, then what models made of them."""
+"""Curates prompts: every row alone first, then rows against each other, then what models made of them."""
 
 import json
 import time
@@ -26,13 +26,15 @@ _JUDGE_MALFORMED_FROM_ROWS = 1000
 
 
 def curate(config: CurationConfig, force: bool = False, progress: Progress = lambda stage, rows: None) -> Report:
-    """Write kept.jsonl, dropped.jsonl and report.json to config.output. ValueError for what a user has to correct."""
+    """Write kept.jsonl, dropped.jsonl and report.json to config.output. Raise ValueError for what a user has to
+    correct."""
     with whole_output(config.output, force) as folder:
         return _Curation(config, folder, progress).run()
 
 
 class _Curation:
-    """One run. Of a row that is not dropped for itself, memory holds a ROW and its bands; its record is on disk."""
+    """Carries out one run. Of a row that is not dropped for itself, memory holds a ROW and its bands; its record is on
+    disk."""
 
     def __init__(self, config: CurationConfig, folder: Path, progress: Progress) -> None:
         self._config = config
@@ -64,7 +66,8 @@ class _Curation:
         return report
 
     def _inspect(self, dropped: TextIO) -> tuple[np.ndarray, np.ndarray]:
-        """ROW and bands of the rows that are not dropped for themselves; their records and the others' are written."""
+        """Return ROW and bands of the rows that are not dropped for themselves; their records and the others' are
+        written."""
         index = build_index(self._config.benchmark, self._config.contamination)
         rows, bands = [], []
         with (self._folder / _RECORDS).open("wb") as records:

@@ -1,4 +1,5 @@
-"""Layouts of data sets that are in use, as keys of `config.Layout`. What is set beside a preset goes before it."""
+"""Names layouts of data sets that are in use, as keys of `config.Layout`. What is set beside a preset goes before
+it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,5 @@
-"""`megatron-rl inspect`: how the rows of a file can be read, what curation would drop, and the mapping that does it."""
+"""Runs `megatron-rl inspect`, which shows how the rows of a file can be read, what curation would drop, and the mapping
+that does it."""
 
 import json
 import shlex
@@ -31,7 +32,8 @@ Numbered = tuple[str, Any]  # file:line, row
 
 @dataclass(slots=True, kw_only=True)
 class Preview:
-    """kept: records with where they stand. dropped: how many by reason. first: of each reason."""
+    """Holds what is shown of the rows of a file. kept: records with where they stand. dropped: how many by reason.
+    first: of each reason."""
 
     num_rows: int = 0
     kept: list[tuple[str, Prompt]] = field(default_factory=list)
@@ -40,7 +42,7 @@ class Preview:
 
 
 def run_inspect(pattern: str, preset: str, output: Path | None) -> str:
-    """Write the mapping of a file, or of files of one layout, and return what a user is told. ValueError where no
+    """Write the mapping of a file, or of files of one layout, and return what a user is told. Raise ValueError where no
     layout fits."""
     if preset and preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -83,7 +85,7 @@ def preview(rows: Sequence[Numbered], layout: Layout, source: str) -> Preview:
 
 
 def _examples(kept: Sequence[tuple[str, Prompt]]) -> list[tuple[str, Prompt]]:
-    """The first rows, of every domain one before any has a second."""
+    """Return the first rows: one of every domain before any has a second."""
     first = list({record.domain: (where, record) for where, record in reversed(kept)}.values())[::-1]
     return sorted((first + [one for one in kept if one not in first])[:_SHOWN], key=kept.index)
 

@@ -1,4 +1,4 @@
-"""What became of the rows, in numbers."""
+"""Counts what became of the rows."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCount:
-    """dropped: by reason."""
+    """Counts what became of the rows of a source. dropped: by reason."""
 
     name: str
     num_rows: int
@@ -20,7 +20,8 @@ class SourceCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """seconds: by stage. peak_rss_bytes: of all processes together, what they share counted in each."""
+    """Holds the numbers of a run. seconds: by stage. peak_rss_bytes: of all processes together, what they share counted
+    in each."""
 
     sources: tuple[SourceCount, ...]
     seconds: dict[str, float]
@@ -45,7 +46,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """For people: a line for each source and one for each reason under it."""
+        """Return a table for people: a line for each source and one for each reason under it."""
         lines = []
         for source in (*self.sources, *([self.total] if len(self.sources) > 1 else [])):
             lines.append(f"{source.name}: {source.num_kept:,} of {source.num_rows:,} rows kept")

@@ -1,4 +1,5 @@
-"""Defects of a record: one function each, which gives what it found, or None. The key is the reason in the report.
+"""Finds defects of a record, by one function each, which returns what it found, or None. The key is the reason in the
+report.
 
 They would rather miss a defect than drop a good row; docs/data.md says what each does not see.
 """
@@ -13,7 +14,7 @@ Rule = Callable[[Prompt], str | None]
 _BAD_CHARACTER = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufffe\uffff\U000f0000-\U0010ffff]"
 )
-# UTF-8 that somebody read as Latin-1 or Windows-1252: of accents, signs and spaces, and of dashes and quotation marks.
+# UTF-8 that was read as Latin-1 or Windows-1252: accents, signs and spaces, dashes and quotation marks.
 _MOJIBAKE = re.compile("[ÃÂ][\u00a0-\u00bf]|â€[\u0080-\u00bf\u0152-\u0178\u02c6\u02dc\u2013-\u203a\u20ac\u2122]|ï»¿")
 _IMAGE = re.compile(
     r"!\[[^\]\n]{0,200}\]\([^)\n]{1,500}\)|<img\b|<image>|\\includegraphics|data:image/|cdn\.mathpix\.com",
@@ -34,7 +35,7 @@ _REFERS_TO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 _DRAWN_IN_TEXT = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|picture|asy)\}|```|<svg", re.IGNORECASE)
-# What any two options or parts have: without it the longer expressions need not look.
+# Any two options or parts have this: without it the longer expressions need not be tried.
 _SECOND_LABEL = re.compile(r"(?:[Bb2]|[Ii][Ii])\s*[.):]")
 _PART = re.compile(r"(?:(?<=\s)|^)(?:\(([a-e]|[1-5]|i{1,3}|iv|v)\)|([a-e]|[1-5]|i{1,3}|iv)[.)](?=\s)"
                    r"|(?:part|question|problem)\s+([a-e]|[1-5]|i{1,3}|iv)\s*[:.)])", re.IGNORECASE)  # fmt: skip
@@ -60,7 +61,8 @@ _WORD_ANSWER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf)\s*\{)?\s*(true|false|
 
 
 def is_program(record: Prompt) -> bool:
-    """Prompts about programs list cases, label options and answer True as a matter of course."""
+    """Tell whether the prompt is about a program. Such prompts list cases, label options and answer True as a matter of
+    course."""
     return record.domain.startswith("code")
 
 
@@ -74,7 +76,7 @@ def invalid_characters(record: Prompt) -> str | None:
 
 
 def special_tokens(record: Prompt) -> str | None:
-    """What is left of another model's chat, or an attack on the template."""
+    """Find what is left of another model's chat, or an attack on the template."""
     found = _SPECIAL_TOKEN.search(record.prompt)
     return found and f"{found[0]} at character {found.start()}"
 
@@ -90,7 +92,8 @@ def image(record: Prompt) -> str | None:
 
 
 def multiple_choice(record: Prompt) -> str | None:
-    """Options labelled A, B, C, ... in their order; two are enough at the beginning of lines when the answer is one."""
+    """Find options labelled A, B, C, ... in their order; two are enough at the beginning of lines when the answer is
+    one."""
     if is_program(record) or not _SECOND_LABEL.search(record.prompt):
         return None
     is_letter = bool(_LETTER_ANSWER.fullmatch(record.answer[:_LONGEST_WORD]))
@@ -106,7 +109,7 @@ def multiple_choice(record: Prompt) -> str | None:
 
 
 def multi_part(record: Prompt) -> str | None:
-    """Parts that are labelled in their order, of which at least two ask for something; or one of them alone."""
+    """Find parts that are labelled in their order, of which at least two ask for something; or one of them alone."""
     if is_program(record):
         return None
     if not _asks_twice(record.prompt):
@@ -125,7 +128,7 @@ def _asks_twice(prompt: str) -> bool:
 
 
 def _parts(prompt: str) -> list[tuple[str, str]]:
-    """(label, text up to the next label), for the longest run a, b, ... or 1, 2, ... or i, ii, ... of labels."""
+    """Return (label, text up to the next label) for the longest run a, b, ... or 1, 2, ... or i, ii, ... of labels."""
     marks = [(next(filter(None, found.groups())).lower(), found) for found in _PART.finditer(prompt)]
     best: list[tuple[str, re.Match[str]]] = []
     for order in ("abcde", "12345", ("i", "ii", "iii", "iv", "v")):
@@ -139,7 +142,7 @@ def _parts(prompt: str) -> list[tuple[str, str]]:
 
 
 def _run(labels: list[str], order: str) -> list[str]:
-    """The beginning of `order` that `labels` holds in this order."""
+    """Return the beginning of `order` that `labels` holds in this order."""
     taken: list[str] = []
     for label in labels:
         if len(taken) < len(order) and label == order[len(taken)]:
@@ -155,5 +158,5 @@ RULES: Mapping[str, Rule] = {
     "multi_part": multi_part,
     "true_or_false": true_or_false,
 }
-# Of conversations; the others are about questions that have one answer.
+# The rules for conversations; the others are about questions that have one answer.
 CHAT_RULES = ("invalid_characters", "special_tokens")

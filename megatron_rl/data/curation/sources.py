@@ -1,4 +1,4 @@
-"""Rows of files and of Hugging Face datasets, in pieces that a worker process takes at once."""
+"""Reads rows of files and of Hugging Face datasets, in pieces that a worker process takes at once."""
 
 import csv
 import glob
@@ -25,8 +25,8 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Rows of one file. rows: lines of JSON, as bytes, or objects. lines: where each stands, from 1; of a Parquet file
-    or an array the number of the row."""
+    """Holds rows of one file. rows: lines of JSON, as bytes, or objects. lines: where each stands, from 1; of a Parquet
+    file or an array the number of the row."""
 
     file: str
     rows: Sequence[bytes | dict[str, Any]]
@@ -34,7 +34,8 @@ class Piece:
 
 
 def read_pieces(given: Input) -> Iterator[Piece]:
-    """All rows of a source in its order; blank lines are none. ValueError where there is nothing to read."""
+    """Read all rows of a source in its order; blank lines are no rows. Raise ValueError where there is nothing to
+    read."""
     if given.hf:
         yield from _dataset(given)
         return
@@ -64,8 +65,8 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number all lines from 1, and give those that are not blank. ValueError for one that is too long, and for a .gz
-    that is damaged or unpacks to more than a real one does."""
+    """Number all lines from 1, and give those that are not blank. Raise ValueError for one that is too long, and for a
+    .gz that is damaged or unpacks to more than a real one does."""
     with path.open("rb") as file:
         lines = bounded_lines(file, path) if path.suffix != ".gz" else _unpacked(path)
         yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
@@ -89,7 +90,7 @@ def _unpacked(path: Path) -> Iterator[bytes]:
 
 
 def parsed(row: bytes | dict[str, Any]) -> Any:
-    """ValueError for bytes that are not JSON."""
+    """Parse a row. Raise ValueError for bytes that are not JSON."""
     return parse_json(row) if isinstance(row, bytes) else row
 
 
@@ -129,7 +130,7 @@ def _array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows by the names in the first one, each under the line where it begins."""
+    """Read rows by the names in the first one, each under the line where it begins."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)

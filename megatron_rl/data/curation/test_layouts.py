@@ -16,7 +16,7 @@ _TEST_FUNCTION = re.compile(r"^\s*(?:async )?def test\w*\(", re.MULTILINE)
 
 
 def recognised_tests(value: Any) -> Tests | None:
-    """The tests that a value holds, whatever its column is called; None for anything else, such as an answer."""
+    """Return the tests that a value holds, whatever its column is called; None for anything else, such as an answer."""
     found = value
     if isinstance(value, str):
         text = value.strip()
@@ -56,7 +56,7 @@ def _reader_of(found: Any) -> Reader | None:
 
 
 def _of_source(text: str) -> Tests | None:
-    """Tests that are a program: pytest's functions, or one assert a line."""
+    """Read tests that are a program: pytest's functions, or one assert a line."""
     if _TEST_FUNCTION.search(text) and "assert" in text:
         return _from_pytest({}, text)
     lines = [line for line in text.splitlines() if line.strip()]
@@ -64,12 +64,12 @@ def _of_source(text: str) -> Tests | None:
 
 
 def _from_json(row: Mapping[str, Any], value: Any) -> Tests:
-    """The object of reward/code.py, or its text."""
+    """Read the object of reward/code.py, or its text."""
     return parse_json(value) if isinstance(value, str) else value
 
 
 def _from_input_output(row: Mapping[str, Any], value: Any) -> Tests:
-    """APPS and TACO: {"inputs": [...], "outputs": [...], optional "fn_name"}, the object or its text."""
+    """Read tests of APPS and TACO: {"inputs": [...], "outputs": [...], optional "fn_name"}, the object or its text."""
     found = parse_json(value) if isinstance(value, str) else value
     inputs, outputs = found["inputs"], found["outputs"]
     if not found.get("fn_name"):
@@ -84,7 +84,7 @@ def _from_input_output(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _calls(function: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> Tests:
-    """Calls of a function. LiveCodeBench writes a line of JSON for each argument, and the result as JSON."""
+    """Return calls of a function. LiveCodeBench writes a line of JSON for each argument, and the result as JSON."""
     arguments = [_arguments(given) for given in inputs]
     results = [parse_exact_json(output) if isinstance(output, str) else output for output in outputs]
     return {"type": "function_io", "fn_name": function, "inputs": arguments, "outputs": results}
@@ -106,7 +106,7 @@ def _from_mbpp(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _from_humaneval(row: Mapping[str, Any], value: Any) -> Tests:
-    """The prompt is source that a response may leave out: its imports and helpers."""
+    """Read HumanEval's tests. The prompt is source that a response may leave out: its imports and helpers."""
     return {"type": "humaneval", "test": row["test"], "entry_point": row["entry_point"], "prefix": row["prompt"]}
 
 
@@ -118,7 +118,8 @@ def _from_any(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _from_cases(row: Mapping[str, Any], value: Any) -> Tests:
-    """A list of {"input", "output"}, or its text: on stdin, or with "testtype": "functional" or "fn_name" arguments."""
+    """Read a list of {"input", "output"}, or its text: on stdin, or with "testtype": "functional" or "fn_name"
+    arguments."""
     cases = parse_json(value) if isinstance(value, str) else value
     return _of_cases(cases, next((case["fn_name"] for case in cases if case.get("fn_name")), ""))
 
@@ -136,7 +137,7 @@ def _of_cases(cases: Sequence[Mapping[str, Any]], function: str) -> Tests:
 
 
 def _from_livecodebench(row: Mapping[str, Any], value: Any) -> Tests:
-    """Public and private tests; metadata names the function, where there is one. What is private is packed."""
+    """Read public and private tests; metadata names the function, where there is one. What is private is packed."""
     cases: list[Mapping[str, Any]] = []
     for name in ("public_test_cases", "private_test_cases"):
         given = row.get(name) or []
@@ -152,7 +153,7 @@ def _from_livecodebench(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _from_check(row: Mapping[str, Any], value: Any) -> Tests:
-    """Skywork's LeetCode rows: test_code defines check(candidate), entry_point is what it is given."""
+    """Read Skywork's LeetCode rows: test_code defines check(candidate), entry_point is what it is given."""
     found = parse_json(value) if isinstance(value, str) else value
     return {
         "type": "humaneval",
@@ -167,7 +168,7 @@ def _from_asserts(row: Mapping[str, Any], value: Any) -> Tests:
 
 
 def _from_pytest(row: Mapping[str, Any], value: Any) -> Tests:
-    """KodCode: a file of functions test_... that import what they test from the module `solution`."""
+    """Read KodCode's tests: a file of functions test_... that import what they test from the module `solution`."""
     if not _TEST_FUNCTION.search(value):
         raise ValueError("it defines no function test_...")
     return {"type": "pytest", "test": value}

@@ -1,4 +1,4 @@
-"""The normal form of a prompt, in which two prompts are compared, and the hashes that are kept of it.
+"""Makes the normal form of a prompt, in which two prompts are compared, and the hashes that are kept of it.
 
 A normal form is a sequence of tokens: words in one case, numbers, single ideographs, and the signs that mean something.
 What carries no meaning (spaces, prose punctuation, quotation marks, LaTeX's dollar signs, backslashes and spacing) is
@@ -35,7 +35,7 @@ _CACHED_TOKENS = 1 << 17
 
 
 def tokens(text: str) -> list[str]:
-    """The normal form of `text`."""
+    """Return the normal form of `text`."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_SAME_SIGN))
     text = text.casefold()
@@ -45,17 +45,17 @@ def tokens(text: str) -> list[str]:
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for `text`."""
+    """Return 16 bytes that stand for `text`."""
     return xxhash.xxh3_128_digest(text.encode())
 
 
 def short_digest(text: str) -> int:
-    """64 bits that stand for `text`."""
+    """Return 64 bits that stand for `text`."""
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def numbers_digest(words: Sequence[str]) -> int:
-    """Of the numbers among the tokens, in their order, written in digits or in English.
+    """Return a digest of the numbers among the tokens, in their order, written in digits or in English.
 
     Without "one" and "first", which are also a pronoun and an adverb: swapped for another number they still show.
     """
@@ -63,12 +63,12 @@ def numbers_digest(words: Sequence[str]) -> int:
 
 
 def token_hashes(words: Sequence[str]) -> np.ndarray:
-    """uint64 [number of tokens]."""
+    """Return a hash of each token, uint64 [number of tokens]."""
     return np.fromiter(map(_token_hash, words), np.uint64, len(words))
 
 
 def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
-    """uint64 [number of tokens - size + 1]: one for each run of `size` tokens, empty where there are fewer.
+    """Return uint64 [number of tokens - size + 1]: one hash for each run of `size` tokens, empty where there are fewer.
 
     h_i + h_(i+1) B + h_(i+2) B^2 + ... modulo 2^64, as a difference of sums from the beginning, divided by B^i: that
     takes as long for long runs as for short ones.
@@ -85,12 +85,13 @@ def ngram_hashes(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 def shingles(hashes: np.ndarray, size: int) -> np.ndarray:
-    """The set of runs of `size` tokens, sorted; a shorter text is one run. hashes: of the tokens, at least one."""
+    """Return the set of runs of `size` tokens, sorted; a shorter text is one run. hashes: of the tokens, at least
+    one."""
     return np.unique(ngram_hashes(hashes, min(size, len(hashes))))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """|A and B| / |A or B| of two sets as `shingles` gives them."""
+    """Return |A and B| / |A or B| of two sets as `shingles` gives them."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common) if common else 0.0
 
@@ -107,7 +108,7 @@ def _token_hash(word: str) -> int:
 
 @lru_cache
 def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """B^i and B^-i modulo 2^64 for i below 2^bits."""
+    """Return B^i and B^-i modulo 2^64 for i below 2^bits."""
     bases = _BASE, pow(_BASE, -1, 1 << 64)
     powers, inverses = (np.cumprod(np.array([1] + [base] * ((1 << bits) - 1), np.uint64)) for base in bases)
     return powers, inverses

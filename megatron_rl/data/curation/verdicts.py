@@ -1,4 +1,4 @@
-"""Rows against each other and against what models made of them: which stay, and why the others do not."""
+"""Compares rows with each other and with what models made of them, and says which stay and why the others do not."""
 
 import json
 import os
@@ -20,7 +20,8 @@ _CACHED_RECORDS = 1 << 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """rows: ROW; a row is known by its position there. files: by ROW's number. record: of a row."""
+    """Says which rows are dropped, and why. rows: ROW; a row is known by its position there. files: by ROW's number.
+    record: of a row."""
 
     rows: np.ndarray
     files: Sequence[str]
@@ -29,14 +30,14 @@ class Verdicts:
     difficulty: Difficulty | None
 
     def why(self, row: int) -> tuple[str, dict[str, Any]] | None:
-        """Reason and details for dropping the row, None when it stays."""
+        """Return reason and details for dropping the row, None when it stays."""
         twin = self.twins.get(row)
         if twin:
             return twin.reason, self._details(twin)
         return self.difficulty.judge(int(self.rows["text"][row])) if self.difficulty else None
 
     def repeated_ids(self) -> set[int]:
-        """Rows that stay and have the id of one before them that stays."""
+        """Return the rows that stay and have the id of an earlier row that stays."""
         stays = np.ones(len(self.rows), bool)
         stays[list(self.twins)] = False
         if self.difficulty:
@@ -72,7 +73,7 @@ def find_twins(
 
 
 def check_measured(difficulty: Difficulty, rows: np.ndarray) -> None:
-    """ValueError for rollouts of other prompts."""
+    """Raise ValueError when the rollouts are of other prompts."""
     if not any(prompt in difficulty.model for prompt in rows["text"].tolist()):
         raise ValueError(
             f"none of the {len(difficulty.model)} prompts of difficulty.rollouts is among the rows; matched are equal "
@@ -81,7 +82,8 @@ def check_measured(difficulty: Difficulty, rows: np.ndarray) -> None:
 
 
 def record_reader(records: BinaryIO, sizes: np.ndarray) -> Record:
-    """Of rows as the pipeline wrote them. A few thousand are kept: duplicates often have the same first row."""
+    """Return a function that reads a row as the pipeline wrote it. A few thousand records are kept in memory:
+    duplicates often have the same first row."""
     ends = np.cumsum(sizes, dtype=np.int64)
 
     @lru_cache(_CACHED_RECORDS)

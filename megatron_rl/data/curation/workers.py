@@ -1,4 +1,5 @@
-"""Rows through `Inspector`, in this process or in several, in the order of the sources and never far ahead of it."""
+"""Sends rows through `Inspector`, in this process or in several, in the order of the sources and never far ahead of
+it."""
 
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ _inspector: Inspector
 
 
 def inspected(tasks: Iterable[Task], config: CurationConfig, index: Index | None) -> Iterator[Done]:
-    """Each task with its result."""
+    """Yield each task with its result."""
     if config.workers == 1:
         inspector = Inspector(config, index)
         for task in tasks:
