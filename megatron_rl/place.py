@@ -1,4 +1,4 @@
-"""Read where this process stands among the ranks of a run, as a launcher says it in the environment."""
+"""This module reads where this process stands among the ranks of a run, as a launcher says it in the environment."""
 
 import os
 import re
@@ -13,8 +13,8 @@ SOCKET_VARIABLE = "MEGATRON_RL_STORE_SOCKET"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A rank among `world_size`, the local_rank-th of `local_world_size` on the machine with number `node`. The ranks
-    meet at `address`:`port`. Without arguments: a process that trains alone."""
+    """Holds the place of a rank among `world_size`. It is the local_rank-th of `local_world_size` on the machine with
+    number `node`. The ranks meet at `address`:`port`. Without arguments it is a process that trains alone."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,12 +30,12 @@ class Place:
 
 
 def has_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """True when a launcher has started this process as one of several ranks, or has left that it did."""
+    """Tell whether a launcher has started this process as one of several ranks, or has left variables that say so."""
     return "RANK" in environment or "WORLD_SIZE" in environment
 
 
 def own_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Read this process's place. ValueError for what no launcher sets, with the remedy."""
+    """Read this process's place. ValueError, with the remedy, for what no launcher sets."""
     if not has_rank(environment):
         return Place()
 
