@@ -1,4 +1,5 @@
-"""Estimators of KL(pi || pi_ref) at sampled tokens (J. Schulman, "Approximating KL divergence", 2020)."""
+"""This module holds estimators of KL(pi || pi_ref) at sampled tokens (J. Schulman, "Approximating KL divergence",
+2020)."""
 
 from collections.abc import Callable
 
