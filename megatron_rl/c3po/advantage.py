@@ -77,7 +77,8 @@ def group_advantages(rewards: np.ndarray, kind: str = "standardised") -> np.ndar
 
 def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, most: float = 1.0) -> float:
     """Return what DAPO's soft over-long punishment (arXiv 2503.14476, Eq. 13) adds to a reward. It is 0 up to
-    max - buffer tokens, and from there falls linearly to -most at max_tokens; the paper has 1. Without a buffer it is 0."""
+    max - buffer tokens, and from there falls linearly to -most at max_tokens; the paper has 1. Without a buffer it
+    is 0."""
     if buffer_tokens == 0:
         return 0.0
     return most * min(0.0, max(-1.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))
