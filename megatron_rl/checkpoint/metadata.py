@@ -1,4 +1,5 @@
-"""`.metadata` of a distributed checkpoint: what tensors there are, and in which file every chunk of them lies.
+"""This module reads the `.metadata` of a distributed checkpoint: which tensors there are, and in which file each of
+their chunks lies.
 
 It is a pickle of torch's classes. We read records from it (checkpoint/pickles.py), check them, and make torch's objects
 of what is needed.
@@ -57,8 +58,8 @@ _KNOWN: Known = {
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """All of it but what only a save needs. Fault when it could run a program, ValueError when it is damaged or names
-    a file that is missing or too short."""
+    """Read all of it except what only a save needs. Fault when it could run a program, ValueError when it is damaged or
+    names a file that is missing or too short."""
     path = folder / METADATA
     if not path.exists():
         raise ValueError(f"{folder} holds no {METADATA}; the checkpoint is not whole")

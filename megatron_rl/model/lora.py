@@ -210,7 +210,7 @@ def initial_factor(entry: TensorMapping, seed: int) -> Tensor:
 
 
 def adapted_layers(chunks: Sequence[torch.nn.Module]) -> list[AdaptedLinear]:
-    """Yield the layers that have an adapter."""
+    """List the layers that have an adapter."""
     found = (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
     return [module for module in found if module.lora_a is not None]
 
