@@ -38,8 +38,8 @@ MEAN_DIFFERENCE = 0.05
 
 
 def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
-    """Two steps. ipc: trainer and server in turns, each with all of the memory; embedded servers have it not, and get
-    the weights by broadcast."""
+    """Return the configuration of a run of two steps. ipc: trainer and server take turns, each with all of the memory.
+    Embedded servers do not have it, and get the weights by broadcast."""
     turns = transport == "ipc" and not trial.is_dry
     rollout: dict[str, Any] = {
         "engine": "embedded" if trial.is_dry else "sglang",
@@ -75,7 +75,8 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
 
 
 def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
-    """Two steps by the command line; what its metrics say of each. PartFailed unless the servers followed."""
+    """Run two steps by the command line. Return what its metrics say of each. PartFailed unless the servers
+    followed."""
     from megatron_rl.train.run.metrics import read_metrics
 
     config = folder / f"{transport}.toml"
@@ -108,7 +109,7 @@ def replay(trial: Trial, dtype: str, seconds: float) -> Any:
 
 
 def push(trial: Trial, folder: Path, seconds: float) -> Any:
-    """The scenario `timed` of tests/push_worker.py."""
+    """Run the scenario `timed` of tests/push_worker.py."""
     from parallel import run_ranks
 
     flags = [part for pair in (SMALL if trial.is_dry else LARGE).items() for part in pair]
