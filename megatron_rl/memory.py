@@ -17,12 +17,13 @@ from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.families import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.
+# What is needed beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32
+# master copy.
 _GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-# What a checkpoint holds of each parameter.
+# The bytes that a checkpoint holds of each parameter.
 SAVED_BYTES = {"float32": 16, "bfloat16": 14}
-# Of a chunk of tokens, as in model/logprobs.py, which imports torch.
+# The logits of a chunk of tokens take as much, as in model/logprobs.py, which imports torch.
 _LOGITS_BYTES = 512 * 2**20
 
 

@@ -62,7 +62,7 @@ class Segment:
 
     @property
     def policy_mask(self) -> np.ndarray:
-        """bool [output_tokens], True at policy tokens."""
+        """The mask of policy tokens: bool [output_tokens], True at them."""
         mask = np.full(len(self.output_ids), self.turns is None)
         for start, stop in () if self.turns is None else self.turns.tolist():
             mask[start:stop] = True

@@ -74,7 +74,8 @@ from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 SHAPE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 ALONE = Layout(world_size=1)
-# Of the device's memory, what is planned with: the rest is for the CUDA context, libraries and the allocator's gaps.
+# The share of the device's memory that plans may use: the rest is for the CUDA context, libraries and the allocator's
+# gaps.
 SHARE = 0.9
 CHILD_SECONDS = 180
 CHOICES = ("experts", "attention", "expert_weight_gradient")

@@ -239,7 +239,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
             schedule, _ = collector.collect(0)
         collected = time.process_time(), time.thread_time(), time.monotonic()
         memory |= {"rollout": phase.peak, "plan": peak_bytes()}
-        # Behind what is written beside training, so that one is not taken for the other.
+        # Wait for what is written beside training, so that one is not taken for the other.
         collector.files.settle()
         at_rest, sending = time.process_time(), (time.process_time(), time.monotonic())
         commands.send_work(schedule.plan, schedule.samples, layout, None)

@@ -169,8 +169,8 @@ def main() -> None:
     if arguments.bare_receiver:
         return serve(BareReceiver)
 
-    # As one of two ranks on two cores would: threads that share a copy wait for each other while gloo and the server
-    # take the cores.
+    # The thread count is that of one of two ranks on two cores: threads that share a copy wait for each other while
+    # gloo and the server take the cores.
     torch.set_num_threads(1)
     rollout = RolloutSection(
         prompts_per_step=1,

@@ -156,7 +156,7 @@ def mutated(line: bytes, source: random.Random) -> bytes:
             [b"", source.randbytes(length), source.choice(BYTES), f'"{source.choice(WORDS)}"'.encode(), data[:length]]
         )
         data[place : place + length] = patch
-    # Without its end the judge waits for it, until the time is over; a few of these are enough.
+    # Without the end of a line the judge waits for it, until the time is over; a few of these are enough.
     return bytes(data) if data.endswith(b"\n") or source.random() < 0.02 else bytes(data) + b"\n"
 
 

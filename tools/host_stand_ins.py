@@ -49,7 +49,7 @@ class StandIn:
         self._started: float | None = None
         self._last_reply = 0.0
         self._num_requests = 0
-        # Of every prompt length one reply: making them would take the time that rank 0 is to have.
+        # One reply is kept for every prompt length: making them would take the time that rank 0 is to have.
         self._body = lru_cache(maxsize=4)(lambda prompt_tokens: reply_body(replies, prompt_tokens))
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

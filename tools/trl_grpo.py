@@ -110,7 +110,7 @@ def arguments_of(settings: Settings) -> GRPOConfig:
         bf16=settings.autocast,
         gradient_checkpointing=False,
         use_transformers_continuous_batching=settings.backend == "continuous",
-        # Without limits it sizes its cache by the free memory of the machine, in minutes.
+        # Without these limits it sizes its cache by the free memory of the machine, in minutes.
         transformers_continuous_batching_config={"num_blocks": 1024, "max_batch_tokens": 2048},
         logging_steps=1,
         save_strategy="no",

@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parent / "demo"
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
 KINDS = ["sort", "filter"]
 DIFFICULTIES = ["1"]
-# Of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
+# Options of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
 FAMILIES = {
     "bailing_moe": [],
     "bailing_moe_v2": [

@@ -34,7 +34,7 @@ FOLDER = compare.RUN / "compare"
 TEACHER = compare.RUN / "stage1_math/hf"
 SFT = "SFT on answers"
 ARMS = {"RL": "joint/rl", "distillation": "joint/distillation", "both": "joint/both"}
-# By configuration, as in pipeline.py.
+# Settings by configuration, as in pipeline.py.
 SMOKE: dict[str, dict[str, object]] = {
     "arm": {"train.steps": 3},
     "answers": {"rollout.prompts_per_step": 100},

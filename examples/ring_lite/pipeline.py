@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CONFIGS = HERE / "cpu_mini"
 RUN = Path("runs/ring_lite")
-# Who is evaluated, in the order in which they come to be.
+# The models that are evaluated, in the order in which they are made.
 MODELS = {
     "teacher": RUN / "teacher/hf",
     "distilled": RUN / "select/chosen",
@@ -34,7 +34,7 @@ MODELS = {
     "stage 2": RUN / "stage2_code_science/hf",
     "final": RUN / "export",
 }
-# By configuration: so little that all stages are through in a few minutes. It shows that they run, not what they can.
+# Settings by configuration: so little that all stages end in a few minutes. It shows that they run, not what they can.
 SMOKE: dict[str, dict[str, object]] = {
     "teacher": {"train.steps": 300},
     "distill": {"rollout.prompts_per_step": 2000},

@@ -13,7 +13,7 @@ from megatron_rl.train.run.metrics import read_metrics
 
 DOMAINS = ("math", "code", "science", "general")
 RL_STAGES = ("stage1_math", "stage2_code_science")
-# Of metrics.jsonl; the first is drawn for each domain.
+# Keys of metrics.jsonl with their titles; the first is drawn for each domain.
 PANELS = {
     "reward": "reward",
     "entropy": "policy entropy (nats)",

@@ -38,7 +38,7 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-# Of all responses of a phase at once.
+# These take all responses of a phase at once.
 BATCH_ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"batch_standardised": _batch_standardised}
 
 

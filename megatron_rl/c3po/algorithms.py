@@ -47,7 +47,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dr_grpo": Algorithm(normalisation="constant", advantage="centred"),
     # The paper's clip range of the sequence ratio, Section 5.1.
     "gspo": Algorithm(normalisation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
-    # Without a lower bound, as in the paper; it does not give the upper one: 5 is our choice.
+    # It has no lower bound, as in the paper, which does not give the upper one: 5 is our choice.
     "cispo": Algorithm(normalisation="token", surrogate="cispo", clip_low=1.0, clip_high=4.0),
     # Responses of a phase are each other's baseline.
     "reinforce_pp": Algorithm(normalisation="token", advantage="batch_standardised"),

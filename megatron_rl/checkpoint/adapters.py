@@ -19,7 +19,7 @@ from megatron_rl.tensor_bytes import as_bytes
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.read import Checkpoint
 
-# Beside config.json in a checkpoint that holds adapters instead of weights.
+# The file lies beside config.json in a checkpoint that holds adapters instead of weights.
 NOTE = "lora.json"
 
 

@@ -3,7 +3,7 @@ directories with `sft.json` (docs/sft.md)."""
 
 from pathlib import Path
 
-# In such a directory: what was measured of these very weights.
+# The file of such a directory with what was measured of these very weights.
 SFT_NOTE = "sft.json"
 
 

@@ -25,7 +25,7 @@ from megatron_rl.errors import Fault
 
 METADATA = ".metadata"
 
-# What we look into.
+# These objects are read.
 _Metadata, _Index, _Place = record("Metadata"), record("MetadataIndex"), record("StorageInfo")
 _Tensor, _Properties, _Chunk, _Bytes = record("Tensor"), record("TensorProperties"), record("Chunk"), record("Bytes")
 
@@ -44,14 +44,14 @@ _KNOWN: Known = {
     (f"{_DCP}.filesystem", "_StorageInfo"): _Place,
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): Ignored,
     (f"{_DCP}.metadata", "StorageMeta"): Ignored,
-    # Where it was written: Python has moved the class.
+    # The path where it was written. Python has moved the class.
     ("pathlib", "PosixPath"): Ignored,
     ("pathlib._local", "PosixPath"): Ignored,
     # Plans of saving, which Megatron may keep for the next save.
     **{(f"{_DCP}.planner", name): Ignored for name in ("SavePlan", "WriteItem", "WriteItemType")},
     **{(f"{_DCP}.planner", name): Ignored for name in ("TensorWriteData", "BytesIOWriteData")},
     (f"{_DCP}.filesystem", "_StoragePrefix"): Ignored,
-    # Of megatron-core 0.15 and before.
+    # megatron-core 0.15 and earlier wrote these.
     (_MEGATRON, "MCoreMetadata"): _Metadata,
     (_MEGATRON, "MCoreSavePlan"): Ignored,
 }

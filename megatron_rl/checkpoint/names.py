@@ -19,7 +19,7 @@ from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.families.tensors import TensorNames
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# Of a router; a buffer, where all else is a parameter.
+# A router's bias. It is a buffer, where all else is a parameter.
 EXPERT_BIAS = "mlp.router.expert_bias"
 # Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
 STORED_NORMS = {
@@ -96,7 +96,7 @@ def hf_names(table: dict[str, TensorMapping]) -> dict[str, tuple[TensorMapping, 
     return {name: (entry, i) for entry in table.values() for i, name in enumerate(entry.hf)}
 
 
-# Of a TensorMapping: megatron, hf, layout, and where it is stored.
+# The parts of a TensorMapping: megatron, hf, layout, and where it is stored.
 _Entry = tuple[str, tuple[str, ...], TensorLayout, dict[str, Any]]
 
 

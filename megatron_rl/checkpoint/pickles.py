@@ -68,7 +68,7 @@ class Ignored(metaclass=_Fixed):
 DTYPES: Known = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
-# Of tensors and of plain containers around them.
+# The names for tensors and for plain containers around them.
 _SAVED: Known = {
     **DTYPES,
     ("collections", "OrderedDict"): _Ordered,

@@ -66,7 +66,7 @@ class AdapterCheckpoint:
             )
         self.dtypes = self._base.dtypes
         self._factors = DistributedCheckpoint(directory, model, adapter_table(model, note.lora))
-        # Of each Hugging Face tensor the names of its two factors.
+        # The names of the two factors of each Hugging Face tensor.
         self._names = {
             weight: (adapter.a.hf[0], b)
             for adapter in adapters(model, note.lora).values()

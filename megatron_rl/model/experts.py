@@ -350,7 +350,7 @@ class Weights:
         assert self._add_product is not None
         first, count = self._ordered[0].main_grad, len(self._ordered)
         total = first.as_strided((count, *first.shape), (self._main_step, *first.stride()))
-        # Without tuning: it would try every kernel again for every number of rows.
+        # Tuning is off: it would try every kernel again for every number of rows.
         self._add_product(gradient.mT, x, total, cu_seqlens_k=F.pad(ends, (1, 0)), tuned=False)
         self._tell_megatron()
 
@@ -374,7 +374,8 @@ class AdaptedWeights:
     """Multiplies rows by frozen weights and by their adapters: x W^T + scale * (x A^T) B^T, each expert's."""
 
     def __init__(self, base: Weights, a: Weights, b: Weights, linear: Any) -> None:
-        """linear: the AdaptedLinear of one of the experts, which says whether adapters count, and their scale."""
+        """Hold weights and adapters. linear: the AdaptedLinear of one expert,
+        which says whether adapters count, and their scale."""
         self.is_reversed = base.is_reversed
         self._base, self._a, self._b, self._linear = base, a, b, linear
 

@@ -94,7 +94,7 @@ class AdaptedLinear(torch.nn.Module):
             if factor is getattr(self, name):
                 set_tensor_model_parallel_attributes(factor, is_parallel=True, dim=axis, stride=1)
                 continue
-            # Of what all ranks have, the norm of gradients counts the first's.
+            # All ranks have this factor, so the norm of gradients counts that of the first one.
             factor.tensor_model_parallel = self.tp_group.rank() == 0
             factor.sequence_parallel = not self.is_expert
             factor.sum_over_experts_group = self.is_expert and self.tp_group.size() > 1

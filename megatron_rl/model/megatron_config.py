@@ -62,7 +62,7 @@ def transformer_config(
         gradient_accumulation_fusion=backends.weight_gradient == "apex",
         # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
         apply_rope_fusion=backends.transformer_engine,
-        # By torch.compile: one pass, and only its input is kept for the backward pass.
+        # torch.compile fuses it: one pass, and only its input is kept for the backward pass.
         bias_activation_fusion=device.on_cuda(),
         bias_dropout_fusion=False,
         batch_p2p_comm=device.on_cuda(),

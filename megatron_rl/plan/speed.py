@@ -25,7 +25,7 @@ from megatron_rl.simulation.workload import Workload, assumed
 
 # Bytes/s: of a GPU's memory at half of nominal, between the GPUs of a node, between nodes, and to the host.
 _MEMORY, _NODE_LINK, _NETWORK, _HOST_LINK = 1.7e12, 1.5e11, 2.0e10, 2.0e10
-# Of an iteration of an engine: launches, and a reduction for each doubling of its GPUs.
+# An iteration of an engine takes these: launches, and a reduction for each doubling of its GPUs.
 _LAUNCH_SECONDS, _REDUCE_SECONDS = 3e-3, 1e-3
 _TRAIN_FLOPS, _MICRO_BATCH_SECONDS, _OPTIMIZER_SECONDS, _SYNC_SECONDS, _SWITCH_SECONDS = 3e14, 0.05, 1.0, 15.0, 20.0
 # Passes in which ranks exchange a layer's tokens: forward, backward, and the recomputed one.

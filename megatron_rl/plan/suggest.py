@@ -19,7 +19,8 @@ from megatron_rl.plan.servers import GIB
 from megatron_rl.plan.speed import SpeedModel
 from megatron_rl.simulation.rates import Rates
 
-# Of a GPU's memory, what a suggestion leaves for what estimates do not count (docs/gpu.md); without it if need be.
+# The shares of a GPU's memory that a suggestion may fill. The first leaves room for what estimates do not count
+# (docs/gpu.md); the second is tried where nothing fits into that.
 _MARGINS = (0.95, 1.0)
 _SHOWN = 3
 _SHARES = (0.85, 0.7, 0.55, 0.4)  # of --mem-fraction-static

@@ -289,7 +289,8 @@ check("limits", "sockets, files and threads within a process's limits", of_machi
 check("teacher", "the teacher policy reads the policy's tokens as it does")(teacher_problems)
 check("rewards", "own rewards and services give the first row a score")(reward_problems)
 
-# Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
+# FLOP/s of a thread of the embedded server; 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6
+# parameters).
 _EMBEDDED_FLOPS = 60e9
 # SGLang 0.5.21, layers/rotary_embedding/factory.py: it has `attn_factor` for the first, and the others are DeepSeek's.
 _SGLANG_DOES_NOT_READ = {"attention_factor", "mscale", "mscale_all_dim"}

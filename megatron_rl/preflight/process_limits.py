@@ -17,9 +17,10 @@ from megatron_rl.preflight.registry import Start
 from megatron_rl.rollout.sampler import requests_in_flight
 from megatron_rl.rollout.server import server_gpus
 
-# Beside the connections: shards, logs, the journal, modules of a GPU's libraries; and pipes of a reward worker.
+# The files beside the connections: shards, logs, the journal, modules of a GPU's libraries; and pipes of a reward
+# worker.
 _FILES, _FILES_OF_WORKER = 512, 4
-# Beside those that compute: of the interpreter, of collectives, of HTTP; and of a reward worker.
+# The threads beside those that compute: of the interpreter, of collectives, of HTTP; and of a reward worker.
 _THREADS, _THREADS_OF_WORKER = 32, 4
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.schema import RlConfig
 
-# Of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
+# The deviation of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
 LOG_DEVIATION = 0.97
 _NUM_QUANTILES = 100_000
-# Of 8 responses of Qwen2.5-Math to each of 100 MATH problems, by `group_correlation`.
+# Measured on 8 responses of Qwen2.5-Math to each of 100 MATH problems, by `group_correlation`.
 GROUP_CORRELATION = 0.83
-# Assumed of prompts that nothing is known of.
+# Assumed for prompts of which nothing is known.
 PROMPT_TOKENS = 200
 
 

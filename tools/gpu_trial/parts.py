@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# As the machine kills a command after ten minutes, with what it has not written yet.
+# The machine kills a command after ten minutes, with what it has not written yet.
 SECONDS = 560.0
-# Of a process that was told to end: bench_gpu.py prints what it has then.
+# The time that a process gets to end: bench_gpu.py then prints what it has.
 GRACE_SECONDS = 15.0
 
 

@@ -33,7 +33,8 @@ READY_SECONDS = 240.0
 LARGE = {"--hidden-size": 2048, "--layers": 4, "--heads": 16, "--kv-heads": 4, "--experts": 64}
 LARGE |= {"--experts-per-token": 6, "--moe-intermediate-size": 1408, "--shared-experts": 2, "--dtype": "bfloat16"}
 SMALL = {"--hidden-size": 64, "--layers": 3, "--experts": 6, "--moe-intermediate-size": 32}
-# Of log-probs of server and trainer, the mean of a step; the reason is in tests/gpu/test_gpu_run.py.
+# The limit of the mean difference of log-probs of server and trainer in a step; the reason is in
+# tests/gpu/test_gpu_run.py.
 MEAN_DIFFERENCE = 0.05
 
 
