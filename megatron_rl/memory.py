@@ -2,8 +2,8 @@
 It needs no torch.
 
 These are estimates of the large parts, not measurements: buffers of collectives, the allocator's fragments, the CUDA
-context and whatever a kernel needs for itself come on top. Of one GPU with local layers they are within 5 % of what the
-same code allocates on torch's meta device (tests/test_memory.py), and on an H200 they were within 1 % (docs/gpu.md).
+context and whatever a kernel needs for itself come on top. For one GPU with local layers they are within 5 % of what
+the same code allocates on torch's meta device (tests/test_memory.py). On an H200 they were within 1 % (docs/gpu.md).
 Transformer Engine's layers keep less.
 """
 
@@ -221,7 +221,7 @@ def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) ->
     (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
     keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has a chunk
     of logits and of their gradient, the gradient of its weight in fp32 and as it is added to the others', and two
-    hidden states. With [lora] gradients and states are of the adapters alone.
+    hidden states. With [lora] there are gradients and states of the adapters alone.
     """
     model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)

@@ -28,8 +28,8 @@ class Segment:
         all of them were sampled in one.
     routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
         position but the last, 0 in dense layers; None where it was not asked for them, and while the response is
-        unfinished. What went on under new weights has those of the new ones throughout: its tokens so far were put
-        through them again.
+        unfinished. A response that went on under new weights has the new weights' experts throughout: its tokens so far
+        were put through them again.
     teacher_logprobs: float32 [policy_tokens], log-probabilities of the same tokens under a teacher policy at
         temperature 1; None without a teacher, and while the response is unfinished.
     """

@@ -208,9 +208,9 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
     """Copy config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of
-    `source`. With `dtype`, config.json's torch_dtype (transformers 5: dtype) becomes it, and with `changes` other
-    fields change. Without a difference config.json stays byte for byte. ValueError, before any is copied, for a file
-    that leads out of `source`."""
+    `source`. `dtype` replaces config.json's torch_dtype (transformers 5: dtype), and `changes` replaces other fields.
+    Where nothing differs config.json stays byte for byte. ValueError, before any is copied, for a file that leads out
+    of `source`."""
     of_weights = ("driver.json", CHECKSUMS, SFT_NOTE, NOTE)
     for file in model_files(source):
         if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:

@@ -2,10 +2,10 @@
 named here.
 
 A pickle is a program. It may name any function of any module and call it, so a checkpoint from somebody else could do
-whatever its reader may. Here a pickle gets a closed table of names. What stands behind a name is plain data, a type
-that cannot be changed, or a record that keeps what it is given; a name outside the table ends the reading.
+whatever its reader may. Here a pickle gets a closed table of names. A name stands for plain data, a type that cannot be
+changed, or a record that keeps what it is given. A name outside the table ends the reading.
 
-A pickle can also take memory or time without end with a few bytes of its own. That ends the reading, too.
+A few bytes of a pickle can also take memory or time without end. That ends the reading, too.
 """
 
 import collections

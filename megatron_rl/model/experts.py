@@ -173,7 +173,8 @@ def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = 
     expert_of: int64 [T, K] on the device; nothing waits for its values. multiple: every expert has so many rows, or
     twice as many, and so on. reverse: the last expert has the first rows.
 
-    Of four tokens the second chooses expert 0, the others expert 1; rows come in pairs. P is what is needed at most:
+    In this example the second of four tokens chooses expert 0, the others expert 1, and rows come in pairs. P is the
+    most that can be needed:
 
         row      0 1   2 3 4 5   6 7
         expert   0 0   1 1 1 1   none

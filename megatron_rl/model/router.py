@@ -67,7 +67,7 @@ class Choice:
 class Router(TopKRouter):
     """Is megatron-core's top-k router, with auxiliary losses and a replay of experts of our own.
 
-    Of a layer and a micro-batch of T tokens, padding left out, with router logits x they are
+    For a layer and a micro-batch of T tokens, without padding, with router logits x the losses are
 
         B = E * sum_i F_i P_i,   F_i = share of the T * topk choices that fell on expert i,
                                  P_i = mean over tokens of the probability of expert i before top-k, of E experts
@@ -77,12 +77,12 @@ class Router(TopKRouter):
     rank adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which
     share the micro-batch, so the sums over these ranks are T * B and T * Z.
 
-    F counts what the router would choose, under replay too: what the loss should balance is the router. With sigmoids
-    the probability of an expert is its share of their sum, and F counts the largest ones, whatever biases and groups
-    make of the choice: so does Megatron, by which the models of that kind were trained.
+    F counts what the router would choose, under replay too: the loss should balance the router. With sigmoids the
+    probability of an expert is its share of their sum, and F counts the largest ones, whatever biases and groups make
+    of the choice. Megatron does the same, and the models of that kind were trained with it.
 
     Megatron's own B is that times the number of these ranks: with a padding mask it takes a rank's number of tokens
-    from counts that its all-reduce has overwritten with those of all ranks. And without a token it is not a number.
+    from counts that its all-reduce has overwritten with those of all ranks. Without any token it is not a number.
 
     load_balance_loss, z_loss: the sums T * B and T * Z of this rank's terms, over micro-batches, until somebody sets
     them back to 0. A loss whose coefficient is 0 is not computed.

@@ -22,7 +22,7 @@ def plan_servers(
     take no GPU; then the bytes are those of a node's host memory.
 
     taken_bytes: what others hold of a GPU before a server starts. updates: new weights come while it serves. With
-    --mem-fraction-static SGLang takes that share of what is free when it starts, for weights and cache; without it, and
+    --mem-fraction-static SGLang takes that share of what is free when it starts, for weights and cache. Without it, and
     for the embedded server, the cache counted is that of every slot at full length.
     """
     num_servers = rollout.servers_on(cluster.gpus_per_node)

@@ -1,8 +1,8 @@
 """This module predicts how long a step would take under some layout, for the search of `plan --suggest`.
 
-Generation and the passes of training are the simulator's. What the simulator takes from a file of rates as one number
-depends on the layout, so here it is counted: an engine of g GPUs by the bytes that it reads, and the bytes that ranks
-exchange by the speed of the links between them. The speeds are ASSUMED, those of an H800 as in
+Generation and the passes of training are the simulator's. Some rates that the simulator reads as one number depend on
+the layout, so they are counted here: an engine of g GPUs by the bytes that it reads, and the bytes that ranks exchange
+by the speed of the links between them. The speeds are ASSUMED, those of an H800 as in
 examples/ring_lite/rates/h800_assumed.toml; a file of rates (`--rates`, cluster.rates) replaces what it has.
 """
 
