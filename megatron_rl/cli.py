@@ -1,4 +1,5 @@
-"""`megatron-rl`: thin over the package. Parsing and checking import neither torch nor megatron."""
+"""This module is the command `megatron-rl`, a thin layer over the package. Parsing and checking import neither torch
+nor megatron."""
 
 import argparse
 import json
@@ -20,7 +21,7 @@ _LONG = ("train", "sft", "evaluate", "rollout", "select", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (errors.py). A rank of several ends here."""
+    """Run one command and return its exit code (errors.py). One of several ranks ends its process here."""
     if argv is None:
         use_utf8()
     arguments = command_parser().parse_args(argv)
@@ -44,13 +45,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quieten_libraries() -> None:
-    """Deprecations inside torch, megatron-core and transformers are for their authors; ours still show."""
+    """Hide the deprecation warnings of torch, megatron-core and transformers, which are for their authors. Ours still
+    show."""
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|transformers)(\.|$)")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class _Version(argparse.Action):
-    """argparse's own action wants the text before anybody asks for it, and wraps its lines."""
+    """Prints the versions and exits. argparse's own action wants the text before anybody asks for it, and wraps its
+    lines."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         sys.stdout.write(versions.describe() + "\n")
@@ -88,7 +91,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _add_options(name: str, command: argparse.ArgumentParser) -> None:
-    """Those of a command that takes a configuration file."""
+    """Add the options of a command that takes a configuration file."""
     if name in ("evaluate", "rollout"):
         command.add_argument("--model", type=Path, help="as model.path, which it replaces")
     if name == "evaluate":
@@ -202,7 +205,7 @@ def _add_reports(commands: Commands) -> None:
 
 
 def _add_looks(commands: Commands) -> None:
-    """What is looked at before a run: data, a configuration, the keys."""
+    """Add the commands that look at something before a run: data, a configuration, the keys."""
     inspect = commands.add_parser(
         "inspect",
         help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",

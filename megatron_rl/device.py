@@ -1,4 +1,4 @@
-"""The one module that knows which device this run uses, and that lets unmodified megatron-core run without CUDA.
+"""This module alone knows which device this run uses. It lets unmodified megatron-core run without CUDA.
 
 `torch_device()`, `backend()`, `set_local_device()` and the small functions below them are what the rest of the
 package calls; no other module says "cuda". `import_megatron()` must run before anything imports `megatron.core`; with
@@ -55,12 +55,12 @@ _FREE_EVERY_SECONDS = 0.1
 
 
 def on_cuda() -> bool:
-    """True when this process trains on a CUDA device. `MEGATRON_RL_DEVICE=cpu` forces the CPU path."""
+    """Tell whether this process trains on a CUDA device. `MEGATRON_RL_DEVICE=cpu` forces the CPU path."""
     return os.environ.get("MEGATRON_RL_DEVICE") != "cpu" and torch.cuda.is_available()
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of the CUDA device that this process uses; None on a CPU."""
+    """Return the compute capability of the CUDA device that this process uses; None on a CPU."""
     return torch.cuda.get_device_capability() if on_cuda() else None
 
 
@@ -69,7 +69,7 @@ def torch_device() -> torch.device:
 
 
 def backend() -> str:
-    """The collective backend of the training process groups."""
+    """Name the collective backend of the training process groups."""
     return "nccl" if on_cuda() else "gloo"
 
 
@@ -94,14 +94,15 @@ def set_local_device(local_rank: int) -> None:
 
 
 def use_in_thread(where: torch.device) -> None:
-    """At a thread's start: a new one has the first device, and pinned memory would make a context there."""
+    """Choose the device of a new thread, at its start. Without this a thread has the first device, and pinned memory
+    would make a context there."""
     if where.type == "cuda":
         torch.cuda.set_device(where)
 
 
 def compiled(function: Function) -> Function:
-    """Of a function of a tensor and more: where that is on a GPU torch.compile's, which makes a kernel or two of its
-    operations, elsewhere the function as it is."""
+    """Compile a function of a tensor and more with torch.compile, which makes a kernel or two of its operations. A call
+    whose tensor is not on a GPU runs the function as it is."""
     fast = functools.cache(lambda: torch.compile(function))
 
     @functools.wraps(function)
@@ -112,12 +113,12 @@ def compiled(function: Function) -> Function:
 
 
 def device_name() -> str:
-    """What the driver calls this process's device, such as "NVIDIA H200"; on a CPU its architecture."""
+    """Return the driver's name of this process's device, such as "NVIDIA H200"; on a CPU its architecture."""
     return torch.cuda.get_device_name() if on_cuda() else f"CPU ({platform.machine()})"
 
 
 def memory_bytes() -> int:
-    """All memory of the device, free or not; on a CPU that of the machine."""
+    """Return the size of the device's memory, free or not; on a CPU that of the machine."""
     if on_cuda():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -130,9 +131,9 @@ def synchronize() -> None:
 
 
 def host_empty(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on.
+    """Allocate uint8 [num_bytes] in host memory, from and to which a device copies while the host goes on.
 
-    It is made and given back as it is asked for: keep what is used again. Fault where the driver cannot lock so much.
+    Each call locks memory anew: keep what is used again. Raise Fault where the driver cannot lock so much.
     """
     if not on_cuda() or not num_bytes:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -140,7 +141,7 @@ def host_empty(num_bytes: int) -> torch.Tensor:
 
 
 class _LockedMemory(mmap.mmap):
-    """Host memory that CUDA has locked, to the page. What torch locks itself it rounds up to a power of two."""
+    """Holds host memory that CUDA has locked, to the page. What torch locks itself it rounds up to a power of two."""
 
     _address = 0
 
@@ -163,37 +164,38 @@ class _LockedMemory(mmap.mmap):
 
 
 def send(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """A tensor of the host on `where`. The host does not wait for the copy; what follows on the device does."""
+    """Copy a tensor of the host to `where`. The host does not wait for the copy; what follows on the device does."""
     return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 def peak_memory_bytes() -> int:
-    """The most that tensors took on the device since `reset_peak_memory`, without what the allocator holds in reserve
-    and the CUDA context. On a CPU the most that this process ever had resident, all of it."""
+    """Return the most that tensors took on the device since `reset_peak_memory`, without what the allocator holds in
+    reserve and the CUDA context. On a CPU return the most that this process ever had resident."""
     if on_cuda():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory() -> None:
-    """The peak starts again from what is allocated now. On a CPU it cannot, and stays."""
+    """Start the peak again from what is allocated now. On a CPU it cannot be reset and stays."""
     if on_cuda():
         torch.cuda.reset_peak_memory_stats()
 
 
 def give_back_memory() -> None:
-    """What tensors no longer take goes back to the driver, where other processes can have it."""
+    """Return memory that tensors no longer use to the driver, so that other processes can have it."""
     if on_cuda():
         torch.cuda.empty_cache()
 
 
 def free_bytes() -> int | None:
-    """Memory of this rank's GPU that nobody holds; None on a CPU."""
+    """Return how much memory of this rank's GPU nobody holds; None on a CPU."""
     return torch.cuda.mem_get_info()[0] if on_cuda() else None
 
 
 def wait_until_free(needed_bytes: int, seconds: float, free: Callable[[], int | None] = free_bytes) -> None:
-    """Return once so much of this rank's GPU is free and no more becomes so; at once on a CPU. Fault after `seconds`.
+    """Wait until so much memory of this rank's GPU is free and no more becomes free. Return at once on a CPU. Raise
+    Fault after `seconds`.
 
     A server's answer to a release may come before the driver has its memory.
     """
@@ -215,7 +217,7 @@ def wait_until_free(needed_bytes: int, seconds: float, free: Callable[[], int | 
 
 
 def _holders() -> str:
-    """Who has this GPU's memory, as far as can be told."""
+    """Say for a message who has this GPU's memory, as far as can be told; "" on a CPU."""
     if not on_cuda():
         return ""
     free, total = torch.cuda.mem_get_info()
@@ -224,7 +226,8 @@ def _holders() -> str:
 
 
 def device_id(tensor: torch.Tensor) -> str | None:
-    """Of the GPU that it is on, by which a process that sees other ones under other numbers finds it; None on a CPU."""
+    """Return the UUID of the GPU that the tensor is on; None on a CPU. A process that numbers the GPUs otherwise finds
+    it by that."""
     return str(torch.cuda.get_device_properties(tensor.device).uuid) if tensor.is_cuda else None
 
 
@@ -256,7 +259,7 @@ def import_megatron() -> None:
 
 
 class _InertStream:
-    """Stands in for a CUDA stream or event: everything is already in order."""
+    """This stands in for a CUDA stream or event: everything is already in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -320,7 +323,8 @@ def _adapt_torch() -> None:
 
 
 class _CpuTorch(types.ModuleType):
-    """`torch` as megatron's modules see it: every attribute is torch's, the tensor factories turn cuda into cpu."""
+    """This is `torch` as megatron's modules see it: every attribute is torch's, the tensor factories turn cuda into
+    cpu."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -403,7 +407,7 @@ def _adapt_megatron() -> None:
 
 
 def _padded_gather(even: Any) -> Any:
-    """All-gather of unequal first dimensions by padding to the longest, for gloo."""
+    """All-gather tensors of unequal first dimensions by padding to the longest, for gloo."""
 
     def gather(
         input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
@@ -421,7 +425,7 @@ def _padded_gather(even: Any) -> Any:
 
 
 def _sliced_reduce_scatter(even: Any) -> Any:
-    """Reduce-scatter into unequal first dimensions as all-reduce and slice, for gloo."""
+    """Reduce and scatter into unequal first dimensions as all-reduce and slice, for gloo."""
 
     def reduce_scatter(
         input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False

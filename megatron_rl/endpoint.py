@@ -1,5 +1,5 @@
-"""A client of OpenAI-compatible endpoints: the judge of answers (reward/model_judge.py) and the teacher of distillation
-(rollout/teacher.py) share it.
+"""This module is a client of OpenAI-compatible endpoints. The judge of answers (reward/model_judge.py) and the teacher
+of distillation (rollout/teacher.py) share it.
 
 GET {url}/models -> {data: [{id}]}
 POST {url}/chat/completions {model, messages, ...} -> {choices: [{message: {content}, finish_reason}], usage}
@@ -30,15 +30,16 @@ _SHOWN_CHARACTERS = 300
 
 
 class EndpointError(Exception):
-    """An endpoint did not answer, after all tries, or answered what is no chat completion. Never holds the key."""
+    """Says that an endpoint did not answer after all tries, or that its answer is no chat completion. Its text never
+    holds the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """content: "" where the endpoint has none. reasoning: what a reasoning model thought before it, where the endpoint
+    """Holds one answer of an endpoint.
+    content: "" where the endpoint has none. reasoning: what a reasoning model thought before it, where the endpoint
     keeps it apart; else "". finish_reason: "stop", "length", or another word of the endpoint; "" for none.
-    num_tokens: generated, by the endpoint's own count; 0 where it does not say.
-    """
+    num_tokens: generated, by the endpoint's own count; 0 where it does not say."""
 
     content: str
     reasoning: str
@@ -47,11 +48,12 @@ class Reply:
 
 
 class Endpoint:
-    """Asks one model. May be used in several event loops."""
+    """Asks one model. It may be used in several event loops."""
 
     def __init__(self, section: EndpointSection, where: str, tries: int = 3) -> None:
-        """where: the section's name, for messages. ValueError when the environment lacks the key, or names a proxy that
-        cannot be used, when the url holds a key, or the endpoint does not list the model."""
+        """Read the key and the proxy, and ask which models the endpoint lists. where: the section's name, for messages.
+        ValueError when the environment lacks the key, or names a proxy that cannot be used, when the url holds a key,
+        or the endpoint does not list the model."""
         if "@" in section.url.split("://")[-1].split("/")[0] or "?" in section.url:  # it is logged and written down
             raise ValueError(
                 f"{where}.url must hold neither a password nor a query; put a key into the environment "
@@ -70,13 +72,13 @@ class Endpoint:
         self._check()
 
     def room(self) -> asyncio.Semaphore:
-        """To be held while asking: lets `concurrent` in at a time, first come first served."""
+        """Return the semaphore to hold while asking. It lets `concurrent` in at a time, first come first served."""
         loop = asyncio.get_running_loop()
         return self._room.setdefault(loop, asyncio.Semaphore(self._section.concurrent))
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Reply:
-        """options: further keys of the request. A busy or silent endpoint is asked again. Cancelling it closes the
-        connection."""
+        """Ask for one chat completion. options: further keys of the request. A busy or silent endpoint is asked again.
+        Cancelling it closes the connection."""
         body = {"model": self._section.model, "messages": list(messages), **options}
         async with httpx.AsyncClient(
             headers=self._headers,
@@ -153,13 +155,13 @@ class Endpoint:
         return hidden(response.text, self._key).strip()[:_SHOWN_CHARACTERS]
 
     def _shown(self, error: Exception) -> str:
-        """Without the text of an error that may quote the request's headers, and so the key."""
+        """Describe an error. Leave out the text of one that may quote the request's headers, and so the key."""
         name = type(error).__name__
         text = hidden(str(error), self._key)
         return name if isinstance(error, httpx.LocalProtocolError) or not text else f"{name}: {text}"
 
     def _tell(self, problem: str, pause: float) -> None:
-        """Now and then: hundreds of requests may meet the same."""
+        """Log a problem, but only now and then: hundreds of requests may meet the same."""
         now = time.monotonic()
         if now - self._told >= _TELL_EVERY_SECONDS:
             self._told = now
@@ -167,20 +169,21 @@ class Endpoint:
 
 
 def _may_pass(error: httpx.HTTPError) -> bool:
-    """Whether asking again may help."""
+    """Tell whether asking again may help."""
     return isinstance(error, httpx.TransportError) and not isinstance(
         error, httpx.LocalProtocolError | httpx.UnsupportedProtocol
     )
 
 
 def _asked_pause(response: httpx.Response) -> float:
-    """Seconds of Retry-After; 0 without one, or where it is a date."""
+    """Return the seconds of Retry-After; 0 without one, or where it is a date."""
     value = response.headers.get("Retry-After", "")
     return min(float(value), _MAX_ASKED_PAUSE_SECONDS) if value.isdecimal() else 0.0
 
 
 def _clean(value: object) -> str:
-    """None is ""; half a surrogate pair, which no file takes, becomes "?". TypeError for what is no text."""
+    """Return a text that a file takes: None becomes "", and half a surrogate pair becomes "?". TypeError for what is no
+    text."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return (value or "").encode(errors="replace").decode()

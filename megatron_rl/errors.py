@@ -29,19 +29,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Sl
 
 
 class Fault(RuntimeError):
-    """Something outside this process failed (a server died, weights did not arrive); the message says all there is."""
+    """Says that something outside this process failed (a server died, weights did not arrive). The message says all
+    there is."""
 
 
 class SharedFault(Fault):
-    """A fault that every rank raises at the same point of the program, so nobody has to be told."""
+    """Is a fault that every rank raises at the same point of the program, so nobody has to be told."""
 
 
 class StopRequested(Exception):
-    """A signal asked this process to stop, and it is where it can."""
+    """Says that a signal asked this process to stop, raised where it can stop."""
 
 
 class Stopped(Exception):
-    """A signal has stopped this process, and --resume goes on from what is on the disk."""
+    """Says that a signal has stopped this process, and --resume goes on from what is on the disk."""
 
 
 # What a disk says, and not a mistake of ours.
@@ -81,8 +82,8 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
 
 
 def interrupt_on_signals() -> None:
-    """Have every signal that stops a run raise KeyboardInterrupt, until somebody handles it otherwise; also one that
-    came before, where whoever started this process has blocked them (launch.py)."""
+    """Let every signal that stops a run raise KeyboardInterrupt, until another handler is set. A signal that came
+    before counts too, where whoever started this process has blocked them (launch.py)."""
 
     def interrupt(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)  # asyncio has a handler of its own for this one
@@ -96,9 +97,10 @@ def interrupt_on_signals() -> None:
 
 
 def end_rank(code: int) -> None:
-    """End this process, one of several ranks, with `code`, which no destructor of torch can turn into another one.
+    """End this process, one of several ranks, with `code`. No destructor of torch can turn it into another code.
 
-    What groups it is still in end with it, so the others notice at once, and nothing waits for ranks that may be gone.
+    The process groups that it is still in end with it. So the other ranks notice at once, and nothing waits for ranks
+    that may be gone.
     """
     sys.stdout.flush()
     sys.stderr.flush()

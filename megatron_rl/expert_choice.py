@@ -1,4 +1,4 @@
-"""The choice of experts among groups, for trainer and embedded server.
+"""This module chooses experts among groups, for trainer and embedded server.
 
 Legend: t tokens, E experts, k of which a token chooses.
 """
@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def top_experts(scores: Tensor, topk: int, n_group: int, topk_group: int) -> tuple[Tensor, Tensor]:
-    """Choose the largest scores [t, E] of each token in its best groups of experts; scores and experts, [t, k] each.
+    """Choose each token's largest scores, of [t, E], in its best groups of experts. Return scores and experts, [t, k]
+    each.
 
     The best are `topk_group` of the `n_group` groups of consecutive experts: those whose two largest scores have the
     largest sum.

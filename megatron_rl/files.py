@@ -1,6 +1,7 @@
-"""Read the files of a model directory that somebody else made, and write files, links and directories as a whole.
+"""This module reads the files of a model directory that somebody else made. It writes files, links and directories as a
+whole.
 
-Of what is read none may lead out of the directory, and none may be anything but a file.
+No file that is read may lie outside of the directory, and none may be anything but a file.
 """
 
 import os
@@ -21,7 +22,7 @@ def model_files(directory: Path, folder: str = "") -> list[Path]:
 
     A link may lead to a file of the directory. It may also lead to the blobs of Hugging Face's cache, where the
     directory is a snapshot in it. ValueError names any other link, one that leads nowhere, and what is neither a file
-    nor a folder: who opens a FIFO waits for ever.
+    nor a folder: whoever opens a FIFO waits for ever.
     """
     found = []
     for file in sorted((directory / folder).iterdir()):
@@ -38,7 +39,7 @@ def model_files(directory: Path, folder: str = "") -> list[Path]:
 
 
 def indexed_names(directory: Path) -> list[str] | None:
-    """Read which files of weights the index of a model directory names, by name; None where there is no index.
+    """Read from the index of a model directory which files hold its weights, by name; None where there is no index.
 
     Other *.safetensors beside them are no part of the model. ValueError for what is no index, and for a name that leads
     out of the directory.
@@ -58,7 +59,7 @@ def indexed_names(directory: Path) -> list[str] | None:
 
 @contextmanager
 def open_model_file(directory: Path, name: str) -> Iterator[BinaryIO]:
-    """Open one of `model_files` for reading. The same is asked of what was opened, in case that somebody has put a link
+    """Open one of `model_files` for reading. The opened file is checked as they were, in case somebody has put a link
     there since. FileNotFoundError where there is none of the name."""
     file = directory / name
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
@@ -69,10 +70,10 @@ def open_model_file(directory: Path, name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> Iterator[TextIO]:
-    """Write a file that gets its name when the block ends well; until then what had the name before keeps it.
+    """Write a file that gets its name when the block ends well. Until then an older file keeps the name.
 
-    Of a block that fails, and of a process that was killed, nothing is kept. mode: less the umask. is_durable: the text
-    is on the disk before it gets the name.
+    Nothing is kept when the block fails or the process is killed. mode: less the umask. is_durable: the text is on the
+    disk before it gets the name.
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
@@ -89,14 +90,14 @@ def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> It
 
 
 def replace_directory(source: Path, destination: Path) -> None:
-    """Rename `source` to `destination`; an old `destination` is moved aside first and deleted after."""
+    """Rename `source` to `destination`. An old `destination` is moved aside first and deleted after."""
     old = _moved_aside(destination)
     source.rename(destination)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def link_directory(target: Path, link: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, whatever had the name before.
+    """Make `link` a relative symbolic link to `target`, and replace whatever had the name before.
 
     A link that is replaced is there at any time. Nothing puts a link in a directory's place in one step: a directory is
     moved aside first, and deleted after.
@@ -112,7 +113,7 @@ def link_directory(target: Path, link: Path) -> None:
 
 
 def _moved_aside(directory: Path) -> Path:
-    """Where a directory is now that had the name before; a link is only removed."""
+    """Move a directory that has the name aside, and return where it is now. A link is removed."""
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.is_symlink():
@@ -132,7 +133,8 @@ def _refuse_outside(file: Path, real: str, directory: Path) -> None:
 
 
 def _homes(directory: Path) -> Iterator[Path]:
-    """List where files of the directory may lie: in itself, and for models--NAME/snapshots/REVISION in the blobs."""
+    """List the folders in which files of the directory may lie: itself, and for models--NAME/snapshots/REVISION the
+    blobs."""
     root = Path(os.path.realpath(directory))
     yield root
     model = root.parent.parent

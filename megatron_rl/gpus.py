@@ -1,6 +1,7 @@
-"""Decide which GPUs this process may use, and who sits on which: training ranks, servers, checks and plans ask here.
+"""This module decides which GPUs this process may use, and which rank or server has which. Training ranks, servers,
+checks and plans ask here.
 
-No torch: what is decided here is decided before it is imported. What torch can use in the end, `device.on_cuda` says.
+It does without torch, since it decides before torch is imported. `device.on_cuda` says what torch can use in the end.
 """
 
 import os
@@ -29,7 +30,8 @@ def visible_gpus(environment: Mapping[str, str] | None = None, devices: Path = P
 
 
 def _named(text: str, num_nodes: int) -> list[str]:
-    """Read CUDA_VISIBLE_DEVICES as CUDA does: up to the first entry that is none, and nothing where one comes twice.
+    """Read CUDA_VISIBLE_DEVICES as CUDA does: up to the first entry that is no device, and nothing where one comes
+    twice.
 
     The first entry decides whether names (GPU-..., MIG-...) or numbers are read. A MIG instance is a device of its own.
     """
@@ -55,7 +57,7 @@ def _named(text: str, num_nodes: int) -> list[str]:
 def gpu_shares(gpus: Sequence[str], num_servers: int, gpus_each: int = 1) -> list[list[str]]:
     """Divide the GPUs of a machine among its servers: equally many each, none shared; [] for each on a CPU.
 
-    gpus_each: so many a server needs. ValueError when there are too few.
+    gpus_each: the GPUs that a server needs. ValueError when there are too few.
     """
     size = len(gpus) // num_servers
     if gpus and size < gpus_each:
@@ -85,7 +87,7 @@ def chosen_backend(backend: str, engine: str, trains_on_gpu: bool, beside: bool)
 
 
 def expandable_segments(environment: Mapping[str, str] | None = None) -> str | None:
-    """Name the variable that has torch's allocator take expandable segments, or None."""
+    """Name the variable that makes torch's allocator use expandable segments, or None."""
     environment = os.environ if environment is None else environment
     for name in _ALLOCATOR_VARIABLES:
         for option in environment.get(name, "").split(","):
@@ -96,7 +98,7 @@ def expandable_segments(environment: Mapping[str, str] | None = None) -> str | N
 
 
 def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
-    """Say which variables to change so that torch's allocator takes no expandable segments."""
+    """Return the variables to change so that torch's allocator uses no expandable segments."""
     changed = {}
     for name in _ALLOCATOR_VARIABLES:
         options = environment.get(name, "").split(",")

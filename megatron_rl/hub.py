@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: from its cache on this machine, or fetched into it."""
+"""This module finds models of the Hugging Face Hub in its cache on this machine, or fetches them into it."""
 
 import re
 from contextlib import suppress
@@ -15,10 +15,11 @@ _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
 
 
 def local_model(path: Path, with_weights: bool = True) -> Path:
-    """The folder of a model: of `hub:ORG/NAME` or `hub:ORG/NAME@REVISION` that of its snapshot, else `path` as it is.
+    """Return the folder of a model. For `hub:ORG/NAME` and `hub:ORG/NAME@REVISION` it is that of the snapshot, else
+    `path` as it is.
 
     What is in the cache is taken without a network. ValueError when it is neither there nor can be fetched.
-    with_weights: else a folder with its config.json is enough, and no more than JSON is fetched.
+    with_weights: when False a folder with its config.json is enough, and nothing but JSON is fetched.
     """
     text = str(path)
     if not text.startswith(PREFIX):
@@ -54,6 +55,6 @@ def _has_config(folder: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Tell whether all files of weights are there; other tools leave a config.json or a tokenizer alone there."""
+    """Tell whether all files of weights are there. Other tools leave a lone config.json or tokenizer there."""
     names = indexed_names(folder)
     return any(folder.glob("*.safetensors")) if names is None else all((folder / name).is_file() for name in names)

@@ -1,4 +1,4 @@
-"""Make and show the keys of servers, and keep the environment's secrets from them."""
+"""This module makes and shows the keys of servers, and keeps the environment's secrets from them."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def no_key(url: str) -> str:
 
 
 def bearer(key: str) -> dict[str, str]:
-    """Make the headers of a request that shows the key; none without a key."""
+    """Make the headers with which a request shows the key; none without a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

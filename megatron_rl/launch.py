@@ -1,4 +1,4 @@
-"""Start, watch and end several training ranks on this machine."""
+"""This module starts, watches and ends several training ranks on this machine."""
 
 import logging
 import os
@@ -24,9 +24,9 @@ _KINDNESS_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 def run_ranks(arguments: list[str], num_ranks: int) -> int:
-    """Run `megatron-rl ARGUMENTS` on `num_ranks` ranks; signals go to all of them, and none outlives another for long.
+    """Run `megatron-rl ARGUMENTS` on `num_ranks` ranks. Signals go to all of them, and none outlives another for long.
 
-    Returns the exit code: of the first rank that ended with one that is neither 0 nor 75; else 75 when one did.
+    Return the exit code of the first rank that ended with one other than 0 and 75; else 75 when a rank ended with that.
     """
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -80,8 +80,7 @@ def _start(ranks: list[subprocess.Popen[bytes]], arguments: list[str], num_ranks
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until all ranks have ended, and end the others soon after one that did not end well. Returns the exit
-    code."""
+    """Wait until all ranks have ended. When one does not end well, end the others soon after. Return the exit code."""
     running = dict(enumerate(ranks))
     codes: list[int] = []
     terminate_at = kill_at = float("inf")
@@ -111,7 +110,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _exit_code(number: int, code: int) -> int:
-    """Translate what subprocess says of a rank's end, which may be a signal, into an exit code of errors.py."""
+    """Translate the return code that subprocess gives a rank, which may be a signal, into an exit code of errors.py."""
     if code >= 0:
         return code
     name = signal.Signals(-code).name

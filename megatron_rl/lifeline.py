@@ -1,4 +1,5 @@
-"""Processes that end with the one that started them, however that one ends: three ways, each where the others fail.
+"""This module ends processes when the one that started them ends, however it ends. It has three ways, each where the
+others fail.
 
 A rank watches its launcher, with which it agreed on nothing. A server watches its stdin, which its starter holds. A
 worker of a pool has the kernel's word, since it may be in C code for minutes.
@@ -19,12 +20,12 @@ PARENT_VARIABLE = "MEGATRON_RL_PARENT"
 
 
 def has_launcher() -> bool:
-    """True when the process that started this one is the launcher of its rank, and lives."""
+    """Tell whether the process that started this one is the launcher of its rank, and lives."""
     return "TORCHELASTIC_RUN_ID" in os.environ or is_own_rank()
 
 
 def is_own_rank() -> bool:
-    """True when it is `megatron-rl` itself that started this process as a rank."""
+    """Tell whether `megatron-rl` itself started this process as a rank."""
     return os.environ.get(PARENT_VARIABLE) == str(os.getppid())
 
 
@@ -50,7 +51,7 @@ def watch_parent(interval_seconds: float = 0.5) -> None:
 
 
 def watch_stdin(when_closed: Callable[[], object]) -> None:
-    """Call a function when the other end of stdin closes; the kernel closes it even for a parent that was killed."""
+    """Call a function when the other end of stdin closes. The kernel closes it even for a parent that was killed."""
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -63,8 +64,8 @@ def watch_stdin(when_closed: Callable[[], object]) -> None:
 def end_with_owner() -> None:
     """End this worker of a multiprocessing pool when its owner dies, also inside a long call of C code.
 
-    SIGIO comes from the kernel then: the owner holds the other end of the sentinel's pipe. Its default action ends a
-    process where a handler of Python's would not run.
+    The kernel then sends SIGIO: the owner holds the other end of the sentinel's pipe. The signal's default action ends
+    a process where a Python handler would not run.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     owner = multiprocessing.parent_process()

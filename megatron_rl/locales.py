@@ -1,4 +1,4 @@
-"""Make commands speak UTF-8 whatever the user's locale says."""
+"""This module makes commands use UTF-8 whatever the user's locale says."""
 
 import codecs
 import locale
@@ -7,10 +7,10 @@ import sys
 
 
 def use_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode where the locale has another encoding, and so what it starts.
+    """Start this command, and so what it starts, again in Python's UTF-8 mode where the locale has another encoding.
 
-    Our own files say their encoding; names of files, words of the command line, the terminal and what libraries read do
-    not. To be called first, by what is started as a program.
+    Our own code states the encoding of its files. Names of files, words of the command line, the terminal and what
+    libraries read have none. Whatever is started as a program calls this first.
     """
     if codecs.lookup(locale.getencoding()).name != "utf-8" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"

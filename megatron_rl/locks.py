@@ -1,4 +1,4 @@
-"""Files and folders that one process at a time may write."""
+"""This module locks files and folders that one process at a time may write."""
 
 import fcntl
 import logging
@@ -12,11 +12,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def sole_writer(path: Path, remedy: str) -> Iterator[None]:
-    """Lock a folder, or a file, which is made if need be; to be entered before what is in it is looked at. A file
-    system without locks is warned of.
+    """Lock a folder, or a file, which is made if need be. Enter it before looking at the content. A file system without
+    locks is warned of.
 
-    remedy: what to do in place of waiting. ValueError, which ends in it, while another process holds the lock, and for
-    a link that another user made: it may lead to any file of ours.
+    remedy: what to do instead of waiting. Raise ValueError, whose message ends in it, while another process holds the
+    lock. Raise it too for a link that another user made: it may lead to any file of ours.
     """
     if path.is_symlink() and (owner := path.lstat().st_uid) not in (os.geteuid(), 0):
         raise ValueError(f"{path} is a link that another user made (user id {owner}); remove it, or {remedy}")

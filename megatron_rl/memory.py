@@ -1,8 +1,9 @@
-"""Memory of a run, from shapes alone: what one training rank holds, and what its servers hold. No torch.
+"""This module estimates the memory of a run from shapes alone: what one training rank holds, and what its servers hold.
+It needs no torch.
 
 These are estimates of the large parts, not measurements: buffers of collectives, the allocator's fragments, the CUDA
-context and whatever a kernel needs for itself come on top. Of one GPU with local layers they are within 5 % of what the
-same code allocates on torch's meta device (tests/test_memory.py), and on an H200 they were within 1 % (docs/gpu.md).
+context and whatever a kernel needs for itself come on top. For one GPU with local layers they are within 5 % of what
+the same code allocates on torch's meta device (tests/test_memory.py). On an H200 they were within 1 % (docs/gpu.md).
 Transformer Engine's layers keep less.
 """
 
@@ -16,21 +17,22 @@ from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.families import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# Beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32 master copy.
+# What is needed beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32
+# master copy.
 _GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-# What a checkpoint holds of each parameter.
+# The bytes that a checkpoint holds of each parameter.
 SAVED_BYTES = {"float32": 16, "bfloat16": 14}
-# Of a chunk of tokens, as in model/logprobs.py, which imports torch.
+# The logits of a chunk of tokens take as much, as in model/logprobs.py, which imports torch.
 _LOGITS_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBytes:
-    """What one training rank holds, in bytes.
+    """Holds the bytes that one training rank needs, by part.
 
-    activations: what is kept for backward passes. temporary: at most beside them, in the head's backward pass (logits,
-    its weight's gradient) or in a layer's (what is recomputed of it, gradients).
+    activations: what is kept for backward passes. temporary: the most that is needed beside them, in the head's
+    backward pass (logits, its weight's gradient) or in a layer's (what is recomputed of it, gradients).
     """
 
     weights: int
@@ -45,9 +47,10 @@ class RankBytes:
 
 
 def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """Of every pipeline rank: parameters on one of its ranks outside of routed experts, and in them.
+    """Count the parameters on one rank of every pipeline stage: outside of routed experts, and in them.
 
-    Tensor parallelism divides attention, shared and dense MLPs, embedding and head; every rank has norms and routers.
+    Tensor parallelism divides attention, shared and dense MLPs, embedding and head; every rank has all norms and
+    routers.
     """
     h, t = architecture.hidden_size, layout.tensor
     q, k = _attention_widths(architecture)
@@ -78,7 +81,8 @@ def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[i
 
 
 def trained_parameters(lora: LoraSection | None, architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """Count what has a gradient on each pipeline rank, as `stage_parameters` does: all parameters, or the adapters."""
+    """Count the parameters with a gradient on each pipeline rank, as `stage_parameters` does: all of them, or the
+    adapters."""
     if lora is None:
         return stage_parameters(architecture, layout)
     found = [[0, 0] for _ in range(layout.pipeline)]
@@ -92,13 +96,13 @@ def trained_parameters(lora: LoraSection | None, architecture: Architecture, lay
 
 
 def num_trained_parameters(lora: LoraSection | None, architecture: Architecture) -> int:
-    """Count the parameters of a whole model that have a gradient, and so optimizer states and a place in a
+    """Count the parameters of a whole model that have a gradient. These have optimizer states and a place in a
     checkpoint."""
     return architecture.num_parameters() if lora is None else lora.num_parameters(architecture)
 
 
 def _attention_widths(architecture: Architecture) -> tuple[int, int]:
-    """Of queries, and of keys, which is that of values."""
+    """Return the widths of queries and of keys; values are as wide as keys."""
     return (
         architecture.num_attention_heads * architecture.head_dim,
         architecture.num_key_value_heads * architecture.head_dim,
@@ -113,7 +117,8 @@ def layer_activation_bytes(
     moe: bool,
     lora: LoraSection | None = None,
 ) -> dict[str, int]:
-    """What one local layer keeps for its backward pass of `num_tokens` tokens of a context-parallel rank, by part.
+    """Return the bytes, by part, that one local layer keeps for its backward pass of a context-parallel rank's
+    `num_tokens` tokens.
 
     Elements per token, with hidden size h, q and k the widths of queries and of keys (as of values), w the width of a
     dense MLP or of the shared experts, K active experts of width m, context c, expert_tensor e:
@@ -126,10 +131,10 @@ def layer_activation_bytes(
         moe         K (he + 3m)  of every choice the input, which all e ranks of a group see, gate and up, and
                                  silu(gate) up times the probability
 
-    With adapters of rank r each of the two products of a part keeps r more. A part without keeps nothing for its
-    weights, which are frozen: of mlp and shared_experts 2w, of moe 2Km.
+    With adapters of rank r each of the two products of a part keeps r more. A part without adapters keeps nothing for
+    its weights, which are frozen: mlp and shared_experts then keep 2w, moe 2Km.
 
-    And of the router 33 bytes per expert, and 32 per choice. All is divided by the tensor-parallel size: by sequence
+    The router adds 33 bytes per expert and 32 per choice. All is divided by the tensor-parallel size: by sequence
     parallelism, or as the weights are. Experts are equally loaded. Norms and SwiGLU are fused, as on a GPU.
     """
     h, c, e = architecture.hidden_size, layout.context, layout.expert_tensor
@@ -166,9 +171,10 @@ def _layer_gradient_bytes(
     moe: bool,
     lora: LoraSection | None = None,
 ) -> int:
-    """What comes and goes in a local layer's backward pass, at most: at its MLP's last product the gradients of the
-    product, of its input and of its weight, or at its first one that of a weight twice as large, when what the last one
-    kept is gone; and three of the residual stream. quack has none of the experts' weights."""
+    """Return the most bytes that come and go in a local layer's backward pass. At its MLP's last product these are the
+    gradients of the product, of its input and of its weight. At its first one it is that of a weight twice as large,
+    when what the last one kept is gone. Three gradients of the residual stream come on top. quack has none of the
+    experts' weights."""
     h, t, e = architecture.hidden_size, layout.tensor, layout.expert_tensor
     if moe:
         width = architecture.moe_intermediate_size
@@ -189,8 +195,9 @@ def _layer_gradient_bytes(
 def _kept_bytes(
     parts: dict[str, int], architecture: Architecture, model: ModelSection, num_tokens: int
 ) -> tuple[int, int]:
-    """Of a layer that keeps `parts`, with the recomputation that `model` asks for: what stays until its backward pass,
-    and what comes back for the time of that. num_tokens: whose input is kept, of a tensor-parallel rank."""
+    """Return the bytes that a layer which keeps `parts` holds until its backward pass, and those that come back during
+    it, with the recomputation that `model` asks for. num_tokens: the tokens of a tensor-parallel rank whose input is
+    kept."""
     everything = sum(parts.values())
     match model.recompute:
         case "none":
@@ -207,14 +214,14 @@ def _kept_bytes(
 
 
 def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) -> list[RankBytes]:
-    """Of a rank of every pipeline stage.
+    """Return the memory of a rank of every pipeline stage.
 
     The distributed optimizer divides its states over the ranks that hold the same parameters: data x context of them
     for what is outside of experts, world / (expert x expert_tensor x pipeline) for experts. Those in host memory
     (`optimizer.offload_fraction`) come back in pieces of a GiB, when there are no activations. Stage p of a pipeline
     keeps the activations of up to pipeline - p micro-batches; of what is recomputed, one layer's. The head has a chunk
     of logits and of their gradient, the gradient of its weight in fp32 and as it is added to the others', and two
-    hidden states. With [lora] gradients and states are of the adapters alone.
+    hidden states. With [lora] there are gradients and states of the adapters alone.
     """
     model, item = config.model, ITEM_BYTES[config.model.dtype]
     expert_replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
@@ -255,8 +262,8 @@ def rank_bytes(config: RunConfig, architecture: Architecture, layout: Layout) ->
 
 
 def host_bytes(config: RunConfig, architecture: Architecture, layout: Layout, num_ranks: int) -> dict[str, int]:
-    """Estimate the host memory of a machine with `num_ranks` of the training ranks, by part, beside what these hold on
-    their devices and beside servers.
+    """Estimate the host memory of a machine with `num_ranks` of the training ranks, by part. What these hold on their
+    devices and what servers hold is not counted.
 
         checkpoint  the copy that becomes one
         optimizer   states that live in host memory, or are there while servers generate
@@ -298,9 +305,10 @@ def serving_host_bytes(
 def server_bytes(
     rollout: GenerationSection, dtype: str, architecture: Architecture, updates: bool = True
 ) -> tuple[int, int]:
-    """Weights, and keys and values when every slot is full, of one generation server.
+    """Return the bytes of one generation server: weights, and keys and values when every slot is full.
 
-    updates: new weights come; the embedded server has both while they do, as the old ones serve until then.
+    updates: new weights come. The embedded server then has both for a while, since the old ones serve until the new
+    ones are there.
     """
     item = ITEM_BYTES[dtype]
     embedded = rollout.engine == "embedded"

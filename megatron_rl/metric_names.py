@@ -1,4 +1,4 @@
-"""Every number of a step in metrics.jsonl, with its unit, what it is taken over, and what it means.
+"""This module lists every number of a step in metrics.jsonl, with its unit, what it is taken over, and what it means.
 
 `python -m megatron_rl.metric_names` prints docs/metrics.md. A test holds that runs write nothing else.
 """
@@ -141,7 +141,7 @@ end_to_end_tokens_per_second | tokens/s | step | sampled tokens over step_second
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One number of a row.
+    """Describes one number of a row.
 
     by_domain: it is also written for each domain. over: what it is taken over, or who measures it.
     """
@@ -154,7 +154,7 @@ class Metric:
 
 
 def sections() -> dict[str, list[Metric]]:
-    """The metrics under their headings."""
+    """Return the metrics under their headings."""
     found: dict[str, list[Metric]] = {}
     for line in _TABLE.strip().splitlines():
         if line.startswith("# "):
@@ -168,14 +168,14 @@ def sections() -> dict[str, list[Metric]]:
 
 
 def unknown(names: Iterable[str]) -> list[str]:
-    """Those that no metric has."""
+    """Return the names that no metric has."""
     known = {metric.name: metric for metrics in sections().values() for metric in metrics}
     families = {name.removesuffix("/*") for name, metric in known.items() if metric.by_domain or name.endswith("/*")}
     return [name for name in names if name not in known and name.partition("/")[0] not in families]
 
 
 def markdown() -> str:
-    """The text of docs/metrics.md."""
+    """Return the text of docs/metrics.md."""
     lines = [
         "# Metrics",
         "",

@@ -7,13 +7,13 @@ _MOST = 2**20
 
 
 def possible_open_files() -> int:
-    """Tell how many there may be once the limit is raised."""
+    """Return how many files there may be once the limit is raised."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
 
 
 def raise_open_files() -> None:
-    """Raise the soft limit, often 1,024, to what the hard one allows: every response that is sampled is a connection.
+    """Raise the soft limit, often 1,024, to the hard one: every response that is sampled is a connection.
 
     Processes that are started from here inherit it.
     """

@@ -1,7 +1,8 @@
-"""Functions of the user's own, which a configuration names "file.py:function" or "package.module:function".
+"""This module loads functions of the user's own, which a configuration names "file.py:function" or
+"package.module:function".
 
-A file is looked for beside the configuration. Loading one runs the user's code, so it happens where that code belongs:
-rewards in their workers, parts of the objective in the training ranks. Everything else here only reads names.
+A file is looked for beside the configuration. Loading a function runs the user's code, so it happens where that code
+belongs: rewards in their workers, parts of the objective in the training ranks. Everything else here only reads names.
 """
 
 import difflib
@@ -34,7 +35,8 @@ def is_own(name: str) -> bool:
 
 
 def beside(name: str, folders: Iterable[Path]) -> str:
-    """Return the name with the file's whole path: the first of the folders that has it, else below this one."""
+    """Return the name with the file's whole path: in the first of the folders, or else the working directory, that has
+    the file. Where none has it, it is in the first folder."""
     place, _, function = name.rpartition(":")
     if not place.endswith(".py") or Path(place).is_absolute():
         return name
@@ -44,8 +46,8 @@ def beside(name: str, folders: Iterable[Path]) -> str:
 
 
 def source_digest(name: str) -> str:
-    """16 hexadecimal digits of the file that the function is in, "" where that cannot be found. What the file imports
-    is not in it."""
+    """Return a digest of the file that the function is in, 16 hexadecimal digits; "" where the file cannot be found.
+    What the file imports does not count."""
     place, _, _ = name.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -63,7 +65,7 @@ def source_digest(name: str) -> str:
 
 
 def load_function(name: str, where: str) -> Callable[..., Any]:
-    """Import the function; this runs the code of its file. where: the key that names it, for messages.
+    """Import the function, which runs the code of its file. where: the key that names it, for messages.
 
     ValueError for a file or module that is not there or does not import, and for a function that it does not have.
     """
@@ -121,16 +123,17 @@ def _of_module(name: str, where: str) -> ModuleType:
 
 
 def _look_in(folder: str) -> None:
-    """For imports of neighbours. Behind everything else, so that no neighbour takes the place of a library."""
+    """Let imports find the neighbours of a file. The folder comes behind everything else, so that no neighbour takes
+    the place of a library."""
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def parameters_of(function: Callable[..., Any], known: Mapping[str, str], where: str) -> tuple[str, ...]:
-    """The names of what a function wants to be called with, among those that are `known`, with what each is.
+    """Return the names of the `known` values that a function wants to be called with. `known` says what each is.
 
-    ValueError with the whole list for a name that is not known. One with a default may have any name that is not like
-    a known one; `**` takes all of them.
+    ValueError with the whole list for a name that is not known. A parameter with a default may have any name that is
+    not like a known one; `**` takes all of them.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -159,8 +162,8 @@ def parameters_of(function: Callable[..., Any], known: Mapping[str, str], where:
 
 
 def last_lines(error: BaseException, callers: Collection[str] = ()) -> str:
-    """Say what was raised, and the last places of the user's code that it came through. callers: files that are not
-    the user's."""
+    """Say for a message what was raised, and the last places of the user's code that it came through. callers: files
+    that are not the user's."""
     said = f"{type(error).__name__}: {error}".rstrip(": ").splitlines() or [type(error).__name__]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (__file__, *callers)]
     frames = [f for f in frames if not f.filename.startswith("<frozen")]

@@ -1,4 +1,4 @@
-"""Read JSON and TOML that somebody else wrote, within limits that no real file meets."""
+"""This module reads JSON and TOML that somebody else wrote, within limits that no real file reaches."""
 
 import difflib
 import io
@@ -63,8 +63,8 @@ def read_text(path: Path) -> str:
 
 
 def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
-    """Give all lines with their ends, as iterating does. ValueError for one of more than MAX_LINE_BYTES, which is not
-    read to its end. name: of the file, for the message."""
+    """Yield all lines with their ends, as iterating does. ValueError for a line of more than MAX_LINE_BYTES, which is
+    not read to its end. name: of the file, for the message."""
     for number in count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
         if len(line) > MAX_LINE_BYTES:
@@ -78,7 +78,7 @@ def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
 
 
 def meant(word: str, known: Collection[str]) -> str:
-    """Say for the end of a message which known word an unknown one may stand for; "" where none is like it."""
+    """Say at the end of a message which known word an unknown one may mean; "" where none is like it."""
     near = difflib.get_close_matches(word.casefold(), [name.casefold() for name in known], n=1)
     found = [name for name in sorted(known) if name.casefold() in near]
     return f". Did you mean {found[0]!r}?" if found else ""
@@ -91,7 +91,7 @@ def shown(value: object) -> str:
 
 
 def _refuse_depth(value: Any) -> None:
-    """Refuse what is nested too deeply. It goes level by level, since recursion cannot walk through what is deep."""
+    """Raise ValueError for what is nested too deeply. It goes level by level, since recursion cannot go that deep."""
     level = [value]
     for _ in range(MAX_NESTING + 1):
         level = [one for one in level if type(one) in (dict, list)]

@@ -1,4 +1,4 @@
-"""Read where this process stands among the ranks of a run, as a launcher says it in the environment."""
+"""This module reads where this process stands among the ranks of a run, as a launcher says it in the environment."""
 
 import os
 import re
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 # What torchrun, examples/ring_lite/slurm/job.sh and launch.py set for a rank.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Of launch.py to rank 0: the number of a socket that is bound to MASTER_PORT, so that nobody else can take the port.
+# launch.py tells rank 0 the number of a socket that is bound to MASTER_PORT, so that nobody else can take the port.
 SOCKET_VARIABLE = "MEGATRON_RL_STORE_SOCKET"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A rank among `world_size`, the local_rank-th of `local_world_size` on the machine with number `node`. The ranks
-    meet at `address`:`port`. Without arguments: a process that trains alone."""
+    """Holds the place of a rank among `world_size`. It is the local_rank-th of `local_world_size` on the machine with
+    number `node`. The ranks meet at `address`:`port`. Without arguments it is a process that trains alone."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,12 +30,12 @@ class Place:
 
 
 def has_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """True when a launcher has started this process as one of several ranks, or has left that it did."""
+    """Tell whether a launcher has started this process as one of several ranks, or has left variables that say so."""
     return "RANK" in environment or "WORLD_SIZE" in environment
 
 
 def own_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Read this process's place. ValueError for what no launcher sets, with the remedy."""
+    """Read this process's place. ValueError, with the remedy, for what no launcher sets."""
     if not has_rank(environment):
         return Place()
 

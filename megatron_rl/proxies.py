@@ -1,4 +1,4 @@
-"""Find the proxy that the environment names for an address, for clients of servers that others may run."""
+"""This module finds the proxy that the environment names for an address, for clients of servers that others may run."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def proxy_for(url: str, where: str) -> str | None:
 
 
 def told_of_proxy(proxy: str | None) -> str:
-    """Say for an error message through which proxy was asked; "" for none."""
+    """Say for an error message which proxy the request went through; "" for none."""
     return f" through the proxy {shown_proxy(proxy)} of the environment" if proxy else ""
 
 
@@ -50,7 +50,7 @@ def shown_proxy(proxy: str) -> str:
 
 
 def without_proxy(environment: Mapping[str, str], host: str) -> dict[str, str]:
-    """Return the variables that keep a child from asking this machine and `host` through a proxy."""
+    """Return the variables with which a child asks this machine and `host` without a proxy."""
     named = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     hosts = ",".join(dict.fromkeys([*filter(None, named.split(",")), "localhost", "127.0.0.1", host]))
     return {"no_proxy": hosts, "NO_PROXY": hosts}

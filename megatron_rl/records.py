@@ -1,4 +1,5 @@
-"""The records that cross the boundaries of the package: frozen, keyword-only, without torch.
+"""This module holds the records that cross the boundaries of the package. They are frozen, keyword-only and without
+torch.
 
 Vocabulary: a *prompt* is sampled K times into a *group* of *responses*; a scored response becomes a *sample* once it
 has a reward and an advantage. An agent's response is a *trajectory*: many turns, in one *segment* or several. A
@@ -14,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One sequence of a response: a prompt and what follows it, some of which the policy may not have sampled.
+    """Holds one sequence of a response: a prompt and what follows it, some of which the policy may not have sampled.
 
     Policy tokens are those that the policy sampled. Others of an agent's turns are a tool's results, the user's next
     message, and what the chat template writes around them.
@@ -27,8 +28,8 @@ class Segment:
         all of them were sampled in one.
     routed_experts: uint8 [prompt_tokens + output_tokens - 1, layers, topk], the experts that the server chose at every
         position but the last, 0 in dense layers; None where it was not asked for them, and while the response is
-        unfinished. What went on under new weights has those of the new ones throughout: its tokens so far were put
-        through them again.
+        unfinished. A response that went on under new weights has the new weights' experts throughout: its tokens so far
+        were put through them again.
     teacher_logprobs: float32 [policy_tokens], log-probabilities of the same tokens under a teacher policy at
         temperature 1; None without a teacher, and while the response is unfinished.
     """
@@ -61,14 +62,14 @@ class Segment:
 
     @property
     def policy_mask(self) -> np.ndarray:
-        """bool [output_tokens], True at policy tokens."""
+        """The mask of policy tokens: bool [output_tokens], True at them."""
         mask = np.full(len(self.output_ids), self.turns is None)
         for start, stop in () if self.turns is None else self.turns.tolist():
             mask[start:stop] = True
         return mask
 
     def num_output_tokens_up_to(self, num_policy_tokens: int) -> int:
-        """Count the output tokens up to and with the policy token of that number, from 1; 0 for 0."""
+        """Count the output tokens up to and including the policy token of that number, from 1; 0 for 0."""
         if self.turns is None or not num_policy_tokens:
             return num_policy_tokens
         ends = np.cumsum(self.turns[:, 1] - self.turns[:, 0])
@@ -78,7 +79,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """One answer to a prompt: a continuation, or the trajectory of an agent over many turns.
+    """Holds one answer to a prompt: a continuation, or the trajectory of an agent over many turns.
 
     prompt_id: the prompt's position in the data, unique in a run.
     sample_index: 0..K-1 within the group.
@@ -98,17 +99,17 @@ class Response:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one continuation of one prompt, and no trajectory."""
+        """Tell whether it is one continuation of one prompt, and no trajectory."""
         return len(self.segments) == 1 and self.segments[0].turns is None
 
     @property
     def num_policy_tokens(self) -> int:
-        """What budgets count."""
+        """Count the policy tokens, as budgets do."""
         return sum(segment.num_policy_tokens for segment in self.segments)
 
     @property
     def num_masked_tokens(self) -> int:
-        """Output tokens that the policy did not sample."""
+        """Count the output tokens that the policy did not sample."""
         return sum(len(segment.output_ids) - segment.num_policy_tokens for segment in self.segments)
 
     @property
@@ -117,7 +118,7 @@ class Response:
 
     @property
     def rollout_logprobs(self) -> np.ndarray:
-        """float32 [policy_tokens], of all segments."""
+        """Join the log-probs under the sampling policy of all segments, float32 [policy_tokens]."""
         return _joined([segment.rollout_logprobs for segment in self.segments], np.float32)
 
     @property
@@ -128,7 +129,7 @@ class Response:
 
     @property
     def policy_versions(self) -> np.ndarray:
-        """int32 [policy_tokens], of all segments."""
+        """Join the policy versions of all segments, int32 [policy_tokens]."""
         return _joined([segment.policy_versions for segment in self.segments], np.int32)
 
 
@@ -138,7 +139,7 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A response with its verdict. A trajectory of several segments has one reward.
+    """Holds a response with its verdict. A trajectory of several segments has one reward.
 
     reward: in the task's units (0 or 1 for verifiable tasks). reason, details, parts: see reward/verdict.py.
     advantage: what the reward gives every token. teacher_coefficient: beta of what a teacher adds to that, token by
@@ -171,7 +172,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All K samples of one prompt."""
+    """Holds all K samples of one prompt."""
 
     prompt_id: int
     samples: tuple[Sample, ...]
@@ -179,10 +180,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnfinishedGroup:
-    """A group of which some responses had not ended when the rollout phase did (C3PO++).
+    """Holds a group of which some responses had not ended when the rollout phase did (C3PO++).
 
     responses: all K, finished or not; one that never started has no tokens.
-    retention: rollout phases that it has been kept over.
+    retention: the number of rollout phases that it has been kept over.
     """
 
     prompt_id: int
@@ -196,7 +197,7 @@ class UnfinishedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
-    """One sequence's part in an optimizer step: a segment of a sample.
+    """Describes one sequence's part in an optimizer step: a segment of a sample.
 
     index: the sample's position in the step's sample list (the store on rank 0). segment: which one of its segments.
     num_prompt_tokens, num_output_tokens: the sequence that is forwarded is the prompt and the first `num_output_tokens`
@@ -222,13 +223,13 @@ class Selected:
 
     @property
     def has_gaps(self) -> bool:
-        """Whether output tokens without loss lie between those with loss."""
+        """Tell whether output tokens without loss lie between those with loss."""
         return self.num_loss_tokens < self.num_output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One optimizer step.
+    """Describes one optimizer step.
 
     denominator: divides the sum over all loss tokens: Phi for C3PO; see c3po/algorithms.py for the others.
     micro_batches: `[dp_rank][i]` lists positions in `selected`; every rank has equally many, some perhaps empty.
@@ -249,9 +250,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one train phase does: its optimizer steps, in order.
+    """Describes what one train phase does: its optimizer steps, in order.
 
-    traced: positions in the step's sample list of those whose tokens' log-probs are written down
+    traced: the positions, in the step's sample list, of the samples whose tokens' log-probs are written down
     (train/step/token_traces.py).
     """
 

@@ -1,4 +1,4 @@
-"""The angles of rotary position embedding, for trainer and embedded server.
+"""This module computes the angles of rotary position embedding, for trainer and embedded server.
 
 Legend: D head_dim, R its rotated part (D times `Rotary.fraction`).
 """
@@ -13,20 +13,22 @@ from megatron_rl.families import Rotary
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
-    """inverse: [R / 2], angle per position. factor: what cos and sin are multiplied by."""
+    """Holds the frequencies. inverse: [R / 2], angle per position. factor: what cos and sin are multiplied by."""
 
     inverse: Tensor
     factor: float
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [n] -> cos and sin, [n, R]: the second half of R repeats the first. In the type of `inverse`."""
+        """Compute cos and sin, [n, R] each, of positions [n]. The second half of R repeats the first. Their type is
+        that of `inverse`."""
         angles = torch.outer(positions.to(self.inverse.dtype), self.inverse)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
 def frequencies(rotary: Rotary, head_dim: int, dtype: torch.dtype = torch.float64) -> Frequencies:
-    """Compute the frequencies; a kind other than "default" by transformers (`ROPE_INIT_FUNCTIONS`), in fp32."""
+    """Compute the frequencies. Those of a kind other than "default" come from transformers (`ROPE_INIT_FUNCTIONS`), in
+    fp32."""
     width = round(head_dim * rotary.fraction)
     if rotary.kind == "default":
         return Frequencies(1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=dtype) / width), 1.0)

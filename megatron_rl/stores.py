@@ -1,6 +1,6 @@
-"""torch's TCPStores, by which the processes of a group find each other, at one address only.
+"""This module opens torch's TCPStores, by which the processes of a group find each other, at one address only.
 
-A plain one listens on every interface of the machine, and serves whoever connects.
+A plain TCPStore listens on every interface of the machine, and serves whoever connects.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ def _store_of(listener: socket.socket, address: str, world_size: int, timeout_se
 
 
 def join(place: Place, deadline_seconds: float, check: Callable[[], None] = lambda: None) -> dist.Store:
-    """Wait until every rank of the world has come, and return the store at which they have met. Between ranks of one
-    machine it is on loopback.
+    """Wait until every rank of the world has connected, and return the store at which they have met. Between ranks of
+    one machine it is on loopback.
 
-    check: called ten times a second; what it raises ends the wait. It tells of whom it waits for. ValueError after
-    deadline_seconds (train.phase_deadline_seconds) and where the port is taken; Fault when rank 0 ends.
+    check: called ten times a second; what it raises ends the wait. The wait logs which ranks are missing. ValueError
+    after deadline_seconds (train.phase_deadline_seconds) and where the port is taken; Fault when rank 0 ends.
     """
     if place.world_size == 1:
         return dist.HashStore()  # no port: a single process cannot collide with another run on this machine
@@ -77,7 +77,8 @@ def join(place: Place, deadline_seconds: float, check: Callable[[], None] = lamb
 
 
 class _Waiting:
-    """A wait of this rank for others, which tells what for, can be interrupted, and ends."""
+    """Holds the state of a wait of this rank for others. The wait says what it waits for, can be interrupted, and
+    ends."""
 
     def __init__(self, place: Place, deadline_seconds: float, check: Callable[[], None]) -> None:
         self.where = f"{place.address}:{place.port}"
@@ -86,7 +87,8 @@ class _Waiting:
         self._tell_at = time.monotonic() + _TELL_AFTER_SECONDS
 
     def pause(self, missing: Callable[[], str], tells: bool = True) -> None:
-        """Wait a moment. missing: who or what is waited for. tells: now and then in the log."""
+        """Wait a moment. missing: names what is waited for. tells: log it now and then. ValueError after the
+        deadline."""
         self._check()
         now = time.monotonic()
         if now > self._give_up:
@@ -107,8 +109,8 @@ class _Waiting:
 
 
 def _hosted(place: Place, is_local: bool, deadline_seconds: float) -> dist.TCPStore:
-    """Make the store of rank 0: on loopback when all ranks are here, else on every interface, for nobody knows by which
-    one the others come."""
+    """Make the store of rank 0: on loopback when all ranks are here, else on every interface, since nobody knows which
+    one the others use."""
     given = os.environ.pop(SOCKET_VARIABLE, None)
     try:
         if given is not None:
@@ -124,7 +126,7 @@ def _hosted(place: Place, is_local: bool, deadline_seconds: float) -> dist.TCPSt
 
 
 def _listening(address: str, port: int, backlog: int) -> socket.socket:
-    """Listen at `address`. Where that is empty listen at every address of both families that this machine has."""
+    """Listen at `address`. Where that is empty, listen at every address of both families that this machine has."""
     if not address and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # it may be built in and switched off
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)

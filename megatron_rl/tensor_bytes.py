@@ -1,4 +1,4 @@
-"""The bytes of a tensor, and a checksum of them."""
+"""This module gives the bytes of a tensor, and a checksum of them."""
 
 import zlib
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor in memory, row by row, without a copy where it is contiguous."""
+    """Return the bytes of a tensor's values, row by row, without a copy where it is contiguous."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of dtype, shape and the bytes of the values in row-major order, as 8 hex digits.
+    """Return the CRC-32 of dtype, shape and the bytes of the values in row-major order, as 8 hex digits.
 
-    Finds what was lost or mixed up on the way, at several GB/s; it is no protection against forgery. Equal values in
+    It finds what was lost or mixed up on the way, at several GB/s. It is no protection against forgery. Equal values in
     different dtypes have different checksums: convert first.
     """
     name = str(tensor.dtype).removeprefix("torch.")

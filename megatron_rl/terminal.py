@@ -1,4 +1,4 @@
-"""What a person at the terminal reads: lines of at most 80 columns on stdout, warnings on stderr.
+"""This module writes what a person at the terminal reads: lines of at most 80 columns on stdout, warnings on stderr.
 
 NO_COLOR, TERM=dumb and pipes are obeyed: rich colours nothing and draws no bars there.
 """
@@ -17,14 +17,14 @@ _STEPS_FOR_ETA = 20
 
 
 def say(text: str) -> None:
-    """Write a line to stdout at once, also where that is a pipe or a file."""
+    """Write a line to stdout at once, even where that is a pipe or a file."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def configure_logging(stream: TextIO) -> None:
-    """Have what goes well go to a stream as it is, and warnings and errors to stderr with a word before them; of this
-    package from the level of MEGATRON_RL_LOG on, of others warnings alone."""
+    """Send log lines of what goes well to a stream as they are, and warnings and errors to stderr with a word before
+    them. This package logs from the level of MEGATRON_RL_LOG on, others log warnings alone."""
     normal, wrong = logging.StreamHandler(stream), logging.StreamHandler(sys.stderr)
     normal.addFilter(lambda record: record.levelno < logging.WARNING)
     wrong.setLevel(logging.WARNING)
@@ -41,7 +41,7 @@ class _Warning(logging.Formatter):
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of a name and a text, which goes on below itself where it is long."""
+    """Lay out rows of a name and a text. A long text goes on below itself."""
     width = 2 + max(len(name) for name, _ in rows)
     return "\n".join(
         line
@@ -58,8 +58,8 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def fitted(parts: Sequence[str]) -> str:
-    """Join the parts of a line that has to fit into its columns; the last but one goes first where they do not. The
-    last part stays."""
+    """Join the parts of a line that has to fit into its columns. Where they do not fit, drop the last but one, and so
+    on. The first and the last part stay."""
     kept = [part for part in parts if part]
     while len(line := "  ".join(kept)) > COLUMNS and len(kept) > 2:
         del kept[-2]
@@ -67,20 +67,21 @@ def fitted(parts: Sequence[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to wait, for people."""
+    """Write a time to wait for people to read."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Eta:
-    """Says when a run of `num_steps` steps will have ended, by the mean of its last steps."""
+    """Says when a run of `num_steps` steps will end, by the mean of its last steps."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps, self._recent = num_steps, deque[float](maxlen=_STEPS_FOR_ETA)
 
     def after(self, step: int, seconds: float) -> str:
-        """step: that has ended, from 0, and took so long. Empty after the last one."""
+        """Say when the run will end, after a step that took so long. step: counted from 0. Return "" after the last
+        one."""
         self._recent.append(seconds)
         left = self._num_steps - step - 1
         return f"ETA {duration(left * fmean(self._recent))}" if left > 0 else ""

@@ -1,4 +1,5 @@
-"""Say which versions are installed: of this package with its commit, and of what it stands on. Imports none of them."""
+"""This module says which versions are installed: of this package with its commit, and of what it depends on. It imports
+none of them."""
 
 import importlib.metadata
 import importlib.util

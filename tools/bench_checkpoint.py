@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps training waiting, and how fast it is written and read, as JSON.
+"""Measure how long a checkpoint keeps training waiting, and how fast it is written and read, as JSON.
 
     python tools/bench_checkpoint.py [FOLDER] [--layers 7] [--ranks 1 2] [--rounds 3]
 
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def measure(folder: Path) -> None:
-    """One rank."""
+    """Measure on one rank."""
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     config = SftConfig.model_validate(
         {
@@ -89,7 +89,7 @@ def measure(folder: Path) -> None:
 
 
 class Bench:
-    """The figures of one rank, by name, one of each round."""
+    """Holds the figures of one rank, by name, one of each round."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
@@ -156,7 +156,7 @@ class Bench:
         self.figures.setdefault(name, []).append(seconds)
 
     def timed(self, work: Callable[[], Any]) -> float:
-        """Until the last rank is through."""
+        """Time a function until the last rank is through."""
         self.context.any_rank(False)
         started = time.perf_counter()
         work()

@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint of Ling-lite-1.5's shape both ways, against `cp` of the same bytes, as JSON.
+"""Measure the conversion of a checkpoint of Ling-lite-1.5's shape both ways, against `cp` of the same bytes, as JSON.
 
     python tools/bench_convert.py FOLDER [--layers 28]
 
@@ -96,7 +96,7 @@ def shape(layers: int) -> Architecture:
 
 
 def make_directory(directory: Path, layers: int) -> int:
-    """Values that are cheap and the same every time: windows of one random buffer, another for every tensor."""
+    """Write values that are cheap and the same every time: windows of one random buffer, another for every tensor."""
     directory.mkdir()
     (directory / "config.json").write_text(
         json.dumps(LING_LITE | {"num_hidden_layers": layers}, indent=1), encoding="utf-8"
@@ -118,7 +118,7 @@ def make_directory(directory: Path, layers: int) -> int:
 
 
 def measured(command: list[object], size: int, cp_seconds: float) -> dict[str, float]:
-    """Seconds of the whole command, start-up included, and the most anonymous memory it had."""
+    """Return the seconds of the whole command, start-up included, and the most anonymous memory it had."""
     forget(Path(str(command[1])))
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)])
@@ -139,7 +139,7 @@ def measured(command: list[object], size: int, cp_seconds: float) -> dict[str, f
 
 
 def rss_anon(pid: int) -> int:
-    """Bytes; 0 when the process is gone."""
+    """Return the bytes; 0 when the process is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
@@ -159,7 +159,7 @@ def on_disk(directory: Path) -> None:
 
 
 def forget(directory: Path) -> None:
-    """Out of the page cache, so that the next reader goes to the disk."""
+    """Drop a file from the page cache, so that the next reader goes to the disk."""
     on_disk(directory)
     for path in files_of(directory):
         forget_cached(path)

@@ -1,4 +1,5 @@
-"""Curation of generated rows with planted duplicates, contamination and defects: what is found, rows/s, memory.
+"""Measure the curation of generated rows with planted duplicates, contamination and defects: what is found, rows/s,
+memory.
 
     python tools/bench_curation.py [--rows 1000000] [--workers 2] [--seed 1] [--folder DIR]
 
@@ -86,7 +87,7 @@ class Generator:
         return Row(prompt=" ".join(words), answer=str(self.rng.randint(-999, 99999)))
 
     def disguised(self, row: Row) -> Row:
-        """The same to a reader: case, spaces, quotation marks and prose punctuation differ."""
+        """Return a text that is the same to a reader: case, spaces, quotation marks and prose punctuation differ."""
         words = row.prompt.split(" ")
         for position in self.rng.sample(range(len(words) - 8), 3):
             change: Callable[[str], str] = self.rng.choice([str.upper, str.title, "“{}”".format, "{},".format])
@@ -95,7 +96,7 @@ class Generator:
         return replace(row, prompt="".join(map("".join, zip(words, gaps, strict=True))).strip(" .?\n\u00a0"))
 
     def edited(self, row: Row, low: float, high: float) -> Row | None:
-        """Words replaced, put in or left out, until the similarity is in [low, high); None if it jumped over."""
+        """Replace, add or leave out words until the similarity is in [low, high); None if it jumped over that."""
         words = row.prompt.split(" ")
         while True:
             position = self.rng.randrange(len(words) - 12)
@@ -113,7 +114,7 @@ class Generator:
         return Row(prompt=" ".join(words), answer=row.answer)
 
     def defective(self, kind: str, row: Row) -> dict[str, Any]:
-        """Fields of a row with this defect."""
+        """Return the fields of a row with this defect."""
         text, pick = row.prompt, self.rng.choice
         half = text.index(" ", len(text) // 2)
         fields = {"prompt": text, "answer": row.answer}
@@ -148,7 +149,7 @@ def jaccard(one: str, other: str) -> float:
 
 
 def generated(make: Generator, benchmark: list[Row], num_rows: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what the row is planted as, its fields). Every row to be copied is a copy's original once."""
+    """Yield (what the row is planted as, its fields). Every row to be copied is a copy's original once."""
     kinds, weights = list(SHARES), list(SHARES.values())
     waiting: list[Row] = []
     for _ in range(num_rows):
@@ -194,7 +195,7 @@ def vars_of(row: Row) -> dict[str, Any]:
 
 
 def write_data(folder: Path, num_rows: int, seed: int) -> Counter[str]:
-    """rows.jsonl, benchmark.jsonl and curation.toml; returns how many rows were planted as what."""
+    """Write rows.jsonl, benchmark.jsonl and curation.toml. Return how many rows were planted as what."""
     make = Generator(seed)
     benchmark = [make.new_row() for _ in range(NUM_BENCHMARK_ROWS)]
     planted: Counter[str] = Counter()
@@ -214,7 +215,7 @@ def write_data(folder: Path, num_rows: int, seed: int) -> Counter[str]:
 
 
 def judged(out: Path, planted: Counter[str]) -> dict[str, Any]:
-    """What became of the planted rows. An original of conflicting answers was planted as a row to keep."""
+    """Count what became of the planted rows. An original of conflicting answers was planted as a row to keep."""
     found: Counter[tuple[str, str]] = Counter()
     conflicts = 0
     with (out / "dropped.jsonl").open(encoding="utf-8") as file:
@@ -239,8 +240,8 @@ def judged(out: Path, planted: Counter[str]) -> dict[str, Any]:
 
 
 def run_measured(command: list[str]) -> dict[str, float]:
-    """Seconds, CPU seconds, and the peak of the anonymous memory of the command with its children, looked at ten times
-    a second: what a process does in its last tenth is not seen."""
+    """Return the seconds, CPU seconds, and the peak of the anonymous memory of the command with its children. The
+    memory is sampled ten times a second: what a process does in its last tenth is not seen."""
     started, peak = time.perf_counter(), 0
     cpu_seconds: dict[int, float] = {}
     process = psutil.Popen(command, stdout=sys.stderr)
@@ -259,7 +260,7 @@ def run_measured(command: list[str]) -> dict[str, float]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """0 for a process that has just ended."""
+    """Return the bytes of anonymous memory; 0 for a process that has just ended."""
     try:
         found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     except OSError:

@@ -1,4 +1,4 @@
-"""Generated tokens per second of the embedded server, end to end over HTTP, on a freshly made demo model.
+"""Measure the generated tokens per second of the embedded server, end to end over HTTP, on a freshly made demo model.
 
     python tools/bench_embedded.py [--threads N] [--dtype float32] [--batches 1,8,64] [--repeats 5]
 
@@ -54,7 +54,7 @@ def start_server(model: str, arguments: argparse.Namespace) -> tuple[subprocess.
 
 
 class Connection:
-    """One keep-alive HTTP connection that can post JSON."""
+    """Holds one keep-alive HTTP connection that can post JSON."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.authorization = f"Authorization: Bearer {key}\r\n" if key else ""
@@ -74,7 +74,7 @@ class Connection:
 
 
 async def measure(connections: list[Connection], batch: int, arguments: argparse.Namespace) -> float:
-    """Tokens per second of one round of `batch` prompts."""
+    """Return the tokens per second of one round of `batch` prompts."""
     prompts = [[random.randrange(SHAPE["vocab_size"]) for _ in range(arguments.prompt_tokens)] for _ in range(batch)]
     params = {"max_new_tokens": arguments.new_tokens, "temperature": 1.0, "ignore_eos": True}
     routed = {"return_routed_experts": True} if arguments.routed_experts else {}

@@ -1,4 +1,4 @@
-"""The embedded server beside real SGLang on a CPU, same model and same requests, as JSON.
+"""Compare the embedded server with real SGLang on a CPU, same model and same requests, as JSON.
 
     python tools/bench_engines.py [--batches 1,16,64] [--repeats 3]     (needs `make install-sglang`)
 
@@ -39,7 +39,7 @@ def prompts(batch: int, repeat: int) -> list[list[int]]:
 
 
 async def generate(connections: list[Connection], asked: list[list[int]]) -> tuple[list[dict[str, Any]], float]:
-    """Answers and tokens per second."""
+    """Return the answers and the tokens per second."""
     params = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True}
     bodies = [{"input_ids": ids, "sampling_params": params, "return_logprob": True} for ids in asked]
     started = time.perf_counter()
@@ -50,7 +50,7 @@ async def generate(connections: list[Connection], asked: list[list[int]]) -> tup
 
 
 async def measure(url: str, batches: list[int], repeats: int) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Tokens per second by batch, and the answers of the last round of the last batch."""
+    """Return the tokens per second by batch, and the answers of the last round of the last batch."""
     connections = [Connection(url) for _ in range(max(batches))]
     rates: dict[str, int] = {}
     answers: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def main() -> None:
         shared = {"max_running_requests": SLOTS, "context_length": 128}
 
         def serve(server: GenerationServer) -> list[dict[str, Any]]:
-            """Measures; the answers of the last round."""
+            """Measure a server. Return the answers of the last round."""
             started = time.perf_counter()
             server.wait_ready(300)
             ready = time.perf_counter() - started

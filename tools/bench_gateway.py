@@ -1,4 +1,5 @@
-"""The gateway of agents beside the bare pool of servers, on the same single-turn requests; and what it holds in memory.
+"""Compare the gateway of agents with the bare pool of servers, on the same single-turn requests, and measure its
+memory.
 
     python tools/bench_gateway.py MODEL [--requests 400] [--tokens 64] [--at-once 64] [--rounds 5] [--trajectories 500]
         [--equal]
@@ -42,7 +43,7 @@ TURNS = 20
 
 
 class Bench:
-    """A pool, and a gateway on it."""
+    """Holds a pool, and a gateway on it."""
 
     def __init__(self, model: Path, pool: ServerPool, tokens: int, is_equal: bool) -> None:
         architecture = load_architecture(model)
@@ -55,34 +56,35 @@ class Bench:
         self.number, self.is_equal = 0, is_equal
 
     def begin(self) -> Opened:
-        """A trajectory of its own for each request."""
+        """Open a trajectory of its own for each request."""
         self.number += 1
         limits = Limits(sequence_tokens=CONTEXT, policy_tokens=CONTEXT, turns=1000)
         seat = Seat(seed=1, prompt_id=self.number, sample_index=0)
         return self.gateway.open(Trajectory(seat, limits, self.policy, self.chat))
 
     def limit(self, number: int) -> int:
-        """Tokens that a request may have: every length in the range comes equally often, in a scattered order."""
+        """Return the tokens that a request may have. Every length in the range comes equally often, in a scattered
+        order."""
         if self.is_equal:
             return self.tokens
         least, most = self.tokens // 4, 7 * self.tokens // 4
         return least + number * 37 % (most - least + 1)
 
     async def bare(self, number: int) -> int:
-        """One request to the pool, rendered as the gateway renders it; the tokens that came."""
+        """Send one request to the pool, rendered as the gateway renders it. Return the number of tokens that came."""
         ids = render_prompt(self.tokenizer, f"{number} + {number}?")
         wanted = SampleRequest(input_ids=ids, seed=number, max_new_tokens=self.limit(number))
         return len((await self.pool.generate(wanted, 1.0)).output_ids)
 
     async def asked(self, number: int) -> int:
-        """The same by way of the gateway."""
+        """Send the same request through the gateway."""
         opened = self.begin()
         await Model(opened.base_url, opened.key).chat(f"{number} + {number}?", max_tokens=self.limit(number))
         self.gateway.shut(opened)
         return opened.trajectory.recording.num_policy_tokens
 
     async def rate(self, ask: object, count: int, at_once: int) -> float:
-        """Tokens/s of so many requests."""
+        """Return the tokens/s of so many requests."""
         room = asyncio.Semaphore(at_once)
 
         async def one(number: int) -> int:
@@ -94,7 +96,7 @@ class Bench:
         return sum(found) / (time.perf_counter() - started)
 
     async def held(self, count: int) -> int:
-        """Bytes that so many open trajectories of many turns take."""
+        """Return the bytes that so many open trajectories of many turns take."""
         opened = [self.begin() for _ in range(count)]
         before = psutil.Process().memory_info().rss
 

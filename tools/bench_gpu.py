@@ -1,4 +1,4 @@
-"""Training speed of the Ling-lite geometry on one GPU, as one JSON object.
+"""Measure the training speed of the Ling-lite geometry on one GPU, as one JSON object.
 
     python tools/bench_gpu.py [--layers N] [--lengths 2048,4096,8192,16384,24576] [--smoke]
 
@@ -74,7 +74,8 @@ from megatron_rl.train.step.trainer import Trainer  # noqa: E402
 
 SHAPE = ROOT / "examples/ring_lite/ling_lite_1_5/config.json"
 ALONE = Layout(world_size=1)
-# Of the device's memory, what is planned with: the rest is for the CUDA context, libraries and the allocator's gaps.
+# The share of the device's memory that plans may use: the rest is for the CUDA context, libraries and the allocator's
+# gaps.
 SHARE = 0.9
 CHILD_SECONDS = 180
 CHOICES = ("experts", "attention", "expert_weight_gradient")
@@ -89,7 +90,7 @@ def tell(text: str) -> None:
 
 
 class WithoutHead:
-    """In the head's place: the mean of each hidden state, which costs next to nothing.
+    """Takes the head's place: it returns the mean of each hidden state, which costs next to nothing.
 
     The head's weight takes no part. Megatron would wait for its gradient only if it reduced gradients beside the
     backward pass, which one rank does not.
@@ -101,7 +102,7 @@ class WithoutHead:
 
 
 class Bench:
-    """One model on this device, and how fast it trains."""
+    """Holds one model on this device, and measures how fast it trains."""
 
     def __init__(self, architecture: Architecture, config: SftConfig, control: Any, rounds: int) -> None:
         self.architecture, self._rounds = architecture, rounds
@@ -113,7 +114,7 @@ class Bench:
         self._objective = PolicyObjective(AlgorithmSection())
 
     def micro_batch(self, lengths: list[int]) -> MicroBatch:
-        """Random tokens; all but the first of each sequence carry loss."""
+        """Make a micro-batch of random tokens. All but the first of each sequence carry loss."""
         rng = np.random.default_rng(0)
         return self.trainer.micro_batch(
             [
@@ -130,18 +131,19 @@ class Bench:
         )
 
     def step(self, batch: MicroBatch, count: int) -> None:
-        """An optimizer step over the micro-batch, `count` times."""
+        """Run an optimizer step over the micro-batch `count` times."""
         result = self.trainer.train_step([batch] * count, self._objective, float(count * len(batch.targets)))
         assert not result.skipped, "a loss or gradient was not finite"
         device.synchronize()
 
     def seconds(self, batch: MicroBatch, many: int) -> tuple[float, float]:
-        """Of one micro-batch, and of a step besides."""
+        """Return the seconds of one micro-batch, and those that a step takes besides."""
         return pace(lambda count: self.step(batch, count), many, self._rounds)
 
     @contextlib.contextmanager
     def recomputing(self, how: str) -> Any:
-        """As if the model had been built with `model.recompute` none or full: its layers read it in every pass."""
+        """Run the model as if it had been built with `model.recompute` none or full: its layers read that in every
+        pass."""
         config = self.trainer.model.config
         names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
         before = [getattr(config, name) for name in names]
@@ -159,7 +161,7 @@ class Bench:
         self.trainer.model = whole
 
     def parts(self, batch: MicroBatch, count: int) -> dict[str, float]:
-        """Seconds of a step of `count` micro-batches by part."""
+        """Return the seconds of a step of `count` micro-batches by part."""
         whole = median_seconds(lambda: self.step(batch, count), self._rounds)
         trainer, model = self.trainer, self.trainer.model
         marks = mark_modules((m, part) for gpt in model.gpts for n, m in gpt.named_modules() if (part := part_of(n, m)))
@@ -181,7 +183,8 @@ class Bench:
 
 
 def part_of(name: str, module: torch.nn.Module) -> str | None:
-    """Of a module of megatron's GPTModel, by its name; None for what lies inside or around a part."""
+    """Return the part that a module of megatron's GPTModel is, by its name; None for what lies inside or around a
+    part."""
     last = name.rpartition(".")[2]
     parts = {"self_attention": "attention", "experts": "experts", "shared_experts": "shared_experts"}
     if last == "mlp":
@@ -192,7 +195,8 @@ def part_of(name: str, module: torch.nn.Module) -> str | None:
 
 
 def run_config(arguments: argparse.Namespace, num_tokens: int, **model: Any) -> SftConfig:
-    """A run with micro-batches of `num_tokens`; model: further keys of its section, before those of `--model`."""
+    """Return the configuration of a run with micro-batches of `num_tokens`. model: further keys of its section, before
+    those of `--model`."""
     of_all = dict(arguments.model) | model
     return SftConfig.model_validate(
         {
@@ -260,7 +264,7 @@ def measure_training(
 
 
 def plain_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula with autograd, all logits in one piece, in fp32 from the logarithm on."""
+    """Compute the formula with autograd, all logits in one piece, in fp32 from the logarithm on."""
     logp = (hidden @ weight.T).float().log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
@@ -304,8 +308,8 @@ def measure_heads(architecture: Architecture, num_tokens: int, rounds: int) -> d
 
 
 def measured_by_child(*asked: str) -> dict[str, Any]:
-    """What a process of its own prints: megatron's gradient hooks keep a model in memory for as long as one lives. What
-    cannot be had says why."""
+    """Return what a process of its own prints: megatron's gradient hooks keep a model in memory as long as a process
+    lives. What cannot be measured says why."""
     command = [sys.executable, __file__, *sys.argv[1:], *asked]
     try:
         done = subprocess.run(
@@ -325,7 +329,7 @@ def measured_by_child(*asked: str) -> dict[str, Any]:
 
 
 def measure_choices(keys: list[str]) -> dict[str, Any]:
-    """Seconds of a micro-batch by key and value of the model's section."""
+    """Return the seconds of a micro-batch by key and value of the model's section."""
     found: dict[str, Any] = {}
     for key in keys:
         for value in get_args(ModelSection.model_fields[key].annotation):
@@ -336,7 +340,7 @@ def measure_choices(keys: list[str]) -> dict[str, Any]:
 
 
 def measure_choice(architecture: Architecture, arguments: argparse.Namespace) -> dict[str, float]:
-    """A child's work: a model of two layers without head."""
+    """Measure, as a child, a model of two layers without head."""
     key, value = arguments.choice
     config = run_config(arguments, arguments.tokens, **{key: value})
     bench = Bench(architecture.model_copy(update={"num_hidden_layers": 2}), config, join(), arguments.rounds)
@@ -347,7 +351,7 @@ def measure_choice(architecture: Architecture, arguments: argparse.Namespace) ->
 
 
 def measure_reference(architecture: Architecture, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A child's work: transformers' class of `architecture`'s layers."""
+    """Measure, as a child, transformers' class of `architecture`'s layers."""
     lengths = micro_batch_lengths(arguments.tokens, arguments.tokens)
     reference = Reference(architecture, lengths, device.torch_device())
     each, besides = pace(reference.step, arguments.micro_batches, arguments.rounds)
@@ -362,7 +366,7 @@ def measure_reference(architecture: Architecture, arguments: argparse.Namespace)
 
 
 def join() -> Any:
-    """A world of this process alone; its gloo group."""
+    """Make a world of this process alone, and return its gloo group."""
     initialize_parallel(ALONE, 600.0, seed=1)
     return dist.new_group(backend="gloo")
 
@@ -390,7 +394,7 @@ def measure_export(bench: Bench, max_bytes: int, rounds: int) -> dict[str, Any]:
 
 
 def matmul_flops(size: int, rounds: int) -> float:
-    """FLOP/s of a product of two random size x size matrices in bf16, ten at a time."""
+    """Return the FLOP/s of a product of two random size x size matrices in bf16, ten at a time."""
     a, b = (torch.randn(size, size, device=device.torch_device(), dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -408,7 +412,7 @@ def commit() -> str:
 
 
 def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Into `found`, one after the other: what was measured before an error is not lost."""
+    """Measure into `found`, one after the other, so that what was measured before an error is not lost."""
     shape = read_architecture(SHAPE)
     if arguments.smoke:
         shape = shape.model_copy(update=SMOKE)

@@ -1,4 +1,4 @@
-"""What rank 0's processor does in a step of the paper's run, part by part, and what all GPUs would wait for it.
+"""Measure what rank 0's processor does in a step of the paper's run, part by part, and what all GPUs would wait for it.
 
     python tools/bench_host.py [--sizes 1/64 1/32 1/16 1/8] [--router-replay] [--output OUT.json] [--rates HOST.toml]
 
@@ -73,7 +73,7 @@ _REST_SECONDS, _REST_SHARE = 0.3, 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One phase to measure. num_tokens: of each response. phase_seconds: over which replies come."""
+    """Describes one phase to measure. num_tokens: of each response. phase_seconds: the time over which replies come."""
 
     gpus: int
     num_servers: int
@@ -88,7 +88,8 @@ class Point:
 
 
 class Clock:
-    """Seconds of processor by part, of whichever thread; what is called inside of another part counts for that."""
+    """Counts the processor's seconds by part, of whichever thread. What is called inside of another part counts for
+    that."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -116,7 +117,8 @@ class Clock:
 
 
 def named(module: str, name: str) -> tuple[Any, str, Any]:
-    """What holds it, its own name, and itself. SystemExit when there is no such name any more."""
+    """Find a function: return what holds it, its own name, and itself. SystemExit when there is no such name any
+    more."""
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
     try:
@@ -128,7 +130,7 @@ def named(module: str, name: str) -> tuple[Any, str, Any]:
 
 
 def install(clock: Clock) -> None:
-    """Have the package's own functions timed, in this process."""
+    """Let the package's own functions be timed, in this process."""
     for module, name, part in TIMED:
         owner, last, function = named(module, name)
         setattr(owner, last, clock.timed(part, function))
@@ -140,7 +142,7 @@ def install(clock: Clock) -> None:
 
 
 def write_model(model: Path) -> None:
-    """A model directory without weights: Ling-lite's shape, and as many words as it has tokens."""
+    """Write a model directory without weights: Ling-lite's shape, and as many words as it has tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     model.mkdir()
@@ -159,7 +161,7 @@ def write_model(model: Path) -> None:
 
 
 def write_rows(folder: Path, point: Point) -> None:
-    """Prompts of one length."""
+    """Write prompts of one length."""
     rows = (
         {"id": str(i), "domain": "math", "prompt": f"{i:08d}".ljust(PROMPT_TOKENS, "x"), "answer": "1"}
         for i in range(point.num_prompts)
@@ -168,7 +170,7 @@ def write_rows(folder: Path, point: Point) -> None:
 
 
 def config_of(point: Point, folder: Path, model: Path, urls: Sequence[str]) -> RlConfig:
-    """The paper's configuration at this size, with answers that cost nothing to judge."""
+    """Return the paper's configuration at this size, with answers that cost nothing to judge."""
     return load_config(
         RlConfig,
         PAPER,
@@ -197,7 +199,7 @@ def replies_of(point: Point) -> Replies:
 
 
 def measured(point: Point, model: Path) -> dict[str, Any]:
-    """One step of rank 0 at this size."""
+    """Measure one step of rank 0 at this size."""
     end_with_owner()
     with (
         tempfile.TemporaryDirectory() as name,
@@ -237,7 +239,7 @@ def rank_zero(config: RlConfig, point: Point, urls: Sequence[str], funnel: Any) 
             schedule, _ = collector.collect(0)
         collected = time.process_time(), time.thread_time(), time.monotonic()
         memory |= {"rollout": phase.peak, "plan": peak_bytes()}
-        # Behind what is written beside training, so that one is not taken for the other.
+        # Wait for what is written beside training, so that one is not taken for the other.
         collector.files.settle()
         at_rest, sending = time.process_time(), (time.process_time(), time.monotonic())
         commands.send_work(schedule.plan, schedule.samples, layout, None)
@@ -275,7 +277,7 @@ class Watch:
         self._beats: list[tuple[float, float]] = []  # of the clock and of this process's processor
 
     def processor_at(self, moment: float) -> float:
-        """Seconds of processor that this process had had at a moment of the clock in the phase."""
+        """Return the processor's seconds that this process had used at a moment of the clock in the phase."""
         return float(np.interp(moment, *np.array(self._beats).T))
 
     @contextlib.contextmanager
@@ -300,7 +302,8 @@ class Watch:
             self._over.set()
 
     async def _pulse(self) -> None:
-        """The longest stretch that the loop gave to others, in seconds of its thread's processor and of the clock."""
+        """Record the longest stretch that the loop gave to others, in seconds of its thread's processor and of the
+        clock."""
         while not self._over.is_set():
             processor, clock = time.thread_time(), time.monotonic()
             self._beats.append((clock, time.process_time()))
@@ -310,7 +313,7 @@ class Watch:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had since the last call."""
+    """Return the most memory that this process has had since the last call."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     with contextlib.suppress(OSError):  # forbidden in some containers: then it is the most so far
@@ -322,13 +325,14 @@ def peak_bytes() -> int:
 
 
 def law(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(a, b) of seconds = a size^b, the line of least squares through the logarithms."""
+    """Return (a, b) of seconds = a size^b, the line of least squares through the logarithms."""
     slope, level = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return float(np.exp(level)), float(slope)
 
 
 def host_rates(points: Sequence[dict[str, Any]]) -> dict[str, HostPart]:
-    """Seconds of a token and of a response of each part: least squares of relative errors, without negative terms."""
+    """Fit the seconds of a token and of a response of each part: least squares of relative errors, without negative
+    terms."""
     kinds: Any = {FILES_BESIDE: "beside", **dict.fromkeys((FILES, SEND, "schedule", "phase_metrics"), "between")}
     names = dict.fromkeys(name for point in points for name in point["parts"])
     rates = {}
@@ -347,7 +351,8 @@ def host_rates(points: Sequence[dict[str, Any]]) -> dict[str, HostPart]:
 
 
 def predicted(gpus: int, host: dict[str, HostPart]) -> dict[str, Any]:
-    """The simulator's step of the paper's run on so many GPUs, prompts and budget in proportion, with these parts."""
+    """Return the simulator's step of the paper's run on so many GPUs, prompts and budget in proportion, with these
+    parts."""
     from megatron_rl.plan.shape import shape_of
     from megatron_rl.simulation.forecast import forecast
     from megatron_rl.simulation.workload import assumed
@@ -361,12 +366,13 @@ def predicted(gpus: int, host: dict[str, HostPart]) -> dict[str, Any]:
 
 
 def lines_of(sizes: Sequence[float], peaks: Sequence[dict[str, int]]) -> dict[str, np.ndarray]:
-    """By part, the line of least squares through sizes and peaks of memory, which have a part that does not grow."""
+    """Fit, by part, the line of least squares through sizes and peaks of memory, which have a part that does not
+    grow."""
     return {name: np.polyfit(sizes, [peak[name] for peak in peaks], 1) for name in peaks[0]}
 
 
 def summary(points: Sequence[dict[str, Any]], host: dict[str, HostPart]) -> dict[str, Any]:
-    """By part: microseconds of a token, law, and seconds at each number of GPUs; and what all GPUs wait for."""
+    """Sum up by part: microseconds of a token, law, and seconds at each number of GPUs. Add what all GPUs wait for."""
     whole = [point for point in points if point["num_tokens"] == TOKENS]
     sizes = [point["gpus"] / GPUS for point in whole]
     parts = {}
@@ -400,7 +406,7 @@ def summary(points: Sequence[dict[str, Any]], host: dict[str, HostPart]) -> dict
 
 
 def table(told: dict[str, Any]) -> str:
-    """Markdown of what the summary says."""
+    """Write the summary as Markdown."""
     heads = " | ".join(f"{gpus} GPUs, s" for gpus in SHOWN_GPUS)
     lines = [f"| part | when | us per token | law | {heads} | of the step |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     # The step that GPUs would take if rank 0 took no time.
@@ -427,7 +433,7 @@ def table(told: dict[str, Any]) -> str:
 
 
 def points_of(arguments: argparse.Namespace) -> list[Point]:
-    """The sizes, and the smallest once more with short responses."""
+    """List the points to measure: the sizes, and the smallest once more with short responses."""
     found = []
     for size in sorted(arguments.sizes):
         if size * SERVERS < 1:

@@ -1,4 +1,4 @@
-"""Peak extra memory and time of the fused head against the plain one, at growing token counts, as one JSON object.
+"""Measure peak extra memory and time of the fused head and the plain one, at growing token counts, as one JSON object.
 
     python tools/bench_logprob.py [--tokens 1024,2048,4096,8192] [--vocab 126464] [--hidden 512] [--threads 2]
 
@@ -55,7 +55,7 @@ HEADS = {"fused": fused_head, "plain": plain_head}
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """Return VmRSS or VmHWM of this process."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -63,7 +63,7 @@ def resident_bytes(field: str) -> int:
 
 
 def measure(name: str, num_tokens: int, arguments: argparse.Namespace) -> dict:
-    """One child's work."""
+    """Measure one case, as a child's work."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, arguments.hidden, requires_grad=True)
@@ -121,7 +121,8 @@ def largest_difference(found: Path, expected: Path) -> float:
 
 
 def slope(row: dict[int, dict]) -> float | None:
-    """Of the logarithm of extra memory against the logarithm of tokens: 1 grows with the tokens, 0 does not."""
+    """Return the slope of the logarithm of extra memory against the logarithm of tokens. At 1 it grows with the tokens,
+    at 0 it does not."""
     if len(row) < 2:
         return None
     extra = [result["extra_mb"] for result in row.values()]

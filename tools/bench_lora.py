@@ -1,4 +1,5 @@
-"""What training takes with adapters and with all weights, and what bfloat16 takes of the adapters' update, as JSON.
+"""Measure what training takes with adapters and with all weights, and what bfloat16 takes of the adapters' update, as
+JSON.
 
     python tools/bench_lora.py MODEL [--ranks 8 32] [--rates 1e-5 1e-4 1e-3] [--tokens 512] [--length 256] [--layers N]
 
@@ -112,7 +113,7 @@ class Bench:
         return self.trainer.logprobs([self.batch])[0].clone()
 
     def merged_logprobs(self) -> Tensor:
-        """Compute them with the weights that servers get, by the trainer's kernels."""
+        """Compute the log-probs with the weights that servers get, by the trainer's kernels."""
         layers = adapted_layers(self.trainer.model.chunks)
         with torch.no_grad(), base_only(self.trainer.model.chunks):
             kept = [layer.weight.detach().clone() for layer in layers]

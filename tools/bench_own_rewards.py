@@ -1,4 +1,4 @@
-"""Reward functions of the user's own beside a bare process pool, on the same chunks of a trivial function.
+"""Compare reward functions of the user's own with a bare process pool, on the same chunks of a trivial function.
 
     python tools/bench_own_rewards.py [--groups 400] [--size 16] [--workers 2] [--rounds 5]
 
@@ -34,17 +34,17 @@ Task = tuple[Prompt, list[Attempt]]
 
 
 def trivial(response: str, answer: str) -> float:
-    """The function that both call."""
+    """Return 1 if the response has the answer in it; both sides call this function."""
     return float(answer in response)
 
 
 def chunk(texts: list[str], answer: str) -> list[float]:
-    """What the bare pool runs."""
+    """Score a chunk, as the bare pool does."""
     return [trivial(text, answer) for text in texts]
 
 
 def ours(rewards: Rewards, tasks: Sequence[Task]) -> tuple[float, float]:
-    """As `timed`."""
+    """Time our rewards, as `timed` does."""
 
     async def all_of() -> None:
         for found in await asyncio.gather(*(rewards.verdicts(*task) for task in tasks)):
@@ -54,7 +54,7 @@ def ours(rewards: Rewards, tasks: Sequence[Task]) -> tuple[float, float]:
 
 
 def bare(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> tuple[float, float]:
-    """As `timed`."""
+    """Time the bare pool, as `timed` does."""
 
     def all_of() -> None:
         futures = [pool.submit(chunk, [one.text for one in attempts], task.answer) for task, attempts in tasks]
@@ -64,7 +64,7 @@ def bare(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> tuple[float, float
 
 
 def timed(work: Callable[[], object], tasks: Sequence[Task]) -> tuple[float, float]:
-    """Seconds by the clock and of CPU for a response."""
+    """Return the seconds for a response, by the clock and of CPU."""
     started, used = time.perf_counter(), cpu_seconds()
     work()
     count = sum(len(attempts) for _, attempts in tasks)
@@ -72,7 +72,7 @@ def timed(work: Callable[[], object], tasks: Sequence[Task]) -> tuple[float, flo
 
 
 def cpu_seconds() -> float:
-    """Of this process and all below it."""
+    """Return the CPU seconds of this process and all below it."""
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
     return sum(one.user + one.system for one in times)

@@ -1,5 +1,5 @@
-"""Transformers' own mixture-of-experts class at a BailingMoE's shape, trained by torch's AdamW: what a training loop of
-forty lines reaches, for tools/bench_gpu.py to compare with."""
+"""This module trains transformers' own mixture-of-experts class at a BailingMoE's shape by torch's AdamW. It shows what
+a training loop of forty lines reaches, for tools/bench_gpu.py to compare with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,10 @@ from megatron_rl.families import Architecture
 
 
 def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
-    """The shape of a BailingMoE. Beyond it, Qwen2Moe has a gate of its shared experts, of hidden_size weights a layer.
+    """Return the configuration with the shape of a BailingMoE. Beyond it, Qwen2Moe has a gate of its shared experts, of
+    hidden_size weights a layer.
 
-    ValueError for a shape that it has not: a normalised head, or layers without shared experts.
+    ValueError for a shape that it does not have: a normalised head, or layers without shared experts.
     """
     if architecture.norm_head or not architecture.shared_intermediate_size:
         raise ValueError(
@@ -45,7 +46,7 @@ def reference_config(architecture: Architecture) -> Qwen2MoeConfig:
 
 
 def ratios(ours: Mapping[str, Any], reference: Mapping[str, Any], micro_batches: int) -> dict[str, dict[str, float]]:
-    """Tokens/s of ours over the reference's at the same tokens, of a micro-batch and of a step with its optimizer.
+    """Return our tokens/s over the reference's at the same tokens, of a micro-batch and of a step with its optimizer.
     Empty where one of them has no `seconds`."""
     if "seconds" not in ours or "seconds" not in reference:
         return {}
@@ -55,7 +56,8 @@ def ratios(ours: Mapping[str, Any], reference: Mapping[str, Any], micro_batches:
 
 
 class Reference:
-    """The model in bf16, its fastest experts and attention that need no further package, and AdamW on its bf16 weights.
+    """Holds the model in bf16, its fastest experts and attention that need no further package, and AdamW on its bf16
+    weights.
 
     That is less work than ours has, which adds gradients up in fp32 and keeps fp32 weights besides. `lengths` are those
     of a micro-batch's sequences, all the same.
@@ -75,7 +77,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def step(self, count: int) -> float:
-        """An optimizer step over the micro-batch, `count` times; the mean loss, for which the host waits."""
+        """Run an optimizer step over the micro-batch `count` times. Return the mean loss, for which the host waits."""
         total = torch.zeros([], device=self._tokens.device)
         for _ in range(count):
             loss = self.model(input_ids=self._tokens, labels=self._tokens).loss / count

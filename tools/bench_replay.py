@@ -1,4 +1,4 @@
-"""What router replay does to the gap between the sampler's and the trainer's log-probs, on the same responses.
+"""Measure what router replay does to the gap between the sampler's and the trainer's log-probs, on the same responses.
 
     python tools/bench_replay.py [--dtype bfloat16] [--layers 6] [--experts 16] [--topk 4] [--seed 0] [--sglang ...]
 
@@ -45,7 +45,7 @@ PROMPT_TOKENS = 16
 
 
 def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> list[list[Completion]]:
-    """By prompt, from a server of its own."""
+    """Sample responses by prompt, from a server of its own."""
     rollout = RolloutSection(
         engine="embedded" if arguments.sglang is None else "sglang",
         sglang_arguments=(arguments.sglang or "").split(),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A report of a long made-up run: how long it takes to write, how large it is, and when Chromium shows it. Prints JSON.
+"""Measure a report of a long made-up run: how long it takes to write, how large it is, when Chromium shows it, as JSON.
 
     python tools/bench_report.py [--steps 10000] [--rounds 5]
 

@@ -1,4 +1,5 @@
-"""The math and stem rewards beside math-verify on labelled pairs: false positives and negatives, pairs per second.
+"""Compare the math and stem rewards with math-verify on labelled pairs: false positives and negatives, pairs per
+second.
 
     python tools/bench_rewards.py [PAIRS ...] [--unseen PAIRS ...] [--workers 1] [--deadline 3] [--examples 20]
 
@@ -54,7 +55,8 @@ MATH_VERIFY = RewardKind(
 
 
 def boxed(answer: str) -> str:
-    """In a box, unless it has one; without the delimiters of a formula, which have no place in a box."""
+    """Put an answer in a box, unless it has one. The delimiters of a formula, which have no place in a box, are left
+    out."""
     if _BOX.search(answer):
         return answer
     delimited = _DELIMITED.fullmatch(answer)
@@ -62,7 +64,7 @@ def boxed(answer: str) -> str:
 
 
 def response(row: Row, is_text: bool) -> str:
-    """What both judges read: the prediction in a box. Empty where there is none."""
+    """Return what both judges read: the prediction in a box; empty where there is none."""
     pred = row["pred"]
     if pred is None:
         return ""
@@ -70,7 +72,7 @@ def response(row: Row, is_text: bool) -> str:
 
 
 def gold_of(row: Row) -> str:
-    """A list of answers stays JSON, as data sets have it."""
+    """Return the gold answer. A list of answers stays JSON, as data sets have it."""
     gold = row["gold"]
     return gold if isinstance(gold, str) else json.dumps(gold)
 
@@ -83,7 +85,7 @@ def kind_of(row: Row) -> str:
 def judged(
     rows: Sequence[Row], reward: str, judge: RewardKind | None, is_text: bool, args: argparse.Namespace
 ) -> tuple[list[Verdict], float]:
-    """Verdicts, and seconds for all of them once the workers are warm."""
+    """Return the verdicts, and the seconds for all of them once the workers are warm."""
     with RewardPool(reward, workers=args.workers, timeout_seconds=args.deadline, judge=judge) as pool:
         pool.score([("\\boxed{\\sqrt{x}}", "\\sqrt{y}")] * 4 * args.workers)
         started = time.perf_counter()
@@ -112,7 +114,7 @@ def speed(verdicts: Sequence[Verdict], seconds: float, workers: int) -> Row:
 
 
 def compared(path: Path, in_sample: bool | None, args: argparse.Namespace) -> Row:
-    """One file. in_sample: None where nobody said."""
+    """Compare the judges on one file. in_sample: None where nobody said."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     is_text = IN_SAMPLE.get(path.name, False)

@@ -1,4 +1,4 @@
-"""What the sampler costs, and what C3PO++ saves, as JSON.
+"""Measure what the sampler costs, and what C3PO++ saves, as JSON.
 
     python tools/bench_rollout.py [--groups 48] [--phases 6] [--lengths FILE]
 
@@ -80,7 +80,7 @@ class Traced(ServerPool):
 
 
 class Simulated:
-    """In place of a pool: `SLOTS` responses at once, first come first served, one token each per step."""
+    """Takes the place of a pool: `SLOTS` responses at once, first come first served, one token each per step."""
 
     STEP_SECONDS = 0.004
 
@@ -122,7 +122,7 @@ class Simulated:
 
 
 async def bare(url: str, questions: Sequence[Question], tokens: int, connections: list[Connection]) -> float:
-    """Tokens per second of the simplest client."""
+    """Return the tokens per second of the simplest client."""
 
     async def one(question: Question, connection: Connection) -> int:
         params = {"max_new_tokens": tokens, "temperature": 1.0}
@@ -163,7 +163,7 @@ async def bench_sampler(pool: ServerPool, url: str, key: str, num_groups: int, r
 
 
 async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each rollout phase under one budget per step; surplus goes to the next, as in a run."""
+    """Return the seconds of each rollout phase under one budget per step; surplus goes to the next, as in a run."""
     cursor, surplus, per_prompt = 0, 0, PromptYield()
     unfinished: Sequence[UnfinishedGroup] = []
     seconds, lengths, purged = [], [], 0
@@ -240,7 +240,7 @@ async def bench(arguments: argparse.Namespace, model: Path, folder: Path) -> dic
 
 
 def lognormal() -> np.ndarray:
-    """Median and spread of the lengths of DeepSeek-R1's answers in ServeGen's trace."""
+    """Draw lengths with the median and spread of the lengths of DeepSeek-R1's answers in ServeGen's trace."""
     return np.exp(np.random.default_rng(0).normal(np.log(792), 1.14, 100_000))
 
 

@@ -1,4 +1,4 @@
-"""Code rewards on real tasks: verdicts of right and wrong solutions, items/s, and what a sandbox costs.
+"""Measure code rewards on real tasks: verdicts of right and wrong solutions, items/s, and what a sandbox costs.
 
     python tools/bench_sandbox.py DATA [--workers 2] [--humaneval FILE] [--mbpp FILE] [--taco FILE]
 
@@ -41,7 +41,7 @@ def solutions(path: Path | None, code: str) -> dict[str, str]:
 def items(
     rows: list[dict[str, Any]], humaneval: dict[str, str], mbpp: dict[str, str], taco: dict[str, str]
 ) -> dict[str, list[list[Item]]]:
-    """By kind: right items and wrong items."""
+    """Return, by kind, right items and wrong items."""
     kinds = ("humaneval", "asserts", "stdin_stdout", "stdin_references")
     found: dict[str, list[list[Item]]] = {kind: [[], []] for kind in kinds}
     for row in rows:
@@ -90,7 +90,7 @@ def measure(pool: ProcessPoolExecutor, batch: list[Item], expected: str) -> dict
 
 
 def latency(runs: int) -> dict[str, float]:
-    """Median ms of `print(1)` by the same interpreter with and without the sandbox."""
+    """Return the median ms of `print(1)` by the same interpreter with and without the sandbox."""
     box = Sandbox()
     plain = [box.python, "-I", "-S", "-c", "print(1)"]
     work: dict[str, Callable[[], object]] = {

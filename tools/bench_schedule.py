@@ -1,4 +1,4 @@
-"""Cost of planned micro-batches against a proven lower bound, on recorded response lengths.
+"""Compare the cost of planned micro-batches with a proven lower bound, on recorded response lengths.
 
     python tools/bench_schedule.py LENGTHS [--seeds 20]
 
@@ -30,7 +30,7 @@ CASES = ((4096, 8), (8192, 256))
 
 
 def longest_first(lengths: Sequence[int], num_ranks: int, token_cap: int, cost: CostModel) -> MicroBatches:
-    """Each sequence, longest first, into the cheapest bin with room; bins of like cost share a micro-batch."""
+    """Put each sequence, longest first, into the cheapest bin with room; bins of like cost share a micro-batch."""
     count = max(1, -(-sum(lengths) // (token_cap * num_ranks)))
     while True:
         heap: list[tuple[float, int, int, tuple[int, ...]]] = [(0.0, b, 0, ()) for b in range(count * num_ranks)]

@@ -1,4 +1,4 @@
-"""Seconds and tokens per second of whole training steps, at the size that a user of TRL would run on a CPU.
+"""Measure seconds and tokens per second of whole training steps, at the size that a user of TRL would run on a CPU.
 
     python tools/bench_step.py [--steps 12] [--trl-python VENV/bin/python --trl-script trl_baseline.py]
 
@@ -54,7 +54,7 @@ MEASURED = (
 
 
 def measure(steps: int, folder: Path, nproc: int) -> dict[str, float]:
-    """Medians of a real `megatron-rl train` run."""
+    """Return the medians of a real `megatron-rl train` run."""
     python = [sys.executable]
     subprocess.run(
         [*python, ROOT / "tools/make_tiny_model.py", folder / "model", "--vocab-size", "512"],

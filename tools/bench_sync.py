@@ -1,4 +1,4 @@
-"""How fast weights get from a trainer to a server, as JSON.
+"""Measure how fast weights get from a trainer to a server, as JSON.
 
     python tools/bench_sync.py [--bucket-mb 64] [--repeats 4]
 
@@ -67,7 +67,7 @@ SHAPE = {
 
 
 def receive_broadcasts(address: str, port: int, sizes: list[int], repeats: int) -> None:
-    """The other end of the raw broadcast."""
+    """Receive the raw broadcast, as its other end."""
     group = update_group.join(address, port, 1, 2, "raw", "gloo", 120.0)
     buffer = torch.empty(max(sizes), dtype=torch.uint8)
     for _ in range(repeats):
@@ -77,7 +77,7 @@ def receive_broadcasts(address: str, port: int, sizes: list[int], repeats: int) 
 
 
 def raw_broadcast(sizes: list[int], repeats: int) -> float:
-    """Seconds of one round."""
+    """Return the seconds of one round."""
     store = host_store("127.0.0.1", 2, 60.0)
     arguments = [str(Path(__file__)), "--receive", json.dumps([store.port, sizes, repeats])]
     process = subprocess.Popen([sys.executable, *arguments])
@@ -105,7 +105,7 @@ def memcpy(num_bytes: int, repeats: int) -> float:
 
 
 class BareReceiver(Receiver):
-    """The routes of a weight update, without a model behind them, and with one buffer for all."""
+    """Serves the routes of a weight update, without a model behind them, and with one buffer for all."""
 
     buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -117,7 +117,7 @@ class BareReceiver(Receiver):
 
 
 class Peak:
-    """The most memory that this process had inside the block, above what it had before, in bytes."""
+    """Measures the most memory that this process had inside the block, above what it had before, in bytes."""
 
     def __enter__(self) -> "Peak":
         self._process, self._over = psutil.Process(), threading.Event()
@@ -136,7 +136,8 @@ class Peak:
 
 
 def timed(make: Callable[[], Transport], receivers: Receivers, first: int, repeats: int) -> dict[str, Any]:
-    """make: the transport. first: version of the first push, which makes what is kept and is not counted."""
+    """Time pushes. make: makes the transport. first: version of the first push, which makes what is kept and is not
+    counted."""
     times = []
     with Peak() as peak:
         transport = make()
@@ -168,8 +169,8 @@ def main() -> None:
     if arguments.bare_receiver:
         return serve(BareReceiver)
 
-    # As one of two ranks on two cores would: threads that share a copy wait for each other while gloo and the server
-    # take the cores.
+    # The thread count is that of one of two ranks on two cores: threads that share a copy wait for each other while
+    # gloo and the server take the cores.
     torch.set_num_threads(1)
     rollout = RolloutSection(
         prompts_per_step=1,

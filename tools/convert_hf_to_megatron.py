@@ -1,4 +1,4 @@
-"""Hugging Face directory -> Megatron distributed checkpoint: `megatron-rl convert --to megatron`.
+"""Convert a Hugging Face directory to a Megatron distributed checkpoint: `megatron-rl convert --to megatron`.
 
 python tools/convert_hf_to_megatron.py SRC DST [--dtype bfloat16] [--max-shard-size 5GB] [--dry-run] [--verify]
 """

@@ -1,4 +1,5 @@
-"""Megatron distributed checkpoint, or any step of a run, -> Hugging Face directory: `megatron-rl convert --to hf`.
+"""Convert a Megatron distributed checkpoint, or any step of a run, to a Hugging Face directory: `megatron-rl convert
+--to hf`.
 
 python tools/convert_megatron_to_hf.py SRC DST [--dtype bfloat16] [--max-shard-size 5GB] [--dry-run] [--verify]
 """

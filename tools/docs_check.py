@@ -37,7 +37,7 @@ _NO_KEYS = re.compile(r".*\.(py|toml|jsonl|json|sbatch|md)|model\.(chat|complete
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A block of code; language is "" where it has none."""
+    """Holds a block of code; language is "" where it has none."""
 
     line: int
     language: str
@@ -115,7 +115,7 @@ def _paths(values: dict[str, object], prefix: str = "") -> Iterator[str]:
 
 
 def _patterns(keys: Iterable[Key]) -> list[re.Pattern[str]]:
-    """Return a pattern for each key. What is in a table by name belongs to its key."""
+    """Return a pattern for each key. The content of a table by name belongs to the table's key."""
     types = {key.path: key.type for key in keys} | {"base": "text"}
     return [
         re.compile(re.escape(path).replace("NAME", r"[^.]+") + (r"(\..+)?" if "table" in kind else ""))
@@ -143,10 +143,10 @@ def _check_key(code: str) -> Iterator[str]:
 
 
 def check_command(line: str, whole: bool = True) -> Iterator[str]:
-    """Yield what the parser of the commands says of a line; nothing of one without a command.
+    """Yield what the parser of the commands says of a line; nothing for a line without a command.
 
-    whole: that the line can be typed as it is. Else, and where it has "[" or "...", only the names of the command and
-    of its options are looked at.
+    whole: the line can be typed as it is. Else, and where it has "[" or "...", only the names of the command and of its
+    options are looked at.
     """
     line = re.sub(r"\$\([^)]*\)", "1", re.sub(r"\s#.*$", "", line))
     match = re.search(r"(?:^|[\s;(/])(?:megatron-rl|-m megatron_rl\.cli)((?:\s+[^|;&>)]+)?)", line)
@@ -218,7 +218,7 @@ def _check_link(page: Path, link: str) -> str:
 
 
 def main() -> int:
-    """Print every problem; returns 1 where there is one."""
+    """Print every problem. Return 1 where there is one."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = [problem for path in pages() for problem in check_page(path)]
     for problem in found:

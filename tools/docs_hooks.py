@@ -1,4 +1,5 @@
-"""What mkdocs is told beside mkdocs.yml: pages that are made from the code, and links to files outside of docs/."""
+"""This module tells mkdocs what mkdocs.yml does not: pages that are made from the code, and links to files outside of
+docs/."""
 
 import re
 import sys

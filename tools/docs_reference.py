@@ -68,7 +68,7 @@ def _row(cells: tuple[str, ...], files: tuple[str, ...] = ()) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text as a table has it. Angle brackets and stars outside of code would be taken for markup."""
+    """Return a text as a cell of a table. Angle brackets and stars outside of code would be taken for markup."""
     parts = text.replace("|", "\\|").replace("\n", " ").split("`")
     parts[::2] = [re.sub(r"([<>*_\[\]])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
@@ -84,7 +84,7 @@ def commands() -> str:
 
 
 class _PlainFormatter(argparse.HelpFormatter):
-    """argparse's own, at one width wherever the page is made."""
+    """Formats help as argparse's own class does, at one width wherever the page is made."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_WIDTH)

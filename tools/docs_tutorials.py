@@ -30,7 +30,7 @@ _SECONDS = 240  # for one command
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """A file that the page writes."""
+    """Holds a file that the page writes."""
 
     path: str
     text: str
@@ -38,7 +38,7 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A command and the lines that it prints; none where they are not compared."""
+    """Holds a command and the lines that it prints; none where they are not compared."""
 
     command: str
     expected: tuple[str, ...]
@@ -81,7 +81,7 @@ def matches(expected: tuple[str, ...], printed: str) -> bool:
 
 
 def run_page(page: Path, folder: Path, show: bool) -> list[str]:
-    """Run a page in a folder, up to the first command that fails. Returns what is not as the page says."""
+    """Run a page in a folder, up to the first command that fails. Return what is not as the page says."""
     for name in ("examples", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for step in steps_of(page.read_text(encoding="utf-8")):
@@ -124,7 +124,7 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run pages; returns 1 where one is not as it says."""
+    """Run pages. Return 1 where one is not as it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--show", action="store_true", help="print what commands say; compare nothing")

@@ -1,4 +1,4 @@
-"""Programs that answer the judge of code with mutated bytes: none may be called correct, or break the judge.
+"""Run programs that answer the judge of code with mutated bytes: none may be called correct, or break the judge.
 
     python tools/fuzz_judge.py [--cases 5000] [--seed 1] [--workers 2]
 
@@ -55,7 +55,7 @@ def secret(source: random.Random) -> str:
 
 
 def tests_of(kind: str, source: random.Random) -> dict[str, Any]:
-    """One test that a program passes only if it knows a secret, in one of many ways of writing tests."""
+    """Return one test that a program passes only if it knows a secret, in one of many ways of writing tests."""
     text, number = secret(source), source.getrandbits(128)
     if kind == "asserts":
         asserts = [
@@ -97,7 +97,7 @@ def tests_of(kind: str, source: random.Random) -> dict[str, Any]:
 
 
 class Own:
-    """An object of the program, as its side describes one."""
+    """Stands for an object of the program, as the program's side describes one."""
 
     def __init__(self, number: int, form: str, name: str) -> None:
         classes = [1] if name == "Stack" else []
@@ -105,7 +105,7 @@ class Own:
 
 
 def honest_lines(kind: str, source: random.Random) -> list[bytes]:
-    """Answers as programs give them: first what loads the program and names its functions, then results."""
+    """Return answers as programs give them: first what loads the program and names its functions, then results."""
     forms = ["", "", "iterator", "dataclass", "class", "exception"]
     named = {name: Own(number, "class" if name == "Stack" else "", name) for number, name in enumerate(("f", "Stack"))}
     values = [None, 0, True, True, "abc", [1, 2], (1,), {1: 2}, 1.5, [], [0], [0, "4\n", ""], 10**30, float("nan")]
@@ -141,7 +141,7 @@ def honest_lines(kind: str, source: random.Random) -> list[bytes]:
 
 
 def made_up(source: random.Random, depth: int = 0) -> Any:
-    """A tree by the format's grammar, right or not."""
+    """Return a tree by the format's grammar, right or not."""
     if depth > 4 or source.random() < 0.4:
         return source.choice([None, True, 0, -1, 3, 2**70, 1.5, "", "f", "4\n", source.choice(WORDS)])
     return [source.choice(WORDS), *(made_up(source, depth + 1) for _ in range(source.randrange(4)))]
@@ -156,7 +156,7 @@ def mutated(line: bytes, source: random.Random) -> bytes:
             [b"", source.randbytes(length), source.choice(BYTES), f'"{source.choice(WORDS)}"'.encode(), data[:length]]
         )
         data[place : place + length] = patch
-    # Without its end the judge waits for it, until the time is over; a few of these are enough.
+    # Without the end of a line the judge waits for it, until the time is over; a few of these are enough.
     return bytes(data) if data.endswith(b"\n") or source.random() < 0.02 else bytes(data) + b"\n"
 
 
@@ -177,7 +177,7 @@ def lines_of(kind: str, source: random.Random) -> list[bytes]:
 
 
 class Given:
-    """A runner that answers with given lines."""
+    """Runs nothing: it answers with given lines."""
 
     def __init__(self, lines: list[bytes]) -> None:
         self._lines = lines
@@ -188,7 +188,7 @@ class Given:
 
 
 def judge(seed: str) -> tuple[str, str, str]:
-    """(kind of test, reason, details) of the case with this seed."""
+    """Judge a case. Return (kind of test, reason, details) of the case with this seed."""
     source = random.Random(seed)
     kind = source.choice(KINDS)
     tests, lines = tests_of(kind, source), lines_of(kind, source)

@@ -1,4 +1,4 @@
-"""The requests of tools/fuzz_server.py: valid ones of every route, and what becomes of them when they are mutated."""
+"""This module makes the requests of tools/fuzz_server.py: valid ones of every route, and mutations of them."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What a valid request has to name: paths, a tensor, and a port where a trainer waits."""
+    """Holds what a valid request has to name: paths, a tensor, and a port where a trainer waits."""
 
     model: Path
     other: Path  # a copy of the model
@@ -24,7 +24,8 @@ class World:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One request as bytes. is_complete: then it must be answered. leave_after: seconds until the client hangs up."""
+    """Holds one request as bytes. is_complete: when True it must be answered. leave_after: seconds until the client
+    hangs up."""
 
     kind: str
     path: str
@@ -34,7 +35,7 @@ class Case:
 
 
 class Raw(str):
-    """JSON that is written as it stands, whatever it is."""
+    """Holds JSON that is written as it stands, whatever it is."""
 
 
 NUMBERS = [
@@ -73,7 +74,7 @@ GET_ROUTES = [
 
 
 def text_of(tree: Any) -> str:
-    """JSON of a tree in which Raw may stand."""
+    """Write the JSON of a tree in which Raw may stand."""
     if isinstance(tree, Raw):
         return str(tree)
     if isinstance(tree, dict):
@@ -176,7 +177,7 @@ BODIES: dict[str, Callable[[random.Random, World], dict[str, Any]]] = {
 
 
 def mutate(tree: Any, source: random.Random) -> Any:
-    """The tree with one place in it replaced, left out, doubled or added."""
+    """Return the tree with one place in it replaced, left out, doubled or added."""
     if isinstance(tree, dict) and tree and source.random() < 0.9:
         key = source.choice(list(tree))
         way = source.random()
@@ -196,7 +197,8 @@ def mutate(tree: Any, source: random.Random) -> Any:
 
 
 def http(path: str, body: bytes, *headers: str, method: str = "POST", length: int | None = None) -> bytes:
-    """A request as it goes over the wire. length: what it says that its body has, if that is not so."""
+    """Write a request as it goes over the wire. length: the length of its body that it claims, if that is not the real
+    one."""
     lines = [f"{method} {path} HTTP/1.1", "Host: HOST", "Content-Type: application/json", *headers]
     lines.append(f"Content-Length: {len(body) if length is None else length}")
     return "\r\n".join(lines).encode("utf-8", "surrogatepass") + b"\r\n\r\n" + body
@@ -218,7 +220,7 @@ def scrambled(content: bytes, source: random.Random) -> bytes:
 
 
 def case(seed: str, world: World) -> Case:
-    """The case of this seed."""
+    """Return the case of this seed."""
     source = random.Random(seed)
     path = "/generate" if source.random() < 0.5 else source.choice([*BODIES, *GET_ROUTES])
     if path not in BODIES:

@@ -1,4 +1,4 @@
-"""Requests of every kind to a real embedded server: none may end, freeze or starve it, or get an answer of 500.
+"""Send requests of every kind to a real embedded server: none may end, freeze or starve it, or get an answer of 500.
 
     python tools/fuzz_server.py [--requests 20000] [--seed 1] [--workers 8]
 
@@ -48,7 +48,7 @@ MEMORY_SLACK_BYTES, MEMORY_FACTOR = 64 * 2**20, 1.3
 
 
 class Server:
-    """The server under test. Pauses and sessions end soon, because nobody here takes care to end them."""
+    """Holds the server under test. Pauses and sessions end soon, because nobody here takes care to end them."""
 
     def __init__(self, folder: Path, *more: str) -> None:
         model = write_tiny_model(folder / "model", **SHAPE)
@@ -125,7 +125,7 @@ class Server:
 
 
 async def answer_of(reader: asyncio.StreamReader, has_body: bool = True) -> tuple[int, bytes]:
-    """Status and body of one answer. EOFError when there is none."""
+    """Return status and body of one answer. EOFError when there is none."""
     while True:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         status = int(head.split()[1])
@@ -185,7 +185,7 @@ class Fuzzer:
                 self._found("answer", outcome, seed, one)
 
     async def _send(self, one: Case) -> str:
-        """The status, or what there was instead."""
+        """Send a case. Return the status, or what came instead."""
         async with self._server.connection() as (reader, writer):
             await self._server.send(writer, one.content)
             if one.leave_after is not None:
@@ -199,7 +199,7 @@ class Fuzzer:
                 return "no answer in time"
 
     async def _repair(self) -> None:
-        """Do what the server says is to be done where memory is released."""
+        """Do what the server asks for where memory is released."""
         for tag in ("weights", "kv_cache", "cuda_graph"):
             await self._server.ask("/resume_memory_occupation", {"tags": [tag]}, PROBE_SECONDS)
         await self._server.ask("/end_weight_update", {}, PROBE_SECONDS)
@@ -218,7 +218,7 @@ class Fuzzer:
             await asyncio.sleep(1)
 
     async def _probe(self) -> Any:
-        """The tokens of the response. Asks again where a client that means well has to."""
+        """Return the tokens of the greedy response. Ask again where a well-meaning client has to."""
         started = time.perf_counter()
         async with asyncio.timeout(PROBE_SECONDS):
             while True:
@@ -240,7 +240,7 @@ class Fuzzer:
 
 
 def fuzz(requests: int, seed: int, workers: int) -> dict[str, Any]:
-    """The report."""
+    """Run the cases and return the report."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, closing(Server(Path(folder))) as server:
         fuzzer = Fuzzer(server, requests, seed, workers)

@@ -1,4 +1,5 @@
-"""What rank 0 talks to in tools/bench_host.py: servers without a model, and a rank that takes whatever is sent to it.
+"""This module holds what rank 0 talks to in tools/bench_host.py: servers without a model, and a rank that takes
+whatever is sent to it.
 
 They run in processes of their own. The servers answer in SGLang's JSON at a given pace.
 """
@@ -29,7 +30,7 @@ _MOST_PROCESSES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replies:
-    """What each reply is like, and over how many seconds from the first request on they come.
+    """Says what each reply is like, and over how many seconds from the first request on they come.
 
     routed: [layers, topk, experts] of router replay; None without it.
     """
@@ -48,7 +49,7 @@ class StandIn:
         self._started: float | None = None
         self._last_reply = 0.0
         self._num_requests = 0
-        # Of every prompt length one reply: making them would take the time that rank 0 is to have.
+        # One reply is kept for every prompt length: making them would take the time that rank 0 is to have.
         self._body = lru_cache(maxsize=4)(lambda prompt_tokens: reply_body(replies, prompt_tokens))
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,7 +92,7 @@ class StandIn:
 
 
 def reply_body(replies: Replies, prompt_tokens: int) -> bytes:
-    """The JSON of one reply, as SGLang writes it."""
+    """Return the JSON of one reply, as SGLang writes it."""
     source = np.random.default_rng(0)
     ids = source.integers(256, replies.vocab_size, replies.num_tokens).tolist()
     logprobs = (-source.exponential(0.5, replies.num_tokens)).astype(np.float32).tolist()
@@ -135,7 +136,7 @@ def _until_closed(pipe: Connection) -> None:
 
 @contextmanager
 def stand_in_servers(num_servers: int, replies: Replies) -> Iterator[list[str]]:
-    """The urls of so many servers, in a process for each half of them."""
+    """Start so many servers, in a process for each half of them, and give their urls."""
     count = min(_MOST_PROCESSES, num_servers)
     started, urls = [], []
     try:
@@ -159,7 +160,7 @@ def stand_in_servers(num_servers: int, replies: Replies) -> Iterator[list[str]]:
 
 
 class Funnel:
-    """In place of torch.distributed: whatever goes to whichever rank goes to the one sink, by real gloo messages."""
+    """Takes the place of torch.distributed: whatever goes to any rank goes to the one sink, by real gloo messages."""
 
     def __init__(self, store: str) -> None:
         _join(0, store)
@@ -199,7 +200,7 @@ def _sink(store: str) -> None:
 
 @contextmanager
 def sink_rank(store: str) -> Iterator[Funnel]:
-    """The funnel to a sink in a process of its own."""
+    """Start a sink in a process of its own, and give the funnel to it."""
     process = _SPAWN.Process(target=_sink, args=(store,), daemon=True)
     process.start()
     try:

@@ -27,14 +27,14 @@ _TEXT = {"read_text": 0, "write_text": 1, "TextIOWrapper": 1, "FileHandler": 2}
 
 
 def unspecified(source: str) -> Iterator[tuple[int, str]]:
-    """Give (line, call) of every call that opens text, or text of a subprocess, without `encoding`."""
+    """Return (line, call) of every call that opens text, or text of a subprocess, without `encoding`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _is_text(node) and "encoding" not in _keywords(node):
             yield node.lineno, ast.unparse(node.func)
 
 
 def _is_text(call: ast.Call) -> bool:
-    """Whether the locale would choose its encoding."""
+    """Tell whether the locale would choose its encoding."""
     name, keywords = ast.unparse(call.func), _keywords(call)
     last = name.rpartition(".")[2]
     if any(_is_true(keywords.get(key)) for key in ("text", "universal_newlines")):
@@ -51,7 +51,7 @@ def _is_text(call: ast.Call) -> bool:
 
 
 def _mode(call: ast.Call, place: int, default: str) -> str:
-    """The mode, where it is written down; "?" where it is worked out."""
+    """Return the mode where it is written down, and "?" where it is worked out."""
     given = _keywords(call).get("mode", call.args[place] if len(call.args) > place else None)
     if given is None:
         return default
@@ -67,7 +67,7 @@ def _is_true(value: ast.expr | None) -> bool:
 
 
 def main(folders: list[str]) -> int:
-    """Print every such call of the folders. Returns the exit code."""
+    """Print every such call of the folders. Return the exit code."""
     found = [
         f'{path}:{line}: {call} without encoding=; write encoding="utf-8"'
         for folder in folders or [str(ROOT / name) for name in FOLDERS]

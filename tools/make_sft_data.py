@@ -1,4 +1,4 @@
-"""SFT rows out of rollouts: the responses of a teacher that are right and ended by themselves.
+"""Make SFT rows from rollouts: the responses of a teacher that are right and ended by themselves.
 
     python tools/make_sft_data.py ROLLOUTS... --model STUDENT --output sft.jsonl
         [--per-prompt N [--shortest]] [--validation FILE] [--by-domain]
@@ -28,7 +28,7 @@ _TELL_EVERY_SECONDS = 5.0
 
 
 class Progress:
-    """A line on stderr now and then."""
+    """Writes a line on stderr now and then."""
 
     def __init__(self) -> None:
         self._started = self._told = time.monotonic()

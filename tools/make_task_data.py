@@ -21,7 +21,7 @@ def as_line(row: Prompt | Chat) -> str:
 
 
 def _said(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What a row, or a message of it, says; what it leaves open has no column."""
+    """Return what a row, or a message of it, says. What it leaves open has no column."""
     return {name: value for name, value in fields if value not in ("", None)}
 
 

@@ -145,7 +145,8 @@ CONFIGURATION_MODULES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
-    """Sizes of the model; the fields are the command-line flags. Dense families have no use for those of experts."""
+    """Holds the sizes of the model; the fields are the command-line flags. Dense families have no use for those of
+    experts."""
 
     family: str = "bailing_moe"
     hidden_size: int = 128
@@ -210,7 +211,8 @@ class TinyModel:
 
 
 def model_config(model: TinyModel) -> dict[str, Any]:
-    """config.json with the fields of a published one of the family; what belongs to modeling files is left out."""
+    """Return config.json with the fields of a published one of the family. What belongs to modeling files is left
+    out."""
     family = FAMILIES[model.family]
     common = {
         "architectures": [family.architectures[0]],
@@ -295,7 +297,7 @@ _FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
 
 
 def tensor_table(model: TinyModel) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
-    """(name, shape, standard deviation, type) of every tensor; standard deviation 0 means a norm weight of ones.
+    """Return (name, shape, standard deviation, type) of every tensor; standard deviation 0 means a norm weight of ones.
 
     Projections that write into the residual stream are scaled by 1/sqrt(2 * layers), as in GPT-2.
     """
@@ -316,7 +318,7 @@ def draw_tensor(seed: int, name: str, shape: tuple[int, ...], std: float) -> np.
 
 
 def to_bytes(values: np.ndarray, dtype: str) -> bytes:
-    """Little-endian bytes of fp32 values; bfloat16 rounds to nearest even (finite values only)."""
+    """Return little-endian bytes of fp32 values; bfloat16 rounds to nearest even (finite values only)."""
     if dtype == "bfloat16":
         bits = values.astype("<f4").view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
@@ -342,7 +344,7 @@ def write_safetensors(path: Path, model: TinyModel) -> None:
 
 
 def write_tokenizer(out: Path, model: TinyModel) -> None:
-    """A BPE without merges is a character tokenizer; it needs no code of ours to load."""
+    """Write the tokenizer. A BPE without merges is a character tokenizer; it needs no code of ours to load."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     vocab = {token: index for index, token in enumerate(TOKENS)}

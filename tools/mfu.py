@@ -1,4 +1,5 @@
-"""Arithmetic of training speed: operations of a model, what a device could do, how many layers fit it."""
+"""This module does the arithmetic of training speed: operations of a model, what a device could do, how many layers fit
+it."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,8 @@ NOMINAL_PEAKS = {
 def model_flops(
     architecture: Architecture, lengths: Sequence[int], num_loss_tokens: int, lora: LoraSection | None = None
 ) -> float:
-    """Useful FLOPs of forward and backward of sequences of `lengths` tokens, the head at `num_loss_tokens` of them.
+    """Return the useful FLOPs of forward and backward of sequences of `lengths` tokens, the head at `num_loss_tokens`
+    of them.
 
         3 * ( sum over sequences (2 A n + 2 L W n^2)  +  2 V H M )
 
@@ -44,7 +46,7 @@ def model_flops(
 
 
 def nominal_peak(device_name: str) -> float:
-    """FLOP/s. ValueError for a device that the table does not have."""
+    """Return the nominal FLOP/s. ValueError for a device that the table does not have."""
     for part, peak in NOMINAL_PEAKS.items():
         if part in device_name:
             return peak
@@ -55,8 +57,8 @@ def nominal_peak(device_name: str) -> float:
 
 
 def layers_that_fit(planned_bytes: Callable[[int], int], most: int, available_bytes: float) -> int:
-    """The largest number of layers, at most `most`, whose planned bytes are available. ValueError when not even one
-    is."""
+    """Return the largest number of layers, at most `most`, whose planned bytes are available. ValueError when not even
+    one is."""
     for layers in range(most, 0, -1):
         if planned_bytes(layers) <= available_bytes:
             return layers

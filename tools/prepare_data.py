@@ -1,5 +1,5 @@
-"""Curate prompts for reinforcement learning, or chats for fine-tuning: JSONL, JSON, CSV, Parquet or Hugging Face
-datasets in, kept and dropped rows out.
+"""Curate prompts for reinforcement learning, or chats for fine-tuning: read JSONL, JSON, CSV, Parquet or Hugging Face
+datasets, and write kept and dropped rows.
 
     python tools/prepare_data.py CONFIG.toml [--set key=value] [--force]
 
@@ -22,7 +22,7 @@ _TELL_EVERY_SECONDS = 5.0
 
 
 class Progress:
-    """Lines on stderr: often enough to see that it goes on, seldom enough for a log file."""
+    """Writes lines on stderr: often enough to see that it goes on, seldom enough for a log file."""
 
     def __init__(self) -> None:
         self._started = self._told = time.monotonic()

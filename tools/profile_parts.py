@@ -1,4 +1,5 @@
-"""Which part of a model the time of a training step goes to, forward and backward, from torch.profiler.
+"""This module finds which part of a model the time of a training step goes to, forward and backward, from
+torch.profiler.
 
 Modules are marked by name as their forward runs. An operation belongs to the innermost mark around it; one of the
 backward pass to the mark around the forward operation that recorded it, which autograd links by a sequence number.
@@ -19,7 +20,7 @@ OTHER, GRADIENTS = "other", "gradient_accumulation"
 
 
 def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose operations belong to `part`."""
+    """Return the function, with its operations marked as part of `part`."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +31,7 @@ def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mark_modules(modules: Iterable[tuple[torch.nn.Module, str]]) -> list[Any]:
-    """Mark the forward of each module as its part; returns handles whose `remove` takes the marks off."""
+    """Mark the forward of each module as its part. Return handles whose `remove` takes the marks off."""
     handles = []
     for module, part in modules:
         open_marks: list[Any] = []
@@ -48,7 +49,7 @@ def mark_modules(modules: Iterable[tuple[torch.nn.Module, str]]) -> list[Any]:
 
 
 def seconds_by_part(step: Callable[[], Any], on_cuda: bool) -> Counter[str]:
-    """Seconds that the device was busy with each part while `step` ran. `step` must end synchronised.
+    """Return the seconds that the device was busy with each part while `step` ran. `step` must end synchronised.
 
     on_cuda: time of kernels, else of operations on the CPU. Collectives are a part of their own wherever they are, and
     copies between host and device too.
@@ -71,7 +72,7 @@ def seconds_by_part(step: Callable[[], Any], on_cuda: bool) -> Counter[str]:
 
 
 def assign(events: list[Any]) -> list[tuple[Any, str]]:
-    """Each of a profile's CPU events with its part.
+    """Return each of a profile's CPU events with its part.
 
     An event has the number that autograd's next node of its thread will get, so the last event with a number is the
     operation that made the node; the node's own backward has the number too, and the thread of the forward.
@@ -103,7 +104,7 @@ def _is_node(event: Any) -> bool:
 
 
 def _backward_of(event: Any) -> Any:
-    """The node of autograd's backward pass that the event is part of, the innermost one."""
+    """Return the innermost node of autograd's backward pass that the event is part of."""
     while event is not None:
         if _is_node(event):
             return event

@@ -1,4 +1,4 @@
-"""Step time, idle GPUs and throughput of a run on a cluster that one does not have yet.
+"""Predict step time, idle GPUs and throughput of a run on a cluster that one does not have yet.
 
     python tools/simulate_cluster.py CONFIG --rates RATES.toml [--lengths FILE_OR_RUN] [--gpus 8 64 512] [--weak]
         [--vary KEY=A,B ...] [--steps 200] [--output OUT]
@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, list[str]]]:
-    """Name, GPUs and overrides of every combination."""
+    """Yield name, GPUs and overrides of every combination."""
     config = load_config(RlConfig, arguments.config, arguments.set)
     cluster = config.cluster or ClusterSection()
     own = cluster.nodes * cluster.gpus_per_node
@@ -78,7 +78,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, list[str]]]
 
 
 def sized(arguments: argparse.Namespace, overrides: list[str], gpus: int, own: int) -> list[str]:
-    """Overrides for so many GPUs instead of `own`. ValueError when they are no whole nodes."""
+    """Return overrides for so many GPUs instead of `own`. ValueError when they are no whole nodes."""
     config = load_config(RlConfig, arguments.config, overrides)
     cluster = config.cluster or ClusterSection()
     per_node = min(cluster.gpus_per_node, gpus)
@@ -115,7 +115,7 @@ def workload_of(arguments: argparse.Namespace, config: RlConfig, cluster: Cluste
 
 
 def fit(arguments: argparse.Namespace) -> int:
-    """Rates of a run, and how well they give it back."""
+    """Write the rates of a run, and print how well they reproduce it."""
     run = arguments.calibrate
     config = load_config(RlConfig, run / "config.toml", arguments.set)
     gpus = arguments.gpus[0] if arguments.gpus else 0
@@ -140,7 +140,7 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the cases."""
+    """Return a Markdown table of the cases."""
     lines = [
         "| case | GPUs | step, s | rollout | train | trained tokens/s | varying | per GPU | idle | most of it |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
@@ -156,7 +156,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds by part and idle shares of every case; with several numbers of GPUs, throughput over them."""
+    """Plot seconds by part and idle shares of every case; with several numbers of GPUs, throughput over them."""
     import matplotlib
 
     matplotlib.use("Agg")

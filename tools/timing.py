@@ -1,4 +1,4 @@
-"""How long a device takes for something."""
+"""This module measures how long a device takes for something."""
 
 import statistics
 import time
@@ -17,12 +17,13 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def median_seconds(run: Callable[[], Any], rounds: int) -> float:
-    """Of `rounds` runs after one that is not counted."""
+    """Return the median seconds of `rounds` runs, after one that is not counted."""
     return statistics.median([seconds_of(run) for _ in range(rounds + 1)][1:])
 
 
 def pace(step: Callable[[int], Any], many: int, rounds: int) -> tuple[float, float]:
-    """Seconds of one micro-batch, and of a step besides. step: runs an optimizer step of so many micro-batches."""
+    """Return the seconds of one micro-batch, and those that a step takes besides. step: runs an optimizer step of so
+    many micro-batches."""
     few = max(1, many // 4)
     # In turns, so that a device that changes its pace changes both.
     both = [[seconds_of(lambda n=n: step(n)) for n in (few, many)] for _ in range(rounds + 1)]  # type: ignore[misc]

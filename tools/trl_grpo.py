@@ -22,7 +22,7 @@ from megatron_rl.reward.exact import exact_verdict
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What both sides share; tools/bench_trl.py fills it in from the configuration of the run.
+    """Holds what both sides share; tools/bench_trl.py fills it in from the configuration of the run.
 
     dtype: of the weights, float32 or bfloat16. autocast: compute in bfloat16 in training, for weights in float32.
     backend: generate, or continuous for transformers' continuous batching. micro_batch: responses at once in training.
@@ -49,7 +49,7 @@ class Settings:
 
 
 class Timed(GRPOTrainer):
-    """Notes of each step the seconds that generation takes, and the tokens of prompts and responses."""
+    """Notes for each step the seconds that generation takes, and the tokens of prompts and responses."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.rows: list[dict[str, float]] = []
@@ -66,7 +66,7 @@ class Timed(GRPOTrainer):
 
 
 class Steps(TrainerCallback):
-    """Notes of each step how long all of it takes, the optimizer included."""
+    """Notes for each step how long all of it takes, the optimizer included."""
 
     def __init__(self, rows: list[dict[str, float]]) -> None:
         self.rows = rows
@@ -110,7 +110,7 @@ def arguments_of(settings: Settings) -> GRPOConfig:
         bf16=settings.autocast,
         gradient_checkpointing=False,
         use_transformers_continuous_batching=settings.backend == "continuous",
-        # Without limits it sizes its cache by the free memory of the machine, in minutes.
+        # Without these limits it sizes its cache by the free memory of the machine, in minutes.
         transformers_continuous_batching_config={"num_blocks": 1024, "max_batch_tokens": 2048},
         logging_steps=1,
         save_strategy="no",

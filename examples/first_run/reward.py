@@ -1,4 +1,4 @@
-"""The reward of this example. Parameters are asked for by name; docs/own_rewards.md lists them all."""
+"""This module is the reward of this example. It gets its parameters by name; docs/own_rewards.md lists them all."""
 
 
 def score(response, answer):

@@ -1,4 +1,5 @@
-"""The graded scores that reasoning-gym's tasks bring, for the answer in the box or behind "Answer:"."""
+"""This module gives the graded scores that reasoning-gym's tasks bring, for the answer in the box or behind
+"Answer:"."""
 
 import functools
 
@@ -14,7 +15,7 @@ def _scorer(task):
 
 
 def score(response, domain, meta):
-    """The task's own score, from 0 to 1."""
+    """Return the task's own score, from 0 to 1."""
     if not response.strip():
         return Score(0.0, reason="no_answer")
     answer = stated_answer(response).strip()

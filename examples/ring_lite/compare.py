@@ -1,4 +1,5 @@
-"""Arms of a comparison from the miniature's distilled checkpoint, over several seeds: tables, intervals, a figure.
+"""Run the arms of a comparison from the miniature's distilled checkpoint, over several seeds: tables, intervals, a
+figure.
 
     .venv/bin/python examples/ring_lite/compare.py algorithms              C3PO, GRPO, DAPO        (the paper's Fig. 7)
     .venv/bin/python examples/ring_lite/compare.py stages                  two stages or a mixture (Table 4)
@@ -102,7 +103,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def candidates() -> dict[str, Path]:
-    """The epochs of the distilled model, by names that tell the entropy of the policy; the chosen one has a star."""
+    """Return the epochs of the distilled model, by names that tell the entropy of the policy; the chosen one has a
+    star."""
     record = json.loads((RUN / "select/results.json").read_text(encoding="utf-8"))
     found = {}
     for name, measured in record["candidates"].items():
@@ -114,7 +116,8 @@ def candidates() -> dict[str, Path]:
 def train(
     config: str, model: Path, seed: int, nproc: int, changes: Mapping[str, object] = MappingProxyType({})
 ) -> tuple[list[dict[str, Any]], Path]:
-    """The rows of metrics.jsonl, and the model that it made; from an earlier call if it is there. changes: of keys."""
+    """Train one configuration. Return the rows of metrics.jsonl and the model that it made, from an earlier call if
+    they are there. changes: settings by key."""
     source = "_".join(model.relative_to(RUN).parts).removesuffix("_hf").replace("compare_", "")
     run_dir = RUN / "compare" / f"{Path(config).name}-{seed}-from-{source}"
     values = {"run_dir": run_dir, "model.path": model, "seed": seed, **changes}
@@ -157,14 +160,15 @@ def evaluate(model: Path, changes: Mapping[str, object] = MappingProxyType({})) 
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over seeds, and half the width of its 95 % interval; nan for one seed, of which nothing is known."""
+    """Return the mean over seeds, and half the width of its 95 % interval; nan for one seed, of which nothing is
+    known."""
     if len(values) == 1:
         return values[0], math.nan
     return statistics.mean(values), student_95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def cell(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    """The mean and its interval; sign "+" shows that of positive ones too."""
+    """Write the mean and its interval; sign "+" shows the sign of positive means too."""
     mean, half = mean_and_interval(values)
     shown = f"{mean:{sign},.0f}" if mean >= 1000 else f"{mean:{sign}.{digits}g}"
     if math.isnan(half):
@@ -173,8 +177,9 @@ def cell(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
 
 
 def accuracy_tables(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> list[str]:
-    """In the shape of the paper's tables 2 and 4: an arm per row, a benchmark per column, in percent. Then how they
-    differ from the first arm, seed by seed: both had the same prompts in training and in the test."""
+    """Write tables in the shape of the paper's tables 2 and 4: an arm per row, a benchmark per column, in percent. A
+    second one says how the arms differ from the first, seed by seed: both had the same prompts in training and in the
+    test."""
     domains = tables.DOMAINS[:3]
     header = ["", *domains, "average"]
     scores = {}
@@ -196,7 +201,7 @@ def accuracy_tables(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: S
 
 
 def summary(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """By arm, quantity and statistic: a value for each seed, over its steps."""
+    """Return, by arm, quantity and statistic, a value for each seed, over its steps."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for arm, of_seeds in steps.items():
         found[arm] = {}
@@ -230,7 +235,7 @@ def step_table(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> st
 
 
 def plot(steps: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Every quantity over the steps: the mean of the seeds, and the range of the seeds as a band."""
+    """Plot every quantity over the steps: the mean of the seeds, and the range of the seeds as a band."""
     import numpy as np
 
     with figures.panels(QUANTITIES, path) as panels:

@@ -1,4 +1,4 @@
-"""The laptop demo: a tiny Ling-lite is warm-started on written-out solutions and trained by C3PO, stage by stage.
+"""Run the laptop demo: a tiny Ling-lite is warm-started on written-out solutions and trained by C3PO, stage by stage.
 
     make demo                       or   .venv/bin/python examples/ring_lite/demo.py --run runs/demo
     make demo NPROC=2 TP=2          divides training over two processes
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parent / "demo"
 # The task: kinds and difficulties of megatron_rl/data/tasks.py, chosen so that the warm start leaves room to learn.
 KINDS = ["sort", "filter"]
 DIFFICULTIES = ["1"]
-# Of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
+# Options of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
 FAMILIES = {
     "bailing_moe": [],
     "bailing_moe_v2": [
@@ -84,7 +84,7 @@ class Demo:
         return 0
 
     def prepare_folder(self) -> None:
-        """A folder for these arguments: a new one, or the one that an unfinished demo left."""
+        """Return a folder for these arguments: a new one, or the one that an unfinished demo left."""
         wanted = {k: str(v) for k, v in vars(self.arguments).items()}
         record = self.folder / "demo.json"
         if self.folder.exists():
@@ -128,7 +128,7 @@ class Demo:
         return json.loads((output / "results.json").read_text(encoding="utf-8"))["benchmarks"]["unseen"]
 
     def publish(self, before: dict, after: dict, rows: list[dict]) -> None:
-        """The run's files where a reader looks for them, summary.json, and the result in words."""
+        """Copy the run's files to where a reader looks for them, write summary.json, and print the result in words."""
         seconds = sum(row["step_seconds"] for row in rows)
         tokens = [row["num_loss_tokens"] for row in rows]
         summary = {
@@ -166,7 +166,7 @@ class Demo:
         )
 
     def report(self) -> Path:
-        """One page of both stages, with the accuracy before and after."""
+        """Write one page of both stages, with the accuracy before and after."""
         path = self.folder / "report.html"
         runs = [self.folder / stage for stage in ("sft", "rl")]
         accuracy = [self.folder / f"accuracy_{when}" for when in ("before", "after")]
@@ -194,7 +194,7 @@ def git_commit() -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Reward, entropy, gradient norm, tokens per step and step time over the steps."""
+    """Plot reward, entropy, gradient norm, tokens per step and step time over the steps."""
     titles = {
         "reward": "reward (mean of the rollouts)",
         "entropy": "policy entropy (nats)",

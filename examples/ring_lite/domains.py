@@ -1,4 +1,4 @@
-"""The miniature's problems: three verifiable domains that one small character-level model has to share.
+"""Make the miniature's problems: three verifiable domains that one small character-level model has to share.
 
     python examples/ring_lite/domains.py runs/ring_lite/data --seed 1
 
@@ -34,8 +34,8 @@ _LETTERS = "abcdefghkmnpqrstuvwxyz"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """response: a right one, with its steps. answer: what the domain's reward compares with or runs. size: of what
-    makes it long, such as the number of terms."""
+    """Holds one problem. response: a right one, with its steps. answer: what the domain's reward compares with or runs.
+    size: of what makes the problem long, such as the number of terms."""
 
     kind: str
     size: int
@@ -52,12 +52,12 @@ def _boxed(steps: str, answer: object) -> str:
 
 
 def _count(start: int, step: int, times: int) -> str:
-    """`4.1 8.2 12.3,` for (0, 4, 3): every value on the way, with the number of steps so far."""
+    """Write `4.1 8.2 12.3,` for (0, 4, 3): every value on the way, with the number of steps so far."""
     return " ".join(f"{start + step * i}.{i}" for i in range(1, times + 1)) + ","
 
 
 def chain(rng: random.Random) -> Problem:
-    """`7-2+3=?` -> `6.1 5.2,6.1 7.2 8.3,\\boxed{8}`: one to six sums, by counting; never below 0 or above 20."""
+    """Make `7-2+3=?` -> `6.1 5.2,6.1 7.2 8.3,\\boxed{8}`: one to six sums, by counting; never below 0 or above 20."""
     size = rng.randint(1, 6)
     total = rng.randint(1, 15)
     question, steps = str(total), ""
@@ -70,7 +70,8 @@ def chain(rng: random.Random) -> Problem:
 
 
 def equation(rng: random.Random) -> Problem:
-    """`3k+2=14,k?` -> `13.1 12.2,3.1 6.2 9.3 12.4,\\boxed{4}`: back by the term, then how often the factor goes in."""
+    """Make `3k+2=14,k?` -> `13.1 12.2,3.1 6.2 9.3 12.4,\\boxed{4}`: back by the term, then how often the factor goes
+    in."""
     x, root, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 5), rng.randint(1, 5)
     product = root * factor
     steps = _count(product + term, -1, term) + _count(0, factor, root)
@@ -79,7 +80,7 @@ def equation(rng: random.Random) -> Problem:
 
 
 def value(rng: random.Random) -> Problem:
-    """`f(k)=3k+2,f(4)?` -> `3.1 6.2 9.3 12.4,13.1 14.2,\\boxed{14}`."""
+    """Make `f(k)=3k+2,f(4)?` -> `3.1 6.2 9.3 12.4,13.1 14.2,\\boxed{14}`."""
     x, factor, term, at = rng.choice(_LETTERS), rng.randint(2, 5), rng.randint(1, 5), rng.randint(2, 9)
     result = factor * at + term
     steps = _count(0, factor, at) + _count(factor * at, 1, term)
@@ -99,7 +100,7 @@ def _tests(inputs: list[Any], results: list[Any]) -> str:
 
 
 def formula(rng: random.Random) -> Problem:
-    """`f(k)=3k+4,code?` or `f(k)=2k^2+3k+4,code?` -> a function of one line."""
+    """Make `f(k)=3k+4,code?` or `f(k)=2k^2+3k+4,code?` -> a function of one line."""
     size = rng.randint(1, 2)
     x, square, factor, term = rng.choice(_LETTERS), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
     question, line = f"{factor}{x}+{term}", f"{factor}*{x}+{term}"
@@ -116,7 +117,7 @@ def formula(rng: random.Random) -> Problem:
 
 
 def _operation(rng: random.Random) -> tuple[str, str, Callable[[list[int]], list[int]]]:
-    """Its name in the question, its line in the program, and what it does to a list."""
+    """Choose an operation. Return its name in the question, its line in the program, and what it does to a list."""
     k = rng.randint(2, 9)
     choices: list[tuple[str, str, Callable[[list[int]], list[int]]]] = [
         (f"add{k}", f"a=[x+{k} for x in a]", lambda a: [x + k for x in a]),
@@ -130,7 +131,7 @@ def _operation(rng: random.Random) -> tuple[str, str, Callable[[list[int]], list
 
 
 def pipeline(rng: random.Random) -> Problem:
-    """`sum(add4(odd(a))),code?` -> a line for each operation, the innermost first: one to four of them."""
+    """Make `sum(add4(odd(a))),code?` -> a line for each operation, the innermost first: one to four of them."""
     size = rng.randint(1, 4)
     operations = [_operation(rng) for _ in range(size)]
     last = rng.choice(["", "sum", "len"])
@@ -173,7 +174,7 @@ def _shuffled(rng: random.Random, *known: str) -> str:
 
 
 def law(rng: random.Random) -> Problem:
-    """`t=3s,v=40m/s,d?` -> `d=v*t,40.1 80.2 120.3,\\boxed{120 m}`."""
+    """Make `t=3s,v=40m/s,d?` -> `d=v*t,40.1 80.2 120.3,\\boxed{120 m}`."""
     asked, one, other, unit, unit_one, unit_other = rng.choice(_LAWS)
     left, right = rng.randint(2, 9) * rng.choice([1, 10, 100, 1000]), rng.randint(2, 7)
     known = _shuffled(rng, f"{one}={left}{unit_one}", f"{other}={right}{unit_other}")
@@ -183,7 +184,7 @@ def law(rng: random.Random) -> Problem:
 
 
 def inverse(rng: random.Random) -> Problem:
-    """`d=120m,v=40m/s,t?` -> `t=d/v,40.1 80.2 120.3,\\boxed{3 s}`: how often one goes into the product."""
+    """Make `d=120m,v=40m/s,t?` -> `t=d/v,40.1 80.2 120.3,\\boxed{3 s}`: how often one goes into the product."""
     product, asked, one, unit, unit_asked, unit_one = rng.choice(_LAWS)
     if rng.random() < 0.5:
         asked, one, unit_asked, unit_one = one, asked, unit_one, unit_asked
@@ -195,8 +196,8 @@ def inverse(rng: random.Random) -> Problem:
 
 
 def journey(rng: random.Random) -> Problem:
-    """`4m/s 3s,2m/s 2s,d?` -> `4.1 8.2 12.3,14.1 16.2,\\boxed{16 m}`: where it is after every second of two to five
-    legs."""
+    """Make `4m/s 3s,2m/s 2s,d?` -> `4.1 8.2 12.3,14.1 16.2,\\boxed{16 m}`: where it is after every second of two to
+    five legs."""
     size = rng.randint(2, 5)
     legs = [(rng.randint(1, 5), rng.randint(1, 4)) for _ in range(size)]
     steps, total = "", 0
@@ -227,8 +228,8 @@ DOMAINS: dict[str, tuple[Callable[[random.Random], Problem], ...]] = {
 
 
 def problems(domain: str, count: int, seed: str, without: Collection[str] = ()) -> list[Problem]:
-    """`count` of them with questions that differ and are not in `without`, evenly over the domain's kinds; the same
-    arguments, the same ones.
+    """Make `count` problems with questions that differ and are not in `without`, evenly over the domain's kinds. The
+    same arguments make the same problems.
 
     ValueError when a kind has too few.
     """

@@ -1,4 +1,4 @@
-"""The figures of the examples: six panels over the steps of runs."""
+"""This module draws the figures of the examples: six panels over the steps of runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _AVERAGED = 11  # steps
 
 @contextmanager
 def panels(titles: Mapping[str, str], path: Path) -> Iterator[dict[str, Any]]:
-    """Axes of each of the six quantities, by its name, to be drawn on; written to `path` afterwards."""
+    """Give axes to draw on for each of the six quantities, by its name. The figure is written to `path` afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,7 @@ def panels(titles: Mapping[str, str], path: Path) -> Iterator[dict[str, Any]]:
 
 
 def draw(axis: Any, steps: range, values: Sequence[float], label: str) -> Any:
-    """Pale, and over it the mean of the steps around each. nan leaves a gap. Returns the colour."""
+    """Draw the values pale, and over them the mean of the steps around each. nan leaves a gap. Return the colour."""
     import numpy as np
 
     (pale,) = axis.plot(steps, values, linewidth=0.8, alpha=0.35)

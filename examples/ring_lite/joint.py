@@ -1,4 +1,5 @@
-"""Distillation and reinforcement learning, apart and in one loss, from one checkpoint and with equal trained tokens.
+"""Compare distillation and reinforcement learning, apart and in one loss, from one checkpoint and with equal trained
+tokens.
 
     .venv/bin/python examples/ring_lite/joint.py            SFT on a teacher's answers, on-policy distillation, RL, both
     .venv/bin/python examples/ring_lite/joint.py --seeds 1  one seed instead of three
@@ -33,7 +34,7 @@ FOLDER = compare.RUN / "compare"
 TEACHER = compare.RUN / "stage1_math/hf"
 SFT = "SFT on answers"
 ARMS = {"RL": "joint/rl", "distillation": "joint/distillation", "both": "joint/both"}
-# By configuration, as in pipeline.py.
+# Settings by configuration, as in pipeline.py.
 SMOKE: dict[str, dict[str, object]] = {
     "arm": {"train.steps": 3},
     "answers": {"rollout.prompts_per_step": 100},
@@ -84,8 +85,8 @@ def run(seeds: Sequence[int], nproc: int) -> int:
 
 
 def fine_tune(seed: int, nproc: int, changes: Mapping[str, Mapping[str, object]]) -> tuple[list[dict[str, Any]], Path]:
-    """Train on the teacher's right answers; give the rows of metrics.jsonl and the model. What an earlier call left is
-    taken as it is. changes: of keys, by configuration."""
+    """Train on the teacher's right answers. Return the rows of metrics.jsonl and the model. What an earlier call left
+    is taken as it is. changes: settings by key, by configuration."""
     run_dir = FOLDER / f"sft-{seed}-from-answers"
     rows = run_dir.with_name(f"answers-{seed}.sft.jsonl")
     if not rows.exists():
@@ -105,7 +106,7 @@ def fine_tune(seed: int, nproc: int, changes: Mapping[str, Mapping[str, object]]
 
 
 def sft_steps(rows: Path, changes: Mapping[str, object]) -> int:
-    """Give the number of steps in which SFT trains as many tokens as the other arms: a part of a batch is prompts,
+    """Return the number of steps in which SFT trains as many tokens as the other arms. A part of a batch is prompts,
     which carry no loss."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     joint = load_config(RlConfig, HERE / f"{ARMS['RL']}.toml", overrides)

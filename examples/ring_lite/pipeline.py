@@ -1,4 +1,4 @@
-"""The paper's recipe in miniature, from distillation to evaluation: every stage is a command that also works alone.
+"""Run the paper's recipe in miniature, from distillation to evaluation: every stage is a command that also works alone.
 
     make ring-lite-mini             or   .venv/bin/python examples/ring_lite/pipeline.py
     .venv/bin/python examples/ring_lite/pipeline.py --only sft             one stage, if it is not done yet
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CONFIGS = HERE / "cpu_mini"
 RUN = Path("runs/ring_lite")
-# Who is evaluated, in the order in which they come to be.
+# The models that are evaluated, in the order in which they are made.
 MODELS = {
     "teacher": RUN / "teacher/hf",
     "distilled": RUN / "select/chosen",
@@ -34,7 +34,7 @@ MODELS = {
     "stage 2": RUN / "stage2_code_science/hf",
     "final": RUN / "export",
 }
-# By configuration: so little that all stages are through in a few minutes. It shows that they run, not what they can.
+# Settings by configuration: so little that all stages end in a few minutes. It shows that they run, not what they can.
 SMOKE: dict[str, dict[str, object]] = {
     "teacher": {"train.steps": 300},
     "distill": {"rollout.prompts_per_step": 2000},
@@ -53,7 +53,7 @@ GREEDY = ("--set", "rollout.temperature=0.01")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """commands: of Python, one after the other. makes: below RUN, what is there once all have run.
+    """Describes one stage. commands: of Python, one after the other. makes: below RUN, what is there once all have run.
 
     trains: the first command is one of megatron-rl's that trains in RUN/NAME, in as many processes as one likes.
     """
@@ -66,7 +66,7 @@ class Stage:
 
 
 def recipe(seed: int, smoke: bool = False) -> tuple[Stage, ...]:
-    """The stages in order. smoke: each only as far as `SMOKE` says."""
+    """Return the stages in order. smoke: each goes only as far as `SMOKE` says."""
 
     def rl(command: str, config: str, *options: object) -> tuple[object, ...]:
         values = {"seed": seed} | (SMOKE.get(config, {}) if smoke else {})
@@ -166,7 +166,7 @@ def main() -> int:
 
 
 def run(chosen: list[Stage], again: list[str], arguments: argparse.Namespace) -> int:
-    """again: stages whose work is out of date."""
+    """Run the chosen stages that are not done. again: stages whose work is out of date."""
     claim_folder({"seed": arguments.seed, "smoke": arguments.smoke})
     move_aside(again)
     for stage in chosen:
@@ -177,7 +177,7 @@ def run(chosen: list[Stage], again: list[str], arguments: argparse.Namespace) ->
 
 
 def move_aside(names: list[str]) -> None:
-    """What these stages made: the first is to be repeated, and the later ones were made from it."""
+    """Move aside what these stages made: the first is to be repeated, and the later ones were made from it."""
     seconds = tables.seconds(RUN)
     aside = RUN.with_name(f"{RUN.name}-until-{datetime.now():%Y%m%d-%H%M%S}")
     for name in names:
@@ -190,7 +190,7 @@ def move_aside(names: list[str]) -> None:
 
 
 def claim_folder(wanted: dict[str, object]) -> None:
-    """Everything in RUN is of one seed, and of one size."""
+    """Claim RUN for one seed and one size. Exit where it holds another pipeline."""
     record = RUN / "pipeline.json"
     if record.exists() and (before := json.loads(record.read_text(encoding="utf-8"))) != wanted:
         sys.exit(f"{RUN} holds a pipeline of {before}, not {wanted}; move it away, or work in another directory")
@@ -199,7 +199,7 @@ def claim_folder(wanted: dict[str, object]) -> None:
 
 
 def do(stage: Stage, arguments: argparse.Namespace) -> None:
-    """Run what the stage has to, and add to RUN/seconds.json how long it took; one that is cut short and goes on has
+    """Run a stage's commands, and add to RUN/seconds.json how long they took. A stage that is cut short and goes on has
     taken both times."""
     started = stages.seconds()
     try:

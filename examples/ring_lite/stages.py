@@ -1,4 +1,5 @@
-"""Running the stages of an example one after the other, each a command of its own that ends when the example does."""
+"""This module runs the stages of an example one after the other, each a command of its own that ends when the example
+does."""
 
 import os
 import subprocess
@@ -10,7 +11,7 @@ _started = time.time()
 
 
 def seconds() -> float:
-    """Since the example started."""
+    """Return the seconds since the example started."""
     return time.time() - _started
 
 
@@ -28,12 +29,12 @@ def run_python(title: str, *command: object) -> None:
 
 
 def settings(values: Mapping[str, object]) -> list[str]:
-    """`--set key=value` for a megatron-rl command."""
+    """Return `--set key=value` for a megatron-rl command."""
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Of an example: that of the stage that failed, since that stage has explained it."""
+    """Return the exit code of an example: that of the stage that failed, which has explained it."""
     try:
         return run()
     except subprocess.CalledProcessError as error:

@@ -1,4 +1,5 @@
-"""What the miniature came to: tables.md, tables.json and rl.png in its folder, from the files that the stages left."""
+"""This module writes the results of the miniature: tables.md, tables.json and rl.png in its folder, from the files that
+the stages left."""
 
 import json
 import math
@@ -12,7 +13,7 @@ from megatron_rl.train.run.metrics import read_metrics
 
 DOMAINS = ("math", "code", "science", "general")
 RL_STAGES = ("stage1_math", "stage2_code_science")
-# Of metrics.jsonl; the first is drawn for each domain.
+# Keys of metrics.jsonl with their titles; the first is drawn for each domain.
 PANELS = {
     "reward": "reward",
     "entropy": "policy entropy (nats)",
@@ -24,7 +25,8 @@ PANELS = {
 
 
 def write(run: Path, models: list[str]) -> None:
-    """models: names of evaluations, in the order of their stages. What has not run yet is left out."""
+    """Write the results. models: names of evaluations, in the order of their stages. What has not run yet is left
+    out."""
     folders = {name: run / "evaluation" / name.replace(" ", "_") for name in models}
     found = {name: results(folder) for name, folder in folders.items()}
     found = {name: benchmarks for name, benchmarks in found.items() if benchmarks}
@@ -54,13 +56,13 @@ def write(run: Path, models: list[str]) -> None:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """By benchmark; nothing where the evaluation has not run."""
+    """Return the results by benchmark; nothing where the evaluation has not run."""
     path = folder / "results.json"
     return json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
 
 
 def seconds(run: Path) -> dict[str, float]:
-    """How long each stage took, by its name."""
+    """Return how long each stage took, by its name."""
     path = run / "seconds.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -90,14 +92,15 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def difference(before: Path, after: Path, domain: str) -> tuple[float, float]:
-    """Of the accuracies on the same prompts, and half of its 95 % interval (normal, of paired differences)."""
+    """Return the difference of the accuracies on the same prompts, and half of its 95 % interval (normal, of paired
+    differences)."""
     first, second = (responses(folder)[domain] for folder in (before, after))
     changes = [second[position]["score"] - first[position]["score"] for position in first]
     return statistics.mean(changes), 1.96 * statistics.stdev(changes) / len(changes) ** 0.5
 
 
 def verdicts(found: dict[str, dict[str, Any]], folders: dict[str, Path]) -> list[str]:
-    """In words, with yes or no in front. A gain is one whose interval is above 0."""
+    """Say the results in words, with yes or no in front. A gain is one whose interval is above 0."""
 
     def change(before: str, after: str, domain: str) -> tuple[float, float, str]:
         mean, half = difference(folders[before], folders[after], domain)
@@ -136,7 +139,7 @@ def engine_table(run: Path, engines: dict[str, dict[str, Any]]) -> str:
 
 
 def responses(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """By benchmark and position."""
+    """Return the responses by benchmark and position."""
     found = {}
     for domain in DOMAINS:
         lines = (folder / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -150,7 +153,7 @@ def cost_table(took: dict[str, float]) -> str:
 
 
 def plot(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Both stages one after the other over the optimizer steps."""
+    """Plot both stages one after the other over the optimizer steps."""
     with figures.panels(PANELS, path) as panels:
         first = 0
         for name, rows in stages.items():

@@ -23,7 +23,7 @@ _TRIES = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A question, its solution in two equations, and the answer, a whole number above 0."""
+    """Holds a question, its solution in two equations, and the answer, a whole number above 0."""
 
     question: str
     first: str
@@ -37,7 +37,7 @@ class Problem:
 
 
 def trade(rng: random.Random) -> Problem:
-    """Somebody gives some things away and buys others."""
+    """Make a problem in which somebody gives some things away and buys others."""
     (name, friend), things = rng.sample(NAMES, 2), rng.choice(THINGS)
     had, bought = rng.randint(11, 49), rng.randint(3, 29)
     given = rng.randint(2, had - 2)
@@ -52,7 +52,7 @@ def trade(rng: random.Random) -> Problem:
 
 
 def boxes(rng: random.Random) -> Problem:
-    """Things lie in boxes, each with as many, and some beside them."""
+    """Make a problem in which things lie in boxes, equally many in each, and some beside them."""
     things = rng.choice(THINGS)
     count, each, beside = rng.randint(2, 9), rng.randint(3, 9), rng.randint(2, 19)
     inside = count * each
@@ -66,7 +66,7 @@ def boxes(rng: random.Random) -> Problem:
 
 
 def together(rng: random.Random) -> Problem:
-    """One has so many more than the other, and the question is how many both have."""
+    """Make a problem in which one has so many more than the other, and the question is how many both have."""
     (name, friend), things = rng.sample(NAMES, 2), rng.choice(THINGS)
     has, more = rng.randint(4, 39), rng.randint(2, 19)
     return Problem(
@@ -79,7 +79,7 @@ def together(rng: random.Random) -> Problem:
 
 
 def change(rng: random.Random) -> Problem:
-    """Somebody buys two things and pays with more than they cost."""
+    """Make a problem in which somebody buys two things and pays with more than they cost."""
     name, (one, other) = rng.choice(NAMES), rng.sample(WARES, 2)
     price, second = rng.randint(3, 29), rng.randint(3, 19)
     total = price + second
@@ -102,7 +102,7 @@ KINDS: dict[str, Callable[[random.Random], Problem]] = {
 
 
 def make_problems(count: int, rng: random.Random, seen: set[str]) -> list[Problem]:
-    """Make problems, kind by kind in turn, whose questions are not in `seen`, which gets them."""
+    """Make problems, kind by kind in turn, whose questions are not in `seen`, and add these to it."""
     return [_new_problem(kind, rng, seen) for kind in (list(KINDS) * count)[:count]]
 
 
@@ -116,13 +116,13 @@ def _new_problem(kind: str, rng: random.Random, seen: set[str]) -> Problem:
 
 
 def as_chat(problem: Problem) -> dict:
-    """A row of SFT."""
+    """Return a row of SFT."""
     messages = [("user", problem.question), ("assistant", problem.response)]
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def as_prompt(problem: Problem) -> dict:
-    """A row of reinforcement learning and evaluation."""
+    """Return a row of reinforcement learning and evaluation."""
     return {"prompt": problem.question, "answer": str(problem.answer), "meta": {"kind": problem.kind}}
 
 

@@ -1,4 +1,5 @@
-"""C3PO, the policy-optimization module. A reading guide, equation by equation (Ring-lite, arXiv 2506.14731v2):
+"""This package is C3PO, the policy optimization. Here is a reading guide, equation by equation (Ring-lite, arXiv
+2506.14731v2):
 
     Eq. 1, the group-normalised advantage        advantage.py      group_advantages
     Eq. 2, the objective                         surrogate.py      clip: min(r A, clip(r) A) of a token

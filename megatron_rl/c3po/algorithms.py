@@ -1,4 +1,4 @@
-"""C3PO and its rivals as choices of advantage, surrogate, ratio, normalisation and clip range.
+"""This module describes C3PO and its rivals as choices of advantage, surrogate, ratio, normalisation and clip range.
 
 A configuration names one of `ALGORITHMS` and may replace all but the normalisation. Sources (arXiv): C3PO 2506.14731;
 GRPO 2402.03300; DAPO 2503.14476 (its over-long punishment is `reward.overlong_buffer_tokens`); Dr.GRPO 2503.20783;
@@ -15,10 +15,12 @@ from megatron_rl.config.algorithm import AlgorithmSection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """advantage: a name of `advantage.ADVANTAGES` or `BATCH_ADVANTAGES`, or a function of the user's own. surrogate: a
+    """Holds the parts of an algorithm.
+
+    advantage: a name of `advantage.ADVANTAGES` or `BATCH_ADVANTAGES`, or a function of the user's own. surrogate: a
     name of `surrogate.SURROGATES`, or such a function.
 
-    ratio: of the token, or the geometric mean over its response.
+    ratio: of the token, or the geometric mean of the ratios over its response.
     normalisation: what the sum over tokens is divided by, a name of `normalise`. "budget" also decides that only
     Phi tokens are taken; every other one trains all samples.
     clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high].
@@ -45,7 +47,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dr_grpo": Algorithm(normalisation="constant", advantage="centred"),
     # The paper's clip range of the sequence ratio, Section 5.1.
     "gspo": Algorithm(normalisation="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
-    # Without a lower bound, as in the paper; it does not give the upper one: 5 is our choice.
+    # It has no lower bound, as in the paper, which does not give the upper one: 5 is our choice.
     "cispo": Algorithm(normalisation="token", surrogate="cispo", clip_low=1.0, clip_high=4.0),
     # Responses of a phase are each other's baseline.
     "reinforce_pp": Algorithm(normalisation="token", advantage="batch_standardised"),
@@ -54,7 +56,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def chosen_algorithm(section: AlgorithmSection) -> Algorithm:
-    """The named algorithm with the parts that the configuration replaces."""
+    """Return the named algorithm with the parts that the configuration replaces."""
     preset = ALGORITHMS[section.name]
     replaced = {
         name: value
@@ -67,7 +69,7 @@ def chosen_algorithm(section: AlgorithmSection) -> Algorithm:
 def normalise(
     kind: str, loss_tokens: Sequence[Sequence[int]], *, budget: int, max_response_tokens: int
 ) -> tuple[list[list[float]], float]:
-    """Weights of the samples' tokens and the denominator D of an optimizer step: it minimises
+    """Return the weights of the samples' tokens and the denominator D of an optimizer step. The step minimises
     (1/D) * sum_i sum_s w_is * sum_t loss_ist over its samples i and their segments s.
 
         budget    w = 1                  D = Phi                            Eq. 2 of C3PO
@@ -76,7 +78,7 @@ def normalise(
         constant  w = 1                  D = samples * longest response     Dr.GRPO: a constant instead of |y_i|
         sample    w = 1                  D = number of samples              RLOO: log-probability of whole responses
 
-    A response of S_i segments has the mean of their means for its mean, so it counts as much as any other.
+    The mean of a response of S_i segments is the mean of their means, so it counts as much as any other response.
 
     loss_tokens: |y_is|, tokens that carry loss, of each sample by segment; segments without any are left out. Without
     samples D is 1.

@@ -1,4 +1,5 @@
-"""The token budget: which response tokens an optimizer step trains on, and how much must be sampled for it.
+"""This module is the token budget: it decides which response tokens an optimizer step trains on, and how much must be
+sampled for it.
 
 Eq. 3 of the paper selects greedily: whole responses until the running token count reaches Phi. With `cut = "token"`
 the tail of the response that crosses Phi is masked, so that exactly Phi tokens carry loss.
@@ -21,7 +22,8 @@ ANY = ""  # stands for every domain, where domains have no budgets of their own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pick:
-    """A response taken into an optimizer step: position in the candidate list, and tokens that carry loss."""
+    """Names a response taken into an optimizer step: its position in the candidate list, and its tokens that carry
+    loss."""
 
     index: int
     num_loss_tokens: int
@@ -29,7 +31,7 @@ class Pick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Every candidate is in exactly one of `steps` or `left_over`.
+    """Divides the candidates: each is in exactly one of `steps` or `left_over`.
 
     steps: per optimizer step the picks in order.
     left_over: candidates that no step took, in order.
@@ -42,7 +44,8 @@ class Selection:
 
 
 def selection_order(num_carried: int, group_sizes: Sequence[int], seed: int) -> list[int]:
-    """Order of the greedy selection over candidates that are listed carried first, then group by group.
+    """Return the order in which the greedy selection takes candidates. These are listed carried first, then group by
+    group.
 
     Carried responses come first, in their order; then the groups in a seeded permutation, each whole. Neither arrival
     nor length has a say: both would prefer short responses.
@@ -61,7 +64,7 @@ def selection_order(num_carried: int, group_sizes: Sequence[int], seed: int) -> 
 def select(
     lengths: Sequence[int], order: Sequence[int], budgets: Sequence[int], cut: Literal["token", "response"] = "token"
 ) -> Selection:
-    """Eq. 3 for each optimizer step in turn.
+    """Select by Eq. 3 for each optimizer step in turn.
 
     lengths: tokens of every candidate response, each at least 1.
     order: a permutation of the candidates; nothing is skipped, since skipping what does not fit prefers short ones.
@@ -80,8 +83,8 @@ def select(
 
 
 def fill(ordered: Sequence[int], budgets: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Eq. 3 over lengths that are in order: per optimizer step its part [start, stop) of them, and how many tokens the
-    last of these has beyond the budget."""
+    """Fill budgets by Eq. 3 with lengths in order. Return for each optimizer step its part [start, stop) of them, and
+    how many tokens the last of these has beyond the budget."""
     ends = list(accumulate(ordered))
     parts, stop, done = [], 0, 0
     for budget in budgets:
@@ -94,8 +97,8 @@ def fill(ordered: Sequence[int], budgets: Sequence[int]) -> list[tuple[int, int,
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """`total` in whole parts by largest remainders: what rounding down leaves goes to those that lost most by it, of
-    equal ones to the first name.
+    """Divide `total` into whole parts by largest remainders. What rounding down leaves goes to the parts that lost most
+    by it, among equal ones to the first name.
 
     shares: by name; they sum to 1, to within the rounding of floats. They count as the decimals that they are written
     as, so 0.29 of 100 is 29.
@@ -117,9 +120,9 @@ def select_by_domain(
     shares: Mapping[str, float],
     cut: Literal["token", "response"] = "token",
 ) -> Selection:
-    """`select` for every domain by itself, from its part of each budget.
+    """Run `select` for every domain by itself, with its part of each budget.
 
-    domains: of every candidate, each of them in `shares`. The other arguments as `select` and `apportion` take them.
+    domains: of every candidate, each of them in `shares`. The other arguments are those of `select` and `apportion`.
     """
     parts = [apportion(budget, shares) for budget in budgets]
     found = [
@@ -136,8 +139,8 @@ def select_by_domain(
 
 
 class PromptYield(NamedTuple):
-    """What prompts brought, in the unit of a `Shortfall`; a filtered group brings nothing. Sums over the prompts of a
-    phase and, ever fainter, of those before it."""
+    """Sums up what prompts brought, in the unit of a `Shortfall`; a filtered group brings nothing. The sums are over
+    the prompts of a phase and, with ever smaller weights, of the phases before it."""
 
     num_prompts: float = 0.0
     total: float = 0.0
@@ -153,16 +156,16 @@ class PromptYield(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of what one prompt brings."""
+        """The standard deviation of what one prompt brings."""
         return math.sqrt(max(0.0, self.squares / self.num_prompts - self.mean**2))
 
     def add(self, num_prompts: int, brought: Sequence[int]) -> "PromptYield":
-        """brought: by those of the prompts that brought something."""
+        """Add prompts. brought: by each of them that brought something."""
         squares = self.squares + sum(n * n for n in brought)
         return PromptYield(self.num_prompts + num_prompts, self.total + sum(brought), squares)
 
     def decayed(self) -> "PromptYield":
-        """As it counts in the next phase."""
+        """Return the sums with their weights in the next phase."""
         return PromptYield(*(_DECAY * number for number in self))
 
 
@@ -171,7 +174,7 @@ NOTHING_KNOWN = PromptYield()
 
 @dataclass(slots=True, kw_only=True)
 class Shortfall:
-    """What a rollout phase still lacks, and how many prompts should be sampled for it. The sampler only asks.
+    """Tracks what a rollout phase still lacks, and says how many prompts to sample for it. The sampler only asks.
 
     domain: whose prompts can bring it; ANY is every prompt's.
     unit: what is counted; responses' tokens for a budget, whole groups otherwise.
@@ -187,10 +190,10 @@ class Shortfall:
     domain: str = ANY
 
     def more_prompts(self, first_wave: int) -> int:
-        """Prompts of the next wave; `first_wave` while nothing is known.
+        """Return the number of prompts in the next wave; `first_wave` while nothing is known.
 
-        n prompts bring n mean ± sqrt(n) deviation, and the wave is the smallest n for which what is `margin` deviations
-        below the mean is enough.
+        n prompts bring n mean ± sqrt(n) deviation. The wave is the smallest n that is enough even when it brings
+        `margin` deviations less than the mean.
         """
         if self.missing <= 0:
             return 0
@@ -201,8 +204,8 @@ class Shortfall:
         return math.ceil(root * root - 1e-9)  # a whole number may come out a rounding above itself
 
     def prompts_to_start(self, num_running: int, num_slots: int, samples_per_prompt: int) -> int:
-        """Prompts to start beside `num_running` responses, where unfinished responses outlive the phase (C3PO++): as
-        many as keep every decoding slot busy until nothing is missing."""
+        """Return how many prompts to start beside `num_running` responses, where unfinished responses outlive the phase
+        (C3PO++). They are as many as keep every decoding slot busy until nothing is missing."""
         if self.missing <= 0:
             return 0
         return max(0, math.ceil((num_slots - num_running) / samples_per_prompt))
@@ -222,10 +225,10 @@ def shortfalls(
     longest: int,
     margin: float,
 ) -> list[Shortfall]:
-    """What a phase lacks of every domain so that `select_by_domain` can fill its part of all budgets.
+    """List what a phase lacks of every domain so that `select_by_domain` can fill its part of all budgets.
 
-    carried: tokens that are there already. per_prompt: what prompts brought up to the last phase. Both by domain, as
-    shares are. longest: tokens of the longest response. margin: see `Shortfall`.
+    carried: tokens that are there already. per_prompt: what prompts brought up to the last phase. Both are by domain,
+    as shares are. longest: tokens of the longest response. margin: see `Shortfall`.
     """
     # What crosses the budget of one optimizer step is not there for the next. Without domains the last step of several
     # may be short by that much.
@@ -244,7 +247,7 @@ def shortfalls(
 
 
 def most_lacking(needs: Sequence[Shortfall], num_open: Mapping[str, int]) -> Shortfall:
-    """The one whose open prompts are expected to bring the smallest part of what it lacks.
+    """Return the shortfall whose open prompts are expected to bring the smallest part of what it lacks.
 
     needs: all of them lack something. num_open: by domain, prompts that are being sampled.
     """

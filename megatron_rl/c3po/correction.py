@@ -1,4 +1,5 @@
-"""Off-policy correction: constant weights for tokens whose sampler disagrees with the trainer about them.
+"""This module is the off-policy correction: it gives constant weights to tokens whose sampler and trainer disagree
+about them.
 
 With k = pi_train(y; theta_old) / pi_infer(y) the policy term of a token is multiplied by M(k). All tensors [T];
 `old` are the trainer's log-probabilities, `rollout` the sampler's, for the token's own policy version. Everything is
@@ -12,19 +13,19 @@ from torch import Tensor
 
 
 def icepop(old: Tensor, rollout: Tensor, low: float, high: float) -> Tensor:
-    """k where low <= k <= high, else 0 (Ring-1T report, arXiv 2510.18855)."""
+    """Return k where low <= k <= high, else 0 (Ring-1T report, arXiv 2510.18855)."""
     log_k = old - rollout
     keep = (log_k >= math.log(low)) & (log_k <= math.log(high))
     return torch.where(keep, torch.where(keep, log_k, 0.0).exp(), 0.0)
 
 
 def truncated(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
-    """min(k, cap): truncated importance sampling."""
+    """Return min(k, cap): truncated importance sampling."""
     return (old - rollout).clamp(max=math.log(cap)).exp()
 
 
 def sequence_truncated(mean_log_ratio: Tensor, response_tokens: Tensor, cap: float) -> Tensor:
-    """min(prod_t k_t, cap) for every token of a response: truncated importance sampling of sequences, whose weight
+    """Return min(prod_t k_t, cap) for every token of a response: truncated importance sampling of sequences. The weight
     is that of the response as one action, prod_t pi_train(y_t) / pi_infer(y_t).
 
     mean_log_ratio: [T], the mean of log k over the token's response. response_tokens: [T], how many those are.
@@ -33,8 +34,8 @@ def sequence_truncated(mean_log_ratio: Tensor, response_tokens: Tensor, cap: flo
 
 
 def kpop(old: Tensor, rollout: Tensor, limit: float) -> Tensor:
-    """1 where the binary KL of the token's probability is at most `limit` in both directions, else 0 (Ring-2.6 report,
-    arXiv 2606.15079). D(p || q) = p log(p/q) + (1-p) log((1-p)/(1-q))."""
+    """Return 1 where the binary KL of the token's probability is at most `limit` in both directions, else 0 (Ring-2.6
+    report, arXiv 2606.15079). D(p || q) = p log(p/q) + (1-p) log((1-p)/(1-q))."""
     p, q = old.exp(), rollout.exp()
     tiny = torch.finfo(old.dtype).tiny
     log_not_p, log_not_q = ((-torch.expm1(x)).clamp_min(tiny).log() for x in (old, rollout))

@@ -1,4 +1,5 @@
-"""The objective as a pure function of tensors; the sum over tokens is divided by the denominator elsewhere, once.
+"""This module is the objective as a pure function of tensors. The sum over tokens is divided by the denominator
+elsewhere, once.
 
 Legend: T tokens of a micro-batch that carry loss.
 """
@@ -13,7 +14,8 @@ from megatron_rl.c3po.surrogate import Surrogate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """total: scalar, differentiable, to be minimised (times the denominator). policy, kl: detached [T], unweighted."""
+    """Holds the loss. total: scalar, differentiable, to be minimised (times the denominator). policy, kl: detached [T],
+    unweighted."""
 
     total: Tensor
     policy: Tensor
@@ -32,7 +34,7 @@ def policy_loss(
     kl_estimator: str = "k3",
     ref_logprobs: Tensor | None = None,
 ) -> PolicyLoss:
-    """The numerator of Eq. 2 and the entropy term of Eq. 6, tensors [T]:
+    """Compute the numerator of Eq. 2 with the entropy term of Eq. 6, from tensors [T]:
 
         sum_t w_t * ( -M_t * surrogate_t + beta * KL_t - a_ent * H_t )
 

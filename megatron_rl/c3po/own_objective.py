@@ -1,4 +1,4 @@
-"""Parts of the objective that are functions of the user's own, and what they must be like.
+"""This module runs parts of the objective that are functions of the user's own, and checks what they return.
 
 Each is called with what its parameters name: `OF_ADVANTAGE`, `OF_SURROGATE`, `OF_CORRECTION`. They run inside the
 trainer, advantages on rank 0 and the others on every rank, so they are tried on small tensors before a model is built.
@@ -44,16 +44,16 @@ _TRIED = ((0.0, 1.0, 1.0, 0.25), (0.5, 0.5, 0.5, 0.5), (-3.0, 40.0))
 
 
 class OwnPart:
-    """A function with the names of what it is called with."""
+    """Holds a function with the names of what it is called with."""
 
     def __init__(self, name: str, where: str, known: Mapping[str, str]) -> None:
-        """ValueError for a function that cannot be loaded, or asks for what there is not."""
+        """Load the function. ValueError where it cannot be loaded, or asks for a value that does not exist."""
         self._name, self._where = name, where
         self._function = load_function(name, where)
         self.parameters = parameters_of(self._function, known, where)
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        """ValueError with the last lines of what it raised."""
+        """Call the function. ValueError with the last lines of what it raised."""
         try:
             return self._function(**{name: values[name] for name in self.parameters if name in values})
         except Exception as error:
@@ -69,7 +69,8 @@ def own_advantage(name: str) -> OwnPart:
 
 
 def own_advantages(name: str, values: Mapping[str, Any]) -> np.ndarray:
-    """float64, one for each reward. ValueError for another shape, and for numbers that are not finite."""
+    """Compute advantages by a function of the user's own: float64, one for each reward. ValueError for another shape,
+    and for numbers that are not finite."""
     part, count = own_advantage(name), len(values["rewards"])
     returned = part(values)
     try:
@@ -86,7 +87,8 @@ def own_advantages(name: str, values: Mapping[str, Any]) -> np.ndarray:
 
 @functools.cache
 def own_surrogate(name: str) -> Callable[["Tensor", "Tensor", "Tensor", float, float], "Surrogate"]:
-    """As one of `surrogate.SURROGATES`. A function that returns a tensor says nothing of clipping."""
+    """Wrap a function of the user's own as one of `surrogate.SURROGATES`. One that returns a tensor says nothing of
+    clipping."""
     import torch
 
     from megatron_rl.c3po.surrogate import Surrogate
@@ -111,7 +113,8 @@ def own_surrogate(name: str) -> Callable[["Tensor", "Tensor", "Tensor", float, f
 
 @functools.cache
 def own_correction(name: str) -> Callable[[Mapping[str, "Tensor"]], "Tensor"]:
-    """A function of the values of `OF_CORRECTION` that gives weights [T], constant."""
+    """Wrap a function of the user's own as one that takes the values of `OF_CORRECTION` and gives weights [T],
+    constant."""
     import torch
 
     part = OwnPart(name, "algorithm.correction", OF_CORRECTION)
@@ -127,7 +130,7 @@ def own_correction(name: str) -> Callable[[Mapping[str, "Tensor"]], "Tensor"]:
 
 
 def check_advantage(name: str) -> None:
-    """ValueError where small groups have no finite advantages. Says what differs from the built-in ones."""
+    """Raise ValueError where small groups have no finite advantages. Log what differs from the built-in ones."""
     for rewards in _TRIED:
         count = len(rewards)
         values = {
@@ -144,7 +147,7 @@ def check_advantage(name: str) -> None:
 
 
 def check_surrogate(name: str) -> None:
-    """ValueError where it has no gradient, or one that is not finite."""
+    """Raise ValueError where the surrogate has no gradient, or one that is not finite."""
     import torch
 
     logprobs = torch.tensor([-1.0, -0.5, -2.0], requires_grad=True)
@@ -166,7 +169,7 @@ def check_surrogate(name: str) -> None:
 
 
 def check_correction(name: str) -> None:
-    """ValueError for weights that are not finite."""
+    """Raise ValueError for weights that are not finite."""
     import torch
 
     old, rollout = torch.tensor([-1.0, -0.5, -20.0]), torch.tensor([-1.0, -8.0, -0.1])

@@ -1,4 +1,5 @@
-"""Micro-batches of a synchronous step: every data-parallel rank runs the same number, none above the token cap.
+"""This module packs the micro-batches of a synchronous step. Every data-parallel rank runs the same number, none above
+the token cap.
 
 With expert parallelism across data-parallel ranks each micro-batch is a barrier, so a step costs the sum over
 micro-batches of the maximum over ranks. A *row* is what all ranks run between two barriers: one bin of sequences per
@@ -27,7 +28,7 @@ NEAR_EQUAL = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Forward cost of a sequence of n tokens: linear * n + quadratic * n^2, in multiply-adds times two."""
+    """Computes the forward cost of a sequence of n tokens: linear * n + quadratic * n^2, in multiply-adds times two."""
 
     linear: float
     quadratic: float
@@ -37,7 +38,8 @@ class CostModel:
 
 
 def cost_model(model: Architecture) -> CostModel:
-    """2 FLOPs per active weight and token; causal attention, 2 * layers * heads * head_dim * n^2."""
+    """Return the cost model of an architecture: 2 FLOPs per active weight and token; causal attention, 2 * layers *
+    heads * head_dim * n^2."""
     inactive = (model.num_experts - model.num_experts_per_tok) * 3 * model.hidden_size * model.moe_intermediate_size
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
     active = model.num_parameters() - model.num_moe_layers * inactive - embedding
@@ -48,7 +50,8 @@ def cost_model(model: Architecture) -> CostModel:
 def pack_micro_batches(
     lengths: Sequence[int], num_ranks: int, token_cap: int, cost: CostModel, *, multiple_of: int = 1
 ) -> MicroBatches:
-    """`result[rank][i]`: positions in `lengths` that data-parallel rank `rank` runs in its i-th micro-batch.
+    """Pack sequences into micro-batches. `result[rank][i]` has the positions in `lengths` that data-parallel rank
+    `rank` runs in its i-th micro-batch.
 
     Several plans are made and the cheapest is taken, or one of fewer rows that costs as good as the same. One plan goes
     longest first over all rows at once, which is best when sequences are few. The others go row by row, each up to a
@@ -78,7 +81,7 @@ def pack_micro_batches(
 
 @dataclass(slots=True, kw_only=True)
 class _Pool:
-    """The sequences not yet placed, shortest first: three parallel lists, and the sum of the second."""
+    """Holds the sequences that are not yet placed, shortest first: three parallel lists, and the sum of the second."""
 
     positions: list[int]
     tokens: list[int]
@@ -95,7 +98,7 @@ class _Pool:
         return replace(self, positions=self.positions[:], tokens=self.tokens[:], costs=self.costs[:])
 
     def take_longest(self, max_tokens: int, max_cost: float) -> tuple[int, int, float] | None:
-        """Position, tokens and cost of the longest sequence within both limits, which leaves the pool."""
+        """Take the longest sequence within both limits out of the pool. Return its position, tokens and cost."""
         at = min(bisect_right(self.tokens, max_tokens), bisect_right(self.costs, max_cost)) - 1
         if at < 0:
             return None
@@ -103,7 +106,8 @@ class _Pool:
         return self.positions.pop(at), self.tokens.pop(at), self.costs.pop(at)
 
     def highest_cost(self, max_tokens: int) -> float:
-        """The most cost that `max_tokens` tokens can have: the longest sequences, the last one in part."""
+        """Return the highest cost that `max_tokens` tokens can have: that of the longest sequences, the last one in
+        part."""
         total = 0.0
         for tokens, cost in zip(reversed(self.tokens), reversed(self.costs), strict=True):
             if tokens >= max_tokens:
@@ -114,8 +118,8 @@ class _Pool:
 
 
 def _all_rows_at_once(pool: _Pool, num_ranks: int, token_cap: int) -> Rows:
-    """Longest first, each sequence into the cheapest bin that still has room, over the fewest rows that this can fill;
-    bins of like cost then share a row."""
+    """Put each sequence, longest first, into the cheapest bin that still has room. Use the fewest rows that this can
+    fill; bins of like cost then share a row."""
     forced = _forced_rows(pool.tokens[::-1], num_ranks, token_cap)
     count = max(-(-pool.num_tokens // (token_cap * num_ranks)), int(forced.max(initial=0)))
     while (bins := _longest_first(pool, count * num_ranks, token_cap)) is None:
@@ -124,7 +128,8 @@ def _all_rows_at_once(pool: _Pool, num_ranks: int, token_cap: int) -> Rows:
 
 
 def _longest_first(pool: _Pool, num_bins: int, token_cap: int) -> list[tuple[int, ...]] | None:
-    """Bins, costliest first, or None when a sequence found no room."""
+    """Fill bins with the longest sequences first. Return them costliest first, or None when a sequence found no
+    room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0.0, b, token_cap) for b in range(num_bins)]
     for at in reversed(range(len(pool.positions))):
@@ -143,8 +148,9 @@ def _longest_first(pool: _Pool, num_bins: int, token_cap: int) -> list[tuple[int
 
 
 def _row_by_row(pool: _Pool, num_ranks: int, token_cap: int, share: float) -> Rows:
-    """Empty the pool by rows of the highest target that all bins can about reach; the first rest that fits one row is
-    divided evenly over it. Every row takes at least the longest sequence left, so this ends."""
+    """Empty the pool row by row. The target cost of a row is about the highest that all its bins can reach. The first
+    rest that fits one row is divided evenly over it. Every row takes at least the longest sequence left, so this
+    ends."""
     rows: Rows = []
     while pool.positions:
         if pool.num_tokens <= num_ranks * token_cap:
@@ -158,7 +164,8 @@ def _row_by_row(pool: _Pool, num_ranks: int, token_cap: int, share: float) -> Ro
 
 
 def _fill(pool: _Pool, num_bins: int, token_cap: int, target: float) -> list[tuple[int, ...]]:
-    """The cheapest bin takes the longest sequence that keeps it within cap and target, until none takes any."""
+    """Fill one row. The cheapest bin takes the longest sequence that keeps it within cap and target, until no bin can
+    take one."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0.0, b, token_cap) for b in range(num_bins)]
     while heap:
@@ -174,8 +181,9 @@ def _fill(pool: _Pool, num_bins: int, token_cap: int, target: float) -> list[tup
 
 
 def _assign(rows: Rows, num_ranks: int, lengths: Sequence[int], cost: CostModel) -> MicroBatches:
-    """Bins of a row to ranks, the costliest to the rank with the least so far. The barriers do not care; without
-    expert parallelism there are none, and the step takes as long as the rank with the most."""
+    """Assign the bins of each row to ranks, the costliest to the rank with the least cost so far. With barriers this
+    makes no difference. Without expert parallelism there are none, and the step takes as long as the rank with the
+    most."""
     totals = [0.0] * num_ranks
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
     for row in rows:
@@ -189,20 +197,21 @@ def _assign(rows: Rows, num_ranks: int, lengths: Sequence[int], cost: CostModel)
 
 
 def _forced_rows(longest_first: Sequence[int] | np.ndarray, num_ranks: int, token_cap: int) -> np.ndarray:
-    """[i]: how many rows the i + 1 longest sequences occupy at least, ceil((i + 1) / (D * floor(cap / x_i)))."""
+    """Return, at [i], how many rows the i + 1 longest sequences occupy at least: ceil((i + 1) / (D * floor(cap /
+    x_i)))."""
     tokens = np.asarray(longest_first, dtype=np.int64)
     return np.arange(len(tokens)) // (num_ranks * (token_cap // tokens)) + 1
 
 
 def barrier_cost(micro_batches: MicroBatches, lengths: Sequence[int], cost: CostModel) -> float:
-    """Sum over micro-batches of the maximum over ranks."""
+    """Return the sum over micro-batches of the maximum cost over ranks."""
     return sum(
         max(sum(cost(lengths[i]) for i in rank_bins) for rank_bins in row) for row in zip(*micro_batches, strict=True)
     )
 
 
 def lower_bound(lengths: Sequence[int], num_ranks: int, token_cap: int, cost: CostModel) -> float:
-    """What no placement under the token cap can undercut in `barrier_cost`, with any number of rows.
+    """Return a lower bound of `barrier_cost` for every placement under the token cap, with any number of rows.
 
     Let C be the cost of all sequences, D the number of ranks, M_1 >= M_2 >= ... the costs of the rows of any placement
     (the maximum over their bins), costliest first, and x_1 >= x_2 >= ... the lengths.

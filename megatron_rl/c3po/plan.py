@@ -1,4 +1,5 @@
-"""Scored samples in, a plan for one train phase out. Pure: the same arguments give the same plan on any machine."""
+"""This module makes a plan for one train phase from scored samples. It is pure: the same arguments give the same plan
+on any machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A plan over `samples`, and where the samples that it does not use go. One without a policy token goes nowhere.
+    """Holds a plan over `samples`, and where the samples that it does not use go. A sample without a policy token goes
+    nowhere.
 
     samples: carried first, then group by group; `Selected.index` points here.
     carried: surplus for the next step, in order.
     num_dropped: surplus that the algorithm throws away.
     num_cut_tokens: policy tokens of trained responses that carry no loss.
-    num_passes: over the same responses; the optimizer steps of the first one come first.
+    num_passes: the number of passes over the same responses; the optimizer steps of the first one come first.
     """
 
     plan: Plan
@@ -35,13 +37,13 @@ class Schedule:
 
     @property
     def first_pass(self) -> tuple[StepPlan, ...]:
-        """Its optimizer steps, in which every response is trained once."""
+        """The optimizer steps of the first pass, which trains every response once."""
         return self.plan.steps[: len(self.plan.steps) // self.num_passes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRules:
-    """What holds for every train phase of a run.
+    """Holds the rules of every train phase of a run.
 
     budgets: Phi of each optimizer step; an algorithm without a budget uses only their number and trains every sample.
     micro_batch_multiple: see `pack_micro_batches`.
@@ -49,7 +51,7 @@ class PlanRules:
         Phi all the same.
     mask_truncated: samples that ended at the longest response carry no loss; they take their part of a budget, and
         count in no other denominator.
-    num_passes: optimizer steps over the same samples, as often.
+    num_passes: how often the optimizer steps over the same samples are made.
     """
 
     algorithm: Algorithm
@@ -72,7 +74,7 @@ def schedule(
 ) -> Schedule:
     """Build the plan of one train phase.
 
-    policy_version: of the weights now being trained.
+    policy_version: the version of the weights that are now trained.
     seed: decides the order of selection.
     """
     groups = sorted(groups, key=lambda group: group.prompt_id)
@@ -101,7 +103,7 @@ def schedule(
 
 
 def _selection(samples: Sequence[Sample], order: Sequence[int], rules: PlanRules) -> Selection:
-    """Choose the samples of each optimizer step: by the budgets, or all of them in equal parts."""
+    """Choose the samples of each optimizer step: by the budgets, or all samples in equal parts."""
     lengths = [sample.response.num_policy_tokens for sample in samples]
     if rules.algorithm.uses_budget:
         domains = [rules.domain_of(sample.response.prompt_id) for sample in samples]
@@ -115,7 +117,7 @@ def _step_plan(
 ) -> StepPlan:
     """Weigh the picks of one optimizer step and pack their segments into micro-batches.
 
-    policy_version: of the weights that the step changes; None where they are no longer those that sampled.
+    policy_version: the version of the weights that the step changes; None where these are no longer those that sampled.
     """
     parts = [_loss_tokens(samples[pick.index].response, pick.num_loss_tokens) for pick in picks]
     is_masked = [rules.mask_truncated and samples[p.index].response.finish_reason == "length" for p in picks]
@@ -143,8 +145,8 @@ def _step_plan(
 
 
 def _loss_tokens(response: Response, num_loss_tokens: int) -> dict[int, int]:
-    """Divide the first policy tokens of a response over its segments, by their numbers; those that have none of them
-    are left out."""
+    """Divide the first policy tokens of a response over its segments. Return the count by segment number; segments with
+    none are left out."""
     found, left = {}, num_loss_tokens
     for number, segment in enumerate(response.segments):
         count = min(left, segment.num_policy_tokens)
@@ -157,7 +159,7 @@ def _loss_tokens(response: Response, num_loss_tokens: int) -> dict[int, int]:
 def _selected(
     samples: Sequence[Sample], index: int, number: int, num_loss_tokens: int, scale: float, policy_version: int | None
 ) -> Selected:
-    """Describe the part of one segment. policy_version: see `_step_plan`."""
+    """Describe the part of one segment in an optimizer step. policy_version: see `_step_plan`."""
     segment = samples[index].response.segments[number]
     num_stale = num_loss_tokens
     if policy_version is not None:
@@ -174,6 +176,6 @@ def _selected(
 
 
 def split_evenly(picks: Sequence[T], num_steps: int) -> tuple[tuple[T, ...], ...]:
-    """Consecutive parts of sizes that differ by one at most."""
+    """Divide the picks into consecutive parts whose sizes differ by at most one."""
     bounds = [round(i * len(picks) / num_steps) for i in range(num_steps + 1)]
     return tuple(tuple(picks[a:b]) for a, b in pairwise(bounds))

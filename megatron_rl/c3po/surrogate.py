@@ -1,4 +1,5 @@
-"""What is maximised for each token: functions of the probability ratio and the advantage. All tensors [T].
+"""This module computes what is maximised for each token, from the probability ratio and the advantage. All tensors are
+[T].
 
 `old` are the log-probabilities that the ratio r = exp(logprob - old) refers to. Where the present weights are the old
 ones, old = logprob.detach(): r is exactly 1 and its gradient that of the log-probability.
@@ -13,8 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrogate:
-    """values: differentiable, to be maximised. ratio: detached. clipped_low, clipped_high: bool, tokens whose
-    gradient the clip range took away (cispo: whose weight it changed) at its lower or upper end."""
+    """Holds the surrogate of each token. values: differentiable, to be maximised. ratio: detached. clipped_low,
+    clipped_high: bool, tokens whose gradient the clip range took away (cispo: whose weight it changed) at its lower or
+    upper end."""
 
     values: Tensor
     ratio: Tensor
@@ -23,7 +25,8 @@ class Surrogate:
 
 
 def at_sequence_level(logprobs: Tensor, mean_log_ratio: Tensor) -> Tensor:
-    """The `old` with which a token's ratio is that of its whole response, as in GSPO: s_i = exp(mean_t log r_it).
+    """Return the `old` with which a token's ratio is that of its whole response, as in GSPO: s_i = exp(mean_t log
+    r_it).
 
     mean_log_ratio: detached, of the token's response. exp(logprob - old) is then s_i * logprob_t / its detached self in
     log space, whose gradient, summed over the response with weights 1/|y_i|, is that of s_i (Eq. 14 of GSPO's paper).
@@ -32,12 +35,13 @@ def at_sequence_level(logprobs: Tensor, mean_log_ratio: Tensor) -> Tensor:
 
 
 def clip(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Surrogate:
-    """min(r A, clip(r, 1 - low, 1 + high) A): the clipped term of Eq. 2."""
+    """Return min(r A, clip(r, 1 - low, 1 + high) A): the clipped term of Eq. 2."""
     return _pessimistic(torch.exp(logprobs - old), advantages, low, high)
 
 
 def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Surrogate:
-    """CISPO: the clipped ratio is a constant weight of log-likelihood times advantage; no token loses its gradient."""
+    """Compute CISPO's surrogate. The clipped ratio is a constant weight of log-likelihood times advantage; no token
+    loses its gradient."""
     ratio = torch.exp(logprobs.detach() - old)
     weight = ratio.clamp(1.0 - low, 1.0 + high)
     return Surrogate(
@@ -49,7 +53,7 @@ def cispo(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: f
 
 
 def plain(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Surrogate:
-    """r A without a clip range: the policy gradient with importance weights."""
+    """Return r A without a clip range: the policy gradient with importance weights."""
     del low, high
     value = torch.exp(logprobs - old)
     nothing = torch.zeros_like(value, dtype=torch.bool)

@@ -1,1 +1,2 @@
-"""Ling-lite checkpoints: the one name table, inverse reshapes, reading and writing Hugging Face directories."""
+"""This package reads and writes checkpoints of Ling-lite and the other families: the one name table, inverse reshapes,
+and Hugging Face directories."""

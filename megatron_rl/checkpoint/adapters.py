@@ -1,4 +1,4 @@
-"""What a checkpoint of adapters says of itself: their shape, and which weights they belong to."""
+"""This module reads what a checkpoint of adapters says of itself: their shape, and which weights they belong to."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from megatron_rl.tensor_bytes import as_bytes
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.read import Checkpoint
 
-# Beside config.json in a checkpoint that holds adapters instead of weights.
+# The file lies beside config.json in a checkpoint that holds adapters instead of weights.
 NOTE = "lora.json"
 
 
@@ -88,13 +88,13 @@ def _told(lora: LoraSection) -> str:
 
 
 def tensor_digests(checkpoint: "Checkpoint", share: int = 0, num_shares: int = 1) -> dict[str, str]:
-    """Read one share of a checkpoint's tensors, and give the xxh3_128 of the bytes of each by its Hugging Face name.
-    Several ranks with a share each read them together."""
+    """Read one share of a checkpoint's tensors, and return the xxh3_128 of the bytes of each by its Hugging Face name.
+    Several ranks can read them together, each one share."""
     names = sorted(checkpoint.dtypes)[share::num_shares]
     return {name: xxhash.xxh3_128(as_bytes(checkpoint.read(name))).hexdigest() for name in names}
 
 
 def weights_digest(digests: Mapping[str, str]) -> str:
-    """Make one digest of all tensors' names and values, whatever files they are in."""
+    """Return one digest of all tensors' names and values, whatever files they are in."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]

@@ -1,4 +1,5 @@
-"""Megatron's way to read a distributed checkpoint, with every pickle through the gate (checkpoint/pickles.py).
+"""This module is Megatron's way to read a distributed checkpoint, but every pickle goes through the gate
+(checkpoint/pickles.py).
 
 Torch's own reader unpickles `.metadata` and every stored object, and runs what they say.
 """
@@ -25,7 +26,8 @@ class CheckedReader(dcp.FileSystemReader):
     """Hands tensors and objects to torch's planner. What the planner unpickles are bytes that were written here."""
 
     def __init__(self, folder: str | os.PathLike[str], **_: Any) -> None:
-        """ValueError or Fault as in `read_metadata`. Megatron's further options are about its own readers."""
+        """Open the checkpoint. It raises ValueError or Fault as `read_metadata` does. Megatron's further options are
+        about its own readers."""
         super().__init__(folder)
         self._folder = Path(folder)
         self._metadata = read_metadata(self._folder)
@@ -35,7 +37,8 @@ class CheckedReader(dcp.FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fault names the file that cannot be read: this may be the only rank that reads it."""
+        """Read the tensors of a plan. Fault names a file that cannot be read: this may be the only rank that reads
+        it."""
         items = sorted(plan.items, key=lambda item: (self._file(item), self.storage_data[item.storage_index].offset))
         for path, of_file in groupby(items, key=self._file):
             try:
@@ -70,7 +73,7 @@ class CheckedReader(dcp.FileSystemReader):
 
 
 def load_common(folder: str) -> Any:
-    """`common.pt`, where older versions of Megatron keep all that is no tensor."""
+    """Read `common.pt`, where older versions of Megatron keep all that is no tensor."""
     path = Path(folder) / "common.pt"
     with open_regular(path) as file:
         return load_saved(file.read(), str(path))

@@ -1,4 +1,5 @@
-"""`checksums.json` of a checkpoint: length and xxh3_128 of every file in it, so that damage is found and named.
+"""This module writes and checks the `checksums.json` of a checkpoint. It has the length and xxh3_128 of every file, so
+that damage is found and named.
 
 It is written last. A directory without it is not whole. Files that it does not list are somebody's own, and ignored.
 """
@@ -25,22 +26,23 @@ class Checksum:
 
 
 def checksum_on_disk(path: Path) -> Checksum:
-    """Of a file that was just written; it has reached the disk when this returns."""
+    """Return the checksum of a file that was just written. The file has reached the disk when this returns."""
     sync(path)
     return _checksum(path)
 
 
 def write_checksums(folder: Path, files: dict[str, Checksum]) -> None:
-    """files: by path relative to `folder`."""
+    """Write `checksums.json` into `folder`. files: by path relative to `folder`."""
     content = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=1), encoding="utf-8")
     sync(folder / CHECKSUMS)
 
 
 def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, one line for each file; nothing when it is as it was written.
+    """List what is wrong with a checkpoint, one line for each file; nothing when it is as it was written.
 
-    share: of `num_shares`, which are about alike in bytes, so that several ranks read it together.
+    share: the number of this one of `num_shares`. They are about equal in bytes, so that several ranks can read
+    together.
     """
     try:
         content = read_json(folder / CHECKSUMS)
@@ -78,7 +80,7 @@ def _checksum(path: Path) -> Checksum:
 
 
 def sync(path: Path) -> None:
-    """What was written to a file, or the names in a directory, to the disk."""
+    """Flush to the disk what was written to a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

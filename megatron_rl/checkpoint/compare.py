@@ -1,4 +1,4 @@
-"""Two checkpoints of either kind, tensor by tensor."""
+"""This module compares two checkpoints of either kind, tensor by tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from megatron_rl.families import load_architecture, tensor_shapes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of one tensor: the largest absolute difference (infinite where one is not finite and the other differs), and how
-    many values differ at all."""
+    """Describes the difference of one tensor: the largest absolute difference (infinite where one value is not finite
+    and the other differs), and how many values differ at all."""
 
     name: str
     largest: float
@@ -22,7 +22,8 @@ class Difference:
 
 
 def compare(first: Path, second: Path, progress: Progress = no_progress) -> tuple[list[Difference], int]:
-    """The tensors that differ, in the order of the model, and how many there are. ValueError for other sets or shapes.
+    """Return the tensors that differ, in the order of the model, and how many there are. ValueError where the sets of
+    tensors or their shapes differ.
 
     Values are compared in fp32, so a checkpoint in bf16 and its copy in fp32 are equal. Equal NaNs are equal.
     """

@@ -1,4 +1,5 @@
-"""Hugging Face directory <-> Megatron distributed checkpoint, tensor by tensor, in memory that a few tensors need."""
+"""This module converts Hugging Face directory <-> Megatron distributed checkpoint, tensor by tensor, in memory that a
+few tensors need."""
 
 import logging
 import os
@@ -38,10 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One conversion: from a checkpoint of one kind to `destination`, of the other.
+    """Describes one conversion: from a checkpoint of one kind to `destination`, of the other.
 
-    dtype: of the result; None keeps every tensor's. max_shard_bytes: of one file. fold_norm_head: write the LM head as
-    it is used, divided by its norm, and norm_head = false, for runtimes that do not know it; Hugging Face only.
+    dtype: that of the result; None keeps every tensor's. max_shard_bytes: the limit of one file. fold_norm_head: write
+    the LM head as it is used, divided by its norm, and norm_head = false, for runtimes that do not know it; Hugging
+    Face only.
     verify: read the result back and compare checksums.
     """
 
@@ -64,7 +66,7 @@ class Report:
 
 
 def convert(job: Job, progress: Progress = no_progress) -> Report:
-    """Run a conversion. The destination appears when it is whole; whatever goes wrong leaves nothing behind.
+    """Run a conversion. The destination appears when it is whole. A conversion that fails leaves nothing behind.
 
     ValueError names what cannot be converted.
     """
@@ -104,8 +106,9 @@ def convert(job: Job, progress: Progress = no_progress) -> Report:
 
 @contextmanager
 def signals_between_tensors() -> Iterator[Callable[[], None]]:
-    """Have a signal that stops a run wait until the function that this gives is called, which raises KeyboardInterrupt
-    then: raised in the middle of a file that torch writes, it would abort the process. A second one ends it at once."""
+    """Let a signal that stops a run wait until the function that this yields is called, which then raises
+    KeyboardInterrupt. Raised in the middle of a file that torch writes, it would abort the process. A second signal
+    ends it at once."""
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield lambda: None
         return
@@ -130,7 +133,7 @@ def signals_between_tensors() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
-    """The source and its shape, checked against the job. ValueError names the mistake."""
+    """Open the source and read its shape, and check both against the job. ValueError names the mistake."""
     directory = resolve(job.source)
     model = load_architecture(directory)
     with open_checkpoint(directory, model) as source:
@@ -146,13 +149,14 @@ def opened(job: Job) -> Iterator[tuple[Checkpoint, Architecture]]:
 
 
 def result_tensors(job: Job, source: Checkpoint, model: Architecture) -> list[TensorInfo]:
-    """Name, shape and type of every tensor of the result under its Hugging Face name, in the order of the model."""
+    """List name, shape and type of every tensor of the result under its Hugging Face name, in the order of the
+    model."""
     asked = result_dtypes(job, model)
     return [(name, shape, asked.get(name, source.dtypes[name])) for name, shape in tensor_shapes(model).items()]
 
 
 def result_dtypes(job: Job, model: Architecture) -> dict[str, torch.dtype]:
-    """The type that a job asks for of every tensor by its Hugging Face name; empty where each keeps its own."""
+    """Return the type that a job asks for of every tensor, by its Hugging Face name; empty where each keeps its own."""
     if job.dtype is None:
         return {}
     return {name: entry.dtype(job.dtype) for name, (entry, _) in hf_names(name_table(model)).items()}
@@ -173,7 +177,8 @@ class _Reading:
         progress: Callable[[int], None],
         check: Callable[[], None],
     ) -> None:
-        """infos: of the result. head: the name of the LM head. check: called before each tensor is given out."""
+        """Start to read. infos: those of the result. head: the name of the LM head. check: called before each tensor is
+        given out."""
         self._check = check
         self.num_not_finite = 0
         self._job, self._source, self._head, self._progress = job, source, head, progress
@@ -193,7 +198,7 @@ class _Reading:
         return tensor
 
     def finish(self) -> dict[str, str]:
-        """The checksums, of every tensor of the source. ValueError when it held one that nobody asked for."""
+        """Return the checksums of every tensor of the source. ValueError when it held one that nobody asked for."""
         left = set(self._source.dtypes) - set(self._checksums)
         if left or self._next is not None:
             raise ValueError(f"{len(left)} tensors of {self._job.source} were not used: {', '.join(sorted(left)[:3])}")
@@ -254,7 +259,7 @@ def _verify(
 
 
 def forget_cached(file: Path) -> None:
-    """Have the next read come from the disk, where the system can be asked to."""
+    """Let the next read come from the disk, where the system can be asked to."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(file, os.O_RDONLY)
         try:

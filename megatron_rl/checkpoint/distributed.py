@@ -1,4 +1,5 @@
-"""Megatron's distributed checkpoints (torch_dist) read and written tensor by tensor, without megatron and its ranks.
+"""This module reads and writes Megatron's distributed checkpoints (torch_dist) tensor by tensor, without megatron and
+its ranks.
 
 The format is torch's distributed checkpoint: `.metadata` (checkpoint/metadata.py), which says where every chunk of
 every tensor lies, and `*.distcp` files of chunks, each written by `torch.save`. Megatron adds `metadata.json` and an
@@ -49,13 +50,13 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 
 class DistributedCheckpoint:
-    """A `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
+    """Is a `Checkpoint` (checkpoint/read.py) in `directory/megatron`, of any parallel layout. Optimizer state is passed
     over. One chunk is in memory at a time, beside the tensor that is read."""
 
     def __init__(self, directory: Path, model: Architecture, table: dict[str, TensorMapping] | None = None) -> None:
-        """table: of what it holds; None for the weights of the model. ValueError for files that are missing, too short
-        or outside of the directory, and for tensors that are missing, left over or of another shape than config.json
-        says."""
+        """Open the checkpoint. table: that of what it holds; None for the weights of the model. ValueError for files
+        that are missing, too short or outside of the directory, and for tensors that are missing, left over or of
+        another shape than config.json says."""
         self.directory = directory
         self._folder = directory / MEGATRON
         model_files(directory, MEGATRON)  # none of them leads out of it
@@ -93,7 +94,7 @@ class DistributedCheckpoint:
         self.close()
 
     def _region(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The part of a stored tensor from `start` on, put together from the chunks that overlap it."""
+        """Return the part of a stored tensor from `start` on, put together from the chunks that overlap it."""
         stored = self._tensors[key]
         result, num_found = torch.empty(tuple(shape), dtype=stored.properties.dtype), 0
         for chunk in stored.chunks:
@@ -145,7 +146,8 @@ def write_distributed(
 ) -> None:
     """Write a model checkpoint that megatron's `dist_checkpointing.load` opens in any parallel layout.
 
-    read: a tensor by its Hugging Face name, of the type in `dtypes`; called once for each when it is written.
+    read: gives a tensor by its Hugging Face name, of the type in `dtypes`. It is called once for each, when that is
+    written.
     """
     folder.mkdir(parents=True)
     planner = _Planner(name_table(model), model, dtypes, read)
@@ -211,7 +213,8 @@ class _Planner(SavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer keeps every tensor that it has written until the file is closed; this one keeps none."""
+    """Writes chunks to files. torch's writer keeps every tensor that it has written until the file is closed; this one
+    keeps none."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         super().__init__(folder)

@@ -1,4 +1,4 @@
-"""Hugging Face directories of safetensors, read and written tensor by tensor; nothing is unpickled."""
+"""This module reads and writes Hugging Face directories of safetensors tensor by tensor. Nothing is unpickled."""
 
 import json
 import os
@@ -23,17 +23,17 @@ from megatron_rl.tensor_bytes import as_bytes
 
 # What a model directory carries beside its weights, copied along byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
-# As a safetensors header calls them.
+# The types by the names of a safetensors header.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "F64"}
 
 
 class HfCheckpoint:
-    """A `Checkpoint` (checkpoint/read.py) of safetensors files, which are mapped into memory."""
+    """Is a `Checkpoint` (checkpoint/read.py) of safetensors files, which are mapped into memory."""
 
     def __init__(self, directory: Path, model: Architecture) -> None:
-        """ValueError for a file that cannot be read, and the tensors that are missing, left over, there twice or of
-        another shape or type than config.json says."""
+        """Open the directory. ValueError names a file that cannot be read, and the tensors that are missing, left over,
+        there twice or of another shape or type than config.json says."""
         self.directory = directory
         self.dtypes: dict[str, torch.dtype] = {}
         self._where: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files that the index names, or all of them where there is no index."""
+    """List the files that the index names, or all of them where there is no index."""
     found, names = model_files(directory), indexed_names(directory)
     if names is None:
         return [file for file in found if file.suffix == ".safetensors"]
@@ -102,7 +102,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def check_names(expected: set[str], found: set[str], where: str) -> None:
-    """Every expected name found, and nothing else; ValueError lists the first few of each kind."""
+    """Check that every expected name was found, and nothing else. ValueError lists the first few of each kind."""
     missing, left_over = sorted(expected - found), sorted(found - expected)
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -119,10 +119,9 @@ TensorInfo = tuple[str, tuple[int, ...], torch.dtype]
 
 
 class SafetensorsWriter:
-    """One safetensors file whose tensors are written one after the other, in the order that was announced. Use it in a
-    `with` block.
+    """Writes one safetensors file, tensor by tensor, in the order that was announced. Use it in a `with` block.
 
-    safetensors' own writer wants all of them at once.
+    safetensors' own writer needs all of them at once.
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorInfo]) -> None:
@@ -145,7 +144,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:
-        """The file is on disk afterwards, unless the block failed."""
+        """Close the file. It is on disk afterwards, unless the block failed."""
         with self.file:
             if failure is None:
                 assert next(self._expected, None) is None
@@ -154,7 +153,8 @@ class SafetensorsWriter:
 
 
 def divide_into_shards(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Consecutive tensors that fit into a file of `max_bytes`; one that alone is larger has a file of its own."""
+    """Divide consecutive tensors into files of at most `max_bytes`. A tensor that alone is larger has a file of its
+    own."""
     shards: list[list[TensorInfo]] = [[]]
     used = 0
     for tensor in tensors:
@@ -174,7 +174,7 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def write_shard(
     directory: Path, rank: int, expected: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]]
 ) -> list[str]:
-    """Write one rank's tensors as `model-RANK.safetensors`, each as it comes; returns their names.
+    """Write one rank's tensors as `model-RANK.safetensors`, each as it comes. Return their names.
 
     expected: what will come, in order. No file is written for no tensors.
     """
@@ -207,9 +207,10 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 
 
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
-    """config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of `source`.
-    With `dtype`, config.json's torch_dtype (transformers 5: dtype) becomes it, and with `changes` other fields; without
-    a difference it stays byte for byte. ValueError, before any is copied, for a file that leads out of `source`."""
+    """Copy config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of
+    `source`. `dtype` replaces config.json's torch_dtype (transformers 5: dtype), and `changes` replaces other fields.
+    Where nothing differs config.json stays byte for byte. ValueError, before any is copied, for a file that leads out
+    of `source`."""
     of_weights = ("driver.json", CHECKSUMS, SFT_NOTE, NOTE)
     for file in model_files(source):
         if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:

@@ -1,4 +1,4 @@
-"""Pairs of inverse reshapes between Hugging Face tensors and Megatron's full and sharded tensors.
+"""This module holds pairs of inverse reshapes between Hugging Face tensors and Megatron's full and sharded tensors.
 
 Every layout has four functions, two pairs of inverses:
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 
 class TensorLayout(Protocol):
-    """interleaves: rows of one Hugging Face tensor do not lie together in the full one, so that all are needed."""
+    """Converts a parameter between its layouts. interleaves: rows of one Hugging Face tensor do not lie together in the
+    full one, so that all of the Hugging Face tensors are needed."""
 
     @property
     def interleaves(self) -> bool: ...
@@ -31,7 +32,7 @@ class TensorLayout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """One tensor, the same on every tensor-parallel rank (norms, router)."""
+    """Is the layout of one tensor that is the same on every tensor-parallel rank (norms, router)."""
 
     @property
     def interleaves(self) -> bool:
@@ -53,7 +54,7 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class Chunked(Replicated):
-    """One tensor, cut into equal chunks along `dim` (row-parallel linear layers: 1)."""
+    """Is the layout of one tensor that is cut into equal chunks along `dim` (row-parallel linear layers: 1)."""
 
     dim: int
 
@@ -66,7 +67,7 @@ class Chunked(Replicated):
 
 @dataclass(frozen=True, slots=True)
 class GroupedQkv(Chunked):
-    """[all Q | all K | all V] rows <-> ([Nq/Nk query heads, K, V] per key-value head) rows; both [(Nq+2Nk)*D, H].
+    """Maps [all Q | all K | all V] rows <-> ([Nq/Nk query heads, K, V] per key-value head) rows; both [(Nq+2Nk)*D, H].
 
     separate: Q, K and V are three Hugging Face tensors. Biases have no H.
     """
@@ -95,7 +96,7 @@ class GroupedQkv(Chunked):
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
-    """gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]; each rank holds [its gate rows; its up rows]."""
+    """Maps gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]. Each rank holds [its gate rows; its up rows]."""
 
     @property
     def interleaves(self) -> bool:
@@ -121,7 +122,7 @@ class GateUp:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary(Replicated):
-    """[V, H], rows padded with zeros so that every tensor-parallel rank holds equally many."""
+    """Is the layout of [V, H], with rows padded with zeros so that every tensor-parallel rank holds equally many."""
 
     vocab_size: int
 

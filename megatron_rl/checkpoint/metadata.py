@@ -1,4 +1,5 @@
-"""`.metadata` of a distributed checkpoint: what tensors there are, and in which file every chunk of them lies.
+"""This module reads the `.metadata` of a distributed checkpoint: which tensors there are, and in which file each of
+their chunks lies.
 
 It is a pickle of torch's classes. We read records from it (checkpoint/pickles.py), check them, and make torch's objects
 of what is needed.
@@ -24,7 +25,7 @@ from megatron_rl.errors import Fault
 
 METADATA = ".metadata"
 
-# What we look into.
+# These objects are read.
 _Metadata, _Index, _Place = record("Metadata"), record("MetadataIndex"), record("StorageInfo")
 _Tensor, _Properties, _Chunk, _Bytes = record("Tensor"), record("TensorProperties"), record("Chunk"), record("Bytes")
 
@@ -43,22 +44,22 @@ _KNOWN: Known = {
     (f"{_DCP}.filesystem", "_StorageInfo"): _Place,
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): Ignored,
     (f"{_DCP}.metadata", "StorageMeta"): Ignored,
-    # Where it was written: Python has moved the class.
+    # The path where it was written. Python has moved the class.
     ("pathlib", "PosixPath"): Ignored,
     ("pathlib._local", "PosixPath"): Ignored,
     # Plans of saving, which Megatron may keep for the next save.
     **{(f"{_DCP}.planner", name): Ignored for name in ("SavePlan", "WriteItem", "WriteItemType")},
     **{(f"{_DCP}.planner", name): Ignored for name in ("TensorWriteData", "BytesIOWriteData")},
     (f"{_DCP}.filesystem", "_StoragePrefix"): Ignored,
-    # Of megatron-core 0.15 and before.
+    # megatron-core 0.15 and earlier wrote these.
     (_MEGATRON, "MCoreMetadata"): _Metadata,
     (_MEGATRON, "MCoreSavePlan"): Ignored,
 }
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """All of it but what only a save needs. Fault when it could run a program, ValueError when it is damaged or names
-    a file that is missing or too short."""
+    """Read all of it except what only a save needs. Fault when it could run a program, ValueError when it is damaged or
+    names a file that is missing or too short."""
     path = folder / METADATA
     if not path.exists():
         raise ValueError(f"{folder} holds no {METADATA}; the checkpoint is not whole")

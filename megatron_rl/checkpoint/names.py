@@ -1,4 +1,5 @@
-"""The one table of tensors and parameters: from a family's Hugging Face names to Megatron's, used in both directions.
+"""This module makes the one table of tensors and parameters, from a family's Hugging Face names to Megatron's. It is
+used in both directions.
 
 Megatron names here are *canonical*: those of an undivided model (global layer and expert numbers) built from local
 layers. `canonical_name` maps a rank's own parameter names to them. `TensorMapping.stored` is the name in a distributed
@@ -18,7 +19,7 @@ from megatron_rl.families import Architecture, family_of, tensor_shapes
 from megatron_rl.families.tensors import TensorNames
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# Of a router; a buffer, where all else is a parameter.
+# A router's bias. It is a buffer, where all else is a parameter.
 EXPERT_BIAS = "mlp.router.expert_bias"
 # Norms that Transformer Engine fuses into the linear layer behind them; the second in dense layers only.
 STORED_NORMS = {
@@ -29,7 +30,7 @@ STORED_NORMS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMapping:
-    """One Megatron parameter and the Hugging Face tensors that it is made of.
+    """Describes one Megatron parameter and the Hugging Face tensors that it is made of.
 
     hf_shapes: the shape of each of the Hugging Face tensors.
     stored: its tensor in a distributed checkpoint. expert_index: its place along the first axis of that, for experts.
@@ -46,7 +47,7 @@ class TensorMapping:
     is_float32: bool = False
 
     def dtype(self, of_model: torch.dtype) -> torch.dtype:
-        """Tell its type in a model of this type."""
+        """Return the parameter's type in a model of this type."""
         return torch.float32 if self.is_float32 else of_model
 
     @property
@@ -55,16 +56,17 @@ class TensorMapping:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the full Megatron tensor."""
+        """The shape of the full Megatron tensor."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
     def stored_shape(self, num_experts: int) -> tuple[int, ...]:
-        """Of its tensor in a distributed checkpoint, the vocabulary unpadded."""
+        """Return the shape of its tensor in a distributed checkpoint, with the vocabulary unpadded."""
         return (num_experts, *self.shape) if self.expert else self.shape
 
     def stored_pieces(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Yield what is written at once of its tensor in a distributed checkpoint: (numbers of Hugging Face tensors,
-        offsets, sizes). One piece for each of them where its rows lie together, else one of all."""
+        """Yield the pieces of its tensor in a distributed checkpoint that are each written at once: (numbers of Hugging
+        Face tensors, offsets, sizes). There is one piece for each Hugging Face tensor where its rows lie together, else
+        one piece of all."""
         first = 0
         for part, shape in enumerate(self.hf_shapes):
             offsets = (first, *[0] * (len(shape) - 1))
@@ -79,7 +81,7 @@ class TensorMapping:
 
 
 def name_table(model: Architecture) -> dict[str, TensorMapping]:
-    """Every parameter of the model by its canonical Megatron name."""
+    """List every parameter of the model by its canonical Megatron name."""
     shapes = tensor_shapes(model)
     entries = [
         TensorMapping(megatron=megatron, hf=hf, hf_shapes=tuple(shapes[name] for name in hf), layout=layout, **places)
@@ -89,11 +91,12 @@ def name_table(model: Architecture) -> dict[str, TensorMapping]:
 
 
 def hf_names(table: dict[str, TensorMapping]) -> dict[str, tuple[TensorMapping, int]]:
-    """Every Hugging Face tensor by its name: the parameter that it is part of, and its number in `TensorMapping.hf`."""
+    """List every Hugging Face tensor by its name: the parameter that it is part of, and its number in
+    `TensorMapping.hf`."""
     return {name: (entry, i) for entry in table.values() for i, name in enumerate(entry.hf)}
 
 
-# Of a TensorMapping: megatron, hf, layout, and where it is stored.
+# The parts of a TensorMapping: megatron, hf, layout, and where it is stored.
 _Entry = tuple[str, tuple[str, ...], TensorLayout, dict[str, Any]]
 
 
@@ -169,7 +172,7 @@ _TARGETS: tuple[tuple[LoraTarget, re.Pattern[str]], ...] = (
 
 
 def lora_target(name: str) -> LoraTarget | None:
-    """Tell to which of `lora.targets` a parameter with this canonical name belongs, None for one that cannot have an
+    """Return which of `lora.targets` a parameter with this canonical name belongs to; None for one that cannot have an
     adapter."""
     return next((target for target, pattern in _TARGETS if pattern.search(name)), None)
 
@@ -252,7 +255,7 @@ _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.")
 
 
 def canonical_name(local_name: str, layer_offset: int, expert_offset: int) -> str:
-    """The canonical name of a rank's parameter, whose first layer and expert have these global numbers."""
+    """Return the canonical name of a parameter of a rank whose first layer and expert have these global numbers."""
     name = local_name
     for pattern, replacement in _ALIASES:
         name = pattern.sub(replacement, name)

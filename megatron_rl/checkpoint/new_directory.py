@@ -1,4 +1,4 @@
-"""A directory that is made of a checkpoint: there when it is whole, or not at all."""
+"""This module makes a directory from a checkpoint, which appears when it is whole, or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,9 +11,11 @@ from megatron_rl.files import replace_directory
 
 @contextmanager
 def new_directory(source: Path, destination: Path, num_bytes: int) -> Iterator[Path]:
-    """Make a folder beside the destination that takes its name when the block ends well, and goes when it does not.
+    """Make a folder beside the destination. It takes the destination's name when the block ends well, else it is
+    deleted.
 
-    source: what its content is made of. ValueError for a destination that is taken, inside of it or too small.
+    source: the checkpoint that the content is made from. ValueError for a destination that exists, that is inside of
+    the source, or whose disk has too little room.
     """
     origin = resolve(source).resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

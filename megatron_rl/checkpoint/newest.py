@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the newest, without torch."""
+"""This module tells which checkpoint of a run is the newest, without torch."""
 
 from pathlib import Path
 

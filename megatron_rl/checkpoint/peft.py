@@ -1,4 +1,4 @@
-"""Adapters as a directory that `peft` loads: adapter_config.json and adapter_model.safetensors."""
+"""This module writes adapters as a directory that `peft` loads: adapter_config.json and adapter_model.safetensors."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _WEIGHT = ".weight"
 
 
 def write_peft(source: Path, destination: Path) -> int:
-    """Write the adapters of a checkpoint or a run's newest one as a new directory. Returns how many tensors it has.
+    """Write the adapters of a checkpoint, or of a run's newest one, as a new directory. Return how many tensors it has.
 
     Where Megatron's fused weight has one `lora_a`, each of its Hugging Face tensors gets a copy. ValueError for a
     source without adapters.
@@ -65,7 +65,7 @@ def _config(note: AdapterNote, target_modules: list[str]) -> dict[str, Any]:
 
 
 def _target_modules(names: list[str], others: set[str]) -> list[str]:
-    """Give the last parts of the modules' names, which servers want, where no module without an adapter has one of
+    """Return the last parts of the modules' names, which servers expect, where no module without an adapter has one of
     them; else whole names."""
     modules = [name.removesuffix(_WEIGHT) for name in names]
     last = {module.rsplit(".", 1)[-1] for module in modules}

@@ -1,10 +1,11 @@
-"""The gate through which every pickle of a checkpoint goes: it calls nothing but the stand-ins that are named here.
+"""This module is the gate through which every pickle of a checkpoint goes. It calls nothing but the stand-ins that are
+named here.
 
 A pickle is a program. It may name any function of any module and call it, so a checkpoint from somebody else could do
-whatever its reader may. Here a pickle gets a closed table of names. What stands behind a name is plain data, a type
-that cannot be changed, or a record that keeps what it is given; a name outside the table ends the reading.
+whatever its reader may. Here a pickle gets a closed table of names. A name stands for plain data, a type that cannot be
+changed, or a record that keeps what it is given. A name outside the table ends the reading.
 
-A pickle can also take memory or time without end with a few bytes of its own. That ends the reading, too.
+A few bytes of a pickle can also take memory or time without end. That ends the reading, too.
 """
 
 import collections
@@ -24,14 +25,14 @@ Known = Mapping[tuple[str, str], Any]
 
 
 class _Fixed(type):
-    """Classes that cannot be changed: a pickle can set attributes of whatever it has named."""
+    """Makes classes that cannot be changed: a pickle can set attributes of whatever it has named."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise pickle.UnpicklingError(f"{cls.__name__}.{name} cannot be set")
 
 
 class Record(metaclass=_Fixed):
-    """An object of another class as its pickle describes it: the state, and nothing that acts on it."""
+    """Stands for an object of another class as its pickle describes it: the state, and nothing that acts on it."""
 
     __slots__ = ("state",)
 
@@ -40,12 +41,12 @@ class Record(metaclass=_Fixed):
 
 
 def record(name: str) -> type[Record]:
-    """A class of records of its own, so that an object of one class cannot stand for one of another."""
+    """Make a class of records, so that an object of one class cannot stand for one of another."""
     return cast(type[Record], _Fixed(name, (Record,), {"__slots__": ()}))
 
 
 class _Ordered(collections.OrderedDict[Any, Any], metaclass=_Fixed):
-    """Takes no items but one by one, so that their keys are looked at."""
+    """Takes items only one by one, so that their keys are checked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class _Ordered(collections.OrderedDict[Any, Any], metaclass=_Fixed):
 
 
 class Ignored(metaclass=_Fixed):
-    """An object that nobody looks at, whatever it is made of."""
+    """Stands for an object that nobody looks at, whatever it is made of."""
 
     __slots__ = ()
 
@@ -67,7 +68,7 @@ class Ignored(metaclass=_Fixed):
 DTYPES: Known = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
-# Of tensors and of plain containers around them.
+# The names for tensors and for plain containers around them.
 _SAVED: Known = {
     **DTYPES,
     ("collections", "OrderedDict"): _Ordered,
@@ -92,7 +93,7 @@ _KEYS = (str, int, float, bytes, type(None), Record, Ignored)
 
 
 def _codes() -> dict[int, Any]:
-    """Say what each byte of a pickle that is an order does; keys are looked at before they are hashed."""
+    """Return what each opcode of a pickle does. Keys are checked before they are hashed."""
     codes: dict[int, Any] = dict(pickle._Unpickler.dispatch)
     # The keys lie on the stack alternating with their values.
     for code, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2))):
@@ -114,7 +115,7 @@ def _with_plain(keys: slice, run: Callable[[Any], None]) -> Callable[[Any], None
 
 
 class _Gate(pickle._Unpickler):
-    """Python's unpickler in Python: the one in C takes up to 60 GB for a single number in the pickle."""
+    """Is Python's unpickler in Python: the one in C takes up to 60 GB for a single number in the pickle."""
 
     dispatch = _codes()
 
@@ -131,7 +132,7 @@ class _Gate(pickle._Unpickler):
         return self._known[module, name]
 
     def persistent_load(self, pid: Any) -> Ignored:
-        """A tensor's numbers, which lie beside the pickle."""
+        """Return a stand-in for a tensor's numbers, which lie beside the pickle."""
         return Ignored()
 
 
@@ -152,7 +153,7 @@ def load_saved(data: bytes, where: str) -> Any:
 
 
 def _pickle_in(data: bytes) -> bytes:
-    """The pickle in the archive that torch.save makes, as torch's own loader finds it."""
+    """Return the pickle in the archive that torch.save makes, as torch's own loader finds it."""
     # torch takes what does not begin so for an older format, with a pickle elsewhere.
     if not data.startswith(b"PK\x03\x04"):
         raise ValueError("it was not written by torch.save")
@@ -164,7 +165,7 @@ def _pickle_in(data: bytes) -> bytes:
 
 
 def load_tensor(data: bytes, shape: torch.Size, where: str) -> torch.Tensor:
-    """One tensor that torch.save wrote, as `load_saved`; ValueError for another shape, too."""
+    """Read one tensor that torch.save wrote, as `load_saved` does; ValueError for another shape, too."""
     tensor = load_saved(data, where)
     if type(tensor) is not torch.Tensor:
         raise ValueError(f"{where} is a {type(tensor).__name__}, not a tensor")
@@ -174,7 +175,8 @@ def load_tensor(data: bytes, shape: torch.Size, where: str) -> torch.Tensor:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file for reading; ValueError for what is missing, and for a pipe or a device, which could hold us for ever."""
+    """Open a file for reading. ValueError for one that is missing, and for a pipe or a device, which could block for
+    ever."""
     if not path.is_file():
         raise ValueError(
             f"{path} is {'not a regular file' if path.exists() else 'missing'}; the checkpoint is not whole"

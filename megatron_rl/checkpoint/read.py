@@ -1,4 +1,4 @@
-"""Either kind of checkpoint, read tensor by tensor under Hugging Face names."""
+"""This module reads either kind of checkpoint, tensor by tensor under Hugging Face names."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,14 +26,14 @@ def no_progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Checkpoint(Protocol):
-    """directory: where config.json, the tokenizer and the other companion files are. dtypes: of every tensor, by
-    Hugging Face name."""
+    """Reads a checkpoint of either kind. directory: where config.json, the tokenizer and the other companion files are.
+    dtypes: those of every tensor, by Hugging Face name."""
 
     directory: Path
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str) -> Tensor:
-        """One tensor. It may alias a mapped file: do not write into it."""
+        """Read one tensor. It may alias a mapped file: do not write into it."""
 
     def close(self) -> None: ...
 
@@ -47,7 +47,7 @@ class AdapterCheckpoint:
     the note says. It is a `Checkpoint`."""
 
     def __init__(self, directory: Path, model: Architecture, note: AdapterNote) -> None:
-        """Open both and read all frozen weights once for their digest.
+        """Open both checkpoints and read all frozen weights once for their digest.
 
         ValueError, beside those of the two checkpoints, when the frozen weights are gone or are others.
         """
@@ -66,7 +66,7 @@ class AdapterCheckpoint:
             )
         self.dtypes = self._base.dtypes
         self._factors = DistributedCheckpoint(directory, model, adapter_table(model, note.lora))
-        # Of each Hugging Face tensor the names of its two factors.
+        # The names of the two factors of each Hugging Face tensor.
         self._names = {
             weight: (adapter.a.hf[0], b)
             for adapter in adapters(model, note.lora).values()
@@ -94,7 +94,8 @@ class AdapterCheckpoint:
 def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint:
     """Open a Hugging Face directory, a converted one, a `step_N` of a run, or a run (its newest checkpoint).
 
-    model: what its config.json says, if that has been read. ValueError names what is wrong with the directory.
+    model: what the checkpoint's config.json says, if that has been read. ValueError names what is wrong with the
+    directory.
     """
     directory = resolve(Path(path))
     model = model or load_architecture(directory)
@@ -111,5 +112,5 @@ def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint
 
 
 def resolve(path: Path) -> Path:
-    """The newest checkpoint of a run directory; other directories are themselves."""
+    """Return the newest checkpoint of a run directory, and any other directory itself."""
     return newest(path / "checkpoints") or path

@@ -1,4 +1,4 @@
-"""`megatron-rl convert` and `compare`: what they print."""
+"""This module is the commands `megatron-rl convert` and `compare`, and what they print."""
 
 import argparse
 import re
@@ -79,7 +79,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def describe(job: Job, infos: list[TensorInfo], stored: dict[str, str]) -> str:
-    """The mapping with layers and experts counted, sizes, and what the conversion will need."""
+    """Describe a conversion: the mapping with layers and experts counted, sizes, and what it will need."""
     kinds: Counter[tuple[str, ...]] = Counter()
     for name, shape, dtype in infos:
         columns = (_pattern(name), str(list(shape)), str(dtype).removeprefix("torch."), _pattern(stored[name]))
@@ -107,7 +107,7 @@ def _pattern(name: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB" or "1000"."""
+    """Return the bytes of "5GB", "200MB" or "1000"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"--max-shard-size {text!r} is not a size; write it like 5GB or 500MB")
@@ -116,7 +116,7 @@ def parse_size(text: str) -> int:
 
 @contextmanager
 def shown_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else a line every ten seconds, on stderr."""
+    """Show progress on stderr: as a bar on a terminal, else as a line every ten seconds."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -1,4 +1,5 @@
-"""The directory of a run's checkpoints: `step_N/`, `latest`, and what a save or a kill leaves beside them.
+"""This module handles the directory of a run's checkpoints: `step_N/`, `latest`, and what a save or a kill leaves
+beside them.
 
 `latest` is a file with the name of the newest whole checkpoint. `.step_N.partial` is one that is being written,
 `step_N.damaged` one that was found to be. Other names are somebody's own copies.
@@ -16,7 +17,7 @@ _STEP = re.compile(r"step_\d+")
 
 
 def refuse_to_overwrite(directory: Path, resume: bool) -> None:
-    """ValueError when a run's checkpoints would be written over, or when `resume` would start anew without a word."""
+    """Raise ValueError when a run's checkpoints would be overwritten, or when `resume` would silently start anew."""
     if newest(directory) is not None:
         if not resume:
             raise ValueError(
@@ -29,7 +30,7 @@ def refuse_to_overwrite(directory: Path, resume: bool) -> None:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """What `latest` names, and the checkpoints of earlier steps, the newest first."""
+    """List the checkpoint that `latest` names, and those of earlier steps, the newest first."""
     latest = newest(directory)
     if latest is None:
         return []
@@ -52,7 +53,7 @@ def remove_partial(directory: Path) -> None:
 
 
 def point_to(path: Path) -> None:
-    """Make `latest` name it, once it is there for certain."""
+    """Make `latest` name a checkpoint, once that is there for certain."""
     directory = path.parent
     sync(directory)
     with whole_file(directory / "latest", is_durable=True) as file:
@@ -61,7 +62,7 @@ def point_to(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Out of the way of the next save of that step, and still there to be looked at."""
+    """Move a checkpoint out of the way of the next save of that step, and keep it for inspection."""
     if path.exists():
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)

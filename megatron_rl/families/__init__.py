@@ -1,4 +1,5 @@
-"""Model families: each reads its config.json into one neutral Architecture and names its tensors. No torch."""
+"""This package holds the model families. Each reads its config.json into one neutral Architecture and names its
+tensors. No torch."""
 
 from megatron_rl.families.architecture import Architecture, Rotary
 from megatron_rl.families.registry import (

@@ -1,4 +1,5 @@
-"""The neutral description of a transformer that trainer, servers, converter, planner and simulator read."""
+"""This module holds the neutral description of a transformer that trainer, servers, converter, planner and simulator
+read."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ RotaryKind = Literal["default", "linear", "yarn", "llama3"]
 
 
 class Rotary(BaseModel):
-    """Rotary position embedding with rotate-half (neox) pairing.
+    """Describes rotary position embedding with rotate-half (neox) pairing.
 
     kind and scaling: as transformers' `rope_parameters` name them; the length that the model was trained with is
     always written out, so equal tables have equal records. fraction: the share of head_dim that is rotated, from its
@@ -28,21 +29,21 @@ class Rotary(BaseModel):
 
 
 class Architecture(BaseModel):
-    """The shape of a model: everything of its config.json that changes what its weights compute.
+    """Holds the shape of a model: everything of its config.json that changes what its weights compute.
 
     Fields have the names that Hugging Face's config classes share. A layer is attention between two RMS norms, and an
     MLP with SwiGLU: one for all tokens (dense), or a mixture of experts, of which a router chooses.
 
-    family: its key in the registry, which knows the names of tensors. intermediate_size: of the MLP of dense layers;
-    0 where there is none. dense_layers: of a model with experts, the layers without. qkv_bias: query, key and value
-    projections have one. qk_norm: RMS norm over head_dim of queries and keys, before rotary.
+    family: its key in the registry, which knows the names of tensors. intermediate_size: that of the MLP of dense
+    layers; 0 where there is none. dense_layers: the layers without experts, of a model that has some. qkv_bias: query,
+    key and value projections have one. qk_norm: RMS norm over head_dim of queries and keys, before rotary.
     norm_head: logits are those of the head divided by its norm over the vocabulary, column by column.
     score_function: makes scores of the router's logits: softmax over all experts, or sigmoid of each alone.
     expert_bias: experts are chosen by score + a bias, which training leaves as it is and which does not enter their
     weights. n_group, topk_group: experts are chosen from this many of so many equal groups, those whose two best
     scores have the largest sum. norm_topk_prob: the scores of the chosen experts are divided by their sum.
-    routed_scaling_factor: and then multiplied by this.
-    eos_token_ids: each of them ends a response, of config.json and generation_config.json.
+    routed_scaling_factor: the scores are then multiplied by this.
+    eos_token_ids: those of config.json and generation_config.json; each of them ends a response.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -144,7 +145,7 @@ class Architecture(BaseModel):
         return self.num_hidden_layers - self.num_moe_layers
 
     def num_parameters(self) -> int:
-        """All weights, embedding and LM head included (once when they are tied)."""
+        """Count all weights, embedding and LM head included (once when they are tied)."""
         h = self.hidden_size
         mlps = self.num_dense_layers * 3 * h * self.intermediate_size
         vocabulary = (1 if self.tie_word_embeddings else 2) * self.vocab_size * h

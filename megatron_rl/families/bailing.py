@@ -1,4 +1,4 @@
-"""BailingMoE, version 1: Ling-lite, Ling-plus and Ring-lite.
+"""This module is the family BailingMoE, version 1: Ling-lite, Ling-plus and Ring-lite.
 
 Dropout is read and left out. The released modelling code (github.com/inclusionAI/Ring, models/modeling_bailing_moe.py)
 never applies `embedding_dropout` and `output_dropout`, and `attention_dropout` only while it trains; servers apply

@@ -1,7 +1,7 @@
-"""BailingMoE, version 2: Ling-mini-2.0, Ring-mini-2.0, their flash and 1T sisters.
+"""This module is the family BailingMoE, version 2: Ling-mini-2.0, Ring-mini-2.0, their flash and 1T sisters.
 
-Read in the vendor's code (github.com/inclusionAI/Ring-V2, models/, commit 96366fa). Dropout is left out as in version
-1. Layers that predict further tokens (MTP) are refused: nothing here trains, converts or serves them.
+The facts are from the vendor's code (github.com/inclusionAI/Ring-V2, models/, commit 96366fa). Dropout is left out as
+in version 1. Layers that predict further tokens (MTP) are refused: nothing here trains, converts or serves them.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,8 @@ def _refuse_further_tokens(values: Mapping[str, Any]) -> None:
 
 
 def _check_rotated_part(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """ValueError where `rotary_dim`, which some servers read, is not the part that `partial_rotary_factor` says."""
+    """Raise ValueError where `rotary_dim`, which some servers read, is not the part that `partial_rotary_factor`
+    says."""
     width, head_dim = values.get("rotary_dim"), found["head_dim"]
     if width is not None and isinstance(head_dim, int) and width != round(head_dim * found["rotary"]["fraction"]):
         raise ValueError(

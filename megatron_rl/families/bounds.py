@@ -1,4 +1,5 @@
-"""Types of the fields of config.json: numbers within bounds, and none that only converts to one (true, "8", 8.0)."""
+"""This module holds types for the fields of config.json: numbers within bounds, and nothing that only converts to one
+(true, "8", 8.0)."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""One family of models, as the registry holds it."""
+"""This module describes one family of models, as the registry holds it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from megatron_rl.families.tensors import TensorNames
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A family of models: how to tell it, read it, and name its tensors.
+    """Describes a family of models: how to tell it, read it, and name its tensors.
 
-    key: of the registry, and `Architecture.family`. architectures, model_types: what config.json says under these
-    names; the first decides. read: config.json's values to the fields of an Architecture but `family`; ValueError for
-    what is not implemented. remote_code: transformers does not know the family, so SGLang runs the Python file of the
-    model directory that describes it.
+    key: the one in the registry, and `Architecture.family`. architectures, model_types: what config.json says under
+    these names; the first decides. read: turns config.json's values into the fields of an Architecture but `family`;
+    ValueError for what is not implemented. remote_code: transformers does not know the family, so SGLang runs the
+    Python file of the model directory that describes it.
     """
 
     key: str

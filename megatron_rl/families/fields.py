@@ -1,4 +1,5 @@
-"""Fields of config.json that families have in common, and the refusal of what would change numbers unseen."""
+"""This module reads the fields of config.json that families have in common, and refuses what would change numbers
+unseen."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -57,7 +58,7 @@ _SAME_NAME = (
 def common_fields(
     values: Mapping[str, Any], defaults: Mapping[str, Any], partial_rotary: bool = False
 ) -> dict[str, Any]:
-    """The fields of an Architecture that every family has; `defaults` are those of the family's config class.
+    """Read the fields of an Architecture that every family has; `defaults` are those of the family's config class.
 
     partial_rotary: the family may rotate a part of each head. ValueError names a field of config.json that is
     not implemented, its value, and the values that are.
@@ -74,7 +75,7 @@ def common_fields(
 
 
 def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], why: str = "") -> None:
-    """ValueError for the first field that is there and has none of the values that are implemented."""
+    """Raise ValueError for the first field that is there and has none of the values that are implemented."""
     for name, allowed in neutral.items():
         if name in values and not any(_same(values[name], value) for value in allowed):
             least = next((value for value in allowed if value is not None), None)
@@ -83,12 +84,12 @@ def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ..
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal, where 0 is not false and 1 is not true."""
+    """Tell whether two values are equal; 0 is not false and 1 is not true."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 
 def _check_attention(values: Mapping[str, Any]) -> None:
-    """Every layer must attend to all that came before it."""
+    """Raise ValueError unless every layer attends to all tokens before it."""
     kinds = values.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}):
         raise ValueError(f"layer_types must be 'full_attention' in every layer, got {shown(kinds)}")
@@ -108,7 +109,7 @@ def count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
 
 
 def end_ids(*sources: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Every id of `eos_token_id`, which may be one or a list, in the order in which they come."""
+    """List every id of `eos_token_id`, which may be one or a list, in the order in which they come."""
     found: dict[Any, None] = {}
     for values in sources:
         ids = values.get("eos_token_id")
@@ -118,7 +119,7 @@ def end_ids(*sources: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def require(values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """ValueError names the fields that a config.json of this family must have and this one has not."""
+    """Raise ValueError with the fields that a config.json of this family must have and this one lacks."""
     missing = [name for name in names if values.get(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; it is not the whole config.json of this model")

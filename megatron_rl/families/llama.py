@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what has their architecture: SmolLM2."""
+"""This module is the family of Llama 2 and 3, and of models with their architecture: SmolLM2."""
 
 from collections.abc import Mapping
 from typing import Any

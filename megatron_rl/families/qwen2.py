@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
+"""This module is the family of Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
 
 from collections.abc import Mapping
 from typing import Any

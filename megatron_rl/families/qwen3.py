@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with RMS norm on the queries and keys of each head."""
+"""This module is the family of dense Qwen3: Llama with RMS norm on the queries and keys of each head."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 whose MLPs are mixtures of experts, without a shared one."""
+"""This module is the family of Qwen3-MoE: Qwen3 whose MLPs are mixtures of experts, without a shared expert."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dense_layers(values: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """Number the layers without experts: those of `mlp_only_layers`, and all but each `decoder_sparse_step`-th."""
+    """List the numbers of the layers without experts: those of `mlp_only_layers`, and all but each
+    `decoder_sparse_step`-th."""
     step, named = count(values, "decoder_sparse_step", 1, 4096), values.get("mlp_only_layers")
     named = [] if named is None else named
     if not isinstance(named, list) or any(type(layer) is not int or not 0 <= layer < num_layers for layer in named):

@@ -1,4 +1,4 @@
-"""All families, and the one reader of config.json.
+"""This module lists all families, and has the one reader of config.json.
 
 A new family is a file beside this one and a line in FAMILIES; CONTRIBUTING.md shows the steps.
 """
@@ -38,7 +38,7 @@ def family_of(architecture: Architecture) -> Family:
 
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model by its Hugging Face name, with its shape."""
+    """Return the shape of every tensor of a model by its Hugging Face name."""
     return family_of(architecture).tensors.shapes(architecture)
 
 
@@ -66,7 +66,8 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def architecture_of(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Architecture:
-    """The architecture of config.json's values. generation: of generation_config.json; it may name more end tokens.
+    """Return the architecture of config.json's values. generation: those of generation_config.json, which may name more
+    end tokens.
 
     ValueError names the field and the value.
     """

@@ -1,4 +1,4 @@
-"""Reads how positions are rotated, from either spelling of transformers' config.json."""
+"""This module reads how positions are rotated, from either spelling of transformers' config.json."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,8 @@ _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def rotary_fields(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Rotary. values: of config.json. given: the same with the defaults of the family's class.
+    """Read the fields of a Rotary. values: those of config.json. given: the same with the defaults of the family's
+    class.
 
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; some files have both. They
     must agree. ValueError names what does not, and a kind that is not implemented.
@@ -65,10 +66,10 @@ def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _scaling(
     name: str, table: Mapping[str, Any], original: Any, longest: Any
 ) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """The kind, and its parameters in the order of their names.
+    """Return the kind, and its parameters in the order of their names.
 
-    original: the length that the model was trained with where config.json says so outside of the table; it wins, as in
-    transformers. longest: what takes its place where nobody says it.
+    original: the length that the model was trained with, where config.json says so outside of the table; it wins, as in
+    transformers. longest: what takes its place where neither says it.
     """
     kind = agreed(f"{name}.rope_type", table.get("rope_type"), table.get("type")) or "default"
     if not isinstance(kind, str) or kind not in _PARAMETERS:
@@ -103,7 +104,7 @@ def _check_number(name: str, key: str, value: Any) -> None:
 
 
 def agreed(name: str, *values: Any) -> Any:
-    """The one value of several places that may give it; None where none does."""
+    """Return the one value of several places that may give it; None where none does. ValueError where they differ."""
     given = [value for value in values if value is not None]
     if any(value != given[0] for value in given[1:]):
         raise ValueError(f"{name} is given twice, as {' and '.join(shown(value) for value in given)}; leave one out")

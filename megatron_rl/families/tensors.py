@@ -1,4 +1,4 @@
-"""Says what a family calls its tensors in Hugging Face files, and their shapes."""
+"""This module says what a family calls its tensors in Hugging Face files, and their shapes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
-    """Names of a model's tensors. The defaults are those of Llama, which most families share.
+    """Holds the names of a model's tensors. The defaults are those of Llama, which most families share.
 
     layer, experts: with the number in place of {}. What follows them is the name within a layer. qkv: the projections
     of queries, keys and values without `.weight` or `.bias`: one name where the file has them in one tensor, all
@@ -39,7 +39,7 @@ class TensorNames:
     down: str = "down_proj.weight"
 
     def shapes(self, model: Architecture) -> dict[str, Shape]:
-        """Every tensor of the model by its name, with its shape."""
+        """Return the shape of every tensor of the model by its name."""
         h, v = model.hidden_size, model.vocab_size
         found: dict[str, Shape] = {self.embedding: (v, h)}
         for index in range(model.num_hidden_layers):
@@ -54,7 +54,7 @@ class TensorNames:
 
     @property
     def not_tied(self) -> str:
-        """The message about a file whose head is not the embedding, though config.json says that it is."""
+        """Return the message about a file whose head is not the embedding, though config.json says that it is."""
         return f"{self.head} is not {self.embedding}, but tie_word_embeddings is true; set it to false in config.json"
 
     def qkv_rows(self, model: Architecture) -> Shape:

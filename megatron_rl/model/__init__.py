@@ -1,1 +1,2 @@
-"""The Megatron border: `config.json` to TransformerConfig, layer specs, building, log-probs."""
+"""This package is the border to Megatron: it makes TransformerConfig from `config.json`, layer specs, models and
+log-probs."""

@@ -1,7 +1,8 @@
-"""Who computes each part of the model: chosen once, from the configuration, the device and what is installed.
+"""This module chooses what computes each part of the model: once, from the configuration, the device and what is
+installed.
 
-Pure: neither torch nor megatron, and what is installed is an argument (model/build.py looks). docs/gpu.md says what has
-run on a GPU.
+It is pure: it imports neither torch nor megatron, and what is installed is an argument (model/build.py looks).
+docs/gpu.md says what has run on a GPU.
 """
 
 from collections.abc import Iterator
@@ -29,11 +30,11 @@ GROUPED_ROW_BYTES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What this process can use. The default is a CPU with nothing but torch and megatron-core.
+    """Says what this process can use. The default is a CPU with nothing but torch and megatron-core.
 
-    compute_capability: of the CUDA device; None on a CPU.
-    transformer_engine, flash_attn_4, quack: the packages. weight_gradient: apex's extension that adds a weight's
-    gradient up inside of the product.
+    compute_capability: that of the CUDA device; None on a CPU.
+    transformer_engine, flash_attn_4, quack: the packages. weight_gradient: apex's extension, which accumulates a
+    weight's gradient inside of the product.
     """
 
     compute_capability: tuple[int, int] | None = None
@@ -45,7 +46,7 @@ class Installed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """Name who computes each part of the model; a value of `COSTS` says what that costs.
+    """Names what computes each part of the model. A value of `COSTS` says what that costs.
 
     weight_gradient: of linear layers. expert_weight_gradient: of routed experts.
     """
@@ -63,7 +64,7 @@ class Backends:
         return self.layers == "transformer_engine"
 
     def lines(self) -> Iterator[str]:
-        """For the log: a line for each part."""
+        """Return lines for the log, one for each part."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value == _NOT_THERE:
@@ -92,7 +93,7 @@ COSTS = {
 def problems(
     model: ModelSection, architecture: Architecture, layout: Layout, lora: LoraSection | None = None
 ) -> Iterator[str]:
-    """What the configuration alone contradicts, whatever the machine, each with its remedy."""
+    """Yield the contradictions within the configuration, whatever the machine, each with its remedy."""
     if lora is not None:
         yield from lora_problems(lora, model, architecture, layout)
     local, wanted = _reasons_for_local(model, layout), _asks_for_engine(model)
@@ -148,11 +149,11 @@ def choose(
     installed: Installed,
     lora: LoraSection | None = None,
 ) -> Backends:
-    """The best that has been measured of what the configuration leaves open. ValueError when it asks for what cannot be
-    had.
+    """Choose the backends. What the configuration leaves open becomes the best that has been measured. ValueError when
+    it asks for what cannot be had.
 
-    What is installed alone changes nothing but apex's extension: Transformer Engine, FlashAttention 4 and quack are
-    asked for.
+    An installed package alone changes nothing, apart from apex's extension: Transformer Engine, FlashAttention 4 and
+    quack are asked for.
     """
     for problem in problems(model, architecture, layout, lora):
         raise ValueError(problem)
@@ -204,7 +205,7 @@ def _best(model: ModelSection, architecture: Architecture, layout: Layout, insta
 
 
 def _refuse_what_is_missing(model: ModelSection, architecture: Architecture, installed: Installed) -> None:
-    """ValueError for what the configuration asks for and this machine does not have."""
+    """Raise ValueError for what the configuration asks for and this machine does not have."""
     wanted = _asks_for_engine(model)
     on_gpu = installed.compute_capability is not None
     if wanted and not (on_gpu and installed.transformer_engine):
@@ -261,14 +262,14 @@ def _name(capability: tuple[int, int] | None, has_package: bool = True) -> str:
 
 
 def _asks_for_engine(model: ModelSection) -> str | None:
-    """What the configuration says that Transformer Engine's layers alone can do."""
+    """Return the setting that only Transformer Engine's layers can fulfil; None where there is none."""
     if model.fp8 != "none":
         return f"model.fp8 = '{model.fp8}'"
     return "model.layers = 'transformer_engine'" if model.layers == "transformer_engine" else None
 
 
 def _reasons_for_local(model: ModelSection, layout: Layout) -> list[str]:
-    """What the configuration says that Transformer Engine's layers cannot do."""
+    """List the settings that Transformer Engine's layers cannot fulfil."""
     reasons = [f"model.layers = '{model.layers}'"] if model.layers == "local" else []
     chosen = {"attention": model.attention, "experts": model.experts}
     reasons += [f"model.{name} = '{value}'" for name, value in chosen.items() if value != "auto"]
@@ -294,7 +295,7 @@ def _grouped_got(model: ModelSection, architecture: Architecture, layout: Layout
 
 
 def _row_multiple(model: ModelSection) -> int:
-    """Tell of how many numbers rows of a grouped product's operands must be a multiple."""
+    """Return the number of elements of which the row lengths of a grouped product's operands must be a multiple."""
     return GROUPED_ROW_BYTES // (2 if model.dtype == "bfloat16" else 4)
 
 

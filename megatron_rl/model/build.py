@@ -1,4 +1,4 @@
-"""Build a model of megatron-core modules on this rank, with weights from a Hugging Face directory."""
+"""This module builds a model of megatron-core modules on this rank, with weights from a Hugging Face directory."""
 
 import datetime
 import importlib.util
@@ -76,7 +76,7 @@ _ALONE = Place()
 def initialize_parallel(
     layout: Layout, deadline_seconds: float, seed: int, place: Place = _ALONE, store: dist.Store | None = None
 ) -> None:
-    """Make the training world and megatron's process groups. store: at which the ranks of the world have met
+    """Make the training world and megatron's process groups. store: the one at which the ranks of the world have met
     (stores.join); a process alone needs none. Between ranks of one machine gloo's connections stay on loopback."""
     if place.world_size == place.local_world_size:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -102,7 +102,8 @@ def initialize_parallel(
 
 
 def installed() -> Installed:
-    """What this process can use. Nothing is imported: Transformer Engine without a GPU would take megatron down."""
+    """Return what this process can use. Nothing is imported: Transformer Engine without a GPU would make megatron's
+    import fail."""
     return Installed(
         compute_capability=device.compute_capability(),
         transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
@@ -113,8 +114,8 @@ def installed() -> Installed:
 
 
 def _is_installed(distribution: str) -> bool:
-    """Look a package up by its name: to look for its module would import others' (flash_attn) or find another's
-    (quack)."""
+    """Tell whether a package of this name is installed. A search for its module would import other packages' modules
+    (flash_attn) or find another package's (quack)."""
     try:
         return bool(version(distribution))
     except PackageNotFoundError:
@@ -162,7 +163,7 @@ def _layer_submodules(
 
 
 def _with_router(mlp: Any, backends: Backends) -> Any:
-    """Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
+    """Return Megatron's builder of an expert layer, with our router, and with our experts where they are grouped."""
     parts = replace(mlp.keywords["submodules"], router=Router)
     if backends.experts != "grouped":
         return partial(mlp, submodules=parts)
@@ -181,12 +182,12 @@ def _layer_norm(transformer_engine: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """This rank's part of the model.
+    """Holds this rank's part of the model.
 
     chunks: what megatron's schedules run, one for each virtual pipeline stage: a GPTModel inside megatron's DDP.
     head: what a chunk gets as `output_processor`, so that the last stage returns log-probs and not logits.
-    token_multiple: what a micro-batch's tokens on a context-parallel rank must be a multiple of.
-    lora: of the adapters, which alone are trained; None where all weights are.
+    token_multiple: the number of a micro-batch's tokens on a context-parallel rank must be a multiple of it.
+    lora: describes the adapters, which alone are trained; None where all weights are.
     """
 
     chunks: tuple[DistributedDataParallel, ...]
@@ -221,13 +222,14 @@ class Model:
         return unwrap_model(list(self.chunks))
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """All of this rank's, chunk by chunk. Collective as `parameters_by_canonical_name` is."""
+        """Return all parameters of this rank, chunk by chunk. It is collective as `parameters_by_canonical_name` is."""
         self.gather_weights()
         return [parameter for gpt in self.gpts for parameter in gpt.parameters()]
 
     def gather_weights(self) -> None:
-        """Collective: with overlap, data-parallel ranks may have only their own part of the last optimizer step yet,
-        and the rest comes as the next forward pass needs it. Whoever reads weights otherwise asks for it here."""
+        """Wait until all weights are here. Collective. With overlap, data-parallel ranks may still have only their own
+        part of the last optimizer step, and the rest comes as the next forward pass needs it. Whoever reads weights
+        otherwise calls this first."""
         for chunk in self.chunks:
             groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
             for group in groups if chunk.ddp_config.overlap_param_gather else ():
@@ -249,9 +251,9 @@ def build_model(
     bucket_parameters: int | None = None,
     lora: LoraSection | None = None,
 ) -> Model:
-    """This rank's model inside megatron's DDP, weights not yet set (see `load_weights`).
+    """Build this rank's model inside megatron's DDP, weights not yet set (see `load_weights`).
 
-    overlap: gradients are reduced and weights gathered beside the passes, `bucket_parameters` at once. lora: its
+    overlap: gradients are reduced and weights gathered during the passes, `bucket_parameters` at once. lora: its
     adapters are trained, and the weights are frozen.
     """
     backends = choose(model, architecture, layout, installed(), lora)
@@ -300,7 +302,8 @@ def build_model(
 
 
 def _prepare_modules(chunk: DistributedDataParallel, is_frozen: bool) -> None:
-    """Give routers and grouped experts what they can only have inside of megatron's DDP. is_frozen: the weights are."""
+    """Give routers and grouped experts what they can have only once they are inside of megatron's DDP. is_frozen: the
+    weights are."""
     for module in chunk.modules():
         if isinstance(module, Router):
             module.keep_bias_in_float32()
@@ -312,12 +315,12 @@ def _prepare_modules(chunk: DistributedDataParallel, is_frozen: bool) -> None:
 
 
 def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
-    """Let Transformer Engine's linear layers, grouped ones too, add a weight's gradient to megatron's fp32 one in the
-    product. Only now is the latter there.
+    """Let Transformer Engine's linear layers, grouped ones too, add a weight's gradient to megatron's fp32 one inside
+    of the product. That gradient exists only now.
 
-    Megatron asks for it when it builds them, by a flag that its own layers refuse without apex. They are known by the
-    attribute, which they read in every forward pass and other modules have not: norms, attention, router and embedding,
-    nor megatron's head. A layer stays as it is while one of its weights has no such gradient.
+    Megatron asks for it when it builds them, by a flag that its own layers refuse without apex. They are recognised by
+    the attribute, which they read in every forward pass and other modules do not have: norms, attention, router and
+    embedding, nor megatron's head. A layer stays as it is while one of its weights has no such gradient.
 
     In their first micro-batch, with fp8 in that of every step, they write over the sum, so a step has to be one run of
     megatron's schedule, as it is (train/step/trainer.py).
@@ -332,7 +335,7 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
 
 
 def _gradient_is_there(chunk: DistributedDataParallel, parameter: torch.Tensor) -> None:
-    """What megatron's hook does behind the addition."""
+    """Tell megatron's DDP that a gradient is there, as its own hook does after the addition."""
     if chunk.ddp_config.overlap_grad_reduce:
         chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
@@ -344,7 +347,7 @@ def _gpt_model(
     virtual_stage: int | None,
     lora: LoraSection | None,
 ) -> GPTModel:
-    """The layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
+    """Build the layers of one stage. virtual_stage: its number on this rank, None where there is one only."""
     offset = get_transformer_layer_offset(config, virtual_stage)
     specs = [
         ModuleSpec(
@@ -392,7 +395,7 @@ def load_weights(model: Model, model_dir: Path) -> None:
 
 
 def initialize_adapters(model: Model, seed: int) -> None:
-    """Set this rank's adapters to what they begin with; nothing without any."""
+    """Set this rank's adapters to their initial values; without adapters do nothing."""
     if model.lora is None:
         return
     table = adapter_table(model.architecture, model.lora)
@@ -404,7 +407,7 @@ def initialize_adapters(model: Model, seed: int) -> None:
 
 def sharded_state(model: Model) -> dict[str, dict[str, Any]]:
     """Describe this rank's weights by chunk, as megatron's distributed checkpoints save them or as a template to load
-    into. Of a model with adapters it is these alone.
+    into. For a model with adapters it describes these alone.
 
     Every layer under its own name, whether all layers are alike or not. Extra states are left out: only fp8 has any.
     """
@@ -430,18 +433,18 @@ def load_sharded_state(model: Model, state: dict[str, dict[str, Any]]) -> None:
 
 
 def local_shard(entry: TensorMapping, full: Tensor) -> Tensor:
-    """This rank's part of a full Megatron tensor."""
+    """Return this rank's part of a full Megatron tensor."""
     group = tensor_group(entry)
     return entry.layout.shard(full, group.rank(), group.size())
 
 
 def tensor_group(entry: TensorMapping) -> Any:
-    """The group over which a parameter is divided inside one layer."""
+    """Return the group over which a parameter is divided inside one layer."""
     return mpu.get_expert_tensor_parallel_group() if entry.expert else mpu.get_tensor_model_parallel_group()
 
 
 def owns_export(entry: TensorMapping) -> bool:
-    """True on the one replica, among data- and context-parallel ranks, that exports this parameter."""
+    """Tell whether this rank's replica, among those of data- and context-parallel ranks, exports this parameter."""
     if entry.expert:
         return mpu.get_expert_data_parallel_rank() == 0
     return mpu.get_data_parallel_rank(with_context_parallel=True) == 0

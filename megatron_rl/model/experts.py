@@ -1,8 +1,8 @@
-"""All experts of a rank in two grouped matrix products, by torch's own kernel; their weights' gradients by quack's if
-asked for.
+"""This module runs all experts of a rank as two grouped matrix products, by torch's own kernel. The weights' gradients
+are computed by quack's if asked for.
 
 megatron-core's local experts run one after the other: two small products for each, and the host has to know how many
-tokens each one gets. Its grouped ones want Transformer Engine. Here megatron's module still owns the parameters, expert
+tokens each one gets. Its grouped ones need Transformer Engine. Here megatron's module still owns the parameters, expert
 by expert, so that names, checkpoints, optimizer and export are the same; only the products are others.
 
 Legend: T tokens of this rank, each with K choices out of its E experts; P rows of the products, one expert's behind
@@ -34,14 +34,14 @@ _ALIGNED_BYTES = 16
 
 
 class GroupedExperts(SequentialMLP):
-    """SwiGLU experts without bias: the sum over choices of down(silu(gate x) * up x * p), p being the router's
-    probability.
+    """Computes SwiGLU experts without bias: the sum over choices of down(silu(gate x) * up x * p), where p is the
+    router's probability.
 
     With adapters (model/lora.py) the weights are frozen, and each product is the sum of theirs and of two narrow ones
     of all adapters.
 
-    ready: called with each parameter whose gradient is there, but with the first of each kind, for which megatron's DDP
-    is called by itself; None where there is no DDP.
+    ready: called with each parameter whose gradient is there, except the first of each kind, for which autograd calls
+    megatron's DDP; None where there is no DDP.
     add_product: quack's `gemm_add_inplace`; None leaves gradients to torch.
     """
 
@@ -54,10 +54,10 @@ class GroupedExperts(SequentialMLP):
         self.linears = tuple(x for expert in self.local_experts for x in (expert.linear_fc1, expert.linear_fc2))
 
     def forward(self, hidden: Tensor, expert_of: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """hidden [T, H], expert_of int64 and probs [T, K] -> [T, H], and no bias.
+        """Run the experts: hidden [T, H], expert_of int64 and probs [T, K] -> [T, H], and no bias.
 
-        As megatron's other dispatchers have it, tokens come sorted by expert and once for each choice: then expert_of
-        is [E], the number of each expert's, and probs [T].
+        With megatron's other dispatchers tokens come sorted by expert and once for each choice: then expert_of is [E],
+        the number of each expert's tokens, and probs is [T].
         """
         ups, downs = self._weights()
         if expert_of.dim() == 1:
@@ -74,8 +74,8 @@ class GroupedExperts(SequentialMLP):
         return _Collect.apply(output, *rows[:2]), None
 
     def lay_frozen_weights_together(self) -> None:
-        """Give frozen weights places side by side, so that their stack is a view and no copy. The last expert is first,
-        as in megatron's buffers, in which adapters are."""
+        """Move frozen weights side by side in memory, so that their stack is a view and no copy. The last expert comes
+        first, as in megatron's buffers, which hold the adapters."""
         for linears in (self.linears[::2], self.linears[1::2]):
             weights = [linear.weight for linear in linears]
             together = weights[0].new_empty(len(weights), *weights[0].shape)
@@ -83,8 +83,8 @@ class GroupedExperts(SequentialMLP):
                 weight.data = place.copy_(weight.data)
 
     def _weights(self) -> tuple["Product", "Product"]:
-        """Give both products, of weights as they lie in megatron's buffers once these are there. It waits for them (see
-        `hooks`)."""
+        """Return both products, of the weights as they lie in megatron's buffers. It waits for weights that are still
+        to come (see `hooks`)."""
         for linear in self.linears:
             run_pre_hooks(linear)
         if self.weights is None:
@@ -114,7 +114,7 @@ class GroupedExperts(SequentialMLP):
 
 
 class GroupedLayer(MoELayer):
-    """Megatron's layer of GroupedExperts. Where a rank has all experts, the host waits for nothing in it."""
+    """Is Megatron's layer of GroupedExperts. Where a rank has all experts, the host waits for nothing in it."""
 
     def __init__(self, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
@@ -125,13 +125,14 @@ class GroupedLayer(MoELayer):
 
 
 class _LocalDispatcher(MoEAlltoAllTokenDispatcher):
-    """Of a rank that has all experts: tokens go to them as they are, with the numbers of their experts.
+    """Dispatches tokens on a rank that has all experts: they go there as they are, with the numbers of their experts.
 
     Megatron's own sorts them by expert, and waits for the number of each expert's to sort them once more.
     """
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H]; routing_map bool and probs [T, E] -> [T, H], [T, K]."""
+        """Flatten the tokens and find their experts: hidden_states [..., H]; routing_map bool and probs [T, E] ->
+        [T, H], [T, K]."""
         self._shape = hidden_states.shape
         # All of a token's choices are 1, everything else is 0.
         self._expert_of = routing_map.float().topk(self.config.moe_router_topk, dim=1, sorted=False).indices
@@ -154,7 +155,8 @@ class _LocalDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class Rows(NamedTuple):
-    """Which row of grouped products is whose: an expert's are one behind another, a multiple of some number of them.
+    """Says which row of grouped products belongs to which token and expert. An expert's rows are consecutive, and their
+    number is a multiple of some number.
 
     of_choice: int64 [T, K], the row of each choice. token: int64 [P], the token of each row; a row without one has any.
     ends: int32 [E], the row behind each expert's last, in the order of rows.
@@ -171,7 +173,8 @@ def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = 
     expert_of: int64 [T, K] on the device; nothing waits for its values. multiple: every expert has so many rows, or
     twice as many, and so on. reverse: the last expert has the first rows.
 
-    Of four tokens the second chooses expert 0, the others expert 1; rows come in pairs. P is what is needed at most:
+    In this example the second of four tokens chooses expert 0, the others expert 1, and rows come in pairs. P is the
+    most that can be needed:
 
         row      0 1   2 3 4 5   6 7
         expert   0 0   1 1 1 1   none
@@ -208,13 +211,13 @@ def rows_of(expert_of: Tensor, num_experts: int, multiple: int, reverse: bool = 
 
 
 def _spread(x: Tensor, token: Tensor) -> Tensor:
-    """x [T, H] -> [P, H]. Of no tokens at all, zeros."""
+    """Copy each token to its rows: x [T, H] -> [P, H]. Without any tokens the rows are zeros."""
     return x.index_select(0, token) if len(x) else x.new_zeros(len(token), x.shape[1])
 
 
 @compiled
 def _collect(x: Tensor, of_choice: Tensor) -> Tensor:
-    """x [P, H] -> [T, H], sums over choices, in fp32 and then rounded."""
+    """Sum rows over the choices of a token: x [P, H] -> [T, H], in fp32 and then rounded."""
     found = x.index_select(0, of_choice.flatten())
     if of_choice.shape[1] == 1:
         return found
@@ -222,8 +225,8 @@ def _collect(x: Tensor, of_choice: Tensor) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """Each row's token, and back the sum of a token's rows; `_Collect` is the other way round. Torch's own gradient of
-    either adds atomically, in the dtype of the tokens."""
+    """Copies tokens to rows, and sums a token's rows in the backward pass; `_Collect` is the other way round. Torch's
+    own gradient of either adds atomically, in the dtype of the tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, of_choice: Tensor, token: Tensor) -> Tensor:
@@ -247,9 +250,11 @@ class _Collect(torch.autograd.Function):
 
 
 def distance(weights: Sequence[Tensor]) -> int:
-    """Elements from one parameter to the next, all of one shape, where they lie evenly in one storage; 0 elsewhere.
+    """Return the number of elements from one parameter to the next, all of one shape, where they lie evenly in one
+    storage; else 0.
 
-    Megatron's parameter buffer (distributed/param_and_grad_buffer.py) has the last parameter first: below 0.
+    Megatron's parameter buffer (distributed/param_and_grad_buffer.py) has the last parameter first, so there it is
+    below 0.
 
     >>> buffer = torch.zeros(64)
     >>> expert_1, other, expert_0 = buffer[:16], buffer[16:48], buffer[48:]
@@ -268,7 +273,7 @@ def distance(weights: Sequence[Tensor]) -> int:
 
 
 def _view(weights: Sequence[Tensor], step: int) -> Tensor:
-    """[E, ...] of parameters that lie `step` elements apart."""
+    """Return a view [E, ...] of parameters that lie `step` elements apart."""
     first = weights[0].detach()
     return first.as_strided((len(weights), *first.shape), (step, *first.stride()))
 
@@ -276,7 +281,7 @@ def _view(weights: Sequence[Tensor], step: int) -> Tensor:
 class Weights:
     """Multiplies rows by the weights of their experts, parameters of one shape, in one grouped product.
 
-    is_reversed: of the experts the last one comes first, as in the buffers that megatron lays parameters and their fp32
+    is_reversed: the last of the experts comes first, as in the buffers that megatron lays parameters and their fp32
     gradients (`main_grad`) out in. Where weights lie evenly there, their stack is a view; else (a bucket of the buffer
     may end between them) it is a copy. A gradient goes one of three ways:
 
@@ -305,7 +310,7 @@ class Weights:
         ready: Callable[[Tensor], None] | None = None,
         add_product: Callable[..., None] | None = None,
     ) -> None:
-        """weights: by expert. ready, add_product: see GroupedExperts."""
+        """Hold the weights of the experts. weights: by expert. ready, add_product: see GroupedExperts."""
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
         # Elements from one to the next; 0 where they do not lie evenly in this order.
@@ -315,7 +320,7 @@ class Weights:
 
     @property
     def adds_products(self) -> bool:
-        """Tell whether `add_product` adds up gradients: it is there, and they lie evenly."""
+        """Tell whether `add_product` adds up gradients: there is such a function, and the gradients lie evenly."""
         return bool(self._add_product and self._main_step)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -325,7 +330,8 @@ class Weights:
         return F.grouped_mm(x, self.stacked().mT, offs=ends)
 
     def stacked(self) -> Tensor:
-        """Stack all weights [E, ...], for autograd: their gradients go to megatron's at once, or to each parameter."""
+        """Stack all weights [E, ...], for autograd. Their gradients go to megatron's all at once, or to each
+        parameter."""
         if self._step and self._main_step:
             return _View.apply(self, self._ordered[0])
         return _Stack.apply(self._step, *self._ordered)
@@ -345,12 +351,12 @@ class Weights:
         assert self._add_product is not None
         first, count = self._ordered[0].main_grad, len(self._ordered)
         total = first.as_strided((count, *first.shape), (self._main_step, *first.stride()))
-        # Without tuning: it would try every kernel again for every number of rows.
+        # Tuning is off: it would try every kernel again for every number of rows.
         self._add_product(gradient.mT, x, total, cu_seqlens_k=F.pad(ends, (1, 0)), tuned=False)
         self._tell_megatron()
 
     def _tell_megatron(self) -> None:
-        """Say that the gradients of all weights are there: its DDP adds none, and knows whose they are."""
+        """Tell megatron's DDP that the gradients of all weights are there, and that it has none to add."""
         self._ordered[0].grad_added_to_main_grad = True  # its hook adds nothing, until the next step
         assert self._ready is not None
         for weight in self._ordered[1:]:
@@ -369,7 +375,8 @@ class AdaptedWeights:
     """Multiplies rows by frozen weights and by their adapters: x W^T + scale * (x A^T) B^T, each expert's."""
 
     def __init__(self, base: Weights, a: Weights, b: Weights, linear: Any) -> None:
-        """linear: the AdaptedLinear of one of the experts, which says whether adapters count, and their scale."""
+        """Hold weights and adapters. linear: the AdaptedLinear of one expert,
+        which says whether adapters count, and their scale."""
         self.is_reversed = base.is_reversed
         self._base, self._a, self._b, self._linear = base, a, b, linear
 
@@ -382,7 +389,7 @@ class AdaptedWeights:
 
 
 class _Product(torch.autograd.Function):
-    """Torch's grouped product, but the weights' gradient is never a tensor of its own. As in `_View`, autograd knows
+    """Is torch's grouped product, but the weights' gradient is never a tensor of its own. As in `_View`, autograd knows
     the first of the parameters alone."""
 
     @staticmethod
@@ -401,7 +408,7 @@ class _Product(torch.autograd.Function):
 
 
 class _View(torch.autograd.Function):
-    """For autograd there is the first of the parameters alone: at every other one it would stop, and call megatron."""
+    """Shows autograd the first of the parameters alone: at every other one it would stop, and call megatron."""
 
     @staticmethod
     def forward(ctx: Any, weights: Weights, first: Tensor) -> Tensor:

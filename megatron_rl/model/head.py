@@ -1,4 +1,5 @@
-"""The last layer as the trainer needs it: log-probs and entropies of chosen tokens, in place of logits of all.
+"""This module is the last layer as the trainer needs it: log-probs and entropies of chosen tokens, in place of logits
+of all tokens.
 
 Megatron's GPTModel hands its last hidden states to an `output_processor` and returns what that returns. The output
 layer stays megatron's: its weight is built, sharded, saved and reduced as ever, only its product is computed elsewhere.
@@ -24,7 +25,7 @@ from megatron.core import tensor_parallel  # noqa: E402
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRequest:
-    """What one forward asks of the head.
+    """Says what one forward pass asks of the head.
 
     index: int64 [M], packed positions whose next token is scored. targets: int64 [M], those tokens.
     temperature: divides the logits.
@@ -37,7 +38,7 @@ class HeadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """GPTModel's `output_processor` on the last pipeline stage; its `output_processor_context` is a HeadRequest.
+    """Is GPTModel's `output_processor` on the last pipeline stage; its `output_processor_context` is a HeadRequest.
 
     logit_dtype: see `logprobs_and_entropy`.
     """
@@ -56,9 +57,9 @@ class Head:
         config: Any,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states [Ts, 1, H] -> log-probs and entropies, both [M].
+        """Score the targets: hidden_states [Ts, 1, H] -> log-probs and entropies, both [M].
 
-        output_weight: the embedding's, in its place, of a model whose embedding is tied to the head.
+        output_weight: the embedding's weight, in place of the head's, for a model whose embedding is tied to the head.
 
         The ranks that share the vocabulary each compute a part of the hidden states' gradient. Both ways to hand them
         the hidden states add the parts up in backward: the gather by a reduce-scatter, the copy by an all-reduce.
@@ -85,7 +86,7 @@ class Head:
 
 
 def column_norm(weight: Tensor, vocab_size: int, group: Any) -> Tensor:
-    """`norm_head`: [H], ||W||_2 over the vocabulary axis + 1e-7, detached and without padded rows.
+    """Return the norm for `norm_head`: [H], ||W||_2 over the vocabulary axis + 1e-7, detached and without padded rows.
 
     Dividing the hidden states by it gives the logits of W / norm without a second copy of W.
     """

@@ -1,6 +1,6 @@
-"""Look up kernels of packages that are not everywhere, when a model is built that asks for them.
+"""This module imports kernels of optional packages, when a model is built that asks for them.
 
-What is installed may still not be importable: it may lack its own requirements, or want another torch or driver.
+What is installed may still not be importable: it may lack its own requirements, or need another torch or driver.
 """
 
 import importlib

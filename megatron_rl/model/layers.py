@@ -1,4 +1,5 @@
-"""Layers from plain torch for the layer spec: RMSNorm under sequence parallelism, attention over packed sequences.
+"""This module holds layers from plain torch for the layer spec: RMSNorm under sequence parallelism, attention over
+packed sequences.
 
 Legend: T packed tokens of this rank, C context-parallel ranks, Nq query heads, Nk key-value heads (per tensor-parallel
 rank), D head_dim, b rows of a bucket, Lq queries and Lk keys of a row.
@@ -23,8 +24,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm with the variance in fp32 (fp64 for fp64 input). On CUDA torch's kernel adds up in fp32 by
-    itself, and rounds once, behind the weight.
+    """Computes the root-mean-square norm with the variance in fp32 (fp64 for fp64 input). On CUDA torch's kernel itself
+    sums in fp32, and rounds once, after the weight.
 
     Its weight is marked for sequence parallelism, where each rank sees a part of the tokens and megatron sums the
     gradients; megatron's own torch norm refuses that.
@@ -44,7 +45,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention inside each packed sequence, by torch's scaled_dot_product_attention.
+    """Computes causal grouped-query attention inside each packed sequence, by torch's scaled_dot_product_attention.
 
     Rotary embedding is applied here and the model is built with `position_embedding_type="none"`: megatron's own rotary
     for packed sequences loops over them in Python, and takes a table as long as the pack for a different layout.
@@ -62,7 +63,7 @@ class PackedAttention(torch.nn.Module):
         self.context_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any) -> Tensor:
-        """query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
+        """Rotate and attend: query [T, Nq, D], key and value [T, Nk, D] -> [T, Nq * D]."""
         packed: PackedSequences = packed_seq_params
         assert packed.cos is not None and packed.sin is not None
         query, key = _rotate_both(query, key, packed.cos, packed.sin)
@@ -72,7 +73,7 @@ class PackedAttention(torch.nn.Module):
         return self.attend(query, key, value, packed)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """query [T, Nq, D], key and value [C * T, Nk, D], both rotated -> [T, Nq * D]."""
+        """Attend within each sequence: query [T, Nq, D], key and value [C * T, Nk, D], both rotated -> [T, Nq * D]."""
         assert packed.restore is not None
         outputs = []
         for bucket in packed.buckets:
@@ -90,8 +91,8 @@ class PackedAttention(torch.nn.Module):
 
 
 class FlashAttention(PackedAttention):
-    """The same by torch's variable-length flash attention, which takes the sequences end to end, without padding: CUDA,
-    half precision, no context parallelism.
+    """Computes the same by torch's variable-length flash attention, which takes the sequences end to end, without
+    padding. It needs CUDA and half precision, and has no context parallelism.
 
     kernel: called as `torch.nn.attention.varlen.varlen_attn`, which it is where this is None.
     """
@@ -119,7 +120,7 @@ class FlashAttention(PackedAttention):
 
 
 class FlashAttention4(PackedAttention):
-    """Compute the same attention by FlashAttention 4, of the package flash-attn-4.
+    """Computes the same attention by FlashAttention 4, of the package flash-attn-4.
 
     It is called directly: torch's own adapter (`activate_flash_attention_impl`) changes every attention of the process,
     and that of torch 2.11 refuses the backward pass of packed sequences.
@@ -149,7 +150,8 @@ class FlashAttention4(PackedAttention):
 
 
 def _causal(num_queries: int, num_keys: int) -> dict[str, Any]:
-    """Tell scaled_dot_product_attention that the last query sees all keys, the one before all but the last."""
+    """Return the arguments that tell scaled_dot_product_attention that the last query sees all keys, the one before it
+    all but the last, and so on."""
     if num_queries == num_keys:
         return {"is_causal": True}
     from torch.nn.attention.bias import causal_lower_right
@@ -159,15 +161,15 @@ def _causal(num_queries: int, num_keys: int) -> dict[str, Any]:
 
 @functools.cache
 def _variable_length_attention() -> tuple[Callable[..., Tensor], bool]:
-    """torch's kernel, and whether it asks for groups of heads: torch 2.12 and later; before, it hands whatever heads
-    there are to the same kernel, which takes groups of them."""
+    """Return torch's kernel, and whether it must be asked for groups of heads, as from torch 2.12 on. Earlier versions
+    hand any heads to the same kernel, which takes groups of them."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [tokens, N, D], index [b, L] -> [b, N, L, D]."""
+    """Gather the rows of a bucket: x [tokens, N, D], index [b, L] -> [b, N, L, D]."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
@@ -177,8 +179,8 @@ def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, R]; of each head the first R
-    elements are rotated."""
+    """Apply rotary embedding with rotate-half (neox) pairing: x [T, N, D], cos and sin [T, 1, R]. The first R elements
+    of each head are rotated."""
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies straight from hidden states: the matrix of logits never exists.
+"""This module computes log-probabilities and entropies straight from hidden states: the matrix of logits never exists.
 
 At 24,576 tokens and 126,464 vocabulary entries that matrix is 12.4 GB in fp32, and autograd keeps several of its size.
 Here logits live for one chunk of tokens at a time. Forward keeps two numbers per token, the log-sum-exp and the
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_rl.device import compiled
 
-# Of a chunk's logits. With fewer tokens the products wait for the weight, and for its gradient in fp32, on their way
-# through memory: on a CPU twice the 265 tokens that this is at the real vocabulary gain 1 to 2 % on 2 cores. A GPU has
-# 80 times the arithmetic for 20 times the memory's speed.
+# The size of a chunk's logits. With fewer tokens the products wait for the weight, and for its gradient in fp32, on
+# their way through memory: on a CPU twice the 265 tokens that this is at the real vocabulary gain 1 to 2 % on 2 cores.
+# A GPU has 80 times the arithmetic for 20 times the memory's speed.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "gpu": 512 * 2**20}
 _CACHED_BYTES = 2 * 2**20
 
@@ -35,15 +35,15 @@ def logprobs_and_entropy(
     logit_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and H = -sum p log p of p = softmax(hidden @ weight.T / temperature), both [M], in nats.
+    """Compute log p(target) and H = -sum p log p of p = softmax(hidden @ weight.T / temperature), both [M], in nats.
 
     Both are fp32 (fp64 for fp64) whatever the inputs are, and differentiable in hidden and weight. With a group of more
     than one rank the gradient of `hidden` is this rank's part of a sum over the ranks, as behind any column-parallel
     layer: whoever hands `hidden` to the ranks adds it up.
 
     hidden: [M, H], the same on every rank. weight: [Vp, H], this rank's consecutive rows of the vocabulary; rows beyond
-    `vocab_size` are padding, without probability. targets: int64 [M], global ids. logit_dtype: that to which
-    hidden @ weight.T is rounded, None: not at all; the gradient is that of the sums.
+    `vocab_size` are padding, without probability. targets: int64 [M], global ids. logit_dtype: hidden @ weight.T is
+    rounded to it; None: not at all. The gradient is that of the unrounded sums.
     """
     first_id, size = shard_of_vocabulary(weight, vocab_size, group)
     row_bytes = max(1, size) * _wide(hidden.dtype).itemsize
@@ -55,13 +55,14 @@ def logprobs_and_entropy(
 
 
 def shard_of_vocabulary(weight: Tensor, vocab_size: int, group: Any) -> tuple[int, int]:
-    """The global id of this rank's first row, and how many of its rows are not padding."""
+    """Return the global id of this rank's first row, and how many of its rows are not padding."""
     first_id = (group.rank() if group is not None else 0) * len(weight)
     return first_id, max(0, min(len(weight), vocab_size - first_id))
 
 
 class _FusedHead(torch.autograd.Function):
-    """`local` are the targets minus this rank's first id, `size` is V. scale multiplies the logits."""
+    """Computes the head chunk by chunk, forward and backward. `local` are the targets minus this rank's first id,
+    `size` is V. scale multiplies the logits."""
 
     @staticmethod
     def forward(
@@ -123,14 +124,14 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, rows: Tensor, dtype: torch.dtype | None, out: Tensor) -> Tensor:
-    """hidden [C, H], rows [V, H] -> [C, V], in `out`, rounded to `dtype` if there is one."""
+    """Compute logits: hidden [C, H], rows [V, H] -> [C, V], in `out`, rounded to `dtype` if there is one."""
     z = _multiply(hidden, rows.T, out=out)
     return z if dtype is None else z.copy_(z.to(dtype))
 
 
 @compiled
 def chunk_sums(z: Tensor, local: Tensor, *, scale: float) -> Tensor:
-    """Of z [C, V], `scale` times which are the logits, as [C, 4]: their peak,
+    """Return four numbers of each token's logits, which are scale * z with z [C, V], as [C, 4]: their peak,
 
     sum e^(z - peak),   sum e^(z - peak) (z - peak),   z at the target (0 where another rank has it).
     """
@@ -155,10 +156,11 @@ def logit_gradient(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient s (g (1[y] - p) - e p (log p + H)) of z [C, V], s = scale times which are the logits, in `dtype`.
+    """Return the gradient s (g (1[y] - p) - e p (log p + H)) of z [C, V], in `dtype`. The logits are s z; s is
+    `scale`.
 
-    From d log p(y)/dz = 1[y] - p and dH/dz = -p (log p + H); g and e are the gradients of the log-prob and the entropy,
-    no e means zero.
+    It follows from d log p(y)/dz = 1[y] - p and dH/dz = -p (log p + H). g and e are the gradients of the log-prob and
+    the entropy; no e means zero.
     """
     logp = (z if scale == 1.0 else z * scale) - log_sum_exp[:, None]
     factor = -grad_logprob[:, None]
@@ -172,10 +174,10 @@ def logit_gradient(
 def _over_rows(
     function: Callable[..., Tensor], z: Tensor, per_token: Sequence[Tensor | None], out: Tensor, **options: Any
 ) -> Tensor:
-    """function(z, *per_token, **options) for logits z [C, V] and tensors [C].
+    """Compute function(z, *per_token, **options) for logits z [C, V] and tensors [C].
 
-    On a GPU in one piece, of which torch makes a kernel that goes over z without temporaries. Elsewhere some rows at a
-    time and into `out`, which may be z: temporaries then stay in the processor's caches.
+    On a GPU this is one piece, of which torch makes a kernel that goes over z without temporaries. Elsewhere it takes
+    some rows at a time and writes into `out`, which may be z: temporaries then stay in the processor's caches.
     """
     if z.is_cuda:
         return function(z, *per_token, **options)
@@ -187,9 +189,9 @@ def _over_rows(
 
 
 def _sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
-    """[4, M], see `chunk_sums`: the peak of all ranks, and their sums relative to it.
+    """Combine the sums of all ranks, [4, M], see `chunk_sums`: the peak of all ranks, and their sums relative to it.
 
-    Once for all tokens and not once per chunk: the collectives of a chunk would wait for each other.
+    This runs once for all tokens and not once per chunk: the collectives of a chunk would wait for each other.
     """
     peak, total, weighted, target = sums
     highest = peak.clone()
@@ -202,7 +204,8 @@ def _sum_over_ranks(sums: Tensor, group: Any) -> Tensor:
 
 
 def _chunks(num_tokens: int, limit: int, size: int) -> list[slice]:
-    """Parts of about the same length, at most `limit`; none on a rank that has no vocabulary (`size` 0)."""
+    """Divide the tokens into parts of about the same length, at most `limit`; none on a rank that has no vocabulary
+    (`size` 0)."""
     if not size or not num_tokens:
         return []
     length = -(-num_tokens // -(-num_tokens // limit))
@@ -210,7 +213,8 @@ def _chunks(num_tokens: int, limit: int, size: int) -> list[slice]:
 
 
 def _buffer(chunks: list[slice], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Room for the longest chunk, used for all of them: on a CPU the first touch of memory costs more than maths."""
+    """Allocate room for the longest chunk, used for all of them: on a CPU the first touch of memory costs more than
+    maths."""
     longest = max((part.stop - part.start for part in chunks), default=0)
     return like.new_empty((longest, size), dtype=dtype)
 
@@ -220,11 +224,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operand(x: Tensor) -> Tensor:
-    """What products are made of. A CPU has no product of bf16 matrices that ends in fp32, so bf16 is widened there."""
+    """Return a tensor as an operand of products. A CPU has no product of bf16 matrices that ends in fp32, so there bf16
+    is widened."""
     return x if x.is_cuda else x.to(_wide(x.dtype))
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """a @ b into `out`, or added to it, accumulated and stored in the dtype of `out`."""
+    """Write a @ b into `out`, or add it to `out`; it is accumulated and stored in the dtype of `out`."""
     wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     return torch.addmm(out, a, b, out=out, **wider) if add else torch.mm(a, b, out=out, **wider)

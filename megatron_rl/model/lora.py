@@ -1,4 +1,4 @@
-"""Adapters: megatron's linear layers with two small trained factors beside each frozen weight.
+"""This module holds adapters: megatron's linear layers with two small trained factors beside each frozen weight.
 
     y = W x + s B A x,   s = alpha / sqrt(rank)   (Hu et al. 2021; the root is rsLoRA, Kalajdzievski 2023)
 
@@ -63,7 +63,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Has what column- and row-parallel linear layers with an adapter share; without one they are megatron's.
+    """Holds what column- and row-parallel linear layers with an adapter share; without one they are megatron's.
 
     adapts: the adapter counts. scale: multiplies its product. divided: which factor is cut as the weight is, and along
     which axis.
@@ -83,7 +83,7 @@ class AdaptedLinear(torch.nn.Module):
         self.adapts, self.scale, self._is_gated = False, 0.0, False
 
     def add_adapter(self, rank: int, scale: float, is_gated: bool) -> None:
-        """Give the layer its factors, not yet set. is_gated: its rows are those of gate and up."""
+        """Give the layer its factors, whose values are not yet set. is_gated: its rows are those of gate and up."""
         rows, columns = self.weight.shape
         self.lora_a = torch.nn.Parameter(self.weight.new_empty(rank, columns))
         self.lora_b = torch.nn.Parameter(self.weight.new_empty(rows, rank))
@@ -94,15 +94,15 @@ class AdaptedLinear(torch.nn.Module):
             if factor is getattr(self, name):
                 set_tensor_model_parallel_attributes(factor, is_parallel=True, dim=axis, stride=1)
                 continue
-            # Of what all ranks have, the norm of gradients counts the first's.
+            # All ranks have this factor, so the norm of gradients counts that of the first one.
             factor.tensor_model_parallel = self.tp_group.rank() == 0
             factor.sequence_parallel = not self.is_expert
             factor.sum_over_experts_group = self.is_expert and self.tp_group.size() > 1
         self.weight.merged = self.merged
 
     def _down(self, x: Tensor) -> Tensor:
-        """Compute scale * A x. The scale counts where tensors are narrow: behind B its backward pass would copy a wide
-        one."""
+        """Compute scale * A x. The scale is applied where tensors are narrow: after B its backward pass would copy a
+        wide one."""
         return F.linear(x, self.lora_a) * self.scale
 
     def merged(self) -> Tensor:
@@ -112,7 +112,7 @@ class AdaptedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """Describe weight and factors for megatron's checkpoints, each divided as it is."""
+        """Describe weight and factors for megatron's checkpoints, each with its own division."""
         axes = {"weight": 0 if self.divided[0] == "lora_b" else 1, "bias": 0, self.divided[0]: self.divided[1]}
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -135,7 +135,7 @@ class AdaptedColumnLinear(AdaptedLinear, ColumnParallelLinear):
     def _forward_impl(self, **options: Any) -> Tensor:
         """Compute this rank's rows of the product for all tokens.
 
-        options["input"]: this rank's tokens, or all of its group where they have come together already.
+        options["input"]: this rank's tokens, or those of its whole group where they are gathered already.
         """
         output: Tensor = super()._forward_impl(**options)
         if not self.adapts:
@@ -175,10 +175,10 @@ class AdaptedProvider(LocalSpecProvider):
 
 
 def add_adapters(gpt: torch.nn.Module, lora: LoraSection, recomputes: bool) -> None:
-    """Freeze a stage's weights and give its target layers adapters, not yet set.
+    """Freeze a stage's weights and give its target layers adapters, whose values are not yet set.
 
-    recomputes: parts of it are run once more for their backward pass. Such a part has one only where its input has a
-    gradient, and embeddings that are frozen have none; so they get one, which nobody reads.
+    recomputes: parts of the stage are run once more for their backward pass. Such a part has one only where its input
+    has a gradient, and frozen embeddings have none. So they get one, which nobody reads.
     """
     gpt.requires_grad_(False)
     for name, module in gpt.named_modules():
@@ -199,7 +199,8 @@ def is_factor(name: str) -> bool:
 
 
 def initial_factor(entry: TensorMapping, seed: int) -> Tensor:
-    """Make a whole factor as it begins, in fp32: zeros, or of A what peft takes (kaiming_uniform_ with a = sqrt(5))."""
+    """Make the initial values of a whole factor, in fp32: zeros for B, and for A what peft takes (kaiming_uniform_ with
+    a = sqrt(5))."""
     if not entry.megatron.endswith(LORA_A):
         return torch.zeros(entry.shape)
     digest = hashlib.sha256(f"{seed} {entry.megatron}".encode()).digest()
@@ -209,14 +210,14 @@ def initial_factor(entry: TensorMapping, seed: int) -> Tensor:
 
 
 def adapted_layers(chunks: Sequence[torch.nn.Module]) -> list[AdaptedLinear]:
-    """Find the layers that have an adapter."""
+    """List the layers that have an adapter."""
     found = (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
     return [module for module in found if module.lora_a is not None]
 
 
 @contextmanager
 def base_only(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Run the frozen weights alone: what a run of adapters began with."""
+    """Use the frozen weights alone, which are what a run of adapters began with."""
     layers = adapted_layers(chunks)
     for layer in layers:
         layer.adapts = False
@@ -228,8 +229,8 @@ def base_only(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def finish_gradients(chunks: Sequence[torch.nn.Module]) -> None:
-    """Sum over expert-tensor-parallel ranks the gradients of which each has an addend. Collective, behind megatron's
-    own reductions."""
+    """Sum over expert-tensor-parallel ranks the gradients of which each has an addend. Collective, after megatron's own
+    reductions."""
     factors = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_experts_group", False)]
     if not factors:
         return

@@ -1,4 +1,4 @@
-"""What megatron-core is told of a model: an `Architecture` and a configuration as its TransformerConfig."""
+"""This module writes an `Architecture` and a configuration as megatron-core's TransformerConfig."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def transformer_config(
         gradient_accumulation_fusion=backends.weight_gradient == "apex",
         # Without it, megatron's rotary embedding loops over packed sequences in Python and waits for their lengths.
         apply_rope_fusion=backends.transformer_engine,
-        # By torch.compile: one pass, and only its input is kept for the backward pass.
+        # torch.compile fuses it: one pass, and only its input is kept for the backward pass.
         bias_activation_fusion=device.on_cuda(),
         bias_dropout_fusion=False,
         batch_p2p_comm=device.on_cuda(),
@@ -79,7 +79,7 @@ def transformer_config(
 def _expert_fields(
     architecture: Architecture, model: ModelSection, moe: MoeSection, backends: Backends
 ) -> dict[str, Any]:
-    """The fields of a TransformerConfig that say how experts are chosen and run."""
+    """Return the fields of a TransformerConfig that say how experts are chosen and run."""
     router_dtype = "fp64" if model.dtype == "float64" else _ROUTER_DTYPES[model.router_dtype]
     layers = [int(architecture.is_moe_layer(i)) for i in range(architecture.num_hidden_layers)]
     return {
@@ -109,7 +109,7 @@ def _expert_fields(
 
 
 def _stages(architecture: Architecture, layout: Layout) -> list[list[str]]:
-    """What each stage holds, in megatron's words."""
+    """List what each stage holds, in megatron's words."""
     stages = [["decoder"] * num_layers for num_layers in layout.layers_per_stage(architecture.num_hidden_layers)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

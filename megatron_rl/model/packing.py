@@ -1,4 +1,4 @@
-"""Packed sequences: several sequences end to end in one row, with everything attention needs, computed once.
+"""This module packs sequences: several end to end in one row, with everything attention needs, computed once.
 
 Legend: T packed tokens on this rank, C context-parallel ranks, R the part of head_dim that is rotated.
 """
@@ -20,8 +20,8 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Rows of attention that are computed together: the last query of a row sees all its keys, the one before it all
-    but the last key, and so on.
+    """Holds rows of attention that are computed together. The last query of a row sees all its keys, the one before it
+    all but the last key, and so on.
 
     queries: int64 [b, Lq], indices of tokens of this rank.
     keys: int64 [b, Lk], indices of tokens of all context-parallel ranks, joined in their order [C * T].
@@ -33,7 +33,7 @@ class Bucket:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's `thd` parameters (of whole sequences), extended by what our own attention uses.
+    """Holds Megatron's `thd` parameters (of whole sequences), extended by what our own attention uses.
 
     positions: int64 [T], each token's position in its own sequence.
     cos, sin: [T, 1, R], rotary tables at those positions.
@@ -59,7 +59,7 @@ def pack(
     context_rank: int = 0,
     context_size: int = 1,
 ) -> PackedSequences:
-    """Describe one context-parallel rank's part of a pack of sequences of these padded lengths (at least 1)."""
+    """Describe one context-parallel rank's part of a pack of sequences with these padded lengths (at least 1)."""
     positions = torch.from_numpy(
         np.concatenate([zigzag.held_positions(length, context_size)[context_rank] for length in lengths])
     )
@@ -87,8 +87,8 @@ def pack(
 
 
 def _whole_rows(lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Queries and keys of buckets of whole sequences, rows padded by repeating their last token: a causal row never
-    looks right of a real token, so padding needs no mask.
+    """Return the queries and keys of buckets of whole sequences. Rows are padded by repeating their last token: a
+    causal row never looks right of a real token, so padding needs no mask.
 
     Sequences share a bucket while the longest is at most a quarter longer than the shortest: that bounds the padding.
     """
@@ -107,7 +107,8 @@ def _whole_rows(lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _zigzag_rows(lengths: list[int], rank: int, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Queries and keys of this rank's two chunks of every sequence: a chunk sees itself and all chunks before it.
+    """Return the queries and keys of this rank's two chunks of every sequence. A chunk sees itself and all chunks
+    before it.
 
     Chunks share a bucket when they are equally long, so that nothing is padded and no mask is needed.
     """

@@ -1,4 +1,4 @@
-"""The router: auxiliary losses as sums over tokens, whatever ranks these lie on; and router replay (R3).
+"""This module is the router: auxiliary losses as sums over tokens, whatever ranks these lie on, and router replay (R3).
 
 Replay trains on the experts that the server chose. Megatron's own (transformer/moe/router_replay.py) keeps one target
 and one queue for recomputation per router in a process-global list, and a mode that the caller has to switch between
@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Takes the place of top-k, where megatron's routing function asks an object of its own.
+    """Takes the place of top-k where megatron's routing function calls its replay object.
 
     It replays experts, and chooses among groups: Megatron itself adds up each one's best topk / group_topk scores,
     where the released models and servers add up two (expert_choice.py).
@@ -49,7 +49,7 @@ class Choice:
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """scores: [t, E]. Returns the chosen experts' scores and the experts, [t, topk] each."""
+        """Choose the experts. scores: [t, E]. Return the chosen experts' scores and the experts, [t, topk] each."""
         if num_groups and group_topk:
             best, own = top_experts(scores, topk, num_groups, group_topk)
         else:
@@ -65,9 +65,9 @@ class Choice:
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router; the auxiliary losses and the replay of experts are our own.
+    """Is megatron-core's top-k router, with auxiliary losses and a replay of experts of our own.
 
-    Of a layer and a micro-batch of T tokens, padding left out, with router logits x they are
+    For a layer and a micro-batch of T tokens, without padding, with router logits x the losses are
 
         B = E * sum_i F_i P_i,   F_i = share of the T * topk choices that fell on expert i,
                                  P_i = mean over tokens of the probability of expert i before top-k, of E experts
@@ -77,12 +77,12 @@ class Router(TopKRouter):
     rank adds the terms of its own tokens; the counts behind F are of all tensor- and context-parallel ranks, which
     share the micro-batch, so the sums over these ranks are T * B and T * Z.
 
-    F counts what the router would choose, under replay too: what the loss should balance is the router. With sigmoids
-    the probability of an expert is its share of their sum, and F counts the largest ones, whatever biases and groups
-    make of the choice: so does Megatron, by which the models of that kind were trained.
+    F counts what the router would choose, under replay too: the loss should balance the router. With sigmoids the
+    probability of an expert is its share of their sum, and F counts the largest ones, whatever biases and groups make
+    of the choice. Megatron does the same, and the models of that kind were trained with it.
 
     Megatron's own B is that times the number of these ranks: with a padding mask it takes a rank's number of tokens
-    from counts that its all-reduce has overwritten with those of all ranks. And without a token it is not a number.
+    from counts that its all-reduce has overwritten with those of all ranks. Without any token it is not a number.
 
     load_balance_loss, z_loss: the sums T * B and T * Z of this rank's terms, over micro-batches, until somebody sets
     them back to 0. A loss whose coefficient is 0 is not computed.
@@ -98,11 +98,12 @@ class Router(TopKRouter):
         self.num_replaced: Tensor | int = 0
 
     def keep_bias_in_float32(self) -> None:
-        """Undo what becomes of it with a bf16 model, before anything is read into it."""
+        """Turn the bias, which a bf16 model has converted, back to float32 before anything is read into it."""
         self._maintain_float32_expert_bias()
 
     def replay(self, experts: Tensor | None) -> None:
-        """From now on use these experts: [T, topk] of this context-parallel rank's tokens, see `Choice`. None: its own.
+        """Use these experts from now on: [T, topk] of this context-parallel rank's tokens, see `Choice`. None: the
+        router's own.
 
         Under sequence parallelism a router sees the part of them that its tensor-parallel rank holds.
         """
@@ -114,7 +115,8 @@ class Router(TopKRouter):
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
     ) -> Tensor:
-        """scores_for_aux_loss, routing_map: [tokens, E], zero at padding. Returns `probs` with the loss attached."""
+        """Return `probs` with the balance loss attached. scores_for_aux_loss, routing_map: [tokens, E], zero at
+        padding."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not coefficient:
             return probs
@@ -128,11 +130,11 @@ class Router(TopKRouter):
         return attached
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count nothing: the bias stays as it is. Megatron's own counts tokens for its update, and is compiled by torch
-        for that, in every process."""
+        """Count nothing: the bias stays as it is. Megatron's own method counts tokens for its update, and for that
+        torch compiles it in every process."""
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """logits: [tokens, E]; padding_mask: [tokens], true at padding. Returns `logits` with the loss attached."""
+        """Return `logits` with the z loss attached. logits: [tokens, E]; padding_mask: [tokens], true at padding."""
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not torch.is_grad_enabled():
             return logits
@@ -144,7 +146,7 @@ class Router(TopKRouter):
 
 
 class Layer(TransformerLayer):
-    """Megatron's layer, whose router gets the experts of the micro-batch that is to pass."""
+    """Is Megatron's layer. Its router gets the experts of the micro-batch that is to pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_moe_layer:

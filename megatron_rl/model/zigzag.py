@@ -1,4 +1,4 @@
-"""Which positions of a sequence each context-parallel rank holds.
+"""This module says which positions of a sequence each context-parallel rank holds.
 
 A sequence is padded to a multiple of 2 * size and cut into 2 * size chunks; rank r holds chunk r and chunk
 2 * size - 1 - r, in this order. Under a causal mask a late chunk costs more than an early one; the pairs all cost the
@@ -11,12 +11,12 @@ import numpy as np
 
 
 def padded_length(length: int, size: int) -> int:
-    """Tokens of a sequence with its padding, which comes at its end; none for a single rank."""
+    """Return the tokens of a sequence with its padding, which comes at its end; a single rank needs no padding."""
     return length if size == 1 else -(-length // (2 * size)) * 2 * size
 
 
 def held_positions(length: int, size: int) -> np.ndarray:
-    """int64 [size, length / size]: row r are the positions that rank r holds, in its order.
+    """Return int64 [size, length / size]: row r has the positions that rank r holds, in its order.
 
     length: a padded length.
     """
@@ -27,7 +27,7 @@ def held_positions(length: int, size: int) -> np.ndarray:
 
 
 def merge(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One value per position, from those that each rank holds: the inverse of indexing with `held_positions`."""
+    """Return one value per position, from those that each rank holds: the inverse of indexing with `held_positions`."""
     rows = np.stack(parts)
     whole = np.empty_like(rows, shape=rows.size)
     whole[held_positions(rows.size, len(rows))] = rows

@@ -1,4 +1,5 @@
-"""What the GPUs of a plan hold: those that train, with the servers that share them, and those that serve alone."""
+"""This module estimates what the GPUs of a plan hold: those that train, with the servers that share them, and those
+that serve alone."""
 
 from typing import Any
 
@@ -14,9 +15,12 @@ from megatron_rl.plan.shape import teacher_shape
 def gpu_bytes(
     training: dict[str, int], config: RunConfig, architecture: Architecture, cluster: ClusterSection
 ) -> tuple[dict[str, dict[str, int]], dict[str, Any], list[str]]:
-    """Bytes by part of the fullest training GPU, of a GPU with a server where these are others, or the same while
-    servers generate where these give their memory back to the trainer, and of embedded servers on the host; the servers
-    in numbers; and what speaks against them. training: what the fullest training rank holds."""
+    """Return estimated bytes by place and part, the servers in numbers, and what speaks against them.
+
+    The places are the fullest training GPU, a GPU with a server, and the host with its embedded servers. A GPU with a
+    server is one of another node, or the training GPU while servers generate, where these give their memory back to the
+    trainer. training: what the fullest training rank holds.
+    """
     memory: dict[str, dict[str, int]] = {"training_gpu": dict(training), "host": {}}
     if not isinstance(config, RlConfig):
         return memory, {}, []
@@ -55,8 +59,8 @@ def _add_teacher(
     taken_bytes: int,
     cluster: ClusterSection,
 ) -> list[str]:
-    """Add the teacher's servers to what training nodes hold, which are started last and keep their memory throughout;
-    tell what speaks against them. taken_bytes: of a training GPU before."""
+    """Add the teacher's servers to what training nodes hold, and list what speaks against them. They are started last
+    and keep their memory throughout. taken_bytes: those of a training GPU before."""
     served = teacher.as_rollout(rollout)
     shape = teacher_shape(teacher)
     parts, numbers, found = plan_servers(served, teacher.dtype, shape, cluster, taken_bytes, updates=False)

@@ -1,4 +1,4 @@
-"""Generation servers of a plan: how many there are on a node, and what each takes of a GPU."""
+"""This module plans generation servers: how many there are on a node, and what each takes of a GPU."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ def plan_servers(
     taken_bytes: int = 0,
     updates: bool = True,
 ) -> tuple[dict[str, int], dict[str, Any], list[str]]:
-    """Give the bytes on each GPU of servers, these in numbers, and what speaks against them. Embedded servers take no
-    GPU; then the bytes are of a node's host memory.
+    """Return the bytes on each GPU of servers, the servers in numbers, and what speaks against them. Embedded servers
+    take no GPU; then the bytes are those of a node's host memory.
 
-    taken_bytes: of a GPU by others before a server starts. updates: new weights come while it serves. With
-    --mem-fraction-static SGLang takes that share of what is free when it starts, for weights and cache; without it, and
+    taken_bytes: what others hold of a GPU before a server starts. updates: new weights come while it serves. With
+    --mem-fraction-static SGLang takes that share of what is free when it starts, for weights and cache. Without it, and
     for the embedded server, the cache counted is that of every slot at full length.
     """
     num_servers = rollout.servers_on(cluster.gpus_per_node)
@@ -66,7 +66,7 @@ def plan_servers(
 
 
 def over_limit(memory: dict[str, dict[str, int]], cluster: ClusterSection, remedies: dict[str, str]) -> list[str]:
-    """Tell what does not fit on a GPU; nothing without a limit. memory, remedies: by kind of GPU."""
+    """List what does not fit on a GPU; nothing without a limit. memory, remedies: by kind of GPU."""
     limit = round(cluster.gpu_memory_gb * GIB)
     return [
         f"a {name.replace('_', ' ')} needs about {memory[name]['total'] / GIB:.1f} GiB and has "
@@ -77,7 +77,7 @@ def over_limit(memory: dict[str, dict[str, int]], cluster: ClusterSection, remed
 
 
 def serving_remedy(rollout: GenerationSection, may_offload: bool = False) -> str:
-    """What to do where a server does not fit. may_offload: the trainer's states are still there beside it."""
+    """Say what to do where a server does not fit. may_offload: the trainer's states are still there beside it."""
     steps = ["set train.offload_while_generating = true"] if may_offload else []
     if rollout.sglang_memory_share is None:  # else it says how much is taken, whatever may run
         steps.append("lower rollout.max_running_requests")

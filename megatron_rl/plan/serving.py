@@ -1,4 +1,4 @@
-"""The plan of what only samples, on one machine: `megatron-rl rollout`, `select` and `evaluate`."""
+"""This module plans commands that only sample, on one machine: `megatron-rl rollout`, `select` and `evaluate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,8 @@ from megatron_rl.preflight.checks import serving_problems
 def plan_serving(
     config: CommandConfig, architecture: Architecture, cluster: ClusterSection, path: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """path, overrides: of the configuration, as they were given. ValueError for more than one node."""
+    """Plan a command that samples from servers. path, overrides: those of the configuration, as they were given.
+    ValueError for more than one node."""
     assert isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig)
     if cluster.nodes > 1:
         raise ValueError(f"this command runs on one machine, got --nodes {cluster.nodes}; ask for 1")
@@ -35,7 +36,7 @@ def plan_serving(
 
 
 def plan_teacher(config: SamplingConfig, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Of `megatron-rl rollout` with an endpoint that answers: nothing is served here."""
+    """Plan `megatron-rl rollout` with an endpoint that answers: nothing is served here."""
     return {"responses": _responses(config), "launch": [_command(config, path, overrides)], "problems": []}
 
 
@@ -57,7 +58,8 @@ def _responses(config: SamplingConfig | SelectConfig | EvaluateConfig) -> dict[s
 
 
 def _of_benchmarks(config: EvaluateConfig) -> dict[str, Any]:
-    """prompts: None where the data are not here yet and nothing says how many are taken."""
+    """Count the prompts and responses of each benchmark. prompts: None where the data are not here yet and nothing says
+    how many are taken."""
     found = {}
     for name, section in config.benchmarks.items():
         prompts = section.prompts

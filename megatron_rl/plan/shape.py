@@ -1,4 +1,4 @@
-"""Whose model a configuration is about, before the model is there."""
+"""This module reads the shape of a configuration's model, before the model is there."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from megatron_rl.families import Architecture, load_architecture, read_architect
 
 
 def shape_of(config: RunConfig | RolloutPhase | EvaluateConfig) -> tuple[Architecture, Path | None]:
-    """Of model.path or the first candidate, or while these have no config.json of model.shape, which then comes second.
-    ValueError when there is none of them."""
+    """Return the shape of model.path or the first candidate. While these have no config.json, return that of
+    model.shape and its path as the second. ValueError when there is none of them."""
     return _shape(_models(config), _served(config).shape, "model")
 
 
 def teacher_shape(section: DistillationSection) -> Architecture:
-    """Give the shape of a teacher policy, found as by `shape_of`."""
+    """Return the shape of a teacher policy, found as by `shape_of`."""
     return _shape([section.path], section.shape, "distillation")[0]
 
 
 def _shape(here: list[Path], shape: Path | None, name: str) -> tuple[Architecture, Path | None]:
-    """Give the shape of the first of these models that has a config.json; while none has, that of `shape`, which then
-    comes second. name: of the section."""
+    """Return the shape of the first of these models that has a config.json. While none has, return that of `shape` and
+    its path as the second. name: that of the section."""
     found = [path for path in here if (path / "config.json").is_file()]
     if found or shape is None:
         return load_architecture((found or here)[0]), None
@@ -34,7 +34,7 @@ def _shape(here: list[Path], shape: Path | None, name: str) -> tuple[Architectur
 
 
 def _models(config: RunConfig | RolloutPhase | EvaluateConfig) -> list[Path]:
-    """Where this configuration's model may lie; never empty."""
+    """List where this configuration's model may lie; never empty."""
     if isinstance(config, SelectConfig):
         candidates = config.candidates
         if isinstance(candidates, Path):

@@ -1,4 +1,5 @@
-"""The command: one plan for a file of any kind. Needs neither torch nor a GPU, and of the model only config.json."""
+"""This module is the command: it makes one plan for a file of any kind. It needs neither torch nor a GPU, and of the
+model only config.json."""
 
 import argparse
 import json
@@ -19,7 +20,7 @@ from megatron_rl.plan.training import plan_training
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Print the plan of a configuration, as text or JSON. Returns the exit code: 2 when something does not divide or
+    """Print the plan of a configuration, as text or JSON. Return the exit code: 2 when something does not divide or
     fit."""
     kind = kind_of(read_values(arguments.config, arguments.set))
     config = load_config(kind, arguments.config, arguments.set, without_weights=True)
@@ -36,7 +37,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def _suggest(plan: dict[str, Any], config: CommandConfig, cluster: ClusterSection) -> None:
-    """Add the fastest layouts that fit to a plan, whose problems are those of the first of them then."""
+    """Add the fastest layouts that fit to a plan. The plan's problems become those of the first of them."""
     from megatron_rl.plan.suggest import suggest
 
     if not isinstance(config, RunConfig):
@@ -61,7 +62,7 @@ def problems_of(config: CommandConfig, cluster: ClusterSection) -> list[str]:
 
 
 def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """path, overrides: of the configuration, as they were given."""
+    """Make the plan for the kind of configuration. path, overrides: those of the configuration, as they were given."""
     if isinstance(config, SamplingConfig) and config.teacher is not None:
         return plan_teacher(config, path, overrides)
     assert isinstance(config, RunConfig | RolloutPhase | EvaluateConfig)
@@ -74,7 +75,7 @@ def _plan(config: CommandConfig, cluster: ClusterSection, path: Path, overrides:
 
 
 def _cluster(named: ClusterSection, arguments: argparse.Namespace) -> ClusterSection:
-    """What the file says, where no option says otherwise. ValueError when nothing is left to train on."""
+    """Return the cluster of the file with what the options change. ValueError when nothing is left to train on."""
     asked = {name: getattr(arguments, name) for name in ClusterSection.model_fields}
     if asked["nodes"] is not None and asked["serving_nodes"] is None:
         asked["serving_nodes"] = 0  # those of the file are of its own nodes

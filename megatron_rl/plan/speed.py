@@ -1,8 +1,8 @@
-"""How long a step would take under some layout, for the search of `plan --suggest`.
+"""This module predicts how long a step would take under some layout, for the search of `plan --suggest`.
 
-Generation and the passes of training are the simulator's. What the simulator takes from a file of rates as one number
-depends on the layout, so here it is counted: an engine of g GPUs by the bytes that it reads, and the bytes that ranks
-exchange by the speed of the links between them. The speeds are ASSUMED, those of an H800 as in
+Generation and the passes of training are the simulator's. Some rates that the simulator reads as one number depend on
+the layout, so they are counted here: an engine of g GPUs by the bytes that it reads, and the bytes that ranks exchange
+by the speed of the links between them. The speeds are ASSUMED, those of an H800 as in
 examples/ring_lite/rates/h800_assumed.toml; a file of rates (`--rates`, cluster.rates) replaces what it has.
 """
 
@@ -25,7 +25,7 @@ from megatron_rl.simulation.workload import Workload, assumed
 
 # Bytes/s: of a GPU's memory at half of nominal, between the GPUs of a node, between nodes, and to the host.
 _MEMORY, _NODE_LINK, _NETWORK, _HOST_LINK = 1.7e12, 1.5e11, 2.0e10, 2.0e10
-# Of an iteration of an engine: launches, and a reduction for each doubling of its GPUs.
+# An iteration of an engine takes these: launches, and a reduction for each doubling of its GPUs.
 _LAUNCH_SECONDS, _REDUCE_SECONDS = 3e-3, 1e-3
 _TRAIN_FLOPS, _MICRO_BATCH_SECONDS, _OPTIMIZER_SECONDS, _SYNC_SECONDS, _SWITCH_SECONDS = 3e14, 0.05, 1.0, 15.0, 20.0
 # Passes in which ranks exchange a layer's tokens: forward, backward, and the recomputed one.
@@ -35,8 +35,8 @@ _PHASES = 3  # until it is known what a prompt brings
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedModel:
-    """Of one configuration on one cluster, under layouts that differ. rates: of the file, if there is one; its `decode`
-    is of an engine as the configuration has it."""
+    """Predicts the seconds of one configuration on one cluster, under different layouts. rates: those of the file, if
+    there is one; its `decode` is that of an engine as the configuration has it."""
 
     config: RunConfig
     architecture: Architecture
@@ -44,7 +44,7 @@ class SpeedModel:
     rates: Rates | None = None
 
     def rollout_seconds(self, engine_gpus: int, slots: int) -> float:
-        """Of a phase with engines of so many GPUs, each of which answers `slots` requests at once."""
+        """Predict a rollout phase with engines of so many GPUs, each of which answers `slots` requests at once."""
         config = self.config
         assert isinstance(config, RlConfig)
         rollout, budget = config.rollout, config.budget
@@ -64,7 +64,8 @@ class SpeedModel:
         return seconds
 
     def train_seconds(self, config: RunConfig, layout: Layout) -> float:
-        """Of the optimizer steps of a step, were its tokens divided evenly. config: with its recomputation."""
+        """Predict the optimizer steps of a step, as if its tokens were divided evenly. config: its recomputation
+        counts."""
         rates = self.rates
         flops = rates.train_flops if rates else _TRAIN_FLOPS
         passes = forward_passes(config) if isinstance(config, RlConfig) else passes_of_training(config)
@@ -77,7 +78,7 @@ class SpeedModel:
         return float(work + pipeline_bubble(work, layout, rows) + optimizer + self._optimizer_seconds(config, layout))
 
     def pause_seconds(self, config: RunConfig, layout: Layout) -> float:
-        """Between generation and training: the push of weights, and memory that changes hands."""
+        """Predict the time between generation and training: the push of weights, and memory that changes hands."""
         if not isinstance(config, RlConfig):
             return 0.0
         rates = self.rates
@@ -91,7 +92,7 @@ class SpeedModel:
 
     @cached_property
     def mean_tokens(self) -> float:
-        """Of a response, as far as the configuration says."""
+        """The mean length of a response, as far as the configuration says."""
         return float(self._workload.lengths.mean())
 
     @cached_property
@@ -101,7 +102,7 @@ class SpeedModel:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        """Tokens of the sequences of a step, prompts included; as many as fill it."""
+        """The tokens of each sequence of a step, prompts included; as many as fill it."""
         config = self.config
         if isinstance(config, SftConfig):
             return np.full(max(1, config.data.batch_tokens // config.micro_batch_cap), config.micro_batch_cap)
@@ -124,8 +125,8 @@ class SpeedModel:
         return float((cost.linear * lengths + cost.quadratic * lengths**2).sum())
 
     def _exchange_seconds(self, config: RunConfig, layout: Layout, num_tokens: float) -> float:
-        """Of the tokens of a data-parallel rank: what tensor-parallel ranks gather and scatter of each layer, twice a
-        pass each way, and what expert-parallel ranks send each other, there and back."""
+        """Predict the exchange of the tokens of a data-parallel rank: what tensor-parallel ranks gather and scatter for
+        each layer, twice a pass each way, and what expert-parallel ranks send each other, there and back."""
         architecture, item = self.architecture, ITEM_BYTES[config.model.dtype]
         passes = _PASSES + (config.model.recompute != "none") * _RECOMPUTED
         hidden = architecture.hidden_size * item * num_tokens / layout.context
@@ -136,14 +137,14 @@ class SpeedModel:
         return sum(size / self._link(ranks) for size, ranks in parts) / layout.pipeline
 
     def _optimizer_seconds(self, config: RunConfig, layout: Layout) -> float:
-        """Of an optimizer step, what depends on the layout: gradients are added up and weights come back, and states in
-        host memory go to the GPU and back."""
+        """Predict the part of an optimizer step that depends on the layout. Gradients are summed and weights come back,
+        and states in host memory go to the GPU and back."""
         gradients, states = self._state_bytes(config, layout)
         reduce = 2 * gradients / self._link(layout.world_size // layout.pipeline) if layout.data > 1 else 0.0
         return reduce + 2 * config.optimizer.offload_fraction * states / _HOST_LINK
 
     def _state_bytes(self, config: RunConfig, layout: Layout) -> tuple[float, float]:
-        """Of the fullest rank: gradients, and its share of the optimizer's states."""
+        """Return the bytes of the fullest rank: gradients, and its share of the optimizer's states."""
         replicas = layout.world_size // (layout.expert * layout.expert_tensor * layout.pipeline)
         dense, routed = max(trained_parameters(config.lora, self.architecture, layout), key=sum)
         states = (dense / (layout.data * layout.context) + routed / replicas) * OPTIMIZER_BYTES[config.model.dtype]
@@ -153,7 +154,7 @@ class SpeedModel:
         return _NODE_LINK if num_ranks <= self.cluster.gpus_per_node else _NETWORK
 
     def _engine_rates(self, gpus: int, slots: int) -> Rates:
-        """Of an engine of so many GPUs."""
+        """Return the rates of an engine of so many GPUs."""
         numbers = sorted({1, max(1, slots // 8), slots})
         seconds = [self._iteration_seconds(gpus, number) for number in numbers]
         response = self.rates.response_seconds if self.rates else 0.0
@@ -171,7 +172,8 @@ class SpeedModel:
         return float(launch + self._read_bytes(gpus, running) / _MEMORY)
 
     def _read_bytes(self, gpus: int, running: int) -> float:
-        """Of one GPU in an iteration: the weights that `running` tokens need, and their keys and values."""
+        """Return the bytes that one GPU reads in an iteration: the weights that `running` tokens need, and their keys
+        and values."""
         config, architecture = self.config, self.architecture
         assert isinstance(config, RlConfig)
         item = ITEM_BYTES[config.model.dtype]

@@ -1,4 +1,5 @@
-"""`megatron-rl plan --suggest`: the fastest layout that fits on the given GPUs, with the keys to set."""
+"""This module is `megatron-rl plan --suggest`: it finds the fastest layouts that fit on the given GPUs, with the keys
+to set."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from megatron_rl.plan.servers import GIB
 from megatron_rl.plan.speed import SpeedModel
 from megatron_rl.simulation.rates import Rates
 
-# Of a GPU's memory, what a suggestion leaves for what estimates do not count (docs/gpu.md); without it if need be.
+# The shares of a GPU's memory that a suggestion may fill. The first leaves room for what estimates do not count
+# (docs/gpu.md); the second is tried where nothing fits into that.
 _MARGINS = (0.95, 1.0)
 _SHOWN = 3
 _SHARES = (0.85, 0.7, 0.55, 0.4)  # of --mem-fraction-static
@@ -30,8 +32,8 @@ _TENSOR, _SHARE = ("--tp-size", "--tp", "--tensor-parallel-size"), ("--mem-fract
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """config: with everything set. keys: to set, by key; those that differ from the configuration. seconds: of a step,
-    predicted, by part. memory: bytes of the fullest GPU of each kind."""
+    """Holds one layout. config: with everything set. keys: the settings that differ from the configuration, by key.
+    seconds: predicted for a step, by part. memory: bytes of the fullest GPU of each kind."""
 
     config: RunConfig
     keys: dict[str, Any]
@@ -43,7 +45,7 @@ class Suggestion:
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the suggestion for JSON."""
         return {
             "set": self.keys,
             "step_seconds": round(self.step_seconds, 2),
@@ -53,7 +55,7 @@ class Suggestion:
 
 
 def suggest(config: RunConfig, architecture: Architecture, cluster: ClusterSection) -> list[Suggestion]:
-    """The fastest few layouts that fit, the fastest first; none when nothing fits. ValueError without a limit of
+    """Return the fastest few layouts that fit, the fastest first; none when nothing fits. ValueError without a limit of
     memory."""
     if not cluster.gpu_memory_gb:
         raise ValueError("--suggest needs the memory of a GPU to fit into; set --gpu-memory-gb")
@@ -66,8 +68,8 @@ def suggest(config: RunConfig, architecture: Architecture, cluster: ClusterSecti
 
 
 def _distinct(found: Sequence[Suggestion]) -> list[Suggestion]:
-    """Of the layouts that are as fast as the first that which changes the fewest keys and fills its GPUs the least; and
-    likewise of the next ones that are slower."""
+    """Choose, among the layouts about as fast as the first, the one that changes the fewest keys and fills its GPUs the
+    least. Then do the same with the next ones, which are slower."""
     shown: list[Suggestion] = []
     left = list(found)
     while left and len(shown) < _SHOWN:
@@ -79,7 +81,7 @@ def _distinct(found: Sequence[Suggestion]) -> list[Suggestion]:
 
 
 class Search:
-    """All layouts of one configuration on one cluster."""
+    """Searches all layouts of one configuration on one cluster."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, cluster: ClusterSection) -> None:
         self._config, self._architecture, self._cluster = config, architecture, cluster
@@ -88,7 +90,7 @@ class Search:
         self._rollout_seconds = cache(self._speed.rollout_seconds)
 
     def fitting(self, margin: float) -> Iterator[Suggestion]:
-        """Every layout that needs no more than this share of the memory."""
+        """Yield every layout that needs no more than this share of the memory."""
         servers = list(self._servers())
         for trained in self._trained():
             state = self._trainer(trained)
@@ -97,11 +99,12 @@ class Search:
                     yield from self._evaluated(_with_servers(trained, changes), *state, margin)
 
     def evaluated(self, config: RunConfig, margin: float = 1.0) -> Iterator[Suggestion]:
-        """What is predicted of one configuration, if it fits."""
+        """Yield what is predicted for one configuration, if it fits."""
         yield from self._evaluated(config, *self._trainer(config), margin)
 
     def _trainer(self, config: RunConfig) -> tuple[RankBytes, float]:
-        """What the fullest training rank holds, and the seconds of the optimizer steps: servers change neither."""
+        """Return what the fullest training rank holds, and the seconds of the optimizer steps. Servers change
+        neither."""
         layout = config.parallel.layout(self._cluster.training_ranks)
         fullest = max(rank_bytes(config, self._architecture, layout), key=lambda rank: rank.total)
         return fullest, self._speed.train_seconds(config, layout)
@@ -123,7 +126,7 @@ class Search:
         return round(self._cluster.gpu_memory_gb * GIB * margin)
 
     def _trained(self) -> Iterator[RunConfig]:
-        """The configuration under every layout of the trainer that divides the model."""
+        """Yield the configuration under every layout of the trainer that divides the model."""
         config, ranks = self._config, self._cluster.training_ranks
         sizes = [size for size in (2**i for i in range(12)) if size <= ranks]
         in_node = [size for size in sizes if size <= self._cluster.gpus_per_node]
@@ -149,7 +152,8 @@ class Search:
                 )
 
     def _servers(self) -> Iterator[dict[str, Any]]:
-        """What can be set of the servers that the run starts: nothing where it starts none, or the CPU has them."""
+        """Yield the possible settings of the servers that the run starts: a single empty one where it starts none, or
+        the CPU has them."""
         config, cluster = self._config, self._cluster
         if not isinstance(config, RlConfig) or config.rollout.urls or config.rollout.engine != "sglang":
             yield {}
@@ -172,7 +176,7 @@ class Search:
                 }
 
     def _generation_seconds(self, config: RlConfig, numbers: dict[str, int]) -> float:
-        """Of a phase, whose engines run as many responses as their caches hold of the mean length."""
+        """Predict a phase. Its engines run as many responses of the mean length as their caches hold."""
         if not numbers or not numbers["gpus_each"]:
             return 0.0  # on the CPU, or elsewhere: the same for all layouts
         tokens = numbers["full_length_responses"] * config.rollout.max_sequence_tokens
@@ -182,7 +186,7 @@ class Search:
         return self._rollout_seconds(numbers["gpus_each"], max(1, running))
 
     def _changes(self, config: RunConfig) -> dict[str, Any]:
-        """The keys in which a layout differs from the configuration."""
+        """Return the settings in which a layout differs from the configuration, by key."""
         asked = [
             *(f"parallel.{name}" for name in ("tensor", "pipeline", "virtual_pipeline", "expert")),
             *("model.recompute", "optimizer.offload_fraction", "train.offload_while_generating"),
@@ -219,7 +223,8 @@ def _words(rollout: Any) -> list[str]:
 
 
 def _replaced(arguments: Sequence[str], names: Sequence[str], value: str) -> tuple[str, ...]:
-    """The arguments of a server with one of them set, or without it for "". names: the first is how it is written."""
+    """Return the arguments of a server with one of them set, or without it for "". names: the first is how it is
+    written."""
     words = [part for argument in arguments for part in argument.replace("=", " ").split()]
     kept: list[str] = []
     skip = False

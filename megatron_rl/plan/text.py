@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""This module writes a plan in words."""
 
 import json
 from collections.abc import Iterator

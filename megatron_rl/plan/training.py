@@ -1,4 +1,5 @@
-"""The plan of `megatron-rl train` and `sft`: layout, budget, memory of a GPU, and how to start it on every node."""
+"""This module makes the plan of `megatron-rl train` and `sft`: layout, budget, memory of a GPU, and how to start it on
+every node."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,7 +30,7 @@ SLURM = "examples/ring_lite/slurm"
 def plan_training(
     config: RunConfig, architecture: Architecture, cluster: ClusterSection, path: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """path, overrides: of the configuration, as they were given."""
+    """Plan a command that trains. path, overrides: those of the configuration, as they were given."""
     layout = config.parallel.layout(cluster.training_ranks)
     serves = isinstance(config, RlConfig) and not config.rollout.urls
     found = list(problems(config, architecture, layout.world_size, serves))
@@ -61,8 +62,9 @@ def plan_training(
 
 
 def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
-    """phase_tokens: Phi of all optimizer steps of a phase. filling_mean_tokens: the mean length at which the first
-    phase's responses are just enough. min_micro_batches: of a rank in one optimizer step, prompts not counted."""
+    """Return the budget in numbers. phase_tokens: Phi of all optimizer steps of a phase. filling_mean_tokens: the mean
+    length at which the first phase's responses are just enough. min_micro_batches: those of a rank in one optimizer
+    step, prompts not counted."""
     responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     found: dict[str, Any] = {"responses_of_first_phase": responses}
     if not chosen_algorithm(config.algorithm).uses_budget:
@@ -82,7 +84,7 @@ def _budget(config: RlConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _step(config: RlConfig, architecture: Architecture, cluster: ClusterSection, path: Path) -> dict[str, Any]:
-    """What the simulator says of these rates; `unknown` has the reason where it cannot."""
+    """Return what the simulator says with these rates; `unknown` has the reason where it cannot simulate."""
     rates = load_config(Rates, path)
     workload = assumed(config, cluster)
     told = {"rates": str(path), "lengths": workload.told, "run_steps": config.train.steps}
@@ -93,7 +95,8 @@ def _step(config: RlConfig, architecture: Architecture, cluster: ClusterSection,
 
 
 def _training(config: SftConfig, layout: Layout) -> dict[str, Any]:
-    """optimizer_steps, warmup_steps: None where they follow from the data. weights: of the files, as shares."""
+    """Return the training in numbers. optimizer_steps, warmup_steps: None where they follow from the data. weights:
+    those of the files, as shares."""
     steps, total = config.train.steps, sum(config.data.train.values())
     return {
         "optimizer_steps": steps,
@@ -117,8 +120,8 @@ def _per_rank(step_tokens: int, config: RunConfig, layout: Layout) -> dict[str, 
 def _memory(
     config: RunConfig, architecture: Architecture, layout: Layout, cluster: ClusterSection, found: list[str]
 ) -> dict[str, Any]:
-    """Estimated bytes of the GPUs (`gpu_bytes`) and of a training node's host memory; the servers in numbers. found:
-    gets what speaks against these."""
+    """Return the estimated bytes of the GPUs (`gpu_bytes`) and of a training node's host memory, and the servers in
+    numbers. found: gets what speaks against these."""
     fullest = max(rank_bytes(config, architecture, layout), key=lambda rank: rank.total)
     memory, servers, against = gpu_bytes(asdict(fullest), config, architecture, cluster)
     memory["host"] = host_bytes(config, architecture, layout, cluster.gpus_per_node) | memory["host"]
@@ -128,7 +131,7 @@ def _memory(
 
 
 def _remedies(config: RunConfig, cluster: ClusterSection) -> dict[str, str]:
-    """What to do by kind of GPU where something does not fit. Only what is not set yet."""
+    """Say what to do where something does not fit, by kind of GPU: only what is not set yet."""
     steps = ["model.recompute = 'full'"] if config.model.recompute != "full" else []
     steps += ["optimizer.offload_fraction = 1"] if config.optimizer.offload_fraction < 1 else []
     remedies = {}

@@ -1,1 +1,1 @@
-"""What can be known to fail before torch is imported and servers start."""
+"""This package finds what is known to fail before torch is imported and servers start."""

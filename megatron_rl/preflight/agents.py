@@ -1,4 +1,4 @@
-"""Agents are loaded before anything is built, and what a configuration says of them is held against the model."""
+"""This module loads agents before anything is built, and checks what a configuration says of them against the model."""
 
 import asyncio
 import shutil
@@ -16,7 +16,8 @@ from megatron_rl.preflight.registry import Start
 
 
 def agent_problems(start: Start) -> Iterator[str]:
-    """What is wrong with the agent of a command that runs one; an agent for a command that runs none."""
+    """Yield what is wrong with the agent of a command that runs one. For a command that runs none an agent is a
+    problem."""
     config = start.config
     if not isinstance(config, SamplingConfig | SelectConfig | EvaluateConfig) or not config.rollout.has_agent:
         return

@@ -1,4 +1,5 @@
-"""The checks of every command: layout, data, directories, servers, memory, in the order in which they are made."""
+"""This module holds the checks of every command: layout, data, directories, servers, memory, in the order in which they
+run."""
 
 import importlib.util
 import logging
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 
 
 def check_start(start: Start) -> None:
-    """Raise ValueError with the first problem of a command that is about to start; warn of what is hardly meant."""
+    """Raise ValueError with the first problem of a command that is about to start. Warn of settings that are hardly
+    meant."""
     refuse_problems(start)
     if start.trains and isinstance(start.config, RlConfig):
         for doubt in doubtful(start.config):
@@ -78,7 +80,7 @@ def _gpus(start: Start) -> Iterator[str]:
 
 @check("rows", "the first rows of every data file")
 def _rows(start: Start) -> Iterator[str]:
-    """All faults at once. The command reads the whole files."""
+    """Report all faults at once. Only the first rows are read here; the command reads the whole files."""
     config, found = start.config, Problems()
     if isinstance(config, SftConfig):
         for path in config.data.files:
@@ -109,13 +111,13 @@ def _rows(start: Start) -> Iterator[str]:
 
 
 def _first_rows(path: Path, how: PromptSection, reward: RewardSection, found: Problems) -> list[Prompt]:
-    """Read the first rows of a file of prompts; what is wrong with them is noted."""
+    """Read the first rows of a file of prompts, and note what is wrong with them."""
     return read_prompts(path, how.domain, how.suffix, found, LOOKED_AT, True, how.system, reward.needs_answers)
 
 
 def _check_lengths(prompts: Sequence[Prompt], how: PromptSection, limit: Limit, config: RlConfig) -> None:
-    """ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only where a
-    prompt has more bytes than it may have tokens. What a template puts around it is left to the run itself."""
+    """Raise ValueError for prompts that are too long. A token has a byte at least, so the tokenizer is loaded only
+    where a prompt has more bytes than it may have tokens. What a template adds is left to the run itself."""
     may_be_long = [p for p in prompts if len(p.text.encode()) > limit.tokens]
     if may_be_long:
         tokenizer = load_tokenizer(config.model.path)
@@ -143,8 +145,8 @@ def _validation(start: Start) -> Iterator[str]:
 
 @check("domains", "tables by domain name domains that rows have")
 def _domains(start: Start) -> Iterator[str]:
-    """All rows are read for it: a domain may come late in a file. What else there is to say of them the run says, which
-    reads them in another process or after its model."""
+    """Read all rows, since a domain may come late in a file. Other faults of the rows are left to the run, which reads
+    them in another process or after its model."""
     config = start.config
     if not (start.trains and isinstance(config, RlConfig)):
         return
@@ -287,7 +289,8 @@ check("limits", "sockets, files and threads within a process's limits", of_machi
 check("teacher", "the teacher policy reads the policy's tokens as it does")(teacher_problems)
 check("rewards", "own rewards and services give the first row a score")(reward_problems)
 
-# Of a thread of the embedded server: 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6 parameters).
+# FLOP/s of a thread of the embedded server; 53e9 were measured (README: 14,795 tokens/s at 64 at a time of 1.8e6
+# parameters).
 _EMBEDDED_FLOPS = 60e9
 # SGLang 0.5.21, layers/rotary_embedding/factory.py: it has `attn_factor` for the first, and the others are DeepSeek's.
 _SGLANG_DOES_NOT_READ = {"attention_factor", "mscale", "mscale_all_dim"}
@@ -296,8 +299,9 @@ _SGLANG_DOES_NOT_READ = {"attention_factor", "mscale", "mscale_all_dim"}
 def serving_problems(
     rollout: GenerationSection, model: ServingSection, architecture: Architecture, serves: bool = True
 ) -> Iterator[str]:
-    """Tell of sequences that are longer than the model can read, of responses that could never end, of code that a
-    server would run without leave, and of a model too large for the embedded server. serves: servers are started."""
+    """List problems of serving: sequences that are longer than the model can read, responses that could never end, code
+    that a server would run without permission, and a model too large for the embedded server. serves: servers are
+    started."""
     runs_code = serves and rollout.engine == "sglang" and not rollout.urls and family_of(architecture).remote_code
     if runs_code and not model.trust_remote_code:
         yield (
@@ -347,8 +351,8 @@ def _server_problems(rollout: RolloutSection) -> Iterator[str]:
 
 
 def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
-    """Raise ValueError for servers and ways of weights that cannot share this machine's GPUs with the trainer.
-    num_ranks: training ranks of this machine."""
+    """Raise ValueError for servers, and for ways to push weights, that cannot share this machine's GPUs with the
+    trainer. num_ranks: training ranks of this machine."""
     attached = bool(config.rollout.urls)
     for problem in config.sharing_problems(attached):
         raise ValueError(problem)
@@ -380,8 +384,8 @@ def check_seats(config: RlConfig, num_ranks: int, trains_on_gpu: bool) -> None:
 
 
 def problems(config: RunConfig, architecture: Architecture, world_size: int, serves: bool) -> Iterator[str]:
-    """Tell what the configuration and the model's shape alone say against a run, whatever machine it is for. serves:
-    it starts servers, on whichever nodes."""
+    """List what the configuration and the model's shape alone say against a run, whatever machine it is for. serves: it
+    starts servers, on whichever nodes."""
     yield from config.parallel.layout(world_size).problems(architecture)
     yield from backends.problems(config.model, architecture, config.parallel.layout(world_size), config.lora)
     if isinstance(config, RlConfig):
@@ -412,7 +416,7 @@ def required_bytes(config: RunConfig, architecture: Architecture, world_size: in
 
 
 def _memory_problems(needed: int, dtype: str, architecture: Architecture, largest: str) -> Iterator[str]:
-    """largest: the keys by which it could need less."""
+    """Yield a problem where the free host memory is too small. largest: the keys with which the run would need less."""
     free = psutil.virtual_memory().available
     if needed > free:
         yield (

@@ -1,4 +1,5 @@
-"""Sockets, files and threads that a command will have at once, against what the machine allows it."""
+"""This module compares the sockets, files and threads that a command will have at once with what the machine allows
+it."""
 
 import os
 import resource
@@ -16,14 +17,15 @@ from megatron_rl.preflight.registry import Start
 from megatron_rl.rollout.sampler import requests_in_flight
 from megatron_rl.rollout.server import server_gpus
 
-# Beside the connections: shards, logs, the journal, modules of a GPU's libraries; and pipes of a reward worker.
+# The files beside the connections: shards, logs, the journal, modules of a GPU's libraries; and pipes of a reward
+# worker.
 _FILES, _FILES_OF_WORKER = 512, 4
-# Beside those that compute: of the interpreter, of collectives, of HTTP; and of a reward worker.
+# The threads beside those that compute: of the interpreter, of collectives, of HTTP; and of a reward worker.
 _THREADS, _THREADS_OF_WORKER = 32, 4
 
 
 def limit_problems(start: Start) -> Iterator[str]:
-    """What is needed is counted generously."""
+    """Yield the limits that are too low. What is needed is counted generously."""
     rollout, num_servers = _served(start)
     config = start.config
     workers = 0
@@ -58,7 +60,7 @@ def limit_problems(start: Start) -> Iterator[str]:
 
 
 def _served(start: Start) -> tuple[RolloutSection | None, int]:
-    """The settings of the servers that this command asks, None without any, and how many those are."""
+    """Return the settings of the servers that this command asks, None without any, and the number of servers."""
     config = start.config
     if isinstance(config, EvaluateConfig):
         rollout = config.rollout.as_rollout()
@@ -74,7 +76,7 @@ def _served(start: Start) -> tuple[RolloutSection | None, int]:
 
 
 def _threads(start: Start, num_servers: int) -> int:
-    """Of training ranks and servers of this machine."""
+    """Count the threads of training ranks and servers of this machine."""
     config, cores = start.config, os.cpu_count() or 1
     ranks = start.world_size * ((config.threads or cores) + _THREADS) if isinstance(config, RunConfig) else 0
     of_server = cores + _THREADS  # whatever an engine takes
@@ -82,7 +84,7 @@ def _threads(start: Start, num_servers: int) -> int:
 
 
 def _thread_limits() -> Iterator[tuple[str, int]]:
-    """Every limit by name, and what others have left of it."""
+    """Yield every limit by name, and what other processes have left of it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if soft != resource.RLIM_INFINITY and os.geteuid() != 0:  # which it does not hold for
         yield "RLIMIT_NPROC (ulimit -u)", soft - _threads_of_user()

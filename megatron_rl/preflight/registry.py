@@ -1,4 +1,5 @@
-"""Checks by name: each finds problems of a command that is about to start, and every problem says its remedy."""
+"""This module registers checks by name. Each finds problems of a command that is about to start, and every problem says
+its remedy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ AnyConfig = RlConfig | SftConfig | EvaluateConfig | SelectConfig | SamplingConfi
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A command that is about to start on this machine.
+    """Describes a command that is about to start on this machine.
 
     world_size: training ranks. resume: whether it goes on with what its folder holds. rollouts: a file to train from in
     place of servers. model: the checkpoint that answers, for commands that train nothing; None for an endpoint.
@@ -34,7 +35,7 @@ class Start:
 
     @property
     def serves(self) -> bool:
-        """Whether training starts servers of its own."""
+        """Tell whether training starts servers of its own."""
         config = self.config
         return self.trains and isinstance(config, RlConfig) and not config.rollout.urls and self.rollouts is None
 
@@ -61,9 +62,10 @@ Find = Callable[[Start], Iterator[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """name: for the table of all checks. about: what it looks at. find: messages, each with its remedy behind the last
-    semicolon; it may raise ValueError in place of the first. of_machine: it looks at this machine, which may be another
-    one than the run's. after: the check that has to find nothing before this one makes sense."""
+    """Describes a check. name: for the table of all checks. about: what it looks at. find: messages, each with its
+    remedy behind the last semicolon; it may raise ValueError in place of the first. of_machine: it looks at this
+    machine, which may be another one than the run's. after: the check that has to find nothing before this one makes
+    sense."""
 
     name: str
     about: str
@@ -91,7 +93,7 @@ def check(
 
 
 def refuse_problems(start: Start) -> None:
-    """ValueError with the first problem that a check finds."""
+    """Raise ValueError with the first problem that a check finds."""
     for one in CHECKS.values():
         for problem in one.find(start):
             raise ValueError(problem)

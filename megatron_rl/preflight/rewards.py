@@ -1,4 +1,4 @@
-"""Reward functions of the user's own, and services, are tried on a row before anything is built."""
+"""This module tries reward functions of the user's own, and services, on a row before anything is built."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _ANSWER_CHARACTERS = 2000
 
 
 def reward_problems(start: Start) -> Iterator[str]:
-    """What the functions and services say of the first row that each has to judge."""
+    """Yield the problems of the functions and services with the first row that each has to judge."""
     config = start.config
     if start.rollouts is not None:
         return
@@ -39,7 +39,7 @@ def reward_problems(start: Start) -> Iterator[str]:
 
 
 def _first_rows(paths: Sequence[Path], how: PromptSection, reward: RewardSection) -> list[Prompt]:
-    """What is wrong with rows another check has said."""
+    """Read the first rows of files. Another check reports what is wrong with them."""
     return [
         row
         for path in paths
@@ -64,7 +64,7 @@ def first_verdicts(
     reward: RewardSection, rows: Sequence[Prompt], folder: Path | None
 ) -> Iterator[tuple[Prompt, str, Verdict]]:
     """Judge two responses to the first row of each domain: the reference answer, or for programs one that does nothing
-    of what is asked; and an empty one. Gives row, response and verdict."""
+    of what is asked, and an empty one. Yield row, response and verdict."""
     firsts = {row.domain: row for row in reversed(rows)}
     with Rewards(reward, folder) as rewards:
         for row in firsts.values():
@@ -76,7 +76,7 @@ def first_verdicts(
 
 
 def given_up(reward: RewardSection, row: Prompt, text: str, verdict: Verdict) -> Iterator[str]:
-    """Tell that a response got no score, where it got none."""
+    """Yield a problem where a response got no score."""
     if verdict.reason in GAVE_UP:
         yield (
             f"the reward {' + '.join(reward.kinds_of(row.domain))} gives no score to the response {text!r:.80} to the "

@@ -1,4 +1,5 @@
-"""`megatron-rl check`: every check of a start in one table, with what to do, before a job waits for its machines."""
+"""This module is `megatron-rl check`: it shows every check of a start in one table, with what to do, before a job waits
+for its machines."""
 
 import argparse
 import json
@@ -26,8 +27,9 @@ _WIDEST = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """state: "ok", "problem", "doubt", "not here" for what is of another machine, or "unknown" where what was found
-    before has to be mended first. told: what was found, each with its remedy behind the last semicolon."""
+    """Holds what one check found. state: "ok", "problem", "doubt", "not here" for what is of another machine, or
+    "unknown" where what was found before has to be mended first. told: what was found, each with its remedy behind the
+    last semicolon."""
 
     check: str
     about: str
@@ -36,7 +38,7 @@ class Result:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Print what all checks find. Returns the exit code: 2 when one finds a problem."""
+    """Print what all checks find. Return the exit code: 2 when one finds a problem."""
     kind: Any = kind_of(read_values(arguments.config, arguments.set))
     config = load_config(kind, arguments.config, arguments.set)
     start, is_here = start_of(config, arguments.nproc, arguments.resume)
@@ -54,8 +56,8 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def start_of(config: CommandConfig, num_ranks: int | None, resume: bool) -> tuple[Start, bool]:
-    """The start that a configuration means, and whether it is meant for this machine: for as many training ranks as
-    `num_ranks`, else those of its cluster, else one."""
+    """Return the start that a configuration means, and whether it is meant for this machine. It has as many training
+    ranks as `num_ranks`, else those of its cluster, else one."""
     cluster = config.cluster
     elsewhere = cluster is not None and (cluster.nodes > 1 or cluster.gpus_per_node != len(visible_gpus()))
     if isinstance(config, RunConfig):
@@ -70,8 +72,8 @@ def start_of(config: CommandConfig, num_ranks: int | None, resume: bool) -> tupl
 
 
 def results_of(start: Start, is_here: bool) -> Iterator[Result]:
-    """What every check finds, in their order. is_here: the start is meant for this machine. What a check before has
-    said is not said again."""
+    """Yield what every check finds, in their order. is_here: the start is meant for this machine. What an earlier check
+    has said is not repeated."""
     said: set[str] = set()
     failed: set[str] = set()
     for one in (*CHECKS.values(), *THOROUGH.values()):
@@ -92,7 +94,7 @@ def results_of(start: Start, is_here: bool) -> Iterator[Result]:
 
 
 def as_lines(result: Result, width: int) -> Iterator[str]:
-    """A row of the table, and below it what was found and what to do."""
+    """Yield a row of the table, and below it what was found and what to do."""
     yield f"{result.state:<9}{result.check:<14}{result.about}"[:width].rstrip()
     for text in result.told:
         found, _, remedy = text.rpartition("; ")

@@ -1,4 +1,5 @@
-"""A teacher policy must read the policy's tokens as it does: by the same vocabulary, in the same chat template."""
+"""This module checks that a teacher policy reads the policy's tokens as the policy does: with the same vocabulary and
+the same chat template."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ _SHOWN_CHARACTERS = 80
 
 
 def teacher_problems(start: Start) -> Iterator[str]:
-    """Tell what speaks against the teacher of a run that is about to start."""
+    """Yield what speaks against the teacher of a run that is about to start."""
     config = start.config
     if not (start.trains and isinstance(config, RlConfig) and config.distillation is not None):
         return
@@ -50,7 +51,7 @@ def teacher_problems(start: Start) -> Iterator[str]:
 
 
 def _model_problems(config: RlConfig, section: DistillationSection, vocab_size: int) -> Iterator[str]:
-    """Tell where the teacher's model or tokenizer does not go with the policy's. vocab_size: of the policy."""
+    """Yield where the teacher's model or tokenizer does not fit the policy's. vocab_size: that of the policy."""
     where = f"distillation.path {section.path}"
     architecture = load_architecture(section.path)
     if architecture.vocab_size < vocab_size:
@@ -65,7 +66,8 @@ def _model_problems(config: RlConfig, section: DistillationSection, vocab_size: 
 
 
 def vocabulary_problems(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", where: str) -> Iterator[str]:
-    """Tell where the teacher's ids mean other texts, or it divides a text otherwise. where: names the teacher."""
+    """Yield where the teacher's ids mean other texts, or where it divides a text otherwise. where: names the
+    teacher."""
     mine, theirs = own.get_vocab(), other.get_vocab()
     remedy = "take a teacher with the policy's tokenizer, or SFT on what it answers (docs/distillation.md)"
     differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
@@ -86,7 +88,7 @@ def _id(vocabulary: Mapping[str, int], token: str) -> str:
 def template_problems(
     own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", where: str, arguments: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Tell where the teacher's chat template would give a prompt other tokens than it gets."""
+    """Yield where the teacher's chat template would give a prompt other tokens than it gets."""
     for system in ("", "You are a tool."):
         chat = Conversation(messages=with_system(of_text("What is 1 + 1?").messages, system))
         found = [_rendered(tokenizer, chat, arguments) for tokenizer in (own, other)]
@@ -101,7 +103,7 @@ def template_problems(
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerBase", chat: Conversation, arguments: Mapping[str, Any]) -> str | None:
-    """Give the text of a prompt; None where the template refuses it, or has no place for an argument."""
+    """Return the text of a prompt; None where the template refuses it, or has no place for an argument."""
     try:
         (ids,) = render_prompts(tokenizer, [chat], arguments=arguments)
     except ValueError:

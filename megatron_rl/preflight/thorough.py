@@ -1,4 +1,5 @@
-"""The checks of `megatron-rl check` alone: what a run says only when its job has waited and its model is built."""
+"""This module holds the checks of `megatron-rl check` alone, for what a run says only when its job has waited and its
+model is built."""
 
 import asyncio
 import importlib.metadata
@@ -32,7 +33,7 @@ from megatron_rl.rollout.routing import routed_shape, step_routing
 from megatron_rl.selection.candidates import find_candidates
 
 _CONNECT_SECONDS = 5.0
-# Of a sampled token: its id, log-prob and version in the journal; its text there and in rollouts/.
+# The bytes of a sampled token: its id, log-prob and version in the journal; its text there and in rollouts/.
 _JOURNAL_BYTES, _TEXT_BYTES = 16, 10
 # What a run itself does with its requirements; the others are for what it may be asked for.
 _OURS = "megatron_rl"
@@ -97,7 +98,7 @@ def _data(start: Start) -> Iterator[str]:
 
 
 def _models(start: Start) -> Sequence[Path]:
-    """Whose tokenizers read the prompts; none where an endpoint answers."""
+    """Return the models whose tokenizers read the prompts; none where an endpoint answers."""
     if isinstance(start.config, SelectConfig):
         return [candidate.path for candidate in find_candidates(start.config.candidates)]
     if start.trains:
@@ -107,7 +108,7 @@ def _models(start: Start) -> Sequence[Path]:
 
 
 def _check_benchmarks(config: EvaluateConfig) -> None:
-    """ValueError for rows that cannot be read or judged, or are too long."""
+    """Raise ValueError for rows that cannot be read or judged, or are too long."""
     tokenizer = load_tokenizer(config.model.path)
     limit = Limit(tokens=config.rollout.max_prompt_tokens, key="rollout.max_prompt_tokens")
     for name, section in config.benchmarks.items():
@@ -139,7 +140,7 @@ def _judging(start: Start) -> Iterator[str]:
 
 
 def _misjudged(reward: RewardSection, rows: Sequence[Prompt]) -> Iterator[str]:
-    """What the reward gives no score to, or calls wrong though it is the row's own answer."""
+    """Yield the answers that get no score from the reward, or that it calls wrong though they are the row's own."""
     for row, text, verdict in first_verdicts(reward, rows, None):
         yield from given_up(reward, row, text, verdict)
         kinds = reward.kinds_of(row.domain)

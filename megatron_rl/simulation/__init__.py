@@ -1,2 +1,2 @@
-"""A synchronous run on a cluster, step by step, without the cluster: the trainer's own scheduler over response lengths,
-and rates that were measured or assumed for everything that takes time."""
+"""This package simulates a synchronous run on a cluster, step by step. It uses the trainer's own scheduler over
+response lengths, and measured or assumed rates for everything that takes time."""

@@ -1,7 +1,7 @@
-"""Rates out of what a real run took: its metrics.jsonl, and the lengths in its rollouts/.
+"""This module computes rates from what a real run took: its metrics.jsonl, and the lengths in its rollouts/.
 
 The run is simulated with the lengths that it had, which gives every phase the waves and every step the micro-batches
-that it had; what each of these took is then a matter of least squares.
+that it had; what each of these took then follows by least squares.
 """
 
 from collections import defaultdict
@@ -27,8 +27,8 @@ _ANY_RATES = Rates(decode=((1, 1.0),), train_flops=1.0)
 
 
 class Replay:
-    """The groups that a run generated, in the order of their prompts. ValueError for a run that lacks rollouts, or that
-    left responses unfinished."""
+    """Holds the groups that a run generated, in the order of their prompts. ValueError for a run that lacks rollouts,
+    or that left responses unfinished."""
 
     def __init__(self, run_dir: Path, config: RlConfig) -> None:
         if config.rollout.partial:
@@ -55,13 +55,13 @@ class Replay:
 
     @property
     def prompt_tokens(self) -> float:
-        """Mean over the samples that were trained."""
+        """The mean prompt length over the samples that were trained."""
         tokens = sum(row["num_forward_tokens"] - sum(row["num_loss_tokens_by_step"]) for row in self.rows)
         return tokens / sum(row["num_trained_samples"] for row in self.rows)
 
     @property
     def uniform_share(self) -> float:
-        """Of groups whose rewards are all equal."""
+        """The share of groups whose rewards are all equal."""
         return 1.0 - float(self._kept.mean())
 
     def take(self, num_groups: int) -> Groups:
@@ -77,14 +77,14 @@ class Replay:
 
 
 def replay(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: CostModel, rates: Rates) -> list[Step]:
-    """The steps that a run would have taken at these rates, with the lengths that it had."""
+    """Return the steps that a run would have taken at these rates, with the lengths that it had."""
     had = Replay(run_dir, config)
     simulated = Cluster(config, cluster, cost, rates, had.take, had.prompt_tokens, num_packed=None)
     return simulated.run(len(had.rows))
 
 
 def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: CostModel) -> Rates:
-    """By least squares without negative terms, over the steps after the first few."""
+    """Fit the rates by least squares without negative terms, over the steps after the first few."""
     steps = replay(run_dir, config, cluster, cost, _ANY_RATES)[SETTLED:]
     rows = read_metrics(run_dir / "metrics.jsonl")[SETTLED:]
     if len(rows) <= SETTLED:
@@ -109,13 +109,13 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
 
 
 def _rounded(rate: float | np.floating) -> float:
-    """As many digits as are worth reading."""
+    """Round a rate to as many digits as are worth reading."""
     return float(f"{rate:.4g}")
 
 
 def _rollout_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Seconds of an iteration, of a response in it, and of a response beside it. A phase waits for the slowest engine
-    of each wave, and which that is follows from these numbers, so both are found in turn."""
+    """Fit the seconds of an iteration, of a response in it, and of a response beside it. A phase waits for the slowest
+    engine of each wave. Which one that is follows from these numbers, so both are found in turn."""
     terms = np.array([1e-3, 1e-4, 0.0])
     for _ in range(_ROUNDS):
         table = []
@@ -130,7 +130,7 @@ def _rollout_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[flo
 
 
 def _train_terms(steps: Sequence[Step], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Seconds of a FLOP of the slowest ranks, of a micro-batch, and of an optimizer step."""
+    """Fit the seconds of a FLOP of the slowest ranks, of a micro-batch, and of an optimizer step."""
     table = [
         (sum(one.barrier_flops for one in step.trained), sum(one.num_rows for one in step.trained), len(step.trained))
         for step in steps

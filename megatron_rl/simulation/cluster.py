@@ -1,4 +1,5 @@
-"""A run of synchronous steps on a cluster: rollout, plan, train, push, with the trainer's own selection and packing."""
+"""This module simulates a run of synchronous steps on a cluster: rollout, plan, train, push, with the trainer's own
+selection and packing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from megatron_rl.simulation.workload import Take
 
 
 class CannotSimulate(ValueError):
-    """A configuration that the simulator does not know; the message says which part."""
+    """Says that the simulator does not know a configuration; the message names the part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """Seconds of one optimizer step. even: those of its FLOPs, were all ranks always busy. bubble: of the pipeline's
-    fill and drain. barrier_flops, num_rows: forward FLOPs of the slowest ranks, and micro-batches per rank, as
-    packed or estimated."""
+    """Holds the seconds of one optimizer step. even: those of its FLOPs, if all ranks were always busy. bubble: those
+    of the pipeline's fill and drain. barrier_flops, num_rows: forward FLOPs of the slowest ranks, and micro-batches per
+    rank, as packed or estimated."""
 
     seconds: float
     even: float
@@ -37,9 +38,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause.
+    """Holds the seconds of a step by part, its tokens, and what share of all GPUs' time was idle, by cause.
 
-    host: what GPUs wait for rank 0's processor, by part. waves: of its rollout phase. trained: its optimizer steps.
+    host: what GPUs wait for rank 0's processor, by part. waves: those of its rollout phase. trained: its optimizer
+    steps.
     """
 
     rollout_seconds: float
@@ -66,7 +68,7 @@ class Step:
 
 
 class Cluster:
-    """A configuration on so many GPUs, which `run` takes from step to step.
+    """Simulates a configuration on so many GPUs, which `run` takes from step to step.
 
     The first `num_packed` optimizer steps are packed into micro-batches as the trainer packs them; later ones cost what
     perfectly even ranks would need times the mean ratio of those, since packing 32,768 responses takes seconds.
@@ -82,7 +84,8 @@ class Cluster:
         prompt_tokens: float,
         num_packed: int | None = 2,
     ) -> None:
-        """cost: of a forward pass over a sequence, in FLOPs. take: gives groups. prompt_tokens: of every prompt.
+        """Set up the simulation. cost: that of a forward pass over a sequence, in FLOPs. take: gives groups.
+        prompt_tokens: the length of every prompt.
         num_packed: None packs every step. CannotSimulate for budget.domains."""
         if config.budget.domains:
             raise CannotSimulate("the simulator knows one distribution of lengths: set budget.domains={}")
@@ -103,7 +106,7 @@ class Cluster:
         self._unevenness: list[tuple[float, float]] = []  # FLOPs and micro-batches of a packed step over an even one's
 
     def run(self, num_steps: int) -> list[Step]:
-        """The next steps."""
+        """Simulate the next steps."""
         return [self._step() for _ in range(num_steps)]
 
     def _step(self) -> Step:
@@ -152,7 +155,7 @@ class Cluster:
         return rolled
 
     def _select(self, groups: Sequence[np.ndarray]) -> Sequence[Sequence[int]]:
-        """Loss tokens of the responses of every optimizer step; what is left over is carried."""
+        """Return the loss tokens of the responses of every optimizer step. What is left over is carried."""
         if not self._refill:
             groups = groups[: self._config.rollout.prompts_per_step]
         seed = self._config.seed * 1_000_003 + self._number  # the trainer's
@@ -198,7 +201,7 @@ class Cluster:
         )
 
     def _idle(self, step: Step) -> dict[str, float]:
-        """Shares of all GPU-seconds of the step, by cause; see docs/simulator.md."""
+        """Return the idle shares of all GPU-seconds of the step, by cause; see docs/simulator.md."""
         serving = self._cluster.serving_nodes / self._cluster.nodes
         serves, trains = (serving, 1.0 - serving) if serving else (1.0, 1.0)
         even, bubble = sum(one.even for one in step.trained), sum(one.bubble for one in step.trained)
@@ -217,23 +220,23 @@ class Cluster:
 
 
 def pipeline_bubble(work: float, layout: Layout, num_rows: float) -> float:
-    """Seconds that filling and draining the pipeline takes beside so many seconds of work, in `num_rows` micro-batches:
-    the share (p - 1) / (v m) of it (Narayanan et al. 2021, arXiv 2104.04473, Section 2.2)."""
+    """Return the seconds that filling and draining the pipeline adds to so many seconds of work, in `num_rows`
+    micro-batches: the share (p - 1) / (v m) of it (Narayanan et al. 2021, arXiv 2104.04473, Section 2.2)."""
     return work * (layout.pipeline - 1) / (layout.virtual_pipeline * max(1.0, num_rows))
 
 
 def passes_of_training(config: RunConfig) -> float:
-    """Count what a token costs in one pass of training, in forward passes: a backward pass is two, of frozen weights
-    one (adapters are too few to count), and recomputation is one more. Of selective recomputation only that of the
-    experts counts, as a whole forward pass, of which they are the most."""
+    """Count what a token costs in one pass of training, in forward passes. A backward pass is two, for frozen weights
+    one (adapters are too few to count), and recomputation is one more. Selective recomputation counts only for the
+    experts, as a whole forward pass, since they are most of it."""
     model = config.model
     recomputes = model.recompute == "full" or (model.recompute == "selective" and "moe" in model.recompute_modules)
     return (3.0 if config.lora is None else 2.0) + recomputes
 
 
 def forward_passes(config: RlConfig) -> float:
-    """Count what training a token costs, in forward passes, over all passes over its rollout: beside those of training,
-    one for the reference's log-probs and one for the trainer's own old ones (of all but the first optimizer step)."""
+    """Count what training a token costs, in forward passes, over all passes over its rollout. To those of training come
+    one for the reference's log-probs and one for the trainer's own old ones (for all but the first optimizer step)."""
     algorithm = config.algorithm
     later = 1.0 - 1.0 / algorithm.optimizer_steps_of_phase if algorithm.trains_on_own_old_logprobs else 0.0
     return algorithm.passes_per_rollout * (passes_of_training(config) + bool(algorithm.kl_coefficient) + later)

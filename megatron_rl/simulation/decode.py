@@ -1,4 +1,4 @@
-"""How long engines take to decode responses of known lengths by continuous batching.
+"""This module computes how long engines take to decode responses of known lengths by continuous batching.
 
 An engine advances all of its responses by one token per iteration, and an iteration takes longer the more there are. So
 only the order of lengths matters, and the engines of a cluster are worked out side by side.
@@ -16,7 +16,7 @@ IterationSeconds = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """Of every engine: seconds until its last response ended, iterations, tokens, and responses."""
+    """Holds for every engine: seconds until its last response ended, iterations, tokens, and responses."""
 
     seconds: np.ndarray
     iterations: np.ndarray
@@ -25,9 +25,9 @@ class Decoded:
 
 
 def decode(lengths: Sequence[np.ndarray], slots: int, iteration_seconds: IterationSeconds) -> Decoded:
-    """Engines that each run the responses of their own queue in order, at most `slots` at once.
+    """Simulate engines that each run the responses of their own queue in order, at most `slots` at once.
 
-    lengths: of every engine, tokens of its responses, each at least 1.
+    lengths: for every engine the tokens of its responses, each at least 1.
     """
     num_engines, most = len(lengths), max((len(queue) for queue in lengths), default=0)
     queue = np.full((num_engines, most + 1), math.inf)

@@ -1,4 +1,4 @@
-"""What a run would take, in numbers: the steps of a simulated cluster, and what they have in common."""
+"""This module says in numbers what a run would take: it sums up the steps of a simulated cluster."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def forecast(
     num_steps: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`summary` of `num_steps` steps after the settling ones. ValueError for what cannot be simulated."""
+    """Return the `summary` of `num_steps` steps after the settling ones. ValueError for what cannot be simulated."""
     config.parallel.layout(cluster.training_ranks).check(architecture)
     lengths = workload.draw(config.rollout.samples_per_prompt, seed)
     simulated = Cluster(config, cluster, cost_model(architecture), rates, lengths.take, workload.prompt_tokens)
@@ -36,11 +36,11 @@ def forecast(
 
 
 def summary(steps: Sequence[Step], cluster: ClusterSection) -> dict[str, Any]:
-    """Means over the steps; "variation" is the standard deviation over the mean.
+    """Return means over the steps; "variation" is the standard deviation over the mean.
 
-    tokens_per_second: of tokens that carry loss, by the seconds of the whole step. generated_tokens_per_second: the
-    same of all that were sampled. waves: None with partial rollouts. host: seconds by part. idle: shares of all
-    GPU-seconds by cause, see `Cluster`; busy is the rest.
+    tokens_per_second: tokens that carry loss, by the seconds of the whole step. generated_tokens_per_second: the same
+    for all that were sampled. waves: None with partial rollouts. host: seconds by part. idle: shares of all GPU-seconds
+    by cause, see `Cluster`; busy is the rest.
     """
     seconds = np.array([step.seconds for step in steps])
     trained = np.array([step.num_loss_tokens for step in steps])

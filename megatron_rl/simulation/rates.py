@@ -1,4 +1,4 @@
-"""What takes time on a cluster, measured or assumed."""
+"""This module holds the rates of what takes time on a cluster, measured or assumed."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ Above0 = Annotated[float, Field(gt=0)]
 
 
 class HostPart(Section):
-    """What one part of the work of rank 0's processor takes in a step."""
+    """Holds what one part of the work of rank 0's processor takes in a step."""
 
     when: Literal["rollout", "between", "beside"] = Field(
         description="rollout: beside generation, so GPUs wait for what is left when it ends; between: while all GPUs "
@@ -26,7 +26,7 @@ class HostPart(Section):
 
 
 class Rates(Section):
-    """Read from TOML. Whatever is not given costs nothing."""
+    """Holds the rates, which are read from TOML. Whatever is not given costs nothing."""
 
     decode: tuple[tuple[Annotated[int, Field(gt=0)], Above0], ...] = Field(
         min_length=1,
@@ -63,7 +63,7 @@ class Rates(Section):
         return self
 
     def iteration_seconds(self, running: np.ndarray) -> np.ndarray:
-        """Of an engine that advances so many responses, at least 1, by a token."""
+        """Return the seconds of an iteration, in which an engine advances so many responses, at least 1, by a token."""
         numbers = np.array([number for number, _ in self.decode], float)
         seconds = numbers / np.array([speed for _, speed in self.decode])
         if len(numbers) == 1:
@@ -75,10 +75,10 @@ class Rates(Section):
         return np.where(running < numbers[0], np.maximum(line, seconds[0] * running / numbers[0]), line)
 
     def host_waits(self, rollout_seconds: float, num_tokens: float, num_responses: float) -> dict[str, float]:
-        """Seconds by part that GPUs wait for rank 0's processor in a step.
+        """Return the seconds, by part, that GPUs wait for rank 0's processor in a step.
 
-        What it does beside generation it does for one response after the other, as they come evenly over the phase. So
-        behind the last one it has at least that one left, and more when all of it takes longer than the phase.
+        The processor's work during generation is done response after response, as they come evenly over the phase. So
+        after the last one it has at least that one left, and more when all of the work takes longer than the phase.
         """
         whole = {name: part.seconds(num_tokens, num_responses) for name, part in self.host.items()}
         busy = sum(seconds for name, seconds in whole.items() if self.host[name].when == "rollout")
@@ -87,5 +87,5 @@ class Rates(Section):
         return {name: seconds * shares[self.host[name].when] for name, seconds in whole.items()}
 
     def full_speed(self, slots: int) -> float:
-        """Tokens/s of an engine whose slots are all busy."""
+        """Return the tokens/s of an engine whose slots are all busy."""
         return slots / float(self.iteration_seconds(np.array([slots]))[0])

@@ -1,4 +1,5 @@
-"""A rollout phase: groups until the budget is filled, by the same arithmetic as the sampler's (c3po/budget.py)."""
+"""This module simulates a rollout phase: groups until the budget is filled, by the same arithmetic as the sampler's
+(c3po/budget.py)."""
 
 import heapq
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from megatron_rl.simulation.workload import Take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """count: engines of the cluster. slots: responses that each decodes at once."""
+    """Describes the engines of the cluster. count: their number. slots: the responses that each decodes at once."""
 
     count: int
     slots: int
@@ -22,13 +23,13 @@ class Engines:
 
     @property
     def full_speed(self) -> float:
-        """Tokens/s of all of them, every slot busy."""
+        """The tokens/s of all of them, with every slot busy."""
         return self.count * self.rates.full_speed(self.slots)
 
 
 @dataclass(slots=True, kw_only=True)
 class OpenGroup:
-    """A group of a partial phase. lengths: [K], what its responses will have. done: [K], tokens that each has.
+    """Holds a group of a partial phase. lengths: [K], what its responses will have. done: [K], tokens that each has.
     num_running: responses that have not ended. since: the iteration of the phase in which it went on."""
 
     lengths: np.ndarray
@@ -39,7 +40,7 @@ class OpenGroup:
     since: int = 0
 
     def advance(self, now: int) -> int:
-        """Up to iteration `now` of the phase; the tokens that this brought."""
+        """Advance the group to iteration `now` of the phase. Return the tokens that this brought."""
         done = np.minimum(self.done + now - self.since, self.lengths)
         gained = int((done - self.done).sum())
         self.done, self.since = done, now
@@ -48,10 +49,11 @@ class OpenGroup:
 
 @dataclass(slots=True, kw_only=True)
 class Rolled:
-    """What a phase brought.
+    """Holds what a phase brought.
 
-    kept: lengths [K] of the groups that may be trained. unfinished, num_purged: with partial rollouts. num_tokens: that
-    were decoded. num_responses: that ended. waves: without partial rollouts, what each asked of every engine.
+    kept: lengths [K] of the groups that may be trained. unfinished, num_purged: with partial rollouts. num_tokens:
+    those that were decoded. num_responses: those that ended. waves: without partial rollouts, what each asked of every
+    engine.
     """
 
     kept: list[np.ndarray] = field(default_factory=list)
@@ -64,8 +66,8 @@ class Rolled:
 
 
 def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max_waves: int, filters: bool) -> Rolled:
-    """Waves, each waited for; counts `need` down. filters: drop groups whose rewards are equal. ValueError after
-    `max_waves`."""
+    """Simulate a phase of waves, each waited for; count `need` down. filters: drop groups whose rewards are equal.
+    ValueError after `max_waves`."""
     found = Rolled()
     for _ in range(max_waves):
         count = need.more_prompts(first_wave)
@@ -84,7 +86,7 @@ def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max
 
 
 def _decode_wave(engines: Engines, lengths: np.ndarray, found: Rolled) -> None:
-    """Whole groups, dealt to the engines in turn, as the pool gives them out: it does not know their lengths."""
+    """Decode whole groups, dealt to the engines in turn as the pool does, which does not know their lengths."""
     queues = [lengths[engine :: engines.count].reshape(-1) for engine in range(min(engines.count, len(lengths)))]
     wave = decode(queues, engines.slots, engines.rates.iteration_seconds)
     found.waves.append(wave)
@@ -102,8 +104,8 @@ def roll_out_partially(
     max_retention: int,
     filters: bool,
 ) -> Rolled:
-    """C3PO++: every slot is busy until the completed groups fill the budget. So all engines advance alike, and one
-    count of iterations serves for all."""
+    """Simulate a phase of C3PO++: every slot is busy until the completed groups fill the budget. So all engines advance
+    alike, and one count of iterations is enough."""
     found = Rolled()
     now, num_running, num_ended, serial = 0, 0, 0, 0
     ends: list[tuple[int, int]] = []  # iteration in which a response ends, its group

@@ -1,4 +1,5 @@
-"""Response lengths of a run that was not made: groups of responses to one prompt, from a distribution."""
+"""This module draws the response lengths of a run that was not made: groups of responses to one prompt, from a
+distribution."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,19 +10,19 @@ import numpy as np
 from megatron_rl.config.cluster import ClusterSection
 from megatron_rl.config.schema import RlConfig
 
-# Of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
+# The deviation of the logarithms of ServeGen's DeepSeek-R1 output lengths (arXiv 2505.09999), which are near to normal.
 LOG_DEVIATION = 0.97
 _NUM_QUANTILES = 100_000
-# Of 8 responses of Qwen2.5-Math to each of 100 MATH problems, by `group_correlation`.
+# Measured on 8 responses of Qwen2.5-Math to each of 100 MATH problems, by `group_correlation`.
 GROUP_CORRELATION = 0.83
-# Assumed of prompts that nothing is known of.
+# Assumed for prompts of which nothing is known.
 PROMPT_TOKENS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """lengths: int64 [n, K], tokens of the responses of n groups, each at least 1. kept: bool [n], False where all
-    rewards are equal, which dynamic sampling drops."""
+    """Holds drawn groups. lengths: int64 [n, K], tokens of the responses of n groups, each at least 1. kept: bool [n],
+    False where all rewards are equal, which dynamic sampling drops."""
 
     lengths: np.ndarray
     kept: np.ndarray
@@ -33,10 +34,10 @@ Take = Callable[[int], Groups]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a run that was not made would sample.
+    """Describes what a run that was not made would sample.
 
-    lengths: of responses, any number of them. told: where they are from, in words. correlation, uniform_share: see
-    `Lengths`. prompt_tokens: of every prompt, or the mean.
+    lengths: those of responses, any number of them. told: where they are from, in words. correlation, uniform_share:
+    see `Lengths`. prompt_tokens: those of every prompt, or the mean.
     """
 
     lengths: np.ndarray
@@ -53,13 +54,13 @@ class Lengths:
     """Draws groups.
 
     Members of a group resemble each other: their places in the distribution are those of normal numbers with this
-    correlation (a Gaussian copula). 0 makes all responses alike, 1 all members of a group equal.
+    correlation (a Gaussian copula). At 0 the members are independent, at 1 they are equal.
     """
 
     def __init__(
         self, lengths: np.ndarray, group_size: int, correlation: float, uniform_share: float, seed: int
     ) -> None:
-        """lengths: any number of them. uniform_share: of groups whose rewards are all equal."""
+        """Prepare to draw. lengths: any number of them. uniform_share: that of groups whose rewards are all equal."""
         for name, value in (("correlation of a group's lengths", correlation), ("uniform share", uniform_share)):
             if not 0 <= value <= 1:
                 raise ValueError(f"the {name} must be from 0 to 1, got {value:g}")
@@ -78,15 +79,15 @@ class Lengths:
 
 
 def lognormal() -> np.ndarray:
-    """Lengths of an assumed shape, to be scaled by `scaled`."""
+    """Return lengths of an assumed shape, which `scaled` then scales."""
     from scipy.special import ndtri
 
     return np.exp(LOG_DEVIATION * ndtri((np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES))
 
 
 def assumed(config: RlConfig, cluster: ClusterSection, mean: float | None = None) -> Workload:
-    """Where nothing is known of a run: log-normal lengths, by default of the mean that the configuration was written
-    for, with which the first phase fills the budget."""
+    """Return the workload of a run of which nothing is known: log-normal lengths. Their default mean is the one that
+    the configuration was written for, with which the first phase fills the budget."""
     rollout = config.rollout
     responses = rollout.prompts_per_step * rollout.samples_per_prompt
     if mean is None:
@@ -98,7 +99,7 @@ def assumed(config: RlConfig, cluster: ClusterSection, mean: float | None = None
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """One length per line. ValueError for a file that holds none."""
+    """Read one length per line. ValueError for a file that holds none."""
     try:
         lengths = np.array([float(line) for line in path.read_text(encoding="utf-8").split()])
     except (OSError, ValueError) as error:
@@ -109,7 +110,7 @@ def read_lengths(path: Path) -> np.ndarray:
 
 
 def scaled(lengths: np.ndarray, mean: float | None, longest: int) -> np.ndarray:
-    """int64: times whatever makes their mean `mean` once all over `longest` are cut to it; None leaves them as they
+    """Scale lengths so that their mean is `mean` once all over `longest` are cut to it; int64. None leaves them as they
     are but for the cut. ValueError for a mean that no scale gives."""
     if mean is None:
         return np.clip(np.rint(lengths), 1, longest).astype(np.int64)
@@ -125,8 +126,8 @@ def scaled(lengths: np.ndarray, mean: float | None, longest: int) -> np.ndarray:
 
 
 def group_correlation(groups: Sequence[np.ndarray]) -> float:
-    """What `Lengths` takes, out of lengths of real groups of one size K > 1: the share of variance between groups
-    (one-way analysis of variance, Fisher's intraclass correlation) of their normal scores."""
+    """Compute the correlation that `Lengths` takes from lengths of real groups of one size K > 1: the share of variance
+    between groups (one-way analysis of variance, Fisher's intraclass correlation) of their normal scores."""
     from scipy.special import ndtri
     from scipy.stats import rankdata
 

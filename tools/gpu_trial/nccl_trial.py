@@ -1,4 +1,4 @@
-"""Real NCCL between several ranks that share one GPU: is it right, in order, and does it end?
+"""Is real NCCL between several ranks that share one GPU right and in order, and does it end?
 
     python tools/gpu_trial/nccl_trial.py [--dry]
 

@@ -1,4 +1,5 @@
-"""A trial: parts that run one after the other within a time, each with its result, seconds or what went wrong.
+"""This module runs a trial: parts that run one after the other within a time, each with its result, seconds or what
+went wrong.
 
 A part that fails does not keep the following ones from running. After each part the JSON is written anew, to
 $OUT/QUESTION.json where OUT is set: a trial that is cut off leaves what it has.
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# As the machine kills a command after ten minutes, with what it has not written yet.
+# The machine kills a command after ten minutes, with what it has not written yet.
 SECONDS = 560.0
-# Of a process that was told to end: bench_gpu.py prints what it has then.
+# The time that a process gets to end: bench_gpu.py then prints what it has.
 GRACE_SECONDS = 15.0
 
 
 class PartFailed(Exception):
-    """A part's check did not hold; found: what it found nevertheless."""
+    """Says that a part's check did not hold. found: what it found nevertheless."""
 
     def __init__(self, reason: str, found: Any = None) -> None:
         super().__init__(reason)
@@ -35,7 +36,7 @@ class PartFailed(Exception):
 
 
 class Trial:
-    """The parts of one question. `is_dry`: on a CPU, with gloo, a tiny model and the embedded server."""
+    """Runs the parts of one question. `is_dry`: on a CPU, with gloo, a tiny model and the embedded server."""
 
     def __init__(self, question: str, arguments: argparse.Namespace) -> None:
         self.is_dry: bool = arguments.dry
@@ -62,7 +63,7 @@ class Trial:
 
     @property
     def unknown_parts(self) -> list[str]:
-        """What `--only` asked for and never came."""
+        """The names that `--only` asked for and never came."""
         return sorted(self._only - self.found["parts"].keys())
 
     @property
@@ -73,7 +74,7 @@ class Trial:
         print(f"[{time.monotonic() - self._started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     def part(self, name: str, at_most: float, work: Callable[[float], Any], *, decides: bool = False) -> Any:
-        """Run `work`, which gets the seconds that it may take: `at_most`, or what is left. Returns its result, or None
+        """Run `work`, which gets the seconds that it may take: `at_most`, or what is left. Return its result, or None
         when it failed.
 
         decides: when it fails the others are left out, since they could show nothing.
@@ -121,8 +122,8 @@ class Trial:
 def run(
     trial: Trial, name: str, command: Sequence[object], seconds: float, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Run a command in the checkout, and return its exit code and stdout; stdout is logged, and what it says on stderr
-    is passed on.
+    """Run a command in the checkout, and return its exit code and stdout. Log stdout, and pass on what it says on
+    stderr.
 
     After `seconds` it is interrupted, and after GRACE_SECONDS killed with all that it started; PartFailed when it says
     nothing on stdout then.
@@ -158,8 +159,8 @@ def run(
 def run_json(
     trial: Trial, name: str, command: Sequence[object], seconds: float, environment: dict[str, str] | None = None
 ) -> Any:
-    """Run a command, and return the JSON object that it prints last. PartFailed, with that, when it ends with another
-    code than 0."""
+    """Run a command, and return the JSON object that it prints last. PartFailed, with that object, when it ends with
+    another code than 0."""
     code, said = run(trial, name, command, seconds, environment)
     start = said.find("\n{") + 1 if not said.startswith("{") else 0  # libraries may have written in front of it
     try:
@@ -172,7 +173,7 @@ def run_json(
 
 
 def run_bench(trial: Trial, name: str, lengths: str, seconds: float, *options: object) -> Any:
-    """Run tools/bench_gpu.py with sequences of these lengths, or its tiny shape in a dry trial; returns what it
+    """Run tools/bench_gpu.py with sequences of these lengths, or its tiny shape in a dry trial. Return what it
     prints."""
     command: list[object] = [sys.executable, ROOT / "tools/bench_gpu.py", "--rounds", 3, "--commit", trial.commit]
     command += ["--smoke"] if trial.is_dry else ["--lengths", lengths]
@@ -188,7 +189,7 @@ def run_tests(
     only: str = "",
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run pytest on `files`, of which the tests whose name fits `only`: seconds of each, and how many passed.
+    """Run those tests of `files` by pytest whose name fits `only`. Return the seconds of each, and how many passed.
 
     PartFailed when one fails, or none ran.
     """
@@ -252,7 +253,8 @@ def machine(is_dry: bool) -> dict[str, Any]:
 
 
 def end(trial: Trial) -> int:
-    """Print the whole result; 1 when a part failed or was left out, 2 when `--only` names one that there is not."""
+    """Print the whole result. Return 1 when a part failed or was left out, 2 when `--only` names one that does not
+    exist."""
     trial.write()
     print(json.dumps(trial.found, indent=1))
     if unknown := trial.unknown_parts:

@@ -33,13 +33,14 @@ READY_SECONDS = 240.0
 LARGE = {"--hidden-size": 2048, "--layers": 4, "--heads": 16, "--kv-heads": 4, "--experts": 64}
 LARGE |= {"--experts-per-token": 6, "--moe-intermediate-size": 1408, "--shared-experts": 2, "--dtype": "bfloat16"}
 SMALL = {"--hidden-size": 64, "--layers": 3, "--experts": 6, "--moe-intermediate-size": 32}
-# Of log-probs of server and trainer, the mean of a step; the reason is in tests/gpu/test_gpu_run.py.
+# The limit of the mean difference of log-probs of server and trainer in a step; the reason is in
+# tests/gpu/test_gpu_run.py.
 MEAN_DIFFERENCE = 0.05
 
 
 def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
-    """Two steps. ipc: trainer and server in turns, each with all of the memory; embedded servers have it not, and get
-    the weights by broadcast."""
+    """Return the configuration of a run of two steps. ipc: trainer and server take turns, each with all of the memory.
+    Embedded servers do not have it, and get the weights by broadcast."""
     turns = transport == "ipc" and not trial.is_dry
     rollout: dict[str, Any] = {
         "engine": "embedded" if trial.is_dry else "sglang",
@@ -75,7 +76,8 @@ def run_config(trial: Trial, folder: Path, transport: str) -> dict[str, Any]:
 
 
 def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
-    """Two steps by the command line; what its metrics say of each. PartFailed unless the servers followed."""
+    """Run two steps by the command line. Return what its metrics say of each. PartFailed unless the servers
+    followed."""
     from megatron_rl.train.run.metrics import read_metrics
 
     config = folder / f"{transport}.toml"
@@ -108,7 +110,7 @@ def replay(trial: Trial, dtype: str, seconds: float) -> Any:
 
 
 def push(trial: Trial, folder: Path, seconds: float) -> Any:
-    """The scenario `timed` of tests/push_worker.py."""
+    """Run the scenario `timed` of tests/push_worker.py."""
     from parallel import run_ranks
 
     flags = [part for pair in (SMALL if trial.is_dry else LARGE).items() for part in pair]

@@ -17,7 +17,7 @@ IMPORT = "import torch, transformer_engine.pytorch as te; te.Linear(64, 64, devi
 
 
 def load(is_dry: bool, seconds: float) -> dict[str, str]:
-    """Import it and run one layer, in a process of its own: a wrong library can end one."""
+    """Import Transformer Engine and run one layer, in a process of its own: a wrong library can end one."""
     code = "import torch" if is_dry else IMPORT
     done = subprocess.run(
         [sys.executable, "-c", code],

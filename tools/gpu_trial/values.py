@@ -1,4 +1,5 @@
-"""Whether a choice of the model's parts computes the model: one step against one process in fp64 on a CPU."""
+"""This module checks whether a choice of the model's parts computes the model: one step against one process in fp64 on
+a CPU."""
 
 import tempfile
 from pathlib import Path
@@ -11,8 +12,9 @@ from training_runs import GIVEN, Run, TrainingRuns
 
 
 def check_values(sections: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """sections: keys of the model's section by name. Largest difference of a log-prob and of a tensor's gradient, each
-    in bf16 with the experts given. PartFailed when one cannot be had, or is further off than tests/gpu allow."""
+    """Compare choices with fp64. sections: keys of the model's section by name. Return the largest difference of a
+    log-prob and of a tensor's gradient, each in bf16 with the experts given. PartFailed when one cannot be had, or is
+    further off than tests/gpu allow."""
     runs = {"exact": Run(dtype="float64", on_cpu=True, experts=GIVEN)}
     runs |= {name: Run(dtype="bfloat16", experts=GIVEN, model=section) for name, section in sections.items()}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Wheels for a GPU machine without network: fetched here in pieces that can be carried, joined and installed there.
+"""Carry wheels to a GPU machine without network: fetch them here in pieces, and join and install them there.
 
     python tools/gpu_trial/wheels.py fetch QUESTION     here, with network: .trial/QUESTION/1, 2, ...
     python tools/gpu_trial/wheels.py unpack QUESTION    there, once for every piece that was carried
@@ -44,7 +44,7 @@ PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in GLIBCS] + [f"manylinux{n}_x86_64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some bytes of a wheel, a file of their own. piece: number of the folder that it is in."""
+    """Describes some bytes of a wheel, which are a file of their own. piece: the number of the folder that it is in."""
 
     file: str
     piece: int
@@ -54,8 +54,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wheel:
-    """file: the wheel's name, which pip reads. requirement: what was asked for. changed: empty, or how the file differs
-    from the index's."""
+    """Describes one wheel. file: the wheel's name, which pip reads. requirement: what was asked for. changed: empty, or
+    how the file differs from the index's."""
 
     file: str
     requirement: str
@@ -73,8 +73,8 @@ def sha256(path: Path) -> str:
 
 
 def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The requirements of a question, those of the lists that it includes too, and the patterns of what is left out of
-    a wheel, by its distribution. ValueError for an unknown question."""
+    """Return the requirements of a question, with those of the lists that it includes, and the patterns of what is left
+    out of a wheel, by its distribution. ValueError for an unknown question."""
     lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
     if question not in lists["questions"]:
         raise ValueError(f"no question is called {question!r}; {LISTS.name} has {', '.join(lists['questions'])}")
@@ -112,7 +112,7 @@ def fetch(question: str, destination: Path, added: Sequence[Path] = (), piece_by
 
 
 def download(requirement: str, folder: Path) -> str:
-    """One wheel into `folder`, without its own requirements; returns pip's last line."""
+    """Download one wheel into `folder`, without its own requirements. Return pip's last line."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", PYTHON, "--implementation", "cp", "--dest", str(folder)]
     command += [part for platform in PLATFORMS for part in ("--platform", platform)]
@@ -151,7 +151,8 @@ def stripped(wheel: Path, patterns: Sequence[str]) -> None:
 
 
 def laid_out(files: Sequence[tuple[str, str, Path]], destination: Path, piece_bytes: int) -> list[Wheel]:
-    """Requirement, change and path of wheels -> pieces with a manifest each, in `destination`/1, 2, ..."""
+    """Lay wheels out in pieces: requirement, change and path of wheels -> pieces with a manifest each, in
+    `destination`/1, 2, ..."""
     ordered = sorted(files, key=lambda item: -item[2].stat().st_size)
     sizes = [path.stat().st_size for *_, path in ordered]
     wheels = [
@@ -183,7 +184,8 @@ def laid_out(files: Sequence[tuple[str, str, Path]], destination: Path, piece_by
 
 
 def parts_of(wheels: Sequence[Wheel], sizes: Sequence[int], capacity: int) -> Iterator[tuple[Part, ...]]:
-    """Of each wheel, the largest first, its parts: each in the first piece that has room; without checksums yet."""
+    """Return the parts of each wheel, the largest first: each in the first piece that has room. They have no checksums
+    yet."""
     free: list[int] = []
     for wheel, num_bytes in zip(wheels, sizes, strict=True):
         parts = list(divided(num_bytes, capacity))
@@ -220,7 +222,7 @@ def manifest_of(folder: Path) -> list[Wheel]:
 
 
 def unpack(carried: Path, store: Path) -> list[int]:
-    """Take the pieces below `carried` into `store`; returns the numbers of those that have not come yet. When there are
+    """Take the pieces below `carried` into `store`. Return the numbers of those that have not come yet. When there are
     none, the wheels are installed into `store`/site. ValueError for a part that is not what the manifest says."""
     folders = sorted(path.parent for path in carried.glob(f"*/{MANIFEST}"))
     if not folders:

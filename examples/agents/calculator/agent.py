@@ -1,4 +1,4 @@
-"""An agent with one tool: the policy writes Python, which runs in the sandbox, and answers in a box."""
+"""This agent has one tool: the policy writes Python, which runs in the sandbox, and answers in a box."""
 
 import asyncio
 from typing import Any
@@ -38,7 +38,7 @@ async def run(task: Any, model: Any) -> None:
 
 
 def result(code: object) -> str:
-    """What a program of the policy's prints, or what is wrong with it."""
+    """Return what a program of the policy's prints, or what is wrong with it."""
     if not isinstance(code, str):
         return "error: the argument `code` must be a program"
     ran = sandbox.run_python(code, b"", LIMITS)

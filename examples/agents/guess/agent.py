@@ -1,4 +1,5 @@
-"""The game: the policy guesses a number from 0 to 9 in at most four turns, and is told "up" or "down" in between."""
+"""This agent plays a game: the policy guesses a number from 0 to 9 in at most four turns, and is told "up" or "down" in
+between."""
 
 from typing import Any
 
@@ -21,5 +22,5 @@ async def run(task: Any, model: Any) -> float:
 
 
 def hint(guess: int, secret: int) -> str:
-    """What the policy is told after a wrong guess."""
+    """Return what the policy is told after a wrong guess."""
     return "up" if guess < secret else "down"

@@ -1,4 +1,4 @@
-"""A tiny model, games of weak players for it to imitate, and the rows of the game, in runs/guess."""
+"""Make a tiny model, games of weak players for it to imitate, and the rows of the game, in runs/guess."""
 
 import json
 import random
@@ -15,7 +15,7 @@ LISTENERS = 0.4  # the share of games whose player heeds the hints; the others g
 
 
 def game(source: random.Random) -> list[dict[str, str]]:
-    """The messages of one game."""
+    """Return the messages of one game."""
     secret, listens = source.randrange(10), source.random() < LISTENERS
     low, high = 0, 9
     messages = [{"role": "user", "content": QUESTION}]

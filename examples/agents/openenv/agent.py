@@ -1,4 +1,4 @@
-"""An agent that plays in an environment of OpenEnv: whatever serves reset and step, and takes and says a text."""
+"""This agent plays in an environment of OpenEnv: whatever serves reset and step, and takes and returns a text."""
 
 import os
 from typing import Any

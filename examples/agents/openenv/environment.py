@@ -1,4 +1,4 @@
-"""The game of examples/agents/guess as an environment of OpenEnv, served on this machine.
+"""Serve the game of examples/agents/guess as an environment of OpenEnv on this machine.
 
 python examples/agents/openenv/environment.py [--port 8000]
 """
@@ -25,7 +25,7 @@ class Told(Observation):
 
 
 class Game(Environment[Guess, Told, State]):
-    """A number from 0 to 9 is to be found in four guesses; a win is 1."""
+    """Hides a number from 0 to 9, which is to be found in four guesses; a win is 1."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
