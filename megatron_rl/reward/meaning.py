@@ -27,8 +27,7 @@ from megatron_rl.reward.units import DEGREES, Unit, read_unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """Holds words. text: in lower case, without articles and punctuation. also: other names of it, given in brackets
-    after it."""
+    """Holds words. text: in lower case, without articles and punctuation. also: other names, in brackets after it."""
 
     text: str
     also: tuple[str, ...] = ()
@@ -73,8 +72,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaction:
-    """Holds a chemical reaction. sides: what stands before and after the arrow, each in alphabetical order and one
-    spelling."""
+    """Holds a chemical reaction. sides: before and after the arrow, each in alphabetical order and one spelling."""
 
     sides: tuple[tuple[str, ...], ...]
 
@@ -88,8 +86,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """Holds several items. kind: "set" and "list" have no order; "tuple", "row", "column" and "matrix" (of rows) have
-    one.
+    """Holds several items. kind: "set" and "list" have no order; "tuple", "row", "column", "matrix" (of rows) do.
 
     brackets: those of a tuple, which tell open ends from closed ones where it is an interval.
     """
@@ -409,8 +406,7 @@ def _words(text: str) -> list[Words]:
 
 
 def _plain_words(text: str) -> str:
-    """Return the words in lower case; without quotes, commas, brackets, articles and the end of a sentence; a plural as
-    a singular."""
+    """Return words in lower case, without quotes, commas, brackets, articles, the end of a sentence or of a plural."""
     text = _DAY_FIRST.sub(r"\2 \1", re.sub(r"(?<=[\u4e00-\u9fff])[为是](?=\s*[-+\d])", "", text))
     words = re.sub(r"[\s\"',;()?!~]+|(?<=[a-z])-(?=[a-z])|-(?= )|\.(?=\s|$)", " ", text.lower()).split()
     # (D)(A) has no article
