@@ -42,22 +42,22 @@ def test_the_calculator_trains_on_its_turns_alone(tmp_path: Path) -> None:
     write_rows(tmp_path)
     common = [sys.executable, "-m", "megatron_rl.cli"]
     warm = [f"run_dir={tmp_path}/sft", f"model.path={tmp_path}/model", f"data.train={tmp_path}/chats.jsonl"]
-    warm += ["train.steps=80"]
+    warm += ["train.steps=60"]
     flags = [part for setting in warm for part in ("--set", setting)]
     finish([*common, "sft", str(ROOT / "examples/agents/guess/sft.toml"), *flags])
     settings = [
         *(f"run_dir={tmp_path}/rl", f"model.path={tmp_path}/sft/hf", f"data.train={tmp_path}/sums.jsonl"),
         *("model.dtype=float32", "rollout.release_memory=false", "rollout.sglang_arguments=[]"),
         *("rollout.prompts_per_step=2", "rollout.samples_per_prompt=8", "rollout.max_prompt_tokens=600"),
-        *("rollout.max_response_tokens=96", "rollout.max_running_requests=16", "budget.tokens=500"),
-        *("optimizer.warmup_steps=0", "train.steps=2", "train.micro_batch_tokens=4096", "sync.transport=disk"),
+        *("rollout.max_response_tokens=96", "rollout.max_running_requests=16", "budget.tokens=400"),
+        *("optimizer.warmup_steps=0", "train.steps=1", "train.micro_batch_tokens=4096", "sync.transport=disk"),
         "train.offload_while_generating=false",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     finish([*common, "train", str(EXAMPLE / "rl.toml"), *flags])
     rows = numbers(tmp_path / "rl")
-    assert [row["num_loss_tokens"] for row in rows] == [500, 500]
-    assert sum(row["num_tool_calls"] for row in rows) >= 8
+    assert [row["num_loss_tokens"] for row in rows] == [400]
+    assert sum(row["num_tool_calls"] for row in rows) >= 4
     assert all(row["num_failed_agents"] == 0 for row in rows)
     # Over all turns of all trajectories, tools' results between them.
     assert all(row["logprob_difference_mean"] < 1e-4 for row in rows)
