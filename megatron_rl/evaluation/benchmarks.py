@@ -16,7 +16,7 @@ from megatron_rl.data.prompts import Prompt, read_prompts
 from megatron_rl.evaluation.responses import as_line, judged, read_verdicts
 from megatron_rl.evaluation.results import BenchmarkResult, summarise
 from megatron_rl.families import load_architecture
-from megatron_rl.gateway.sampler import AgentSampler, AgentSettings, started
+from megatron_rl.gateway.sampler import AgentSampler, agent_settings, started
 from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.append_log import sample_into, whole_groups
@@ -114,21 +114,15 @@ async def benchmark_sampler(
     sampled: Sampled,
 ) -> AsyncIterator[Sampler]:
     """Give a sampler of single responses, or of single runs of an agent where the section rollout names one."""
-    architecture, rollout, section = load_architecture(sampled.model), sampled.rollout, benchmark.section
+    architecture, rollout = load_architecture(sampled.model), sampled.rollout
     end_ids, top_p = architecture.eos_token_ids, sampled.top_p
     decode = response_decoder(tokenizer, end_ids)
     how = (servers, rewards, decode, no_advantages, rollout, sampled.seed + _SEED_OFFSET)
     if not rollout.has_agent:
         yield Sampler(*how, end_ids, top_p=top_p)
         return
-    settings = AgentSettings(
-        model=str(sampled.model),
-        vocab_size=architecture.vocab_size,
-        end_ids=tuple(end_ids),
-        folder=sampled.folder,
-        passing_score=benchmark.reward.passing_score,
-        special_tokens=section.special_tokens,
-        arguments=section.template_arguments,
+    settings = agent_settings(
+        sampled.model, architecture, sampled.folder, benchmark.reward.passing_score, benchmark.section
     )
     async with started(AgentSampler(*how, tokenizer, settings, top_p=top_p)) as sampler:
         yield sampler

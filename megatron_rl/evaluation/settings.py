@@ -8,11 +8,11 @@ from typing import Any
 from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.rollout.provenance import (
-    agent_settings,
     model_settings,
     read_settings,
     refuse_differences,
     reward_settings,
+    settings_of_agents,
 )
 
 _OF_PROMPTS = {"domain", "suffix", "system", "special_tokens", "template_arguments"}
@@ -31,7 +31,7 @@ def settings_of(config: EvaluateConfig, benchmarks: Mapping[str, BenchmarkSectio
             "max_prompt_tokens": rollout.max_prompt_tokens,
             "max_response_tokens": rollout.max_response_tokens,
             "seed": config.seed,
-            **agent_settings(rollout),
+            **settings_of_agents(rollout),
         },
         "reward": reward_settings(config.reward),
         "benchmarks": {name: benchmark_settings(section) for name, section in benchmarks.items()},

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
 from megatron_rl.config.agents import AgentKeys
+from megatron_rl.config.data import PromptSection
 from megatron_rl.config.load import secret_variables
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RolloutPhase
@@ -352,16 +353,18 @@ class AgentSampler(Sampler):
         await asyncio.gather(*(run.task for run in runs), return_exceptions=True)
 
 
-def agent_settings(config: RolloutPhase, model: Path, architecture: Architecture) -> AgentSettings:
-    """Return the settings of a run. model: the directory that is served."""
+def agent_settings(
+    model: Path, architecture: Architecture, folder: Path, passing_score: float, prompts: PromptSection
+) -> AgentSettings:
+    """Return the settings of agents that answer the prompts of a section. model: the directory that is served."""
     return AgentSettings(
         model=str(model),
         vocab_size=architecture.vocab_size,
         end_ids=tuple(architecture.eos_token_ids),
-        folder=config.run_dir,
-        passing_score=config.reward.passing_score,
-        special_tokens=config.data.special_tokens,
-        arguments=config.data.template_arguments,
+        folder=folder,
+        passing_score=passing_score,
+        special_tokens=prompts.special_tokens,
+        arguments=prompts.template_arguments,
     )
 
 
@@ -375,7 +378,7 @@ async def agent_sampling(
     with Rewards(config.reward, config.run_dir) as rewards:
         variables = secret_variables(config)
         async with serving(model, config.serving.dtype, config.rollout, config.run_dir, name, variables) as servers:
-            settings = agent_settings(config, model, architecture)
+            settings = agent_settings(model, architecture, config.run_dir, config.reward.passing_score, config.data)
             how = (servers, rewards, decode, no_advantages, config.rollout, seed)
             async with started(AgentSampler(*how, tokenizer, settings)) as sampler:
                 yield sampler

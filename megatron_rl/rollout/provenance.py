@@ -60,7 +60,7 @@ def agent_digests(rollout: AgentKeys) -> dict[str, str]:
     return named | {word: hashlib.sha256(Path(word).read_bytes()).hexdigest()[:16] for word in files}
 
 
-def agent_settings(rollout: AgentKeys) -> dict[str, Any]:
+def settings_of_agents(rollout: AgentKeys) -> dict[str, Any]:
     """Return what decides how agents answer; nothing where a prompt is answered once."""
     if not rollout.has_agent:
         return {}

@@ -221,7 +221,9 @@ class ServerGroups:
             self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal, teacher=self._teacher)
             return
         self._turns = TurnJournal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
-        settings = agent_settings(config, config.model.path, architecture)
+        settings = agent_settings(
+            config.model.path, architecture, config.run_dir, config.reward.passing_score, config.data
+        )
         self._sampler = self._agents = AgentSampler(
             *how, tokenizer, settings, self._journal, self._turns, teacher=self._teacher
         )

@@ -25,10 +25,10 @@ from megatron_rl.evaluation.validations import Row, Validations, best_row, told_
 from megatron_rl.parsing import read_json
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.provenance import (
-    agent_settings,
     model_settings,
     read_settings,
     reward_settings,
+    settings_of_agents,
     told_differences,
     write_settings,
 )
@@ -65,7 +65,7 @@ class Validation:
                 "top_p": section.top_p,
                 "seed": config.seed,
                 **config.rollout.model_dump(include={"engine", "max_prompt_tokens", "max_response_tokens"}),
-                **agent_settings(config.rollout),
+                **settings_of_agents(config.rollout),
             },
             "reward": reward_settings(config.reward),
         }
