@@ -257,11 +257,12 @@ def test_the_seconds_of_a_validation_are_no_part_of_a_step(orchestrate, tmp_path
     fake.run = lambda step: time.sleep(0.3) or FakeValidation.run(fake, step)
     monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
     orchestrator = orchestrate(FakeServers(), FakeTransport(), *VALIDATION)
+    began = time.monotonic()
     orchestrator.begin(0)
     orchestrator.end(0, [result()])
     (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert row["validation_seconds"] >= 0.3
-    assert row["step_seconds"] < row["validation_seconds"]
+    assert row["step_seconds"] + row["validation_seconds"] <= time.monotonic() - began
 
 
 def test_servers_that_are_lost_in_or_behind_a_validation_get_weights_and_it_is_made_once(orchestrate, monkeypatch):

@@ -192,8 +192,8 @@ def test_all_of_it_at_a_tiny_size() -> None:
     found: dict[str, Any] = json.loads(done.stdout)
     rows = [(row["length"], row["recompute"]) for row in found["training"]]
     assert rows == [(length, how) for length in (32, 128) for how in ("none", "full")]
-    assert found["without_head"]["seconds"] > 0
-    # A difference of two times, of either sign where little is computed.
+    # Seconds of a micro-batch are a difference of two times, of either sign where little is computed.
+    assert math.isfinite(found["without_head"]["seconds"])
     assert math.isfinite(found["choices"]["expert_weight_gradient = torch"]["seconds"])
     assert (
         "set model.expert_weight_gradient = 'torch'" in found["choices"]["expert_weight_gradient = quack"]["left_out"]
