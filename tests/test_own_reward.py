@@ -434,6 +434,17 @@ def test_parts_beside_a_kind_and_a_part_that_is_none_are_refused(file: Path) -> 
         parts_of(file, correct_part="answr")
 
 
+def test_a_fault_names_the_key_that_names_the_function(tmp_path: Path) -> None:
+    missing = f"{tmp_path}/none.py:score"
+    for key, section in {
+        "reward.kind": {"kind": missing},
+        "reward.parts.form.kind": {"parts": {"form": {"kind": missing}, "answer": {"kind": "exact"}}},
+        "reward.domains.code": {"domains": {"math": "math", "code": missing}},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(key)} names the file .*none.py"), Rewards(RewardSection(**section), tmp_path):
+            pass
+
+
 def test_a_file_is_looked_for_beside_the_configuration_that_names_it_or_its_base(tmp_path: Path) -> None:
     for name in ("below", "above"):
         (tmp_path / name).mkdir()

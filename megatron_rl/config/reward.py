@@ -147,6 +147,14 @@ class RewardSection(Section):
         of_others = [part.kind for part in self.parts.values()] or [self.kind]
         return tuple(dict.fromkeys([*of_others, *self.domains.values()]))
 
+    def key_of(self, kind: str) -> str:
+        """Return the key of the configuration that names this kind, for messages."""
+        others = {f"reward.parts.{name}.kind": part.kind for name, part in self.parts.items()}
+        if not self.parts:
+            others["reward.kind"] = self.kind
+        others |= {f"reward.domains.{domain}": of_domain for domain, of_domain in self.domains.items()}
+        return next(key for key, other in others.items() if other == kind)
+
     @model_validator(mode="after")
     def _check_parts(self) -> "RewardSection":
         if self.parts and self.kind != "exact":

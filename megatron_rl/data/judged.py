@@ -35,19 +35,19 @@ def refuse_misjudged(prompts: Iterable[Prompt], reward: RewardSection) -> None:
     for domain, members in by_domain.items():
         kinds = [kind for kind in reward.kinds_of(domain) if kind in OF_BENCHMARKS]
         if "code" in kinds:
-            _check_tests(domain, members)
+            _check_tests(domain, members, reward.key_of("code"))
         elif kinds:  # others may take an answer for whatever they like
             _check_answers(domain, members, kinds[0])
 
 
-def _check_tests(domain: str, prompts: Sequence[Prompt]) -> None:
+def _check_tests(domain: str, prompts: Sequence[Prompt], key: str) -> None:
     wrong = [(p, why) for p in prompts[:_TESTS_READ] if (why := problem_of_tests(p.answer))]
     if wrong:
         prompt, why = wrong[0]
         raise ValueError(
             f"{prompt.where}: the answer of this row must be tests of a program, since the reward of domain {domain!r} "
             f"is 'code' ({why}); {_count(wrong, prompts[:_TESTS_READ])}. Drop them with tools/prepare_data.py, or "
-            "change reward.kind and reward.domains"
+            f"change {key}"
         )
 
 

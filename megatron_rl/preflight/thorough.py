@@ -148,7 +148,7 @@ def _misjudged(reward: RewardSection, rows: Sequence[Prompt]) -> Iterator[str]:
         if by_answer and text and verdict.reason not in (*GAVE_UP, "correct"):
             yield (
                 f"the reward {kinds[0]} calls the reference answer {row.answer!r:.80} of the row {row.where or row.id} "
-                f"{verdict.reason}; set reward.kind to what such answers are, or mend the row"
+                f"{verdict.reason}; set {reward.key_of(kinds[0])} to what such answers are, or mend the row"
             )
 
 

@@ -72,7 +72,7 @@ class OwnReward:
         setup = Setup(
             starts=Path(starts),
             name=name,
-            where="reward.kind",
+            where=section.key_of(name),
             passing_score=section.passing_score,
             memory_bytes=section.memory_bytes,
             output=self._output.absolute(),

@@ -38,7 +38,7 @@ class ServiceReward:
         used."""
         self._url, self._section, self._service = url, section, section.service
         self._key = key_in_environment(self._service.api_key_variable, "reward.service.api_key_variable")
-        self._proxy = proxy_for(url, "reward.kind")
+        self._proxy = proxy_for(url, section.key_of(url))
         self._tls = httpx.create_ssl_context()  # takes long to make
         self._room: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
