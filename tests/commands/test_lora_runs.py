@@ -32,10 +32,15 @@ lora = {{rank = 4}}
     return path
 
 
-def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(tmp_path: Path) -> None:
-    model = tmp_path / "model"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
     flags = ["--family", "qwen3", "--layers", "2", "--hidden-size", "64", "--init-std", "0.1"]
-    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", model, *flags]).check_returncode()
+    forked.run([sys.executable, ROOT / "tools/make_tiny_model.py", folder, *flags]).check_returncode()
+    return folder
+
+
+def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(model: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path, model, "run", steps=4)
     command = [sys.executable, "-m", "megatron_rl.cli", "train", config]
     done = forked.run(command, timeout=240)
@@ -53,3 +58,31 @@ def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     again = tensors_of(tmp_path / "run/hf")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_supervised_training_of_adapters_learns_goes_on_bit_by_bit_and_leaves_a_merged_model(
+    model: Path, tmp_path: Path
+) -> None:
+    chats = [
+        [{"role": "user", "content": f"{i}+1="}, {"role": "assistant", "content": f"it is {i + 1}"}] for i in range(8)
+    ]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    config, run = tmp_path / "sft.toml", tmp_path / "sft"
+    config.write_text(
+        f'run_dir = "{run}"\nthreads = 1\nmodel.path = "{model}"\nlora = {{rank = 4}}\noptimizer.learning_rate = 1e-2\n'
+        f'data = {{train = "{tmp_path}/sft.jsonl", batch_tokens = 300}}\n'
+        "train = {steps = 12, save_every = 6, micro_batch_tokens = 400}\n"
+    )
+    command = [sys.executable, "-m", "megatron_rl.cli", "sft", config]
+    done = forked.run(command, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.5
+    whole = tensors_of(run / "hf")
+    changed = {name for name, tensor in tensors_of(model).items() if not torch.equal(tensor, whole[name])}
+    assert changed == {name for name in whole if "proj" in name}
+    # What a kill after the sixth step leaves.
+    (run / "checkpoints/latest").write_text("step_6")
+    done = forked.run([*command, "--resume"], timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(torch.equal(again, whole[name]) for name, again in tensors_of(run / "hf").items())
