@@ -247,7 +247,7 @@ def full_disk(rank: Rank) -> dict:
 
     leave_free(needed // 2)
     report: dict[str, Any] = {"too little": raised(SharedFault, lambda: rank.save(checkpoints, 2))}
-    # What torch.save adds to each tensor makes the difference between the tensors' bytes and the files'.
+    # The save asks for the tensors' bytes, and there is room for those, but not for what torch.save adds to each.
     leave_free(needed - 20_000)
     rank.save(checkpoints, 3)
     report["filled"] = raised(SharedFault, lambda: checkpoints.settle(wait=True))
@@ -287,7 +287,7 @@ def damaged(rank: Rank) -> dict:
 
 
 def hostile(rank: Rank) -> dict:
-    """What this rank says when it resumes from, or loads, a checkpoint with a pickle in it that would run a program."""
+    """Return this rank's errors when it resumes from, or loads, a checkpoint with a pickle that would run a program."""
     directory, marker = rank.folder / "hostile", rank.folder / "marker"
     checkpoints = rank.checkpoints(directory, async_save=False)
     rank.save(checkpoints, 1)

@@ -1,6 +1,6 @@
-"""What a rollout client may rely on, whichever server it talks to: SGLang's routes, with their values.
+"""Tests what a rollout client may rely on with any kind of server: SGLang's routes and their values.
 
-Plain tests that take a `server` (subject.Subject). test_conformance.py runs them against the embedded server,
+These are plain tests that take a `server` (subject.Subject). test_conformance.py runs them against the embedded server,
 real_sglang/test_conformance.py against an unmodified SGLang.
 """
 

@@ -11,7 +11,7 @@ from inputs import ROOT
 from megatron_rl.metric_names import unknown
 from megatron_rl.train.run.metrics import read_metrics
 
-# What depends on the clock and on how often a run was started.
+# Metrics with these words in their names depend on the clock or on the number of starts.
 _NOT_COMPARED = ("seconds", "num_starts", "per_second")
 
 

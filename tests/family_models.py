@@ -88,14 +88,14 @@ def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def transformers_logprobs(model: Any, ids: list[int]) -> Tensor:
-    """Of every token but the first, [n - 1]."""
+    """Return the log-probs of all tokens but the first, [n - 1]."""
     logits = model(torch.tensor([ids])).logits[0]
     logp = logits.log_softmax(-1)[:-1]
     return logp[range(len(logp)), ids[1:]]
 
 
 def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
-    """Of the C3PO loss, by transformers' forward pass and torch's autograd."""
+    """Return the gradient of the C3PO loss, by transformers' forward pass and torch's autograd."""
     total = 0.0
     algorithm = spec["algorithms"][0]
     low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]

@@ -29,7 +29,7 @@ _PRELOADED = [
 ]
 # Not multiprocessing's own, which workers of rewards may have started already with what they import.
 _server = forkserver.ForkServer()
-# What torch reads when it is imported.
+# torch and megatron_rl read these variables at import, so they must be set before the fork server imports.
 _AT_IMPORT = {"OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 

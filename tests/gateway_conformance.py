@@ -97,7 +97,7 @@ def assert_is_alive(served):
     assert asked(client, max_tokens=1).usage.completion_tokens == 1
 
 
-# What is understood --------------------------------------------------------------------------------------------------
+# Requests that are understood ----------------------------------------------------------------------------------------
 
 UNDERSTOOD = {
     "nothing but messages": {},
@@ -242,7 +242,7 @@ def test_two_hundred_at_once_are_all_answered_and_recorded(served) -> None:
     assert [here.trajectory.recording.num_turns for here, _ in pairs] == [10] * 20
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Requests that are refused -------------------------------------------------------------------------------------------
 
 REFUSED = {
     "no messages": ({"messages": []}, "messages must be a list of messages, not empty"),
@@ -293,7 +293,7 @@ def test_a_limit_is_an_error_that_clients_do_not_repeat(served) -> None:
     assert here.trajectory.ended == "length"
 
 
-# Who may ask ---------------------------------------------------------------------------------------------------------
+# Keys ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_opens_its_own_trajectory_alone(served) -> None:

@@ -62,8 +62,11 @@ def _by_truth_values(args: Any) -> bool:
 
 @contextmanager
 def host_waits() -> Iterator[list[str]]:
-    """What is found in the block, where a CUDA device says that the host waits. On a CPU nobody does; there it is what
-    would make it wait, were the tensors on a device. Copies to a device cannot be seen there."""
+    """Yield a list that gets the places in the block where the host waits for the device.
+
+    With CUDA, torch reports them. On a CPU they are the calls that would wait if the tensors were on a device; copies
+    to a device cannot be seen there.
+    """
     if device.on_cuda():
         found: list[str] = []
         torch.cuda.set_sync_debug_mode("warn")

@@ -25,7 +25,7 @@ class Call:
 
 
 def hostile_pickles(marker: Path) -> dict[str, bytes]:
-    """By the name that each of them asks for first, and how it asks."""
+    """Return hostile pickles, by the name that each asks for first and the opcode by which it calls."""
     touch = f"touch {marker}"
     system, line = Call(os.system, touch), touch.encode()
     dotted = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"

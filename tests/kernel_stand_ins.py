@@ -109,7 +109,7 @@ def install() -> None:
 
 
 def modules() -> dict[str, ModuleType]:
-    """By name, as imports look them up."""
+    """Return the stand-in modules by their names in sys.modules."""
     found = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "quack", "quack.gemm_interface")}
     found["flash_attn.cute"].flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     found["quack.gemm_interface"].gemm_add_inplace = gemm_add_inplace  # type: ignore[attr-defined]

@@ -98,9 +98,9 @@ def metrics_row(step: int, num_steps: int, noise: random.Random) -> dict[str, An
 
 
 def response_row(index: int, step: int, text: str) -> dict[str, Any]:
-    """Of three prompts with four responses each: most are trained, one is cut, the last are carried.
+    """Return a row of rollouts/ for one of three prompts with four responses each.
 
-    Four characters are a token.
+    Most responses are trained, one is cut, one is stale, and the last are carried. A token has four characters.
     """
     position, sample = divmod(index, 4)
     outcome = "carried" if index > 9 else "dropped: stale" if index == 9 else "trained"

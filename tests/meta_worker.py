@@ -83,7 +83,7 @@ class Memory(TorchDispatchMode):
 
 
 def stand_in() -> None:
-    """From here on the meta device is the GPU of this process."""
+    """Make the meta device the GPU of this process."""
     tensor: Any = torch.Tensor
     type_of = tensor.type
     tensor.type = lambda self, *to, **options: (
@@ -119,7 +119,7 @@ def stand_in() -> None:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What torch's kernel for CUDA keeps. Elsewhere torch takes the norm apart, and keeps its input in fp32 too."""
+    """Keeps what torch's CUDA kernel keeps. On other devices torch also keeps the norm's input in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _FlashAttention4(torch.autograd.Function):
-    """What it keeps: its inputs, the output, and a number for each query and head."""
+    """Keeps what FlashAttention 4 keeps: its inputs, the output, and a number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def make_spec(model: Path, **changes: object) -> dict:
 
 
 def exact_spec(model: Path, **changes: object) -> dict:
-    """In fp64, with trajectories of agents among the sequences, a reference policy of other weights, and a teacher."""
+    """Return a spec in fp64 with agents' trajectories, a teacher, and a reference policy of other weights."""
     options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
     return with_teacher(with_trajectories(make_spec(model, **options | changes)))
 

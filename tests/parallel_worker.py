@@ -67,7 +67,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
 
 
 def token_advantages(row: dict) -> np.ndarray:
-    """As rank 0 works them out."""
+    """Return the advantages of a row's tokens, computed as rank 0 does."""
     recorded, teacher = np.array(row["rollout_logprobs"], np.float32), row.get("teacher_logprobs")
     segment = Segment(
         prompt_ids=np.zeros(1, np.int32),
@@ -104,7 +104,10 @@ def whole_logprobs(
 
 
 class RouterCalls:
-    """What the routers of this rank used, call by call: [calls][tokens, topk], a token's experts in ascending order."""
+    """Records the experts that the routers of this rank used.
+
+    by_layer: for each layer [calls][tokens, topk], with a token's experts in ascending order.
+    """
 
     def __init__(self, context: TrainContext) -> None:
         self.by_layer: dict[int, list[torch.Tensor]] = {}
@@ -115,8 +118,10 @@ class RouterCalls:
         self.by_layer.setdefault(layer, []).append(routing_map.nonzero()[:, 1].view(len(routing_map), -1))
 
     def check(self, placed: Sequence[Sequence[int]], sequences: list[TrainSequence], context: TrainContext) -> int:
-        """Every call used the experts that came with a micro-batch, all micro-batches equally often, and in their order
-        as long as nothing goes backward. Returns how often that was."""
+        """Check that every call used the experts that came with a micro-batch, and return how often each came.
+
+        All micro-batches come equally often, and in their order as long as nothing goes backward.
+        """
         size, tensor = context.layout.context, context.layout.tensor
         times = set()
         for layer, calls in self.by_layer.items():
@@ -179,7 +184,7 @@ def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor])
 
 
 def poison_next_gradient(context: TrainContext) -> None:
-    """Of one parameter of this rank, once."""
+    """Make the next gradient of one parameter of this rank NaN, once."""
     parameter = trained(context)[-1]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
@@ -190,7 +195,7 @@ def poison_next_gradient(context: TrainContext) -> None:
 
 
 def die_in_the_backward_pass(context: TrainContext, folder: Path) -> None:
-    """By SIGKILL, while the others are in it too, or in a collective behind it."""
+    """Kill this rank by SIGKILL in its next backward pass, while the other ranks are in it or in a later collective."""
     parameter = trained(context)[-1]
 
     def die(gradient: torch.Tensor) -> torch.Tensor:
@@ -266,7 +271,7 @@ def watch_host(context: TrainContext) -> list[str]:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, scale: float | None, **__: Any) -> Tensor:
-    """What flash attention computes of packed sequences, for which it wants a GPU; without a look at what they hold."""
+    """Compute on a CPU what flash attention computes of packed sequences. The host reads no values."""
     places = torch.arange(len(q))
     sequence = torch.searchsorted(starts, places, right=True)
     seen = (sequence[:, None] == sequence) & (places[:, None] >= places)

@@ -101,7 +101,7 @@ class Servers:
         return dataclasses.replace(self.receivers, late=True)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """As the collector's, which gives up when a signal came."""
+        """Run the coroutine, or raise StopRequested if the test asked for a stop, as after a signal."""
         if self.stop_requested:
             work.close()
             raise StopRequested("stopped by the test")
@@ -119,7 +119,7 @@ class Servers:
         return [str(answer.json()["weight_version"]) for answer in asked]
 
     def survivor(self) -> dict[str, Any]:
-        """What each server has that the pool still trusts after a push, by its number."""
+        """Return the checksums of each server that the pool still trusts after a push, by the server's number."""
         serving = {member.client.url for member in self.pool.serving}
         return {str(i): self.checksums_at(url) for i, url in enumerate(self.urls) if url in serving}
 
@@ -238,7 +238,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
 
 
 def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What each rank has of the model once its buckets are filled, if the ranks were on spec["nodes"]."""
+    """Fill the buckets as if the ranks were on spec["nodes"], and return each rank's span and checksums of tensors."""
     node = spec["nodes"][context.rank]
     transport = IpcTransport(context.model, context.control, 20_000, node, (), 1, 0, 10.0)
     sums = {}
@@ -262,7 +262,7 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
     report: dict[str, Any] = {}
 
     def push(version: int, transport: Transport = transport, late: bool = False) -> str:
-        """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
+        """Push and return rank 0's error, or "", on every rank. The collective that shares it must still match."""
         said = ""
         try:
             transport.push(version, (servers.late if late else servers.receivers) if servers else None)
@@ -361,7 +361,7 @@ def while_restarting(servers: Servers | None, transport: Transport, push: Callab
 
 
 def without_communicator(context: TrainContext, servers: Servers | None, push: Callable[..., str]) -> list[str]:
-    """What comes of pushes, in a group of their own, whose first broadcast raises as NCCL's does."""
+    """Return the errors of two pushes in a group of their own. The first broadcast raises an error of NCCL."""
     key_of = servers.key_of if servers else no_key
     transport = DistributedTransport(
         context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS, key_of=key_of
@@ -510,7 +510,7 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
 
 
 def copy_seconds(num_bytes: int) -> float:
-    """Of so many bytes from one place of the device's memory to another, 512 MiB at a time."""
+    """Return the median seconds of a copy of so many bytes within the device's memory, 512 MiB at a time."""
     piece = min(num_bytes, 2**29)
     source = torch.ones(piece, dtype=torch.uint8, device=device.torch_device())
     target = torch.zeros_like(source)

@@ -101,7 +101,7 @@ class FakeGroups:
 
 
 def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any:
-    """What the orchestrator uses of a context."""
+    """Return a stand-in for a context with what the orchestrator uses of one."""
     return SimpleNamespace(
         control=control,
         resume=True,
@@ -117,7 +117,7 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
 
 
 def result(difference: float = 1e-6, skipped: bool = False) -> StepResult:
-    """What an optimizer step reports."""
+    """Return a made-up report of an optimizer step."""
     metrics = {
         "loss": 0.1,
         "entropy": 1.0,

@@ -155,7 +155,7 @@ def _choose(config: dict[str, Any], scores: Tensor, bias: Tensor | None) -> list
 
 
 def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of the tokens behind the prompt, or of those at "loss_positions", [m] each."""
+    """Return log-probs and entropies of the tokens behind the prompt, or of those at "loss_positions", [m] each."""
     ids = row["token_ids"]
     at = loss_positions(row)
     logits = forward(config, w, ids, routed=row.get("routed_experts"))
@@ -168,7 +168,7 @@ def loss_positions(row: dict[str, Any]) -> list[int]:
 
 
 def rows_by_sample(spec: dict[str, Any]) -> dict[int, list[int]]:
-    """Which sequences are segments of one sample, by the first of them; others are samples of their own."""
+    """Return the sequences of each sample, by the first of them. A sequence without "sample" is one by itself."""
     found: dict[int, list[int]] = {}
     for i, row in enumerate(spec["sequences"]):
         found.setdefault(row.get("sample", i), []).append(i)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rl.reward.sandbox import SandboxUnavailable
 
 ORDINARY_USER = 54321
-# Who runs the tests, and where that is root an ordinary user too.
+# The user who runs the tests. If that is root, an ordinary user too.
 USERS = [os.geteuid(), *([ORDINARY_USER] if os.geteuid() == 0 else [])]
 
 

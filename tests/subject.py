@@ -26,7 +26,7 @@ from megatron_rl.stores import host_store
 ROOT = Path(__file__).parents[1]
 CONTEXT, SLOTS = 1024, 4
 PROMPT = [5, 6, 7]
-# Of a request that a test is going to abort; one that it lets finish gets the `long_tokens` of its server.
+# The length of a response that a test aborts. One that may finish gets its server's `long_tokens`.
 ENDLESS_TOKENS = 1000
 FLAGS = (
     "--hidden-size 64 --layers 3 --experts 6 --moe-intermediate-size 32 --shared-experts 1 --first-k-dense-replace 1"
@@ -53,7 +53,7 @@ def make_models(folder: Path) -> tuple[Model, Model]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What one kind of server can do and another cannot."""
+    """Says what one kind of server can do that another cannot."""
 
     seeds: bool  # sampling_seed repeats a response
     whole: bool  # an update that failed leaves the old weights as they were
@@ -90,7 +90,7 @@ class Subject:
         return self.http.post(path, json=body)
 
     def generate(self, input_ids: Any, body: dict[str, Any] | None = None, **sampling: Any) -> Any:
-        """With log-probs unless `body` says otherwise."""
+        """Return the answer of /generate, with log-probs unless `body` says otherwise."""
         answer = self.post(
             "/generate", **{"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True} | (body or {})
         )
@@ -157,7 +157,7 @@ class Subject:
         return str(self.http.get("/model_info").json()["weight_version"])
 
     def load(self, model: Model, version: str, **more: Any) -> httpx.Response:
-        """From disk. Without flush_cache: real SGLang ends itself when that finds a request which has just ended."""
+        """Load weights from disk, without flush_cache: it can end real SGLang when a request has just ended."""
         body = {"model_path": str(model.path), "weight_version": version, "flush_cache": False}
         return self.post("/update_weights_from_disk", **body | more)
 

@@ -83,7 +83,7 @@ def ids_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-# What an agent says --------------------------------------------------------------------------------------------------
+# Results of agents ---------------------------------------------------------------------------------------------------
 
 
 def test_a_score_is_the_reward_and_without_one_the_last_message_is_judged(tokenizer, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a rollout phase comes back as it was."""
+"""Checks that a checkpoint restores what it keeps of a rollout phase."""
 
 from dataclasses import replace
 

@@ -144,7 +144,7 @@ def test_several_steps_select_what_single_steps_in_turn_would(
 
 
 def brings(mean: float, deviation: float = 0.0) -> PromptYield:
-    """What two prompts brought, with this mean and standard deviation."""
+    """Return the yield of two prompts, with this mean and standard deviation."""
     return PromptYield().add(2, [mean - deviation, mean + deviation])
 
 

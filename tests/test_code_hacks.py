@@ -319,7 +319,7 @@ HACKS = {
         },
         "import unittest\ndef f(x): raise unittest.SkipTest('no')",
     ),
-    # What the tests use.
+    # These programs change what the tests use.
     "the tests' builtins": (
         HALF,
         "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.all = lambda x: True\ndef abs(x): return 0\n"

@@ -104,7 +104,7 @@ def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained
     for name in expected:
         assert torch.equal(trained[name], expected[name]), name
 
-    # What this layout trained, exported without ranks, is what it held; and another layout starts from it.
+    # An export without ranks gives the weights that this layout trained, and another layout starts from them.
     step = folder / "checkpoints" / "step_1"
     convert(Job(source=step, destination=folder / "exported", to_megatron=False))
     weights = {name.removeprefix("weight/"): t for name, t in trained.items() if name.startswith("weight/")}
@@ -384,7 +384,7 @@ def test_a_megatron_checkpoint_does_not_lead_out_of_its_directory(model: Path, t
 
 
 def test_a_link_that_is_put_in_while_files_are_copied_is_refused(model: Path, tmp_path: Path) -> None:
-    """As between the look at the directory and the copy."""
+    """Check that a link is refused even if it appears after the directory was checked and before the copy."""
     (tmp_path / "secret").write_text("root:$6$...")
     (model / "tokenizer.json").symlink_to(tmp_path / "secret")
     with (

@@ -106,7 +106,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 
 
 def brute_force(texts: list[str], threshold: float) -> list[int]:
-    """What stays when each text is compared with all that stayed before it."""
+    """Return the indices of the texts that stay when each is compared with all that stayed before it."""
     kept: list[int] = []
     for index, text in enumerate(texts):
         sets = ((triples(text), triples(texts[other])) for other in kept)

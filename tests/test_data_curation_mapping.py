@@ -21,7 +21,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def packed(cases: list[dict[str, str]]) -> str:
-    """As LiveCodeBench packs its private tests."""
+    """Pack test cases as LiveCodeBench packs its private tests."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(cases)))).decode()
 
 

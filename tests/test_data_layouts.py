@@ -37,7 +37,7 @@ TWO_SUM = (
 
 
 def raw_rows(name: str) -> list[dict[str, Any]]:
-    """What the file holds, read without the package."""
+    """Read a file's rows without the package."""
     path = LAYOUTS / name
     if path.suffix == ".parquet":
         return parquet.read_table(path).to_pylist()

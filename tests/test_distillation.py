@@ -25,7 +25,7 @@ STUDENT = Student(markers=("$", "<A>"), num_tokens=lambda messages: sum(len(m.co
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    """As an endpoint's; with a policy_version as a checkpoint's."""
+    """Return a row sampled from an endpoint. With a policy_version among the changes it is one from a checkpoint."""
     made = {
         "prompt_id": "p", "domain": "math", "prompt": "1+1?", "response": "2", "reward": 1.0, "reason": "correct",
         "finish_reason": "stop",

@@ -53,7 +53,7 @@ def test_the_worked_examples_of_four_tokens_and_two_experts_are_true() -> None:
 
 
 def holding(weight: torch.nn.Parameter) -> torch.nn.Module:
-    """As far as grouped experts look at megatron's."""
+    """Return a module with this weight: grouped experts use no more of megatron's linear layers."""
     module = torch.nn.Module()
     module.weight = weight
     return module
@@ -236,7 +236,7 @@ def in_one_buffer(tensors: list[Tensor], buffer: str) -> list[Tensor]:
 
 
 def test_a_gradient_added_up_in_the_product_is_not_rounded_to_bf16() -> None:
-    """Of 1,000 + 0.5 bf16 has 1,000."""
+    """Check that the product adds in fp32: bf16 would round 1,000 + 0.5 to 1,000."""
     weights = [x for pair in parameters_in("first one first", 2, torch.bfloat16) for x in pair]
     for weight, main in zip(
         weights, in_one_buffer([torch.zeros(w.shape) for w in weights], "first one first"), strict=True

@@ -1,4 +1,4 @@
-"""What config.json says is read, or refused in one sentence: real contents, both spellings, and what is left out."""
+"""Checks that config.json is read, or refused in one sentence: real files, both spellings, and missing keys."""
 
 import json
 import math

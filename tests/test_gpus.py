@@ -1,4 +1,4 @@
-"""Which GPUs a process may use, and that no NCCL group has two members on one of them, in any file that is shipped."""
+"""Checks which GPUs a process may use, and that no shipped file puts two members of an NCCL group on one GPU."""
 
 import os
 import sys
@@ -130,14 +130,14 @@ def test_sglang_servers_cover_a_machine_by_default(arguments: tuple[str, ...], g
     assert rollout.model_copy(update={"servers": 3}).servers_on(8) == 3, "what is asked for stays"
 
 
-# Who sits where ------------------------------------------------------------------------------------------------------
+# Seats of ranks and servers ------------------------------------------------------------------------------------------
 
 Seat = tuple[int, str]  # node and GPU
 
 
 @contextmanager
 def machine(gpus: list[str]) -> Iterator[None]:
-    """What every machine of a run is taken for."""
+    """Make every machine of a run have these GPUs."""
     with ExitStack() as patched:
         for module in (device, preflight, server):
             patched.enter_context(patch.object(module, "visible_gpus", lambda: gpus))

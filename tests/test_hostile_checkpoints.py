@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """With `hf`, a model, and `m`, the same as a Megatron checkpoint."""
+    """Return a folder with a model in `hf` and the same model as a Megatron checkpoint in `m`."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
 

@@ -75,7 +75,7 @@ def collected(folder: Path, source: Source, *changes: str, step: int = 0) -> tup
 
 
 def trained(schedule: Any) -> list[tuple[list[int], np.ndarray, float]]:
-    """What the only rank gets: tokens, advantages and weight of each sequence, in order."""
+    """Return what the only rank trains: tokens, advantages and weight of each sequence, in order."""
     plan = schedule.plan
     work = _sequences(plan, 0, None, _gather(plan, schedule.samples, 0, None))
     return [(s.token_ids.tolist(), s.advantages, s.weight) for step in work for part in step for s in part]

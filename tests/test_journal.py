@@ -70,7 +70,7 @@ def same(one: Group, other: Group) -> bool:
 
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of the first 1 to 5 groups."""
+    """Write journals of the first 1 to 5 groups and return their paths."""
     return [write(tmp_path_factory.mktemp("journal"), [group(j) for j in range(i)]) for i in range(1, 6)]
 
 

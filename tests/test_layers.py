@@ -23,7 +23,7 @@ LENGTHS, HEADS, GROUPS, DIM = [7, 1, 12, 4], 4, 2, 8
 def plain(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, longest: int, longest_k: int, **options: Any
 ) -> Tensor:
-    """What torch's `varlen_attn` computes, sequence by sequence. It refuses what that refuses."""
+    """Compute what torch's `varlen_attn` computes, one sequence at a time. Refuse what it refuses."""
     assert starts.dtype == torch.int32
     assert starts is starts_k
     assert longest == longest_k == max(LENGTHS)

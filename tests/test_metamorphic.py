@@ -47,7 +47,7 @@ from metamorphic.trees import (
     write,
 )
 
-# Of each kind, in `make test`: so many to accept and so many to refuse.
+# `make test` takes so many cases of each kind to accept and so many to refuse.
 SAMPLE_EACH = 9
 WHOLE = os.environ.get("ANSWERS") == "whole"
 X, Y = Name("x"), Name("y")
@@ -59,7 +59,7 @@ def cases():
 
 
 def test_the_judges_fail_only_where_it_is_known(cases):
-    """By kind, side and rule there are no more failures than KNOWN has, and of all cases no fewer either."""
+    """Check that no kind, side and rule has more failures than KNOWN says, and with all cases not fewer either."""
     judged = cases if WHOLE else sample(cases, SAMPLE_EACH)
     verdicts = judge(judged)
     text = report(judged, verdicts)

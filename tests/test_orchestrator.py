@@ -45,7 +45,7 @@ class FakeTransport:
 
 
 class FakeServers(FakeGroups):
-    """As if servers gave the groups."""
+    """Stands in for servers that give the groups."""
 
     pool = SimpleNamespace()
 
@@ -142,7 +142,7 @@ def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_las
     orchestrator.begin(3)
     assert receivers == [(3, False), (3, True)]
     assert seen == ["sync", "rollout", "sync", "rollout"]
-    # Where they find weights on a disk, or the trainer has no memory for a push meanwhile.
+    # Nothing is pushed meanwhile if servers find weights on a disk, or if the trainer has no memory for a push.
     for changes in (["sync.transport=disk"], ["sync.transport=distributed", "rollout.release_memory=true"]):
         other = FakeServers()
         orchestrate(other, FakeTransport(), *changes)

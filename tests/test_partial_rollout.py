@@ -236,7 +236,7 @@ class FakePool:
         self.num_given = 0
 
     def length(self, one: SampleRequest) -> int:
-        """Of the whole response, from its seed."""
+        """Return the number of tokens of the whole response, which its seed decides."""
         return random.Random(f"{self._seed}/{one.seed}").randint(1, 30)
 
     async def generate(
@@ -425,8 +425,10 @@ def test_a_phase_without_a_shortfall_keeps_what_it_was_given_as_it_is() -> None:
 
 
 class Ends:
-    """In place of a pool: every response has these tokens when it is aborted, and then SGLang calls it so whatever they
-    are."""
+    """Stands in for a pool whose responses have these tokens when they are aborted.
+
+    SGLang then says "abort" even if the tokens end the response.
+    """
 
     num_slots = 4
 

@@ -57,7 +57,7 @@ scope = "per_gpu"
 steps = 100
 micro_batch_tokens = 16384
 """
-# Of one layer: queries, keys and values of 24 heads of 128; the output of attention; both norms; and so on.
+# The parameters of one layer: queries, keys and values of 24 heads of 128; attention's output; both norms; and so on.
 ATTENTION, NORMS = 2048 * 3072 + 2048 * 2048, 2 * 2048
 EXPERT, ROUTER, SHARED = 3 * 2048 * 1408, 64 * 2048, 3 * 2048 * 2816
 VOCABULARY = 126464 * 2048

@@ -20,7 +20,7 @@ ENDS = st.sampled_from([{"type": "stop", "matched": 3}, {"type": "length", "leng
 
 @st.composite
 def replies(draw: Any) -> dict[str, Any]:
-    """As SGLang and the embedded server write them."""
+    """Draw replies as SGLang and the embedded server write them."""
     tokens = draw(st.lists(st.tuples(LOGPROBS, st.integers(0, 2**31 - 1)), max_size=20))
     meta = {
         "id": "a",
@@ -102,9 +102,9 @@ async def free() -> None:
 
 
 async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -> tuple[list[Any], bool]:
-    """What two requests over one connection come to, as far as it lasts, and whether a third one could follow.
+    """Return the results of up to two requests over one connection, and whether a third could follow.
 
-    piece: bytes that the server writes at once. Behind another answer than those of which it knows the end, it closes.
+    piece: bytes that the server writes at once. It closes after an answer that does not show where it ends.
     """
     received = bytearray()
 

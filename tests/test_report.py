@@ -164,7 +164,7 @@ def test_stages_of_several_seeds_are_groups_whatever_their_folders_are_called(tm
 
 
 def test_a_model_behind_a_link_and_a_relative_path_are_found(tmp_path: Path) -> None:
-    """As `select` leaves a link, and as configurations name paths from the folder where the run was started."""
+    """Check paths as they occur: `select` leaves a link, and configurations name paths from the folder of the start."""
     first = make_run(tmp_path / "runs/first", 3)
     (first / "hf").mkdir()
     (tmp_path / "runs/chosen").symlink_to("first/hf")
@@ -294,7 +294,7 @@ def test_trajectories_tell_who_wrote_what_and_where_a_segment_begins(tmp_path: P
 
     whole = [["aaaa", "policy"], ["bb", "others"], ["cccc", "policy"], ["\n", "segment", 7], ["ddd", "others"]]
     assert shown(21) == [*whole, ["eeeeeee", "policy"]]
-    # Of 21 characters the first six and the last four.
+    # The first six and the last four of 21 characters are shown.
     assert shown(10) == [["aaaa", "policy"], ["bb", "others"], [11, "gap"], ["eeee", "policy"]]
     assert shown(5) == [["aaa", "policy"], [16, "gap"], ["ee", "policy"]]
 

@@ -1,4 +1,4 @@
-"""When a server that has ended is started again, and what other nodes can ask for; the servers are made up."""
+"""Tests when an ended server is started again, and what other nodes can ask for, with made-up servers."""
 
 import logging
 import time
@@ -53,7 +53,7 @@ def look(supervisor: Any) -> None:
 
 
 def seconds_until_another(supervisor: Any, clock: SimpleNamespace) -> float:
-    """From the end of the server to the start of the next one."""
+    """End the server and return the seconds until the next one starts."""
     (kept,) = supervisor._kept
     ended, started = kept.server, clock.seconds
     ended.exit_code = 1

@@ -300,7 +300,7 @@ def test_labelled_pairs_are_judged_as_their_labels_say(pool):
 
 
 def test_labelled_answers_are_judged_as_their_labels_say():
-    """In-sample: the rules were made beside these rows. Some labels contradict each other, so not all can agree."""
+    """Check rows that the rules were made with. Some labels contradict each other, so not all can agree."""
     rows = rows_of("answers2_dev.jsonl")
     wrong = []
     for kind in ("math", "stem"):
@@ -355,7 +355,7 @@ PIECES = st.lists(
 
 @given(PIECES, PIECES)
 def test_no_text_makes_the_callers_part_raise(response, gold):
-    """What runs in the caller runs on its event loop, for whatever a model writes."""
+    """Check that no text raises in the part of judging that runs on the caller's event loop."""
     for settle in (settle_math, settle_stem):
         settle(f"\\boxed{{{''.join(response)}}}", "".join(gold))
     stated_answer("".join(response))

@@ -42,7 +42,7 @@ def score(domain: str, response: str, answer: str) -> float:
 
 
 def changed(text: str, rng: random.Random) -> str:
-    """With another digit in its last box."""
+    """Return the text with another digit in its last box."""
     head, _, answer = text.rpartition("{")
     places = [i for i, c in enumerate(answer) if c.isdigit()]
     i = rng.choice(places)
@@ -123,7 +123,7 @@ def test_every_stage_gets_what_an_earlier_one_made(monkeypatch: pytest.MonkeyPat
 
 
 def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
-    """What it reads, and what it writes: --output and --validation, or its first argument."""
+    """Return the files that a tool reads and those that it writes: --output and --validation, or its first argument."""
     assert Path(str(command[0])).is_file()
     named = [command[command.index(option) + 1] for option in ("--output", "--validation") if option in command]
     outputs = named or [command[1]]
@@ -207,7 +207,7 @@ def test_arms_are_compared_seed_by_seed() -> None:
 
 
 def evaluation(folder: Path, **right: int) -> tuple[dict, Path]:
-    """Of 100 prompts of each domain, of which the first so many are right."""
+    """Write an evaluation of 100 prompts of each domain, of which the first so many are right."""
     folder.mkdir()
     found = {}
     for domain in tables.DOMAINS:

@@ -80,7 +80,7 @@ def test_servers_that_return_routed_experts_are_known_by_their_version(version: 
 
 
 class Answering:
-    """In place of a connection."""
+    """Stands in for a connection that answers by a function."""
 
     is_open = True
 

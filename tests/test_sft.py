@@ -110,7 +110,7 @@ def test_batches_and_epochs_end_where_counting_says(lengths: list[int], batch_to
 
 
 def whole_batches(lengths: list[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Of one file, as the first runs of this project had them."""
+    """Yield the batches of one file, in the order that the first runs of this project had."""
     batch: list[int] = []
     for epoch in range(10):
         order = list(range(len(lengths)))
@@ -333,7 +333,7 @@ def test_a_run_that_was_killed_within_an_epoch_gives_the_same_epochs_and_numbers
         lowest = 0.0 if step <= warm else 1e-4
         assert row["learning_rate"] == pytest.approx(lowest + (3e-3 - lowest) * part, rel=1e-9)
 
-    # What a kill leaves that came after the second epoch's directory was whole, and before its checkpoint was.
+    # Make what a kill leaves between the end of the second epoch's directory and the end of its checkpoint.
     shutil.copytree(run, whole, symlinks=True)
     step = max(one for one in saved if one < notes[1]["step"])
     assert step > notes[0]["step"]

@@ -161,7 +161,7 @@ def test_gpus_wait_for_what_rank_0_has_left_by_hand(config: Path) -> None:
     assert found["host"] == pytest.approx(waits)
     assert found["host_seconds"]["mean"] == pytest.approx(11.4)
     assert found["busy"] + sum(found["idle"].values()) == pytest.approx(1.0)
-    # Where it keeps up, the last response is left: 8.8 s / 16.
+    # If the host keeps up, only the last response is left: 8.8 s / 16.
     assert sum(rates.host_waits(100.0, 160, 16).values()) == pytest.approx(0.55 + 9.6)
 
 
@@ -295,7 +295,7 @@ def test_calibration_finds_the_rates_that_a_run_was_made_with(config: Path, tmp_
 
 
 def write_run(steps: list[Step], waves: list[Groups], folder: Path) -> None:
-    """What a run leaves that took these steps and sampled these waves."""
+    """Write the files of a run that took these steps and sampled these waves."""
     (folder / "rollouts").mkdir(parents=True)
     left, position, metrics = iter(waves), 0, []
     for number, step in enumerate(steps):

@@ -126,7 +126,7 @@ def test_a_process_with_the_same_id_that_came_later_is_another_one(tmp_path: Pat
     beat = {"time": time.time() - 1e6, "host": socket.gethostname(), "pid": os.getpid(), "step": 3, "phase": "train"}
     (tmp_path / "run/heartbeat.json").write_text(json.dumps({**beat, "state": "running", "phase_seconds": 1.0}))
     assert status(tmp_path / "run")["state"] == "killed"
-    # Of another machine only its beats are seen.
+    # Only the heartbeats of a run on another machine can be seen, not its processes.
     beat |= {"host": "elsewhere", "state": "running", "phase_seconds": 1.0}
     (tmp_path / "run/heartbeat.json").write_text(json.dumps(beat))
     assert status(tmp_path / "run")["state"] == "silent"

@@ -1,4 +1,4 @@
-"""Which responses are traced, what is written of each token, and its part of the response's text."""
+"""Tests which responses are traced, and what is written of each token and of its part of the text."""
 
 import json
 import math

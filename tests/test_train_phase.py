@@ -1,4 +1,4 @@
-"""What became of every sample of a rollout phase, and the numbers that say so."""
+"""Tests the outcome of every sample of a rollout phase, and the metrics of the phase."""
 
 import json
 from collections import Counter

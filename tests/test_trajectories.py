@@ -61,7 +61,7 @@ def policy_tokens(response: Response) -> list[int]:
 
 
 def trained_sequences(schedule: Schedule) -> list[list[TrainSequence]]:
-    """What both data-parallel ranks train, by optimizer step, over the way from rank 0 to them."""
+    """Return what both data-parallel ranks train in each optimizer step, sent as rank 0 sends it."""
     plan = schedule.plan
     routing = _routing(plan, schedule.samples)
     work = [_sequences(plan, r, routing, _gather(plan, schedule.samples, r, routing)) for r in range(2)]

@@ -1,4 +1,4 @@
-"""What a trajectory's requests have the policy read, and what is recorded, of a policy that is told what to say."""
+"""Tests what a policy reads in a trajectory's requests and what is recorded. The test says what the policy writes."""
 
 import asyncio
 import json
@@ -124,7 +124,7 @@ def test_calls_of_tools_are_found_and_their_results_go_behind_what_was_sampled(t
         assert text.endswith(
             f"assistant\n[<think>add</think>let me {CALL}{END}]\n{START}tool\n3 {END}{END}\n{START}assistant\n[3{END}]"
         )
-        # What a tool says is no token of the template's: one {END} of its result is text.
+        # A tool's text makes no special token: the {END} in its result is plain text.
         (segment,) = here.trajectory.recording.segments()
         ids = segment.output_ids[segment.turns[0, 1] : segment.turns[1, 0]].tolist()
         assert ids.count(tokenizer.eos_token_id) == 1

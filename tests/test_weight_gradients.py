@@ -60,7 +60,7 @@ def parameter() -> torch.nn.Parameter:
 
 
 class Linear(torch.nn.Module):
-    """As te.Linear: without a bias it has an empty one, which is no parameter."""
+    """Stands in for te.Linear. Without a bias that has an empty tensor, which is no parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Linear(torch.nn.Module):
 
 
 class LayerNormLinear(Linear):
-    """As te.LayerNormLinear: the norm's weight is its own."""
+    """Stands in for te.LayerNormLinear, which holds the norm's weight too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(torch.nn.Module):
-    """As te.GroupedLinear: weights in parameters of their own."""
+    """Stands in for te.GroupedLinear, where each expert's weight is a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_model_is_built_with_what_was_chosen(gradient: str, tmp_path: Path, mo
 
 
 def test_what_megatron_would_take_of_other_packages_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Transformer Engine or apex installed megatron takes their Adam, norm and scaling by itself."""
+    """Check that torch's Adam, norm and scaling are used. Megatron would take Transformer Engine's or apex's."""
     theirs = object()
     monkeypatch.setattr(trainer.megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(trainer.megatron_optimizer, "Adam", theirs)

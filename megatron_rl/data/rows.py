@@ -11,7 +11,8 @@ from megatron_rl.parsing import bounded_lines, parse_json, shown
 LOOKED_AT = 1000  # rows behind the first that is wrong: enough to see what else is
 _TOLD = 10
 
-# How data sets call what a prompt row has, the likeliest first; capitals and underscores do not count.
+# Column names of other data sets for each field of a prompt row, the likeliest first. Capitals and underscores do
+# not count.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": (
         "prompt", "question", "problem", "query", "instruction", "question_content", "problem_description", "statement",

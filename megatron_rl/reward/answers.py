@@ -6,7 +6,7 @@ import re
 from megatron_rl.parsing import parse_json
 from megatron_rl.reward.boxed import boxes
 
-# What may stand between two boxes that give one list: `\boxed{1}$ and $\boxed{2}`. Anything longer is a new answer.
+# Only this may stand between the boxes of one list: `\boxed{1}$ and $\boxed{2}`. Other text begins a new answer.
 _SEPARATOR = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\\\]|\\\[|\\\(|\\\)|\b(?:and|or)\b)*")
 _SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
 _CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)

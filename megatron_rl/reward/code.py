@@ -323,7 +323,7 @@ def _check_output(result: Any, expected: str, most: int) -> None:
 
 
 def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
-    # What the tests compute themselves is not the program's: only the clock limits them.
+    # The program does not pay for what the tests compute: only the clock limits them.
     limits = settings.limits()
     tester_limits = replace(limits, cpu_seconds=math.ceil(settings.seconds) + 1)
     return _read_report(runner(settings).run_tests(task.job, limits, tester_limits), task.num_tests, settings)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    # What is not plain -> plain values that stand for it, written as an array of kind "object". Raises NotPlain.
+    # Turns an object that is not plain into plain values, written as an array of kind "object". Raises NotPlain.
     PackOther = Callable[[Any], list]
-    # Those values -> what stands for it on this side. Raises NotPlain.
+    # Turns those values into an object that stands for it on this side. Raises NotPlain.
     UnpackOther = Callable[[list], Any]
 
 MAX_BYTES = 8 * 1024 * 1024
@@ -99,7 +99,7 @@ _SCALARS = {_NONE, bool, str, float}
 _LISTS: dict = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _VIEWS: dict = {type({}.keys()): "keys", type({}.values()): "values"}
 _ITEMS: type = type({}.items())
-# What a defaultdict may make; with another it passes as a dict.
+# A defaultdict with another factory than these passes as a dict.
 _FACTORIES = (list, int, dict, set, float, str, tuple, bool)
 _FACTORY_OF: dict = {factory.__name__: factory for factory in _FACTORIES}
 # A subclass of these passes as the plain value in it.

@@ -127,7 +127,7 @@ async def sample_into(
         async with aclosing(sampler.as_completed(questions, 0)) as completed:
             async for question, group in completed:
                 yield Finished(
-                    # Where responses are long they take a while to write down, and the event loop has others to read.
+                    # Long responses take a while to encode, so a thread does it: the event loop has others to read.
                     lines=await asyncio.to_thread(lines, question, group),
                     num_tokens=sum(sample.response.num_policy_tokens for sample in group.samples),
                     reward=sum(sample.reward for sample in group.samples) / len(group.samples),

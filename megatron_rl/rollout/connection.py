@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._answer = self._head = None
 
-    # What the event loop calls -------------------------------------------------------------------------------------
+    # Callbacks of the event loop -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

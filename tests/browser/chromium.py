@@ -73,7 +73,7 @@ class Chromium:
         self.until(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
 
     def value(self, expression: str) -> Any:
-        """Of JavaScript; a promise is waited for."""
+        """Return the value of a JavaScript expression. Wait for it when it is a promise."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")

@@ -1,4 +1,4 @@
-"""What a page of somebody else may try against a server on the machine of who looks at it."""
+"""Serves a hostile web page that attacks a generation server on the machine of the person who opens the page."""
 
 import http.server
 import json

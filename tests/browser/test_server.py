@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
-    """As somebody starts one by hand: it asks for no key."""
+    """Start a server as a person starts one by hand: it asks for no key."""
     server = EmbeddedServer(models[0], models[0].parent / "server.log", context_length=64, weight_version="ours")
     try:
         server.wait_ready(60)

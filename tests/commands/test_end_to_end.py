@@ -151,7 +151,7 @@ def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
 
 
 def traces_of(folder: Path, step: int) -> list[tuple[dict, dict]]:
-    """Of each traced response, its row of that step's rollouts file and that of its tokens."""
+    """Return two rows for each traced response of a step: from the rollouts file and from the tokens file."""
     rollouts, tokens = (
         [json.loads(line) for line in (folder / f"run/{name}/step_{step:06d}.jsonl").open()]
         for name in ("rollouts", "tokens")
@@ -262,7 +262,7 @@ def test_a_mixture_of_domains_trains_each_with_its_reward_and_budget_and_resumes
     said = finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "seed=2"), code=2)
     assert "are not those that this run began with" in said
     assert "seed is 2 and was 1" in said
-    # What was refused has left no trace.
+    # The refused start has changed nothing in the run's folder.
     assert load_config(RlConfig, tmp_path / "run/config.toml").seed == 1
 
 
@@ -319,7 +319,7 @@ def processes_with(marker: str) -> list[psutil.Process]:
 
 
 def addresses_listened_on(process: psutil.Process) -> set[str]:
-    """By it and what it started: servers and the ranks, each with a group for every kind of parallelism."""
+    """Return the addresses that a run listens on: those of the process and of the servers and ranks below it."""
     family = [process, *process.children(recursive=True)]
     sockets = [socket for one in family for socket in one.net_connections("inet")]
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}

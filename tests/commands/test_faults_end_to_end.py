@@ -53,7 +53,7 @@ steps = 3
 micro_batch_tokens = 512
 phase_deadline_seconds = 120
 """
-# What seeds decide, whatever became of the servers.
+# Seeds alone decide these metrics, whatever happens to the servers.
 NUMBERS = ("reward", "num_loss_tokens", "loss", "entropy", "kl", "grad_norm", "num_carried", "num_generated_tokens")
 
 
@@ -98,7 +98,7 @@ class Run:
         self.process = forked.Program(command, self.log, os.environ | environment)
 
     def finish(self, code: int = 0) -> str:
-        """What it said. No process of it is left."""
+        """Wait for the exit code `code`, check that no process of the run is left, and return its log."""
         try:
             assert self.process.wait(120) == code, self.log.read_text()[-4000:]
         finally:
@@ -214,7 +214,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
     name = "model.layers.1.attention.dense.weight"
 
     def load_others(exchange: Exchange) -> None:
-        """In the second update, under the right version."""
+        """Replace the weights of the second update by damaged ones, under the right version."""
         body = json.loads(exchange.body)
         if body["weight_version"] == "1":
             damaged.mkdir()
@@ -237,7 +237,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
 
 
 def two_ranks() -> dict[str, str]:
-    """What each of them finds in its environment beside its number."""
+    """Return the environment variables that two ranks share; each also needs its RANK."""
     return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
 
 

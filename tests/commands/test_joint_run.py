@@ -63,7 +63,7 @@ micro_batch_tokens = 512
 ROLLOUT = RolloutSection(
     prompts_per_step=1, samples_per_prompt=2, max_prompt_tokens=8, max_response_tokens=40, max_running_requests=4
 )
-# What clocks and kills change.
+# Metrics with these words in their names depend on clocks and kills.
 OF_TIME = ("seconds", "per_second", "num_starts", "num_lost", "num_resent", "num_teacher_tokens")
 
 

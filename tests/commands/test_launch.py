@@ -86,7 +86,7 @@ class Run:
             time.sleep(0.05)
 
     def finish(self, code: int, seconds: float) -> str:
-        """What it said, after it ended with `code` within `seconds`. None of its processes is left."""
+        """Return the output after an end with `code` within `seconds`. Check that none of the processes is left."""
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         assert self.process.wait(seconds) == code, self.said[-4000:]
         _, left = psutil.wait_procs(family, timeout=3)

@@ -70,7 +70,7 @@ def without_pauses() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _known_key() -> Iterator[None]:
-    """Of all servers here, so that tests can ask them too."""
+    """Give all servers here one known key, so that tests can ask them too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_rl.rollout.supervisor.new_key", lambda: KEY)
         yield
@@ -461,7 +461,7 @@ def test_the_port_of_a_server_that_died_cannot_be_taken_and_a_taken_one_ends_the
 
 
 def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None:
-    """What SGLang does when its port was taken meanwhile: it neither serves nor ends."""
+    """Check that nobody can take the port meanwhile: SGLang would then neither serve nor end."""
     port = hold_port("127.0.0.1")
     assert hold_port("127.0.0.1", port) == port  # as when a server is started again
     with socket.socket() as other, pytest.raises(OSError, match="in use"):

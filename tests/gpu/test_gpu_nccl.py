@@ -31,7 +31,7 @@ RUNS = {
     **{f"{name} float32": Run(layout=name) for name in NAMES},
     **{f"{name} bfloat16": Run(layout=name, dtype="bfloat16", experts=GIVEN) for name in NAMES},
 }
-# Of the watch on a phase, which ends who waits for a rank that is gone and hears nothing; and what it may take besides.
+# The watchdog ends a rank that waits for a lost one after this deadline. The margin is what it may take on top.
 DEADLINE_SECONDS, MARGIN_SECONDS = 90, 30
 
 

@@ -48,7 +48,7 @@ class Run:
 
 
 def options(name: str) -> list[str]:
-    """What a key of the model's section may be, `auto` left out; none where this version does not know the key."""
+    """Return the values that a key of [model] may have, without `auto`. Return none for a key that is not known."""
     known = ModelSection.model_fields.get(name)
     return [] if known is None else [value for value in get_args(known.annotation) if value != "auto"]
 
@@ -107,7 +107,7 @@ class TrainingRuns:
             pytest.skip(reason)
 
     def host_waits(self) -> list[str]:
-        """Of the run that is watched."""
+        """Return the places where the host waits for the GPU in the watched run."""
         self("watched")
         return list(json.loads((self._folder_of("watched") / "host_waits.json").read_text()))
 

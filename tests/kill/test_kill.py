@@ -101,7 +101,7 @@ def outcome(folder: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
-    """Of one and of two ranks."""
+    """Return the outcomes of runs that nobody kills, by the number of ranks."""
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")

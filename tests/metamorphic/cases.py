@@ -58,12 +58,12 @@ KINDS: tuple[Callable[[random.Random], Gold], ...] = (
     words.science_words,
     words.chemical_formula,
 )
-# What the judges cannot do yet, by kind, side and rule: [kind, "lost" or "taken", rule, number of cases].
+# The known failures of the judges: rows of [kind, "lost" or "taken", rule, number of cases].
 KNOWN = Path(__file__).parent / "known.json"
 GOLDS = 500
 CASES_EACH = 25
 SEED = 1
-# Of the 25, at most so many stand in a box as they were made; the others are dressed besides.
+# At most so many of the 25 stand in a plain box. The others get more text around them.
 _BARE = 16
 _EXAMPLES = 3
 LOST, TAKEN = "lost", "taken"
@@ -206,7 +206,7 @@ def judge(cases: Sequence[Case], workers: int = 1, seconds: float = 20.0) -> lis
 
 
 def failures(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> Counter[Failure]:
-    """How many cases of each kind, side and rule were judged otherwise than they are expected."""
+    """Return the number of wrong verdicts for each kind, side and rule."""
     return Counter(
         (case.kind, LOST if case.expected else TAKEN, case.rule)
         for case, verdict in zip(cases, verdicts, strict=True)
@@ -225,7 +225,7 @@ def write_known(found: Counter[Failure]) -> None:
 
 
 def report(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> str:
-    """By kind: how many right answers were lost and wrong ones taken; by rule, with examples."""
+    """Return a table of right answers lost and wrong ones taken, by kind; then the failures by rule, with examples."""
     wrong = [case for case, verdict in zip(cases, verdicts, strict=True) if bool(verdict.score) != case.expected]
     sides = {True: LOST, False: TAKEN}
     all_of, wrong_of = (Counter((case.kind, case.expected) for case in group) for group in (cases, wrong))

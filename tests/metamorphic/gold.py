@@ -41,7 +41,7 @@ class Gold:
 
 
 def wide(text: str) -> Texts:
-    """With full-width characters, and with each of the minus signs, where those are no part of LaTeX."""
+    """Return the text in full-width characters, if it has no LaTeX, and with each other minus sign."""
     found = [("full width", text.translate(WIDE))] if "\\" not in text and "{" not in text else []
     signs = (("−", "minus sign"), ("–", "en dash"), ("－", "full-width minus")) if "-" in text else ()
     return found + [(rule, text.replace("-", sign)) for sign, rule in signs]

@@ -25,7 +25,7 @@ def _decimals(entries: Sequence[Fraction], between: str = ",") -> str:
 
 
 def _other_entries(entries: list[Fraction], rng: random.Random) -> list[tuple[str, list[Fraction]]]:
-    """With one entry changed, one less, one more. None of them has the same entries in another order."""
+    """Return lists with an entry changed, left out or added. None only puts the same entries in another order."""
     place = rng.randrange(len(entries))
     larger = max(entries) + 1
 

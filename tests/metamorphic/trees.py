@@ -16,7 +16,7 @@ CONSTANTS = {"\\pi": lambda: mpmath.pi, "e": lambda: mpmath.e, "i": lambda: mpma
 FUNCTIONS = {"sin": mpmath.sin, "cos": mpmath.cos, "ln": mpmath.log, "arctan": mpmath.atan, "tan": mpmath.tan}
 _OTHER_FUNCTION = {"sin": "cos", "cos": "sin", "ln": "sin", "arctan": "tan", "tan": "arctan"}
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-# How tightly a written piece holds together, and so where it needs brackets.
+# Ranks of how tightly a written piece binds. They decide where it needs brackets.
 _SUM, _SLASH, _PRODUCT, _POWER, _ATOM = range(5)
 
 
@@ -78,7 +78,7 @@ def num(value: int | Fraction) -> Num:
 
 
 def fraction(value: Fraction) -> Tree:
-    """As it is usually written: the sign in front, whole numbers without a denominator."""
+    """Return the tree of a fraction as it is usually written: the sign in front, and no denominator of 1."""
     if value.denominator == 1:
         return Num(value)
     positive = Quotient(num(abs(value.numerator)), num(value.denominator))

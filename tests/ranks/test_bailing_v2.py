@@ -257,7 +257,10 @@ def test_the_choice_among_groups_is_the_references_where_nothing_ties_and_as_goo
 
 @pytest.fixture(scope="module")
 def routers(models: dict[str, Path]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[dict[int, float]]]]:
-    """What trainer and server make of the logits [8] of one token and a bias [8]: the weight of each chosen expert."""
+    """Yield a function that routes one token by the trainer and by the server.
+
+    It takes the token's logits [8] and a bias [8] and returns, for each of the two, the weights of the chosen experts.
+    """
     config = SftConfig.model_validate(
         {
             "run_dir": "unused",

@@ -102,7 +102,7 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
         if i in TRACED:
             assert float((alone[f"traced/{i}"] - logprobs).abs().max()) < 2e-5
         by_token.append(torch.stack([-logprobs, entropy]))
-    # What fine-tuning validates by: cross-entropy and entropy per loss token over all sequences.
+    # Fine-tuning validates by the cross-entropy and the entropy per loss token over all sequences.
     measured = {"measured": torch.cat(by_token, dim=1).mean(dim=1)}
     assert worst(alone, measured, "measured") < (1e-6, "")
     policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
@@ -232,7 +232,7 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
     (policy_loss(config, weights, spec, ALGORITHMS[0]) + balance * expected_balance + z * expected_z).backward()
     gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(found, gradients, "grad/") < (1e-6, "")
-    # What is logged is the mean over the three mixture-of-experts layers; a loss that is off is left out.
+    # The logged loss is the mean over the three mixture-of-experts layers. A loss that is off is not logged.
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     logged = {name: metrics[name] for name in ("load_balance_loss", "z_loss") if name in metrics}
     written = {"load_balance_loss": expected_balance.item() / 3} if balance else {"z_loss": expected_z.item() / 3}
@@ -332,7 +332,7 @@ def test_what_saves_memory_and_what_overlaps_changes_no_bit(kernels: dict, model
     common = {"dtype": "bfloat16", "whole_gradients": False, "parallel": {"expert": 2}, "steps": 3, "as_on_a_gpu": True}
     common |= kernels
     expected = run_ranks(2, make_spec(model, **common, watch_host=True), tmp_path / "plain")
-    # Where a bucket ends between its experts, a layer's gradients are torch's, rounded.
+    # quack's product needs whole layers in a bucket. Otherwise torch adds up a layer's gradients, which it rounds.
     spec = make_spec(model, **common, **(WHOLE_LAYERS if kernels else EVERYTHING), recompute="selective")
     found = run_ranks(2, spec, tmp_path / "run")
     assert found.keys() == expected.keys()

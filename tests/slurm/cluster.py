@@ -115,7 +115,7 @@ class Cluster:
         until("two idle nodes", lambda: self._states() == ["idle"] * len(NODES), 60, lambda: self.run("sinfo", "-Nl"))
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
-        """What a client command says, on stdout and stderr."""
+        """Run a client command and return its stdout and stderr together."""
         done = subprocess.run(
             command,
             env=self._environment | environment,
@@ -191,8 +191,11 @@ class Cluster:
 
 
 def _ordinary_user() -> tuple[pwd.struct_passwd, dict[str, Any]]:
-    """Who owns daemons and jobs, and what makes Popen take it: whoever runs the tests; for root nobody, since root may
-    do anything. But root where nobody may not read this interpreter or these tests (in root's home, say)."""
+    """Return the user that owns daemons and jobs, and the options of Popen that start a process as that user.
+
+    It is the user who runs the tests. For root it is `nobody`, since root may do anything; but root itself if `nobody`
+    may not read this interpreter or these tests (in root's home, for example).
+    """
     if os.getuid() != 0:
         return pwd.getpwuid(os.getuid()), {}
     nobody = pwd.getpwnam("nobody")

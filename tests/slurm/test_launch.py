@@ -132,8 +132,11 @@ class Job:
         return end
 
     def begin_now(self) -> None:
-        """What is put back waits two minutes otherwise, and for good reasons: its last start must have ended on all
-        nodes, and slurmd tells a start from the last by seconds ("already killed, do not launch")."""
+        """Start a requeued job three seconds from now. Slurm itself would wait two minutes.
+
+        Its last start must first have ended on all nodes. slurmd tells a start from the last one by whole seconds
+        ("already killed, do not launch").
+        """
         self.until_state("PENDING")
         assert self.field("Restarts") == "1"
         self.until_gone()

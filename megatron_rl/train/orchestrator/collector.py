@@ -36,7 +36,7 @@ class Collector:
         self._budgets = config.phase_budgets(layout.world_size)
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         self._shares = domain_shares(config)
-        # What one prompt of each domain brings.
+        # The tokens that one prompt of each domain is expected to bring.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
         self.files = StepFiles(config)
