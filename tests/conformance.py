@@ -18,13 +18,13 @@ TEXT = [5, 6, 7, 8, 30, 31, 90]
 
 @pytest.fixture
 def server(_server):
-    """The module's subject, as every test finds it. `_server` is what the two modules differ in."""
+    """Yield the subject that each of the two modules defines as `_server`, and reset it after each test."""
     yield _server
     _server.reset()
 
 
 def drawn(answer):
-    """Log-probs of the output tokens."""
+    """Return the log-probs of the output tokens."""
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
@@ -33,7 +33,7 @@ def reason(answer):
 
 
 def versions(answer):
-    """[(version, number of tokens)], after a look at the spans' ends."""
+    """Return [(version, number of tokens)] and check the ends of the spans."""
     spans = answer["meta_info"]["weight_versions"]
     assert [span["start"] for span in spans] == [0] + [span["end"] for span in spans[:-1]]
     assert spans[-1]["end"] == len(answer["output_ids"])
@@ -41,7 +41,7 @@ def versions(answer):
 
 
 def truth(model):
-    """Log-probs of TEXT[1:] in fp64, by no server."""
+    """Return the log-probs of TEXT[1:] by the reference in fp64."""
     config = json.loads((model.path / "config.json").read_text())
     table = reference_logprobs(model.path, config, TEXT)
     return [table[i][token] for i, token in enumerate(TEXT[1:])]

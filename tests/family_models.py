@@ -1,4 +1,4 @@
-"""Tiny models of every family, made by transformers' own classes, in odd shapes and with random weights."""
+"""Makes tiny models of every family by transformers' own classes, in odd shapes and with random weights."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -114,7 +114,7 @@ def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
 
 
 def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
+    """Yield tensors as files have them. transformers holds all experts of a layer in one tensor, but files do not."""
     for name, tensor in tensors:
         before, fused, which = name.partition("experts.")
         for i, of_expert in enumerate(tensor if fused else ()):

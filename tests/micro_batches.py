@@ -1,4 +1,4 @@
-"""A rank's part of a micro-batch, in a size for tests."""
+"""Makes a rank's part of a micro-batch, in a size for tests."""
 
 import torch
 

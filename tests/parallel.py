@@ -63,7 +63,7 @@ EVERYTHING = {
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
-    """The environment of a rank that has its GPU in common with others.
+    """Return the environment of a rank that shares its GPU with others.
 
     NCCL refuses two ranks of one machine on one GPU. It tells machines apart by NCCL_HOSTID, so each rank is one, and
     they talk over sockets. That shows what is computed and in which order, and nothing about speed.
@@ -79,7 +79,7 @@ def sharing_a_gpu(rank: int) -> dict[str, str]:
 
 
 def _start(worker: Path, folder: Path, log: Path, environment: dict[str, str], on_cpu: bool) -> BaseProcess:
-    """A process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
+    """Start a process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
     arguments = [str(worker), str(folder)], environment, log, log, ROOT
     if on_cpu:
         return forked.start(forked.program, *arguments)
@@ -142,7 +142,7 @@ def run_ranks(
 
 
 def with_trajectories(spec: dict) -> dict:
-    """The same with sequences in which others wrote some tokens, and samples that are several sequences."""
+    """Change the spec: others wrote some tokens of some sequences, and some samples have several sequences."""
     rows = spec["sequences"]
     for i in (1, 3, 6, 8):
         start, ids = rows[i]["num_prompt_tokens"], rows[i]["token_ids"]
@@ -159,7 +159,7 @@ def with_trajectories(spec: dict) -> dict:
 
 
 def with_teacher(spec: dict) -> dict:
-    """The same with a teacher that has scored all sequences but the third, token by token."""
+    """Add a teacher to the spec, which has scored all tokens of all sequences but the third."""
     for i, row in enumerate(spec["sequences"]):
         if i != 2:
             gaps = [((37 * t + 11 * i) % 257 - 128) / 256 for t in range(len(row["rollout_logprobs"]))]

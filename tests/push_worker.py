@@ -1,4 +1,4 @@
-"""One rank of a weight push: a trainer's model goes to running servers over a process group. Run by tests/parallel.py.
+"""Runs one rank of a weight push: a trainer's model goes to running servers. tests/parallel.py starts it.
 
 The spec names the model that the trainer has, its layout and the servers' urls. Rank 0 writes what the servers say.
 """
@@ -62,7 +62,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> TrainContext:
 
 
 class Servers:
-    """Rank 0's: the one at spec["url"] or two of its own, and their pool. Others have only the word of rank 0."""
+    """Holds rank 0's servers, the one at spec["url"] or two of its own, and their pool. Other ranks have none."""
 
     def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         rollout = RolloutSection(
@@ -129,7 +129,7 @@ class Servers:
         return dict(answer.json()["checksums"])
 
     def kill_and_wait(self, number: int) -> None:
-        """It is there again before the pool knows that it was gone."""
+        """Kill a server, and wait until it is back before the pool knows that it was gone."""
         gone = self.pids()[number]
         os.kill(gone, signal.SIGKILL)
         deadline = time.monotonic() + 60
@@ -140,8 +140,10 @@ class Servers:
         self.supervisor._kept[number].server.wait_ready(30)
 
     def keep_down(self, number: int) -> list[str]:
-        """The server of this number is killed, and not started again before `supervisor.let_go`. Returns a list: what
-        version it has when the pool gives it work again."""
+        """Kill a server and let it stay down until `supervisor.let_go`.
+
+        Return a list that gets the server's version of the weights when the pool gives it work again.
+        """
         assert self.supervisor is not None
         self.supervisor.hold()
         pool, url, found = self.pool, self.urls[number], list[str]()
@@ -168,7 +170,7 @@ class Servers:
             time.sleep(0.05)
 
     def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
-        """The signal comes when a part of the weights has been sent."""
+        """Send a signal to a server when a part of the weights has been sent."""
         pid, send, count = self.pids()[number], transport._sender.send, itertools.count()
 
         def disturbed(*arguments: Any) -> None:
@@ -254,7 +256,7 @@ def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
 
 
 def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
+    """Push while servers are lost, between two pushes and during one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if context.rank == 0 else None
     key_of = servers.key_of if servers else no_key
     where = (context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
@@ -271,7 +273,7 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
         return str(shared(said, context.control))
 
     def scenario(name: str, disturb: Callable[[Servers], object]) -> None:
-        """All servers have the other model; then something happens, and pushes follow until one succeeds."""
+        """Load the other model into all servers, disturb them, and push until a push succeeds."""
         before: list[int] = []
         if servers:
             servers.loop.run(settled(servers.pool))
@@ -411,8 +413,9 @@ def received(context: TrainContext, spec: dict[str, Any], folder: Path) -> list[
 
 
 def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One rank and its server: seconds of pushes over each of spec["transports"] beside a copy on the device; over the
-    first of them also what comes of a server that is killed in a push, and of memory that is released.
+    """Measure pushes of one rank to its server, over each of spec["transports"], beside a copy on the device.
+
+    Over the first transport, also test a server that is killed in a push, and memory that is released.
 
     difference: mean |trainer - server log-prob| of a few tokens, behind a push of weights that the server had not.
     """
@@ -445,7 +448,7 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
         return max(mean_differences(context.trainer, servers.scores(), context.control))
 
     def change() -> int:
-        """Other weights than the server has, to and fro; returns what they are called."""
+        """Change the weights to and fro, so that the server lacks them, and return their version."""
         number = next(version)
         with torch.no_grad():
             for p in context.model.parameters():

@@ -1,4 +1,4 @@
-"""A generation server under test, and a trainer's end of its update groups."""
+"""Holds a generation server under test, and the trainer's end of its update groups."""
 
 import concurrent.futures
 import contextlib
@@ -40,7 +40,7 @@ class Model:
 
 
 def make_models(folder: Path) -> tuple[Model, Model]:
-    """Two models of one shape; every token of a response tells them apart."""
+    """Make two models of one shape that draw different tokens everywhere."""
     models = []
     for seed in (0, 1):
         path = folder / f"model{seed}"
@@ -62,7 +62,7 @@ class Kind:
 
 
 class Subject:
-    """A running server and its client. Serves `first` under version "0" at the start and after every `reset`."""
+    """Holds a running server and its client. It serves `first` as version "0" at the start and after each `reset`."""
 
     def __init__(self, process: GenerationServer, models: tuple[Model, Model], kind: Kind) -> None:
         self.process, self.kind = process, kind
@@ -78,7 +78,7 @@ class Subject:
         self.process.stop()
 
     def reset(self) -> None:
-        """Nothing in flight, no session open, the first weights."""
+        """Leave no request in flight and no session open, and load the first weights."""
         self.post("/continue_generation")
         self.post("/abort_request", abort_all=True)
         self.wait_idle()
@@ -98,7 +98,7 @@ class Subject:
         return answer.json()
 
     def start(self, *prompts: Any, rid: str | None = None, tokens: int = ENDLESS_TOKENS) -> "list[Future[Any]]":
-        """Generate calls in flight, one a prompt; returns once those that find a slot have drawn tokens.
+        """Start one generate call for each prompt. Return when those that find a slot have drawn tokens.
 
         rid: their ids are this and their number.
         """
@@ -140,13 +140,13 @@ class Subject:
         raise AssertionError("the stream ended without [DONE]")
 
     def scores(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:]."""
+        """Return the log-probs of ids[1:]."""
         answer = self.generate(ids, {"logprob_start_len": 0}, max_new_tokens=0)
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][1:]
 
     @functools.cached_property
     def next_tokens(self) -> Tensor:
-        """Log-probs [V] of the token after PROMPT under the first weights, scored token by token; fp64."""
+        """Return the fp64 log-probs [V] of the token after PROMPT under the first weights, scored token by token."""
         vocab = json.loads((self.first.path / "config.json").read_text())["vocab_size"]
         answers = self.generate(
             [[*PROMPT, token] for token in range(vocab)], {"logprob_start_len": 0}, max_new_tokens=0
@@ -169,7 +169,7 @@ class Subject:
 
 
 class Sender:
-    """Rank 0 of an update group with one server."""
+    """Is rank 0 of an update group with one server."""
 
     def __init__(self, server: Subject, name: str) -> None:
         self.server, self.name = server, name
@@ -180,7 +180,7 @@ class Sender:
         assert answer.result().json()["success"], answer.result().text
 
     def announce(self, tensors: dict[str, Tensor], *, flat: bool = True, **more: Any) -> "Future[httpx.Response]":
-        """The call alone, which waits for the broadcasts."""
+        """Send the call that announces the tensors. Its answer comes after the broadcasts."""
         body = {
             "names": list(tensors),
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],

@@ -1,4 +1,4 @@
-"""tools/bench_rewards.py on a file made on the spot."""
+"""Tests tools/bench_rewards.py on a file that the test writes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The token budget: exact, conserving, deterministic, without a preference for short responses."""
+"""Tests that the token budget is exact, conserving and deterministic, and does not prefer short responses."""
 
 import asyncio
 import itertools

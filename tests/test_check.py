@@ -1,4 +1,4 @@
-"""`megatron-rl check`: everything that is wrong with a start in one table, with what to do."""
+"""Tests `megatron-rl check`: one table shows everything that is wrong with a start, with what to do."""
 
 import json
 import re

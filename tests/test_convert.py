@@ -1,4 +1,5 @@
-"""Hugging Face directories and Megatron checkpoints: there and back bit for bit, and clear messages for broken ones."""
+"""Tests conversions of Hugging Face directories and Megatron checkpoints, there and back, and messages for broken
+ones."""
 
 import json
 import os
@@ -189,7 +190,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def refused(source: Path, tmp_path: Path, to_megatron: bool = True, **options: object) -> str:
-    """The message. Nothing is left behind, and the source is what it was."""
+    """Return the message of a refused conversion. Check that it leaves nothing behind and does not change the
+    source."""
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     others = set(tmp_path.iterdir())
     with pytest.raises(ValueError) as caught:
@@ -319,7 +321,7 @@ def test_a_hub_snapshot_of_links_is_read_and_a_dangling_link_is_named(model: Pat
 
 
 def make_snapshot(model: Path, home: Path) -> Path:
-    """The same model as Hugging Face's cache keeps it: links to files that are called after their content."""
+    """Copy the model as Hugging Face's cache keeps it: links to files that are named after their content."""
     snapshot = home / "snapshots/5f3a"
     snapshot.mkdir(parents=True)
     (home / "blobs").mkdir()
@@ -452,7 +454,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_ctrl_c_ends_a_conversion_between_two_tensors_and_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raised in the middle of a file that torch writes, it aborted the process."""
+    """Check that Ctrl-C waits for the end of a tensor. In the middle of a file that torch writes, it aborted the
+    process."""
     before = signal.getsignal(signal.SIGINT)
     original, given = module._Reading.__call__, []
 

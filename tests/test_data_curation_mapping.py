@@ -1,4 +1,4 @@
-"""Layouts of data sets to one record, and the configuration that names them."""
+"""Tests the mapping of data sets' layouts to one record, and the configuration that names them."""
 
 import base64
 import json

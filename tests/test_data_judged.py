@@ -1,4 +1,4 @@
-"""Prompts that are too long, and prompts that do not suit their reward: known before a run begins."""
+"""Tests that prompts that are too long, or do not suit their reward, are found before a run begins."""
 
 import json
 import logging

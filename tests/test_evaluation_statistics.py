@@ -1,4 +1,4 @@
-"""pass@k and maj@k against every way to draw k samples, intervals against simulated experiments."""
+"""Tests pass@k and maj@k against every way to draw k samples, and intervals against simulated experiments."""
 
 import math
 from collections import Counter

@@ -32,7 +32,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples/ring_lite"
 
 
 def devices(folder: Path, *numbers: int) -> Path:
-    """A /dev of a machine with an NVIDIA driver and these device nodes."""
+    """Make the /dev of a machine with an NVIDIA driver and these device nodes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("nvidiactl", "nvidia-uvm", "nvidia-modeset", *(f"nvidia{i}" for i in numbers)):
         (folder / name).touch()
@@ -149,8 +149,10 @@ def crowded(seats: list[Seat]) -> list[Seat]:
 
 
 def nccl_groups(config: RlConfig, gpus: list[str], nodes: int, ranks: int, serving_nodes: int) -> list[list[Seat]]:
-    """The groups by which weights travel over NCCL: training ranks on the first nodes, servers on all of them, or on
-    the last `serving_nodes` alone."""
+    """Return the NCCL groups by which weights travel.
+
+    Training ranks are on the first nodes. Servers are on all nodes, or on the last `serving_nodes` alone.
+    """
     with machine(gpus):
         shares = server.server_gpus(config.rollout)
     places = range(nodes - serving_nodes, nodes) if serving_nodes else range(nodes)
@@ -170,7 +172,7 @@ def nccl_groups(config: RlConfig, gpus: list[str], nodes: int, ranks: int, servi
 
 
 def shipped() -> list[Path]:
-    """Files of `megatron-rl train` that say what cluster they are for."""
+    """Return the shipped files of `megatron-rl train` that say what cluster they are for."""
     files = [path for path in EXAMPLES.rglob("*.toml") if path.parent.name != "rates"]
     runs = [path for path in files if kind_of(read_values(path, [])) is RlConfig]
     found = [path for path in runs if load_config(RlConfig, path).cluster is not None]

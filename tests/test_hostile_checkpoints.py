@@ -1,4 +1,4 @@
-"""Megatron checkpoints from a stranger: what their pickles ask for is refused by name, and never run."""
+"""Tests Megatron checkpoints from strangers: what their pickles ask for is refused by name and never run."""
 
 import argparse
 import io
@@ -48,7 +48,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code of one command, and what it said."""
+    """Run one command and return its exit code and its stderr."""
     arguments = command_parser().parse_args(COMMANDS[command].format(folder).split())
     code = exit_code("megatron-rl", lambda: int(arguments.run(arguments)))
     return code, capsys.readouterr().err

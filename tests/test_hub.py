@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub come from its cache; what is not there is told in one message."""
+"""Tests that models of the Hugging Face Hub come from its cache, and that one message tells of a missing one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
+"""Tests rank 0's part of a step: what is retried, told and kept, with a made source, transport and context."""
 
 import asyncio
 import contextlib
@@ -91,7 +91,7 @@ def control():
 
 @pytest.fixture
 def orchestrate(tmp_path, control, monkeypatch):
-    """A function that makes a orchestrator of a source and a transport."""
+    """Yield a function that makes an orchestrator of a source and a transport."""
     monkeypatch.setattr(orchestrator_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
     orchestrators = []
 
@@ -150,7 +150,7 @@ def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_las
 
 
 def test_work_for_which_servers_generate_ends_with_what_goes_wrong_in_a_push_meanwhile():
-    """The push is ordered by the thread that waits for the work, and comes again while a server lacks its weights."""
+    """Check that the thread that waits for the work orders the push, and again while a server lacks its weights."""
     servers = ServerGroups.__new__(ServerGroups)
     servers._loop, servers._supervisors, servers._trouble = BackgroundLoop(), (), None
     servers._signals = SimpleNamespace(check=lambda: None)
@@ -226,7 +226,7 @@ def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, di
 def test_weights_are_validated_between_push_and_rollout_every_other_step_and_at_the_end(
     orchestrate, tmp_path, monkeypatch, capsys
 ):
-    """Overfitting in four steps: the score rises up to step 2, whose checkpoint is the one to keep, and falls."""
+    """Check a run that overfits: the score rises up to step 2, whose checkpoint is the one to keep, and then falls."""
     fake, told = FakeValidation({0: 0.3, 2: 0.7, 4: 0.4}), []
     monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
     monkeypatch.setattr(orchestrator_module, "Trackers", lambda *_: SimpleNamespace(

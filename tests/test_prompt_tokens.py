@@ -1,4 +1,4 @@
-"""Token ids of prompts, many at a time and kept for the next start: always those of one prompt rendered by itself."""
+"""Tests token ids of prompts, rendered many at a time and kept for the next start: they equal those of one prompt."""
 
 import json
 import random

@@ -98,7 +98,7 @@ FAILURES = {
 
 
 async def free() -> None:
-    """There is always room for a content."""
+    """Allow each reply at once, as if there were always room for its content."""
 
 
 async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -> tuple[list[Any], bool]:
@@ -140,7 +140,10 @@ async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -
 @pytest.mark.parametrize("piece", [1, 2**16])
 @pytest.mark.parametrize("how", ["with a length", "in chunks"])
 def test_a_connection_is_used_again(how: str, piece: int, admitted: Any) -> None:
-    """Also where head and content of an answer come at once, and the content would have had to wait for a place."""
+    """Check that a connection is used again, also if head and content of an answer come at once.
+
+    The content then comes before it may be read.
+    """
     assert asyncio.run(asked_twice(ANSWERS[how], piece, admitted)) == ([(200, b"abc"), (200, b"abc")], True)
 
 

@@ -17,7 +17,7 @@ ROLLOUT = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_
 
 
 class Server:
-    """A server process that ends when it is told to."""
+    """Stands in for a server process. It ends when it is told to."""
 
     def __init__(self, port: int) -> None:
         self.port, self.exit_code, self.url = port or 5, None, f"http://10.0.0.2:{port or 5}"
@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def supervisor_of(wishes: Path | None = None) -> Any:
-    """Its thread is not started: the test looks instead of it."""
+    """Make a supervisor whose thread is not started: the test does its looks."""
     return ServerSupervisor([Server], ROLLOUT, wishes)  # type: ignore[list-item]
 
 

@@ -1,4 +1,4 @@
-"""The math reward: what a grader takes for equal, what not, real reference answers, and hostile ones."""
+"""Tests the math reward: what counts as equal and what does not, real reference answers, and hostile ones."""
 
 import asyncio
 import json
@@ -268,7 +268,7 @@ def test_reference_answers_are_correct_in_every_usual_dress(pool):
 
 
 def perturbed(answer: str) -> list[str]:
-    """Other values by construction: one digit raised outside of powers of 1 and 0, a sign, a term, a factor."""
+    """Return answers of other values: one digit raised (but no power of 0 or 1), a sign, a term, a factor."""
     changed = [f"-({answer})" if answer != "0" else "1", f"{answer}+1", f"\\frac{{{answer}}}{{3}}", f"{answer},17"]
     for match in list(re.finditer(r"(?<![\^{\d.])\d(?!\d*[\^.])", answer))[:2]:
         changed.append(answer[: match.start()] + str((int(match[0]) + 1) % 10) + answer[match.end() :])

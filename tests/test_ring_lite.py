@@ -1,4 +1,4 @@
-"""The recipe of examples/ring_lite: its problems, the way its stages hand over, and what its tables say."""
+"""Tests the recipe of examples/ring_lite: its problems, the handing over between its stages, and its tables."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def test_solutions_are_right_and_their_reward_can_tell(domain: str) -> None:
 
 
 def test_steps_are_counted_without_a_mistake() -> None:
-    """Counts go 1, 2, 3, ...; values go by equal steps, and the last one or its count is the answer."""
+    """Check that counts go 1, 2, 3, ... and values by equal steps. The last value or its count is the answer."""
     for domain in ("math", "science"):
         for problem in domains.problems(domain, 300, "b"):
             runs = [part for part in problem.response.split(",")[:-1] if part[0].isdigit()]
@@ -131,7 +131,7 @@ def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
 
 
 def of_command(command: tuple[object, ...], stage: str) -> tuple[list[object], list[object]]:
-    """The same of one of megatron-rl's, which has the seed of the pipeline."""
+    """Return what a command of megatron-rl reads and writes. Check that it has the seed of the pipeline."""
     arguments = command_parser().parse_args([str(word) for word in command[2:]])
     if arguments.command == "convert":
         return [arguments.source], [arguments.destination]

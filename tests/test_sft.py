@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which chats a step holds, where epochs end, what a run leaves, and that it can be resumed."""
+"""Tests supervised fine-tuning: the chats of a step, the ends of epochs, the files of a run, and resuming."""
 
 import json
 import math
@@ -61,7 +61,7 @@ micro_batch_tokens = 200
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and three files of chats: 30 and 10 to train on, 9 to validate on."""
+    """Make a folder with a model and three files of chats: 30 and 10 to train on, 9 to validate on."""
     folder = tmp_path_factory.mktemp("sft")
     make_inputs(folder, 49, 1, 1)
     rows = (folder / "data/sft.jsonl").read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""The simulator: decoding against one that goes token by token, steps by hand, rates that are found again."""
+"""Tests the simulator: decoding against a slower one that goes token by token, steps by hand, rates found again."""
 
 import importlib.util
 import json
@@ -324,7 +324,7 @@ def write_run(steps: list[Step], waves: list[Groups], folder: Path) -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """tools/simulate_cluster.py on the paper's first stage, from the root of the repository."""
+    """Return a function that runs tools/simulate_cluster.py on the paper's first stage."""
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("simulate_cluster", ROOT / "tools/simulate_cluster.py")
     assert spec

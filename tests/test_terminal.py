@@ -110,7 +110,7 @@ def test_what_goes_well_is_on_stdout_and_warnings_are_on_stderr() -> None:
 
 
 def test_a_command_says_something_before_it_imports_anything_heavy(tmp_path: Path) -> None:
-    """So that a line is there within a second; what follows takes several."""
+    """Check that a line is shown before anything heavy is imported, which takes several seconds."""
     script = (
         "import sys\nfrom megatron_rl import cli\nwrite = sys.stdout.write\n"
         "def noted(text):\n    write(f'{sorted({*sys.modules} & {*sys.argv[2:]})} {text}')\n"

@@ -1,4 +1,4 @@
-"""A run that learns nothing says so within three steps, with causes and responses."""
+"""Tests that a run that learns nothing says so within three steps, with causes and responses."""
 
 import logging
 from collections.abc import Mapping, Sequence

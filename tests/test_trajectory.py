@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Talk:
-    """A trajectory, and the servers behind it."""
+    """Holds a trajectory and a policy that writes what the test says."""
 
     def __init__(self, tokenizer, say, *, turns=8, policy_tokens=2000, sequence_tokens=4000, **options):
         self.tokenizer = tokenizer
@@ -43,7 +43,7 @@ class Talk:
         )
 
     async def ask(self, messages, **body):
-        """The message that a client would be given, and what the policy read."""
+        """Ask once. Return the message that the client gets, what the policy read, and the answer."""
         answer = await self.trajectory.chat(parse_chat({"messages": messages, **body}))
         message = {"role": "assistant", "content": answer.said.content}
         if answer.said.calls:
@@ -55,7 +55,7 @@ class Talk:
         return message, read, answer
 
     def shown(self):
-        """The segments as text; what the policy sampled in [ ]."""
+        """Return the segments as text, with what the policy sampled in [ ]."""
         return [shown(self.tokenizer, segment) for segment in self.trajectory.recording.segments()]
 
 
@@ -283,7 +283,7 @@ def test_what_was_sampled_before_a_kill_is_not_sampled_again(tokenizer) -> None:
 
 @st.composite
 def turn_lists(draw):
-    """Turns of a trajectory whose contexts go on with what was there, or with a part of it, or with none."""
+    """Draw turns of a trajectory whose contexts continue an earlier one, a part of it, or none."""
     turns, wholes = [], [()]
     for number in range(draw(st.integers(1, 8))):
         base = draw(st.sampled_from(wholes))

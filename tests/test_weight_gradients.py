@@ -1,5 +1,7 @@
-"""Weight gradients of Transformer Engine's layers, added up in fp32 inside of the product: stand-ins that treat a flag,
-and megatron's sums, as Transformer Engine 2.20 does, in megatron's own DDP."""
+"""Tests weight gradients of Transformer Engine's layers, which are added up in fp32 inside the product.
+
+Stand-ins treat a flag, and megatron's sums, as Transformer Engine 2.20 does, in megatron's own DDP.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,7 +39,8 @@ def _alone() -> Iterator[None]:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T; backward adds to `main_grad` if asked, says so, and gives what nobody may read."""
+    """Computes x W^T. Its backward adds to `main_grad` if it is asked to, says so, and returns a gradient not to be
+    read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, fused: bool) -> Tensor:
@@ -190,7 +193,7 @@ def tiny(folder: Path) -> tuple[Any, SftConfig]:
 
 @pytest.mark.parametrize("gradient", ["transformer_engine", "separate"])
 def test_a_model_is_built_with_what_was_chosen(gradient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's own linear layers get the flag, as if they were Transformer Engine's."""
+    """Check that megatron's own linear layers get the flag, in place of Transformer Engine's."""
     architecture, config = tiny(tmp_path)
     monkeypatch.setattr(ColumnParallelLinear, "fuse_wgrad_accumulation", False, raising=False)
     monkeypatch.setattr(build, "choose", lambda *asked: replace(choose(*asked), weight_gradient=gradient))

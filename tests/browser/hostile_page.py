@@ -64,7 +64,10 @@ async function attack() {
 
 @contextmanager
 def hostile_page(server: str, model: Path) -> Iterator[str]:
-    """The url of a page of another origin than `server`, with `attack()`. model: weights that it would like there."""
+    """Serve a page of another origin than `server` that has `attack()`, and yield its URL.
+
+    model: weights that the page tries to load into the server.
+    """
     names = f"const SERVER = {json.dumps(server)}, MODEL = {json.dumps(str(model))};"
     page = f"<!doctype html><title>cats</title><body><script>{names}{ATTACKS}</script>".encode()
 

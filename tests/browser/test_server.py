@@ -1,4 +1,4 @@
-"""A page that is open in a browser on the machine of a generation server gets it to do nothing."""
+"""Checks that a page in a browser on the machine of a generation server cannot make the server do anything."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
 
 
 def state(server: EmbeddedServer) -> tuple[str, dict[str, str], list[dict[str, object]]]:
-    """Version and checksums of its weights, and what runs or is paused."""
+    """Return the version and the checksums of the server's weights, and what runs or is paused."""
     info = httpx.get(f"{server.url}/server_info", trust_env=False).json()
     sums = httpx.get(f"{server.url}/weights_checker", trust_env=False).json()
     return info["weight_version"], sums["checksums"], info["internal_states"]

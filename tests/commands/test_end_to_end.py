@@ -1,4 +1,4 @@
-"""Whole runs of the command line on a tiny model: the loop, resuming, being killed, and mistakes."""
+"""Tests whole runs of the command line on a tiny model: the loop, resuming, being killed, and mistakes."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_the_tokens_of_the_first_trained_group_are_beside_its_responses(whole: P
 
 
 def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
-    """So that a metric that gets another name or is new is not forgotten."""
+    """Check that the report knows every metric, so that a renamed or new one is not forgotten."""
     present = set(rows_of(whole)[0]) - {"step"}
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
@@ -506,7 +506,7 @@ def test_a_users_mistake_ends_in_one_message_and_exit_code_2(
 
 
 def in_parts(row: dict, kind: int) -> dict:
-    """A recorded row as it is, as a trajectory of two turns, or as one of two segments."""
+    """Return a recorded row as it is, as a trajectory of two turns, or as one of two segments."""
     ids, logprobs = row["output_ids"], row["rollout_logprobs"]
     half = len(ids) // 2
     if not kind or not half:

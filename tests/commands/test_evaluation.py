@@ -1,4 +1,4 @@
-"""Whole evaluations by the command line on a tiny model that answers 1, 2, 2.0 or nothing, about equally often."""
+"""Tests whole evaluations on a tiny model that answers 1, 2, 2.0 or nothing, about equally often."""
 
 import json
 import random
@@ -105,13 +105,13 @@ def evaluate(inputs: Path, output: Path, *options: str, code: int = 0) -> subpro
 
 
 def evaluate_here(inputs: Path, output: Path, *changes: str, names: tuple[str, ...] = ()) -> None:
-    """The same without a process of its own, which would spend seconds on its imports."""
+    """Evaluate in this process. A process of its own would spend seconds on its imports."""
     config = load_config(EvaluateConfig, inputs / "evaluate.toml", changes)
     assert run_evaluation(config, output, names, resume=output.exists()) == 0
 
 
 def results(folder: Path) -> dict:
-    """Without how fast it went."""
+    """Return the results without the speed."""
     found = json.loads((folder / "results.json").read_text())
     for benchmark in found["benchmarks"].values():
         del benchmark["speed"]

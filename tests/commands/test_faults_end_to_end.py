@@ -1,4 +1,4 @@
-"""Whole runs whose servers go: the numbers are those of an undisturbed run, or the message says why they cannot be."""
+"""Tests whole runs whose servers are lost: the numbers stay the same, or the message says why they cannot."""
 
 import contextlib
 import json
@@ -76,7 +76,7 @@ sys.exit(main())
 
 
 class Run:
-    """`megatron-rl train` in a process of its own."""
+    """Runs `megatron-rl train` in a process of its own."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Run:
         code: tuple[str, str] = ("-c", WITH_KNOWN_KEY),
         **environment: str,
     ) -> None:
-        """code: for the interpreter, in place of the command."""
+        """Start the run. code: the interpreter's arguments that stand in for the command."""
         folder.mkdir(exist_ok=True)
         self.folder, self.run_dir = folder, folder / "run"
         config = folder / "config.toml"
@@ -129,7 +129,7 @@ class Run:
         return int((self.run_dir / f"{name}.pid").read_text())
 
     def is_running(self, name: str) -> bool:
-        """The server of this name draws tokens."""
+        """Return whether the server of this name draws tokens."""
         with contextlib.suppress(OSError, httpx.HTTPError):
             url = re.findall(r"serving .* on (\S+)", (self.run_dir / f"{name}.log").read_text())
             if url:
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def sampled(self) -> list[dict[str, Any]]:
-        """Every sample of every phase: its tokens as text, its reward, and what became of it."""
+        """Return the rows of all samples of all phases, with text, reward and outcome."""
         paths = sorted((self.run_dir / "rollouts").glob("*.jsonl"))
         return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
@@ -271,8 +271,10 @@ def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
 def test_a_hung_server_of_another_node_is_started_again_there_and_the_run_goes_on_with_it(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """Its weights come over a process group, so it gets them from a push only: while the others generate, or a later
-    step's."""
+    """Check a server whose weights come over a process group, so that only a push can bring them back.
+
+    The push is one while the others generate, or that of a later step.
+    """
     shared = two_ranks() | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     options = ("rollout.servers=1", "train.steps=9999", "sync.transport=distributed")
     nodes = [Run(inputs, tmp_path / "run", *options, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)]

@@ -1,4 +1,4 @@
-"""Reference answers in letters: polynomials, formulas, equations."""
+"""Makes reference answers in letters: polynomials, formulas, equations."""
 
 import random
 from fractions import Fraction

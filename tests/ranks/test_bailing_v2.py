@@ -1,4 +1,4 @@
-"""BailingMoeV2 against the plain fp64 model of reference.py: trainer, embedded server, files; and its router alone."""
+"""Tests BailingMoeV2 against the plain fp64 model of reference.py: trainer, embedded server, files, and its router."""
 
 import json
 import random
@@ -134,7 +134,7 @@ def test_replayed_experts_have_the_gradient_of_the_reference(models: dict[str, P
 
 @pytest.fixture(scope="module")
 def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A model as published: bf16, but for the biases; and its tensors."""
+    """Write a model as it is published, in bf16 but for the biases. Return its path and its tensors."""
     model = write_tiny_model(tmp_path_factory.mktemp("bf16") / "tiny", **SHAPE | {"torch_dtype": "bfloat16"})
     tensors = {n: t if n.endswith("expert_bias") else t.bfloat16() for n, t in load_file(model / MODEL).items()}
     biases = [t for name, t in tensors.items() if name.endswith("expert_bias")]

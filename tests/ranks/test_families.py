@@ -1,4 +1,4 @@
-"""Every family against transformers' own classes: log-probs, gradients, files; and what config.json must say."""
+"""Tests every family against transformers' own classes: log-probs, gradients, files, and what config.json must say."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A run's checkpoints on two real ranks: written beside training, on full disks, damaged, killed in the middle."""
+"""Tests a run's checkpoints on two real ranks: written beside training, on full disks, damaged, or killed midway."""
 
 import json
 import os
