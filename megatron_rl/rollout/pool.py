@@ -53,10 +53,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Remembers where the responses of one group go: to one server, which puts their common prompt through the model
-    once.
+    """Remembers which server gets the responses of one group, so that their common prompt is processed once.
 
-    most: requests that it may have; beyond them the next response goes to the least busy one, and the rest follow.
+    most: requests that this server may have; beyond them the next response goes to the least busy one, and the rest
+    follow.
     """
 
     most: float = math.inf

@@ -1,4 +1,4 @@
-"""Keeps beside a file what the responses in it depend on, so that `--resume` never mixes those of two settings."""
+"""Records the settings that the responses in a file depend on, so that `--resume` never mixes those of two settings."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Reads routed experts as SGLang answers them, from text to array, and computes how much of it a run makes."""
+"""Decodes the routed experts of SGLang's answers into arrays, and computes how many bytes of them a step has."""
 
 import binascii
 from collections.abc import Iterator

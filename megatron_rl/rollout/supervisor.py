@@ -1,4 +1,4 @@
-"""Keeps the servers of one node running: a thread starts again what ends or is given up."""
+"""Keeps the servers of one node running: a thread restarts those that end or that the pool gives up."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Does rank 0's side of a step: collects the groups of a rollout phase, and plans the train phase that they fill."""
+"""Collects the groups of a rollout phase on rank 0, and plans the train phase that they fill."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Collector:
     """Collects what a phase needs, plans its optimizer steps, and keeps what it leaves to the next one.
 
-    files: where the responses of each step are written, beside what follows. `close()` ends that.
+    files: writes the responses of each step beside what follows. `close()` ends that.
     """
 
     def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, source: GroupSource) -> None:
