@@ -1,4 +1,4 @@
-"""The unmodified OpenAI client against the gateway: 40 kinds of requests, and hostile ones.
+"""Tests the gateway by the unmodified OpenAI client: 40 kinds of requests, and hostile ones.
 
 Plain tests that take a `served`: test_gateway.py runs them over the embedded server, real_sglang/test_gateway.py over
 SGLang. The model is random, so what it says is bytes that no tokenizer would write so: what is recorded must be what
@@ -34,10 +34,11 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 
 class Served:
-    """The gateway of a run over one server, in a loop of its own."""
+    """Runs the gateway of a run over one server, in an event loop of its own."""
 
     def __init__(self, folder, start, *, seeds=True):
-        """start: gives a server of a model directory. seeds: it takes them."""
+        """Start the server and the gateway. start: makes a server of a model directory. seeds: whether it takes
+        seeds."""
         flags = f"{FLAGS} --max-position-embeddings {CONTEXT + 64} --init-std 0.12"
         assert write_chat_model(folder / "model", *flags.split()) == VOCAB
         self.tokenizer = load_tokenizer(folder / "model")
@@ -68,7 +69,7 @@ class Served:
         self.server.stop()
 
     def open(self, **limits):
-        """A trajectory that may ask, and a client for it."""
+        """Open a trajectory that may ask, and return it with a client for it."""
         limits = {"sequence_tokens": CONTEXT, "policy_tokens": 10**6, "turns": 10**6, **limits}
 
         async def make():
@@ -459,7 +460,7 @@ def test_requests_of_one_trajectory_have_a_limit(served) -> None:
 
 
 def assert_waits(served):
-    """Between phases whoever asks waits; the line stays alive."""
+    """Check that a request between phases waits for its answer, so that the client's own timeout ends it."""
     _, client = served.open()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.2).chat.completions.create(model="any", messages=ASK, max_tokens=1)

@@ -1,4 +1,4 @@
-"""Agents and the process that runs them: what one does wrong costs its own trajectory, and nothing of it is left."""
+"""Tests agents and the process that runs them: a bad agent costs only its own trajectory, and leaves nothing behind."""
 
 import asyncio
 import os
@@ -61,7 +61,7 @@ def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None,
 
 
 def groups_of(tokenizer, folder, questions, **more):
-    """The group of each question."""
+    """Sample the group of each question. Return the groups and the counts."""
     sampler, rewards = sampler_of(tokenizer, folder, **more)
 
     async def run():

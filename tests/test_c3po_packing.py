@@ -1,4 +1,4 @@
-"""Micro-batches: under the cap, equally many on every rank, nothing lost, and near a bound that is one."""
+"""Tests micro-batches: under the cap, equally many on every rank, without losses, and near a proven bound."""
 
 import json
 import random
@@ -31,7 +31,7 @@ costs = st.builds(CostModel, linear=st.sampled_from([0.5, 1.0]), quadratic=st.sa
 
 
 def placements(lengths: Sequence[int], token_cap: int) -> Iterator[list[list[int]]]:
-    """Every way to divide the sequences into bins under the cap."""
+    """Yield every way to divide the sequences into bins under the cap."""
 
     def extend(bins: list[list[int]], rest: Sequence[int]) -> Iterator[list[list[int]]]:
         if not rest:
@@ -46,8 +46,11 @@ def placements(lengths: Sequence[int], token_cap: int) -> Iterator[list[list[int
 
 
 def best_cost(lengths: Sequence[int], num_ranks: int, token_cap: int, cost: CostModel) -> float:
-    """The least barrier cost of any placement. Given the bins, rows of bins of like cost are best: the j-th costliest
-    row costs at least the bin that (j - 1) * num_ranks others are no cheaper than, and this reaches it."""
+    """Return the least barrier cost of any placement.
+
+    With given bins, it is best to put bins of like cost into one row. The j-th costliest row costs at least as much as
+    the bin that (j - 1) * num_ranks bins are at least as costly as, and this placement costs no more.
+    """
     return min(
         sum(sorted((sum(map(cost, members)) for members in bins), reverse=True)[::num_ranks])
         for bins in placements(lengths, token_cap)

@@ -1,4 +1,4 @@
-"""Code judged as its benchmark does: the block that is the solution, outputs and results, imports, kinds of tests."""
+"""Tests that code is judged as its benchmark does: the block chosen, outputs and results, imports, kinds of tests."""
 
 import json
 import os

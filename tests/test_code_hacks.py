@@ -1,4 +1,4 @@
-"""Programs that solve nothing and want a reward all the same: each comes out wrong, as root and as an ordinary user.
+"""Tests programs that solve nothing and want a reward: each is judged wrong, as root and as an ordinary user.
 
 All of them face tests that a right program passes, which is shown first.
 """
@@ -435,7 +435,7 @@ HACKS = {
 
 @pytest.fixture(scope="module", params=USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}")
 def judged(request):
-    """Every hack's judgement, by one sandbox of this user."""
+    """Judge every hack in one sandbox of this user."""
 
     def work():
         runner.cache_clear()

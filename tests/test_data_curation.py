@@ -1,4 +1,4 @@
-"""Curation from files to files: what is written, what is refused, and that a run is whole or nothing."""
+"""Tests curation from files to files: what is written and refused, and that a run leaves all or nothing."""
 
 import fcntl
 import gzip

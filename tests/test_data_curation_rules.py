@@ -1,4 +1,4 @@
-"""Each rule finds its defect and leaves what only looks like one."""
+"""Tests that each rule finds its defect and keeps rows that only look like one."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The order of prompts: epochs, mixtures, stages, and a cursor that is all there is to resume."""
+"""Tests the order of prompts: epochs, mixtures, stages, and a cursor, which alone is needed to resume."""
 
 import json
 from collections import Counter

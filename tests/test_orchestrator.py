@@ -199,7 +199,7 @@ def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_an
     ],
 )
 def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, difference, theirs, fault):
-    """Two programs in bfloat16 round differently, and that is no reason to end a run."""
+    """Check that different roundings of two programs in bfloat16 do not end a run."""
 
     def checksums():
         if isinstance(theirs, Exception):

@@ -1,4 +1,4 @@
-"""No request ends, freezes or starves the embedded server."""
+"""Tests that no request ends, freezes or starves the embedded server."""
 
 import asyncio
 import json

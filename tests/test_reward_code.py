@@ -1,4 +1,4 @@
-"""Code rewards: the block that counts, every kind of test, and programs that go for the tests and not for the task."""
+"""Tests code rewards: the block that counts, every kind of test, and programs that attack the tests."""
 
 import asyncio
 import dataclasses
@@ -457,7 +457,7 @@ def test_a_prefix_may_be_the_head_of_a_function_alone():
 
 
 def keys_of_one_hash(count: int) -> bytes:
-    """hash(-1) is hash(-2), so all tuples of them have one; and each comparison takes its time."""
+    """Return packed keys of one hash: hash(-1) is hash(-2). Each comparison of two keys takes a while."""
     same = b'["tuple",' + b'["Fraction","0x1","0x2"],' * 12
     return b",".join(same + b",".join(b"-1" if n >> i & 1 else b"-2" for i in range(14)) + b"]" for n in range(count))
 
@@ -632,7 +632,7 @@ def test_solutions_of_real_tasks_pass_and_wrong_ones_fail(kind, task):
 
 
 class Fusion(http.server.BaseHTTPRequestHandler):
-    """A SandboxFusion of ten lines, in front of this machine's own sandbox."""
+    """Stands in for SandboxFusion in ten lines, by this machine's own sandbox."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,4 @@
-"""A whole run with adapters, as a user starts it."""
+"""Tests a whole run with adapters, as a user starts it."""
 
 import json
 import sys

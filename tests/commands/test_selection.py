@@ -1,4 +1,4 @@
-"""`megatron-rl select` on models whose next token depends on the last one alone, so that entropies are known."""
+"""Tests `megatron-rl select` on models of known entropy: their next token depends on the last one alone."""
 
 import json
 import math
@@ -137,7 +137,7 @@ Chain = dict[int, dict[int, float]]
 
 
 def chain(more: float, answers: Sequence[float]) -> Chain:
-    """Any number of "a", then a box with 1, 2 or 3. more: the chance of another "a"."""
+    """Make a model that writes any number of "a" and then a box with 1, 2 or 3. more: the chance of another "a"."""
     a, close = CHARACTERS.index("a"), CHARACTERS.index("}")
     digits = [CHARACTERS.index(digit) for digit in "123"]
     begin = {a: more, BOXED: 1 - more}

@@ -1,4 +1,4 @@
-"""The fused head on the device against the formula in fp64."""
+"""Tests the fused head on the device against the formula in fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Short runs of the command line with the trainer on the device: rollout, budget, steps, weights to servers, export."""
+"""Tests short runs of the command line with the trainer on the device: rollout, budget, steps, pushes, export."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Adapters on real gloo ranks: every layout has the gradient of one process, and of peft; and checkpoints."""
+"""Tests adapters on gloo ranks: every layout has the gradient of one process and of peft. Also tests checkpoints."""
 
 import json
 import random
@@ -176,7 +176,7 @@ def test_what_saves_memory_and_what_overlaps_changes_no_bit_in_bfloat16_and_roun
 
 @pytest.fixture(scope="module")
 def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Saves a checkpoint of two ranks that divide every weight, after a step; and what they had then."""
+    """Save a checkpoint of two ranks that divide every weight, after a step. Return it and the results of the run."""
     folder = tmp_path_factory.mktemp("saved")
     parallel = {"tensor": 2, "expert_tensor": 2}
     spec = make_spec(model, **STEADY, parallel=parallel, save_to=str(folder / "checkpoints"))

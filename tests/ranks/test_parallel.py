@@ -1,4 +1,4 @@
-"""Every way to divide the work gives the same gradient, the same step, and the same checkpoint: real gloo ranks."""
+"""Tests that every way to divide the work gives the same gradient, step and checkpoint, on real gloo ranks."""
 
 import json
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def test_two_ranks_give_the_gradient_and_the_step_of_one(
 
 @pytest.fixture(scope="module")
 def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], dict[str, torch.Tensor]]:
-    """One process in fp64, with the auxiliary losses that a layout can be compared with."""
+    """Return a function that runs one process in fp64, with auxiliary losses that the layout can be compared with."""
     runs: dict[str, dict[str, torch.Tensor]] = {}
 
     def run(layout: Layout) -> dict[str, torch.Tensor]:
@@ -167,7 +167,7 @@ def test_grouped_experts_train_what_sequential_ones_do(
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A deeper model, and what one process makes of it in fp64."""
+    """Make a deeper model, and return it with the results of one process in fp64."""
     folder = tmp_path_factory.mktemp("deep")
     model = write_tiny_model(folder / "tiny", **SHAPE | {"num_hidden_layers": 7})
     spec = exact_spec(model, moe=moe(Layout(world_size=1)))
@@ -313,7 +313,8 @@ def test_bfloat16_by_what_a_gpu_has_trains_close_to_float32(
 
 
 def test_quack_changes_the_experts_gradients_alone_and_by_their_rounding_alone(model: Path, tmp_path: Path) -> None:
-    """The same step in bf16, where the gradients of experts are rounded to bf16 in every micro-batch, or never."""
+    """Compare a step in bf16 without and with quack: torch rounds experts' gradients in every micro-batch, quack
+    never."""
     common = {"dtype": "bfloat16", "as_on_a_gpu": True}
     torchs = run_ranks(1, make_spec(model, **common), tmp_path / "torch")
     quacks = run_ranks(1, make_spec(model, **common, expert_weight_gradient="quack"), tmp_path / "quack")
@@ -361,7 +362,8 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
 
 @pytest.fixture(scope="module")
 def saved_by_tp2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
-    """A checkpoint of two tensor-parallel ranks after a step, and the weights that they exported then."""
+    """Save a checkpoint of two tensor-parallel ranks after a step. Return it and the weights that they exported
+    then."""
     folder = tmp_path_factory.mktemp("tp2")
     spec = make_spec(model, whole_gradients=False, parallel={"tensor": 2}, save_to=str(folder / "checkpoints"))
     return f"{folder}/checkpoints/step_1", run_ranks(2, spec, folder / "run")

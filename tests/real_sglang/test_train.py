@@ -1,4 +1,4 @@
-"""Whole runs against a real SGLang server: two ranks, weights by broadcast or through shared memory, C3PO++."""
+"""Tests whole runs with real SGLang: two ranks, weights by broadcast or through shared memory, C3PO++."""
 
 import json
 import subprocess
