@@ -220,7 +220,7 @@ def test_streams_are_cumulative_and_end_with_done(server):
     assert all(part["meta_info"]["finish_reason"] is None for part in parts[:-1])
 
 
-# Only what both refuse: real SGLang takes much that is wrong, and ends itself for a token id outside the vocabulary.
+# Both kinds of servers refuse these. Real SGLang takes much that is wrong, and a token id out of range ends it.
 @pytest.mark.parametrize(
     "body",
     [

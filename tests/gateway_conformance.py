@@ -190,7 +190,7 @@ def test_ids_that_were_sampled_are_read_again_as_they_are_over_many_turns(served
     told = served.loop.run(served.pool.input_logprobs(ids.tolist()))[served.server.url]
     mask = np.concatenate([np.zeros(len(segment.prompt_ids), bool), segment.policy_mask])[1:]
     assert told[mask] == pytest.approx(segment.rollout_logprobs, abs=2e-5)
-    # Bytes at random: their text encodes to other tokens.
+    # The response is random bytes, whose text encodes to other tokens.
     start, stop = segment.turns[0].tolist()
     again = served.tokenizer.encode(served.tokenizer.decode(segment.output_ids[start:stop].tolist()))
     assert again != segment.output_ids[start:stop].tolist()

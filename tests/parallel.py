@@ -181,7 +181,7 @@ def make_spec(model: Path, **changes: object) -> dict:
                 "advantage": rng.uniform(-2, 2),
                 # About what a model that knows nothing gives: some ratios are clipped, others are not.
                 "rollout_logprobs": [rng.randint(-1200, -800) / 256 for _ in range(length - num_prompt_tokens)],
-                # None, all, or the first half: a response that was resumed under new weights.
+                # No tokens, all, or the first half are stale; the last as in a response resumed under new weights.
                 "num_stale_tokens": (0, length, (length - num_prompt_tokens) // 2)[len(rows) % 3],
             }
         )

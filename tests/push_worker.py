@@ -223,7 +223,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
             if servers:
                 found |= {"checksums": servers.checksums(), "sent": len(transport.buckets)}
                 report["pushes"].append(found)
-                # Behind the trainer's back: other weights under the right name.
+                # The server gets other weights under the right version, unknown to the trainer.
                 client = servers.pool.serving[0].client
                 servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
             transport.close()

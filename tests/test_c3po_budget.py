@@ -104,7 +104,7 @@ def test_lengths_of_selected_responses_are_those_of_the_candidates() -> None:
 
 @given(halves=st.lists(st.integers(1, 50), min_size=1, max_size=40), seed=st.integers(0, 99))
 def test_a_budget_of_half_the_tokens_trains_half_of_every_response_on_average(halves: list[int], seed: int) -> None:
-    # Exact, pair by pair: what an order cuts or leaves of a response, the reversed and equally likely order trains.
+    # Each pair of orders is exact: what one cuts or leaves of a response is trained by its reverse, as likely as it.
     lengths = [2 * half for half in halves]
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)

@@ -166,7 +166,7 @@ def test_heavy_tailed_lengths_are_planned_near_the_bound(num_samples: int, ranks
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60), ranks=st.integers(1, 6), cap=st.integers(64, 150))
 def test_whole_ranks_differ_by_no_more_than_the_bins_of_one_row(lengths: list[int], ranks: int, cap: int) -> None:
-    # Pairing the costliest bin with the idlest rank: a difference either shrinks or is that of the row just added.
+    # The costliest bin goes to the idlest rank, so a difference either shrinks or is that of the row just added.
     loads = [
         [sum(COST(lengths[i]) for i in bin_) for bin_ in rank] for rank in pack_micro_batches(lengths, ranks, cap, COST)
     ]

@@ -69,7 +69,7 @@ def judge(source: str, tests: dict):
     return judge_response(f"```python\n{textwrap.dedent(source)}\n```", json.dumps(tests), SETTINGS)
 
 
-# An answer on the socket that the program's side shares with whoever asks: descriptors, and what goes out there.
+# Writes forged answers to all descriptors. One is the socket over which the program's side answers the tests.
 SEND = """
 import os
 def send(*lines):
@@ -116,7 +116,7 @@ HACKS = {
     ),
     "an exception with the name of the tester's": (TRIES, "class Broken(Exception): pass\ndef f(x): raise Broken"),
     "import error as if a test could not run": (SQUARE, "def f(x): raise ImportError('numpy')"),
-    # Objects that please everybody.
+    # These objects are equal to everything.
     "equal to everything": (SQUARE, "class R:\n    def __eq__(self, o): return True\ndef f(x): return R()"),
     "different and equal": (
         POINT,

@@ -96,7 +96,7 @@ def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained
     model = write_tiny_model(folder / "hf", **changes)
     convert(Job(source=model, destination=folder / "converted", to_megatron=True))
 
-    # Megatron's own loader, in one layout: the log-probs are those of the Hugging Face directory.
+    # By megatron's own loader the log-probs are those of the Hugging Face directory, in one layout.
     num_ranks, parallel = LAYOUTS[saved]
     spec = make_spec(model, parallel=parallel, whole_gradients=False)
     expected = run_ranks(num_ranks, spec, folder / "from-hf")

@@ -125,7 +125,7 @@ def test_a_program_that_takes_too_long_is_too_slow_by_cpu_or_by_the_clock():
         "raise SystemExit(0)",
         "def f(x):\n    import os\n    os._exit(0)",
         "def f(x):\n    raise SystemExit",
-        # Answers that claim to equal everything.
+        # These answers claim to equal everything.
         "class Any:\n    def __eq__(self, other): return True\ndef f(x): return Any()",
         "class Any(int):\n    def __eq__(self, other): return True\ndef f(x): return Any()",
         # Names that the tests use.
@@ -223,7 +223,7 @@ def test_text_that_is_no_text_costs_only_itself():
 
 @needs_sandbox
 def test_an_answer_forged_as_a_pickle_cannot_touch_the_tester():
-    # A frame that calls os._exit in whoever decodes it, and one that makes int's equality true.
+    # One frame calls os._exit in the process that decodes it. Another makes int's equality true.
     forge = """
 import os, sys
 def f(x):

@@ -469,7 +469,7 @@ def test_a_sandbox_ends_with_the_process_that_started_it(user):
         if pid == 0:
             Sandbox().run_python(f"# {MARK}\nimport time\ntime.sleep(120)", b"", replace(LIMITS, wall_seconds=100.0))
         deadline = time.monotonic() + 10
-        # The program itself: bubblewrap, which names it too, asks to end with us only some moments after its start.
+        # Wait for the program itself. bubblewrap, which names it too, asks to end with us only moments after its start.
         while all("bwrap" in line for line in left_over()) and time.monotonic() < deadline:
             time.sleep(0.05)
         started = bool(left_over())

@@ -172,7 +172,7 @@ def test_idle_shares_and_busy_are_the_whole(config: Path) -> None:
     assert found["busy"] + sum(found["idle"].values()) == pytest.approx(1.0)
     assert found["idle"]["waiting_for_training"] == found["idle"]["waiting_for_rollout"] == 0.0
     assert found["idle"]["sync"] == pytest.approx(np.mean([4.0 / step.seconds for step in steps]))
-    # By hand, the first step: busy are decoding at full speed and FLOPs at full speed.
+    # The busy share of the first step by hand: decoding and FLOPs, both at full speed.
     full_speed = 2 * 4 / 0.25
     even = 5 * 10 * (10.0 * 15 + 0.5 * 15**2) / 2 / 2000.0
     assert 1.0 - sum(steps[0].idle.values()) == pytest.approx((160 / full_speed + even) / steps[0].seconds)

@@ -137,8 +137,7 @@ def test_a_process_with_the_same_id_that_came_later_is_another_one(tmp_path: Pat
 
 
 def test_alarms_are_found_again_in_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check a gradient norm of 30 after others of 1: it is above ten times the usual, but train.grad_norm_alarm =
-    100."""
+    """Check that a gradient norm of 30 after others of 1 is an alarm, but not with train.grad_norm_alarm = 100."""
     folder = make_run(tmp_path / "run", 1)
     norms = [1.0] * 12 + [30.0]
     rows = [{"step": i, "grad_norm": n, "step_seconds": 2.0, "reward": 0.5} for i, n in enumerate(norms)]

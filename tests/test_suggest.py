@@ -25,7 +25,7 @@ SERVERS = [
     "rollout.max_running_requests=64",
     "rollout.release_memory=true",
 ]
-# Found by hand: GPUs, GiB of each, and what fits.
+# Layouts found by hand: the number of GPUs, GiB of each, and the settings that fit.
 BY_HAND = [
     (8, 80, ["parallel.expert=8", "parallel.tensor=1", "model.recompute=full", *SERVERS]),
     (

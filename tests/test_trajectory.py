@@ -171,7 +171,7 @@ def test_where_a_client_changes_history_a_new_segment_begins(tokenizer) -> None:
             f"{beginning}[three{END}]{end}[seven{END}]",
             f"{beginning}4{END}{end}[six{END}]",
         ]
-        # Twice behind the same answer: the second time its tokens are read only.
+        # Two requests go on from one answer. In the second its tokens are read, not trained again.
         await_again = Talk(tokenizer, ["three", "six", "seven"])
         first, _, _ = await await_again.ask([ASK])
         for _ in range(2):

@@ -45,7 +45,7 @@ class Problems:
     """Gathers what is wrong with rows, so that it can be told at once. The same fault in many rows is told once."""
 
     def __init__(self) -> None:
-        # By file and fault: the first row's text, in how many rows, and where the first is.
+        # Maps (file, fault) to the first message, the number of such rows, and the line of the first.
         self._found: dict[tuple[str, str], tuple[str, int, int]] = {}
         self._unmapped: list[str] = []
 

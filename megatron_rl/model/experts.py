@@ -313,7 +313,7 @@ class Weights:
         """Hold the weights of the experts. weights: by expert. ready, add_product: see GroupedExperts."""
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
-        # Elements from one to the next; 0 where they do not lie evenly in this order.
+        # The number of elements from one weight to the next; 0 when they are not evenly spaced in this order.
         self._step = max(0, distance(self._ordered))
         self._main_step = max(0, distance([weight.main_grad for weight in self._ordered])) if ready else 0
         self._ready, self._add_product = ready, add_product

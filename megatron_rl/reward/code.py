@@ -274,7 +274,7 @@ def _check(line: bytes, expected: Any, task: Calls) -> None:
             raise _Failed(f"expected {short(expected)}, got {short(result)}")
     except _Failed:
         raise
-    # The fault boundary: whatever a result does to whoever looks at it, it is not what was expected.
+    # The fault boundary: a result that raises when it is looked at is not what was expected.
     except Exception as error:
         raise _Failed(f"the result cannot be compared: {type(error).__name__}") from None
 

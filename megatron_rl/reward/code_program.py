@@ -64,7 +64,7 @@ typing: Any Callable DefaultDict Deque Dict FrozenSet Generator Generic Hashable
 typing: NamedTuple NoReturn Optional Protocol Sequence Set SupportsInt Tuple Type TypeVar Union cast
 """
 _MODULES = "bisect collections copy datetime functools heapq io itertools json math operator os random re statistics"
-# Name -> (module, name in it; empty for the module itself).
+# Maps a name to (module, name in it). The second is empty for the module itself.
 PRELUDE: dict = {name: (name, "") for name in (_MODULES + " string sys time typing numpy").split()}
 PRELUDE.update(np=("numpy", ""))
 for _line in _PRELUDE.strip().splitlines():
@@ -240,7 +240,7 @@ def compiled(source: str) -> Any:
             found = __import__(module)
         except ImportError:  # numpy
             continue
-        # As a builtin: the tests take nothing from it for the program's own.
+        # It becomes a builtin, so that the tests do not take it for a name that the program defines.
         setattr(builtins, name, getattr(found, attribute) if attribute else found)
     return code
 

@@ -76,7 +76,7 @@ def unpack(line: bytes, other: UnpackOther = refuse, arrays: bool = True) -> Any
         raise
     except MemoryError:
         raise NotPlain("a value that does not fit into memory") from None
-    # The fault boundary: what a line makes the constructors of plain types say is the line's fault.
+    # The fault boundary: when a constructor of a plain type raises, the line is at fault.
     except Exception as error:
         raise NotPlain(f"not plain data: {type(error).__name__}") from None
 

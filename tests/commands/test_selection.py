@@ -48,7 +48,7 @@ servers = 1
 
 def test_token_entropy_by_hand() -> None:
     found = token_entropy([3.0, 1.0], [4, 4])
-    # Residuals 1 and -1: variance of the logarithm 2 / 1 * 2 / 16, and Student's t of one degree of freedom.
+    # The residuals are 1 and -1, so the logarithm's variance is 2 / 1 * 2 / 16. Student's t has one degree of freedom.
     assert found.value == 0.5
     assert (found.low, found.high) == pytest.approx(
         (0.5 / math.exp(student_95(1) / 2), 0.5 * math.exp(student_95(1) / 2))

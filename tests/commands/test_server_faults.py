@@ -265,7 +265,7 @@ def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
         async with connected(supervisor.urls, models[0], supervisor) as pool:
             await pool.release_memory()
             (before, other) = pids_of(supervisor)
-            # Behind the pool's back: then it is told to resume what is not released any more.
+            # The server resumes without the pool's knowledge, so the pool later resumes what is not released.
             url, body = f"{supervisor.urls[0]}/resume_memory_occupation", {"tags": ["weights"]}
             httpx.post(url, json=body, headers=bearer(KEY), trust_env=False)
             await pool.resume_memory(WEIGHTS)

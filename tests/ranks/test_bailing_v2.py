@@ -289,7 +289,7 @@ def routers(models: dict[str, Path]) -> Iterator[Callable[[torch.Tensor, torch.T
 # Scores of the groups {0, 1}, ..., {6, 7}, of which a token sees two, and two experts in them.
 SCORES = [0.50, 0.40, 0.60, 0.10, 0.30, 0.55, 0.20, 0.15]
 CHOICES: dict[str, tuple[dict[int, float], list[float], set[int]]] = {
-    # Groups by their two best: 0.90, 0.70, 0.85, 0.35; the best expert of all, 2, is in none of the first two.
+    # The two best of each group add up to 0.90, 0.70, 0.85, 0.35. Expert 2 is the best, but its group is not chosen.
     "groups shut out the best expert": ({}, SCORES, {0, 5}),
     "a bias opens a group": ({3: 0.25}, SCORES, {0, 2}),
     "a bias turns the choice in a group": ({1: 0.16}, SCORES, {1, 5}),

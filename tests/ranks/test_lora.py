@@ -160,7 +160,7 @@ def test_what_saves_memory_and_what_overlaps_changes_no_bit_in_bfloat16_and_roun
     frozen = [name for name in base if "norm" in name or "embedding" in name or "gate.weight" in name]
     assert all(torch.equal(expected[f"weight/{name}"], base[name].bfloat16()) for name in frozen)
     metrics = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
-    # Independently: the merged weights that were exported against the exact ones.
+    # The exported, merged weights are compared with the exact ones, computed here from the factors.
     along = size = noise = 0.0
     for adapter in adapters(load_architecture(model), LoraSection(**common["lora"])).values():
         for name, b in zip(adapter.weight.hf, adapter.b.hf, strict=True):
